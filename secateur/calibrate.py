@@ -1,0 +1,347 @@
+"""Running calibration data through a model and summing what its layers see.
+
+`observe` is the one entry: a generator that hands out the statistics of some layers, lets the
+caller change those layers, and goes on with what the changed layers pass on. Where the model holds
+a chain of blocks (the decoder layers of a language model, the stages of a CNN), each block is
+replayed on recorded inputs, so that only one block runs at a time and every layer sees pruned
+inputs; layers outside a chain, and any model without one, are observed by running the whole model.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from secateur import layers as _layers
+from secateur.replay import (
+    Batch,
+    Call,
+    Enough,
+    find_chains,
+    hooks,
+    record_all,
+    run_batch,
+    to_device,
+)
+from secateur.statistics import STATISTICS, Statistic
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What some layers of one block saw; layers with the same input hold the same tensors."""
+
+    block: str
+    statistics: Mapping[str, Mapping[str, Tensor]]
+    tokens: Mapping[str, int]
+
+
+def observe(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    statistics: Sequence[str],
+    *,
+    sequential: bool,
+    offload: bool = False,
+) -> Iterator[Observed]:
+    """Yields the statistics of the layers, block by block; change a layer when it has been yielded.
+
+    With `sequential`, the layers of a block come in the order in which they run, those that share
+    an input together, and each sees inputs made by the layers already changed (SparseGPT's "true
+    sequential"). Without, a block comes as a whole. `offload` keeps activations between blocks on
+    the CPU. Padding, where a batch has a two-dimensional `attention_mask`, does not count.
+
+    The model is in eval mode meanwhile. Close the generator to restore it at once.
+
+    Cost: the model runs once to record, each block once for each yield and once more to pass on.
+        Memory: the inputs of one block for all batches, and one yield's statistics.
+    Raises:
+        ValueError: if there is no batch, the model cannot run one, a layer sees no token, or NaN or
+            infinity arrives at a layer.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    inputs: list[Batch] = [to_device(batch, device) for batch in _as_list(batches)]
+    with _calibration_mode(model):
+        trace = _trace(model, layers, inputs)
+        walk = _Walk(trace, [_padding(b) for b in inputs], tuple(statistics), sequential, device)
+        for chain, names in _segments(model, layers, trace):
+            wanted = {name: layers[name] for name in names}
+            recorded = record_all(model, chain, inputs, offload) if chain else None
+            if recorded is not None:
+                yield from _replay_chain(walk, wanted, chain, recorded)
+            else:
+                runs = [partial(run_batch, model, batch) for batch in inputs]
+                yield from walk.observe("the model", wanted, runs)
+
+
+# --- which layers run when, and which share an input ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """How often each layer ran in one pass, in order of first call, and who shared inputs."""
+
+    calls: Mapping[str, int]
+    leader: Mapping[str, str]
+
+
+def _trace(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]) -> _Trace:
+    """The trace of the first batch, and of as many more as it takes until every layer has run."""
+    calls: dict[str, int] = {}
+    leader: dict[str, str] = {}
+    recent: list[tuple[weakref.ref[Tensor], str]] = []
+    earlier: set[str] = set()
+
+    def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if name not in calls:
+            same = [first for input_, first in recent if input_() is args[0]]
+            leader[name] = same[0] if same else name
+            recent.append((weakref.ref(args[0]), leader[name]))
+            del recent[:-RECENT_INPUTS]
+        if name not in earlier:
+            calls[name] = calls.get(name, 0) + 1
+
+    with hooks(m.register_forward_pre_hook(partial(before, n)) for n, m in layers.items()):
+        for i, batch in enumerate(batches):
+            try:
+                run_batch(model, batch)
+            except Exception as error:
+                raise ValueError(
+                    f"{type(model).__name__} cannot run calibration batch {i}, {_describe(batch)}: "
+                    f"{error}. A batch is a tensor, a tuple of arguments or a dict of keywords"
+                ) from error
+            if len(calls) == len(layers):
+                return _Trace(calls, leader)
+            earlier.update(calls)
+    raise ValueError(_received_nothing([name for name in layers if name not in calls]))
+
+
+# Layers that share an input run close to one another; keys and values of many decoder layers that
+# all read the encoder's output need more than a few.
+RECENT_INPUTS = 64
+
+
+def _segments(
+    model: nn.Module, layers: Mapping[str, nn.Module], trace: _Trace
+) -> Iterator[tuple[dict[str, nn.Module], list[str]]]:
+    """Runs of layers, in call order, that lie in one chain of blocks, or in none (empty)."""
+    chains = find_chains(model, layers)
+    home = {name: p for p in chains for name in layers if name.startswith(p + ".")}
+    for prefix, names in groupby(trace.calls, key=lambda name: home.get(name, "")):
+        yield chains.get(prefix, {}), list(names)
+
+
+def _replay_chain(
+    walk: "_Walk",
+    layers: Mapping[str, nn.Module],
+    chain: Mapping[str, nn.Module],
+    recorded: list[list[Call]],
+) -> Iterator[Observed]:
+    """Observe block after block; `recorded` is emptied on the way, so that its memory is freed."""
+    held = {
+        block: {n: m for n, m in layers.items() if n == block or n.startswith(block + ".")}
+        for block in chain
+    }
+    last = max(i for i, block in enumerate(chain) if held[block])
+    previous: list[list[Tensor | None]] = [[] for _ in recorded]
+    for i, (name, block) in enumerate(chain.items()):
+        runs = [
+            partial(calls[i].replay, block, before, walk.device)
+            for calls, before in zip(recorded, previous, strict=True)
+        ]
+        yield from walk.observe(name, held[name], runs)
+        if i == last:
+            return
+        for b, calls in enumerate(recorded):
+            wanted, kept_on = calls[i + 1].wanted, _device_of(calls[i], previous[b])
+            output = runs[b]()
+            previous[b] = [t.to(kept_on) if j in wanted else None for j, t in enumerate(output)]
+            calls[i].leaves.clear()
+
+
+# --- summing what layers see ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What stays the same from block to block."""
+
+    trace: _Trace
+    padding: Sequence[Bool[Tensor, "batch tokens"] | None]
+    statistics: tuple[str, ...]
+    sequential: bool
+    device: torch.device
+
+    def observe(
+        self, block: str, layers: Mapping[str, nn.Module], runs: Sequence[Callable[[], Any]]
+    ) -> Iterator[Observed]:
+        """Yields a block's layers, all together or by shared input; `runs` are its batches."""
+        in_order = [name for name in self.trace.calls if name in layers]
+        stages: dict[str, list[str]] = {}
+        for name in in_order:
+            stages.setdefault(self.trace.leader[name] if self.sequential else "", []).append(name)
+        for names in stages.values():
+            stage = {name: layers[name] for name in names}
+            sums = self._sum(block, stage, runs, share=True)
+            if any(s.broken for s in sums.values()):
+                sums = self._sum(block, stage, runs, share=False)
+            if unseen := [name for name in stage if sums[name].tokens == 0]:
+                raise ValueError(_received_nothing(unseen))
+            values = {id(s): s.values(name) for name, s in sums.items()}
+            yield Observed(
+                block,
+                {name: values[id(s)] for name, s in sums.items()},
+                {name: s.tokens for name, s in sums.items()},
+            )
+
+    def _sum(
+        self,
+        block: str,
+        layers: Mapping[str, nn.Module],
+        runs: Sequence[Callable[[], Any]],
+        share: bool,
+    ) -> dict[str, "_Sums"]:
+        by_input: dict[str, _Sums] = {}
+        sums: dict[str, _Sums] = {}
+        for name, module in layers.items():
+            key = self.trace.leader[name] if share else name
+            columns = _layers.matrix(module).shape[1]
+            shared = by_input.setdefault(key, _Sums(self.statistics, columns, self.device))
+            shared.members += 1
+            sums[name] = shared
+        once = all(self.trace.calls[name] == 1 for name in layers)
+        current = {"batch": 0, "calls": 0}
+
+        def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            sums[name].add(module, args[0], self.padding[current["batch"]])
+            current["calls"] += 1
+            if once and current["calls"] == len(layers):
+                raise Enough  # nothing behind the last of these layers is needed
+
+        with hooks(m.register_forward_pre_hook(partial(before, n)) for n, m in layers.items()):
+            for i, run in enumerate(tqdm(runs, desc=block, leave=False, disable=None)):
+                current.update(batch=i, calls=0)
+                with contextlib.suppress(Enough):
+                    run()
+        return sums
+
+
+class _Sums:
+    """The statistics of one input, whichever layers read it."""
+
+    def __init__(self, names: tuple[str, ...], columns: int, device: torch.device) -> None:
+        self.statistics: dict[str, Statistic] = {n: STATISTICS[n](columns, device) for n in names}
+        self.members = self.tokens = self._calls = self._inputs = 0
+        self._last: weakref.ref[Tensor] | None = None
+
+    def add(
+        self, module: nn.Module, x: Float[Tensor, "..."], padding: Bool[Tensor, "..."] | None
+    ) -> None:
+        self._calls += 1
+        if self.members > 1 and self._last is not None and self._last() is x:
+            return
+        self._last = weakref.ref(x)
+        self._inputs += 1
+        if padding is not None and x.dim() == 3 and x.shape[:2] == padding.shape:
+            rows = x[padding]
+        else:
+            rows = _layers.input_rows(module, x)
+        self.tokens += rows.shape[0]
+        for statistic in self.statistics.values():
+            statistic.update(rows)
+
+    @property
+    def broken(self) -> bool:
+        """Whether layers that shared an input in the traced batch did not always do so."""
+        return self._calls != self._inputs * self.members
+
+    def values(self, layer: str) -> dict[str, Tensor]:
+        values = {name: s.value(self.tokens) for name, s in self.statistics.items()}
+        for value in values.values():
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"layer {layer} received NaN or infinite activations: check the weights before "
+                    "it and the calibration data"
+                )
+        return values
+
+
+# --- small things --------------------------------------------------------------------------------
+
+
+def _config(module: nn.Module) -> Any:
+    """The configuration of a transformers model that says whether it fills a key-value cache."""
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "use_cache") else None
+
+
+@contextlib.contextmanager
+def _calibration_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no key-value cache, no fused path past the modules; restored."""
+    training = {module: module.training for module in model.modules()}
+    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := _config(m)) is not None}
+    caching = {key: config.use_cache for key, config in configs.items()}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        for config in configs.values():
+            config.use_cache = False
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, mode in training.items():
+            module.training = mode
+        for key, config in configs.items():
+            config.use_cache = caching[key]
+
+
+def _as_list(batches: Iterable[Batch]) -> list[Batch]:
+    if isinstance(batches, (Tensor, Mapping)):
+        raise ValueError(
+            f"batches must be an iterable of batches, got one {type(batches).__name__}: wrap it in "
+            "a list, or split it, as in tokens.split(8)"
+        )
+    listed = list(batches)
+    if not listed:
+        raise ValueError("calibration needs at least one batch, got none")
+    return listed
+
+
+def _padding(batch: Batch) -> Bool[Tensor, "batch tokens"] | None:
+    """True where there is a token, from a batch's two-dimensional attention mask."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _received_nothing(layers: Sequence[str]) -> str:
+    more = f" (and {len(layers) - 1} more)" if len(layers) > 1 else ""
+    return (
+        f"layer {layers[0]}{more} received 0 tokens: its scores would be noise: add calibration "
+        "data that reaches it, or ignore it in the plan"
+    )
+
+
+def _device_of(call: Call, previous: Sequence[Tensor | None]) -> torch.device:
+    """Where a block's recorded inputs are kept, and so its outputs."""
+    return next(x.device for x in [*call.leaves, *previous] if isinstance(x, Tensor))
+
+
+def _describe(batch: Batch) -> str:
+    def one(x: Any) -> str:
+        return f"{type(x).__name__} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+    if isinstance(batch, Tensor):
+        return one(batch)
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {one(x)}" for key, x in batch.items()) + "}"
+    return "(" + ", ".join(map(one, batch)) + ")"

@@ -1,0 +1,205 @@
+"""Names to layers, and a layer's weight as a matrix whose rows are outputs and columns inputs.
+
+Every algorithm here sees `[out, in]` matrices; this file alone knows how Linear, Conv2d, Embedding
+and GPT-2's transposed Conv1D store them, and how an input becomes rows that meet the columns.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+# What is pruned unless the user selects otherwise.
+DEFAULT_TYPES = (nn.Linear, nn.Conv2d)
+
+
+def is_prunable(module: nn.Module) -> bool:
+    """Whether the module's weight can be seen as an `[out, in]` matrix here."""
+    return isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) or _is_conv1d(module)
+
+
+def matrix(
+    module: nn.Module, weight: Shaped[Tensor, "..."] | None = None
+) -> Shaped[Tensor, "out in"]:
+    """The module's weight (or another tensor of its shape) as `[out, in]`; a view where it can be.
+
+    A Conv2d's columns run over its input channels first, position by position, so that N:M groups
+    lie along the input channels as hardware wants them. An Embedding's rows are its entries.
+    """
+    tensor = weight if weight is not None else module.weight
+    assert isinstance(tensor, Tensor)
+    if isinstance(module, nn.Conv2d):
+        tensor = tensor.permute(0, 2, 3, 1).flatten(1)
+    return tensor.mT if _is_conv1d(module) else tensor
+
+
+def like_weight(module: nn.Module, rows: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "..."]:
+    """The inverse of `matrix`: an `[out, in]` matrix in the shape that the module stores."""
+    if isinstance(module, nn.Conv2d):
+        height, width = module.kernel_size
+        stored: Tensor = rows.unflatten(1, (height, width, -1)).permute(0, 3, 1, 2)
+        return stored.contiguous()
+    return rows.mT if _is_conv1d(module) else rows
+
+
+def input_rows(module: nn.Module, x: Float[Tensor, "..."]) -> Float[Tensor, "tokens in"]:
+    """The module's input as rows that its matrix multiplies: `matrix @ row` is an output."""
+    if isinstance(module, nn.Conv2d):
+        x = x if x.dim() == 4 else x[None]
+        padding = module.padding
+        if isinstance(padding, str) or module.padding_mode != "zeros":
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        columns = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
+        # unfold orders channel, then position; `matrix` orders position, then channel.
+        by_position: Tensor = columns.unflatten(1, (module.in_channels, -1)).transpose(1, 2)
+        return by_position.flatten(1, 2).transpose(1, 2).flatten(0, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def why_not_prunable(module: nn.Module) -> str | None:
+    """Why this module is left alone by default although it has a weight, or None."""
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        kind = "depthwise" if module.groups == module.in_channels else "grouped"
+        return f"{kind} convolution: its groups do not share inputs"
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} computes something else than x @ weight.T"
+    return None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What selectors chose: layers by name, in module order, and what was skipped and why."""
+
+    layers: Mapping[str, nn.Module]
+    matched_by: Mapping[str, int]
+    skipped: Mapping[str, str]
+
+
+def select(
+    model: nn.Module, selectors: Sequence[Selector] | None = None, ignore: Iterable[Selector] = ()
+) -> Selection:
+    """The prunable layers that the selectors choose, minus `ignore`; the first match wins.
+
+    A selector is a full name, a glob (`*.mlp.*`), a regular expression after `re:`, a module type
+    or a callable `(name, module) -> bool`. `None` means every Linear and Conv2d. Weights that two
+    modules share and the output head are skipped, with the reason, unless named in full.
+
+    Raises:
+        ValueError: if a selector or an ignore matches nothing (with the closest names), or names a
+            layer whose weight cannot be pruned.
+    """
+    modules = {name: module for name, module in model.named_modules() if is_prunable(module)}
+    chosen = list(DEFAULT_TYPES) if selectors is None else list(selectors)
+    ignored = list(ignore)
+    if selectors is not None:
+        for selector in chosen:
+            _require_match(model, modules, selector)
+    for selector in ignored:
+        _require_match(model, modules, selector)
+
+    shared, heads = _shared_weights(model), _output_heads(model)
+    layers: dict[str, nn.Module] = {}
+    matched_by: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    for name, module in modules.items():
+        index = next((i for i, s in enumerate(chosen) if _matches(s, name, module)), None)
+        if index is None:
+            continue
+        named = chosen[index] == name
+        if any(_matches(selector, name, module) for selector in ignored):
+            skipped[name] = "ignored"
+        elif reason := why_not_prunable(module):
+            if named:
+                raise ValueError(f"{name} cannot be pruned: {reason}")
+            skipped[name] = reason
+        elif name in shared:
+            if named:
+                raise ValueError(
+                    f"{name} cannot be pruned: its weight is tied to {shared[name]}, which would "
+                    "be pruned with it: untie them first"
+                )
+            skipped[name] = f"its weight is tied to {shared[name]}"
+        elif name in heads and not named:
+            skipped[name] = "output head: name it to prune it"
+        else:
+            layers[name], matched_by[name] = module, index
+    if not layers:
+        raise ValueError(
+            f"no layer is left to prune in {type(model).__name__}: {_why_none(skipped)}"
+        )
+    return Selection(layers, matched_by, skipped)
+
+
+def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    if callable(selector):
+        return bool(selector(name, module))
+    if selector.startswith("re:"):
+        return re.search(selector[3:], name) is not None
+    return name == selector or fnmatch.fnmatchcase(name, selector)
+
+
+def _require_match(model: nn.Module, modules: Mapping[str, nn.Module], selector: Selector) -> None:
+    if any(_matches(selector, name, module) for name, module in modules.items()):
+        return
+    if isinstance(selector, str):
+        if isinstance(other := dict(model.named_modules()).get(selector), nn.Module):
+            kind = type(other).__name__
+            raise ValueError(
+                f"{selector!r} is a {kind}, which has no weight matrix to prune: to choose the "
+                f"layers inside it write '{selector}.*'"
+            )
+        raise ValueError(_no_match(selector, modules))
+    raise ValueError(f"no prunable layer of {type(model).__name__} matches {selector!r}")
+
+
+def _no_match(selector: str, modules: Mapping[str, nn.Module]) -> str:
+    close = difflib.get_close_matches(selector, modules, n=3, cutoff=0.5) or list(modules)[:3]
+    names = ", ".join(repr(name) for name in close) or "none: the model has no prunable layer"
+    return (
+        f"No module matches {selector!r}. Closest: {names}. Patterns starting with 're:' are "
+        "regular expressions."
+    )
+
+
+def _why_none(skipped: Mapping[str, str]) -> str:
+    if not skipped:
+        return "it has no Linear or Conv2d that was selected"
+    return "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Prunable module name -> name of another module that holds the same weight."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in holders.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
+def _output_heads(model: nn.Module) -> set[str]:
+    """The projection to the vocabulary, by the name that language models give it."""
+    return {
+        name for name, _ in model.named_modules() if name.split(".")[-1] in ("lm_head", "embed_out")
+    }
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D (GPT-2), a linear layer that stores `[in, out]`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -1,0 +1,134 @@
+"""What a model returned, logits or hidden states, and which of its positions count.
+
+Every measure and every loss over outputs asks here, so that padding and the many shapes in which
+models answer are understood in one place.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from secateur.calibrate import Batch, run_batch
+
+
+@contextlib.contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Eval mode without key-value caches or fused paths that skip modules; restored at the end."""
+    modules = [module for model in models for module in model.modules()]
+    training = [(module, module.training) for module in modules]
+    configs = {id(c): c for m in modules if hasattr(c := getattr(m, "config", None), "use_cache")}
+    caching = {key: config.use_cache for key, config in configs.items()}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for model in models:
+            model.eval()
+        for config in configs.values():
+            config.use_cache = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for key, config in configs.items():
+            config.use_cache = caching[key]
+        for module, mode in training:
+            module.training = mode
+
+
+def answer(model: nn.Module, batch: Batch, where: str) -> Any:
+    """What the model returns for the batch, moved to the model's device.
+
+    Raises:
+        ValueError: if the model cannot run it; `where` says which batch it was.
+    """
+    try:
+        return run_batch(model, on_device(batch, model))
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{type(model).__name__} cannot run {where}: {error}: a batch is a tensor, a tuple of "
+            "positional or a dict of keyword arguments"
+        ) from error
+
+
+def on_device(batch: Batch, model: nn.Module) -> Batch:
+    """The batch with its tensors on the device of the model's first parameter."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    moved: Batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+    return moved
+
+
+def logits_of(output: Any, where: str) -> Float[Tensor, "*positions classes"]:
+    """The output's `logits`, or the output itself where it is a tensor.
+
+    Raises:
+        ValueError: if it is neither, or holds NaN.
+    """
+    return _tensor_of(output, "logits", where)
+
+
+def hidden_of(output: Any, where: str) -> Float[Tensor, "batch *tokens hidden"]:
+    """The output's `last_hidden_state`, or the output itself where it is a tensor.
+
+    Raises:
+        ValueError: if it is neither, or holds NaN.
+    """
+    return _tensor_of(output, "last_hidden_state", where)
+
+
+def counted(
+    batch: Batch, positions: torch.Size, device: torch.device, where: str
+) -> Bool[Tensor, "..."]:
+    """True at the positions that are no padding, by the batch's two-dimensional attention mask.
+
+    Raises:
+        ValueError: if the output has tokens but not those of the mask.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(positions) != 2:
+        return torch.ones(positions, dtype=torch.bool, device=device)
+    if mask.shape != positions:
+        raise ValueError(
+            f"attention_mask needs the shape of the output's positions, {tuple(positions)}, got "
+            f"{tuple(mask.shape)} in {where}: pad both alike"
+        )
+    return mask.to(device).bool()
+
+
+def divergence(
+    dense: Float[Tensor, "*positions classes"], logits: Float[Tensor, "*positions classes"]
+) -> Float[Tensor, "*positions"]:
+    """KL(dense || model) = sum_c p_c (log p_c - log q_c) in nats; a class that p excludes adds 0."""
+    p, q = F.log_softmax(dense.float(), dim=-1), F.log_softmax(logits.float(), dim=-1)
+    return (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0).sum(-1)
+
+
+def pooled(
+    hidden: Float[Tensor, "batch *tokens hidden"], mask: Bool[Tensor, "batch *tokens"]
+) -> Float[Tensor, "batch hidden"]:
+    """The mean over the counted tokens, scaled to length 1; one vector a row is its own mean."""
+    if hidden.dim() == 3:
+        weights = mask[..., None].float()
+        hidden = (hidden.float() * weights).sum(1) / weights.sum(1)
+    return F.normalize(hidden.float(), dim=-1)
+
+
+def _tensor_of(output: Any, name: str, where: str) -> Tensor:
+    found = output if isinstance(output, Tensor) else getattr(output, name, None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"the output needs to be a tensor or to have .{name}, got {type(output).__name__} for "
+            f"{where}: wrap the model so that it returns the tensor"
+        )
+    if bool(found.isnan().any()):
+        raise ValueError(
+            f"{name} need to be numbers, {where} gave {int(found.isnan().sum())} NaN of "
+            f"{found.numel()}: check the weights, and the data of that batch"
+        )
+    return found

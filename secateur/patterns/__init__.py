@@ -1,0 +1,11 @@
+"""Which zeros are usable: a pattern turns scores into a mask and checks masks of others."""
+
+from secateur.patterns.block import Block
+from secateur.patterns.channel import Channel
+from secateur.patterns.keep import keep_top
+from secateur.patterns.nm import NM
+from secateur.patterns.parse import parse
+from secateur.patterns.pattern import Pattern
+from secateur.patterns.unstructured import Unstructured
+
+__all__ = ["NM", "Block", "Channel", "Pattern", "Unstructured", "keep_top", "parse"]

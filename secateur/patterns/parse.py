@@ -1,0 +1,59 @@
+"""Patterns as short strings, read in this one place; `str(pattern)` writes them."""
+
+import difflib
+import re
+
+from secateur.patterns.block import Block
+from secateur.patterns.channel import Channel
+from secateur.patterns.nm import NM
+from secateur.patterns.pattern import Pattern
+from secateur.patterns.unstructured import Unstructured
+
+EXAMPLES = "'2:4', '4:8', 'unstructured:0.6', 'block:64x64@0.8' or 'channels:0.25'"
+
+
+def parse(text: str) -> Pattern:
+    """The pattern that a short string names; `parse(str(pattern)) == pattern`.
+
+    | string | pattern |
+    |---|---|
+    | `2:4`, `4:8`, `2:4@dense-remainder` | `NM(n, m)`, n kept of m |
+    | `unstructured:0.6`, `...@layer`, `...@group128` | `Unstructured(sparsity, scope)` |
+    | `block:64x64@0.8` | `Block(rows, cols, sparsity)` |
+    | `channels:0.25`, `channels:0.25@in` | `Channel(sparsity, side)` |
+
+    Raises:
+        ValueError: if the string is none of these, with the part that is wrong.
+    """
+    if match := re.fullmatch(r"(\d+):(\d+)(@dense-remainder)?", text):
+        n, m, remainder = match.groups()
+        return NM(int(n), int(m), "dense" if remainder else "error")
+    kind, _, rest = text.partition(":")
+    if kind == "unstructured":
+        if match := re.fullmatch(r"([^@]+)(?:@(row|layer|group(\d+)))?", rest):
+            sparsity, scope, size = match.groups()
+            if size:
+                return Unstructured(_fraction(sparsity, text), "group", int(size))
+            return Unstructured(_fraction(sparsity, text), "layer" if scope == "layer" else "row")
+    elif kind == "block":
+        if match := re.fullmatch(r"(\d+)x(\d+)@([^@]+)", rest):
+            rows, cols, sparsity = match.groups()
+            return Block(int(rows), int(cols), _fraction(sparsity, text))
+    elif kind == "channels":
+        if match := re.fullmatch(r"([^@]+)(@(?:in|out))?", rest):
+            sparsity, side = match.groups()
+            return Channel(_fraction(sparsity, text), "in" if side == "@in" else "out")
+    else:
+        close = difflib.get_close_matches(kind, ["unstructured", "block", "channels"], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"unknown pattern {text!r}: {hint}Patterns look like {EXAMPLES}")
+    raise ValueError(f"cannot read {rest!r} in the pattern {text!r}: patterns look like {EXAMPLES}")
+
+
+def _fraction(number: str, text: str) -> float:
+    try:
+        if number.endswith("%"):
+            return float(number[:-1]) / 100
+        return float(number)
+    except ValueError:
+        raise ValueError(f"cannot read the sparsity {number!r} in the pattern {text!r}") from None

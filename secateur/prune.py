@@ -1,0 +1,331 @@
+"""The verbs of the front half: `prune_`, `reconstruct_` and `check`."""
+
+import contextlib
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from secateur import layers as _layers
+from secateur.calibrate import Observed, observe
+from secateur.checkpoint import Checkpoint
+from secateur.criteria import magnitude
+from secateur.patterns import Pattern
+from secateur.plan import Plan, match
+from secateur.plan import plan as make_plan
+from secateur.reconstruct import Solution
+from secateur.replay import Batch
+from secateur.statistics import call_with, name_of, needed_by
+from secateur.tables import text_table
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer.
+
+    `error` is the share of the layer's output energy that is lost, ||(W - W')X||^2 / ||WX||^2 on
+    the calibration inputs; None where the method does not gather what it takes to know.
+    """
+
+    layer: str
+    pattern: str
+    sparsity_before: float
+    sparsity: float
+    error: float | None
+    tokens: int
+    note: str
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune_` or `reconstruct_` did, layer by layer."""
+
+    method: str
+    layers: tuple[LayerResult, ...]
+    seconds: float
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("layer", "pattern", "sparsity", "output error", "tokens", "note")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                r.layer,
+                r.pattern,
+                f"{r.sparsity:.2%}",
+                "-" if r.error is None else f"{r.error:.4f}",
+                f"{r.tokens:,}",
+                r.note,
+            )
+            for r in self.layers
+        ]
+
+    def __str__(self) -> str:
+        head = f"{self.method}: {len(self.layers)} layers in {self.seconds:.1f} s"
+        return f"{text_table(self.columns, self.rows())}\n{head}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prune_(
+    model: nn.Module,
+    plan: Plan,
+    criterion: Callable[..., Tensor] = magnitude,
+    batches: Iterable[Batch] | None = None,
+    *,
+    offload: bool = False,
+    checkpoint: str | Path | None = None,
+) -> PruneReport:
+    """Zero the weights that the criterion scores lowest; a kept weight never changes.
+
+    `batches` is what the criterion's statistics are gathered from, block by block, each block on
+    inputs that the pruned blocks before it made. `offload` keeps activations between blocks on the
+    CPU. With `checkpoint`, a folder, finished layers are kept there and the same call goes on
+    where an interrupted one stopped.
+
+    Raises:
+        ValueError: before anything is changed, if the plan is for another model, weights are not
+            finite or parametrized, or data is needed and missing. Whatever is raised, also by
+            Ctrl-C, the model is left as it was.
+    """
+    needs = needed_by(criterion, given=("weight", "layer_seed"))
+
+    def solve(available: Mapping[str, Any], name: str) -> Solution:
+        weight, pattern = available["weight"], available["pattern"]
+        score = call_with(criterion, available)
+        if score.shape != weight.shape or score.isnan().any():
+            raise ValueError(
+                f"criterion {name_of(criterion)} needs to give {name} a score of shape "
+                f"{tuple(weight.shape)} without NaN, got {tuple(score.shape)} with "
+                f"{int(score.isnan().sum())} NaN"
+            )
+        mask = pattern.mask(score)
+        return Solution(weight.masked_fill(~mask, 0), mask)
+
+    run = _Run(model, plan, name_of(criterion), needs, solve, sequential=False)
+    return run(batches, offload, checkpoint)
+
+
+def reconstruct_(
+    model: nn.Module,
+    plan: Plan,
+    algorithm: Callable[..., Solution],
+    batches: Iterable[Batch],
+    *,
+    offload: bool = False,
+    checkpoint: str | Path | None = None,
+) -> PruneReport:
+    """Zero weights and refit the kept ones to the layers' outputs on the calibration batches.
+
+    Layers come in the order in which they run, each on inputs made by the layers already done.
+    Options of an algorithm are fixed with `functools.partial(sc.sparsegpt, damping=0.1)`. The rest
+    is as in `prune_`.
+
+    Raises:
+        ValueError: as `prune_`, and if the algorithm cannot solve a layer. Whatever is raised, also
+            by Ctrl-C, the model is left as it was.
+    """
+    needs = needed_by(algorithm, given=("weight", "pattern"))
+
+    def solve(available: Mapping[str, Any], name: str) -> Solution:
+        try:
+            return call_with(algorithm, available)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+
+    run = _Run(model, plan, name_of(algorithm), needs, solve, sequential=True)
+    return run(batches, offload, checkpoint)
+
+
+def check(model: nn.Module, plan: Plan | Pattern | str) -> dict[str, float]:
+    """The sparsity of every planned layer, once the contract is verified on the model as it is.
+
+    The contract: each layer's weight is an ordinary finite parameter whose exact zeros satisfy the
+    layer's pattern. Any model will do, whoever pruned it. A pattern stands for the plan that gives
+    it to every layer.
+
+    Raises:
+        ValueError: if any layer breaks it, with all those layers and the first place in each.
+    """
+    if not isinstance(plan, Plan):
+        plan = make_plan(model, plan)
+    layers = match(model, plan)
+    _require_sound(layers)
+    masks = {name: _layers.matrix(module) != 0 for name, module in layers.items()}
+    broken = {
+        name: violation
+        for name, mask in masks.items()
+        if (violation := plan.layers[name].violation(mask)) is not None
+    }
+    if broken:
+        listed = "; ".join(f"{name} ({plan.layers[name]}) {why}" for name, why in broken.items())
+        raise ValueError(
+            f"{len(broken)} of {len(layers)} layers break the plan: {listed}. Zeros are lost by "
+            "training without sc.hold and by merging a dense adapter"
+        )
+    return {name: float((~mask).float().mean()) for name, mask in masks.items()}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass that gives every planned layer a new weight, or leaves all as they were."""
+
+    model: nn.Module
+    plan: Plan
+    method: str
+    needs: tuple[str, ...]
+    solve: Callable[[Mapping[str, Any], str], Solution]
+    sequential: bool
+
+    def __call__(
+        self, batches: Iterable[Batch] | None, offload: bool, checkpoint: str | Path | None
+    ) -> PruneReport:
+        layers = match(self.model, self.plan)
+        _require_sound(layers)
+        if self.needs and batches is None:
+            raise ValueError(
+                f"{self.method} needs calibration data for {', '.join(self.needs)}: pass batches, "
+                "or use sc.magnitude"
+            )
+        begin = time.perf_counter()
+        saved = Checkpoint(checkpoint, self._fingerprint(layers)) if checkpoint else None
+        results: dict[str, LayerResult] = {}
+        with _all_or_nothing() as undo, torch.no_grad():
+            for name, (weight, row) in (saved.finished() if saved else {}).items():
+                undo.remember({name: layers[name]})
+                _parameter(layers[name]).copy_(weight)
+                results[name] = LayerResult(**row)
+            missing = {name: m for name, m in layers.items() if name not in results}
+            bar = tqdm(total=len(layers), initial=len(results), desc=self.method, disable=None)
+            with bar, contextlib.closing(self._observed(missing, batches, offload)) as source:
+                for observed in source:
+                    stage = {name: layers[name] for name in observed.statistics}
+                    undo.remember(stage)
+                    for name, module in stage.items():
+                        results[name] = self._change(name, module, observed)
+                        bar.update()
+                    if saved:
+                        weights = {name: _parameter(module) for name, module in stage.items()}
+                        saved.add(weights, {name: asdict(results[name]) for name in stage})
+        in_order = tuple(results[name] for name in layers)
+        return PruneReport(self.method, in_order, time.perf_counter() - begin)
+
+    def _observed(
+        self, layers: Mapping[str, nn.Module], batches: Iterable[Batch] | None, offload: bool
+    ) -> Generator[Observed]:
+        if not self.needs or batches is None:
+            yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
+        elif layers:
+            yield from observe(
+                self.model, layers, batches, self.needs, sequential=self.sequential, offload=offload
+            )
+
+    def _change(self, name: str, module: nn.Module, observed: Observed) -> LayerResult:
+        statistics, pattern = observed.statistics[name], self.plan.layers[name]
+        before = _layers.matrix(module).to(torch.float32, copy=True)
+        available = {
+            "weight": before.clone(),
+            "pattern": pattern,
+            "layer_seed": zlib.crc32(name.encode()),
+            **statistics,
+        }
+        solution = self.solve(available, name)
+        violation = pattern.violation(solution.mask)
+        assert violation is None, f"{self.method} left {name} with a mask that {violation}"
+        new = solution.weight.masked_fill(~solution.mask, 0)
+        if not new.isfinite().all():
+            raise ValueError(
+                f"{self.method} gave layer {name} weights that are not finite: add calibration "
+                "data or raise the damping"
+            )
+        _parameter(module).copy_(_layers.like_weight(module, new))
+        after = _layers.matrix(module).float()
+        return LayerResult(
+            name,
+            str(pattern),
+            float((before == 0).float().mean()),
+            float((after == 0).float().mean()),
+            _output_error(before, after, statistics.get("gram")),
+            observed.tokens[name],
+            solution.note,
+        )
+
+    def _fingerprint(self, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+        sums = {name: float(_parameter(m).double().abs().sum()) for name, m in layers.items()}
+        return {"method": self.method, "plan": self.plan.to_dict()["layers"], "weights": sums}
+
+
+class _Undo:
+    """The weights as they were, in a folder on disk: a second model would not fit in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stages: list[dict[str, nn.Module]] = []
+
+    def remember(self, stage: dict[str, nn.Module]) -> None:
+        weights = {n: _parameter(m).detach().cpu().contiguous() for n, m in stage.items()}
+        save_file(weights, self._folder / f"{len(self._stages)}.safetensors")
+        self._stages.append(stage)
+
+    def restore(self) -> None:
+        for i, stage in enumerate(self._stages):
+            weights = load_file(self._folder / f"{i}.safetensors")
+            for name, module in stage.items():
+                _parameter(module).data.copy_(weights[name])
+
+
+@contextlib.contextmanager
+def _all_or_nothing() -> Iterator[_Undo]:
+    """What was remembered is restored if the block raises, KeyboardInterrupt included."""
+    with tempfile.TemporaryDirectory(prefix="secateur-undo-") as folder:
+        undo = _Undo(Path(folder))
+        try:
+            yield undo
+        except BaseException:
+            undo.restore()
+            raise
+
+
+def _parameter(module: nn.Module) -> nn.Parameter:
+    parameter = module._parameters["weight"]
+    assert parameter is not None
+    return parameter
+
+
+def _require_sound(layers: Mapping[str, nn.Module]) -> None:
+    """Weights must be plain, present and finite."""
+    for name, module in layers.items():
+        if module._parameters.get("weight") is None:
+            raise ValueError(
+                f"{name}.weight must be an ordinary parameter, {type(module).__name__} computes "
+                "it: remove its parametrizations first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        weight = _parameter(module)
+        if weight.is_meta:
+            raise ValueError(f"{name}.weight has no data (meta device): load the weights first")
+        if not (finite := weight.isfinite()).all():
+            raise ValueError(
+                f"{name}.weight holds {int((~finite).sum())} NaN or infinite values: repair or "
+                "reload it"
+            )
+
+
+def _output_error(
+    before: Float[Tensor, "out in"], after: Float[Tensor, "out in"], gram: Tensor | None
+) -> float | None:
+    if gram is None:
+        return None
+    lost, energy = (((w @ gram) * w).sum() for w in (before - after, before))
+    return float(lost / energy) if energy > 0 else 0.0

@@ -1,0 +1,169 @@
+"""Chains of blocks: found in the module tree, recorded in one pass, replayed block by block.
+
+A chain is a list of modules of one type that hand their outputs straight to one another, such as
+the decoder layers of a language model. Its calls are recorded with whatever arguments the model
+gives (masks, position embeddings, keywords); what a block received from the one before is left
+open, so that a replay passes on what the blocks, changed meanwhile, return.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+# A batch is what the model is called with: one tensor, positional arguments, or keywords.
+Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+def run_batch(model: nn.Module, batch: Batch) -> Any:
+    """Call the model with a batch: a tensor, positional arguments or keywords."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+
+
+def find_chains(
+    model: nn.Module, layers: Mapping[str, nn.Module]
+) -> dict[str, dict[str, nn.Module]]:
+    """Outermost lists of several modules of one type, some holding layers: blocks by name."""
+    chains: dict[str, dict[str, nn.Module]] = {}
+    for prefix, module in model.named_modules():
+        inside = any(prefix.startswith(outer + ".") for outer in chains)
+        if inside or not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+            continue
+        one_type = len({type(block) for block in module.children()}) == 1
+        if prefix and one_type and any(name.startswith(prefix + ".") for name in layers):
+            chains[prefix] = {f"{prefix}.{key}": child for key, child in module.named_children()}
+    return chains
+
+
+@dataclass(frozen=True)
+class FromPrevious:
+    """Stands in a recorded call for the tensor that the previous block returned in this place."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A block's recorded arguments, flattened, with places for what the previous block returns."""
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+
+    def replay(
+        self, block: nn.Module, previous: Sequence[Tensor | None], device: torch.device
+    ) -> list[Tensor]:
+        """The tensors that the block returns."""
+        leaves = [previous[x.index] if isinstance(x, FromPrevious) else x for x in self.leaves]
+        args, kwargs = pytree.tree_unflatten(to_device(leaves, device), self.spec)
+        return _tensors(block(*args, **kwargs))
+
+    @property
+    def wanted(self) -> set[int]:
+        """The places of the previous block's tensors that this call uses."""
+        return {x.index for x in self.leaves if isinstance(x, FromPrevious)}
+
+
+class NotAChain(Exception):
+    """The modules do not hand their outputs straight to one another."""
+
+
+class Enough(Exception):
+    """Everything wanted of this forward pass has been seen."""
+
+
+def record_all(
+    model: nn.Module, chain: Mapping[str, nn.Module], batches: Sequence[Batch], offload: bool
+) -> list[list[Call]] | None:
+    """Every block's call for every batch; None if replaying them does not give the same output."""
+    blocks = list(chain.values())
+    try:
+        calls, output = _record(model, blocks, batches[0])
+        device = output[0].device
+        previous: Sequence[Tensor] = []
+        for block, call in zip(blocks, calls, strict=True):
+            previous = call.replay(block, previous, device)
+        if not _same(previous, output):
+            return None
+        del previous, output
+        recorded = [_offloaded(calls) if offload else calls]
+        for batch in tqdm(batches[1:], desc="recording", leave=False, disable=None):
+            calls, _ = _record(model, blocks, batch)
+            recorded.append(_offloaded(calls) if offload else calls)
+    except NotAChain:
+        return None
+    return recorded
+
+
+def _record(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Batch
+) -> tuple[list[Call], list[Tensor]]:
+    """One call of each block in this forward pass, and what the last block returned."""
+    calls: list[Call] = []
+    outputs: list[list[Tensor]] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(calls) == len(blocks) or module is not blocks[len(calls)]:
+            raise NotAChain
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        previous = {id(t): i for i, t in enumerate(outputs[-1])} if outputs else {}
+        earlier = {id(t) for output in outputs[:-1] for t in output} - previous.keys()
+        call = Call(
+            [FromPrevious(previous[id(x)]) if id(x) in previous else x for x in leaves], spec
+        )
+        if any(id(x) in earlier for x in leaves) or (outputs and not call.wanted):
+            raise NotAChain
+        calls.append(call)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(_tensors(output))
+        if len(outputs) == len(blocks):
+            raise Enough
+
+    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
+    handles += [b.register_forward_hook(after) for b in blocks]
+    with hooks(handles):
+        try:
+            run_batch(model, batch)
+        except Enough:
+            return calls, outputs[-1]
+    raise NotAChain
+
+
+@contextlib.contextmanager
+def hooks(handles: Iterable[Any]) -> Iterator[None]:
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+
+
+def _offloaded(calls: list[Call]) -> list[Call]:
+    """The calls with their tensors on the CPU; what blocks share is moved once."""
+    tensors = {id(x): x for call in calls for x in call.leaves if isinstance(x, Tensor)}
+    moved = {key: x.to("cpu") for key, x in tensors.items()}
+    return [Call([moved.get(id(x), x) for x in call.leaves], call.spec) for call in calls]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+
+def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Equal up to what non-deterministic kernels may differ by."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape and bool((x.float() - y.float()).norm() <= 1e-3 * y.float().norm())
+        for x, y in zip(a, b, strict=True)
+    )

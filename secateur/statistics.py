@@ -1,0 +1,92 @@
+"""Statistics: named running sums over the inputs of a layer.
+
+A criterion or an algorithm asks for a statistic by naming a parameter after it. A new statistic is
+a class here and one line in `STATISTICS`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """A running sum: made for a number of inputs, updated with rows, read once at the end."""
+
+    def update(self, rows: Float[Tensor, "tokens in"]) -> None: ...
+
+    def value(self, tokens: int) -> Tensor: ...
+
+
+class InputNorm:
+    """`input_norm`, [in]: ||x_j||_2 of every input j over all calibration tokens (Wanda's)."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    def update(self, rows: Float[Tensor, "tokens in"]) -> None:
+        self._sum += rows.float().square().sum(0)
+
+    def value(self, tokens: int) -> Float[Tensor, " in"]:
+        return self._sum.sqrt()
+
+
+class Gram:
+    """`gram`, [in, in]: G = X^T X / tokens in float32, the Hessian of a layer's output error."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def update(self, rows: Float[Tensor, "tokens in"]) -> None:
+        rows = rows.float()
+        self._sum.addmm_(rows.T, rows)
+
+    def value(self, tokens: int) -> Float[Tensor, "in in"]:
+        return self._sum / tokens
+
+
+STATISTICS: Mapping[str, Callable[[int, torch.device], Statistic]] = MappingProxyType(
+    {"input_norm": InputNorm, "gram": Gram}
+)
+
+
+def needed_by(function: Callable[..., Any], given: tuple[str, ...]) -> tuple[str, ...]:
+    """The statistics that a criterion or an algorithm needs: its parameters that are not `given`.
+
+    Parameters with a default are options, not statistics. (A partial's fixed ones have one.)
+
+    Raises:
+        ValueError: if a parameter is neither given nor a statistic.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.default is p.empty and p.name not in given]
+    for name in names:
+        if name not in STATISTICS:
+            known = ", ".join([*given, *STATISTICS])
+            raise ValueError(
+                f"{name_of(function)} asks for {name!r}, which is no statistic: its parameters may "
+                f"be named {known}; an option needs a default"
+            )
+    return tuple(names)
+
+
+def call_with(function: Callable[..., T], available: Mapping[str, Any]) -> T:
+    """The function called with those of the available values that its parameters name."""
+    names = inspect.signature(function).parameters
+    return function(**{name: value for name, value in available.items() if name in names})
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The function's name as a user knows it, with the options that a partial fixed."""
+    if isinstance(function, functools.partial):
+        options = ", ".join(f"{key}={value!r}" for key, value in function.keywords.items())
+        return f"{name_of(function.func)}({options})"
+    return getattr(function, "__name__", None) or repr(function)

@@ -1,0 +1,95 @@
+"""Holding zeros during training: masks are re-applied after every optimizer step."""
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from secateur import layers as _layers
+
+# How masks move: (layer name, weight [out, in], mask [out, in], step) -> mask, after every step.
+Rule = Callable[[str, Tensor, Tensor, int], Tensor]
+
+
+class Held:
+    """The masks that a `hold` keeps, by layer; `release()` or leaving a `with` block ends it."""
+
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        rule: Rule | None,
+    ) -> None:
+        self.steps = 0
+        self.masks: dict[str, Bool[Tensor, "..."]] = {
+            name: _parameter(module) != 0 for name, module in layers.items()
+        }
+        self._layers = layers
+        self._rule = rule
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def release(self) -> None:
+        """Stop holding; the weights stay as they are."""
+        self._handle.remove()
+
+    def __enter__(self) -> "Held":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        self.steps += 1
+        for name, module in self._layers.items():
+            if self._rule is not None:
+                weight, mask = _layers.matrix(module), _layers.matrix(module, self.masks[name])
+                self.masks[name] = _layers.like_weight(
+                    module, self._rule(name, weight, mask, self.steps)
+                )
+            _parameter(module).masked_fill_(~self.masks[name], 0)
+
+
+def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None = None) -> Held:
+    """Keeps every zero of the model's layers at zero through training with this optimizer.
+
+    The masks are the exact zeros that the weights have now. Nothing is attached to the model: its
+    parameters stay ordinary, so it can be copied, pickled, sharded and saved at any time. Moments
+    and weight decay of held weights run on in the optimizer and have no effect. A `rule`, such as
+    `gradual`, moves the masks.
+
+    Raises:
+        ValueError: if without a rule no weight is zero, or the optimizer updates none of them.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if _layers.is_prunable(module)
+        and module._parameters.get("weight") is not None
+        and (rule is not None or bool((_parameter(module) == 0).any()))
+    }
+    if not layers:
+        raise ValueError(
+            f"hold needs a model with zeros, this {type(model).__name__} has none: prune_ it first"
+        )
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {name: module for name, module in layers.items() if id(_parameter(module)) in updated}
+    if not held:
+        raise ValueError(
+            f"the optimizer updates none of the {len(layers)} sparse weights: make it from the "
+            "parameters of this model"
+        )
+    return Held(held, optimizer, rule)
+
+
+def _parameter(module: nn.Module) -> nn.Parameter:
+    parameter = module._parameters["weight"]
+    assert parameter is not None
+    return parameter

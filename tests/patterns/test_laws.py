@@ -1,0 +1,199 @@
+"""Laws that every pattern keeps. A new pattern joins by an example in `PATTERNS`."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from secateur import patterns
+from secateur.patterns import NM, Block, Channel, Pattern, Unstructured, parse
+
+PATTERNS: list[Pattern] = [
+    Unstructured(0.5),
+    Unstructured(0.61),
+    Unstructured(0.3, "layer"),
+    Unstructured(0.7, "group", 16),
+    NM(2, 4),
+    NM(1, 4),
+    NM(4, 8),
+    NM(5, 8),
+    NM(8, 32),
+    Block(4, 8, 0.5),
+    Block(1, 4, 0.3),
+    Block(16, 1, 0.75),
+    Channel(0.25),
+    Channel(0.5, "in"),
+]
+SHAPE = (16, 64)
+each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+
+
+def scores(seed: int, levels: int = 1_000_000) -> Tensor:
+    """Random scores; few levels make many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(levels, SHAPE, generator=generator).float() / levels
+
+
+def zeros_asked(pattern: Pattern) -> int:
+    """The zeros of a 16 x 64 mask, counted by hand from the pattern's definition."""
+    match pattern:
+        case NM(n, m):
+            return 16 * 64 * (m - n) // m
+        case Block(rows, cols, sparsity):
+            return int(sparsity * (16 // rows) * (64 // cols) + 0.5) * rows * cols
+        case Channel(sparsity, side):
+            return int(sparsity * 16 + 0.5) * 64 if side == "out" else int(sparsity * 64 + 0.5) * 16
+        case Unstructured(sparsity, scope, size):
+            groups, width = {"layer": (1, 1024), "row": (16, 64), "group": (64, size)}[scope]
+            return groups * int(sparsity * width + 0.5)
+    raise AssertionError(pattern)
+
+
+def test_every_pattern_of_the_package_is_here() -> None:
+    classes = {c for name in patterns.__all__ if dataclasses.is_dataclass(c := getattr(patterns, name))}
+    assert {type(pattern) for pattern in PATTERNS} == classes
+
+
+@each_pattern
+@given(seed=st.integers(0, 10_000), levels=st.sampled_from([1, 2, 5, 1_000_000]))
+@settings(max_examples=15, deadline=None)
+def test_the_count_is_exact_also_with_ties(pattern: Pattern, seed: int, levels: int) -> None:
+    mask = pattern.mask(scores(seed, levels))
+    assert int((~mask).sum()) == zeros_asked(pattern)
+    assert pattern.violation(mask) is None
+
+
+@each_pattern
+def test_one_zero_less_is_a_violation(pattern: Pattern) -> None:
+    mask = pattern.mask(scores(0))
+    row, column = (~mask).nonzero()[0].tolist()
+    mask[row, column] = True
+    assert pattern.violation(mask) is not None
+
+
+@each_pattern
+def test_more_zeros_never_are(pattern: Pattern) -> None:
+    mask = pattern.mask(scores(1)) & (scores(2) > 0.5)
+    assert pattern.violation(mask) is None
+    assert pattern.violation(torch.zeros_like(mask)) is None
+
+
+@each_pattern
+def test_scaling_the_scores_changes_nothing(pattern: Pattern) -> None:
+    assert torch.equal(pattern.mask(scores(3)), pattern.mask(scores(3) * 8))
+
+
+@each_pattern
+def test_pruning_again_by_magnitude_changes_nothing(pattern: Pattern) -> None:
+    weight = (scores(4) + 0.1) * pattern.mask(scores(4) + 0.1)
+    again = weight * pattern.mask(weight)
+    assert torch.equal(again, weight)
+
+
+@each_pattern
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=5, deadline=None)
+def test_no_single_exchange_would_keep_more_score(pattern: Pattern, seed: int) -> None:
+    """The mask is the best: the kept score equals the best found by brute force over units."""
+    score = scores(seed)
+    kept = float((score * pattern.mask(score)).sum())
+    assert kept == pytest.approx(best_score(pattern, score), rel=1e-5)
+
+
+def best_score(pattern: Pattern, score: Tensor) -> float:
+    """The largest score a mask of this pattern can keep, from sorted units."""
+    rows, columns = score.shape
+    match pattern:
+        case NM(n, m):
+            units = score.view(-1, m)
+            return float(units.sort(descending=True).values[:, :n].sum())
+        case Block(r, c, sparsity):
+            units = score.view(rows // r, r, columns // c, c).sum((1, 3)).view(1, -1)
+        case Channel(sparsity, side):
+            units = score.sum(1 if side == "out" else 0).view(1, -1)
+        case Unstructured(sparsity, scope, size):
+            units = score.view({"layer": (1, -1), "row": (rows, -1), "group": (-1, size)}[scope])
+    kept = units.shape[1] - int(sparsity * units.shape[1] + 0.5)
+    return float(units.sort(descending=True).values[:, :kept].sum())
+
+
+@each_pattern
+def test_equal_scores_keep_the_lower_index(pattern: Pattern) -> None:
+    mask = pattern.mask(torch.ones(SHAPE))
+    assert torch.equal(mask, pattern.mask(torch.ones(SHAPE)))
+    assert bool(mask[0, 0])
+    if isinstance(pattern, NM):
+        assert mask[0, : pattern.n].all() and not mask[0, pattern.n : pattern.m].any()
+
+
+@each_pattern
+@pytest.mark.parametrize("shape", [(16, 64), (32, 512), (16, 384)])
+def test_parts_cover_the_columns_and_their_zeros_add_up(
+    pattern: Pattern, shape: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(shape, generator=generator)
+    expected = int((~pattern.mask(score)).sum())
+    mask, reached = torch.ones(shape, dtype=torch.bool), 0
+    for start, stop, part in pattern.parts(shape):
+        assert start == reached < stop
+        mask[:, start:stop] = part.mask(score[:, start:stop])
+        reached = stop
+    assert reached == shape[1]
+    assert int((~mask).sum()) == expected
+    assert pattern.violation(mask) is None
+
+
+@each_pattern
+def test_the_short_string_reads_back(pattern: Pattern) -> None:
+    assert parse(str(pattern)) == pattern
+
+
+@each_pattern
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_low_precision_scores_give_a_bool_mask_of_the_exact_count(
+    pattern: Pattern, dtype: torch.dtype
+) -> None:
+    """torch.ao.pruning's full-block masks were float32 and turned bf16 weights into float32."""
+    mask = pattern.mask(scores(5).to(dtype))
+    assert mask.dtype == torch.bool
+    assert int((~mask).sum()) == zeros_asked(pattern)
+    weight = scores(5).to(dtype).masked_fill(~mask, 0)
+    assert weight.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "text"),
+    [
+        (NM(2, 4), (8, 6), "2:4 needs in_features divisible by 4, got 6"),
+        (NM(2, 4, "dense"), (8, 3), "2:4@dense-remainder needs in_features of at least 4, got 3"),
+        (
+            Block(4, 4, 0.5),
+            (8, 6),
+            "block:4x4@0.5 needs out_features divisible by 4 and in_features by 4, got 8 and 6",
+        ),
+        (Channel(0.5), (0, 6), "channels:0.5 needs a weight that is not empty, got (0, 6)"),
+        (Unstructured(0.5), (8, 0), "unstructured:0.5 needs a weight that is not empty, got (8, 0)"),
+    ],
+)
+def test_ragged_and_empty_shapes_say_why_not(
+    pattern: Pattern, shape: tuple[int, int], text: str
+) -> None:
+    assert pattern.why_not(shape) == text
+
+
+def test_a_dense_remainder_stays_dense() -> None:
+    pattern = NM(2, 4, "dense")
+    mask = pattern.mask(torch.arange(12.0).view(2, 6))
+    assert mask.tolist() == [[False, False, True, True, True, True]] * 2
+    assert [(a, b) for a, b, _ in pattern.parts((2, 6))] == [(0, 4), (4, 6)]
+
+
+def test_masks_of_ragged_shapes_raise_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match="remainder='dense'"):
+        NM(2, 4).mask(torch.rand(4, 6))
+    with pytest.raises(ValueError, match="choose a block that divides the weight"):
+        Block(3, 4, 0.5).mask(torch.rand(4, 8))
