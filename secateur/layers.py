@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -70,6 +71,8 @@ def why_not_prunable(module: nn.Module) -> str | None:
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         kind = "depthwise" if module.groups == module.in_channels else "grouped"
         return f"{kind} convolution: its groups do not share inputs"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} computes something else than x @ weight.T"
     return None

@@ -41,6 +41,8 @@ def _ramp(
     def sparsity(step: int) -> float:
         if step >= end:
             return final
-        return initial + (final - initial) * shape(max(0.0, (step - begin) / (end - begin)))
+        if step <= begin:
+            return initial
+        return initial + (final - initial) * shape((step - begin) / (end - begin))
 
     return sparsity

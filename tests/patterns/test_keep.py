@@ -14,7 +14,7 @@ from secateur.patterns.keep import PAIRWISE_WIDTH, count_zeros, keep_top
     levels=st.sampled_from([1, 3, 100_000]),
     data=st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_equals_a_stable_sort(width: int, seed: int, levels: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(0, width))
     score = torch.randint(levels, (3, width), generator=torch.Generator().manual_seed(seed)).float()
@@ -34,7 +34,8 @@ def test_k_out_of_range_raises() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "n", "zeros"), [(0.5, 3, 2), (0.25, 10, 3), (0.35, 10, 4), (0.999, 10, 10), (0.0, 7, 0)]
+    ("sparsity", "n", "zeros"),
+    [(0.5, 3, 2), (0.25, 10, 3), (0.35, 10, 4), (0.999, 10, 10), (0.0, 7, 0)],
 )
 def test_zeros_are_rounded_half_up(sparsity: float, n: int, zeros: int) -> None:
     assert count_zeros(sparsity, n) == zeros

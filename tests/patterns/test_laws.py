@@ -53,13 +53,15 @@ def zeros_asked(pattern: Pattern) -> int:
 
 
 def test_every_pattern_of_the_package_is_here() -> None:
-    classes = {c for name in patterns.__all__ if dataclasses.is_dataclass(c := getattr(patterns, name))}
+    classes = {
+        c for name in patterns.__all__ if dataclasses.is_dataclass(c := getattr(patterns, name))
+    }
     assert {type(pattern) for pattern in PATTERNS} == classes
 
 
 @each_pattern
 @given(seed=st.integers(0, 10_000), levels=st.sampled_from([1, 2, 5, 1_000_000]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_count_is_exact_also_with_ties(pattern: Pattern, seed: int, levels: int) -> None:
     mask = pattern.mask(scores(seed, levels))
     assert int((~mask).sum()) == zeros_asked(pattern)
@@ -95,7 +97,7 @@ def test_pruning_again_by_magnitude_changes_nothing(pattern: Pattern) -> None:
 
 @each_pattern
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_no_single_exchange_would_keep_more_score(pattern: Pattern, seed: int) -> None:
     """The mask is the best: the kept score equals the best found by brute force over units."""
     score = scores(seed)
@@ -176,7 +178,11 @@ def test_low_precision_scores_give_a_bool_mask_of_the_exact_count(
             "block:4x4@0.5 needs out_features divisible by 4 and in_features by 4, got 8 and 6",
         ),
         (Channel(0.5), (0, 6), "channels:0.5 needs a weight that is not empty, got (0, 6)"),
-        (Unstructured(0.5), (8, 0), "unstructured:0.5 needs a weight that is not empty, got (8, 0)"),
+        (
+            Unstructured(0.5),
+            (8, 0),
+            "unstructured:0.5 needs a weight that is not empty, got (8, 0)",
+        ),
     ],
 )
 def test_ragged_and_empty_shapes_say_why_not(

@@ -49,8 +49,8 @@ def test_refuses(text: str, message: str) -> None:
 
 def test_wrong_choices_name_the_right_ones(unchecked: None) -> None:
     with pytest.raises(ValueError, match="scope must be 'group', 'row' or 'layer', got 'model'"):
-        Unstructured(0.5, "model")  # type: ignore[arg-type]
+        Unstructured(0.5, "model")
     with pytest.raises(ValueError, match="side must be 'out' or 'in', got 'rows'"):
-        Channel(0.5, "rows")  # type: ignore[arg-type]
+        Channel(0.5, "rows")
     with pytest.raises(ValueError, match="remainder must be 'error' or 'dense', got 'skip'"):
-        NM(2, 4, "skip")  # type: ignore[arg-type]
+        NM(2, 4, "skip")

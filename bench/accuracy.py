@@ -1,0 +1,124 @@
+"""What pruning costs a real language model: every method on the same calibration rows, one run.
+
+    python -m bench.accuracy ../shared/models/reference-lm --patterns 2:4 --rows 128
+
+The folder holds a causal language model and `tokens.safetensors` with rows of ids `calibration` and
+`validation`. Every linear layer of the blocks is pruned; head, embeddings and norms stay dense.
+Columns: nll and its difference to dense in nats a token on the validation rows, KL(dense ||
+pruned), top-1 agreement with dense, R_M and R_S = 1 - dnll / dnll(magnitude | SparseGPT of the
+paper).
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import secateur as sc
+from bench.paper import sparsegpt_algorithm_1
+from bench.rows import append
+from secateur import evaluate
+from secateur.integrations.transformers import load_folder, token_rows
+from secateur.patterns import NM, Pattern, Unstructured
+from secateur.reconstruct import Solution
+
+PAPER = "sparsegpt, algorithm 1 in float64"
+
+
+def paper(weight: Tensor, gram: Tensor, pattern: Pattern) -> Solution:
+    """The transcription of the paper's algorithm, as an algorithm for `reconstruct_`."""
+    match pattern:
+        case NM(n, m):
+            pruned, mask = sparsegpt_algorithm_1(weight, gram, n=n, m=m)
+        case Unstructured(sparsity):
+            pruned, mask = sparsegpt_algorithm_1(weight, gram, p=sparsity)
+        case _:
+            raise ValueError(f"the paper's algorithm has no {pattern}")
+    return Solution(pruned.to(weight.dtype), mask)
+
+
+METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Tensor]], object]] = {
+    "magnitude": lambda model, plan, data: sc.prune_(model, plan),
+    "wanda": lambda model, plan, data: sc.prune_(model, plan, sc.wanda, data),
+    PAPER: lambda model, plan, data: sc.reconstruct_(model, plan, paper, data),
+    "sparsegpt": lambda model, plan, data: sc.reconstruct_(model, plan, sc.sparsegpt, data),
+}
+
+
+def measure(
+    dense: nn.Module, pattern: str, calibration: Sequence[Tensor], validation: Sequence[Tensor]
+) -> list[dict[str, str | float]]:
+    """A row for dense and one for each method."""
+    dense_nll = evaluate.perplexity(dense, validation).nll
+    rows: list[dict[str, str | float]] = [{"method": "dense", "nll": dense_nll, "dnll": 0.0}]
+    for name, prune in METHODS.items():
+        model = copy.deepcopy(dense)
+        plan = sc.plan(model, pattern)
+        begin = time.perf_counter()
+        prune(model, plan, list(calibration))
+        seconds = time.perf_counter() - begin
+        sc.check(model, plan)
+        agreement = evaluate.compare(model, dense, validation)
+        nll = evaluate.perplexity(model, validation).nll
+        rows.append(
+            {
+                "method": name,
+                "nll": nll,
+                "dnll": nll - dense_nll,
+                "kl": agreement.kl,
+                "top1": agreement.top1,
+                "seconds": seconds,
+            }
+        )
+        print(
+            f"{pattern} {name}: nll {nll:.4f} (dense {dense_nll:.4f}), {seconds:.1f} s", flush=True
+        )
+    loss = {row["method"]: float(row["dnll"]) for row in rows}
+    for row in rows:
+        row["r_m"] = 1 - float(row["dnll"]) / loss["magnitude"]
+        row["r_s"] = 1 - float(row["dnll"]) / loss[PAPER]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--patterns", default="2:4,4:8,unstructured:0.5@layer")
+    parser.add_argument("--rows", type=int, default=128, help="calibration rows")
+    parser.add_argument("--first", type=int, default=0, help="the first calibration row")
+    parser.add_argument("--validation-rows", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    options = parser.parse_args()
+
+    dense = load_folder(options.model, torch.float32).to(options.device)
+    tokens = f"{options.model / 'tokens.safetensors'}:"
+    found = torch.cat(
+        token_rows(tokens + "calibration", options.first + options.rows, options.batch)
+    )
+    calibration = found[options.first :].to(options.device).split(options.batch)
+    validation = [
+        rows.to(options.device)
+        for rows in token_rows(tokens + "validation", options.validation_rows, options.batch)
+    ]
+    for pattern in options.patterns.split(","):
+        rows = measure(dense, pattern, calibration, validation)
+        shared = {
+            "model": options.model.name,
+            "pattern": pattern,
+            "calibration_rows": options.rows,
+            "first_row": options.first,
+            "validation_rows": options.validation_rows,
+        }
+        append(options.output, "accuracy", [{**shared, **row} for row in rows], options.device)
+
+
+if __name__ == "__main__":
+    main()

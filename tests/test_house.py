@@ -1,0 +1,85 @@
+"""The rules of the house that a machine can keep."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import secateur as sc
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "secateur").rglob("*.py"))
+
+# The public names. Adding one is a decision: change this list with it.
+PUBLIC = {
+    *("plan", "Plan", "read_plan", "prune_", "reconstruct_", "check"),
+    *("NM", "Unstructured", "Block", "Channel"),
+    *("magnitude", "wanda", "random", "sparsegpt", "sense"),
+    *("hold", "gradual", "distil_"),
+    *("accelerate_", "pack_", "unpack_", "SparseLinear"),
+    *("save", "load"),
+}
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(sc.__all__) == PUBLIC
+    assert len(sc.__all__) <= 25
+    assert all(name in vars(sc) for name in PUBLIC)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_says_what_it_is(name: str) -> None:
+    documented = inspect.getdoc(vars(sc)[name])
+    assert documented and len(documented.splitlines()[0]) > 20
+
+
+def test_importing_touches_no_optional_package() -> None:
+    optional = [
+        "triton",
+        "cuda",
+        "transformers",
+        "matplotlib",
+        "jinja2",
+        "typer",
+        "rich",
+        "pydantic",
+    ]
+    code = f"import secateur, sys; print([m for m in {optional!r} if m in sys.modules])"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_house_style(path: Path) -> None:
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) or not text.strip(), "every file says what it is for"
+    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.args.kwarg is None, (
+                f"{node.name} takes **{node.args.kwarg}: name its options"
+            )
+        if isinstance(node, ast.ClassDef):
+            bases = {b.id for b in node.bases if isinstance(b, ast.Name)}
+            assert not bases & classes, f"{node.name} inherits from a class of this file"
+        assert not isinstance(node, ast.Global), "no mutable module state"
+    forbidden = r"\b(prunem?_n|sgpt|obcq|sparsity_level|prune_mask|importance)\b"
+    if "compat" not in path.parts:
+        assert not re.search(forbidden, text), "the glossary has another word for it"
+
+
+def test_no_binary_or_large_file_is_tracked() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    large = [
+        f
+        for f in listed.stdout.split("\n")
+        if f and (ROOT / f).is_file() and (ROOT / f).stat().st_size > 2**20
+    ]
+    assert large == []

@@ -1,0 +1,152 @@
+"""Layers as matrices, and selecting them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from secateur.layers import input_rows, like_weight, matrix, select
+
+
+class Conv1D(nn.Module):
+    """A linear layer that stores [in, out], as GPT-2's in transformers does."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.nf = out_features
+        self.weight = nn.Parameter(torch.randn(in_features, out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+CONVOLUTIONS = [
+    nn.Conv2d(6, 5, 3, bias=False),
+    nn.Conv2d(6, 5, (3, 2), stride=2, padding=1, bias=False),
+    nn.Conv2d(6, 5, 3, padding="same", dilation=2, bias=False),
+    nn.Conv2d(6, 5, 3, padding=(2, 1), padding_mode="circular", bias=False),
+    nn.Conv2d(6, 5, 1, bias=False),
+]
+
+
+@pytest.mark.parametrize("conv", CONVOLUTIONS, ids=str)
+def test_the_matrix_times_input_rows_is_the_convolution(conv: nn.Conv2d) -> None:
+    x = torch.randn(2, 6, 9, 8)
+    expected = conv(x).movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(input_rows(conv, x) @ matrix(conv).T, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module", [*CONVOLUTIONS, nn.Linear(6, 5), nn.Embedding(7, 6), Conv1D(5, 6)], ids=str
+)
+def test_like_weight_undoes_matrix(module: nn.Module) -> None:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    assert torch.equal(like_weight(module, matrix(module)), weight)
+
+
+def test_conv1d_is_seen_transposed() -> None:
+    module, x = Conv1D(5, 6), torch.randn(3, 6)
+    assert matrix(module).shape == (5, 6)
+    torch.testing.assert_close(F.linear(x, matrix(module)), module(x))
+
+
+def test_groups_along_input_channels_lie_together_in_a_convolution() -> None:
+    conv = nn.Conv2d(4, 1, 2, bias=False)
+    weight = torch.arange(16.0).view(1, 4, 2, 2)
+    assert matrix(conv, weight)[0, :4].tolist() == weight[0, :, 0, 0].tolist()
+
+
+def test_three_dimensional_inputs_are_rows_of_tokens() -> None:
+    x = torch.randn(2, 3, 6)
+    assert torch.equal(input_rows(nn.Linear(6, 5), x), x.view(6, 6))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up_proj": nn.Linear(8, 16), "down_proj": nn.Linear(16, 8)})
+            for _ in range(2)
+        )
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.conv = nn.Conv2d(8, 4, 3)
+        self.lm_head = nn.Linear(8, 10)
+        self.tied = nn.Linear(8, 10)
+        self.tied.weight = self.embed.weight
+
+
+ALL = [
+    "blocks.0.up_proj",
+    "blocks.0.down_proj",
+    "blocks.1.up_proj",
+    "blocks.1.down_proj",
+    "conv",
+]
+
+
+def test_by_default_heads_tied_weights_and_depthwise_are_left_alone_and_said() -> None:
+    selection = select(Model())
+    assert list(selection.layers) == ALL
+    assert selection.skipped == {
+        "depthwise": "depthwise convolution: its groups do not share inputs",
+        "lm_head": "output head: name it to prune it",
+        "tied": "its weight is tied to embed",
+    }
+
+
+@pytest.mark.parametrize(
+    ("selectors", "ignore", "chosen"),
+    [
+        (["*.up_proj"], [], ["blocks.0.up_proj", "blocks.1.up_proj"]),
+        ([r"re:blocks\.1\."], [], ["blocks.1.up_proj", "blocks.1.down_proj"]),
+        ([nn.Conv2d], [], ["conv"]),
+        ([lambda name, module: "down" in name], [], ["blocks.0.down_proj", "blocks.1.down_proj"]),
+        (["lm_head"], [], ["lm_head"]),
+        (None, ["conv", "*.0.*"], ["blocks.1.up_proj", "blocks.1.down_proj"]),
+        (None, [nn.Linear], ["conv"]),
+    ],
+)
+def test_selectors(selectors, ignore, chosen) -> None:
+    assert list(select(Model(), selectors, ignore).layers) == chosen
+
+
+def test_the_first_match_wins() -> None:
+    selection = select(Model(), ["blocks.0.up_proj", "*.up_proj", "*"])
+    assert selection.matched_by["blocks.0.up_proj"] == 0
+    assert selection.matched_by["blocks.1.up_proj"] == 1
+    assert selection.matched_by["conv"] == 2
+
+
+@pytest.mark.parametrize(
+    ("selectors", "message"),
+    [
+        (
+            ["blocks.0.up_projj"],
+            "No module matches 'blocks.0.up_projj'. Closest: 'blocks.0.up_proj', ",
+        ),
+        (["*.gate_proj"], "No module matches '*.gate_proj'."),
+        (["re:^nothing$"], "No module matches 're:^nothing$'."),
+        ([nn.LSTM], "no prunable layer of Model matches <class"),
+        (["blocks.0"], "'blocks.0' is a ModuleDict, which has no weight matrix to prune"),
+        (["tied"], "tied cannot be pruned: its weight is tied to embed"),
+        (["depthwise"], "depthwise cannot be pruned: depthwise convolution"),
+    ],
+)
+def test_wrong_selectors_say_what_is_wrong(selectors, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        select(Model(), selectors)
+    assert message in str(error.value)
+
+
+def test_an_ignore_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="No module matches 'lm_heads'. Closest: 'lm_head'"):
+        select(Model(), ignore=["lm_heads"])
+
+
+def test_nothing_left_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no layer is left to prune in Sequential"):
+        select(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match=r"no layer is left to prune in Linear: .* \(ignored\)"):
+        select(nn.Linear(2, 2), ignore=[nn.Linear])

@@ -1,0 +1,123 @@
+"""Plans: made, printed, written, read, and refused for another model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.plan import match, plan_from_dict
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6), nn.Linear(6, 4))
+
+
+def test_one_pattern_for_all_as_string_or_value() -> None:
+    net = model()
+    assert sc.plan(net, "unstructured:0.5") == sc.plan(net, sc.Unstructured(0.5))
+    assert dict(sc.plan(net, "unstructured:0.5").shapes) == {
+        "0": (12, 8),
+        "2": (6, 12),
+        "3": (4, 6),
+    }
+
+
+def test_a_mapping_gives_each_layer_the_first_that_matches() -> None:
+    plan = sc.plan(model(), {"0": "2:4", "re:^[02]$": "4:8@dense-remainder", "*": "channels:0.5"})
+    assert {name: str(p) for name, p in plan.layers.items()} == {
+        "0": "2:4",
+        "2": "4:8@dense-remainder",
+        "3": "channels:0.5",
+    }
+
+
+def test_layers_that_do_not_fit_are_all_listed() -> None:
+    with pytest.raises(ValueError) as error:
+        sc.plan(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 10), nn.Linear(10, 2)), "2:4")
+    assert "2 of 3 layers cannot have their pattern" in str(error.value)
+    assert "0: 2:4 needs in_features divisible by 4, got 6" in str(error.value)
+    assert "2: 2:4 needs in_features divisible by 4, got 10" in str(error.value)
+    assert "Ignore them, choose another pattern, or for N:M write '2:4@dense-remainder'" in str(
+        error.value
+    )
+
+
+def test_a_dense_remainder_makes_ragged_layers_fit() -> None:
+    net = nn.Sequential(nn.Linear(6, 4))
+    plan = sc.plan(net, "2:4@dense-remainder")
+    sc.prune_(net, plan)
+    assert (net[0].weight[:, :4] != 0).sum(1).tolist() == [2] * 4
+    assert (net[0].weight[:, 4:] != 0).all()
+
+
+def test_prints_what_it_will_do_and_what_not() -> None:
+    net = nn.Sequential()
+    net.add_module("body", nn.Linear(8, 8))
+    net.add_module("lm_head", nn.Linear(8, 16))
+    text = str(sc.plan(net, "2:4"))
+    assert "body" in text and "50.0%" in text
+    assert "1 layers (2:4: 1), 64 weights" in text
+    assert "lm_head: output head: name it to prune it" in text
+
+
+@pytest.mark.parametrize("name", ["plan.yaml", "plan.json"])
+def test_written_and_read_back(name: str, tmp_path: Path) -> None:
+    plan = sc.plan(model(), {"0": "2:4", "*": "unstructured:0.25@layer"}, ignore=["3"])
+    plan.write(tmp_path / name)
+    assert sc.read_plan(tmp_path / name) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a plan: "),
+        ("layers: 3\nversion: 1", "is not a plan: at layers: "),
+        ("version: 1", "is not a plan: at layers: Field required"),
+        ("version: 9\nlayers: {}", "is a plan of version 9, this library reads 1"),
+        (
+            "version: 1\nlayers: {a: {pattern: '2:3:4', shape: [4, 4]}}",
+            "is not a plan: unknown pattern '2:3:4'",
+        ),
+        (
+            "version: 1\nlayers: {a: {pattern: '2:4', shape: [4]}}",
+            "is not a plan: at layers.a.shape",
+        ),
+        ("version: 1\nlayers: {}\nimport: os", "is not a plan: at import: Extra inputs"),
+        ("!!python/object/apply:os.system ['true']", "is not a plan: "),
+    ],
+)
+def test_files_that_are_no_plan_say_where(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        sc.read_plan(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    plan = sc.plan(model(), "unstructured:0.5")
+    with pytest.raises(ValueError) as error:
+        match(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 7)), plan)
+    assert "made for another model than this Sequential" in str(error.value)
+    assert "1 of its 3 layers are missing, first '3'" in str(error.value)
+    assert "1 have another shape, first 2 is (7, 12), planned (6, 12)" in str(error.value)
+
+
+def test_a_mapping_and_layers_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="either a mapping of selectors to patterns, or layers="):
+        sc.plan(model(), {"0": "2:4"}, layers=["0"])
+
+
+def test_planning_changes_nothing() -> None:
+    net = model()
+    before = [p.detach().clone() for p in net.parameters()]
+    sc.plan(net, "unstructured:0.9")
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_plain_data_round_trip() -> None:
+    plan = sc.plan(model(), "unstructured:0.5")
+    assert plan_from_dict(plan.to_dict(), "here") == plan

@@ -1,0 +1,61 @@
+"""Statistics against float64, and what a function's parameters ask for."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+import secateur as sc
+from secateur.statistics import STATISTICS, call_with, name_of, needed_by
+
+
+def test_sums_over_batches_equal_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(n, 12, generator=generator) for n in (5, 1, 30)]
+    rows = torch.cat(batches).double()
+    expected = {"input_norm": rows.square().sum(0).sqrt(), "gram": rows.T @ rows / 36}
+    assert STATISTICS.keys() == expected.keys()
+    for name, make in STATISTICS.items():
+        statistic = make(12, torch.device("cpu"))
+        for batch in batches:
+            statistic.update(batch)
+        torch.testing.assert_close(
+            statistic.value(36).double(), expected[name], rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """4096 squares of 200 overflow float16 and stall in bfloat16."""
+    rows = torch.full((4096, 2), 200.0, dtype=dtype)
+    for name, expected in (("input_norm", 200.0 * 64), ("gram", 200.0**2)):
+        statistic = STATISTICS[name](2, torch.device("cpu"))
+        statistic.update(rows)
+        value = statistic.value(4096)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, torch.full_like(value, expected))
+
+
+def test_parameters_are_the_declaration() -> None:
+    assert needed_by(sc.wanda, ("weight",)) == ("input_norm",)
+    assert needed_by(sc.magnitude, ("weight",)) == ()
+    assert needed_by(sc.sparsegpt, ("weight", "pattern")) == ("gram",)
+    assert needed_by(functools.partial(sc.sparsegpt, damping=1.0), ("weight", "pattern")) == (
+        "gram",
+    )
+    with pytest.raises(ValueError, match="random asks for 'layer_seed', which is no statistic"):
+        needed_by(sc.random, ("weight",))
+
+
+def test_only_what_is_named_is_passed() -> None:
+    def both(weight: Tensor, input_norm: Tensor, power: float = 2.0) -> str:
+        return f"{weight} {input_norm} {power}"
+
+    assert call_with(both, {"weight": 1, "input_norm": 2, "gram": 3}) == "1 2 2.0"
+
+
+def test_names_of_functions_partials_and_callables() -> None:
+    assert name_of(sc.wanda) == "wanda"
+    assert name_of(functools.partial(sc.sparsegpt, damping=0.1)) == "sparsegpt(damping=0.1)"
+    assert name_of(sc.NM) == "NM"

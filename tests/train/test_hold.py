@@ -1,0 +1,145 @@
+"""Holding zeros through training, whatever the optimizer does."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from tests.models import ConvNet
+
+
+def pruned(pattern: str = "2:4") -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    sc.prune_(model, sc.plan(model, pattern))
+    return model
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 100) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        x = torch.randn(8, 16, generator=generator)
+        optimizer.zero_grad()
+        (model(x) - x[:, :4].sin()).square().mean().backward()
+        optimizer.step()
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_zeros_stay_zero_and_the_rest_learns(make) -> None:
+    model = pruned()
+    before = [layer.weight.detach().clone() for layer in (model[0], model[2])]
+    optimizer = make(model.parameters())
+    sc.hold(model, optimizer)
+    train(model, optimizer)
+    for layer, old in zip((model[0], model[2]), before, strict=True):
+        assert torch.equal(layer.weight == 0, old == 0)
+        assert not torch.equal(layer.weight, old)
+    assert sc.check(model, "2:4") == {"0": 0.5, "2": 0.5}
+
+
+def test_without_holding_they_do_not() -> None:
+    model = pruned()
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.01), steps=5)
+    with pytest.raises(ValueError, match=r"2 of 2 layers break the plan.*without sc.hold"):
+        sc.check(model, "2:4")
+
+
+def test_released_zeros_are_free() -> None:
+    model = pruned()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sc.hold(model, optimizer) as held:
+        train(model, optimizer, 3)
+        assert held.steps == 3
+    sc.check(model, "2:4")
+    train(model, optimizer, 3)
+    assert held.steps == 3
+    with pytest.raises(ValueError, match="break the plan"):
+        sc.check(model, "2:4")
+
+
+def test_nothing_is_attached_to_the_model() -> None:
+    model = pruned()
+    keys = list(model.state_dict())
+    sc.hold(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert list(model.state_dict()) == keys
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+        )
+
+
+def test_two_models_do_not_share_masks_after_loading() -> None:
+    """Loading one torch.ao sparsifier's state into another made both models share one mask."""
+    one, other = pruned(), pruned("1:4")
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (one, other)]
+    held = [sc.hold(m, o) for m, o in zip((one, other), optimizers, strict=True)]
+    other.load_state_dict(one.state_dict())
+    train(one, optimizers[0], 3)
+    assert all(held[0].masks[n].data_ptr() != held[1].masks[n].data_ptr() for n in held[0].masks)
+    train(other, optimizers[1], 3)
+    sc.check(one, "2:4")
+    sc.check(other, "1:4")
+
+
+def test_resumed_training_equals_uninterrupted_training() -> None:
+    def run(restart: bool) -> dict[str, torch.Tensor]:
+        model = pruned()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        held = sc.hold(model, optimizer)
+        train(model, optimizer, 10)
+        if restart:
+            held.release()
+            saved = pickle.dumps((model.state_dict(), optimizer.state_dict()))
+            weights, moments = pickle.loads(saved)
+            model = pruned()
+            model.load_state_dict(weights)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            optimizer.load_state_dict(moments)
+            sc.hold(model, optimizer)
+        train(model, optimizer, 10)
+        return model.state_dict()
+
+    whole, resumed = run(False), run(True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_convolutions_and_embeddings_are_held_too() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(8, 4))
+    sc.prune_(model, sc.plan(model, "2:4", layers=[nn.Embedding]))
+    conv = ConvNet()
+    sc.prune_(conv, sc.plan(conv, "2:4", layers=[nn.Conv2d]))
+    for net, x in ((model, torch.randint(10, (3, 2))), (conv, torch.randn(2, 4, 8, 8))):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        held = sc.hold(net, optimizer)
+        net(x).sum().backward()
+        optimizer.step()
+        for name, mask in held.masks.items():
+            assert not net.get_submodule(name).weight[~mask].any()
+
+
+def test_a_nan_gradient_does_not_reach_a_held_zero() -> None:
+    model = pruned()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    held = sc.hold(model, optimizer)
+    model[0].weight.grad = torch.full_like(model[0].weight, float("nan"))
+    optimizer.step()
+    assert (model[0].weight[~held.masks["0"]] == 0).all()
+
+
+def test_refuses_a_model_without_zeros_and_a_foreign_optimizer() -> None:
+    dense = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="this Sequential has none: prune_ it first"):
+        sc.hold(dense, torch.optim.SGD(dense.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="the optimizer updates none of the 2 sparse weights"):
+        sc.hold(pruned(), torch.optim.SGD(dense.parameters(), lr=0.1))
