@@ -1,6 +1,7 @@
 """Raw rows of a bench: appended to bench/results/<bench>_<date>_<device>_<commit>.csv."""
 
 import csv
+import os
 import platform
 import re
 import subprocess
@@ -60,7 +61,9 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The short commit, `+` behind it where tracked files differ from it."""
+    """The short commit, `+` behind it where files differ; BENCH_COMMIT names it for a bare copy."""
+    if named := os.environ.get("BENCH_COMMIT"):
+        return named
     git = ["git", "-C", str(Path(__file__).parents[1])]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if found.returncode:

@@ -5,7 +5,7 @@ gradients and are left as they were; sums are kept in float64.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from secateur.calibrate import Batch
 from secateur.outputs import answer, counted, divergence, eval_mode, hidden_of, logits_of, pooled
+from secateur.replay import Batch
 
 # Logits turned to float32 at once, 256 MiB: a batch of a large vocabulary would not fit twice.
 LOGITS_AT_ONCE = 2**26
@@ -93,8 +93,8 @@ def perplexity(
                 tokens += targets[:, -new:].numel()
             if not math.isfinite(nll):
                 raise ValueError(
-                    f"perplexity needs finite logits, {where} gives a token the probability 0: check "
-                    "the weights"
+                    f"perplexity needs finite logits, {where} gives a token the probability 0: "
+                    "check the weights"
                 )
     if tokens == 0:
         raise ValueError("perplexity needs rows of at least 2 tokens, got only shorter ones")
@@ -172,7 +172,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Batch, Tensor]]) -> float
 
 def _named(batches: Iterable[Any], verb: str) -> Iterator[tuple[str, Any]]:
     """Each batch with the words that say which it is; an error if there is none."""
-    if isinstance(batches, Tensor) or hasattr(batches, "keys"):
+    if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(
             f"{verb} needs an iterable of batches, got one {type(batches).__name__}: wrap it in a "
             "list, or split it, as in tokens.split(8)"
@@ -217,8 +217,8 @@ def _ids(batch: Any, where: str) -> Int[Tensor, "batch tokens"]:
     if not isinstance(batch, Tensor) or batch.dim() != 2 or batch.is_floating_point():
         found = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch)
         raise ValueError(
-            f"perplexity needs rows of token ids, an integer tensor [batch, tokens], got {found} for "
-            f"{where}: give a single document as ids[None]"
+            f"perplexity needs rows of token ids, an integer tensor [batch, tokens], got {found} "
+            f"for {where}: give a single document as ids[None]"
         )
     return batch.long()
 
@@ -228,8 +228,8 @@ def _check_targets(
 ) -> None:
     if logits.dim() != 3 or logits.shape[:2] != targets.shape:
         raise ValueError(
-            f"perplexity needs logits [batch, tokens, vocabulary] for {tuple(targets.shape)} ids, got "
-            f"{tuple(logits.shape)} for {where}: pass a causal language model"
+            f"perplexity needs logits [batch, tokens, vocabulary] for {tuple(targets.shape)} ids, "
+            f"got {tuple(logits.shape)} for {where}: pass a causal language model"
         )
     if int(targets.max()) >= logits.shape[-1] or int(targets.min()) < 0:
         raise ValueError(
@@ -247,8 +247,8 @@ def _nll(logits: Float[Tensor, "tokens classes"], targets: Int[Tensor, " tokens"
     return total
 
 
-def _chunks(logits: Float[Tensor, "tokens classes"]) -> tuple[Tensor, ...]:
-    return logits.split(max(1, LOGITS_AT_ONCE // logits.shape[-1]))
+def _chunks(logits: Float[Tensor, "tokens classes"]) -> Sequence[Tensor]:
+    return torch.split(logits, max(1, LOGITS_AT_ONCE // logits.shape[-1]))
 
 
 # --- two models, or labels -----------------------------------------------------------------------
@@ -266,8 +266,8 @@ def _pair(
     found = tensor_of(answer(model, batch, where), where)
     if found.shape != reference.shape:
         raise ValueError(
-            f"the models need outputs of one shape, got {tuple(found.shape)} and for the dense model "
-            f"{tuple(reference.shape)} in {where}: compare a model with the one it was pruned from"
+            f"the models need outputs of one shape, got {tuple(found.shape)} and for the dense "
+            f"model {tuple(reference.shape)} in {where}: compare a model with its own dense form"
         )
     return reference.to(found.device), found
 

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
-from secateur.calibrate import Batch, run_batch
+from secateur.replay import Batch, run_batch, to_device
 
 
 @contextlib.contextmanager
@@ -22,7 +21,8 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Eval mode without key-value caches or fused paths that skip modules; restored at the end."""
     modules = [module for model in models for module in model.modules()]
     training = [(module, module.training) for module in modules]
-    configs = {id(c): c for m in modules if hasattr(c := getattr(m, "config", None), "use_cache")}
+    found: list[Any] = [getattr(module, "config", None) for module in modules]
+    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
     caching = {key: config.use_cache for key, config in configs.items()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -60,7 +60,7 @@ def answer(model: nn.Module, batch: Batch, where: str) -> Any:
 def on_device(batch: Batch, model: nn.Module) -> Batch:
     """The batch with its tensors on the device of the model's first parameter."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    moved: Batch = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+    moved: Batch = to_device(batch, device)
     return moved
 
 
@@ -104,13 +104,17 @@ def counted(
 def divergence(
     dense: Float[Tensor, "*positions classes"], logits: Float[Tensor, "*positions classes"]
 ) -> Float[Tensor, "*positions"]:
-    """KL(dense || model) = sum_c p_c (log p_c - log q_c) in nats; a class that p excludes adds 0."""
-    p, q = F.log_softmax(dense.float(), dim=-1), F.log_softmax(logits.float(), dim=-1)
-    return (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0).sum(-1)
+    """KL(dense || model) = sum_c p_c (log p_c - log q_c) in nats, 0 for classes that p excludes.
+
+    In float32 at least.
+    """
+    dtype = torch.promote_types(dense.dtype, torch.float32)
+    p, q = F.log_softmax(dense.to(dtype), dim=-1), F.log_softmax(logits.to(dtype), dim=-1)
+    return (p.exp() * (p - q)).masked_fill(p.exp() == 0, 0).sum(-1)
 
 
 def pooled(
-    hidden: Float[Tensor, "batch *tokens hidden"], mask: Bool[Tensor, "batch *tokens"]
+    hidden: Float[Tensor, "batch *tokens hidden"], mask: Bool[Tensor, "..."]
 ) -> Float[Tensor, "batch hidden"]:
     """The mean over the counted tokens, scaled to length 1; one vector a row is its own mean."""
     if hidden.dim() == 3:
@@ -121,10 +125,11 @@ def pooled(
 
 def _tensor_of(output: Any, name: str, where: str) -> Tensor:
     found = output if isinstance(output, Tensor) else getattr(output, name, None)
-    if not isinstance(found, Tensor):
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        kind = f"{found.dtype} numbers" if isinstance(found, Tensor) else type(output).__name__
         raise ValueError(
-            f"the output needs to be a tensor or to have .{name}, got {type(output).__name__} for "
-            f"{where}: wrap the model so that it returns the tensor"
+            f"the output needs to be a float tensor or to have .{name}, got {kind} for {where}: "
+            "wrap the model so that it returns the tensor"
         )
     if bool(found.isnan().any()):
         raise ValueError(

@@ -25,12 +25,14 @@ def keep_top(score: Shaped[Tensor, "*rows n"], k: int) -> Bool[Tensor, "*rows n"
 def _by_rank(score: Tensor, k: int) -> Tensor:
     """Keep the scores that fewer than k others beat; i beats a later j if at least as large."""
     columns = score.movedim(-1, 0).contiguous()
-    beaten_by = torch.zeros(columns.shape, dtype=torch.uint8, device=score.device)
+    beaten_by = torch.empty(columns.shape, dtype=torch.uint8, device=score.device)
+    for i in range(len(columns)):
+        beaten_by[i] = len(columns) - 1 - i  # by every later one, until i turns out to beat it
     for i in range(len(columns)):
         for j in range(i + 1, len(columns)):
-            i_beats_j = columns[i] >= columns[j]
+            i_beats_j = (columns[i] >= columns[j]).view(torch.uint8)
             beaten_by[j] += i_beats_j
-            beaten_by[i] += ~i_beats_j
+            beaten_by[i] -= i_beats_j
     return (beaten_by < k).movedim(0, -1).contiguous()
 
 
