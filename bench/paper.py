@@ -38,7 +38,9 @@ def sparsegpt_algorithm_1(
         for j in range(i, stop):
             if n == 0 and j == i:
                 score = W[:, i:stop] ** 2 / Hinv.diagonal()[i:stop] ** 2
-                drop = score.flatten().argsort()[: round(p * score.numel())]
+                # Rounded cumulatively, so that the whole weight has p d_row d_col zeros.
+                zeros = int(p * len(W) * stop + 0.5) - int(p * len(W) * i + 0.5)
+                drop = score.flatten().argsort()[:zeros]
                 M[:, i:stop] = (
                     torch.ones_like(score).flatten().index_fill(0, drop, 0).view_as(score) > 0
                 )

@@ -241,8 +241,10 @@ class _Run:
             **statistics,
         }
         solution = self.solve(available, name)
-        violation = pattern.violation(solution.mask)
-        assert violation is None, f"{self.method} left {name} with a mask that {violation}"
+        if (violation := pattern.violation(solution.mask)) is not None:
+            raise ValueError(
+                f"{self.method} needs to give {name} a mask of {pattern}, its mask {violation}"
+            )
         new = solution.weight.masked_fill(~solution.mask, 0)
         if not new.isfinite().all():
             raise ValueError(

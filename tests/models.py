@@ -48,9 +48,10 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         length = input_ids.shape[1]
-        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        mask = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
         if attention_mask is not None:
-            mask = mask & attention_mask[:, None, None, :].bool() | torch.eye(length).bool()
+            itself = torch.eye(length, dtype=torch.bool, device=input_ids.device)
+            mask = mask & attention_mask[:, None, None, :].bool() | itself
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, mask=mask)[0]

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import secateur as sc
 from secateur.checkpoint import Checkpoint
+from secateur.reconstruct import Solution
 from tests.models import ConvNet, Decoder
 
 METHODS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
@@ -328,6 +329,20 @@ def test_scores_of_the_wrong_shape_or_nan_are_refused_and_nothing_is_lost() -> N
     for wrong in (lambda weight: weight.sum(0), lambda weight: weight / 0 * 0):
         with pytest.raises(ValueError, match=r"needs to give blocks.0.attention.q_proj a score"):
             sc.prune_(model, sc.plan(model, "2:4"), wrong)
+    assert_unchanged(model, before)
+
+
+def test_an_algorithm_that_misses_the_pattern_is_refused_and_nothing_is_lost() -> None:
+    def careless(weight: Tensor, pattern: sc.NM) -> Solution:
+        return Solution(weight, torch.ones_like(weight, dtype=torch.bool))
+
+    model = decoder()
+    before = state(model)
+    message = (
+        r"careless needs to give blocks.0.attention.q_proj a mask of 2:4, its mask has 64 groups"
+    )
+    with pytest.raises(ValueError, match=message):
+        sc.reconstruct_(model, sc.plan(model, "2:4"), careless, tokens())
     assert_unchanged(model, before)
 
 
