@@ -4,12 +4,16 @@ The front half (`plan`, `prune_`, `reconstruct_`, `check`, `hold`) leaves an ord
 with exact zeros in ordinary parameters; the back half (`accelerate_`, `pack_`) reads nothing else.
 """
 
+from secateur.accelerate import accelerate_
+from secateur.allocation import sense
 from secateur.criteria import magnitude, random, wanda
+from secateur.formats import SparseLinear, pack_, unpack_
 from secateur.patterns import NM, Block, Channel, Unstructured
 from secateur.plan import Plan, plan, read_plan
 from secateur.prune import check, prune_, reconstruct_
 from secateur.reconstruct import sparsegpt
-from secateur.train import gradual, hold
+from secateur.save import load, save
+from secateur.train import distil_, gradual, hold
 
 __version__ = "0.1.0.dev0"
 
@@ -18,16 +22,24 @@ __all__ = [
     "Block",
     "Channel",
     "Plan",
+    "SparseLinear",
     "Unstructured",
+    "accelerate_",
     "check",
+    "distil_",
     "gradual",
     "hold",
+    "load",
     "magnitude",
+    "pack_",
     "plan",
     "prune_",
     "random",
     "read_plan",
     "reconstruct_",
+    "save",
+    "sense",
     "sparsegpt",
+    "unpack_",
     "wanda",
 ]

@@ -264,7 +264,9 @@ class _Run:
         )
 
     def _fingerprint(self, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
-        sums = {name: float(_parameter(m).double().abs().sum()) for name, m in layers.items()}
+        sums = {
+            name: float(_parameter(m).detach().double().abs().sum()) for name, m in layers.items()
+        }
         return {"method": self.method, "plan": self.plan.to_dict()["layers"], "weights": sums}
 
 

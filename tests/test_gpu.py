@@ -42,9 +42,7 @@ def test_prunes_as_on_the_cpu(verb, method, offload: bool) -> None:
     sc.check(on_gpu, "2:4")
     for one, other in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
         same = (one != 0) == (other.cpu() != 0)
-        assert (
-            same.float().mean() > 0.98
-        )  # float32 sums in another order decide near-ties otherwise
+        assert same.float().mean() > 0.98  # sums in another order decide near-ties otherwise
     if method is sc.sparsegpt:
         for one, other in zip(*(r.layers for r in reports), strict=True):
             assert one.error == pytest.approx(other.error, rel=0.05)

@@ -1,0 +1,292 @@
+"""Sensitivity: what the model loses when one layer alone is pruned, layer by layer."""
+
+import contextlib
+import math
+import zlib
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from secateur import layers as _layers
+from secateur.allocation.kept import Kept, read_json, write_json
+from secateur.calibrate import Observed, observe
+from secateur.criteria import magnitude
+from secateur.layers import Selector
+from secateur.outputs import eval_mode
+from secateur.patterns import Pattern, parse
+from secateur.replay import Batch
+from secateur.statistics import call_with, name_of, needed_by
+from secateur.tables import text_table
+
+SENSITIVITY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The loss of the dense model, and by how much one pruned layer alone raises it.
+
+    `increase[layer][pattern]` is None where the layer cannot have the pattern; `why_not` says why.
+    Increases of several layers pruned together add up only roughly.
+    """
+
+    criterion: str
+    loss: float
+    patterns: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, int]]
+    increase: Mapping[str, Mapping[str, float | None]]
+    why_not: Mapping[str, Mapping[str, str]]
+    skipped: Mapping[str, str]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("layer", "out", "in", *self.patterns)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        def cell(increase: float | None) -> str:
+            return "-" if increase is None else f"{increase:+.4f}"
+
+        return [
+            (name, *map(str, self.shapes[name]), *(cell(found[p]) for p in self.patterns))
+            for name, found in self.increase.items()
+        ]
+
+    def __str__(self) -> str:
+        reasons = [
+            f"\n  {name}, {pattern}: {reason}"
+            for name, found in self.why_not.items()
+            for pattern, reason in found.items()
+        ]
+        return (
+            f"{text_table(self.columns, self.rows())}\n"
+            f"increase of the loss over the dense model's {self.loss:.4f}, one layer pruned by "
+            f"{self.criterion}" + ("\nnot measured:" + "".join(reasons) if reasons else "")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in the file."""
+        return {
+            "version": SENSITIVITY_VERSION,
+            "criterion": self.criterion,
+            "loss": self.loss,
+            "patterns": list(self.patterns),
+            "layers": {
+                name: {
+                    "shape": list(self.shapes[name]),
+                    "increase": dict(found),
+                    "why_not": dict(self.why_not.get(name, {})),
+                }
+                for name, found in self.increase.items()
+            },
+            "skipped": dict(self.skipped),
+        }
+
+    def write(self, path: str | Path) -> None:
+        """Write it as JSON; `read_sensitivity` reads it back."""
+        write_json(Path(path), self.to_dict())
+
+
+def sense(
+    model: nn.Module,
+    patterns: Sequence[str | Pattern],
+    loss: Callable[[nn.Module], float],
+    *,
+    layers: Sequence[Selector] | None = None,
+    ignore: Iterable[Selector] = (),
+    criterion: Callable[..., Tensor] = magnitude,
+    batches: Iterable[Batch] | None = None,
+    checkpoint: str | Path | None = None,
+) -> Sensitivity:
+    """What `loss(model)` gains when one layer at a time is pruned to each of the patterns.
+
+    Statistics, where the criterion needs any, are gathered once from `batches` on the dense model.
+    The model runs in eval mode without gradients. With `checkpoint`, a JSON file, what has been
+    measured is kept there, and the same call goes on where an interrupted one stopped; patterns may
+    be added later.
+
+    Cost: layers x patterns + 1 evaluations of the loss; memory for a copy of one layer's weight.
+    Raises:
+        ValueError: if a pattern or selector is wrong, data is needed and missing, the loss is not
+            finite, or the checkpoint is another call's. Whatever is raised, also by Ctrl-C, the
+            model is left as it was; it is unchanged afterwards too, bit for bit.
+    """
+    chosen = _parsed(patterns)
+    needs = needed_by(criterion, given=("weight", "layer_seed"))
+    if needs and batches is None:
+        raise ValueError(
+            f"{name_of(criterion)} needs calibration data for {', '.join(needs)}: pass batches, or "
+            "use sc.magnitude"
+        )
+    selection = _layers.select(model, layers, ignore)
+    shapes = {name: _shape(name, module) for name, module in selection.layers.items()}
+    why_not = {
+        name: {key: why for key, p in chosen.items() if (why := p.why_not(shape)) is not None}
+        for name, shape in shapes.items()
+    }
+    with eval_mode(model), torch.no_grad():
+        kept = Kept(checkpoint, _fingerprint(selection.layers, criterion))
+        dense = kept.dense_loss(_measured(loss, model, "the dense model"))
+        todo = {
+            name: [p for p in chosen if p not in why_not[name] and not kept.has(name, p)]
+            for name in shapes
+        }
+        missing = {name: selection.layers[name] for name in shapes if todo[name]}
+        bar = tqdm(total=sum(map(len, todo.values())), desc="sense", disable=None)
+        with bar, contextlib.closing(_observed(model, missing, needs, batches)) as source:
+            for observed in source:
+                for name, statistics in observed.statistics.items():
+                    score = _score(criterion, missing[name], name, statistics)
+                    for key in todo[name]:
+                        mask = chosen[key].mask(score)
+                        with _pruned(missing[name], mask):
+                            increase = _measured(loss, model, f"{name} pruned to {key}") - dense
+                        kept.add(name, key, increase)
+                        bar.update()
+    return Sensitivity(
+        name_of(criterion),
+        dense,
+        tuple(chosen),
+        shapes,
+        {name: {key: kept.get(name, key) for key in chosen} for name in shapes},
+        {name: reasons for name, reasons in why_not.items() if reasons},
+        selection.skipped,
+    )
+
+
+def read_sensitivity(path: str | Path) -> Sensitivity:
+    """What `Sensitivity.write` wrote.
+
+    Raises:
+        ValueError: if the file is something else, with the place.
+    """
+    from pydantic import BaseModel, ConfigDict, ValidationError  # costs 0.1 s, and reading is rare
+
+    class Layer(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        shape: tuple[int, int]
+        increase: dict[str, float | None]
+        why_not: dict[str, str] = {}
+
+    class File(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        version: int
+        criterion: str
+        loss: float
+        patterns: list[str]
+        layers: dict[str, Layer]
+        skipped: dict[str, str] = {}
+
+    path = Path(path)
+    data = read_json(path, "sensitivities")
+    try:
+        file = File.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the top level"
+        raise ValueError(f"{path} is no sensitivity: at {place}: {first['msg']}") from None
+    if file.version != SENSITIVITY_VERSION:
+        raise ValueError(
+            f"{path} is a sensitivity of version {file.version}, this library reads "
+            f"{SENSITIVITY_VERSION}: measure it again"
+        )
+    for name, layer in file.layers.items():
+        if set(layer.increase) != set(file.patterns):
+            raise ValueError(f"{path} is no sensitivity: at layers.{name}: not all its patterns")
+    return Sensitivity(
+        file.criterion,
+        file.loss,
+        tuple(file.patterns),
+        {name: layer.shape for name, layer in file.layers.items()},
+        {name: layer.increase for name, layer in file.layers.items()},
+        {name: layer.why_not for name, layer in file.layers.items() if layer.why_not},
+        file.skipped,
+    )
+
+
+# --- one layer -----------------------------------------------------------------------------------
+
+
+def _parsed(patterns: Sequence[str | Pattern]) -> dict[str, Pattern]:
+    if isinstance(patterns, str) or not patterns:
+        raise ValueError(
+            f"sense needs a list of patterns, got {patterns!r}: such as ['2:4', 'unstructured:0.5']"
+        )
+    chosen = [parse(pattern) if isinstance(pattern, str) else pattern for pattern in patterns]
+    return {str(pattern): pattern for pattern in chosen}
+
+
+def _shape(name: str, module: nn.Module) -> tuple[int, int]:
+    weight = module._parameters.get("weight")
+    if weight is None or weight.is_meta:
+        raise ValueError(
+            f"{name}.weight must be an ordinary parameter with data: load the weights first, and "
+            "remove parametrizations or unpack_ it"
+        )
+    rows, columns = _layers.matrix(module).shape
+    return rows, columns
+
+
+def _observed(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    needs: tuple[str, ...],
+    batches: Iterable[Batch] | None,
+) -> Generator[Observed]:
+    if not needs or batches is None:
+        yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
+    elif layers:
+        yield from observe(model, layers, batches, needs, sequential=False)
+
+
+def _score(
+    criterion: Callable[..., Tensor],
+    module: nn.Module,
+    name: str,
+    statistics: Mapping[str, Tensor],
+) -> Tensor:
+    weight = _layers.matrix(module).to(torch.float32, copy=True)
+    seed = zlib.crc32(name.encode())
+    score = call_with(criterion, {"weight": weight, "layer_seed": seed, **statistics})
+    if score.shape != weight.shape or bool(score.isnan().any()):
+        raise ValueError(
+            f"criterion {name_of(criterion)} needs to give {name} a score of shape "
+            f"{tuple(weight.shape)} without NaN, got {tuple(score.shape)} with "
+            f"{int(score.isnan().sum())} NaN"
+        )
+    return score
+
+
+@contextlib.contextmanager
+def _pruned(module: nn.Module, mask: Bool[Tensor, "out in"]) -> Generator[None]:
+    """The layer with zeros outside the mask; its own weight is put back whatever happens."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    before = weight.detach().clone()
+    try:
+        weight.masked_fill_(~_layers.like_weight(module, mask), 0)
+        yield
+    finally:
+        weight.copy_(before)
+
+
+def _measured(loss: Callable[[nn.Module], float], model: nn.Module, what: str) -> float:
+    value = float(loss(model))
+    if not math.isfinite(value):
+        raise ValueError(
+            f"sense needs a finite loss, got {value} for {what}: measure a loss that has a bound, "
+            "such as secateur.evaluate.compare(...).kl, or ignore the layer"
+        )
+    return value
+
+
+def _fingerprint(
+    layers: Mapping[str, nn.Module], criterion: Callable[..., Tensor]
+) -> dict[str, Any]:
+    """Which call it is; the loss and its data are known again by the dense loss."""
+    sums = {name: float(_layers.matrix(m).double().abs().sum()) for name, m in layers.items()}
+    return {"criterion": name_of(criterion), "weights": sums}

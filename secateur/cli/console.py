@@ -1,0 +1,120 @@
+"""What the command line prints and how it ends: tables, JSON, one-line errors, exit codes."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from secateur.report.rows import Row, fold, numeric_columns
+
+FAILED_CHECK, FAILED, INTERRUPTED = 1, 2, 130
+# Output that is no terminal is not wrapped: a file or a pipe has no width.
+UNWRAPPED = 10_000
+# Characters of an error; one that lists every layer of a large model would hide its advice.
+LONGEST = 800
+
+
+def console(stderr: bool = False) -> Console:
+    """A console on the stream as it is now; wide where that is no terminal."""
+    found = Console(stderr=stderr, highlight=False)
+    if not found.is_terminal:
+        found = Console(stderr=stderr, highlight=False, width=UNWRAPPED)
+    return found
+
+
+def say(*lines: str, style: str = "") -> None:
+    """Print lines as they are, without markup, on stdout."""
+    for line in lines:
+        console().print(Text(line, style=style), soft_wrap=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Row], *, full: bool = False) -> None:
+    """Print a table; rows of layers that differ only in a number share a line unless `full`."""
+    shown = list(rows) if full or columns[0] != "layer" else fold(rows)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    right = numeric_columns(columns, shown)
+    for name, is_number in zip(columns, right, strict=True):
+        drawn.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for row in shown:
+        drawn.add_row(*(Text(cell) for cell in row))
+    console().print(drawn)
+
+
+def emit(data: object) -> None:
+    """Print plain data as JSON, alone on stdout."""
+    typer.echo(json.dumps(_finite(data), indent=2, default=str))
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show on stderr that something takes its time; silent where that is no terminal."""
+    shown = console(stderr=True)
+    with shown.status(Text(what)) if shown.is_terminal else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
+    """Errors of the user's making become one line on stderr and exit code 2; Ctrl-C exits 130.
+
+    `checkpoint` is where finished layers remain when the work is interrupted.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f": finished layers are in {checkpoint}, the same command goes on there"
+        left = kept if checkpoint is not None and checkpoint.exists() else ": nothing was changed"
+        console(stderr=True).print(Text(f"\ninterrupted{left}", style="yellow"), soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        complain(_one_line(error))
+        raise typer.Exit(FAILED) from None
+    except RuntimeError as error:
+        if debug or not _is_out_of_memory(error):
+            raise
+        complain(
+            f"out of memory: {_one_line(error)}: use a smaller --batch or --length, or --device cpu"
+        )
+        raise typer.Exit(FAILED) from None
+
+
+def complain(message: str) -> None:
+    """One red line on stderr."""
+    line = Text.assemble(("error: ", "bold red"), (message, "red"))
+    console(stderr=True).print(line, soft_wrap=True)
+
+
+def _one_line(error: Exception) -> str:
+    """The error in words of the command line; of a very long one the beginning and the advice."""
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename} does not exist"
+    line = " ".join(str(error).split()) or type(error).__name__
+    line = line.replace("pass overwrite=True", "give --overwrite")
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]} (--debug shows all)"
+    return line
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def _finite(data: object) -> Any:
+    """The data with infinite and undefined numbers as null, which JSON has no words for."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return data

@@ -1,0 +1,207 @@
+"""The verbs that measure: `eval`, `sense` and `bench`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import Tensor, nn
+
+from secateur.cli import options as o
+from secateur.cli.console import emit, failures, say, table
+from secateur.cli.methods import CRITERIA, find_criterion
+from secateur.cli.quality import gives_hidden_states, is_causal, quality, tokens_in
+from secateur.cli.source import AUTO, STORED, Data, open_folder
+from secateur.layers import select
+from secateur.replay import Batch
+from secateur.report.content import metric
+
+Baseline = Annotated[
+    Path | None,
+    typer.Option(help="The dense model's folder, to compare with.", show_default=False),
+]
+
+TokensPerCall = Annotated[
+    str | None,
+    typer.Option(help="Tokens in one call of the model, as 1,16,128.", show_default=False),
+]
+
+
+def evaluate(
+    folder: o.Folder,
+    text: o.TextFile = None,
+    tokens: o.TokenFile = None,
+    baseline: Baseline = None,
+    rows: o.Rows = 64,
+    length: o.Length = None,
+    batch: o.Batch = 8,
+    dtype: o.Dtype = AUTO,
+    device: o.Device = "auto",
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """What pruning cost: perplexity, and beside a baseline KL and the same top-1.
+
+    An encoder is compared with its baseline by the cosine of their embeddings.
+    """
+    with failures(debug):
+        data = Data(text, tokens, rows, length, batch)
+        batches = data.read(folder)
+        model = open_folder(folder, dtype, device).model
+        dense = None if baseline is None else open_folder(baseline, dtype, device).model
+        if dense is None and not is_causal(model):
+            raise ValueError(
+                f"{type(model).__name__} has no perplexity: compare it by --baseline DENSE"
+            )
+        measured = {folder.name: quality(model, dense, batches)}
+        if dense is not None and not gives_hidden_states(model):
+            measured = {"dense": quality(dense, None, batches), **measured}
+        if json:
+            emit({"tokens": tokens_in(batches), "data": data.name, **measured})
+            return
+        names = list(measured[folder.name])
+        shown = [
+            (who, *(metric(n).text.format(found[n]) if n in found else "-" for n in names))
+            for who, found in measured.items()
+        ]
+        table(("weights", *names), shown)
+        say(f"on {tokens_in(batches):,} tokens of {data.name}")
+
+
+def sense(
+    folder: o.Folder,
+    patterns: Annotated[
+        str, typer.Option("--patterns", help="Patterns to try, separated by commas.")
+    ] = "unstructured:0.3,unstructured:0.5,unstructured:0.7,2:4",
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the curves as JSON.", show_default=False),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report with the plots.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", "-m", help=f"How weights are scored: {', '.join(CRITERIA)}.")
+    ] = "magnitude",
+    layers: o.Layers = None,
+    ignore: o.Ignore = None,
+    text: o.TextFile = None,
+    tokens: o.TokenFile = None,
+    rows: o.Rows = 16,
+    length: o.Length = None,
+    batch: o.Batch = 8,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what is measured in this file, to go on there.", show_default=False
+        ),
+    ] = None,
+    dtype: o.Dtype = AUTO,
+    device: o.Device = "auto",
+    full: o.Full = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """How much the loss rises when one layer alone is pruned, for each layer and pattern."""
+    with failures(debug, checkpoint):
+        from secateur.allocation.sensitivity import sense as measure
+
+        chosen = find_criterion(method)
+        data = Data(text, tokens, rows, length, batch)
+        batches = data.read(folder)
+        for target in filter(None, (out, html)):
+            require_place(target)
+        model = open_folder(folder, dtype, device).model
+        if not is_causal(model):
+            raise ValueError(f"sense needs a language model, got a {type(model).__name__}")
+        found = measure(
+            model,
+            [pattern.strip() for pattern in patterns.split(",")],
+            lambda pruned: _loss(pruned, batches),
+            layers=layers or None,
+            ignore=ignore or (),
+            criterion=chosen.function,
+            batches=batches if chosen.needs else None,
+            checkpoint=checkpoint,
+        )
+        if out is not None:
+            found.write(out)
+        if html is not None:
+            from secateur.report import write_html
+
+            write_html(html, title=f"Sensitivity of {folder.name}", sensitivity=found)
+        if json:
+            emit(found.to_dict())
+            return
+        table(found.columns, found.rows(), full=full)
+        say(*(f"written to {target}" for target in (out, html) if target is not None))
+
+
+def bench(
+    folder: o.Folder,
+    tokens_per_call: TokensPerCall = "1,16,128",
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            help="Formats to try, separated by commas: semi24,block:64x64,bitmap,csr.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: o.Layers = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if no layer is faster sparse.")
+    ] = False,
+    dtype: o.Dtype = STORED,
+    device: o.Device = "auto",
+    full: o.Full = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measure every layer dense and sparse on this machine, at each number of tokens a call.
+
+    Nothing is written: `sc.accelerate_` makes the same choice where the model is used.
+    """
+    with failures(debug):
+        from secateur.accelerate import accelerate_
+
+        counts = token_counts(tokens_per_call or "")
+        tried = formats.split(",") if formats else None
+        model = open_folder(folder, dtype, device).model
+        chosen = list(select(model, layers).layers) if layers else None
+        report = accelerate_(model, counts, tried, chosen, strict)
+        if json:
+            emit(report.to_json())
+            return
+        table(report.columns, report.rows(), full=full)
+        why: dict[tuple[str, str], list[str]] = {}
+        for layer in report.layers:
+            why.setdefault((layer.format, layer.reason), []).append(layer.layer)
+        rows = [(runs, str(len(names)), reason) for (runs, reason), names in why.items()]
+        table(("runs", "layers", "why"), rows)
+        say(f"measured on {report.device}, {report.threads} threads", report.headline)
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """The numbers in `1,16,128`, ascending.
+
+    Raises:
+        ValueError: if they are not positive numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(
+            f"--tokens-per-call needs numbers of at least 1 separated by commas, got {text!r}"
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    from secateur.evaluate import perplexity
+
+    return perplexity(model, [batch for batch in batches if isinstance(batch, Tensor)]).nll
+
+
+def require_place(target: Path) -> None:
+    """The file can be written, to be known before the work."""
+    if target.is_dir() or not target.resolve().parent.is_dir():
+        raise ValueError(f"{target} cannot be written: name a file in a folder that exists")

@@ -1,0 +1,112 @@
+"""Methods by name: what `secateur.criteria` and `secateur.reconstruct` export, nothing else."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from secateur import criteria, reconstruct
+from secateur.plan import Plan
+from secateur.prune import PruneReport, prune_, reconstruct_
+from secateur.replay import Batch
+from secateur.statistics import needed_by
+
+CRITERIA = {
+    name: vars(criteria)[name]
+    for name in criteria.__all__
+    if inspect.isfunction(vars(criteria)[name])
+}
+ALGORITHMS = {
+    name: vars(reconstruct)[name]
+    for name in reconstruct.__all__
+    if inspect.isfunction(vars(reconstruct)[name])
+}
+HELP = (
+    f"Zeros only, kept weights as they are: {', '.join(CRITERIA)}. "
+    f"Kept weights refitted: {', '.join(ALGORITHMS)}."
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A criterion or an algorithm with its options fixed, and the statistics that it needs."""
+
+    name: str
+    function: Callable[..., Any]
+    refits: bool
+    needs: tuple[str, ...]
+
+    def __call__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        batches: Sequence[Batch] | None,
+        *,
+        offload: bool,
+        checkpoint: Path | None,
+    ) -> PruneReport:
+        """Prune the model by this method."""
+        if self.refits:
+            assert batches is not None, "algorithms need data, which was asked for before"
+            return reconstruct_(
+                model, plan, self.function, batches, offload=offload, checkpoint=checkpoint
+            )
+        return prune_(model, plan, self.function, batches, offload=offload, checkpoint=checkpoint)
+
+
+def find_method(name: str, options: Sequence[str] = ()) -> Method:
+    """The method of that name with options such as `damping=0.1`.
+
+    Raises:
+        ValueError: if there is no such method or option, with the closest names.
+    """
+    known = {**CRITERIA, **ALGORITHMS}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"unknown method {name!r}: {hint}Methods are {', '.join(known)}")
+    function = known[name]
+    refits = name in ALGORITHMS
+    given = ("weight", "pattern") if refits else ("weight", "layer_seed")
+    needs = needed_by(function, given=given)
+    fixed = _options(name, function, options)
+    return Method(name, partial(function, **fixed) if fixed else function, refits, needs)
+
+
+def find_criterion(name: str) -> Method:
+    """The criterion of that name, for what scores weights and moves none.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if name not in CRITERIA:
+        kind = "refits the kept weights" if name in ALGORITHMS else "is unknown"
+        raise ValueError(f"this needs a criterion, {name!r} {kind}: use {', '.join(CRITERIA)}")
+    return find_method(name)
+
+
+def _options(name: str, function: Callable[..., Any], options: Sequence[str]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    found: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or key not in defaults:
+            has = ", ".join(f"{k}={v}" for k, v in defaults.items()) or "none"
+            raise ValueError(f"{name} has no option {option!r}: write NAME=VALUE, it has {has}")
+        read = yaml.safe_load(value)
+        if isinstance(defaults[key], float) and isinstance(read, int):
+            read = float(read)
+        if defaults[key] is not None and type(read) is not type(defaults[key]):
+            kind = type(defaults[key]).__name__
+            raise ValueError(
+                f"{name} needs a {kind} for {key}, got {value!r}: it is {defaults[key]}"
+            )
+        found[key] = read
+    return found

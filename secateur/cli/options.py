@@ -1,0 +1,127 @@
+"""The options that several verbs share, each written once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DATA = "Data"
+CHOICE = "Which layers, which zeros"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder; or a bare state dict: a .safetensors file or its index.json.",
+        show_default=False,
+    ),
+]
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder.", show_default=False)
+]
+Patterns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pattern",
+        "-p",
+        help="2:4, 4:8, unstructured:0.6, block:64x64@0.8, channels:0.25; or SELECTOR=PATTERN, "
+        "repeated, of which the first match wins.",
+        rich_help_panel=CHOICE,
+        show_default=False,
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        help="A plan file that `secateur plan` wrote.",
+        rich_help_panel=CHOICE,
+        show_default=False,
+    ),
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layers",
+        help="Names, globs or re:... of the layers to take; repeat it for more.",
+        rich_help_panel=CHOICE,
+        show_default=False,
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore",
+        help="Names, globs or re:... of layers to leave alone.",
+        rich_help_panel=CHOICE,
+        show_default=False,
+    ),
+]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="A text file, read with the model's tokenizer.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
+TokenFile = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens",
+        metavar="FILE:KEY",
+        help="Token ids [rows, length] in a safetensors file.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
+Rows = Annotated[
+    int, typer.Option(min=1, help="How many rows of tokens to read.", rich_help_panel=DATA)
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens in a row, at most; default: 1024 of a text, all of a file of tokens.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Rows run at once.", rich_help_panel=DATA)]
+EvalText = Annotated[
+    Path | None,
+    typer.Option(
+        help="Measure before and after on this text, which should be another.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
+EvalTokens = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE:KEY",
+        help="Measure before and after on these token ids.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
+EvalRows = Annotated[
+    int, typer.Option(min=1, help="How many rows to measure on.", rich_help_panel=DATA)
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="The folder to write, new or empty.", show_default=False),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="What to compute in: stored, float32, bfloat16, float16, or auto (float32 on a CPU). "
+        "Files keep the dtype that they have."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Full = Annotated[bool, typer.Option("--full", help="A line for every layer, also for equal ones.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]

@@ -1,0 +1,160 @@
+"""What `prune` prints: what was done, what it cost, and what was not measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from secateur.cli.console import console, say
+from secateur.cli.quality import tokens_in
+from secateur.cli.source import Data, Source
+from secateur.layers import DEFAULT_TYPES
+from secateur.patterns import NM
+from secateur.plan import Plan
+from secateur.prune import PruneReport
+from secateur.replay import Batch
+from secateur.report.content import as_bytes, metric
+
+# Reasons for leaving layers alone that are spelt out before the rest is only counted.
+REASONS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that the summary tells."""
+
+    source: Source
+    out: Path
+    plan: Plan
+    report: PruneReport
+    batches: Sequence[Batch]
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    held_out: Data
+    test: Sequence[Batch]
+
+    @property
+    def zeros(self) -> tuple[float, float]:
+        """The share of zeros in the planned layers, before and after."""
+        sizes = [
+            self.plan.shapes[r.layer][0] * self.plan.shapes[r.layer][1] for r in self.report.layers
+        ]
+        before = sum(r.sparsity_before * n for r, n in zip(self.report.layers, sizes, strict=True))
+        after = sum(r.sparsity * n for r, n in zip(self.report.layers, sizes, strict=True))
+        return before / sum(sizes), after / sum(sizes)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the weight files, before and after."""
+        pattern = "*.safetensors" if self.source.bare else "model*.safetensors"
+        return self.source.size, sum(f.stat().st_size for f in self.out.glob(pattern))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "output": str(self.out),
+            "plan": self.plan.to_dict(),
+            "report": self.report.to_dict(),
+            "zeros": self.zeros,
+            "before": dict(self.before),
+            "after": dict(self.after),
+            "bytes": self.sizes,
+            "speed": None,
+        }
+
+
+def summarize(summary: Summary) -> None:
+    """Print the summary."""
+    plan, report = summary.plan, summary.report
+    patterns = ", ".join(dict.fromkeys(str(pattern) for pattern in plan.layers.values()))
+    bare = summary.source.bare
+    left = {**plan.skipped, **(bare.left_alone if bare else {})}
+    say(
+        f"pattern {patterns} / method {report.method} / {len(plan.layers)} of "
+        f"{len(_layers_of(summary.source.model) | left.keys() | plan.layers.keys())} layers",
+        *_left_alone(left),
+        _calibration(summary),
+        "",
+    )
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for name, right in (("", False), ("before", True), ("after", True), ("", False)):
+        drawn.add_column(name, justify="right" if right else "left")
+    for row in _lines(summary):
+        drawn.add_row(*map(Text, row))
+    console().print(drawn)
+    say("", *_next(summary))
+
+
+def _lines(summary: Summary) -> list[tuple[str, str, str, str]]:
+    zeros, sizes = summary.zeros, summary.sizes
+    lines = [("zeros in plan", f"{zeros[0]:.1%}", f"{zeros[1]:.1%}", _checked(summary.plan))]
+    where = (
+        f"({summary.held_out.name}, {tokens_in(summary.test):,} tokens)" if summary.after else ""
+    )
+    for name, value in summary.after.items():
+        text, before = metric(name).text, summary.before.get(name)
+        change = f"{value - before:+.3f}   {where}" if before is not None else ""
+        shown = "-" if before is None else text.format(before)
+        lines.append((name, shown, text.format(value), change))
+    room, speed = "zeros take the room of other weights", "not measured: zeros alone are not faster"
+    if summary.source.bare is None:
+        room = "dense form; `secateur export --to packed` saves room"
+        speed = "not measured: run `secateur bench` (zeros alone are not faster)"
+    lines.append(("file size", as_bytes(sizes[0]), as_bytes(sizes[1]), room))
+    return [*lines, ("speed", "-", "-", speed)]
+
+
+def _layers_of(model: nn.Module) -> set[str]:
+    """The names of all layers of the kinds that are pruned by default."""
+    return {name for name, module in model.named_modules() if isinstance(module, DEFAULT_TYPES)}
+
+
+def _left_alone(reasons: Mapping[str, str]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in list(by_reason.items())[:REASONS_SHOWN]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"left alone: {names[0]}{more}: {reason}")
+    if len(by_reason) > REASONS_SHOWN:
+        lines.append(f"... and {len(by_reason) - REASONS_SHOWN} more reasons: see `secateur plan`")
+    return lines
+
+
+def _calibration(summary: Summary) -> str:
+    took = f"{_duration(summary.report.seconds)}"
+    if not summary.batches:
+        return f"no calibration data: {summary.report.method} reads none; {took}"
+    rows = sum(
+        len(next(iter(b.values())) if isinstance(b, Mapping) else b) for b in summary.batches
+    )
+    return f"calibration {rows} rows, {tokens_in(summary.batches):,} tokens, {took}"
+
+
+def _checked(plan: Plan) -> str:
+    groups = {pattern.m for pattern in plan.layers.values() if isinstance(pattern, NM)}
+    every = all(isinstance(pattern, NM) for pattern in plan.layers.values())
+    if every and len(groups) == 1:
+        return f"every group of {groups.pop()} checked"
+    return "every layer checked"
+
+
+def _next(summary: Summary) -> list[str]:
+    lines = [f"written to {summary.out}"]
+    if summary.source.bare is None:
+        lines.append(
+            f"next: `secateur recover {summary.out} --teacher {summary.source.path}` trains the "
+            "kept weights while the zeros hold"
+        )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"

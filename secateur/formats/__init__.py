@@ -1,0 +1,19 @@
+"""How sparse weights are stored and multiplied: formats, `SparseLinear`, `pack_` and `unpack_`."""
+
+from secateur.formats.convert import from_torch_sparse, to_torch_sparse
+from secateur.formats.format import Format, parse_format
+from secateur.formats.linear import SparseLinear, describe, empty_from
+from secateur.formats.pack import PackReport, pack_, unpack_
+
+__all__ = [
+    "Format",
+    "PackReport",
+    "SparseLinear",
+    "describe",
+    "empty_from",
+    "from_torch_sparse",
+    "pack_",
+    "parse_format",
+    "to_torch_sparse",
+    "unpack_",
+]

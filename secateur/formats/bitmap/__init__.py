@@ -1,0 +1,32 @@
+"""Unstructured weights as nonzeros and a bitmask: the smallest form below about 90 % zeros."""
+
+from secateur.formats.bitmap import reference
+from secateur.formats.bitmap.ops import register
+from secateur.formats.bitmap.packed import (
+    PackedBitmap,
+    broken,
+    density,
+    empty,
+    pack,
+    unpack,
+    why_not,
+)
+from secateur.formats.contract import Implementation
+
+IMPLEMENTATIONS = (Implementation("reference", reference.linear, reference.why_not),)
+LINEAR, UNPACK = register(IMPLEMENTATIONS)
+packed_type = PackedBitmap
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LINEAR",
+    "UNPACK",
+    "PackedBitmap",
+    "broken",
+    "density",
+    "empty",
+    "pack",
+    "packed_type",
+    "unpack",
+    "why_not",
+]

@@ -1,0 +1,109 @@
+"""An unstructured weight as its nonzeros and one bit per weight that says where they are."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from secateur.formats.contract import check_dense
+
+
+@dataclass(frozen=True)
+class PackedBitmap:
+    """The nonzeros in row order, and a bit for every weight.
+
+    Bit `b` of byte `j` of a row of `bitmask` is column `8j + b`; 1 = keep. A row starts on a byte
+    of its own, and the unused bits of its last byte are zero.
+    """
+
+    shape: tuple[int, int]
+    values: Float[Tensor, " nonzeros"]
+    bitmask: UInt8[Tensor, "out eighth_in"]
+
+    @property
+    def format(self) -> str:
+        return "bitmap"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors, in the order of the operator's arguments."""
+        return {"values": self.values, "bitmask": self.bitmask}
+
+
+def pack(weight: Float[Tensor, "out in"]) -> PackedBitmap:
+    """The nonzeros and their bitmask; `unpack(pack(w))` equals `w`, any pattern, any sparsity.
+
+    Nonzeros come back bit for bit; -0.0 counts as zero and comes back as +0.0.
+
+    Cost: density x dense bytes, + 1 bit a weight: 0.5625 of a 16-bit weight that is half zeros.
+    Raises: ValueError if a weight is not finite.
+    """
+    check_dense(weight)
+    keep = weight != 0
+    return PackedBitmap(
+        shape=(weight.shape[0], weight.shape[1]), values=weight[keep], bitmask=_join(keep)
+    )
+
+
+def unpack(packed: PackedBitmap) -> Float[Tensor, "out in"]:
+    """The dense weight.
+
+    Cost: one dense weight, and nine bytes a weight while the bits are spread out.
+    """
+    dense = packed.values.new_zeros(packed.shape)
+    return dense.masked_scatter_(_split(packed), packed.values)
+
+
+def why_not(weight: Float[Tensor, "out in"]) -> str | None:
+    """None if the packed weight is smaller than the dense one, else by how much it is not."""
+    mask_bytes = weight.shape[0] * ((weight.shape[1] + 7) // 8)
+    ratio = density(weight) + mask_bytes / max(1, weight.nbytes)
+    if ratio >= 1:
+        return f"bitmap would store {ratio:.2f}x the bytes of the dense weight: nothing to gain"
+    return None
+
+
+def density(weight: Float[Tensor, "out in"]) -> float:
+    """The fraction of the weight that `pack` stores values for."""
+    return int(weight.count_nonzero()) / max(1, weight.numel())
+
+
+def empty(shape: tuple[int, int], stored: int, dtype: torch.dtype) -> PackedBitmap:
+    """Zeros of the right sizes, for a loader to fill.
+
+    Raises: ValueError if more is stored than there are weights.
+    """
+    if stored > shape[0] * shape[1]:
+        raise ValueError(
+            f"bitmap needs at most {shape[0] * shape[1]} values, got {stored}: "
+            "the description is damaged, save the model again"
+        )
+    return PackedBitmap(
+        shape=shape,
+        values=torch.zeros(stored, dtype=dtype),
+        bitmask=torch.zeros(shape[0], (shape[1] + 7) // 8, dtype=torch.uint8),
+    )
+
+
+def broken(packed: PackedBitmap) -> str | None:
+    """None if there is a value for every bit, else the two counts."""
+    bits = int(_split(packed).sum())
+    if bits != len(packed.values):
+        return f"bitmask keeps {bits} weights, but {len(packed.values)} values are stored"
+    return None
+
+
+def _join(keep: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
+    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8))
+    bits: Tensor = padded.unflatten(1, (-1, 8)) << _shifts(keep)
+    return bits.sum(2, dtype=torch.uint8)
+
+
+def _split(packed: PackedBitmap) -> Bool[Tensor, "out in"]:
+    bits: Tensor = (packed.bitmask.unsqueeze(2) >> _shifts(packed.bitmask)) & 1
+    keep: Tensor = bits.flatten(1)[:, : packed.shape[1]].bool()
+    return keep
+
+
+def _shifts(like: Tensor) -> UInt8[Tensor, " 8"]:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)

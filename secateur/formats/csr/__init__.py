@@ -1,0 +1,35 @@
+"""Unstructured weights as compressed sparse rows, in torch's words."""
+
+from secateur.formats.contract import Implementation
+from secateur.formats.csr import reference, torch_csr
+from secateur.formats.csr.ops import register
+from secateur.formats.csr.packed import (
+    PackedCsr,
+    broken,
+    density,
+    empty,
+    pack,
+    unpack,
+    why_not,
+)
+
+IMPLEMENTATIONS = (
+    Implementation("torch_csr", torch_csr.linear, torch_csr.why_not, (), torch_csr.arrange),
+    Implementation("reference", reference.linear, reference.why_not),
+)
+LINEAR, UNPACK = register(IMPLEMENTATIONS)
+packed_type = PackedCsr
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LINEAR",
+    "UNPACK",
+    "PackedCsr",
+    "broken",
+    "density",
+    "empty",
+    "pack",
+    "packed_type",
+    "unpack",
+    "why_not",
+]

@@ -1,0 +1,63 @@
+"""CSR linear by torch's own sparse matmul (MKL's `mm` on a CPU).
+
+The weight stands on the left, `weight @ x.T`: torch's `F.linear` on a CSR weight multiplies the
+transpose instead, and measured 2-3x slower at 16 and 128 tokens.
+
+Known limits: torch has this for float32 and float64 alone; it pays, if at all, from about 90 %
+zeros (docs/log/2026-11-22-cpu-block.md).
+"""
+
+import warnings
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.formats.csr.packed import PackedCsr
+
+
+def why_not(packed: PackedCsr, tokens: int) -> str | None:
+    """None for float32 and float64 on a CPU, else the reason."""
+    device, dtype = packed.values.device.type, packed.values.dtype
+    if device != "cpu":
+        return f"csr torch_csr needs a weight on the CPU, got {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return (
+            f"csr torch_csr needs float32 or float64 (torch has no other CSR matmul), got {dtype}"
+        )
+    if not torch.backends.mkl.is_available():
+        return "csr torch_csr needs a torch built with MKL"
+    return None
+
+
+def arrange(packed: PackedCsr) -> tuple[Tensor, ...]:
+    """No tensors; draws torch's once-per-process notices about CSR tensors before any forward.
+
+    They say that CSR is in beta and, in torch 2.11, that its checks are off, to those who chose
+    torch's CSR tensors; here the choice is ours.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant checks)")
+        _as_torch(packed)
+    return ()
+
+
+def linear(
+    x: Float[Tensor, "tokens in"], packed: PackedCsr, bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "tokens out"]:
+    """`(weight @ x.T).T + bias`.
+
+    Cost: x and y once more, transposed.
+    """
+    product = (_as_torch(packed) @ x.t()).t()
+    return product if bias is None else product + bias
+
+
+def _as_torch(packed: PackedCsr) -> Tensor:
+    return torch.sparse_csr_tensor(
+        packed.crow_indices,
+        packed.col_indices,
+        packed.values,
+        size=packed.shape,
+        check_invariants=False,  # checked when packed or loaded; here it would cost every call
+    )

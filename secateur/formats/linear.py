@@ -1,0 +1,263 @@
+"""`SparseLinear`: an `nn.Linear` whose weight is stored packed and multiplied as it is stored."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.formats.contract import DTYPES, Implementation, Packed
+from secateur.formats.format import parse_format
+from secateur.formats.read_only import ReadOnlyWeight
+
+# Token counts at which the default choice asks each implementation whether it can run. A limit is
+# taken from the largest power of two that an implementation accepts.
+PROBED_TOKENS = tuple(2**power for power in range(17))
+
+Table = tuple[tuple[str, int | None], ...]
+REFERENCE: Table = (("reference", None),)
+
+DESCRIBED: dict[str, type] = {
+    "format": str,
+    "out_features": int,
+    "in_features": int,
+    "bias": bool,
+    "dtype": str,
+    "stored": int,
+}
+
+
+class SparseLinear(nn.Linear):
+    """`y = x @ weight.T + bias` with a packed weight, in one operator that compile and export see.
+
+    The packed tensors are buffers under their own names (`values`, `metadata`, ...), the bias an
+    ordinary parameter. The weight is frozen; gradients flow to the input and the bias, so adapters
+    can be trained on top of it.
+
+    `.to(dtype)` casts the values as it would cast a dense weight; indices keep their type. After
+    `.to` another dtype or device, and after `load_state_dict`, implementations are chosen afresh,
+    because what was measured no longer holds.
+    """
+
+    def __init__(
+        self,
+        packed: Packed,
+        bias: nn.Parameter | None = None,
+        name: str = "",
+        table: Table | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        self.out_features, self.in_features = packed.shape
+        self.format = parse_format(packed.format)
+        self.name = name  # only for error messages
+        self._stored = tuple(packed.tensors())
+        for key, tensor in packed.tensors().items():
+            self.register_buffer(key, tensor)
+        self.register_parameter("bias", bias)
+        self._arranged: tuple[str, ...] = ()
+        self.use(self._default() if table is None else table)
+
+    @property
+    def packed(self) -> Packed:
+        """The packed weight; its tensors are this layer's buffers, not copies."""
+        return self.format.folder.packed_type((self.out_features, self.in_features), *self._parts())
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:  # type: ignore[override]
+        """The dense weight, for reading: every way of writing to it raises.
+
+        It is unpacked afresh, so a write would be lost. `unpack_(model)` gives the layer a weight
+        that can be changed.
+
+        Cost: unpacks the whole weight at every access; ask `bias` or `values` for dtype and device.
+        """
+        with torch.no_grad():
+            sizes = (self.out_features, self.in_features)
+            dense: Tensor = self.format.folder.UNPACK(*self._parts(), *sizes)
+        if torch.compiler.is_compiling():  # models read weight.dtype in forward; see no subclass
+            return dense
+        return dense.as_subclass(ReadOnlyWeight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ValueError(
+                f"{self._title()} needs its weight left packed, got an assignment to .weight: "
+                "call unpack_(model) first and pack_ again afterwards; merging a dense adapter "
+                "would destroy the zeros, so keep the adapter beside the layer"
+            )
+        super().__setattr__(name, value)
+
+    def use(self, table: Table) -> None:
+        """Nothing; from now on runs the implementations of `table` and arranges their tensors.
+
+        Rows are (implementation, largest number of tokens), ascending; the last limit is None.
+
+        Raises: ValueError if an implementation does not exist, cannot run here, or limits do not
+            ascend; then nothing has changed.
+        """
+        chosen = self._validated(table)
+        arranged = {
+            f"arranged_{implementation.name}_{key}": tensor
+            for implementation in chosen
+            for key, tensor in zip(
+                implementation.arrangement, implementation.arrange(self.packed), strict=True
+            )
+        }
+        for key in self._arranged:
+            self._buffers.pop(key)
+            self._non_persistent_buffers_set.discard(key)
+        for key, tensor in arranged.items():
+            self.register_buffer(key, tensor, persistent=False)
+        self._arranged = tuple(arranged)
+        self.dispatch = " ".join(
+            name if limit is None else f"{name}<={limit}" for name, limit in table
+        )
+
+    def forward(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        """`input @ weight.T + bias`, from the packed weight.
+
+        Raises: ValueError for an input of another dtype or width.
+        """
+        values = self._buffers["values"]
+        assert values is not None
+        if input.dtype != values.dtype:
+            raise ValueError(
+                f"{self._title()} needs {_short(values.dtype)} input, got {_short(input.dtype)}: "
+                f"cast the input, or the layer with .to(torch.{_short(input.dtype)})"
+            )
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{self._title()} needs input of width {self.in_features}, "
+                f"got shape {tuple(input.shape)}: check the layer before it"
+            )
+        arrangement = [self._buffers[key] for key in self._arranged]
+        sizes = (self.out_features, self.in_features)
+        result: Tensor = self.format.folder.LINEAR(
+            input, *self._parts(), self.bias, *sizes, arrangement, self.dispatch
+        )
+        return result
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.format}, runs={self.dispatch}"
+        )
+
+    def _title(self) -> str:
+        return f"SparseLinear {self.name!r}" if self.name else "SparseLinear"
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return tuple(self._buffers[key] for key in self._stored)  # type: ignore[misc]
+
+    def _default(self) -> Table:
+        """For each number of tokens, the first implementation that can run it."""
+        packed, rows = self.packed, list[tuple[str, int | None]]()
+        for tokens in PROBED_TOKENS:
+            name = next(
+                implementation.name
+                for implementation in self.format.folder.IMPLEMENTATIONS
+                if implementation.why_not(packed, tokens) is None
+            )
+            if rows and rows[-1][0] == name:
+                rows.pop()
+            rows.append((name, tokens))
+        return (*rows[:-1], (rows[-1][0], None))
+
+    def _validated(self, table: Table) -> tuple[Implementation, ...]:
+        known = {entry.name: entry for entry in self.format.folder.IMPLEMENTATIONS}
+        limits = [limit for _, limit in table[:-1]]
+        rising = all(
+            limit is not None and limit > (before or 0)
+            for before, limit in zip([0, *limits], limits, strict=False)
+        )
+        if not table or table[-1][1] is not None or not rising:
+            raise ValueError(
+                f"{self._title()} needs ascending limits that end with None, got {table}: "
+                "give the last implementation no limit"
+            )
+        for name, limit in table:
+            if name not in known:
+                raise ValueError(
+                    f"{self.format} has no implementation {name!r}: it has {', '.join(known)}"
+                )
+            problem = known[name].why_not(self.packed, limit or PROBED_TOKENS[-1])
+            if problem is not None:
+                raise ValueError(f"{self._title()} cannot run {name} here: {problem}")
+        return tuple(known[name] for name, _ in table)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
+        before = self._buffers["values"]
+        assert before is not None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self._buffers["values"]
+        assert after is not None
+        if (before.device, before.dtype) != (after.device, after.dtype):
+            # memory that has just left the meta device holds no indices that could be arranged
+            from_meta = before.device.type == "meta"
+            self.use(REFERENCE if from_meta else self._default())
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        error_messages: list[str] = rest[-1]
+        errors_before = len(error_messages)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if f"{prefix}weight" in state_dict:
+            error_messages.append(
+                f"{self._title()} is packed, but the checkpoint holds a dense {prefix}weight: "
+                "load it into unpack_(model), then pack_ again"
+            )
+        if len(error_messages) > errors_before or any(tensor.is_meta for tensor in self._parts()):
+            return
+        problem = self.format.folder.broken(self.packed)
+        if problem is None:
+            self.use(self._default())
+        else:
+            error_messages.append(f"{self._title()} cannot use the checkpoint's tensors: {problem}")
+
+
+def describe(linear: SparseLinear) -> dict[str, int | str | bool]:
+    """Plain data that, with the layer's tensors, is enough to make it again; see `empty_from`."""
+    return {
+        "format": str(linear.format),
+        "out_features": linear.out_features,
+        "in_features": linear.in_features,
+        "bias": linear.bias is not None,
+        "dtype": _short(linear.packed.values.dtype),
+        "stored": len(linear.packed.values),
+    }
+
+
+def empty_from(description: dict[str, Any], name: str = "") -> SparseLinear:
+    """A layer of zeros of the described sizes, for `load_state_dict` to fill.
+
+    Nothing but the listed keys and known names is accepted, so a description may come from a file.
+
+    Raises: ValueError if a key is missing, unknown or of another type, or the sizes do not agree.
+    """
+    if set(description) != DESCRIBED.keys():
+        raise ValueError(
+            f"a packed layer's description needs the keys {', '.join(DESCRIBED)}, "
+            f"got {', '.join(map(str, description))}: save the model again"
+        )
+    for key, kind in DESCRIBED.items():
+        value = description[key]
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
+            raise ValueError(
+                f"a packed layer's {key} needs a {kind.__name__}, got {value!r}: "
+                "save the model again"
+            )
+    dtypes = {_short(dtype): dtype for dtype in DTYPES}
+    if description["dtype"] not in dtypes:
+        raise ValueError(
+            f"a packed layer's dtype needs to be one of {', '.join(dtypes)}, "
+            f"got {description['dtype']!r}: save the model again"
+        )
+    dtype = dtypes[description["dtype"]]
+    shape = description["out_features"], description["in_features"]
+    packed = parse_format(description["format"]).empty(shape, description["stored"], dtype)
+    bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype)) if description["bias"] else None
+    return SparseLinear(packed, bias, name, REFERENCE)  # zeros are no indices to arrange
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

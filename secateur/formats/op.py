@@ -1,0 +1,120 @@
+"""The one place that speaks to `torch.library`: two operators for each format.
+
+`secateur::<format>_linear` is the whole forward of a `SparseLinear`: one call that compile, export
+and autograd see as one node. Which implementation runs is decided inside it, at run time, from the
+number of tokens. `secateur::<format>_unpack` is the dense weight; the backward needs it as an
+operator of its own, because its body reads the number of nonzeros from the data.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from secateur.formats.contract import Implementation, Packed
+
+LIBRARY = torch.library.Library("secateur", "FRAGMENT")
+NO_LIMIT = 2**63 - 1  # the last row of a dispatch table serves every larger number of tokens
+
+Row = tuple[int, Implementation, slice]
+
+
+@lru_cache(maxsize=256)  # a process meets a few tables; parsing one costs more than a small matmul
+def table(dispatch: str, implementations: tuple[Implementation, ...]) -> tuple[Row, ...]:
+    """Rows (largest tokens, implementation, its part of the arrangement) of a dispatch string.
+
+    `"decode<=16 prefill"` runs `decode` for up to 16 tokens and `prefill` above. It is one plain
+    string so that an exported program carries it, and because a list costs 5 us more per call.
+    """
+    named = {implementation.name: implementation for implementation in implementations}
+    rows: list[Row] = []
+    start = 0
+    for word in dispatch.split():
+        name, _, limit = word.partition("<=")
+        stop = start + len(named[name].arrangement)
+        rows.append((int(limit) if limit else NO_LIMIT, named[name], slice(start, stop)))
+        start = stop
+    assert rows and rows[-1][0] == NO_LIMIT, dispatch
+    return tuple(rows)
+
+
+def define(
+    name: str,
+    packed_type: Callable[..., Packed],
+    tensors: tuple[str, ...],
+    unpack: Callable[[Any], Tensor],
+    implementations: tuple[Implementation, ...],
+) -> None:
+    """Nothing; defines `<name>_linear` and `<name>_unpack` for a format whose tensors are named.
+
+    Both are registered for every device: an implementation, not the operator, knows where it runs.
+    """
+    fields = ", ".join(f"Tensor {tensor}" for tensor in tensors)
+    LIBRARY.define(
+        f"{name}_linear(Tensor x, {fields}, Tensor? bias, int out_features, int in_features, "
+        "Tensor[] arrangement, str dispatch) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    LIBRARY.define(
+        f"{name}_unpack({fields}, int out_features, int in_features) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    count = len(tensors)
+
+    def run_linear(x: Tensor, *rest: Any) -> Tensor:
+        stored, (bias, out_features, in_features, arrangement, dispatch) = (
+            rest[:count],
+            rest[count:],
+        )
+        flat = x.reshape(-1, in_features)
+        if flat.shape[0] == 0:
+            return x.new_empty((*x.shape[:-1], out_features))
+        packed = packed_type((out_features, in_features), *stored)
+        rows = table(dispatch, implementations)
+        _, implementation, part = next(row for row in rows if flat.shape[0] <= row[0])
+        result = implementation.linear(flat, packed, bias, *arrangement[part])
+        return result.reshape(*x.shape[:-1], out_features).contiguous()
+
+    def fake_linear(x: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty((*x.shape[:-1], rest[count + 1]))
+
+    def run_unpack(*rest: Any) -> Tensor:
+        return unpack(packed_type(rest[count:], *rest[:count]))
+
+    def fake_unpack(*rest: Any) -> Tensor:
+        values: Tensor = rest[0]  # every format names its values first
+        return values.new_empty(rest[count:])
+
+    LIBRARY.impl(f"{name}_linear", run_linear, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{name}_unpack", run_unpack, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"secateur::{name}_linear", fake_linear, lib=LIBRARY)
+    torch.library.register_fake(f"secateur::{name}_unpack", fake_unpack, lib=LIBRARY)
+
+
+def differentiate(linear_op: OpOverload, unpack_op: OpOverload, count: int) -> None:
+    """Nothing; gives `linear_op` gradients for its input and bias. The packed weight is frozen.
+
+    `count` is the number of packed tensors. The input's gradient is `grad @ weight`, dense.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *rest = inputs
+        ctx.save_for_backward(*rest[:count])
+        ctx.shape = rest[count + 1 : count + 3]
+        ctx.arrangement_count = len(rest[count + 3])
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = grad @ unpack_op(*ctx.saved_tensors, *ctx.shape)
+        if ctx.needs_input_grad[1 + count]:
+            bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
+        arrangement_grads = [None] * ctx.arrangement_count
+        return x_grad, *[None] * count, bias_grad, None, None, arrangement_grads, None
+
+    torch.library.register_autograd(
+        linear_op.name(), backward, setup_context=setup_context, lib=LIBRARY
+    )

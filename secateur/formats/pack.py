@@ -1,0 +1,209 @@
+"""`pack_` and `unpack_`: the linears of a model, from dense to packed and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from torch import nn
+
+from secateur.formats.contract import packed_bytes
+from secateur.formats.format import Format, parse_format
+from secateur.formats.linear import SparseLinear
+
+REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack_` or `unpack_` changed: (layer, format, bytes before, bytes after), in order."""
+
+    layers: tuple[tuple[str, str, int, int], ...]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(before for _, _, before, _ in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(after for _, _, _, after in self.layers)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.layers)} layers, {self.bytes_before / 1e6:.1f} MB of weights before, "
+            f"{self.bytes_after / 1e6:.1f} MB after"
+        )
+
+
+def pack_(
+    model: nn.Module, format: str | Format = "semi24", layers: Sequence[str] | None = None
+) -> PackReport:
+    """Which layers now hold a packed weight; each listed `nn.Linear` becomes a `SparseLinear`.
+
+    Without `layers`: every `nn.Linear` whose weight fits the format and contains zeros. This saves
+    memory; whether it saves time is for `accelerate_` to measure. Packed weights are frozen.
+
+    Cost: dense and packed weights of all listed layers at once, until all are known to pack.
+    Raises: ValueError if a listed layer cannot be packed, or without a list no layer can; then
+        nothing has changed.
+    """
+    chosen = parse_format(format)
+    owners = weight_owners(model)
+    if layers is None:
+        linears = _fitting(model, chosen, owners)
+    else:
+        linears = named_linears(model, layers)
+        for name, linear in linears.items():
+            problem = why_not_layer(name, linear, owners)
+            if problem is not None:
+                raise ValueError(f"pack_ cannot take layer {name!r}: {problem}")
+    packed: dict[str, nn.Module] = {}
+    for name, linear in linears.items():
+        packed[name] = packed_linear(name, linear, chosen)
+    report = PackReport(
+        tuple(
+            (name, str(chosen), linear.weight.nbytes, _weight_bytes(packed[name]))
+            for name, linear in linears.items()
+        )
+    )
+    swap(model, packed)
+    return report
+
+
+def unpack_(model: nn.Module) -> PackReport:
+    """Which layers are plain again: every `SparseLinear` becomes an `nn.Linear`, weights exact.
+
+    The restored weights require gradients, whatever they did before they were packed.
+
+    Cost: dense and packed weights of all packed layers at once.
+    Raises: ValueError if the model itself is one bare `SparseLinear`; then nothing has changed.
+    """
+    found = {
+        name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)
+    }
+    _refuse_bare(model, found, "unpack_")
+    dense: dict[str, nn.Module] = {name: _dense_linear(linear) for name, linear in found.items()}
+    report = PackReport(
+        tuple(
+            (name, str(linear.format), _weight_bytes(linear), _weight_bytes(dense[name]))
+            for name, linear in found.items()
+        )
+    )
+    swap(model, dense)
+    return report
+
+
+def packed_linear(name: str, linear: nn.Linear, format: Format) -> SparseLinear:
+    """A `SparseLinear` with this layer's weight, its very bias and its training mode.
+
+    Raises: ValueError where the format cannot hold the weight; the message names the layer.
+    """
+    try:
+        packed = format.pack(linear.weight.detach())
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+    bias: nn.Parameter | None = linear.bias
+    return SparseLinear(packed, bias, name).train(linear.training)
+
+
+def named_linears(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Linear]:
+    """The listed layers of the model.
+
+    Raises: ValueError for a name that the model does not have, or a module that is no `nn.Linear`.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Linear] = {}
+    for name in layers:
+        if name not in modules:
+            close = get_close_matches(name, modules, n=1)
+            hint = f"closest: {close[0]!r}" if close else "the model has no name like it"
+            raise ValueError(f"no layer is named {name!r}: {hint}")
+        module = modules[name]
+        if type(module) is not nn.Linear:
+            raise ValueError(
+                f"layer {name!r} needs to be an nn.Linear, got {type(module).__name__}: "
+                "leave it out of layers"
+            )
+        found[name] = module
+    _refuse_bare(model, found, "pack_")
+    return found
+
+
+def why_not_layer(name: str, linear: nn.Linear, owners: Mapping[int, list[str]]) -> str | None:
+    """None if replacing this layer loses nothing but its dense weight, else what would be lost."""
+    others = [owner for owner in owners[id(linear.weight)] if owner != name]
+    if others:
+        return f"its weight is tied to {others[0]!r}, and packing would untie them"
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+        return "it has hooks, which packing would drop: remove them first"
+    if "forward" in vars(linear):
+        return "its forward has been replaced, which packing would undo: restore it first"
+    return None
+
+
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """For each parameter, by identity, the names of the modules that hold it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Nothing; puts each replacement in every place where the module of that name stands."""
+    modules = dict(model.named_modules())
+    new = {id(modules[name]): replacement for name, replacement in replacements.items()}
+    places = [
+        (place, new[id(module)])
+        for place, module in model.named_modules(remove_duplicate=False)
+        if id(module) in new
+    ]
+    for place, replacement in places:
+        model.set_submodule(place, replacement)
+
+
+def _fitting(
+    model: nn.Module, format: Format, owners: Mapping[int, list[str]]
+) -> dict[str, nn.Linear]:
+    fitting, reasons = dict[str, nn.Linear](), list[str]()
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear:
+            continue
+        weight = module.weight.detach()
+        problem = why_not_layer(name, module, owners) or format.why_not(weight)
+        if problem is None and bool((weight != 0).all()):
+            problem = "its weight has no zeros"
+        if problem is None:
+            fitting[name] = module
+        else:
+            reasons.append(f"{name!r}: {problem}")
+    _refuse_bare(model, fitting, "pack_")
+    if not fitting:
+        shown = "; ".join(reasons[:REASONS_SHOWN]) or "the model has no nn.Linear"
+        raise ValueError(
+            f"pack_ needs a layer that fits {format}, got none ({shown}): prune the model first"
+        )
+    return fitting
+
+
+def _refuse_bare(model: nn.Module, found: Mapping[str, nn.Module], verb: str) -> None:
+    if "" in found:
+        raise ValueError(
+            f"{verb} needs a model that holds its layers, got a bare {type(model).__name__}: "
+            "wrap it in nn.Sequential"
+        )
+
+
+def _dense_linear(linear: SparseLinear) -> nn.Linear:
+    dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(linear.format.folder.unpack(linear.packed))
+    dense.bias = linear.bias
+    return dense.train(linear.training)
+
+
+def _weight_bytes(layer: nn.Module) -> int:
+    if isinstance(layer, SparseLinear):
+        return packed_bytes(layer.packed)
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.nbytes

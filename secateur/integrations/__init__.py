@@ -1,0 +1,1 @@
+"""Other libraries: one file each, the only place where that library is imported."""

@@ -1,0 +1,1 @@
+"""Plumbing that implementations and measurements share; it knows no mathematics."""

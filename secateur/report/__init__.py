@@ -1,0 +1,133 @@
+"""The HTML report: one file that shows what pruning changed, cost and gained."""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.accelerate_report import AccelerateReport
+from secateur.allocation import Sensitivity
+from secateur.inspection import Inspection, inspect
+from secateur.plan import Plan
+from secateur.prune import PruneReport
+from secateur.report import sections as _sections
+from secateur.report.content import Section, Tile, as_bytes, metric, provenance
+
+__all__ = ["write_html"]
+
+
+def write_html(
+    path: str | Path,
+    *,
+    title: str,
+    plan: Plan | None = None,
+    prune: PruneReport | Sequence[PruneReport] | None = None,
+    evaluations: Mapping[str, Mapping[str, float]] | None = None,
+    accelerate: AccelerateReport | None = None,
+    sensitivity: Sensitivity | None = None,
+    model: nn.Module | None = None,
+    sizes: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Write one HTML file that needs nothing else: tables, plots and mask pictures of the given.
+
+    `evaluations` are {name of the weights: {measure: value}}, such as
+    `{"dense": {"perplexity": 5.07}, "2:4 wanda": {"perplexity": 7.0, "KL to dense": 0.1}}`, and
+    `sizes` {name of the form: bytes}; a name that begins with "dense" is what others are compared
+    with. `model` is read for its zeros. Whatever is None has no section.
+
+    Raises:
+        ValueError: if matplotlib or jinja2 is not installed.
+    """
+    template = _template()
+    reports = [prune] if isinstance(prune, PruneReport) else list(prune or ())
+    inspection = inspect(model) if model is not None else None
+    found = [
+        _sections.accuracy(evaluations) if evaluations else None,
+        _sections.sparsity(inspection) if inspection else None,
+        _sections.masks(model, inspection, plan) if model is not None and inspection else None,
+        _sections.errors(reports) if reports else None,
+        _sections.dispatch(accelerate) if accelerate else None,
+        _sections.file_sizes(sizes) if sizes else None,
+        _sections.sensitivity(sensitivity) if sensitivity else None,
+        _sections.planned(plan) if plan else None,
+    ]
+    shown: list[Section] = [section for section in found if section is not None]
+    page = template.render(
+        title=title,
+        subtitle=_subtitle(plan, reports),
+        tiles=_tiles(inspection, evaluations, accelerate, sizes),
+        notes=list(notes),
+        sections=shown,
+        provenance=provenance(),
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _template() -> Any:
+    """The page's template; text is escaped unless the template calls it safe."""
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401  (so that it is missed here, before anything is drawn)
+    except ImportError as error:
+        raise ValueError(
+            f"the report needs {error.name}, which is not installed: pip install 'secateur[report]'"
+        ) from None
+    source = resources.files("secateur.report").joinpath("template.html").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
+
+
+def _subtitle(plan: Plan | None, reports: Sequence[PruneReport]) -> str:
+    parts = []
+    if reports:
+        parts.append("method " + ", ".join(dict.fromkeys(report.method for report in reports)))
+    if plan is not None:
+        patterns = list(dict.fromkeys(str(pattern) for pattern in plan.layers.values()))
+        listed = ", ".join(patterns[:4]) + (" and others" if len(patterns) > 4 else "")
+        total = len(plan.layers) + len(plan.skipped)
+        parts += [f"pattern {listed}", f"{len(plan.layers)} of {total} layers"]
+    return " · ".join(parts)
+
+
+def _tiles(
+    inspection: Inspection | None,
+    evaluations: Mapping[str, Mapping[str, float]] | None,
+    accelerate: AccelerateReport | None,
+    sizes: Mapping[str, int] | None,
+) -> list[Tile]:
+    tiles = []
+    if inspection is not None:
+        chosen = sum(layer.counted for layer in inspection.layers)
+        tiles.append(Tile("Zeros", f"{inspection.zeros:.1%}", f"of the weights of {chosen} layers"))
+    if evaluations:
+        tiles += _evaluation_tiles(evaluations)
+    if accelerate is not None:
+        counts = ", ".join(map(str, accelerate.tokens))
+        value = f"{len(accelerate.sparse)} of {len(accelerate.layers)}"
+        tiles.append(Tile("Layers faster sparse", value, f"measured at {counts} tokens a call"))
+    if sizes:
+        *_, (form, size) = sizes.items()
+        dense = _sections.dense_of(sizes)
+        detail = f"{form}; dense {as_bytes(sizes[dense])}" if dense and dense != form else form
+        tiles.append(Tile("File size", as_bytes(size), detail))
+    return tiles
+
+
+def _evaluation_tiles(evaluations: Mapping[str, Mapping[str, float]]) -> list[Tile]:
+    """The first two measures of the weights that come last, beside those of the dense."""
+    tiles: list[Tile] = []
+    dense = _sections.dense_of(evaluations)
+    pruned = [item for item in evaluations.items() if item[0] != dense]
+    if not pruned:
+        return tiles
+    name, measured = pruned[-1]
+    for what, value in list(measured.items())[:2]:
+        how = metric(what)
+        detail = name
+        if dense is not None and what in evaluations[dense]:
+            detail = f"{name}; dense {how.text.format(evaluations[dense][what])}"
+        tiles.append(Tile(what[:1].upper() + what[1:], how.text.format(value), detail))
+    return tiles

@@ -1,0 +1,353 @@
+"""`save` and `load`: a folder that any loader reads, or one in packed form that only this one does.
+
+Dense form: stock safetensors with zeros in them and no trace in `config.json`, so that whatever
+loads the dense model loads the pruned one. Packed form, for a model with `SparseLinear`s: plain
+tensors in `model.secateur.safetensors`, a name under which other loaders find no weights at all;
+under the stock name they would warn and go on with random ones. Beside either lies `secateur.json`.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from secateur import layers as _layers
+from secateur.atomic import appearing_whole, require_not_interrupted
+from secateur.formats import SparseLinear, describe, empty_from
+from secateur.formats.pack import swap
+from secateur.integrations.transformers import (
+    is_transformers,
+    load_folder,
+    save_config,
+    save_folder,
+    unloaded,
+)
+from secateur.plan import Plan, match
+from secateur.sidecar import (
+    SIDECAR,
+    Form,
+    Sidecar,
+    fingerprint,
+    read_sidecar,
+    verify,
+    weight_files,
+)
+
+# A file of this size still copies and uploads in one go everywhere; Hugging Face's habit.
+SHARD_BYTES = 5 * 10**9
+
+STEMS: Mapping[Form, str] = {"dense": "model", "packed": "model.secateur"}
+
+# What a save writes beside weights; the rest of a folder that it replaces is somebody else's.
+WRITTEN = (SIDECAR, "config.json", "generation_config.json")
+
+
+@runtime_checkable
+class Report(Protocol):
+    """What a verb returned and can be told as plain data."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    plan: Plan | None = None,
+    reports: Iterable[Report] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write the model's weights, and beside them where their zeros came from.
+
+    A transformers model is written by its own `save_pretrained`. A model that holds `SparseLinear`s
+    is written packed. The folder appears whole or not at all; with `overwrite` it may replace one
+    that `save` wrote, of which files that are not the model's (a tokenizer) are kept.
+
+    Cost: a copy of one shard, 5 GB at most; reads the files once more for their hashes.
+    Raises:
+        ValueError: before anything is written, if the folder cannot be, or the model has weights
+            that are no plain tensors, or the plan is for another model.
+    """
+    folder = Path(folder).resolve()
+    require_writable(folder, overwrite=overwrite)
+    _require_plain(model)
+    if plan is not None:
+        match(model, plan)
+    plain_reports = tuple(_plain(report) for report in reports)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    form: Form = "packed" if packed else "dense"
+    with appearing_whole(folder, replaced=_is_written) as partial:
+        if is_transformers(model) and form == "dense":
+            save_folder(model, partial)
+        else:
+            if is_transformers(model):
+                save_config(model, partial)
+            _write_shards(model, partial, STEMS[form])
+        Sidecar(
+            form=form,
+            model_class=type(model).__name__,
+            weights={path.name: fingerprint(path) for path in weight_files(partial)},
+            sparsity=_sparsity(model),
+            tied=_tied(model),
+            packed={name: describe(linear) for name, linear in packed.items()},
+            plan=plan,
+            reports=plain_reports,
+            library_version=_library_version(),
+            torch_version=str(torch.__version__),
+        ).write(partial)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The model that `save` wrote, its weights verified by their hashes.
+
+    A transformers model is made from the folder alone, in eval mode. Any other needs `model`, an
+    instance of the same class and sizes: its weights are replaced, its packed layers exchanged, and
+    it is returned.
+
+    Cost: reads the weight files twice. With `model`, up to three times its weights in memory.
+    Raises:
+        ValueError: if a file is missing, cut off, changed, foreign or of a newer version, or the
+            weights are not those of `model`. Whatever is raised, `model` is left as it was.
+    """
+    folder = Path(folder)
+    require_not_interrupted(folder)
+    sidecar = read_sidecar(folder)
+    verify(folder, sidecar)
+    if model is None and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds the weights of a {sidecar.model_class} and no config.json to make it "
+            "from: make one and pass it as model="
+        )
+    if sidecar.form == "dense" and (model is None or _is_stock(model)):
+        loaded = load_folder(folder)
+        if model is None:
+            return loaded
+        tensors = loaded.state_dict()
+    else:
+        tensors = _read_shards(folder, sidecar)
+    model = unloaded(folder) if model is None else model
+    _replace_weights(model, sidecar, tensors, folder)
+    return model
+
+
+def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
+    """Nothing, if `save` could write this folder; to be asked before hours of work.
+
+    Raises:
+        ValueError: if it is a file, lies where nothing can be written, holds files that `save` did
+            not write, or a saved model without `overwrite`.
+    """
+    folder = Path(folder).resolve()
+    require_not_interrupted(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save needs a folder, {folder} is a file: choose another name")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / SIDECAR).is_file():
+            raise ValueError(
+                f"save needs an empty or a new folder, {folder} holds other files: choose another"
+            )
+        if not overwrite:
+            raise ValueError(
+                f"{folder} holds a saved model: choose another folder, or pass overwrite=True"
+            )
+    parent = next(p for p in folder.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"save cannot write into {parent}: choose a folder that you may write to")
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _is_written(name: str) -> bool:
+    """Whether a file of this name is part of a saved model."""
+    return name in WRITTEN or Path(name).match("*.safetensors*")
+
+
+def _require_plain(model: nn.Module) -> None:
+    if isinstance(model, SparseLinear):
+        raise ValueError("save needs a model, got a bare SparseLinear: wrap it in nn.Sequential")
+    for name, tensor in model.state_dict().items():
+        plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter)
+        if not plain or tensor.layout != torch.strided:
+            kind = f"{type(tensor).__name__} of layout {getattr(tensor, 'layout', None)}"
+            raise ValueError(
+                f"save needs plain tensors, {name} is a {kind}: make it an ordinary tensor first"
+            )
+        if tensor.is_meta:
+            raise ValueError(f"{name} has no data (meta device): load the weights first")
+
+
+def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
+    """The state dict in files of at most `SHARD_BYTES`, tied tensors once; an index if several."""
+    tied = _tied(model)
+    state = {name: t for name, t in model.state_dict().items() if name not in tied}
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    files: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"{stem}{part}.safetensors"
+        # Copies, because safetensors refuses tensors that share memory, as views do.
+        copies = {n: t.to("cpu", copy=True).contiguous() for n, t in shard.items()}
+        save_file(copies, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in state.values())
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        variant = stem.removeprefix("model")
+        text = json.dumps(index, indent=2)
+        (folder / f"model.safetensors.index{variant}.json").write_text(text)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Every further name of a tensor -> its first name in the state dict."""
+    first: dict[tuple[Any, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, t in model.state_dict().items():
+        if t.numel():
+            place = (t.data_ptr(), t.device, t.dtype, tuple(t.shape), t.stride())
+            if first.setdefault(place, name) != name:
+                tied[name] = first[place]
+    return tied
+
+
+def _sparsity(model: nn.Module) -> dict[str, float]:
+    zeros: dict[str, float] = {}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if _layers.is_prunable(module):
+                weight = _layers.matrix(module)
+                zeros[name] = int((weight == 0).sum()) / max(weight.numel(), 1)
+    return zeros
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"save needs reports of plain finite data, {type(report).__name__} is not: {error}"
+        ) from None
+    return plain
+
+
+def _library_version() -> str:
+    import secateur  # not above: this file is imported by it
+
+    return secateur.__version__
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _is_stock(model: nn.Module) -> bool:
+    """Whether its weights' names on disk may be others than in memory, as transformers decides."""
+    return is_transformers(model) and type(model).__module__.startswith("transformers.")
+
+
+def _read_shards(folder: Path, sidecar: Sidecar) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sidecar.weights:
+        if file.endswith(".safetensors"):
+            try:
+                tensors |= load_file(folder / file)
+            except SafetensorError as error:
+                raise ValueError(f"{folder / file} is no safetensors file: {error}") from error
+    return tensors
+
+
+def _replace_weights(
+    model: nn.Module, sidecar: Sidecar, tensors: dict[str, Tensor], folder: Path
+) -> None:
+    """Give the model these tensors and packed layers once all are known to fit, or raise."""
+    for name, other in sidecar.tied.items():
+        for one, two in ((name, other), (other, name)):
+            if one not in tensors and two in tensors:
+                tensors[one] = tensors[two]
+    packed = {
+        name: _packed_layer(model, name, dict(entry), tensors, folder)
+        for name, entry in sidecar.packed.items()
+    }
+    prefixes = tuple(f"{name}." for name in packed)
+    own = {n: t for n, t in model.state_dict().items() if not n.startswith(prefixes)}
+    dense = {n: t for n, t in tensors.items() if not n.startswith(prefixes)}
+    _require_same(own, dense, f"{folder} (a {sidecar.model_class})", type(model).__name__)
+    modules = dict(model.named_modules())
+    replaced = {name: modules[name] for name in packed}
+    before = {name: tensor.to("cpu", copy=True) for name, tensor in own.items()}
+    try:
+        for name, tensor in own.items():
+            tensor.copy_(dense[name])
+        swap(model, packed)
+    except BaseException:
+        swap(model, replaced)
+        for name, tensor in own.items():
+            tensor.copy_(before[name])
+        raise
+
+
+def _packed_layer(
+    model: nn.Module,
+    name: str,
+    description: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+) -> nn.Module:
+    """The packed layer of that name, filled, on the device of the layer that it will replace."""
+    layer = dict(model.named_modules()).get(name)
+    shape = (description.get("out_features"), description.get("in_features"))
+    if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != shape:
+        raise ValueError(
+            f"{folder} has a packed linear layer {name!r} of {shape[0]} x {shape[1]}, this "
+            f"{type(model).__name__} has {layer}: {_MATCH}"
+        )
+    own = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+    try:
+        packed = empty_from(description, name)
+        packed.load_state_dict(own)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}, packed layer {name!r}: {error}") from error
+    device = next(iter([*layer.parameters(), *layer.buffers()])).device
+    return packed.to(device).train(layer.training)
+
+
+def _require_same(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str, model: str
+) -> None:
+    """Names, shapes and dtypes agree."""
+    if missing := [name for name in own if name not in given]:
+        raise ValueError(
+            f"{where} lacks {len(missing)} tensors of this {model}, first {missing[0]!r}: {_MATCH}"
+        )
+    if foreign := [name for name in given if name not in own]:
+        raise ValueError(
+            f"{where} has {len(foreign)} tensors that this {model} lacks, first {foreign[0]!r}: "
+            f"{_MATCH}"
+        )
+    for name, tensor in own.items():
+        saved = (tuple(given[name].shape), given[name].dtype)
+        if saved != (tuple(tensor.shape), tensor.dtype):
+            raise ValueError(
+                f"{where} has {name} as {saved[0]} of {saved[1]}, this {model} as "
+                f"{tuple(tensor.shape)} of {tensor.dtype}: {_MATCH}"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} of this {model} has no memory (meta device): call "
+                "model.to_empty(device='cpu') first"
+            )
+
+
+_MATCH = "pass a model of the class, sizes and dtype that was saved"

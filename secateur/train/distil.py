@@ -1,0 +1,306 @@
+"""Self-distillation: a pruned model learns to answer as its dense self did, its zeros held."""
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from secateur.outputs import answer, eval_mode
+from secateur.replay import Batch
+from secateur.tables import text_table
+from secateur.train.hold import Held, hold
+from secateur.train.loss import Loss, output_loss
+from secateur.train.state import TrainingState
+
+# Of the steps until the learning rate is full: Adam's moments stem from few gradients before.
+WARMUP = 0.05
+
+# Larger gradients are scaled down to this norm, the usual one: early steps meet outliers.
+CLIP = 1.0
+
+# What an interruption may cost at most, against writing three times the parameters each time.
+CHECKPOINT_SECONDS = 60.0
+
+# One batch's loss says little; the report gives means over the first and the last tenth.
+REPORTED = 0.1
+
+
+@dataclass(frozen=True)
+class DistilReport:
+    """What `distil_` did; `first_loss` and `last_loss` are means over a tenth of the steps."""
+
+    loss: str
+    steps: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+    learning_rate: float
+    seed: int
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("loss", "steps", "learning rate", "first loss", "last loss", "seconds")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        first, last = f"{self.first_loss:.4g}", f"{self.last_loss:.4g}"
+        rate, seconds = f"{self.learning_rate:g}", f"{self.seconds:.1f}"
+        return [(self.loss, f"{self.steps:,}", rate, first, last, seconds)]
+
+    def __str__(self) -> str:
+        return text_table(self.columns, self.rows())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def distil_(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    learning_rate: float = 3e-4,
+    loss: Loss | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+) -> DistilReport:
+    """Train the model to give the teacher's outputs on the batches, every zero held at zero.
+
+    No labels: the dense model is the target, on whatever text or images there are. All parameters
+    that require gradients are trained by AdamW without weight decay (it would pull away from the
+    target), the learning rate rising over the first 5% of the steps and falling along a cosine to
+    0, batches in an order drawn from `seed`. Both models run in eval mode: dropout would blur the
+    target, and running means stay the dense model's. `loss(output, teacher_output, batch)`
+    is by default `output_loss`. With `checkpoint`, a folder, the state is kept there once a minute,
+    and the same call goes on from it and ends with the same bits.
+
+    Cost: a step is a forward of the teacher, a forward and a backward of the model; memory for
+        gradients and two moments, three times the parameters, and a copy of them on disk.
+    Raises:
+        ValueError: before anything is changed, if the model has no zeros, parameters are not
+            float32 or are the teacher's own, or there is no batch; and if a loss is not finite
+            (the step is named). Whatever is raised, also by Ctrl-C, the model is left as it was.
+    """
+    run = _Run(model, teacher, _listed(batches), steps, learning_rate, loss or output_loss, seed)
+    parameters = _trained(model, teacher)
+    begin = time.perf_counter()
+    state = TrainingState(checkpoint, run.fingerprint()) if checkpoint is not None else None
+    if state is not None:
+        begin -= state.seconds
+    optimizer = torch.optim.AdamW(parameters.values(), learning_rate, weight_decay=0.0)
+    with (
+        hold(model, optimizer) as held,
+        _all_or_nothing(parameters),
+        eval_mode(model, teacher),
+        torch.enable_grad(),
+    ):
+        losses: list[float] = []
+        if state is not None:
+            state.restore(parameters, optimizer)
+            losses = state.losses
+        kept_at = time.perf_counter()
+        for loss_now in run(optimizer, held, len(losses)):
+            losses.append(loss_now)
+            now = time.perf_counter()
+            due = now - kept_at >= CHECKPOINT_SECONDS or len(losses) == steps
+            if state is not None and due:
+                state.keep(parameters, optimizer, losses, now - begin)
+                kept_at = now
+    return _report(run, losses, time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What decides every step of a run."""
+
+    model: nn.Module
+    teacher: nn.Module
+    batches: list[Batch]
+    steps: int
+    learning_rate: float
+    loss: Loss
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(
+                f"distil_ needs at least 1 step and a learning rate above 0, got {self.steps} and "
+                f"{self.learning_rate:g}"
+            )
+
+    def __call__(self, optimizer: torch.optim.Optimizer, held: Held, done: int) -> Iterator[float]:
+        """Take the steps that are not done, yielding the loss before each."""
+        order = _shuffled(len(self.batches), self.steps, self.seed)
+        modules = dict(self.model.named_modules())
+        kept = [(_parameter(modules[name]), mask) for name, mask in held.masks.items()]
+        with tqdm(total=self.steps, initial=done, desc="distil", disable=None) as bar:
+            for step in range(done, self.steps):
+                rate = self.learning_rate * _rate(step, self.steps)
+                optimizer.param_groups[0]["lr"] = rate
+                value = self._step(step, self.batches[order[step]], optimizer, kept)
+                bar.update()
+                bar.set_postfix(loss=f"{value:.4g}")
+                yield value
+
+    def _step(
+        self,
+        step: int,
+        batch: Batch,
+        optimizer: torch.optim.Optimizer,
+        kept: Sequence[tuple[nn.Parameter, Bool[Tensor, "..."]]],
+    ) -> float:
+        with torch.no_grad():
+            target = answer(self.teacher, batch, f"the batch of step {step} (the teacher)")
+        output = answer(self.model, batch, f"the batch of step {step}")
+        value = self.loss(output, target, batch)
+        _check_loss(value, step)
+        value.backward()
+        for weight, mask in kept:
+            if weight.grad is not None:  # held zeros do not move: they must not use up the norm
+                weight.grad.masked_fill_(~mask, 0)
+        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
+        if not bool(norm.isfinite()):
+            raise ValueError(f"distil_ needs finite gradients, got {norm} at step {step}: {_HOW}")
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(value.detach())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain data and sums that tell another call, model, teacher or data apart."""
+        data = [t for t in pytree.tree_leaves(self.batches) if isinstance(t, Tensor)]
+        return {
+            "steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+            "loss": _name(self.loss),
+            "model": {name: _sum(p) for name, p in self.model.named_parameters()},
+            "teacher": {name: _sum(p) for name, p in self.teacher.named_parameters()},
+            "data": [float(tensor.double().sum()) for tensor in data],
+        }
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+
+def _check_loss(value: Tensor, step: int) -> None:
+    if value.numel() != 1 or not value.requires_grad:
+        raise ValueError(
+            f"distil_ needs a loss that is one number made from the model's output, got shape "
+            f"{tuple(value.shape)} with requires_grad={value.requires_grad}"
+        )
+    if not bool(value.isfinite()):
+        raise ValueError(
+            f"distil_ needs a finite loss, got {float(value.detach())} at step {step}: {_HOW}"
+        )
+
+
+_HOW = "lower the learning rate, and check the data for extreme values"
+
+
+def _rate(step: int, steps: int) -> float:
+    """The factor of the learning rate: a line up to 1, then half a cosine to 0."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def _shuffled(batches: int, steps: int, seed: int) -> list[int]:
+    """The batch of every step: each batch once in every round, rounds in another order each."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(batches, generator=generator) for _ in range(-(-steps // batches))]
+    order: list[int] = torch.cat(rounds)[:steps].tolist()
+    return order
+
+
+# --- before and after ----------------------------------------------------------------------------
+
+
+def _listed(batches: Iterable[Batch]) -> list[Batch]:
+    if isinstance(batches, (Tensor, Mapping)):
+        raise ValueError(
+            "distil_ needs an iterable of batches, got one batch: wrap it in a list, or split it, "
+            "as in tokens.split(8)"
+        )
+    listed = list(batches)
+    if not listed:
+        raise ValueError("distil_ needs at least one batch, got none")
+    return listed
+
+
+def _trained(model: nn.Module, teacher: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name."""
+    taught = {p.data_ptr() for p in teacher.parameters() if p.numel()}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError(
+            f"distil_ needs parameters that require gradients, this {type(model).__name__} has "
+            "none: call model.requires_grad_()"
+        )
+    for name, parameter in parameters.items():
+        if parameter.data_ptr() in taught:
+            raise ValueError(
+                f"distil_ needs a teacher of its own, {name} is the teacher's too: pass a copy "
+                "that was made before pruning, copy.deepcopy(model)"
+            )
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"distil_ needs float32 parameters, {name} is {parameter.dtype}, where small steps "
+                "are lost: train model.float() and go back with model.to(...), zeros stay zeros"
+            )
+    return parameters
+
+
+def _report(run: _Run, losses: Sequence[float], seconds: float) -> DistilReport:
+    few = math.ceil(REPORTED * run.steps)
+    first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
+    return DistilReport(
+        _name(run.loss), run.steps, seconds, first, last, run.learning_rate, run.seed
+    )
+
+
+def _sum(parameter: nn.Parameter) -> float:
+    return float(parameter.detach().double().abs().sum())
+
+
+def _name(loss: Loss) -> str:
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """If the block raises, the parameters are restored from disk; gradients always are."""
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    with tempfile.TemporaryDirectory(prefix="secateur-undo-") as folder:
+        before = Path(folder) / "parameters.safetensors"
+        copies = {n: p.detach().to("cpu", copy=True).contiguous() for n, p in parameters.items()}
+        save_file(copies, before)
+        del copies
+        try:
+            for parameter in parameters.values():
+                parameter.grad = None
+            yield
+        except BaseException:
+            for name, tensor in load_file(before).items():
+                parameters[name].data.copy_(tensor)
+            raise
+        finally:
+            for name, parameter in parameters.items():
+                parameter.grad = gradients[name]
+
+
+def _parameter(module: nn.Module) -> nn.Parameter:
+    parameter = module._parameters["weight"]
+    assert parameter is not None
+    return parameter

@@ -1,0 +1,59 @@
+"""What self-distillation makes small: the distance of a model's output from its teacher's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from secateur.outputs import counted, divergence, hidden_of, logits_of, pooled
+from secateur.replay import Batch
+
+# (what the model returned, what the teacher returned, the batch) -> a scalar to make small
+Loss = Callable[[Any, Any, Batch], Tensor]
+
+
+def output_loss(output: Any, target: Any, batch: Batch) -> Float[Tensor, ""]:
+    """How far the output is from the teacher's; which distance, the kind of output decides.
+
+    Logits: KL(teacher || model), the mean over the tokens that are no padding, all of what the
+    dense model knows of a token and no more. Hidden states: ||h - h_t||^2 / ||h_t||^2 over those
+    tokens, plus one minus the cosine between mean-pooled embeddings, which is what a sentence
+    encoder is used for and which the first term alone does not weigh by. A plain tensor could be
+    either: its relative squared error, which is right for both.
+
+    Source: Hinton et al., arXiv:1503.02531 (logits); SquareHead, Kurtic et al., arXiv:2310.06927,
+    eq. 1 (the normalised error of hidden states).
+    """
+    if isinstance(target, Tensor):
+        student, teacher, mask = _aligned(output, target, batch, logits_of)
+        return _relative_error(student, teacher, mask)
+    if isinstance(getattr(target, "logits", None), Tensor):
+        student, teacher, mask = _aligned(output, target, batch, logits_of)
+        return divergence(teacher[mask], student[mask]).mean()
+    student, teacher, mask = _aligned(output, target, batch, hidden_of)
+    cosine = (pooled(student, mask) * pooled(teacher, mask)).sum(-1).mean()
+    return _relative_error(student, teacher, mask) + 1 - cosine
+
+
+def _relative_error(
+    student: Float[Tensor, "..."], teacher: Float[Tensor, "..."], mask: Bool[Tensor, "..."]
+) -> Float[Tensor, ""]:
+    error = (student[mask].float() - teacher[mask].float()).square().sum()
+    # A teacher that is 0 everywhere has no scale: its error counts as it is.
+    return error / teacher[mask].float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _aligned(
+    output: Any, target: Any, batch: Batch, tensor_of: Callable[[Any, str], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both tensors on the model's device, and the mask of what counts."""
+    student = tensor_of(output, "this batch")
+    teacher = tensor_of(target, "this batch of the teacher").to(student.device)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"distil_ needs outputs of the teacher's shape {tuple(teacher.shape)}, got "
+            f"{tuple(student.shape)}: give the model that this one was pruned from"
+        )
+    return student, teacher, counted(batch, student.shape[:-1], student.device, "this batch")

@@ -1,0 +1,177 @@
+"""Compile and export, each in a plain process: dynamo and shape checking do not mix.
+
+The runtime checks wrap every function, which breaks graphs (pytorch#122093).
+
+Run as a script with the name of a check, this file runs that check.
+"""
+
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # the checks import the same helpers as the tests
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.formats.weights import FORMATS, sparse_linear, tokens_in
+
+
+class Block(nn.Module):
+    """Two packed layers of one format with something between them."""
+
+    def __init__(self, format: str) -> None:
+        super().__init__()
+        self.up = sparse_linear(format, 32, 24)
+        self.down = sparse_linear(format, 24, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.down(torch.relu(self.up(x)))
+        return result
+
+
+def check_fullgraph() -> None:
+    """One graph a model, the same results, gradients to the input and the bias, any tokens."""
+    for format in FORMATS:
+        model = Block(format)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        for tokens in (3, 5, 17):
+            x = tokens_in(tokens, 24).requires_grad_()
+            grads, results = [], []
+            for run in (model, compiled):
+                results.append(run(x))
+                grads.append(torch.autograd.grad(results[-1].square().sum(), (x, model.up.bias)))
+            assert torch.allclose(*results, atol=1e-6)
+            assert torch.allclose(grads[0][0], grads[1][0], atol=1e-4)
+            assert torch.allclose(grads[0][1], grads[1][1], atol=1e-4)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, format
+
+
+def check_inductor() -> None:
+    """The default compiler, once; it needs a C++ compiler, and so does whoever calls it."""
+    model = Block("block:4x8").eval()
+    x = tokens_in(5, 24)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-6)
+
+
+def check_export() -> None:
+    """A program with a free number of tokens holds one operator a layer, and survives a file."""
+    for format in FORMATS:
+        model = Block(format).eval()
+        free = {"x": {0: torch.export.Dim("tokens", min=2, max=64)}}
+        program = torch.export.export(model, (tokens_in(3, 24),), dynamic_shapes=free)
+        name = str(model.up.format.folder.LINEAR)
+        called = [node for node in program.graph.nodes if str(node.target) == name]
+        assert len(called) == 2
+        with tempfile.TemporaryDirectory() as folder:
+            torch.export.save(program, Path(folder) / "model.pt2")
+            loaded = torch.export.load(Path(folder) / "model.pt2")
+        for tokens in (3, 40):
+            x = tokens_in(tokens, 24)
+            assert torch.equal(loaded.module()(x), model(x))
+
+
+def check_dispatch_is_not_baked_in() -> None:
+    """A program traced with one token still chooses by the tokens of each call."""
+    model = Block("block:4x8").eval()
+    for layer in (model.up, model.down):
+        layer.use((("cpu", 4), ("reference", None)))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    seen: list[int] = []
+    multiply = torch.bmm
+
+    def watched(left: Tensor, right: Tensor) -> Tensor:
+        seen.append(left.shape[1])
+        return multiply(left, right)
+
+    torch.bmm = watched
+    with torch.no_grad():
+        for tokens, calls in ((4, 2), (40, 0), (2, 2)):
+            seen.clear()
+            compiled(tokens_in(tokens, 24))
+            assert len(seen) == calls, (tokens, seen)
+
+
+class Asking(nn.Module):
+    """Asks its layer's weight for the dtype, as T5 in transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = sparse_linear("semi24")
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc(x.to(self.fc.weight.dtype))
+        return result
+
+
+def check_a_weight_can_be_asked_for_its_dtype() -> None:
+    """In a full graph and in an exported program."""
+    model, x = Asking().eval(), tokens_in(3, 24, dtype=torch.float64)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+
+
+def check_import_is_cheap() -> None:
+    """The formats import neither a kernel language nor a model library."""
+    for name in ("triton", "cuda", "transformers", "scipy", "pandas"):
+        assert name not in sys.modules, name
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_import_is_cheap,  # first: what the others import is no concern of it
+        check_fullgraph,
+        check_export,
+        check_dispatch_is_not_baked_in,
+        check_a_weight_can_be_asked_for_its_dtype,
+        check_inductor,
+    )
+}
+
+
+SLOW = "inductor"  # half a minute, most of it the C++ compiler
+
+
+def run_apart(*names: str) -> str:
+    """What a plain process prints when it runs these checks; starting one costs seconds."""
+    command = [sys.executable, "-W", "ignore", __file__, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    return run_apart(*[name for name in CHECKS if name != SLOW])
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != SLOW])
+def test_in_a_plain_process(name: str, printed: str) -> None:
+    assert f"{name} holds" in printed.splitlines(), printed[-3000:]
+
+
+@pytest.mark.slow
+def test_inductor_in_a_plain_process() -> None:
+    printed = run_apart(SLOW)
+    assert f"{SLOW} holds" in printed.splitlines(), printed[-3000:]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        try:
+            CHECKS[name]()
+            print(f"{name} holds")
+        except Exception:
+            print(f"{name} fails")
+            traceback.print_exc()

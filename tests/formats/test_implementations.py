@@ -1,0 +1,88 @@
+"""Every (format, implementation, dtype, shape): right within the derived error budget."""
+
+import pytest
+import torch
+
+from secateur.formats import parse_format
+from secateur.formats.contract import Implementation
+from secateur.formats.format import FOLDERS
+from tests.formats.weights import (
+    DTYPES,
+    FORMATS,
+    allowed_error,
+    exact_linear,
+    fitting_weight,
+    tokens_in,
+)
+
+CASES = [
+    (format, implementation)
+    for format in FORMATS
+    for implementation in parse_format(format).folder.IMPLEMENTATIONS
+]
+NAMES = [f"{format} {implementation.name}" for format, implementation in CASES]
+RUNNABLE = [
+    (format, implementation, dtype)
+    for format, implementation in CASES
+    for dtype in DTYPES
+    if implementation.why_not(parse_format(format).pack(torch.zeros(8, 8, dtype=dtype)), 1) is None
+]
+
+
+def test_only_csr_in_16_bits_cannot_run_here() -> None:
+    missing = {(f, i.name, d) for f, i in CASES for d in DTYPES}
+    missing -= {(format, implementation.name, dtype) for format, implementation, dtype in RUNNABLE}
+    assert missing == {("csr", "torch_csr", torch.bfloat16), ("csr", "torch_csr", torch.float16)}
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (8, 104)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+@pytest.mark.parametrize(
+    ("format", "implementation", "dtype"),
+    RUNNABLE,
+    ids=[f"{format} {implementation.name} {dtype}" for format, implementation, dtype in RUNNABLE],
+)
+def test_it_is_right(
+    format: str,
+    implementation: Implementation,
+    dtype: torch.dtype,
+    tokens: int,
+    shape: tuple[int, int],
+) -> None:
+    out, width = shape
+    weight = fitting_weight(format, out, width, dtype)
+    packed = parse_format(format).pack(weight)
+    arrangement = implementation.arrange(packed)
+    x = tokens_in(tokens, width, dtype=dtype)
+    for bias in (None, tokens_in(out, dtype=dtype, seed=3)):
+        kept = x.clone(), None if bias is None else bias.clone()
+        result = implementation.linear(x, packed, bias, *arrangement)
+        assert result.dtype == dtype and result.shape == (tokens, out)
+        error = float((result - exact_linear(x, weight, bias)).abs().max())
+        assert error <= allowed_error(x, weight, bias)
+        assert torch.equal(x, kept[0])
+        assert bias is None or torch.equal(bias, kept[1])
+
+
+@pytest.mark.parametrize(("format", "implementation"), CASES, ids=NAMES)
+def test_an_all_zero_weight_gives_the_bias(format: str, implementation: Implementation) -> None:
+    packed = parse_format(format).pack(torch.zeros(8, 16))
+    bias, x = tokens_in(8, seed=3), tokens_in(3, 16)
+    result = implementation.linear(x, packed, bias, *implementation.arrange(packed))
+    assert torch.equal(result, bias.expand(3, 8))
+
+
+@pytest.mark.parametrize(("format", "implementation"), CASES, ids=NAMES)
+def test_an_arrangement_has_the_named_tensors(format: str, implementation: Implementation) -> None:
+    packed = parse_format(format).pack(fitting_weight(format, 8, 16))
+    assert len(implementation.arrange(packed)) == len(implementation.arrangement)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_reference_comes_last_and_always_runs(name: str) -> None:
+    last = FOLDERS[name].IMPLEMENTATIONS[-1]
+    assert last.name == "reference"
+    text = "block:4x4" if name == "block" else name
+    for dtype in DTYPES:
+        packed = parse_format(text).pack(torch.zeros(8, 8, dtype=dtype))
+        assert last.why_not(packed, 10**6) is None

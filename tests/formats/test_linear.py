@@ -1,0 +1,314 @@
+"""`SparseLinear`: results, errors, saving, moving, loading, and what runs."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from secateur.formats import SparseLinear, describe, empty_from, parse_format
+from tests.formats.weights import (
+    FORMATS,
+    allowed_error,
+    exact_linear,
+    fitting_weight,
+    sparse_linear,
+    tokens_in,
+)
+
+
+def is_right(layer: SparseLinear, x: Tensor) -> bool:
+    """Whether the layer's result is within the budget of its own dense weight."""
+    weight, bias = layer.weight.clone(), layer.bias
+    flat = x.reshape(-1, layer.in_features)
+    result = layer(x).detach()
+    assert result.shape == (*x.shape[:-1], layer.out_features)
+    assert result.is_contiguous()
+    error = (result.reshape(-1, layer.out_features) - exact_linear(flat, weight, bias)).abs().max()
+    return float(error) <= allowed_error(flat, weight, bias)
+
+
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (20, 24), (2, 3, 24), (2, 1, 3, 24)], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_inputs_of_any_rank(format: str, shape: tuple[int, ...]) -> None:
+    assert is_right(sparse_linear(format), tokens_in(*shape))
+    assert is_right(sparse_linear(format, bias=False), tokens_in(*shape))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inputs_that_are_not_contiguous(format: str) -> None:
+    layer = sparse_linear(format)
+    for x in (tokens_in(24, 5).t(), tokens_in(5, 48)[:, ::2], tokens_in(3, 24, 4).transpose(1, 2)):
+        assert not x.is_contiguous()
+        assert is_right(layer, x)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_tokens(format: str) -> None:
+    layer = sparse_linear(format)
+    x = torch.zeros(2, 0, 24, requires_grad=True)
+    result = layer(x)
+    assert result.shape == (2, 0, 16)
+    result.sum().backward()
+    assert x.grad is not None and x.grad.shape == (2, 0, 24)
+
+
+def test_an_input_of_another_dtype_is_refused() -> None:
+    layer = sparse_linear("semi24")
+    with pytest.raises(ValueError) as error:
+        layer(tokens_in(2, 24, dtype=torch.bfloat16))
+    assert str(error.value) == (
+        "SparseLinear 'layer' needs float32 input, got bfloat16: "
+        "cast the input, or the layer with .to(torch.bfloat16)"
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 23), (25,), (24, 2)], ids=str)
+def test_an_input_of_another_width_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError) as error:
+        sparse_linear("csr")(tokens_in(*shape))
+    assert f"SparseLinear 'layer' needs input of width 24, got shape {shape}" in str(error.value)
+
+
+def test_an_input_without_width_is_refused(unchecked: None) -> None:
+    with pytest.raises(ValueError, match=r"needs input of width 24, got shape \(\)"):
+        sparse_linear("csr")(torch.tensor(1.0))
+
+
+def test_it_is_a_linear_whose_weight_cannot_be_assigned() -> None:
+    layer = sparse_linear("semi24")
+    assert isinstance(layer, nn.Linear)
+    for value in (nn.Parameter(torch.zeros(16, 24)), torch.zeros(16, 24)):
+        with pytest.raises(ValueError, match=r"'layer' needs its weight left packed, got an ass"):
+            layer.weight = value
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_weight_is_the_dense_one(format: str) -> None:
+    assert torch.equal(sparse_linear(format).weight, fitting_weight(format, 16, 24))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_training_reaches_the_bias_and_an_adapter_but_no_packed_tensor(format: str) -> None:
+    layer = sparse_linear(format)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        down, up = nn.Linear(24, 2, bias=False), nn.Linear(2, 16, bias=False)
+        model = nn.Sequential(nn.Linear(24, 24), nn.ReLU())
+    x, target = tokens_in(8, 24), tokens_in(8, 16, seed=5)
+    weight = layer.weight.clone()
+    parameters = [*model.parameters(), *down.parameters(), *up.parameters(), *layer.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    losses = []
+    for _ in range(30):
+        hidden = model(x)
+        loss = (layer(hidden) + up(down(hidden)) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and bool(p.grad.any()) for p in parameters)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_input_gradient_is_that_of_the_dense_layer(format: str) -> None:
+    layer = sparse_linear(format)
+    x, up = tokens_in(2, 3, 24), tokens_in(2, 3, 16, seed=6)
+    grads = []
+    for run in (layer, lambda x: nn.functional.linear(x, layer.weight.clone(), layer.bias)):
+        leaf = x.clone().requires_grad_()
+        grads.append(torch.autograd.grad(run(leaf), (leaf, layer.bias), up))
+    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-5)
+    assert torch.allclose(grads[0][1], grads[1][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_copies_are_equal_and_separate(format: str) -> None:
+    layer, x = sparse_linear(format), tokens_in(5, 24)
+    expected = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), expected)
+        other._buffers["values"].zero_()
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_state_dict_restores_it(format: str, tmp_path: Path) -> None:
+    layer, x = sparse_linear(format, seed=0), tokens_in(5, 24)
+    state = layer.state_dict()
+    assert list(state) == ["bias", *layer.packed.tensors()]
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    save_file(state, tmp_path / "layer.safetensors")
+    for saved in (
+        state,
+        torch.load(buffer, weights_only=True),
+        load_file(tmp_path / "layer.safetensors"),
+    ):
+        other = empty_from(describe(layer))
+        assert other.load_state_dict(saved).missing_keys == []
+        assert torch.equal(other(x), layer(x))
+        assert other.dispatch == layer.dispatch
+
+
+def test_loading_rebuilds_the_arrangement() -> None:
+    """Same sizes, other positions: a stale arrangement would scatter to the wrong rows."""
+    first, second = torch.zeros(8, 8), torch.zeros(8, 8)
+    first[0:4] = 1.0
+    second[4:8] = 2.0
+    layer, other = (
+        SparseLinear(parse_format("block:4x4").pack(weight)) for weight in (first, second)
+    )
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(torch.eye(8)), second.t())
+    layer = SparseLinear(parse_format("block:4x4").pack(first))
+    layer.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(layer(torch.eye(8)), second.t())
+
+
+def test_a_damaged_state_dict_is_refused() -> None:
+    layer = sparse_linear("block:4x8")
+    state = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    state["col_indices"][0] = 99
+    with pytest.raises(RuntimeError, match=r"cannot use the checkpoint's tensors: col_indices lea"):
+        layer.load_state_dict(state)
+
+
+def test_a_dense_state_dict_is_refused_with_advice() -> None:
+    model = nn.Sequential(sparse_linear("semi24"), nn.Linear(16, 2))
+    dense = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 2))
+    with pytest.raises(RuntimeError, match=r"holds a dense 0.weight: load it into unpack_\(model"):
+        model.load_state_dict(dense.state_dict())
+
+
+def test_another_layer_s_error_is_no_error_of_this_one() -> None:
+    """The list of messages is shared by all modules of a load."""
+    model = nn.Sequential(nn.Linear(3, 24), sparse_linear("block:4x8", seed=0))
+    state = model.state_dict() | {"0.weight": torch.zeros(1, 1)}
+    other = sparse_linear("block:4x8", seed=0)
+    state |= {f"1.{key}": tensor for key, tensor in other.state_dict().items()}
+    with pytest.raises(RuntimeError) as error:
+        model.load_state_dict(state)
+    assert "size mismatch for 0.weight" in str(error.value)
+    assert "cannot use the checkpoint" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_casting_is_casting_the_dense_weight(format: str, dtype: torch.dtype) -> None:
+    layer = sparse_linear(format)
+    dense = layer.weight.clone()
+    assert layer.to(dtype) is layer
+    assert torch.equal(layer.weight, dense.to(dtype))
+    assert is_right(layer, tokens_in(5, 24, dtype=dtype))
+
+
+def test_casting_chooses_again() -> None:
+    layer = sparse_linear("csr")
+    assert layer.dispatch == "torch_csr"
+    layer.to(torch.bfloat16)
+    assert layer.dispatch == "reference"
+    layer.to(torch.float32)
+    assert layer.dispatch == "torch_csr"
+
+
+def test_moving_nowhere_keeps_a_choice() -> None:
+    layer = sparse_linear("block:4x8")
+    layer.use((("cpu", 4), ("reference", None)))
+    layer.to(torch.float32).to("cpu").float()
+    assert layer.dispatch == "cpu<=4 reference"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_meta_device_and_back(format: str) -> None:
+    layer, x = sparse_linear(format), tokens_in(5, 24)
+    state, expected = copy.deepcopy(layer.state_dict()), layer(x)
+    layer.to("meta")
+    assert layer(x.to("meta")).shape == (5, 16)
+    layer.to_empty(device="cpu")
+    assert layer.dispatch == "reference"
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), expected)
+    layer.to("meta").load_state_dict(state, assign=True)
+    assert torch.equal(layer(x), expected)
+
+
+def test_use_names_what_runs() -> None:
+    layer, x = sparse_linear("block:4x8"), tokens_in(5, 24)
+    assert layer.dispatch == "cpu" and "arranged_cpu_block_rows" in dict(layer.named_buffers())
+    layer.use((("reference", None),))
+    assert layer.dispatch == "reference" and list(dict(layer.named_buffers())) == [
+        *layer.packed.tensors()
+    ]
+    assert is_right(layer, x)
+    layer.use((("cpu", 4), ("reference", None)))
+    assert layer.dispatch == "cpu<=4 reference"
+    assert "arranged_cpu_block_rows" not in layer.state_dict()
+    assert is_right(layer, x) and is_right(layer, x[:2])
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ((), "ascending limits that end with None"),
+        ((("cpu", 4),), "ascending limits that end with None"),
+        ((("cpu", None), ("reference", None)), "ascending limits that end with None"),
+        ((("cpu", 8), ("reference", 4), ("cpu", None)), "ascending limits"),
+        ((("cpu", 0), ("reference", None)), "ascending limits"),
+        ((("gpu", None),), "block:4x8 has no implementation 'gpu': it has cpu, reference"),
+    ],
+)
+def test_use_refuses_other_tables(table: tuple[tuple[str, int | None]], message: str) -> None:
+    layer = sparse_linear("block:4x8")
+    with pytest.raises(ValueError, match=message):
+        layer.use(table)
+    assert layer.dispatch == "cpu"
+
+
+def test_use_refuses_what_cannot_run_here() -> None:
+    layer = sparse_linear("csr", dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match="'layer' cannot run torch_csr here: csr torch_csr needs f"
+    ):
+        layer.use((("torch_csr", None),))
+
+
+def test_its_text_says_what_it_is() -> None:
+    assert repr(sparse_linear("block:4x8")) == (
+        "SparseLinear(in_features=24, out_features=16, bias=True, format=block:4x8, runs=cpu)"
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_description_is_plain_data(format: str) -> None:
+    description = describe(sparse_linear(format, dtype=torch.bfloat16, bias=False))
+    assert description["format"] == format and description["dtype"] == "bfloat16"
+    assert (description["out_features"], description["in_features"]) == (16, 24)
+    assert description["bias"] is False and type(description["stored"]) is int
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "semi42"}, "did you mean 'semi24'"),
+        ({"stored": "16"}, "a packed layer's stored needs a int, got '16'"),
+        ({"stored": True}, "a packed layer's stored needs a int, got True"),
+        ({"stored": -1}, "a packed layer's stored needs a int, got -1"),
+        ({"stored": 17}, "16 rows of a multiple of 4 inputs, got 17"),
+        ({"dtype": "int8"}, "dtype needs to be one of float32, float64, bfloat16, float16, got"),
+        ({"bias": 1}, "a packed layer's bias needs a bool, got 1"),
+        ({"module": "os"}, "needs the keys format, out_features, in_features, bias, dtype, stored"),
+    ],
+)
+def test_a_damaged_description_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        empty_from(describe(sparse_linear("semi24")) | change)
+    assert message in str(error.value)

@@ -1,0 +1,177 @@
+"""`pack_` and `unpack_`: which layers change, and that a refusal changes none."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secateur.formats import SparseLinear, pack_, unpack_
+from tests.formats.weights import fitting_weight, tokens_in
+
+
+class Model(nn.Module):
+    """A 2:4 layer, a dense one, one of width 6, a nested 2:4 one, and a conv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = linear("semi24", 16, 24)
+        self.dense = nn.Linear(16, 8)
+        self.ragged = nn.Linear(6, 4)
+        self.block = nn.Sequential(nn.ReLU(), linear("semi24", 24, 16))
+        self.conv = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.block(self.up(x))
+        return result
+
+
+def linear(format: str, out: int, width: int) -> nn.Linear:
+    layer = nn.Linear(width, out)
+    layer.weight.data.copy_(fitting_weight(format, out, width))
+    return layer
+
+
+def kinds(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def test_every_fitting_layer_with_zeros_is_packed() -> None:
+    model, x = Model().eval(), tokens_in(5, 24)
+    expected, before = model(x), kinds(model)
+    report = pack_(model)
+    assert [row[0] for row in report.layers] == ["up", "block.1"]
+    assert kinds(model) == before | {"up": SparseLinear, "block.1": SparseLinear}
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    assert not model.up.training and model.up.name == "up"
+
+
+def test_the_report_counts_bytes() -> None:
+    report = pack_(Model())
+    dense, packed = 16 * 24 * 4, 16 * 12 * 4 + 16 * 3
+    assert report.layers[0] == ("up", "semi24", dense, packed)
+    assert report.bytes_before == 2 * dense
+    assert report.bytes_after == packed + 24 * 8 * 4 + 24 * 2
+    assert str(report) == "2 layers, 0.0 MB of weights before, 0.0 MB after"
+
+
+def test_unpack_restores_plain_linears_exactly() -> None:
+    model = Model()
+    before, state = kinds(model), {k: v.clone() for k, v in model.state_dict().items()}
+    bias = model.up.bias
+    pack_(model)
+    report = unpack_(model)
+    assert [row[0] for row in report.layers] == ["up", "block.1"]
+    assert report.layers[0][3] == 16 * 24 * 4
+    assert kinds(model) == before
+    assert model.up.bias is bias
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    weight = model.up.weight
+    assert type(weight) is nn.Parameter and weight.requires_grad
+    assert not hasattr(model.up, "packed")
+    weight.data.add_(1)
+
+
+def test_only_listed_layers_are_packed() -> None:
+    model = Model()
+    assert [row[0] for row in pack_(model, "bitmap", ["dense"]).layers] == ["dense"]
+    assert type(model.up) is nn.Linear and type(model.dense) is SparseLinear
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["block.1", "dense"], "layer 'dense': pack needs a 2:4 weight, row 0, columns 0..3 keep"),
+        (
+            ["up", "ragged"],
+            "layer 'ragged': pack needs in_features that is a multiple of 4, got (4",
+        ),
+        (["up", "block.2"], "no layer is named 'block.2': closest: 'block.1'"),
+        (["up", "xyzzy"], "no layer is named 'xyzzy': the model has no name like it"),
+        (["up", "conv"], "layer 'conv' needs to be an nn.Linear, got Conv1d: leave it out"),
+    ],
+)
+def test_a_refused_layer_changes_nothing(layers: list[str], message: str) -> None:
+    model = Model()
+    before, state = kinds(model), {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        pack_(model, "semi24", layers)
+    assert message in str(error.value)
+    assert kinds(model) == before
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_model_without_a_fitting_layer_says_why() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 6), nn.Linear(6, 6))
+    with pytest.raises(ValueError) as error:
+        pack_(model)
+    text = str(error.value)
+    assert text.startswith("pack_ needs a layer that fits semi24, got none ('0': semi24 needs at")
+    assert "'1':" in text and "'2':" in text and "'3':" not in text
+    with pytest.raises(ValueError, match=r"got none \(the model has no nn.Linear\)"):
+        pack_(nn.Sequential(nn.ReLU()))
+
+
+def test_a_dense_weight_is_no_default_even_where_it_fits() -> None:
+    model = nn.Sequential(linear("block:4x8", 16, 24), nn.Linear(24, 16))
+    pack_(model, "block:4x8")
+    assert type(model[0]) is SparseLinear and type(model[1]) is nn.Linear
+
+
+def test_a_bare_layer_is_refused() -> None:
+    bare = linear("semi24", 16, 24)
+    for layers in (None, [""]):
+        with pytest.raises(ValueError, match="a model that holds its layers, got a bare Linear"):
+            pack_(bare, layers=layers)
+    holder = nn.Sequential(bare)
+    pack_(holder)
+    with pytest.raises(ValueError, match="unpack_ needs a model that holds its layers"):
+        unpack_(holder[0])
+
+
+def test_a_tied_weight_stays_tied() -> None:
+    model = nn.Sequential(nn.Embedding(16, 24), linear("semi24", 16, 24))
+    model[0].weight = model[1].weight
+    with pytest.raises(ValueError, match="layer '1': its weight is tied to '0', and packing would"):
+        pack_(model, layers=["1"])
+    with pytest.raises(ValueError, match="'1': its weight is tied to '0'"):
+        pack_(model)
+    assert model[0].weight is model[1].weight
+
+
+def test_a_layer_used_twice_is_swapped_in_both_places() -> None:
+    shared = linear("semi24", 16, 16)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    assert [row[0] for row in pack_(model).layers] == ["a"]
+    assert type(model["a"]) is SparseLinear and model["b"][0] is model["a"]
+    unpack_(model)
+    assert type(model["a"]) is nn.Linear and model["b"][0] is model["a"]
+
+
+def test_hooks_are_not_dropped_in_silence() -> None:
+    model = Model()
+    handle = model.up.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="layer 'up': it has hooks, which packing would drop"):
+        pack_(model, layers=["up"])
+    assert [row[0] for row in pack_(model).layers] == ["block.1"]
+    handle.remove()
+    assert [row[0] for row in pack_(model).layers] == ["up"]
+
+
+def test_a_replaced_forward_is_not_dropped_in_silence() -> None:
+    model = Model()
+    model.up.forward = lambda x: x  # as offloading libraries do
+    with pytest.raises(ValueError, match="its forward has been replaced, which packing would undo"):
+        pack_(model, layers=["up"])
+
+
+def test_an_unknown_format_changes_nothing() -> None:
+    model = Model()
+    with pytest.raises(ValueError, match="unknown format 'semi42'"):
+        pack_(model, "semi42")
+    assert type(model.up) is nn.Linear
+
+
+def test_a_frozen_bias_stays_frozen() -> None:
+    model = Model().requires_grad_(False)
+    pack_(model)
+    assert not model.up.bias.requires_grad

@@ -1,0 +1,297 @@
+"""Hugging Face folders: what is loaded, what is refused, and text as token batches."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from secateur.integrations.transformers import (
+    copy_tokenizer,
+    is_transformers,
+    load_folder,
+    save_config,
+    save_folder,
+    text_batches,
+    token_rows,
+    unloaded,
+)
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+WORDS = ["[PAD]", "[UNK]", "[END]", "a", "b", "c", "d"]
+
+
+def tiny(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model of two layers."""
+    sizes = {
+        "vocab_size": 16,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    }
+    torch.manual_seed(0)
+    if kind == "bert":
+        return transformers.BertModel(transformers.BertConfig(**sizes)).to(dtype).eval()
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=True)
+    config.dtype = dtype
+    return transformers.LlamaForCausalLM._from_config(config).to(dtype).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny Llama with a tokenizer of one word a token, `[END]` its end-of-text token."""
+    return make_folder(tmp_path / "model", "llama", eos_token_id=2)
+
+
+def make_folder(path: Path, kind: str, **config: Any) -> Path:
+    tiny(kind).save_pretrained(path)
+    change_config(path, **config)
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.enable_truncation(3)  # as sentence encoders' files have it: must not cut our rows
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_folder_is_loaded_as_the_class_that_its_config_names(kind: str, tmp_path: Path) -> None:
+    model = tiny(kind, torch.bfloat16).train()
+    model.save_pretrained(tmp_path)
+    loaded = load_folder(tmp_path)
+    assert type(loaded) is type(model) and not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == torch.bfloat16
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    wider = load_folder(tmp_path, dtype=torch.float32)
+    assert {p.dtype for p in wider.parameters()} == {torch.float32}
+
+
+def test_loading_errors_name_file_and_remedy(folder: Path, tmp_path: Path) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_folder(folder)
+
+    with pytest.raises(ValueError, match=r"no folder .*nowhere: models are read from local"):
+        load_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"has no config.json: it is no Hugging Face model folder"):
+        load_folder(tmp_path)
+    change_config(folder, quantization_config={"quant_method": "gptq"})
+    refused("has a quantization_config: use the model that it was quantized from")
+    change_config(folder, quantization_config=None, architectures=[])
+    refused(r'config.json needs a model class under "architectures", got \[\]')
+    change_config(folder, architectures=["os.system"])
+    refused("names the class 'os.system', which is no model of transformers")
+    change_config(folder, architectures=["AutoConfig"])
+    refused("names the class 'AutoConfig', which is no model")
+    change_config(folder, architectures=["MyModel"], auto_map={"AutoModel": "evil.MyModel"})
+    refused(r"no model of transformers .* \(its own code, under auto_map, is never run\): make the")
+    (folder / "config.json").write_text("{")
+    refused("config.json is not JSON: Expecting property name")
+    (folder / "config.json").write_text("[]")
+    refused("config.json needs a JSON object, got list")
+
+
+def test_weights_that_are_missing_truncated_or_packed_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    first = "model.layers.0.mlp.up_proj.weight"
+    kept = {name: tensor for name, tensor in weights.items() if name != first}
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks 1 weights of LlamaForCausalLM, first '{first}'"):
+        load_folder(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model cannot be loaded as LlamaForCausalLM"):
+        load_folder(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"no file named model\.safetensors"):
+        load_folder(folder)
+    (folder / "model.secateur.safetensors").touch()
+    with pytest.raises(ValueError, match=r"in secateur's packed form: load it with sc\.load\('"):
+        load_folder(folder)
+
+
+def test_a_folder_with_pickled_weights_only_is_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be loaded as LlamaForCausalLM"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("package", ["transformers", "tokenizers"])
+def test_a_missing_package_is_named_with_its_extra(
+    package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"need {package}, not .* pip install 'secateur\[hf\]'"):
+        if package == "transformers":
+            load_folder(folder)
+        else:
+            text_batches(folder, ["a b c"], 1, 2, 1)
+
+
+def test_unloaded_has_the_config_dtype_but_keeps_float32_buffers(tmp_path: Path) -> None:
+    model = tiny("llama", torch.bfloat16)
+    model.generation_config.max_new_tokens = 7
+    save_config(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json"]
+    built = unloaded(tmp_path)
+    assert type(built) is type(model) and not built.training
+    assert {p.dtype for p in built.parameters()} == {torch.bfloat16}
+    assert torch.equal(built.model.rotary_emb.inv_freq, load_frequencies(tmp_path / "stock"))
+    assert built.generation_config.max_new_tokens == 7
+    assert torch.get_default_dtype() == torch.float32
+
+
+def load_frequencies(path: Path) -> torch.Tensor:
+    tiny("llama", torch.bfloat16).save_pretrained(path)
+    frequencies: torch.Tensor = load_folder(path).model.rotary_emb.inv_freq
+    assert frequencies.dtype == torch.float32
+    return frequencies
+
+
+def test_is_transformers() -> None:
+    assert is_transformers(tiny("bert"))
+    assert not is_transformers(nn.Linear(2, 2))
+
+
+def test_a_quantized_model_is_not_saved_as_dense(tmp_path: Path) -> None:
+    model = tiny("bert")
+    model.config.quantization_config = SimpleNamespace()
+    with pytest.raises(ValueError, match="this BertModel is quantized: load it without"):
+        save_folder(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_copy_tokenizer_takes_the_tokenizer_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    (folder / "merges.txt").write_text("#version")
+    target = tmp_path / "target"
+    target.mkdir()
+    assert copy_tokenizer(folder, target) == ("tokenizer.json", "merges.txt")
+    assert {p.name for p in target.iterdir()} == {"tokenizer.json", "merges.txt"}
+    assert (target / "merges.txt").read_text() == "#version"
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def test_causal_rows_are_cut_from_documents_laid_end_to_end(folder: Path) -> None:
+    batches = text_batches(folder, ["a b c d a", " ", "b b [END]", "c d x"], 3, 4, 2)
+    # a b c d a END | b b END | c d UNK END: nothing is padded, END is not doubled
+    assert [b.tolist() for b in batches] == [[[3, 4, 5, 6], [3, 2, 4, 4]], [[2, 5, 6, 1]]]
+    assert batches[0].dtype == torch.int64
+    change_config(folder, eos_token_id=None)
+    assert text_batches(folder, ["a b", "c d"], 1, 4, 1)[0].tolist() == [[3, 4, 5, 6]]
+
+
+def test_encoder_passages_are_cut_and_padded_to_the_longest_of_their_batch(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, "bert", pad_token_id=0)
+    batches = text_batches(folder, ["a b c d a b", "b", "c d", "d"], 3, 5, 2)
+    first, second = batches
+    assert first["input_ids"].tolist() == [[3, 4, 5, 6, 3], [4, 0, 0, 0, 0]]
+    assert first["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
+    assert second["input_ids"].tolist() == [[5, 6]]
+    model = load_folder(folder)
+    with torch.no_grad():
+        assert model(**first).last_hidden_state.shape == (2, 5, 16)
+
+
+def test_text_files_are_one_document_or_its_paragraphs(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a b\n\nc\n \nd d\n")
+    assert text_batches(folder, text, 1, 6, 1)[0].tolist() == [[3, 4, 5, 6, 6, 2]]
+    encoder = make_folder(tmp_path / "bert", "bert")
+    passages = text_batches(encoder, str(text), 3, 8, 1)
+    assert [p["input_ids"].tolist() for p in passages] == [[[3, 4]], [[5]], [[6, 6]]]
+    lines = tmp_path / "text.jsonl"
+    lines.write_text('{"text": "a b"}\n\n{"text": "c", "more": 1}\n')
+    assert text_batches(folder, lines, 1, 5, 1)[0].tolist() == [[3, 4, 2, 5, 2]]
+
+
+def test_text_errors(folder: Path, tmp_path: Path) -> None:
+    def refused(message: str, text: Any = ("a b",), rows: int = 1, length: int = 2) -> None:
+        with pytest.raises(ValueError, match=message):
+            text_batches(folder, text, rows, length, 1)
+
+    refused("needs rows of at least 1, got 0", rows=0)
+    refused("length of at most 32, the positions of the model in .*, got 33", length=33)
+    refused("needs 4 tokens, the text has 3: ask for fewer or shorter rows", rows=2)
+    refused(
+        "absent.txt cannot be read as text: .*strings are passed in a list", tmp_path / "absent.txt"
+    )
+    lines = tmp_path / "text.jsonl"
+    lines.write_text('{"text": "a"}\n{"words": "b"}\n')
+    refused(r'text.jsonl, line 2: needs a JSON object with a string "text"', lines)
+    (folder / "tokenizer.json").write_text("{}")
+    refused("tokenizer.json is no tokenizer")
+    (folder / "tokenizer.json").unlink()
+    refused("has no tokenizer.json: pass token ids instead, as 'file.safetensors:key'")
+    encoder = make_folder(tmp_path / "bert", "bert")
+    with pytest.raises(ValueError, match="needs 2 passages, the text has 1"):
+        text_batches(encoder, ["a"], 2, 4, 1)
+
+
+def test_token_rows_are_the_first_rows_of_a_tensor(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.safetensors"
+    ids = torch.arange(12, dtype=torch.int16).view(4, 3)
+    save_file({"train": ids, "flat": ids.flatten().clone(), "real": ids.float()}, file)
+    batches = token_rows(f"{file}:train", 3, 2)
+    assert [b.tolist() for b in batches] == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8]]]
+    assert batches[0].dtype == torch.int64
+    for source, message in [
+        (str(file), "token rows are named 'file.safetensors:key', got"),
+        (f"{file}:valid", "has no tensor 'valid': it has flat, real, train"),
+        (f"{file}:flat", r"needs integers of shape \[at least 3, tokens\], has shape \[12\]"),
+        (f"{file}:real", r"has torch.float32 \[4, 3\]"),
+        (f"{tmp_path}/absent.safetensors:train", "absent.safetensors cannot be read"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            token_rows(source, 3, 2)
+    with pytest.raises(ValueError, match=r"\[at least 5, tokens\], has torch.int16 \[4, 3\]"):
+        token_rows(f"{file}:train", 5, 2)
+    with pytest.raises(ValueError, match="rows and batch of at least 1, got 3 and 0"):
+        token_rows(f"{file}:train", 3, 0)
+
+
+# --- real folders --------------------------------------------------------------------------------
+
+REFERENCE = Path(__file__).parents[2] / ".." / "shared" / "models" / "reference-lm"
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="the reference language model is not here")
+def test_a_sharded_folder_with_a_real_tokenizer(tmp_path: Path) -> None:
+    model = load_folder(REFERENCE)
+    weights = sum(p.numel() for p in model.parameters())
+    assert f"{weights / 1e6:.1f}M" == "27.8M"
+    text = "def f(x):\n    return x + 1\n"
+    rows = text_batches(REFERENCE, [text], 1, 8, 1)
+    decoded = tokenizers.Tokenizer.from_file(str(REFERENCE / "tokenizer.json")).decode(
+        rows[0][0].tolist()
+    )
+    assert text.startswith(decoded) and len(decoded) > 8
+    copied = tmp_path / "copy"
+    shutil.copytree(REFERENCE, copied)
+    (copied / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded as LlamaForCausalLM"):
+        load_folder(copied)

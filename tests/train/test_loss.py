@@ -1,0 +1,65 @@
+"""The distance from the teacher, by kind of output, against hand-worked values."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from secateur.train.loss import output_loss
+
+
+def logits(*probabilities: list[float]) -> SimpleNamespace:
+    return SimpleNamespace(logits=torch.tensor([list(probabilities)]).log())
+
+
+def hidden(values: list[list[float]]) -> SimpleNamespace:
+    return SimpleNamespace(last_hidden_state=torch.tensor([values]))
+
+
+def test_logits_are_compared_by_divergence_of_counted_tokens() -> None:
+    teacher = logits([0.75, 0.25], [0.5, 0.5], [0.9, 0.1])
+    student = logits([0.25, 0.75], [0.5, 0.5], [0.1, 0.9])
+    one = 0.75 * math.log(3) - 0.25 * math.log(3)
+    other = 0.9 * math.log(9) - 0.1 * math.log(9)
+    assert float(output_loss(student, teacher, torch.zeros(1))) == pytest.approx((one + other) / 3)
+    padded = {"attention_mask": torch.tensor([[1, 1, 0]])}
+    assert float(output_loss(student, teacher, padded)) == pytest.approx(one / 2)
+
+
+def test_hidden_states_are_compared_by_relative_error_and_pooled_cosine() -> None:
+    teacher, student = hidden([[3.0, 0.0], [0.0, 4.0]]), hidden([[3.0, 0.0], [0.0, -4.0]])
+    cosine = (9 - 16) / 25  # means (1.5, 2) and (1.5, -2)
+    expected = 64 / 25 + 1 - cosine
+    assert float(output_loss(student, teacher, torch.zeros(1))) == pytest.approx(expected)
+    padded = {"attention_mask": torch.tensor([[1, 0]])}
+    assert float(output_loss(student, teacher, padded)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_plain_tensor_is_compared_by_relative_error() -> None:
+    teacher, student = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]])
+    assert float(output_loss(student, teacher, torch.zeros(1))) == pytest.approx(4 / 5)
+    assert float(output_loss(10 * student, 10 * teacher, torch.zeros(1))) == pytest.approx(4 / 5)
+    assert float(output_loss(0 * student, 0 * teacher, torch.zeros(1))) == 0.0
+
+
+@pytest.mark.parametrize("kind", [logits, None])
+def test_the_gradient_vanishes_at_the_teacher_and_points_to_it_elsewhere(kind: object) -> None:
+    teacher = torch.tensor([[[0.2, 0.3, 0.5]]]).log()
+    for start, sign in ((teacher.clone(), 0), (teacher + torch.tensor([0.0, 0.0, 0.1]), 1)):
+        x = start.requires_grad_()
+        pair = [SimpleNamespace(logits=t) if kind else t for t in (x, teacher)]
+        output_loss(*pair, torch.zeros(1)).backward()
+        assert isinstance(x.grad, Tensor)
+        if sign:
+            assert float(x.grad[0, 0, 2]) > 1e-3  # down the gradient is back to the teacher
+        else:
+            assert float(x.grad.abs().max()) < 1e-6
+
+
+def test_outputs_of_two_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"teacher's shape \(2, 3\), got \(2, 4\): give the model"):
+        output_loss(torch.ones(2, 4), torch.ones(2, 3), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"this batch of the teacher gave 1 NaN of 1"):
+        output_loss(torch.ones(1), torch.tensor([math.nan]), torch.zeros(1))
