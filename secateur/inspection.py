@@ -135,7 +135,7 @@ def _inspect(name: str, module: nn.Module, skipped: str) -> LayerInspection:
         kind=type(module).__name__,
         shape=shape,
         dtype=str(weight.dtype).removeprefix("torch."),
-        zeros=1 - int(mask.sum()) / mask.numel(),
+        zeros=int((~mask).sum()) / max(mask.numel(), 1),
         holds=tuple(
             str(p) for p in GROUPS if p.why_not(shape) is None and p.violation(mask) is None
         ),

@@ -38,6 +38,7 @@ from secateur.sidecar import (
     verify,
     weight_files,
 )
+from secateur.version import VERSION
 
 # A file of this size still copies and uploads in one go everywhere; Hugging Face's habit.
 SHARD_BYTES = 5 * 10**9
@@ -98,7 +99,7 @@ def save(
             packed={name: describe(linear) for name, linear in packed.items()},
             plan=plan,
             reports=plain_reports,
-            library_version=_library_version(),
+            library_version=VERSION,
             torch_version=str(torch.__version__),
         ).write(partial)
 
@@ -241,12 +242,6 @@ def _plain(report: Report) -> dict[str, Any]:
             f"save needs reports of plain finite data, {type(report).__name__} is not: {error}"
         ) from None
     return plain
-
-
-def _library_version() -> str:
-    import secateur  # not above: this file is imported by it
-
-    return secateur.__version__
 
 
 # --- reading -------------------------------------------------------------------------------------

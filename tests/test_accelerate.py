@@ -299,7 +299,7 @@ def test_rows_match_the_columns_and_json_holds_everything() -> None:
 
 def test_many_reasons_are_counted_not_listed() -> None:
     model = nn.Sequential(*[linear(out=8 * number) for number in range(1, 12)])
-    slow = iter(range(200, 999, 10))
+    slow = iter(map(float, range(200, 999, 10)))
 
     def times(tokens: int, name: str) -> float:
         return {"block:4x8 cpu": next(slow), "csr torch_csr": 9999.0}.get(name, FAST[name])

@@ -81,6 +81,7 @@ def test_a_kill_between_the_renames_is_found_and_explained(tmp_path: Path) -> No
     folder = tmp_path / "out"
     require_not_interrupted(folder)
     (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "model").write_text("0")
     with pytest.raises(ValueError, match=r"out was killed: rename .*/\.out\.replaced back to it"):
         require_not_interrupted(folder)
     with appearing_whole(folder, replaced) as partial:

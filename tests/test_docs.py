@@ -16,9 +16,12 @@ import secateur as sc
 from secateur.patterns import parse
 
 ROOT = Path(__file__).parent.parent
-LEFT_OUT = {".venv", ".git", "_build", "generated", "node_modules"}
+MADE = {"_build", "generated", "jupyter_execute"}
+FOLDERS = [ROOT / "docs", ROOT / "examples", ROOT / "bench", ROOT / "tests"]
 PAGES = sorted(
-    path for path in ROOT.rglob("*.md") if not LEFT_OUT & set(path.relative_to(ROOT).parts)
+    page
+    for page in [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in folder.rglob("*.md"))]
+    if not MADE & set(page.parts)
 )
 EXECUTED = [page for page in PAGES if "```{code-cell}" in page.read_text(encoding="utf-8")]
 

@@ -40,6 +40,7 @@ def test_packages_are_looked_up_and_not_imported(monkeypatch: MonkeyPatch) -> No
 
 
 def test_what_cannot_run_says_why(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     found = {entry.capability: entry for entry in doctor()}
     assert found["csr torch_csr"].state == "no"

@@ -66,3 +66,36 @@ def test_zeros_are_held_by_a_fused_optimizer() -> None:
             model(tokens("cuda")[0]).square().mean().backward()
             optimizer.step()
     sc.check(model, plan)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "format"),
+    [
+        ("2:4", "semi24"),
+        ("block:16x16@0.5", "block:16x16"),
+        ("unstructured:0.9", "csr"),
+        ("unstructured:0.9", "bitmap"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layers_give_the_pruned_models_answers(
+    pattern: str, format: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
+    model = model.to("cuda", dtype)
+    sc.prune_(model, sc.plan(model, pattern))
+    x = torch.randn(5, 64, device="cuda", dtype=dtype)
+    expected = model(x)
+    sc.pack_(model, format)
+    torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
+    sc.unpack_(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_without_a_kernel_nothing_is_swapped_and_the_reason_is_said() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256)).cuda().bfloat16()
+    sc.prune_(model, sc.plan(model, "2:4"))
+    report = sc.accelerate_(model, tokens=(1,))
+    assert type(model[0]) is torch.nn.Linear
+    assert "no layer is faster sparse on this device" in str(report)

@@ -29,9 +29,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from secateur import __version__
+        from secateur.version import VERSION
 
-        typer.echo(f"secateur {__version__}")
+        typer.echo(f"secateur {VERSION}")
         raise typer.Exit
 
 

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from rich import box
@@ -20,6 +20,11 @@ FAILED_CHECK, FAILED, INTERRUPTED = 1, 2, 130
 UNWRAPPED = 10_000
 # Characters of an error; one that lists every layer of a large model would hide its advice.
 LONGEST = 800
+
+# Cells of so many characters are not broken where a terminal is narrow.
+SHORT = 14
+# Reasons for leaving layers alone that are spelt out before the rest is only counted.
+REASONS_SHOWN = 6
 
 
 def console(stderr: bool = False) -> Console:
@@ -39,13 +44,30 @@ def say(*lines: str, style: str = "") -> None:
 def table(columns: Sequence[str], rows: Sequence[Row], *, full: bool = False) -> None:
     """Print a table; rows of layers that differ only in a number share a line unless `full`."""
     shown = list(rows) if full or columns[0] != "layer" else fold(rows)
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
     right = numeric_columns(columns, shown)
-    for name, is_number in zip(columns, right, strict=True):
-        drawn.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for i, name in enumerate(columns):
+        widest = max((len(row[i]) for row in shown), default=0)
+        whole = widest <= (console().width // 2 if i == 0 else SHORT)
+        side: Literal["left", "right"] = "right" if right[i] else "left"
+        drawn.add_column(name, justify=side, overflow="fold", no_wrap=whole)
     for row in shown:
         drawn.add_row(*(Text(cell) for cell in row))
     console().print(drawn)
+
+
+def left_alone(reasons: Mapping[str, str]) -> list[str]:
+    """A line for each reason why layers are left alone."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in list(by_reason.items())[:REASONS_SHOWN]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"left alone: {names[0]}{more}: {reason}")
+    if len(by_reason) > REASONS_SHOWN:
+        lines.append(f"... and {len(by_reason) - REASONS_SHOWN} more reasons")
+    return lines
 
 
 def emit(data: object) -> None:

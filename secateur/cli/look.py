@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from secateur.cli import options as o
-from secateur.cli.console import FAILED_CHECK, complain, emit, failures, say, table, working
+from secateur.cli.console import (
+    FAILED_CHECK,
+    complain,
+    emit,
+    failures,
+    left_alone,
+    say,
+    table,
+    working,
+)
 from secateur.cli.source import Source, choose_plan, open_source
 from secateur.plan import Plan, match
 from secateur.prune import check as check_model
@@ -38,13 +47,15 @@ def inspect(
         source = open_source(model)
         with working("counting zeros"):
             found = examine(source.model)
-        left_alone = dict(source.bare.left_alone) if source.bare else {}
+        reasons = {layer.layer: layer.skipped for layer in found.layers if layer.skipped}
+        reasons |= source.bare.left_alone if source.bare else {}
         if json:
-            emit({**found.to_dict(), "left_alone": left_alone})
+            emit({**found.to_dict(), "left_alone": reasons})
             return
-        table(*without_empty(found.columns, found.rows()), full=full)
-        say(found.summary)
-        _say_left_alone(left_alone)
+        # The reasons are sentences: below the table they do not make it too wide.
+        rows = [row[:-1] for row in found.rows()]
+        table(*without_empty(found.columns[:-1], rows), full=full)
+        say(found.summary, *left_alone(reasons))
 
 
 def plan(
@@ -77,7 +88,7 @@ def plan(
         table(decided.columns, decided.rows(), full=full)
         weights = sum(rows * columns for rows, columns in decided.shapes.values())
         say(f"{len(decided.layers)} layers, {weights:,} weights")
-        _say_left_alone({**decided.skipped, **(source.bare.left_alone if source.bare else {})})
+        say(*left_alone({**decided.skipped, **(source.bare.left_alone if source.bare else {})}))
         if out is not None:
             say(f"written to {out}")
 
@@ -98,11 +109,14 @@ def check(
     will do, whoever pruned it.
     """
     with failures(debug):
+        from secateur.formats import unpack_
+
         source = open_source(model)
         if patterns or plan:
             decided = choose_plan(source.model, patterns, plan, layers, ignore)
         else:
             decided = _saved_plan(source.path)
+        unpack_(source.model)  # a packed weight counts as the dense one that it holds
         match(source.model, decided)  # a plan for another model is no failed check
         broken = ""
         try:
@@ -145,8 +159,3 @@ def _verdicts(source: Source, decided: Plan) -> tuple[Row, list[Row]]:
         verdict = pattern.violation(mask) or "holds"
         rows.append((name, str(pattern), f"{float((~mask).float().mean()):.2%}", verdict))
     return ("layer", "pattern", "zeros", "verdict"), rows
-
-
-def _say_left_alone(reasons: dict[str, str]) -> None:
-    for name, reason in reasons.items():
-        say(f"left alone: {name}: {reason}")

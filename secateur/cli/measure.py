@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.cli import options as o
 from secateur.cli.console import emit, failures, say, table
-from secateur.cli.methods import CRITERIA, find_criterion
+from secateur.cli.methods import criteria_by_name, find_criterion
 from secateur.cli.quality import gives_hidden_states, is_causal, quality, tokens_in
 from secateur.cli.source import AUTO, STORED, Data, open_folder
 from secateur.layers import select
@@ -81,7 +81,10 @@ def sense(
         Path | None, typer.Option(help="Write a report with the plots.", show_default=False)
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", "-m", help=f"How weights are scored: {', '.join(CRITERIA)}.")
+        str,
+        typer.Option(
+            "--method", "-m", help=f"How weights are scored: {', '.join(criteria_by_name())}."
+        ),
     ] = "magnitude",
     layers: o.Layers = None,
     ignore: o.Ignore = None,

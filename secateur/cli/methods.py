@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -17,20 +18,23 @@ from secateur.prune import PruneReport, prune_, reconstruct_
 from secateur.replay import Batch
 from secateur.statistics import needed_by
 
-CRITERIA = {
-    name: vars(criteria)[name]
-    for name in criteria.__all__
-    if inspect.isfunction(vars(criteria)[name])
-}
-ALGORITHMS = {
-    name: vars(reconstruct)[name]
-    for name in reconstruct.__all__
-    if inspect.isfunction(vars(reconstruct)[name])
-}
-HELP = (
-    f"Zeros only, kept weights as they are: {', '.join(CRITERIA)}. "
-    f"Kept weights refitted: {', '.join(ALGORITHMS)}."
-)
+
+def criteria_by_name() -> dict[str, Callable[..., Any]]:
+    """What scores weights: the functions that `secateur.criteria` exports."""
+    return _exported(criteria)
+
+
+def algorithms_by_name() -> dict[str, Callable[..., Any]]:
+    """What refits the kept weights: the functions that `secateur.reconstruct` exports."""
+    return _exported(reconstruct)
+
+
+def method_help() -> str:
+    """One line that lists every method."""
+    return (
+        f"Zeros only, kept weights as they are: {', '.join(criteria_by_name())}. "
+        f"Kept weights refitted: {', '.join(algorithms_by_name())}."
+    )
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,14 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
     Raises:
         ValueError: if there is no such method or option, with the closest names.
     """
-    known = {**CRITERIA, **ALGORITHMS}
+    algorithms = algorithms_by_name()
+    known = {**criteria_by_name(), **algorithms}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown method {name!r}: {hint}Methods are {', '.join(known)}")
     function = known[name]
-    refits = name in ALGORITHMS
+    refits = name in algorithms
     given = ("weight", "pattern") if refits else ("weight", "layer_seed")
     needs = needed_by(function, given=given)
     fixed = _options(name, function, options)
@@ -85,10 +90,16 @@ def find_criterion(name: str) -> Method:
     Raises:
         ValueError: if it is none.
     """
-    if name not in CRITERIA:
-        kind = "refits the kept weights" if name in ALGORITHMS else "is unknown"
-        raise ValueError(f"this needs a criterion, {name!r} {kind}: use {', '.join(CRITERIA)}")
+    known = criteria_by_name()
+    if name not in known:
+        kind = "refits the kept weights" if name in algorithms_by_name() else "is unknown"
+        raise ValueError(f"this needs a criterion, {name!r} {kind}: use {', '.join(known)}")
     return find_method(name)
+
+
+def _exported(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    found = {name: vars(module)[name] for name in vars(module)["__all__"]}
+    return {name: thing for name, thing in found.items() if inspect.isfunction(thing)}
 
 
 def _options(name: str, function: Callable[..., Any], options: Sequence[str]) -> dict[str, Any]:

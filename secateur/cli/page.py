@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli import options as o
-from secateur.cli.console import failures, say, working
+from secateur.cli.console import failures, say
 from secateur.cli.measure import Baseline, TokensPerCall, require_place, token_counts
 from secateur.cli.quality import quality
 from secateur.cli.recorded import prune_reports, recorded_reports
@@ -80,10 +80,9 @@ def _evaluations(
     """The measures of the model and of its baseline, by name; only those that there are."""
     model = open_folder(folder, AUTO, device).model
     dense = None if baseline is None else open_folder(baseline, AUTO, device).model
-    with working("evaluating"):
-        found = {folder.name: quality(model, dense, batches)}
-        if dense is not None:
-            found = {"dense": quality(dense, None, batches), **found}
+    found = {folder.name: quality(model, dense, batches)}
+    if dense is not None:
+        found = {"dense": quality(dense, None, batches), **found}
     return {who: measures for who, measures in found.items() if measures}
 
 

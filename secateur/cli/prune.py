@@ -7,10 +7,11 @@ import typer
 
 from secateur.cli import options as o
 from secateur.cli.console import emit, failures, working
-from secateur.cli.methods import HELP, Method, find_method
+from secateur.cli.methods import Method, find_method, method_help
 from secateur.cli.quality import quality
 from secateur.cli.source import AUTO, Data, Source, choose_plan, open_folder, open_source
 from secateur.cli.summary import Summary, summarize
+from secateur.formats import SparseLinear
 from secateur.prune import check
 
 
@@ -19,7 +20,7 @@ def prune(
     out: o.Output,
     patterns: o.Patterns = None,
     plan: o.PlanFile = None,
-    method: Annotated[str, typer.Option("--method", "-m", help=HELP)] = "magnitude",
+    method: Annotated[str, typer.Option("--method", "-m", help=method_help())] = "magnitude",
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,8 +71,7 @@ def prune(
         decided = choose_plan(source.model, patterns, plan, layers, ignore)
         batches = data.read(source.path) if chosen.needs else None
         test = held_out.read(source.path) if held_out.given else []
-        with working("evaluating the dense model"):
-            before = quality(source.model, None, test)
+        before = quality(source.model, None, test)
         report = chosen(source.model, decided, batches, offload=offload, checkpoint=checkpoint)
         check(source.model, decided)
         with working(f"writing {out}"):
@@ -79,8 +79,7 @@ def prune(
         after = before
         if test:
             dense = open_folder(source.path, dtype, device).model
-            with working("evaluating the pruned model"):
-                after = quality(source.model, dense, test)
+            after = quality(source.model, dense, test)
         summary = Summary(
             source, out, decided, report, batches or [], before, after, held_out, test
         )
@@ -99,6 +98,11 @@ def _require_data(method: Method, data: Data) -> None:
 
 
 def _require_runnable(source: Source, runs: bool) -> None:
+    if any(isinstance(module, SparseLinear) for module in source.model.modules()):
+        raise ValueError(
+            f"{source.path} is in packed form, whose weights are frozen: write it with `secateur "
+            "export --to dense` first"
+        )
     if source.bare and runs:
         raise ValueError(
             f"{source.path} is a bare state dict, which cannot be run on data: name the model's "

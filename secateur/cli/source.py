@@ -132,7 +132,11 @@ def open_folder(folder: Path, dtype: str = STORED, device: str = "cpu") -> Sourc
     `dtype` is "stored", the name of one, or "auto": on a CPU float32, because most CPUs compute in
     16 bits many times slower, and on a GPU as stored.
     """
-    from secateur.integrations.transformers import PACKED_FILES, load_folder
+    from secateur.integrations.transformers import (
+        PACKED_FILES,
+        load_folder,
+        without_progress_bars,
+    )
     from secateur.save import load
 
     where, wanted = find_device(device), find_dtype(dtype)
@@ -140,7 +144,7 @@ def open_folder(folder: Path, dtype: str = STORED, device: str = "cpu") -> Sourc
         if folder.is_dir() and any(folder.glob(PACKED_FILES)):
             model = load(folder)
         else:
-            _quiet_transformers()
+            without_progress_bars()
             model = load_folder(folder)
         if dtype == AUTO and where.type == "cpu" and _in_16_bits(model):
             wanted = torch.float32
@@ -226,10 +230,3 @@ def _positions(folder: Path) -> int:
 
 def _in_16_bits(model: nn.Module) -> bool:
     return any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-
-
-def _quiet_transformers() -> None:
-    """No progress bar for reading weights: the command line shows its own."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from secateur.cli.console import console, say
+from secateur.cli.console import console, left_alone, say
 from secateur.cli.quality import tokens_in
 from secateur.cli.source import Data, Source
 from secateur.layers import DEFAULT_TYPES
@@ -18,9 +18,6 @@ from secateur.plan import Plan
 from secateur.prune import PruneReport
 from secateur.replay import Batch
 from secateur.report.content import as_bytes, metric
-
-# Reasons for leaving layers alone that are spelt out before the rest is only counted.
-REASONS_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def summarize(summary: Summary) -> None:
     say(
         f"pattern {patterns} / method {report.method} / {len(plan.layers)} of "
         f"{len(_layers_of(summary.source.model) | left.keys() | plan.layers.keys())} layers",
-        *_left_alone(left),
+        *left_alone(left),
         _calibration(summary),
         "",
     )
@@ -111,19 +108,6 @@ def _lines(summary: Summary) -> list[tuple[str, str, str, str]]:
 def _layers_of(model: nn.Module) -> set[str]:
     """The names of all layers of the kinds that are pruned by default."""
     return {name for name, module in model.named_modules() if isinstance(module, DEFAULT_TYPES)}
-
-
-def _left_alone(reasons: Mapping[str, str]) -> list[str]:
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
-    lines = []
-    for reason, names in list(by_reason.items())[:REASONS_SHOWN]:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"left alone: {names[0]}{more}: {reason}")
-    if len(by_reason) > REASONS_SHOWN:
-        lines.append(f"... and {len(by_reason) - REASONS_SHOWN} more reasons: see `secateur plan`")
-    return lines
 
 
 def _calibration(summary: Summary) -> str:

@@ -99,6 +99,13 @@ def is_transformers(model: nn.Module) -> bool:
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
+def without_progress_bars() -> None:
+    """Nothing; transformers shows no bar of its own for reading weights from now on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def save_folder(model: nn.Module, folder: Path) -> None:
     """Write the model as transformers itself does: config.json and stock safetensors.
 

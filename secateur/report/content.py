@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from secateur.report.rows import Row, fold, numeric_columns, without_empty
+from secateur.version import VERSION
 
 MARKS = ("●", "■", "▲", "◆", "▼", "✚")
 # A table of more rows than this is closed until the reader opens it.
@@ -163,10 +164,8 @@ def by_kind(values: Mapping[str, float]) -> tuple[dict[str, dict[int, float]], s
 
 def provenance() -> dict[str, str]:
     """Versions and hardware, by the names that the page shows."""
-    from secateur import __version__
-
     facts = {
-        "secateur": __version__,
+        "secateur": VERSION,
         "torch": torch.__version__,
         "Python": platform.python_version(),
         "CPU": f"{_processor()}, {os.cpu_count()} cores",

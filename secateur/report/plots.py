@@ -209,7 +209,9 @@ def _inline(figure: Any, key: str, title: str) -> str:
     whole = out.getvalue()
     head = re.search(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', whole)
     assert head is not None, "matplotlib writes an svg element with a viewBox"
-    body = re.sub(r"<metadata>.*?</metadata>", "", whole[head.end() :], flags=re.DOTALL)
+    # What the page decides: fonts, joins of lines, and to name nobody's address.
+    body = re.sub(r"<(metadata|style)\b.*?</\1>", "", whole[head.end() :], flags=re.DOTALL)
+    body = re.sub(r"font-family: [^;]*; ", "", body)
     body = re.sub(r'\bid="', f'id="{key}-', body)
     body = re.sub(r'(?:xlink:)?href="#', f'href="#{key}-', body).replace("url(#", f"url(#{key}-")
     for marker, ink in INKS.items():
