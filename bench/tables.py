@@ -8,6 +8,7 @@ A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`; nothing ther
 
 import argparse
 import csv
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,39 +22,70 @@ DENSES = ("dense", "dense prepacked")
 Rows = Sequence[Mapping[str, str]]
 
 
-def newest(results: Path, bench: str) -> Rows:
-    """The rows of the bench's latest file by date in its name, then by when it was written."""
-    files = sorted(
-        results.glob(f"{bench}_*.csv"),
-        key=lambda path: (path.name.split("_")[1], path.stat().st_mtime),
-    )
+def newest(results: Path, bench: str) -> list[Rows]:
+    """The rows of each file of the bench's latest date: one for each device and commit."""
+    files = sorted(results.glob(f"{bench}_*.csv"))
     if not files:
         raise ValueError(f"tables need rows of {bench}, got none in {results}: run bench.{bench}")
-    with files[-1].open(newline="") as file:
-        return list(csv.DictReader(file))
+    dates = [path.name.split("_")[1] for path in files]
+    return [_read(path) for path, date in zip(files, dates, strict=True) if date == max(dates)]
 
 
 def linear_cpu(results: Path) -> str:
-    """Speed-up over eager / over prepacked dense, by format and sparsity, a column for each number
-    of tokens, and where the rows came from.
+    """For each device, the speed-ups in float32 on the layer that was measured first."""
+    short = []
+    for rows in newest(results, "linear"):
+        first = rows[0]["layer"]
+        short.append([r for r in rows if r["layer"] == first and r["dtype"] == "float32"])
+    return "\n".join(_linear_table(rows) for rows in short if rows)
+
+
+def linear_cpu_all(results: Path) -> str:
+    """For each device, the speed-ups on all layers and in all dtypes."""
+    return "\n".join(map(_linear_table, newest(results, "linear")))
+
+
+def accuracy(results: Path) -> str:
+    """Perplexity and top-1 agreement with dense, a row a method and a column a pattern.
+
+    Of each file, the rows with most calibration data, and of these the first.
     """
-    rows = newest(results, "linear")
+    return "\n".join(map(_accuracy_table, newest(results, "accuracy")))
+
+
+def _accuracy_table(rows: Rows) -> str:
+    most = max(int(row["calibration_rows"]) for row in rows)
+    kept = [r for r in rows if int(r["calibration_rows"]) == most and r["first_row"] == "0"]
+    cells: dict[str, dict[str, str]] = {}
+    for row in kept:
+        perplexity = f"{math.exp(float(row['nll'])):.2f}"
+        text = f"{perplexity} ({float(row['top1']):.0%})" if row["top1"] else perplexity
+        cells.setdefault(row["method"], {})[row["pattern"]] = text
+    patterns = list(dict.fromkeys(row["pattern"] for row in kept))
+    lines = [_line(["perplexity (top-1 as dense)", *patterns])]
+    lines += [_line(["---"] * (1 + len(patterns)))]
+    lines += [_line([name, *[by.get(key, "-") for key in patterns]]) for name, by in cells.items()]
+    first = kept[0]
+    origin = (
+        f"{first['model']}, {most} calibration and {first['validation_rows']} validation rows; "
+        f"{first['device']}, torch {first['torch']}, {first['date']}, commit {first['commit']}, "
+        "`python -m bench.accuracy`."
+    )
+    return "\n".join([*lines, "", origin]) + "\n"
+
+
+def _linear_table(rows: Rows) -> str:
     tokens = sorted({int(row["tokens"]) for row in rows})
-    heads = ["layer", "runs", "zeros", "bytes", *[f"{count} tokens" for count in tokens]]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    heads = ["layer", "dtype", "runs", "zeros", "bytes", *[f"{count} tokens" for count in tokens]]
     cells: dict[tuple[str, ...], dict[int, str]] = {}
-    dense_bytes = {
-        row["layer"]: int(row["weight_bytes"]) for row in rows if row["candidate"] == "dense"
-    }
+    dense = {_weight(row): int(row["weight_bytes"]) for row in rows if row["candidate"] == "dense"}
     for row in rows:
         if row["candidate"] in DENSES:
             continue
-        share = int(row["weight_bytes"]) / dense_bytes[row["layer"]]
-        shape = f"{row['out']} x {row['in']}"
-        key = (shape, row["candidate"], f"{float(row['sparsity']):.0%}", f"{share:.2f}")
-        ratio = f"{float(row['vs_eager']):.2f} / {float(row['vs_prepacked']):.2f}"
-        winning = min(float(row["vs_eager"]), float(row["vs_prepacked"])) >= 1
-        cells.setdefault(key, {})[int(row["tokens"])] = f"**{ratio}**" if winning else ratio
+        share = int(row["weight_bytes"]) / dense[_weight(row)]
+        key = (*_weight(row), row["candidate"], f"{float(row['sparsity']):.0%}", f"{share:.2f}")
+        cells.setdefault(key, {})[int(row["tokens"])] = _ratios(row)
+    lines = [_line(heads), _line(["---"] * len(heads))]
     lines += [
         _line([*key, *[by_tokens.get(count, "-") for count in tokens]])
         for key, by_tokens in cells.items()
@@ -61,7 +93,22 @@ def linear_cpu(results: Path) -> str:
     return "\n".join([*lines, "", _origin(rows)]) + "\n"
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"linear-cpu": linear_cpu}
+def _weight(row: Mapping[str, str]) -> tuple[str, str]:
+    return f"{row['out']} x {row['in']}", row["dtype"]
+
+
+def _ratios(row: Mapping[str, str]) -> str:
+    """Over eager / over prepacked, bold where every baseline that was measured is beaten."""
+    ratios = [float(row[name]) for name in ("vs_eager", "vs_prepacked") if row[name]]
+    text = " / ".join(f"{ratio:.2f}" for ratio in ratios)
+    return f"**{text}**" if min(ratios) >= 1 else text
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "accuracy": accuracy,
+    "linear-cpu": linear_cpu,
+    "linear-cpu-all": linear_cpu_all,
+}
 
 
 def render(text: str, results: Path) -> str:
@@ -92,14 +139,19 @@ def stale(files: Sequence[Path], results: Path, write: bool) -> list[Path]:
     return found
 
 
+def _read(path: Path) -> Rows:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _origin(rows: Rows) -> str:
     first = rows[0]
     loudest = max(float(row["others"]) for row in rows)
     return (
-        f"Speed-up over eager / over prepacked dense, {first['dtype']}, {first['threads']} "
-        f"threads, {first['device']}, torch {first['torch']}, {first['date']}, commit "
-        f"{first['commit']}, `{first['command']}`; bold where it beats both; other processes took "
-        f"at most {loudest:.0%} of the machine."
+        "Speed-up over eager / over prepacked dense (16-bit: over eager), bold where it beats "
+        f"both; {first['device']}, {first['threads']} threads, torch {first['torch']}, "
+        f"{first['date']}, commit {first['commit']}, `python -m bench.linear`; other processes "
+        f"took at most {loudest:.0%} of the machine."
     )
 
 

@@ -4,6 +4,7 @@ The front half (`plan`, `prune_`, `reconstruct_`, `check`, `hold`) leaves an ord
 with exact zeros in ordinary parameters; the back half (`accelerate_`, `pack_`) reads nothing else.
 """
 
+from secateur import evaluate
 from secateur.accelerate import accelerate_
 from secateur.allocation import sense
 from secateur.criteria import magnitude, random, wanda
@@ -28,6 +29,7 @@ __all__ = [
     "accelerate_",
     "check",
     "distil_",
+    "evaluate",
     "gradual",
     "hold",
     "load",

@@ -87,7 +87,7 @@ class AccelerateReport:
         """One row of text for each measured layer and number of tokens."""
         return [_row(layer, measured) for layer in self.layers for measured in layer.measured]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
         return {"headline": self.headline, **asdict(self)}
 

@@ -26,6 +26,13 @@ def is_prunable(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) or _is_conv1d(module)
 
 
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The module's weight, which is an ordinary parameter of its own."""
+    parameter = module._parameters["weight"]
+    assert parameter is not None
+    return parameter
+
+
 def matrix(
     module: nn.Module, weight: Shaped[Tensor, "..."] | None = None
 ) -> Shaped[Tensor, "out in"]:
@@ -88,7 +95,9 @@ class Selection:
 
 
 def select(
-    model: nn.Module, selectors: Sequence[Selector] | None = None, ignore: Iterable[Selector] = ()
+    model: nn.Module,
+    selectors: Selector | Sequence[Selector] | None = None,
+    ignore: Selector | Iterable[Selector] = (),
 ) -> Selection:
     """The prunable layers that the selectors choose, minus `ignore`; the first match wins.
 
@@ -101,8 +110,8 @@ def select(
             layer whose weight cannot be pruned.
     """
     modules = {name: module for name, module in model.named_modules() if is_prunable(module)}
-    chosen = list(DEFAULT_TYPES) if selectors is None else list(selectors)
-    ignored = list(ignore)
+    chosen = list(DEFAULT_TYPES) if selectors is None else _listed(selectors)
+    ignored = _listed(ignore)
     if selectors is not None:
         for selector in chosen:
             _require_match(model, modules, selector)
@@ -140,6 +149,13 @@ def select(
             f"no layer is left to prune in {type(model).__name__}: {_why_none(skipped)}"
         )
     return Selection(layers, matched_by, skipped)
+
+
+def _listed(selectors: Selector | Iterable[Selector]) -> list[Selector]:
+    """One selector counts as a list of one."""
+    if isinstance(selectors, (str, type)) or callable(selectors):
+        return [selectors]
+    return list(selectors)
 
 
 def _matches(selector: Selector, name: str, module: nn.Module) -> bool:

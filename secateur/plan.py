@@ -63,16 +63,18 @@ class Plan:
         """Write the plan as YAML, or as JSON where the name ends in .json."""
         path = Path(path)
         data = self.to_dict()
-        text = json.dumps(data, indent=2) if path.suffix == ".json" else yaml.safe_dump(data)
-        path.write_text(text)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(data, indent=2))
+        else:
+            path.write_text(yaml.safe_dump(data, sort_keys=False))
 
 
 def plan(
     model: nn.Module,
     pattern: Pattern | str | Mapping[Selector, Pattern | str],
     *,
-    layers: Sequence[Selector] | None = None,
-    ignore: Iterable[Selector] = (),
+    layers: Selector | Sequence[Selector] | None = None,
+    ignore: Selector | Iterable[Selector] = (),
 ) -> Plan:
     """Which layers of the model get which pattern; prints itself, changes nothing.
 
@@ -88,7 +90,7 @@ def plan(
     if isinstance(pattern, Mapping):
         if layers is not None:
             raise ValueError("plan takes either a mapping of selectors to patterns, or layers=")
-        selectors: Sequence[Selector] | None = list(pattern)
+        selectors: Selector | Sequence[Selector] | None = list(pattern)
         patterns = [parse(p) if isinstance(p, str) else p for p in pattern.values()]
     else:
         selectors = layers
@@ -147,6 +149,11 @@ def plan_from_dict(data: object, where: str) -> Plan:
     except ValueError as error:
         raise ValueError(f"{where} is not a plan: {error}") from None
     return Plan(patterns, {name: e.shape for name, e in file.layers.items()}, file.skipped)
+
+
+def as_plan(model: nn.Module, given: Plan | Pattern | str) -> Plan:
+    """The plan itself, or the one that gives a pattern to every layer pruned by default."""
+    return given if isinstance(given, Plan) else plan(model, given)
 
 
 def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:

@@ -1,17 +1,16 @@
 """The verbs of the front half: `prune_`, `reconstruct_` and `check`."""
 
 import contextlib
-import tempfile
+import inspect
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,13 +18,14 @@ from secateur import layers as _layers
 from secateur.calibrate import Observed, observe
 from secateur.checkpoint import Checkpoint
 from secateur.criteria import magnitude
+from secateur.layers import weight_of
 from secateur.patterns import Pattern
-from secateur.plan import Plan, match
-from secateur.plan import plan as make_plan
+from secateur.plan import Plan, as_plan, match
 from secateur.reconstruct import Solution
 from secateur.replay import Batch
 from secateur.statistics import call_with, name_of, needed_by
 from secateur.tables import text_table
+from secateur.undo import all_or_nothing
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PruneReport:
 
 def prune_(
     model: nn.Module,
-    plan: Plan,
+    plan: Plan | Pattern | str,
     criterion: Callable[..., Tensor] = magnitude,
     batches: Iterable[Batch] | None = None,
     *,
@@ -99,6 +99,7 @@ def prune_(
             finite or parametrized, or data is needed and missing. Whatever is raised, also by
             Ctrl-C, the model is left as it was.
     """
+    _require_kind(criterion, is_algorithm=False)
     needs = needed_by(criterion, given=("weight", "layer_seed"))
 
     def solve(available: Mapping[str, Any], name: str) -> Solution:
@@ -113,13 +114,13 @@ def prune_(
         mask = pattern.mask(score)
         return Solution(weight.masked_fill(~mask, 0), mask)
 
-    run = _Run(model, plan, name_of(criterion), needs, solve, sequential=False)
+    run = _Run(model, as_plan(model, plan), name_of(criterion), needs, solve, sequential=False)
     return run(batches, offload, checkpoint)
 
 
 def reconstruct_(
     model: nn.Module,
-    plan: Plan,
+    plan: Plan | Pattern | str,
     algorithm: Callable[..., Solution],
     batches: Iterable[Batch],
     *,
@@ -136,6 +137,7 @@ def reconstruct_(
         ValueError: as `prune_`, and if the algorithm cannot solve a layer. Whatever is raised, also
             by Ctrl-C, the model is left as it was.
     """
+    _require_kind(algorithm, is_algorithm=True)
     needs = needed_by(algorithm, given=("weight", "pattern"))
 
     def solve(available: Mapping[str, Any], name: str) -> Solution:
@@ -144,7 +146,7 @@ def reconstruct_(
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
 
-    run = _Run(model, plan, name_of(algorithm), needs, solve, sequential=True)
+    run = _Run(model, as_plan(model, plan), name_of(algorithm), needs, solve, sequential=True)
     return run(batches, offload, checkpoint)
 
 
@@ -158,8 +160,7 @@ def check(model: nn.Module, plan: Plan | Pattern | str) -> dict[str, float]:
     Raises:
         ValueError: if any layer breaks it, with all those layers and the first place in each.
     """
-    if not isinstance(plan, Plan):
-        plan = make_plan(model, plan)
+    plan = as_plan(model, plan)
     layers = match(model, plan)
     _require_sound(layers)
     masks = {name: _layers.matrix(module) != 0 for name, module in layers.items()}
@@ -201,22 +202,22 @@ class _Run:
         begin = time.perf_counter()
         saved = Checkpoint(checkpoint, self._fingerprint(layers)) if checkpoint else None
         results: dict[str, LayerResult] = {}
-        with _all_or_nothing() as undo, torch.no_grad():
+        with all_or_nothing() as undo, torch.no_grad():
             for name, (weight, row) in (saved.finished() if saved else {}).items():
-                undo.remember({name: layers[name]})
-                _parameter(layers[name]).copy_(weight)
+                undo.remember({name: weight_of(layers[name])})
+                weight_of(layers[name]).copy_(weight)
                 results[name] = LayerResult(**row)
             missing = {name: m for name, m in layers.items() if name not in results}
             bar = tqdm(total=len(layers), initial=len(results), desc=self.method, disable=None)
             with bar, contextlib.closing(self._observed(missing, batches, offload)) as source:
                 for observed in source:
                     stage = {name: layers[name] for name in observed.statistics}
-                    undo.remember(stage)
+                    undo.remember({name: weight_of(module) for name, module in stage.items()})
                     for name, module in stage.items():
                         results[name] = self._change(name, module, observed)
                         bar.update()
                     if saved:
-                        weights = {name: _parameter(module) for name, module in stage.items()}
+                        weights = {name: weight_of(module) for name, module in stage.items()}
                         saved.add(weights, {name: asdict(results[name]) for name in stage})
         in_order = tuple(results[name] for name in layers)
         return PruneReport(self.method, in_order, time.perf_counter() - begin)
@@ -251,7 +252,7 @@ class _Run:
                 f"{self.method} gave layer {name} weights that are not finite: add calibration "
                 "data or raise the damping"
             )
-        _parameter(module).copy_(_layers.like_weight(module, new))
+        weight_of(module).copy_(_layers.like_weight(module, new))
         after = _layers.matrix(module).float()
         return LayerResult(
             name,
@@ -265,46 +266,24 @@ class _Run:
 
     def _fingerprint(self, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
         sums = {
-            name: float(_parameter(m).detach().double().abs().sum()) for name, m in layers.items()
+            name: float(weight_of(m).detach().double().abs().sum()) for name, m in layers.items()
         }
         return {"method": self.method, "plan": self.plan.to_dict()["layers"], "weights": sums}
 
 
-class _Undo:
-    """The weights as they were, in a folder on disk: a second model would not fit in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._stages: list[dict[str, nn.Module]] = []
-
-    def remember(self, stage: dict[str, nn.Module]) -> None:
-        weights = {n: _parameter(m).detach().cpu().contiguous() for n, m in stage.items()}
-        save_file(weights, self._folder / f"{len(self._stages)}.safetensors")
-        self._stages.append(stage)
-
-    def restore(self) -> None:
-        for i, stage in enumerate(self._stages):
-            weights = load_file(self._folder / f"{i}.safetensors")
-            for name, module in stage.items():
-                _parameter(module).data.copy_(weights[name])
-
-
-@contextlib.contextmanager
-def _all_or_nothing() -> Iterator[_Undo]:
-    """What was remembered is restored if the block raises, KeyboardInterrupt included."""
-    with tempfile.TemporaryDirectory(prefix="secateur-undo-") as folder:
-        undo = _Undo(Path(folder))
-        try:
-            yield undo
-        except BaseException:
-            undo.restore()
-            raise
-
-
-def _parameter(module: nn.Module) -> nn.Parameter:
-    parameter = module._parameters["weight"]
-    assert parameter is not None
-    return parameter
+def _require_kind(function: Callable[..., Any], is_algorithm: bool) -> None:
+    """An algorithm asks for the pattern, a criterion does not: tell who mixes them up."""
+    if not callable(function):
+        raise ValueError(
+            f"prune_ and reconstruct_ take functions such as sc.wanda, got {function!r}: pass the "
+            "function itself"
+        )
+    if ("pattern" in inspect.signature(function).parameters) == is_algorithm:
+        return
+    name = name_of(function)
+    if is_algorithm:
+        raise ValueError(f"{name} only scores weights, reconstruct_ refits them: use prune_")
+    raise ValueError(f"{name} refits weights, prune_ changes none that it keeps: use reconstruct_")
 
 
 def _require_sound(layers: Mapping[str, nn.Module]) -> None:
@@ -313,10 +292,10 @@ def _require_sound(layers: Mapping[str, nn.Module]) -> None:
         if module._parameters.get("weight") is None:
             raise ValueError(
                 f"{name}.weight must be an ordinary parameter, {type(module).__name__} computes "
-                "it: remove its parametrizations first "
+                "it: unpack_ a packed model first, or remove its parametrizations "
                 "(torch.nn.utils.parametrize.remove_parametrizations)"
             )
-        weight = _parameter(module)
+        weight = weight_of(module)
         if weight.is_meta:
             raise ValueError(f"{name}.weight has no data (meta device): load the weights first")
         if not (finite := weight.isfinite()).all():

@@ -33,20 +33,61 @@ def rows_file(folder: Path, name: str, ratios: Mapping[tuple[str, int], tuple[st
 
 def test_the_table_shows_both_baselines_and_bold_where_both_are_beaten(tmp_path: Path) -> None:
     ratios = {("b cpu", 1): ("2.0", "1.5"), ("b cpu", 16): ("3.0", "0.5"), ("c", 1): ("0.5", "0.4")}
+    ratios[("c", 16)] = ("2.0", "")  # no prepacked dense in this dtype
     rows_file(tmp_path, "linear_2026-11-22_x_abc.csv", ratios)
     lines = tables.linear_cpu(tmp_path).splitlines()
-    assert lines[0] == "| layer | runs | zeros | bytes | 1 tokens | 16 tokens |"
-    assert lines[2] == "| 8 x 4 | b cpu | 80% | 0.21 | **2.00 / 1.50** | 3.00 / 0.50 |"
-    assert lines[3] == "| 8 x 4 | c | 80% | 0.21 | 0.50 / 0.40 | - |"
-    assert "2 threads, a chip, torch 2.13, 2026-11-22, commit abc, `python -m x`" in lines[5]
+    assert lines[0] == "| layer | dtype | runs | zeros | bytes | 1 tokens | 16 tokens |"
+    assert lines[2] == "| 8 x 4 | float32 | b cpu | 80% | 0.21 | **2.00 / 1.50** | 3.00 / 0.50 |"
+    assert lines[3] == "| 8 x 4 | float32 | c | 80% | 0.21 | 0.50 / 0.40 | **2.00** |"
+    assert "a chip, 2 threads, torch 2.13, 2026-11-22, commit abc, `python -m bench" in lines[5]
     assert "at most 3% of the machine" in lines[5] and len(lines) == 6
+
+
+def test_the_short_table_is_the_first_layer_in_float32(tmp_path: Path) -> None:
+    path = tmp_path / "linear_2026-11-22_x_abc.csv"
+    rows_file(tmp_path, path.name, {("b cpu", 1): ("2.0", "1.5")})
+    text = path.read_text()
+    others = [text.replace(",q,8,", ",r,9,"), text.replace("float32", "bfloat16")]
+    path.write_text(text + "".join(other.split("\n", 1)[1] for other in others))
+    short, whole = tables.linear_cpu(tmp_path), tables.linear_cpu_all(tmp_path)
+    assert short.count("b cpu") == 1 and "| 8 x 4 | float32 |" in short
+    assert [line.split(" | ")[:2] for line in whole.splitlines() if "b cpu" in line] == [
+        ["| 8 x 4", "float32"],
+        ["| 9 x 4", "float32"],
+        ["| 8 x 4", "bfloat16"],
+    ]
+
+
+ACCURACY = """\
+date,device,torch,commit,model,pattern,calibration_rows,first_row,validation_rows,method,nll,top1
+2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,dense,1.0,
+2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,wanda,2.0,0.676
+2026-11-22,a chip,2.13,abc,m,4:8,128,0,64,wanda,1.5,0.7
+2026-11-22,a chip,2.13,abc,m,2:4,128,99,64,wanda,9.0,0.1
+2026-11-22,a chip,2.13,abc,m,2:4,32,0,64,wanda,9.0,0.1
+"""
+
+
+def test_the_accuracy_table_has_a_column_for_each_pattern(tmp_path: Path) -> None:
+    (tmp_path / "accuracy_2026-11-22_x_abc.csv").write_text(ACCURACY)
+    lines = tables.accuracy(tmp_path).splitlines()
+    assert lines[0] == "| perplexity (top-1 as dense) | 2:4 | 4:8 |"
+    assert lines[2] == "| dense | 2.72 | - |"
+    assert lines[3] == "| wanda | 7.39 (68%) | 4.48 (70%) |"
+    assert lines[5].startswith(
+        "m, 128 calibration and 64 validation rows; a chip, torch 2.13, 2026"
+    )
 
 
 def test_the_latest_rows_are_used(tmp_path: Path) -> None:
     rows_file(tmp_path, "linear_2026-11-23_x_abc.csv", {("new", 1): ("2.0", "2.0")})
     rows_file(tmp_path, "linear_2026-11-22_x_abc.csv", {("old", 1): ("2.0", "2.0")})
     rows_file(tmp_path, "front_2026-11-24_x_abc.csv", {("other", 1): ("2.0", "2.0")})
-    assert {row["candidate"] for row in tables.newest(tmp_path, "linear")} >= {"new"}
+    rows_file(tmp_path, "linear_2026-11-23_y_abc.csv", {("other chip", 1): ("2.0", "2.0")})
+    found = [{row["candidate"] for row in rows} for rows in tables.newest(tmp_path, "linear")]
+    denses = {"dense", "dense prepacked"}
+    assert found == [denses | {"new"}, denses | {"other chip"}]
+    assert tables.linear_cpu(tmp_path).count("| layer |") == 2
     with pytest.raises(ValueError, match="tables need rows of train, got none"):
         tables.newest(tmp_path, "train")
 
@@ -72,7 +113,7 @@ def test_a_stale_file_is_found_and_written(
 
 
 def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no table is named 'no-such': tables are linear-cpu"):
+    with pytest.raises(ValueError, match="no table is named 'no-such': tables are accuracy, lin"):
         tables.render("<!-- bench:no-such -->\n<!-- /bench -->", tmp_path)
 
 

@@ -106,6 +106,8 @@ def test_by_default_heads_tied_weights_and_depthwise_are_left_alone_and_said() -
         (["lm_head"], [], ["lm_head"]),
         (None, ["conv", "*.0.*"], ["blocks.1.up_proj", "blocks.1.down_proj"]),
         (None, [nn.Linear], ["conv"]),
+        ("lm_head", [], ["lm_head"]),
+        (nn.Conv2d, "depthwise", ["conv"]),
     ],
 )
 def test_selectors(selectors, ignore, chosen) -> None:

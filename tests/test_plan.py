@@ -111,6 +111,13 @@ def test_a_mapping_and_layers_exclude_each_other() -> None:
         sc.plan(model(), {"0": "2:4"}, layers=["0"])
 
 
+def test_a_written_plan_keeps_the_layers_order(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"up": nn.Linear(4, 4), "down": nn.Linear(4, 4)})
+    sc.plan(net, "2:4").write(tmp_path / "plan.yaml")
+    text = (tmp_path / "plan.yaml").read_text()
+    assert text.index("up:") < text.index("down:")
+
+
 def test_planning_changes_nothing() -> None:
     net = model()
     before = [p.detach().clone() for p in net.parameters()]

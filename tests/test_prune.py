@@ -346,6 +346,23 @@ def test_an_algorithm_that_misses_the_pattern_is_refused_and_nothing_is_lost() -
     assert_unchanged(model, before)
 
 
+def test_a_pattern_stands_for_the_plan_that_gives_it_to_every_layer() -> None:
+    one, other = decoder(), decoder()
+    sc.prune_(one, "2:4")
+    sc.prune_(other, sc.plan(other, "2:4"))
+    assert_unchanged(one, other.state_dict())
+
+
+def test_criteria_and_algorithms_are_not_mixed_up(unchecked: None) -> None:
+    model = decoder()
+    with pytest.raises(ValueError, match="sparsegpt refits weights, prune_ .*: use reco"):
+        sc.prune_(model, "2:4", sc.sparsegpt, tokens())
+    with pytest.raises(ValueError, match="wanda only scores weights, .*: use prune_"):
+        sc.reconstruct_(model, "2:4", sc.wanda, tokens())
+    with pytest.raises(ValueError, match="take functions such as sc.wanda, got 'wanda'"):
+        sc.prune_(model, "2:4", "wanda", tokens())
+
+
 # --- check ---------------------------------------------------------------------------------------
 
 

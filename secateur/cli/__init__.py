@@ -27,12 +27,13 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from secateur.version import VERSION
 
         typer.echo(f"secateur {VERSION}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -8,10 +8,9 @@ not pruned is written again as it was read.
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from secateur import __version__
 from secateur.atomic import appearing_whole
 from secateur.plan import Plan
+from secateur.save import Report
 from secateur.sidecar import SIDECAR, Sidecar, fingerprint, weight_files
 
 INDEX = ".safetensors.index.json"
@@ -31,12 +31,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Shape and dtype by key.
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
-
-
-class Report(Protocol):
-    """What a verb returned and can be told as plain data."""
-
-    def to_dict(self) -> dict[str, Any]: ...
 
 
 class StateDict(nn.Module):
@@ -101,7 +95,7 @@ def write_bare(
     folder: Path,
     *,
     plan: Plan | None,
-    reports: Sequence[Report],
+    reports: Iterable[Report],
 ) -> None:
     """Write the state dict into `folder`, in files of the same names, with the skeleton's weights.
 

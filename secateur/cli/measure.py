@@ -173,7 +173,7 @@ def bench(
         chosen = list(select(model, layers).layers) if layers else None
         report = accelerate_(model, counts, tried, chosen, strict)
         if json:
-            emit(report.to_json())
+            emit(report.to_dict())
             return
         table(report.columns, report.rows(), full=full)
         why: dict[tuple[str, str], list[str]] = {}

@@ -1,7 +1,7 @@
 """Opening what a command names: a model, its data, its plan, and the place where results go."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.cli.bare import Bare, Report, find_bare, read_bare, write_bare
+from secateur.cli.bare import Bare, find_bare, read_bare, write_bare
 from secateur.cli.console import working
 from secateur.plan import Plan, plan, read_plan
 from secateur.replay import Batch
+from secateur.save import Report, load, save
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO, STORED = "auto", "stored"
@@ -39,14 +40,13 @@ class Source:
         return sum(file.stat().st_size for file in files)
 
     def write(
-        self, out: Path, *, plan: Plan | None, reports: Sequence[Report], overwrite: bool
+        self, out: Path, *, plan: Plan | None, reports: Iterable[Report], overwrite: bool
     ) -> None:
         """Write the model into the folder `out`, in its stored dtypes, with its tokenizer.
 
         The model keeps the dtypes that it has, and has the weights that were written, rounded.
         """
         from secateur.integrations.transformers import copy_tokenizer
-        from secateur.save import save
 
         if self.bare:
             write_bare(self.bare, self.model, out, plan=plan, reports=reports)
@@ -137,7 +137,6 @@ def open_folder(folder: Path, dtype: str = STORED, device: str = "cpu") -> Sourc
         load_folder,
         without_progress_bars,
     )
-    from secateur.save import load
 
     where, wanted = find_device(device), find_dtype(dtype)
     with working(f"loading {folder.name}"):

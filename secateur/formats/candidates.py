@@ -83,11 +83,7 @@ def admitted(
     for candidate in candidates:
         try:
             error = float((candidate.make()(x) - exact).abs().max())
-        except (
-            RuntimeError,
-            ValueError,
-            MemoryError,
-        ) as problem:  # out of memory is a RuntimeError
+        except (RuntimeError, ValueError, MemoryError) as problem:  # a GPU's out of memory too
             reasons.append(f"{candidate.name} failed: {first_line(problem)}")
             continue
         if error <= allowed:  # False for nan

@@ -42,14 +42,14 @@ def to_torch_sparse(weight: Packed | Tensor, layout: str) -> Tensor:
         if direct is not None:
             return direct
     dense = weight if isinstance(weight, Tensor) else _unpacked(weight)
-    block = _block_of(weight)
-    if layout == "sparse_bsr" and (dense.shape[0] % block[0] or dense.shape[1] % block[1]):
+    rows, cols = BSR_BLOCK
+    if layout == "sparse_bsr" and (dense.shape[0] % rows or dense.shape[1] % cols):
         raise ValueError(
-            f"sparse_bsr needs a shape that is a multiple of {block[0]}x{block[1]}, "
+            f"sparse_bsr needs a shape that is a multiple of {rows}x{cols}, "
             f"got {tuple(dense.shape)}: pack it with a block that divides it and convert that"
         )
     with _without_beta_notice():
-        blocksize = block if layout == "sparse_bsr" else None
+        blocksize = BSR_BLOCK if layout == "sparse_bsr" else None
         return dense.detach().to_sparse(layout=LAYOUTS[layout], blocksize=blocksize)
 
 
@@ -89,11 +89,6 @@ def _direct(packed: Packed, layout: str) -> Tensor | None:
 
 def _unpacked(packed: Packed) -> Tensor:
     return parse_format(packed.format).folder.unpack(packed)
-
-
-def _block_of(weight: Packed | Tensor) -> tuple[int, int]:
-    own = None if isinstance(weight, Tensor) else parse_format(weight.format).block
-    return own or BSR_BLOCK
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 
@@ -27,6 +28,10 @@ class PackReport:
     def bytes_after(self) -> int:
         return sum(after for _, _, _, after in self.layers)
 
+    def to_dict(self) -> dict[str, Any]:
+        names = ("layer", "format", "bytes_before", "bytes_after")
+        return {"layers": [dict(zip(names, layer, strict=True)) for layer in self.layers]}
+
     def __str__(self) -> str:
         return (
             f"{len(self.layers)} layers, {self.bytes_before / 1e6:.1f} MB of weights before, "
@@ -39,8 +44,9 @@ def pack_(
 ) -> PackReport:
     """Which layers now hold a packed weight; each listed `nn.Linear` becomes a `SparseLinear`.
 
-    Without `layers`: every `nn.Linear` whose weight fits the format and contains zeros. This saves
-    memory; whether it saves time is for `accelerate_` to measure. Packed weights are frozen.
+    Without `layers`: every `nn.Linear` whose weight fits the format and is smaller for it, which
+    takes zeros. This saves memory; whether it saves time is for `accelerate_` to measure. Packed
+    weights are frozen.
 
     Cost: dense and packed weights of all listed layers at once, until all are known to pack.
     Raises: ValueError if a listed layer cannot be packed, or without a list no layer can; then
@@ -170,10 +176,7 @@ def _fitting(
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             continue
-        weight = module.weight.detach()
-        problem = why_not_layer(name, module, owners) or format.why_not(weight)
-        if problem is None and bool((weight != 0).all()):
-            problem = "its weight has no zeros"
+        problem = why_not_layer(name, module, owners) or format.why_not(module.weight.detach())
         if problem is None:
             fitting[name] = module
         else:

@@ -10,7 +10,7 @@ PAIRWISE_WIDTH = 16
 
 
 def keep_top(score: Shaped[Tensor, "*rows n"], k: int) -> Bool[Tensor, "*rows n"]:
-    """The mask of exactly the `k` largest scores in each row; of equal ones the lower index is
+    """The mask of exactly the `k` largest scores in each row; the lower index wins among equals.
 
     Exact and deterministic on every device, which `torch.topk` is not for equal scores.
     """

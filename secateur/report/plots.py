@@ -93,7 +93,7 @@ def bars(
         axes.axvline(at, color=BASELINE, linewidth=1, linestyle="--", zorder=3)
     if logarithmic:
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter("")
+        axes.minorticks_off()
     else:
         axes.set_xlim(0, max([*positive, line or 0, 1e-12]) * 1.02)
         axes.locator_params(axis="x", nbins=4)

@@ -48,11 +48,11 @@ def accuracy(evaluations: Evaluations) -> Section:
             svg = plots.bars(
                 values, how.label, key=f"accuracy{i}", baseline=dense_of(values), unit=how.text
             )
-            figures.append(Figure(svg, f"{how.meaning} {_dashed(values)}".strip(), name))
+            figures.append(Figure(svg, f"{how.meaning} {_dashed(values)}".strip(), f"{name}:"))
     return Section(
         "accuracy",
         "Accuracy",
-        "What the zeros cost, measured on text that no method was calibrated on.",
+        "What the zeros cost, beside the dense model where it was measured too.",
         figures,
         tables=[Table(("weights", *names), rows)],
     )

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,17 +10,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from secateur.layers import weight_of
 from secateur.outputs import answer, eval_mode
 from secateur.replay import Batch
 from secateur.tables import text_table
 from secateur.train.hold import Held, hold
 from secateur.train.loss import Loss, output_loss
 from secateur.train.state import TrainingState
+from secateur.undo import all_or_nothing
 
 # Of the steps until the learning rate is full: Adam's moments stem from few gradients before.
 WARMUP = 0.05
@@ -101,10 +101,12 @@ def distil_(
     optimizer = torch.optim.AdamW(parameters.values(), learning_rate, weight_decay=0.0)
     with (
         hold(model, optimizer) as held,
-        _all_or_nothing(parameters),
+        all_or_nothing() as undo,
+        _own_gradients(parameters),
         eval_mode(model, teacher),
         torch.enable_grad(),
     ):
+        undo.remember(parameters)
         losses: list[float] = []
         if state is not None:
             state.restore(parameters, optimizer)
@@ -143,7 +145,7 @@ class _Run:
         """Take the steps that are not done, yielding the loss before each."""
         order = _shuffled(len(self.batches), self.steps, self.seed)
         modules = dict(self.model.named_modules())
-        kept = [(_parameter(modules[name]), mask) for name, mask in held.masks.items()]
+        kept = [(weight_of(modules[name]), mask) for name, mask in held.masks.items()]
         with tqdm(total=self.steps, initial=done, desc="distil", disable=None) as bar:
             for step in range(done, self.steps):
                 rate = self.learning_rate * _rate(step, self.steps)
@@ -279,28 +281,13 @@ def _name(loss: Loss) -> str:
 
 
 @contextlib.contextmanager
-def _all_or_nothing(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """If the block raises, the parameters are restored from disk; gradients always are."""
+def _own_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients start from none and end as they were."""
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
-    with tempfile.TemporaryDirectory(prefix="secateur-undo-") as folder:
-        before = Path(folder) / "parameters.safetensors"
-        copies = {n: p.detach().to("cpu", copy=True).contiguous() for n, p in parameters.items()}
-        save_file(copies, before)
-        del copies
-        try:
-            for parameter in parameters.values():
-                parameter.grad = None
-            yield
-        except BaseException:
-            for name, tensor in load_file(before).items():
-                parameters[name].data.copy_(tensor)
-            raise
-        finally:
-            for name, parameter in parameters.items():
-                parameter.grad = gradients[name]
-
-
-def _parameter(module: nn.Module) -> nn.Parameter:
-    parameter = module._parameters["weight"]
-    assert parameter is not None
-    return parameter
+    try:
+        for parameter in parameters.values():
+            parameter.grad = None
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name]

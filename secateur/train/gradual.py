@@ -43,5 +43,8 @@ def at_sparsity(pattern: Pattern, sparsity: float) -> Pattern:
     """The pattern on its way to its own sparsity, of which it never asks more."""
     if isinstance(pattern, NM):
         return replace(pattern, n=max(pattern.n, pattern.m - int(sparsity * pattern.m)))
-    assert isinstance(pattern, (Unstructured, Block, Channel))
+    if not isinstance(pattern, (Unstructured, Block, Channel)):
+        raise ValueError(
+            f"gradual cannot lower the sparsity of {pattern}: write a rule of your own"
+        )
     return replace(pattern, sparsity=min(sparsity, pattern.sparsity))

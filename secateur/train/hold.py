@@ -8,6 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from secateur import layers as _layers
+from secateur.layers import weight_of
 
 # How masks move: (layer name, weight [out, in], mask [out, in], step) -> mask, after every step.
 Rule = Callable[[str, Tensor, Tensor, int], Tensor]
@@ -24,7 +25,7 @@ class Held:
     ) -> None:
         self.steps = 0
         self.masks: dict[str, Bool[Tensor, "..."]] = {
-            name: _parameter(module) != 0 for name, module in layers.items()
+            name: weight_of(module) != 0 for name, module in layers.items()
         }
         self._layers = layers
         self._rule = rule
@@ -54,7 +55,7 @@ class Held:
                 self.masks[name] = _layers.like_weight(
                     module, self._rule(name, weight, mask, self.steps)
                 )
-            _parameter(module).masked_fill_(~self.masks[name], 0)
+            weight_of(module).masked_fill_(~self.masks[name], 0)
 
 
 def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None = None) -> Held:
@@ -73,23 +74,17 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
         for name, module in model.named_modules()
         if _layers.is_prunable(module)
         and module._parameters.get("weight") is not None
-        and (rule is not None or bool((_parameter(module) == 0).any()))
+        and (rule is not None or bool((weight_of(module) == 0).any()))
     }
     if not layers:
         raise ValueError(
             f"hold needs a model with zeros, this {type(model).__name__} has none: prune_ it first"
         )
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    held = {name: module for name, module in layers.items() if id(_parameter(module)) in updated}
+    held = {name: module for name, module in layers.items() if id(weight_of(module)) in updated}
     if not held:
         raise ValueError(
             f"the optimizer updates none of the {len(layers)} sparse weights: make it from the "
             "parameters of this model"
         )
     return Held(held, optimizer, rule)
-
-
-def _parameter(module: nn.Module) -> nn.Parameter:
-    parameter = module._parameters["weight"]
-    assert parameter is not None
-    return parameter

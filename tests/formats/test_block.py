@@ -122,13 +122,56 @@ def test_memory_stays_bounded(monkeypatch: MonkeyPatch, tokens: int) -> None:
     assert sizes == [ten_blocks] * 25 + [6 * 4 * tokens * 4]  # 256 blocks
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 20])
-def test_16_bit_sums_are_taken_in_float32(dtype: torch.dtype, tokens: int) -> None:
+def test_16_bit_sums_are_taken_in_float32(
+    monkeypatch: MonkeyPatch, dtype: torch.dtype, tokens: int, native: bool
+) -> None:
     """Adding 512 blocks of ones in bfloat16 would stop at 1024, where 4 more is half a step."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {cpu.NATIVE[dtype]: native})
     packed = block.pack(torch.ones(4, 2048, dtype=dtype), (4, 4))
     result = cpu.linear(torch.ones(tokens, 2048, dtype=dtype), packed, None, *cpu.arrange(packed))
     assert torch.equal(result, torch.full((tokens, 4), 2048.0, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "bfloat16", "float16"),
+    [
+        ({}, torch.float32, torch.float32),
+        ({"avx512_bf16": True, "avx512_fp16": False}, torch.bfloat16, torch.float32),
+        ({"avx512_bf16": True, "avx512_fp16": True}, torch.bfloat16, torch.float16),
+    ],
+)
+def test_16_bit_weights_are_widened_where_the_processor_lacks_units(
+    monkeypatch: MonkeyPatch,
+    capabilities: dict[str, bool],
+    bfloat16: torch.dtype,
+    float16: torch.dtype,
+) -> None:
+    seen: list[torch.dtype] = []
+    multiply = torch.bmm
+
+    def spy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        seen.extend([left.dtype, right.dtype])
+        return multiply(left, right)
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch, "bmm", spy)
+    expected = {
+        torch.bfloat16: bfloat16,
+        torch.float16: float16,
+        torch.float32: torch.float32,
+        torch.float64: torch.float64,
+    }
+    for dtype, multiplied in expected.items():
+        seen.clear()
+        weight = fitting_weight("block:8x4", 32, 48, dtype)
+        packed, x = block.pack(weight, (8, 4)), tokens_in(3, 48, dtype=dtype)
+        result = cpu.linear(x, packed, None, *cpu.arrange(packed))
+        assert set(seen) == {multiplied}
+        error = float((result - exact_linear(x, weight, None)).abs().max())
+        assert error <= allowed_error(x, weight, None)
 
 
 def test_same_bits_every_time() -> None:

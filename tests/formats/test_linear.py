@@ -190,14 +190,26 @@ def test_a_dense_state_dict_is_refused_with_advice() -> None:
 
 
 def test_another_layer_s_error_is_no_error_of_this_one() -> None:
-    """The list of messages is shared by all modules of a load."""
-    model = nn.Sequential(nn.Linear(3, 24), sparse_linear("block:4x8", seed=0))
-    state = model.state_dict() | {"0.weight": torch.zeros(1, 1)}
-    other = sparse_linear("block:4x8", seed=0)
-    state |= {f"1.{key}": tensor for key, tensor in other.state_dict().items()}
+    """A load tells all its errors in one list; this layer was filled, so it must be arranged."""
+    first, second = torch.zeros(8, 8), torch.zeros(8, 8)
+    first[0:4], second[4:8] = 1.0, 2.0
+    model, other = (
+        nn.Sequential(nn.Linear(3, 8), SparseLinear(parse_format("block:4x4").pack(weight)))
+        for weight in (first, second)
+    )
     with pytest.raises(RuntimeError) as error:
-        model.load_state_dict(state)
+        model.load_state_dict(other.state_dict() | {"0.weight": torch.zeros(1, 1)})
     assert "size mismatch for 0.weight" in str(error.value)
+    assert "cannot use the checkpoint" not in str(error.value)
+    assert torch.equal(model[1](torch.eye(8)), second.t())
+
+
+def test_a_mismatch_of_sizes_is_told_once() -> None:
+    layer, other = sparse_linear("csr"), sparse_linear("csr", seed=7)
+    assert len(layer.values) != len(other.values)
+    with pytest.raises(RuntimeError) as error:
+        layer.load_state_dict(other.state_dict())
+    assert "size mismatch for values" in str(error.value)
     assert "cannot use the checkpoint" not in str(error.value)
 
 
