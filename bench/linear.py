@@ -132,10 +132,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS_ON_CPU)
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
-    print(append(arguments.results, "linear", measure(arguments), arguments.device))
+    print(append(arguments.output, "linear", measure(arguments), arguments.device))
 
 
 if __name__ == "__main__":

@@ -73,8 +73,12 @@ def commit() -> str:
 
 
 def _command() -> list[str]:
-    module = Path(sys.argv[0])
-    return [f"{module.parent.name}.{module.stem}", *sys.argv[1:]]
+    """The module and its options, without the folder that the rows go to."""
+    module, options = Path(sys.argv[0]), list(sys.argv[1:])
+    if "--output" in options:
+        at = options.index("--output")
+        del options[at : at + 2]
+    return [f"{module.parent.name}.{module.stem}", *options]
 
 
 def _driver() -> str:

@@ -132,7 +132,7 @@ def test_a_run_appends_rows_with_their_origin(
 ) -> None:
     monkeypatch.setitem(SHAPES, "BERT-base attention", (64, 128))
     words = "--threads 1 --tokens 1 3 --formats block:4x8 semi24 --sparsities 0.5 0.9"
-    layers = ["--layers", "BERT-base attention", "--results", str(tmp_path)]
+    layers = ["--layers", "BERT-base attention", "--output", str(tmp_path)]
     linear.main([*words.split(), *layers])
     path = Path(capsys.readouterr().out.strip())
     assert path.parent == tmp_path and path.name.startswith("linear_")

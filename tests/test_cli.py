@@ -145,6 +145,12 @@ def test_every_exported_function_is_a_method(module: Any) -> None:
         assert method.function is vars(module)[name] and method.refits == (module is reconstruct)
 
 
+def test_options_have_the_type_of_their_default() -> None:
+    function = find_method("sparsegpt", ["damping=1"]).function
+    assert isinstance(function, partial)
+    assert function.keywords == {"damping": 1.0} and type(function.keywords["damping"]) is float
+
+
 def test_a_new_criterion_works_by_being_exported(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +289,7 @@ def test_an_interrupted_prune_says_what_is_left(
     (tmp_path / "kept").mkdir()
     result = run(*command, "--checkpoint", tmp_path / "kept")
     said(result, 130)
-    assert f"finished layers are in {tmp_path / 'kept'}" in result.stderr
+    assert f"what is finished is kept in {tmp_path / 'kept'}" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -439,7 +445,12 @@ def test_eval_of_an_encoder_needs_a_baseline(encoder: Path, tmp_path: Path) -> N
     said(run("prune", encoder, "-o", tmp_path / "out", "-p", "2:4", "--ignore", "pooler.*"))
     line = refused(run("eval", tmp_path / "out", *data))
     assert "BertModel has no perplexity: compare it by --baseline DENSE" in line
+    arguments = ("--eval-tokens", tokens(encoder, "rows"), "--eval-rows", 4, "--ignore", "pooler.*")
+    text = said(run("prune", encoder, "-o", tmp_path / "x", "-p", "2:4", *arguments))
+    (told,) = [line for line in text.splitlines() if line.startswith("cosine to dense")]
+    assert told.split()[3] == "-" and "(tokens.safetensors:rows, 96 tokens)" in told
     found = json.loads(said(run("eval", tmp_path / "out", *data, "--baseline", encoder, "--json")))
+    assert f"{found['out']['cosine to dense']:.4f}" == told.split()[4]
     rows = token_rows(tokens(encoder, "rows"), 4, 4)
     expected = evaluate.embedding_cosine(load_folder(tmp_path / "out"), load_folder(encoder), rows)
     assert found["out"]["cosine to dense"] == pytest.approx(expected.mean, rel=1e-5)

@@ -188,6 +188,13 @@ def test_why_a_layer_stays_dense_is_told(everything: Page) -> None:
     assert measured[1][measured[0].index("vs eager")] == "2.50x"
 
 
+def test_speed_is_drawn_against_the_faster_dense(everything: Page) -> None:
+    section = everything.source.split('<section id="dispatch">')[1].split("</section>")[0]
+    one, sixteen = section.split("<figure>")[1:3]
+    assert ">2.00x<" in one and ">0.50x<" in one and ">fast (64x64)<" in one
+    assert ">2.00x<" in sixteen and "0.50x" not in sixteen.split("</figure>")[0]
+
+
 def test_the_page_needs_nothing_else(everything: Page) -> None:
     source = everything.source
     assert "http:" not in source and "https:" not in source and "@import" not in source
@@ -209,8 +216,8 @@ def test_ids_are_unique_and_every_reference_has_its_target(everything: Page) -> 
 def test_colours_are_the_page_s_in_light_and_dark(everything: Page) -> None:
     used = set(re.findall(r"var\((--[\w-]+)\)", everything.source))
     light, dark = everything.source.split("prefers-color-scheme: dark")
-    colours = used - {"--width"}
-    assert "--series-1" in colours
+    colours = used - {"--width"} | {ink[4:-1] for ink in plots.INKS.values() if "var" in ink}
+    assert {"--series-1", "--series-6", "--mask-kept"} <= colours
     assert all(f"{name}:" in light and f"{name}:" in dark for name in colours)
     assert not any(marker in everything.source for marker in plots.INKS)
 

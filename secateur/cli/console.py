@@ -87,12 +87,12 @@ def working(what: str) -> Iterator[None]:
 def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
     """Errors of the user's making become one line on stderr and exit code 2; Ctrl-C exits 130.
 
-    `checkpoint` is where finished layers remain when the work is interrupted.
+    `checkpoint` is where what is finished remains when the work is interrupted.
     """
     try:
         yield
     except KeyboardInterrupt:
-        kept = f": finished layers are in {checkpoint}, the same command goes on there"
+        kept = f": what is finished is kept in {checkpoint}, the same command goes on from there"
         left = kept if checkpoint is not None and checkpoint.exists() else ": nothing was changed"
         console(stderr=True).print(Text(f"\ninterrupted{left}", style="yellow"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -89,14 +89,13 @@ def summarize(summary: Summary) -> None:
 def _lines(summary: Summary) -> list[tuple[str, str, str, str]]:
     zeros, sizes = summary.zeros, summary.sizes
     lines = [("zeros in plan", f"{zeros[0]:.1%}", f"{zeros[1]:.1%}", _checked(summary.plan))]
-    where = (
-        f"({summary.held_out.name}, {tokens_in(summary.test):,} tokens)" if summary.after else ""
-    )
+    where = f"({summary.held_out.name}, {tokens_in(summary.test):,} tokens)"
     for name, value in summary.after.items():
         text, before = metric(name).text, summary.before.get(name)
-        change = f"{value - before:+.3f}   {where}" if before is not None else ""
+        change = "" if before is None else f"{value - before:+.3f}   "
         shown = "-" if before is None else text.format(before)
-        lines.append((name, shown, text.format(value), change))
+        lines.append((name, shown, text.format(value), change + where))
+        where = ""
     room, speed = "zeros take the room of other weights", "not measured: zeros alone are not faster"
     if summary.source.bare is None:
         room = "dense form; `secateur export --to packed` saves room"

@@ -15,6 +15,7 @@ from secateur.formats.pack import packed_linear
 
 DENSE = "dense"
 PREPACKED = "dense prepacked"
+ROWS_AT_ONCE = 4096  # of a weight in float64: a vocabulary of 128,000 x 4096 would take 4 GB whole
 
 Run = Callable[[Tensor], Tensor]
 
@@ -74,11 +75,8 @@ def admitted(
     Right is an error, against float64, of at most twice that of the dense layer plus one rounding
     of the result and of the sums behind it. A candidate that raises is dropped with what it said.
     """
-    weight = linear.weight.detach().double()
-    exact = nn.functional.linear(
-        x.double(), weight, None if linear.bias is None else linear.bias.detach().double()
-    )
-    allowed = 2 * (float((linear(x) - exact).abs().max()) + _rounding(x, weight, exact))
+    exact, magnitude = _exact(linear, x)
+    allowed = 2 * (float((linear(x) - exact).abs().max()) + _rounding(x.dtype, exact, magnitude))
     kept, reasons = list[Candidate](), list[str]()
     for candidate in candidates:
         try:
@@ -100,17 +98,26 @@ def runs(candidates: Sequence[Candidate], copies: int) -> Mapping[str, list[Run]
     return {candidate.name: [candidate.make() for _ in range(copies)] for candidate in candidates}
 
 
-def _rounding(x: Tensor, weight: Tensor, exact: Tensor) -> float:
-    """One rounding of the largest result to x's dtype, and of its sum of magnitudes to float32.
+def _exact(linear: nn.Linear, x: Tensor) -> tuple[Float[Tensor, "tokens out"], float]:
+    """The result in float64, and the largest sum of magnitudes behind it, some rows at a time."""
+    wide, results, magnitude = x.double(), list[Tensor](), 0.0
+    for rows in linear.weight.detach().split(ROWS_AT_ONCE):
+        weight = rows.double().t()
+        results.append(wide @ weight)
+        magnitude = max(magnitude, float((wide.abs() @ weight.abs()).max()))
+    result = torch.cat(results, dim=1)
+    return result if linear.bias is None else result + linear.bias.detach().double(), magnitude
+
+
+def _rounding(dtype: torch.dtype, exact: Tensor, magnitude: float) -> float:
+    """One rounding of the largest result to the dtype, and of its sum of magnitudes to float32.
 
     Without the second term a plain row-by-row float32 sum, rightly computed, would not be admitted
     beside a blocked one. 16-bit inputs are summed in float32 by every implementation.
     """
-    summed = torch.promote_types(x.dtype, torch.float32)
-    magnitudes = x.double().abs() @ weight.abs().t()
-    return float(
-        torch.finfo(x.dtype).eps * exact.abs().max() + torch.finfo(summed).eps * magnitudes.max()
-    )
+    summed = torch.promote_types(dtype, torch.float32)
+    result = float(exact.abs().max())
+    return torch.finfo(dtype).eps * result + torch.finfo(summed).eps * magnitude
 
 
 def _maker(layer: SparseLinear, implementation: str, tokens: int) -> Callable[[], Run]:

@@ -3,8 +3,8 @@
 The weight stands on the left, `weight @ x.T`: torch's `F.linear` on a CSR weight multiplies the
 transpose instead, and measured 2-3x slower at 16 and 128 tokens.
 
-Known limits: torch has this for float32 and float64 alone; it pays, if at all, from about 90 %
-zeros (docs/log/2026-11-22-cpu-block.md).
+Known limits: torch has this for float32 and float64 alone; it pays from 80-90 % zeros
+(docs/formats/measured-cpu.md).
 """
 
 import warnings
