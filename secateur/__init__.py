@@ -4,7 +4,7 @@ The front half (`plan`, `prune_`, `reconstruct_`, `check`, `hold`) leaves an ord
 with exact zeros in ordinary parameters; the back half (`accelerate_`, `pack_`) reads nothing else.
 """
 
-from secateur import evaluate
+from secateur import evaluate as evaluate  # sc.evaluate.perplexity and the like
 from secateur.accelerate import accelerate_
 from secateur.allocation import sense
 from secateur.criteria import magnitude, random, wanda
@@ -29,7 +29,6 @@ __all__ = [
     "accelerate_",
     "check",
     "distil_",
-    "evaluate",
     "gradual",
     "hold",
     "load",

@@ -21,7 +21,7 @@ PUBLIC = {
     *("magnitude", "wanda", "random", "sparsegpt", "sense"),
     *("hold", "gradual", "distil_"),
     *("accelerate_", "pack_", "unpack_", "SparseLinear"),
-    *("save", "load", "evaluate"),
+    *("save", "load"),
 }
 
 

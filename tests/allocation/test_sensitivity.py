@@ -118,6 +118,7 @@ def test_the_model_is_as_it_was_when_the_loss_is_interrupted(error: type[BaseExc
         calls += 1
         if calls == 3:
             assert model[0].weight.count_nonzero() == 4  # inside: the layer is pruned
+            assert not model.training
             raise error
         return lost_energy(model)
 

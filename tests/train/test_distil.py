@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -248,6 +249,22 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[5 + 19] == pytest.approx((1 + math.cos(math.pi * 0.2)) / 2)
     assert rates[99] == pytest.approx(0, abs=1e-3) and min(rates) > 0
     assert [distil_module._rate(0, 1)] == [1.0]
+
+
+def test_a_step_is_as_long_as_the_learning_rate_says() -> None:
+    model, teacher = pair()
+    biases: list[Tensor] = []
+
+    def watched(output: Tensor, target: Tensor, batch: Tensor) -> Tensor:
+        biases.append(model[4].bias.detach().clone())
+        # the bias has a gradient that never changes, too small to clip: Adam steps by the rate
+        return 1e-4 * output.sum()
+
+    distil_(model, teacher, data(1), steps=40, learning_rate=0.01, loss=watched)
+    moved = [float((b - a).abs().max()) for a, b in itertools.pairwise(biases)]
+    rates = [0.01 * distil_module._rate(step, 40) for step in range(39)]
+    assert moved == pytest.approx(rates, rel=1e-3, abs=1e-6)
+    assert moved[0] == pytest.approx(0.005, rel=1e-3)
 
 
 def test_every_batch_comes_once_in_a_round() -> None:

@@ -20,8 +20,8 @@ def hidden(values: list[list[float]]) -> SimpleNamespace:
 
 def test_logits_are_compared_by_divergence_of_counted_tokens() -> None:
     teacher = logits([0.75, 0.25], [0.5, 0.5], [0.9, 0.1])
-    student = logits([0.25, 0.75], [0.5, 0.5], [0.1, 0.9])
-    one = 0.75 * math.log(3) - 0.25 * math.log(3)
+    student = logits([0.5, 0.5], [0.5, 0.5], [0.1, 0.9])
+    one = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # the other way round it is 0.14, not 0.13
     other = 0.9 * math.log(9) - 0.1 * math.log(9)
     assert float(output_loss(student, teacher, torch.zeros(1))) == pytest.approx((one + other) / 3)
     padded = {"attention_mask": torch.tensor([[1, 1, 0]])}
