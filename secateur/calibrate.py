@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
+from secateur.outputs import eval_mode
 from secateur.replay import (
     Batch,
     Call,
@@ -69,7 +70,7 @@ def observe(
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     inputs: list[Batch] = [to_device(batch, device) for batch in _as_list(batches)]
-    with _calibration_mode(model):
+    with eval_mode(model), torch.no_grad():
         trace = _trace(model, layers, inputs)
         walk = _Walk(trace, [_padding(b) for b in inputs], tuple(statistics), sequential, device)
         for chain, names in _segments(model, layers, trace):
@@ -275,34 +276,6 @@ class _Sums:
 
 
 # --- small things --------------------------------------------------------------------------------
-
-
-def _config(module: nn.Module) -> Any:
-    """The configuration of a transformers model that says whether it fills a key-value cache."""
-    config = getattr(module, "config", None)
-    return config if hasattr(config, "use_cache") else None
-
-
-@contextlib.contextmanager
-def _calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no key-value cache, no fused path past the modules; restored."""
-    training = {module: module.training for module in model.modules()}
-    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := _config(m)) is not None}
-    caching = {key: config.use_cache for key, config in configs.items()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        for config in configs.values():
-            config.use_cache = False
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, mode in training.items():
-            module.training = mode
-        for key, config in configs.items():
-            config.use_cache = caching[key]
 
 
 def _as_list(batches: Iterable[Batch]) -> list[Batch]:

@@ -103,7 +103,7 @@ def run(output: Path, model: Path | None = None) -> None:
     console.print(
         f"a layer of {LARGE_WIDTH} x {LARGE_WIDTH} with {LARGE_SPARSITY:.0%} zero blocks:"
     )
-    console.print(str(large))
+    console.print(str(large), soft_wrap=True)
     write_html(
         output / "report.html",
         title=f"{subject.name} at {PATTERN}",
@@ -178,8 +178,8 @@ def _large_layer() -> AccelerateReport:
 def _speed_note(speed: AccelerateReport, large: AccelerateReport) -> str:
     return (
         f"Speed, measured on this machine ({platform.processor() or platform.machine()}): "
-        f"{str(speed).splitlines()[0]} A single layer of {LARGE_WIDTH} x {LARGE_WIDTH} with "
-        f"{LARGE_SPARSITY:.0%} of its 64x64 blocks zero: {str(large).splitlines()[0]}"
+        f"{str(speed).splitlines()[0]}. A single layer of {LARGE_WIDTH} x {LARGE_WIDTH} with "
+        f"{LARGE_SPARSITY:.0%} of its 64x64 blocks zero: {str(large).splitlines()[0]}."
     )
 
 

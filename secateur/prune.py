@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import time
-import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from secateur.patterns import Pattern
 from secateur.plan import Plan, as_plan, match
 from secateur.reconstruct import Solution
 from secateur.replay import Batch
-from secateur.statistics import call_with, name_of, needed_by
+from secateur.statistics import call_with, name_of, needed_by, score
 from secateur.tables import text_table
 from secateur.undo import all_or_nothing
 
@@ -103,15 +102,8 @@ def prune_(
     needs = needed_by(criterion, given=("weight", "layer_seed"))
 
     def solve(available: Mapping[str, Any], name: str) -> Solution:
-        weight, pattern = available["weight"], available["pattern"]
-        score = call_with(criterion, available)
-        if score.shape != weight.shape or score.isnan().any():
-            raise ValueError(
-                f"criterion {name_of(criterion)} needs to give {name} a score of shape "
-                f"{tuple(weight.shape)} without NaN, got {tuple(score.shape)} with "
-                f"{int(score.isnan().sum())} NaN"
-            )
-        mask = pattern.mask(score)
+        weight = available["weight"]
+        mask = available["pattern"].mask(score(criterion, name, weight, available))
         return Solution(weight.masked_fill(~mask, 0), mask)
 
     run = _Run(model, as_plan(model, plan), name_of(criterion), needs, solve, sequential=False)
@@ -238,7 +230,6 @@ class _Run:
         available = {
             "weight": before.clone(),
             "pattern": pattern,
-            "layer_seed": zlib.crc32(name.encode()),
             **statistics,
         }
         solution = self.solve(available, name)

@@ -6,6 +6,7 @@ a class here and one line in `STATISTICS`.
 
 import functools
 import inspect
+import zlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -82,6 +83,28 @@ def call_with(function: Callable[..., T], available: Mapping[str, Any]) -> T:
     """The function called with those of the available values that its parameters name."""
     names = inspect.signature(function).parameters
     return function(**{name: value for name, value in available.items() if name in names})
+
+
+def score(
+    criterion: Callable[..., Tensor],
+    layer: str,
+    weight: Float[Tensor, "out in"],
+    statistics: Mapping[str, Any],
+) -> Float[Tensor, "out in"]:
+    """The criterion's scores for a layer; `layer_seed` is made from the layer's name.
+
+    Raises:
+        ValueError: if they are not of the weight's shape, or NaN.
+    """
+    seed = zlib.crc32(layer.encode())
+    scores = call_with(criterion, {**statistics, "weight": weight, "layer_seed": seed})
+    if scores.shape != weight.shape or scores.isnan().any():
+        raise ValueError(
+            f"criterion {name_of(criterion)} needs to give {layer} a score of shape "
+            f"{tuple(weight.shape)} without NaN, got {tuple(scores.shape)} with "
+            f"{int(scores.isnan().sum())} NaN"
+        )
+    return scores
 
 
 def name_of(function: Callable[..., Any]) -> str:

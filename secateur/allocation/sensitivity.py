@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from secateur.layers import Selector
 from secateur.outputs import eval_mode
 from secateur.patterns import Pattern, parse
 from secateur.replay import Batch
-from secateur.statistics import call_with, name_of, needed_by
+from secateur.statistics import name_of, needed_by, score
 from secateur.tables import text_table
 
 SENSITIVITY_VERSION = 1
@@ -140,9 +139,10 @@ def sense(
         with bar, contextlib.closing(_observed(model, missing, needs, batches)) as source:
             for observed in source:
                 for name, statistics in observed.statistics.items():
-                    score = _score(criterion, missing[name], name, statistics)
+                    weight = _layers.matrix(missing[name]).to(torch.float32, copy=True)
+                    scores = score(criterion, name, weight, statistics)
                     for key in todo[name]:
-                        mask = chosen[key].mask(score)
+                        mask = chosen[key].mask(scores)
                         with _pruned(missing[name], mask):
                             increase = _measured(loss, model, f"{name} pruned to {key}") - dense
                         kept.add(name, key, increase)
@@ -241,24 +241,6 @@ def _observed(
         yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
     elif layers:
         yield from observe(model, layers, batches, needs, sequential=False)
-
-
-def _score(
-    criterion: Callable[..., Tensor],
-    module: nn.Module,
-    name: str,
-    statistics: Mapping[str, Tensor],
-) -> Tensor:
-    weight = _layers.matrix(module).to(torch.float32, copy=True)
-    seed = zlib.crc32(name.encode())
-    score = call_with(criterion, {"weight": weight, "layer_seed": seed, **statistics})
-    if score.shape != weight.shape or bool(score.isnan().any()):
-        raise ValueError(
-            f"criterion {name_of(criterion)} needs to give {name} a score of shape "
-            f"{tuple(weight.shape)} without NaN, got {tuple(score.shape)} with "
-            f"{int(score.isnan().sum())} NaN"
-        )
-    return score
 
 
 @contextlib.contextmanager
