@@ -9,7 +9,6 @@ all-MiniLM-L6-v2, calibration included; `import secateur` beyond torch; peak mem
 
 import argparse
 import importlib.util
-import resource
 import subprocess
 import sys
 import time
@@ -106,16 +105,23 @@ def peak(folder: Path, rows: int = 32, batch: int = 4) -> None:
     model = load_folder(folder, torch.float32)
     batches = token_rows(f"{folder / 'tokens.safetensors'}:calibration", rows, batch)
     with torch.no_grad():
-        model(batches[0][:1])  # what one forward pass of one row needs is not the library's
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        model(batches[0])  # what one forward pass of a batch needs is not the library's
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+    before = _status("VmRSS")
     sc.reconstruct_(model, sc.plan(model, "2:4"), sc.sparsegpt, batches)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = _status("VmHWM")
     layers = select(model).layers
     blocks = max(int(name.split(".")[2]) for name in layers) + 1
     weights = sum(layer.weight.nbytes for layer in layers.values()) / blocks
     width = model.config.hidden_size
     activations = rows * batches[0].shape[1] * width * 4
     print((after - before) / 1024, weights / MIB, activations / MIB)
+
+
+def _status(field: str) -> int:
+    """KiB of this process in /proc/self/status: VmRSS is held now, VmHWM the most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def _seconds(call: Callable[[], object], rounds: int = 7) -> float:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from secateur.tensor_files import load_file, save_file
 
 PROGRESS = "progress.json"
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from secateur import layers as _layers
@@ -66,6 +65,8 @@ class Plan:
         if path.suffix == ".json":
             path.write_text(json.dumps(data, indent=2))
         else:
+            import yaml  # here and below: files are rare, and importing it costs 15 ms
+
             path.write_text(yaml.safe_dump(data, sort_keys=False))
 
 
@@ -109,6 +110,8 @@ def read_plan(path: str | Path) -> Plan:
     Raises:
         ValueError: if it is not a plan, with the file and the place.
     """
+    import yaml
+
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text())

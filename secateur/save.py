@@ -14,7 +14,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur import layers as _layers
@@ -38,6 +37,7 @@ from secateur.sidecar import (
     verify,
     weight_files,
 )
+from secateur.tensor_files import load_file, save_file
 from secateur.version import VERSION
 
 # A file of this size still copies and uploads in one go everywhere; Hugging Face's habit.

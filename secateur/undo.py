@@ -5,8 +5,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import nn
+
+from secateur.tensor_files import load_file, save_file
 
 
 class Undo:

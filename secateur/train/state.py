@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from secateur.tensor_files import load_file, save_file
 
 PROGRESS = "progress.json"
 
