@@ -173,6 +173,16 @@ def test_headline_figures(everything: Page) -> None:
         assert told.replace(" ", "") in text.replace(" ", "")
 
 
+def test_zeros_are_counted_in_the_plan_where_there_is_one(tmp_path: Path) -> None:
+    model = Blocks()
+    decided = plan(model, "2:4", layers=["*.up"])
+    prune_(model, decided)
+    text = written(tmp_path / "a.html", model=model, plan=decided).text
+    assert "50.0%of the weights of 3 planned layers" in text.replace("\n", "")
+    text = written(tmp_path / "b.html", model=model).text
+    assert "25.0%of the weights of 6 layers" in text.replace("\n", "")
+
+
 def test_the_layers_that_are_alike_share_a_line(everything: Page) -> None:
     table = next(t for t in everything.tables if t[0][:2] == ["layer", "out"] and "pattern" in t[0])
     assert table[1:] == [
@@ -379,12 +389,12 @@ def test_tables_are_closed_where_they_are_long() -> None:
     alike = [(f"l.{i}", "1") for i in range(20)]
     folded, every = layer_tables(("layer", "x"), alike, "Layers")
     assert folded.rows == [("l.0-19", "1")] and folded.summary == ""
-    assert len(every.rows) == 20 and every.summary == "Layers: all 20 layers"
+    assert len(every.rows) == 20 and every.summary == "Layers: all 20 lines"
     different = [(f"l.{i}", str(i)) for i in range(20)]
     (only,) = layer_tables(("layer", "x"), different, "Layers")
     assert len(only.rows) == 20 and only.summary
     (closed,) = layer_tables(("layer", "x"), alike, "wanda", closed=True)
-    assert closed.summary == "wanda: 20 layers in 1 lines"
+    assert closed.summary == "wanda: 1 lines for 20"
 
 
 def test_kinds_of_layers_by_block() -> None:

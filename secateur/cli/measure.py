@@ -185,7 +185,7 @@ def bench(
 
 
 def token_counts(text: str) -> tuple[int, ...]:
-    """The numbers in `1,16,128`, ascending.
+    """The numbers in `1,16,128`.
 
     Raises:
         ValueError: if they are not positive numbers.
@@ -195,7 +195,7 @@ def token_counts(text: str) -> tuple[int, ...]:
         raise ValueError(
             f"--tokens-per-call needs numbers of at least 1 separated by commas, got {text!r}"
         )
-    return tuple(sorted({int(part) for part in parts}))
+    return tuple(int(part) for part in parts)
 
 
 def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:

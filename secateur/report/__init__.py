@@ -1,6 +1,7 @@
 """The HTML report: one file that shows what pruning changed, cost and gained."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def write_html(
     page = template.render(
         title=title,
         subtitle=_subtitle(plan, reports),
-        tiles=_tiles(inspection, evaluations, accelerate, sizes),
+        tiles=_tiles(inspection, plan, evaluations, accelerate, sizes),
         notes=list(notes),
         sections=shown,
         provenance=provenance(),
@@ -94,14 +95,19 @@ def _subtitle(plan: Plan | None, reports: Sequence[PruneReport]) -> str:
 
 def _tiles(
     inspection: Inspection | None,
+    plan: Plan | None,
     evaluations: Mapping[str, Mapping[str, float]] | None,
     accelerate: AccelerateReport | None,
     sizes: Mapping[str, int] | None,
 ) -> list[Tile]:
     tiles = []
     if inspection is not None:
-        chosen = sum(layer.counted for layer in inspection.layers)
-        tiles.append(Tile("Zeros", f"{inspection.zeros:.1%}", f"of the weights of {chosen} layers"))
+        counted = [layer for layer in inspection.layers if layer.counted]
+        if plan is not None:
+            counted = [layer for layer in inspection.layers if layer.layer in plan.layers]
+        zeros = Inspection(tuple(replace(layer, skipped="") for layer in counted)).zeros
+        which = "planned layers" if plan is not None else "layers"
+        tiles.append(Tile("Zeros", f"{zeros:.1%}", f"of the weights of {len(counted)} {which}"))
     if evaluations:
         tiles += _evaluation_tiles(evaluations)
     if accelerate is not None:

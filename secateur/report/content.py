@@ -131,12 +131,12 @@ def layer_tables(
     """
     columns, told = without_empty(columns, rows)
     folded = fold(told)
-    every = Table(columns, told, "", f"{what}: all {len(told)} layers")
+    every = Table(columns, told, "", f"{what}: all {len(told)} lines")
     if len(folded) > MOSTLY_DIFFERENT * len(told):
         return [every if closed or len(told) > OPEN_ROWS else Table(columns, told, f"{what}.")]
     alike = f"{what}. Layers that differ in nothing else share a line."
     if closed:
-        return [Table(columns, folded, alike, f"{what}: {len(told)} layers in {len(folded)} lines")]
+        return [Table(columns, folded, alike, f"{what}: {len(folded)} lines for {len(told)}")]
     return [Table(columns, folded, alike), every]
 
 
