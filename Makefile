@@ -2,7 +2,7 @@
 # PYTHON is the interpreter to build the environment with; ARGS is passed on to pytest.
 
 PYTHON ?= python3
-# Waiting threads sleep: where a core is busy with something else, spinning ones are 4x slower.
+# Waiting threads sleep: spinning ones stall each other where a core is busy with something else.
 export OMP_WAIT_POLICY ?= PASSIVE
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

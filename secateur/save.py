@@ -7,7 +7,7 @@ under the stock name they would warn and go on with random ones. Beside either l
 """
 
 import json
-import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -158,8 +158,14 @@ def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
                 f"{folder} holds a saved model: choose another folder, or pass overwrite=True"
             )
     parent = next(p for p in folder.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"save cannot write into {parent}: choose a folder that you may write to")
+    try:  # permissions alone do not tell: root has all of them, also where nothing can be written
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".secateur-"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"save cannot write into {parent}: {error.strerror}: choose a folder that you may "
+            "write to"
+        ) from None
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -423,7 +424,9 @@ def test_a_folder_with_other_files_is_never_written(tmp_path: Path) -> None:
             save(Net(), tmp_path, overwrite=overwrite)
     with pytest.raises(ValueError, match=r"thesis.tex is a file: choose another name"):
         require_writable(tmp_path / "thesis.tex")
-    with pytest.raises(ValueError, match=r"save cannot write into .*thesis.tex: choose a folder"):
+    with pytest.raises(
+        ValueError, match=r"cannot write into .*thesis.tex: Not a directory: choose"
+    ):
         require_writable(tmp_path / "thesis.tex" / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -431,11 +434,15 @@ def test_a_folder_with_other_files_is_never_written(tmp_path: Path) -> None:
 def test_a_folder_without_write_permission_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(save_module.os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(
-        ValueError, match=r"save cannot write into .*: choose a folder that you may"
-    ):
+    def refused(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # Root may write anywhere, so the system's answer to another user is given here.
+    monkeypatch.setattr(save_module.tempfile, "mkdtemp", refused)
+    text = f"save cannot write into {tmp_path}: Permission denied: choose a folder that you may"
+    with pytest.raises(ValueError, match=re.escape(text)):
         require_writable(tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_saved_model_is_replaced_only_when_asked_and_the_tokenizer_stays(saved: Path) -> None:
@@ -487,3 +494,9 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
     with pytest.raises(ValueError, match=r"table is a Tensor of layout torch.sparse_coo: make it"):
         save(sparse, folder)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that refuses root")
+def test_a_place_that_refuses_even_root_is_found_out_before_the_work() -> None:
+    with pytest.raises(ValueError, match="save cannot write into /proc: .*: choose a folder"):
+        require_writable("/proc/out")
