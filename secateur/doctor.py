@@ -59,7 +59,7 @@ def _packages() -> list[Finding]:
 def _implementations(device: torch.device) -> list[Finding]:
     found = list[Finding]()
     for name, folder in FOLDERS.items():
-        format = Format(name, (4, 4) if name == "block" else None)
+        format = Format(name, (4, 4) if name == "block" else ())
         packed = format.pack(torch.zeros(4, 4, device=device))
         for implementation in folder.IMPLEMENTATIONS:
             problem = implementation.why_not(packed, 1)

@@ -130,7 +130,7 @@ def reconstruct_(
             by Ctrl-C, the model is left as it was.
     """
     _require_kind(algorithm, is_algorithm=True)
-    needs = needed_by(algorithm, given=("weight", "pattern"))
+    needs = needed_by(algorithm, given=("weight", "pattern", "dtype"))
 
     def solve(available: Mapping[str, Any], name: str) -> Solution:
         try:
@@ -230,6 +230,7 @@ class _Run:
         available = {
             "weight": before.clone(),
             "pattern": pattern,
+            "dtype": weight_of(module).dtype,
             **statistics,
         }
         solution = self.solve(available, name)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.formats.contract import packed_bytes
-from secateur.formats.format import Format
+from secateur.formats.contract import Packed, packed_bytes
+from secateur.formats.format import Format, dequantised
 from secateur.formats.linear import SparseLinear
 from secateur.formats.pack import packed_linear
 
@@ -22,11 +22,16 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a layer. `make()` is a fresh copy of it with weights of its own."""
+    """One way to run a layer. `make()` is a fresh copy of it with weights of its own.
+
+    `quantised` is the packed weight that the result is held to instead of the layer's own, for a
+    format that rounds weights to a grid.
+    """
 
     name: str
     make: Callable[[], Run]
     nbytes: int
+    quantised: Packed | None = None
 
 
 def dense_candidates(linear: nn.Linear, tokens: int) -> list[Candidate]:
@@ -51,6 +56,7 @@ def sparse_candidates(
     The reference is left out: it unpacks at every call and is never faster.
     """
     layer = packed_linear("", linear, format)
+    quantised = None if format.is_exact else layer.packed
     found, reasons = list[Candidate](), list[str]()
     for implementation in format.folder.IMPLEMENTATIONS:
         if implementation.name == "reference":
@@ -61,7 +67,7 @@ def sparse_candidates(
             continue
         make = _maker(layer, implementation.name, tokens)
         nbytes = packed_bytes(layer.packed)
-        found.append(Candidate(f"{format} {implementation.name}", make, nbytes))
+        found.append(Candidate(f"{format} {implementation.name}", make, nbytes, quantised))
     if not found and not reasons:
         reasons.append(f"{format} has no implementation but the reference here")
     return found, reasons
@@ -73,12 +79,17 @@ def admitted(
     """The candidates whose result on x is right, and why the others were dropped.
 
     Right is an error, against float64, of at most twice that of the dense layer plus one rounding
-    of the result and of the sums behind it. A candidate that raises is dropped with what it said.
+    of the result and of the sums behind it. Where a format rounds weights to a grid the dense layer
+    is that of the rounded weight: what rounding costs the model is not for a machine to judge. A
+    candidate that raises is dropped with what it said.
     """
-    exact, magnitude = _exact(linear, x)
-    allowed = 2 * (float((linear(x) - exact).abs().max()) + _rounding(x.dtype, exact, magnitude))
     kept, reasons = list[Candidate](), list[str]()
+    targets: dict[int | None, tuple[Tensor, float]] = {}
     for candidate in candidates:
+        of = None if candidate.quantised is None else id(candidate.quantised)
+        if of not in targets:
+            targets[of] = _target(linear, candidate.quantised, x)
+        exact, allowed = targets[of]
         try:
             error = float((candidate.make()(x) - exact).abs().max())
         except (RuntimeError, ValueError, MemoryError) as problem:  # a GPU's out of memory too
@@ -98,15 +109,29 @@ def runs(candidates: Sequence[Candidate], copies: int) -> Mapping[str, list[Run]
     return {candidate.name: [candidate.make() for _ in range(copies)] for candidate in candidates}
 
 
-def _exact(linear: nn.Linear, x: Tensor) -> tuple[Float[Tensor, "tokens out"], float]:
+def _target(
+    linear: nn.Linear, quantised: Packed | None, x: Tensor
+) -> tuple[Float[Tensor, "tokens out"], float]:
+    """The result in float64 and the error allowed against it."""
+    own = linear.weight.detach()
+    weight = own if quantised is None else dequantised(quantised)
+    exact, magnitude = _exact(weight, linear.bias, x)
+    dense = torch.nn.functional.linear(x, weight.to(own.dtype), linear.bias)
+    error = float((dense - exact).abs().max())
+    return exact, 2 * (error + _rounding(x.dtype, exact, magnitude))
+
+
+def _exact(
+    weight: Tensor, bias: Tensor | None, x: Tensor
+) -> tuple[Float[Tensor, "tokens out"], float]:
     """The result in float64, and the largest sum of magnitudes behind it, some rows at a time."""
     wide, results, magnitude = x.double(), list[Tensor](), 0.0
-    for rows in linear.weight.detach().split(ROWS_AT_ONCE):
-        weight = rows.double().t()
-        results.append(wide @ weight)
-        magnitude = max(magnitude, float((wide.abs() @ weight.abs()).max()))
+    for part in weight.split(ROWS_AT_ONCE):
+        rows = part.double().t()
+        results.append(wide @ rows)
+        magnitude = max(magnitude, float((wide.abs() @ rows.abs()).max()))
     result = torch.cat(results, dim=1)
-    return result if linear.bias is None else result + linear.bias.detach().double(), magnitude
+    return result if bias is None else result + bias.detach().double(), magnitude
 
 
 def _rounding(dtype: torch.dtype, exact: Tensor, magnitude: float) -> float:

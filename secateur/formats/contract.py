@@ -5,7 +5,7 @@ linear computes), one file an implementation (how that can be run), `ops.py` (th
 it by) and `__init__.py` (the tuple of implementations, in order of preference).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,12 +15,16 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+QUANTISABLE = (torch.float32, torch.bfloat16, torch.float16)
 MOST_WEIGHTS = 2**31 - 1  # crow_indices and col_indices are int32
 
 
 @runtime_checkable
 class Packed(Protocol):
-    """A packed weight: its dense shape and the plain tensors that a checkpoint stores."""
+    """A packed weight: its dense shape and the plain tensors that a checkpoint stores.
+
+    `dtype` is that of the dense weight: of `scales` where the format has them, else of `values`.
+    """
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -28,6 +32,8 @@ class Packed(Protocol):
     def values(self) -> Tensor: ...
     @property
     def format(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
     def tensors(self) -> dict[str, Tensor]: ...
 
 
@@ -54,7 +60,11 @@ class Implementation:
 
 @runtime_checkable
 class Folder(Protocol):
-    """What the package of a format exports, so that layers and measurements treat all alike."""
+    """What the package of a format exports, so that layers and measurements treat all alike.
+
+    `dequantised(packed)` is the weight that the linear multiplies by, before any rounding to the
+    layer's dtype, where `pack` rounds weights to a grid; None where packing is exact.
+    """
 
     @property
     def IMPLEMENTATIONS(self) -> tuple[Implementation, ...]: ...
@@ -69,6 +79,8 @@ class Folder(Protocol):
     @property
     def unpack(self) -> Callable[..., Tensor]: ...
     @property
+    def dequantised(self) -> Callable[..., Tensor] | None: ...
+    @property
     def why_not(self) -> Callable[..., str | None]: ...
     @property
     def density(self) -> Callable[..., float]: ...
@@ -76,6 +88,11 @@ class Folder(Protocol):
     def empty(self) -> Callable[..., Packed]: ...
     @property
     def broken(self) -> Callable[..., str | None]: ...
+
+
+def typed_tensor(names: Collection[str]) -> str:
+    """Which of a format's tensors has the dense weight's dtype; casting a layer casts it alone."""
+    return "scales" if "scales" in names else "values"
 
 
 def packed_bytes(packed: Packed) -> int:
@@ -117,3 +134,25 @@ def check_dense(weight: Tensor) -> None:
             f"pack needs finite weights, row {row} column {column} is {weight[row, column]}: "
             "repair the checkpoint or the training run that made it"
         )
+
+
+def check_quantisable(weight: Tensor, format: str) -> None:
+    """Nothing, for a weight that a quantised format may store.
+
+    Raises: ValueError where `check_dense` raises it, and for a float64 weight.
+    """
+    check_dense(weight)
+    if weight.dtype not in QUANTISABLE:
+        raise ValueError(f"pack {_narrower(weight, format)}")
+
+
+def why_not_quantisable(weight: Tensor, format: str) -> str | None:
+    """None, or that a quantised format cannot store this dtype."""
+    return None if weight.dtype in QUANTISABLE else _narrower(weight, format)
+
+
+def _narrower(weight: Tensor, format: str) -> str:
+    return (
+        f"into {format} needs a float32, bfloat16 or float16 weight, got {weight.dtype}: "
+        "scale x code is computed in float32, cast the layer with .float() first"
+    )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from secateur.formats.contract import Implementation, Packed
+from secateur.formats.contract import Implementation, Packed, typed_tensor
 
 LIBRARY = torch.library.Library("secateur", "FRAGMENT")
 NO_LIMIT = 2**63 - 1  # the last row of a dispatch table serves every larger number of tokens
@@ -62,7 +62,7 @@ def define(
         f"{name}_unpack({fields}, int out_features, int in_features) -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-    count = len(tensors)
+    count, typed = len(tensors), tensors.index(typed_tensor(tensors))
 
     def run_linear(x: Tensor, *rest: Any) -> Tensor:
         stored, (bias, out_features, in_features, arrangement, dispatch) = (
@@ -85,8 +85,8 @@ def define(
         return unpack(packed_type(rest[count:], *rest[:count]))
 
     def fake_unpack(*rest: Any) -> Tensor:
-        values: Tensor = rest[0]  # every format names its values first
-        return values.new_empty(rest[count:])
+        like: Tensor = rest[typed]
+        return like.new_empty(rest[count:])
 
     LIBRARY.impl(f"{name}_linear", run_linear, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{name}_unpack", run_unpack, "CompositeExplicitAutograd")

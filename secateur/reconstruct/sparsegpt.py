@@ -7,18 +7,22 @@ The paper updates the columns to come lazily, 128 at a time. Here the columns ar
 again: the left half is eliminated, one product brings the right half up to date, then it is the
 right half's turn. That is the same arithmetic in another order, without a batch size, and nearly
 all of it in products of matrices. `W` is held transposed, so that a column is contiguous.
-Source: Frantar and Alistarh, arXiv:2301.00774, algorithm 1 and sections 3.2-3.3.
+Source: Frantar and Alistarh, arXiv:2301.00774, algorithm 1 and sections 3.2-3.3; with a grid,
+section 3.5, whose scales for groups of columns are GPTQ's (Frantar et al., arXiv:2210.17323).
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from secateur.grids import Grid
 from secateur.patterns import Pattern
 from secateur.reconstruct.solution import Solution
 
 # Each failed factorisation multiplies the damping by ten; 1e-2 to 1e+4 of the mean diagonal.
 DAMPING_STEPS = 7
+
+Part = tuple[int, int, Pattern]  # columns start..stop, whose zeros are chosen together
 
 
 def sparsegpt(
@@ -27,6 +31,8 @@ def sparsegpt(
     pattern: Pattern,
     *,
     damping: float = 0.01,
+    grid: Grid | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Solution:
     """The weight with the pattern's zeros and kept weights moved so that its outputs change least.
 
@@ -34,7 +40,15 @@ def sparsegpt(
     updated so far: the score is w^2 / U_jj^2, what dropping a weight costs. Inputs that were never
     active (zero diagonal) carry no information: their weights become zero and cost nothing.
 
-    Cost: O(in^3 + out in^2) time, 3 in^2 + 3 out in float32 memory.
+    With a `grid` kept weights are also rounded to it, each when the walk gets to it, and later
+    columns make up for that too. The scales of a group are chosen when the walk gets to its first
+    column (those of a whole row at the start): those that cost least, (w - q)^2 / U_jj^2, for what
+    the group would keep if it were pruned and not rounded. The result is an ordinary weight: scale
+    x code, scale and product rounded to `dtype`, in which the layer will store it (by default the
+    weight's own), so that packing finds the grid again and loses nothing.
+
+    Cost: O(in^3 + out in^2) time, 3 in^2 + 3 out in float32 memory; with a grid out in more, and
+        with one scale a row the walk twice.
     Raises:
         ValueError: if H has no Cholesky factor even with the damping raised a million times.
     """
@@ -42,8 +56,8 @@ def sparsegpt(
     U, note = _upper_factor(gram, dead, damping)
     W = weight.float().T.contiguous()
     W[dead] = 0
-    walk = _Walk(W, U, torch.zeros_like(W), torch.ones_like(W, dtype=torch.bool))
-    walk.prune(list(pattern.parts((weight.shape[0], weight.shape[1]))))
+    walk = _Walk(W, U, grid, dtype or weight.dtype)
+    walk.run(_runs(list(pattern.parts((weight.shape[0], weight.shape[1]))), grid))
     if dead.any():
         note = "; ".join(filter(None, [note, f"{int(dead.sum())} inputs were never active"]))
     M = walk.M.T.contiguous()
@@ -51,19 +65,57 @@ def sparsegpt(
 
 
 class _Walk:
-    """The walk over the columns; W, E and M are transposed, so that a column is contiguous."""
+    """The walk over the columns; W, E and M are transposed, so that a column is contiguous.
+
+    `scales` are those of the run of columns that the walk is in, which starts at `first`; without
+    them nothing is rounded.
+    """
 
     def __init__(
         self,
         W: Float[Tensor, "in out"],
         U: Float[Tensor, "in in"],
-        E: Float[Tensor, "in out"],
-        M: Bool[Tensor, "in out"],
+        grid: Grid | None,
+        dtype: torch.dtype,
     ) -> None:
-        self.W, self.U, self.E, self.M = W, U, E, M
+        self.W, self.U, self.grid, self.dtype = W, U, grid, dtype
+        self.E = torch.zeros_like(W)
+        self.M = torch.ones_like(W, dtype=torch.bool)
         self.d = U.diagonal()
+        self.first = 0
+        self.scales: Float[Tensor, "out groups"] | None = None
 
-    def prune(self, parts: list[tuple[int, int, Pattern]]) -> None:
+    def run(self, runs: list[list[Part]]) -> None:
+        """Prune these runs of parts one after another, each with scales of its own."""
+        if len(runs) > 1:
+            middle = len(runs) // 2
+            self.run(runs[:middle])
+            self.make_up(runs[0][0][0], runs[middle][0][0], runs[-1][-1][1])
+            self.run(runs[middle:])
+            return
+        (parts,) = runs
+        if self.grid is not None:
+            self.choose_scales(parts, self.grid)
+        self.prune(parts)
+
+    def choose_scales(self, parts: list[Part], grid: Grid) -> None:
+        """Take the scales that suit what these columns keep when they are pruned without a grid.
+
+        They are pruned for trial and put back: weights grow as they make up for others, and scales
+        for the weights as they stand would cut those off. Where inputs depend on one another that
+        was measured to lose up to 12 % more of the output.
+        """
+        self.first, stop = parts[0][0], parts[-1][1]
+        columns = slice(self.first, stop)
+        before = self.W[columns].clone()
+        self.scales = None
+        self.prune(parts)
+        kept = self.W[columns].masked_fill(~self.M[columns], 0)
+        self.W[columns] = before
+        curvature = self.d[columns].square().reciprocal()
+        self.scales = grid.scales(kept.T.to(self.dtype), curvature)
+
+    def prune(self, parts: list[Part]) -> None:
         """Choose the masks of these parts one after another, and eliminate what they drop."""
         if len(parts) > 1:
             middle = len(parts) // 2
@@ -77,20 +129,49 @@ class _Walk:
         self.eliminate(start, stop)
 
     def eliminate(self, start: int, stop: int) -> None:
-        """Fill in the errors of these columns: what dropping costs, in units of their curvature."""
+        """Fill in the errors of these columns: what dropping or rounding costs, in units of their
+        curvature.
+        """
         if stop - start > 1:
             middle = (start + stop) // 2
             self.eliminate(start, middle)
             self.make_up(start, middle, stop)
             self.eliminate(middle, stop)
             return
-        torch.div(self.W[start].masked_fill(self.M[start], 0), self.d[start], out=self.E[start])
+        lost = self.W[start].masked_fill(self.M[start], 0)
+        if self.grid is not None and self.scales is not None:
+            rounded = self.rounded(start, self.grid, self.scales)
+            lost += (self.W[start] - rounded).masked_fill_(~self.M[start], 0)
+            self.W[start] = rounded
+        torch.div(lost, self.d[start], out=self.E[start])
+
+    def rounded(
+        self, column: int, grid: Grid, scales: Float[Tensor, "out groups"]
+    ) -> Float[Tensor, " out"]:
+        """The column's weights on the grid, rounded to the dtype that they will be stored in."""
+        group = 0 if grid.group_size is None else (column - self.first) // grid.group_size
+        weight, scales = self.W[column, :, None], scales[:, group, None]
+        codes = grid.codes(weight, scales)
+        return grid.dequantised(codes, scales).to(self.dtype).float().squeeze(1)
 
     def make_up(self, start: int, middle: int, stop: int) -> None:
         """Move the columns from `middle` to `stop` against the errors of those before them."""
         self.W[middle:stop].addmm_(
             self.U[start:middle, middle:stop].T, self.E[start:middle], alpha=-1
         )
+
+
+def _runs(parts: list[Part], grid: Grid | None) -> list[list[Part]]:
+    """The parts in the shortest runs that are whole groups of the grid; all in one without groups.
+
+    All columns of a run are up to date when the walk gets to it, so that scales can be chosen.
+    """
+    runs: list[list[Part]] = [[]]
+    for part in parts:
+        runs[-1].append(part)
+        if grid is not None and grid.group_size is not None and part[1] % grid.group_size == 0:
+            runs.append([])
+    return [run for run in runs if run]
 
 
 def _upper_factor(gram: Tensor, dead: Tensor, damping: float) -> tuple[Tensor, str]:

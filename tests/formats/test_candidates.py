@@ -12,7 +12,15 @@ from secateur.formats.candidates import (
     runs,
     sparse_candidates,
 )
-from tests.formats.weights import allowed_error, exact_linear, fitting_weight, tokens_in
+from secateur.formats.format import dequantised
+from secateur.formats.pack import packed_linear
+from tests.formats.weights import (
+    QUANTISED,
+    allowed_error,
+    exact_linear,
+    fitting_weight,
+    tokens_in,
+)
 
 needs_mkl = pytest.mark.skipif(
     not torch.backends.mkl.is_available(), reason="this torch is built without MKL"
@@ -135,3 +143,25 @@ def test_interruption_is_no_reason_to_go_on() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         admitted([Candidate("c", lambda: interrupted, 0)], linear("csr"), tokens_in(3, 24))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", QUANTISED)
+def test_a_quantised_candidate_is_held_to_its_rounded_weight(
+    format: str, dtype: torch.dtype
+) -> None:
+    layer, x = linear("semi24", dtype), tokens_in(64, 24, dtype=dtype)
+    packed = packed_linear("", layer, parse_format(format))
+    mine = Candidate("mine", lambda: packed, 0, packed.packed)
+    strict = Candidate("strict", lambda: packed, 0)
+    own = dense_candidates(layer, 3)[0]
+    kept, reasons = admitted([mine, strict, own], layer, x)
+    assert [entry.name for entry in kept if entry is not strict] == ["mine", "dense"]
+    if dtype == torch.float32:  # bfloat16 itself rounds as much as int8 does
+        assert len(reasons) == 1 and reasons[0].startswith("strict is wrong by ")
+    exact = exact_linear(x, dequantised(packed.packed), layer.bias)
+    off = allowed_error(x, packed.weight.clone(), layer.bias, dequantised(packed.packed))
+    for factor, count in ((0.99, 1), (1.01, 0)):
+        shifted = exact + factor * off
+        candidate = Candidate("c", lambda shifted=shifted: lambda x: shifted, 0, packed.packed)
+        assert len(admitted([candidate], layer, x)[0]) == count

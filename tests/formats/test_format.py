@@ -7,7 +7,13 @@ from secateur.formats import Format, parse_format
 from tests.formats.weights import fitting_weight
 
 
-@pytest.mark.parametrize("text", ["semi24", "block:64x64", "block:1x128", "bitmap", "csr"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("semi24", "block:64x64", "block:1x128", "bitmap", "csr"),
+        *("semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8"),
+    ],
+)
 def test_a_format_prints_as_it_parses(text: str) -> None:
     assert str(parse_format(text)) == text
 
@@ -15,6 +21,7 @@ def test_a_format_prints_as_it_parses(text: str) -> None:
 def test_a_format_is_itself() -> None:
     assert parse_format("block:16x32") == Format("block", (16, 32))
     assert parse_format(Format("csr")) == Format("csr")
+    assert parse_format("semi24_int4:channel") == Format("semi24_int4", (None,))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +37,10 @@ def test_a_format_is_itself() -> None:
         ("block:-4x4", "needs its rows and columns, got 'block:-4x4'"),
         ("csr:8", "format 'csr' takes no options, got 'csr:8': write 'csr'"),
         ("csr:", "format 'csr' takes no options, got 'csr:'"),
+        ("semi24_int8:64", "format 'semi24_int8' takes no options, got 'semi24_int8:64'"),
+        ("semi24_int4:64", "takes the option 'channel' or none, got 'semi24_int4:64': write 'se"),
+        ("semi24_int4:", "takes the option 'channel' or none, got 'semi24_int4:'"),
+        ("semi24_int5", "unknown format 'semi24_int5': did you mean 'semi24_int"),
     ],
 )
 def test_other_text_is_refused(text: str, message: str) -> None:

@@ -5,13 +5,14 @@ import torch
 
 from secateur.formats import parse_format
 from secateur.formats.contract import Implementation
-from secateur.formats.format import FOLDERS
+from secateur.formats.format import FOLDERS, dequantised
 from tests.formats.weights import (
     DTYPES,
     FORMATS,
     allowed_error,
     exact_linear,
     fitting_weight,
+    packed_weight,
     tokens_in,
 )
 
@@ -25,7 +26,7 @@ RUNNABLE = [
     (format, implementation, dtype)
     for format, implementation in CASES
     for dtype in DTYPES
-    if implementation.why_not(parse_format(format).pack(torch.zeros(8, 8, dtype=dtype)), 1) is None
+    if implementation.why_not(packed_weight(format, torch.zeros(8, 8, dtype=dtype)), 1) is None
 ]
 
 
@@ -51,15 +52,16 @@ def test_it_is_right(
 ) -> None:
     out, width = shape
     weight = fitting_weight(format, out, width, dtype)
-    packed = parse_format(format).pack(weight)
+    packed = packed_weight(format, weight)
+    meant = dequantised(packed)
     arrangement = implementation.arrange(packed)
     x = tokens_in(tokens, width, dtype=dtype)
     for bias in (None, tokens_in(out, dtype=dtype, seed=3)):
         kept = x.clone(), None if bias is None else bias.clone()
         result = implementation.linear(x, packed, bias, *arrangement)
         assert result.dtype == dtype and result.shape == (tokens, out)
-        error = float((result - exact_linear(x, weight, bias)).abs().max())
-        assert error <= allowed_error(x, weight, bias)
+        error = float((result - exact_linear(x, meant, bias)).abs().max())
+        assert error <= allowed_error(x, weight, bias, meant)
         assert torch.equal(x, kept[0])
         assert bias is None or torch.equal(bias, kept[1])
 
@@ -84,5 +86,5 @@ def test_the_reference_comes_last_and_always_runs(name: str) -> None:
     assert last.name == "reference"
     text = "block:4x4" if name == "block" else name
     for dtype in DTYPES:
-        packed = parse_format(text).pack(torch.zeros(8, 8, dtype=dtype))
+        packed = packed_weight(text, torch.zeros(8, 8, dtype=dtype))
         assert last.why_not(packed, 10**6) is None

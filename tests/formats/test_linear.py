@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur.formats import SparseLinear, describe, empty_from, parse_format
+from secateur.formats.format import dequantised
 from tests.formats.weights import (
+    EXACT,
     FORMATS,
+    QUANTISED,
     allowed_error,
     exact_linear,
     fitting_weight,
@@ -23,13 +26,13 @@ from tests.formats.weights import (
 
 def is_right(layer: SparseLinear, x: Tensor) -> bool:
     """Whether the layer's result is within the budget of its own dense weight."""
-    weight, bias = layer.weight.clone(), layer.bias
+    weight, bias, meant = layer.weight.clone(), layer.bias, dequantised(layer.packed)
     flat = x.reshape(-1, layer.in_features)
     result = layer(x).detach()
     assert result.shape == (*x.shape[:-1], layer.out_features)
     assert result.is_contiguous()
-    error = (result.reshape(-1, layer.out_features) - exact_linear(flat, weight, bias)).abs().max()
-    return float(error) <= allowed_error(flat, weight, bias)
+    error = (result.reshape(-1, layer.out_features) - exact_linear(flat, meant, bias)).abs().max()
+    return float(error) <= allowed_error(flat, weight, bias, meant)
 
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (20, 24), (2, 3, 24), (2, 1, 3, 24)], ids=str)
@@ -214,12 +217,27 @@ def test_a_mismatch_of_sizes_is_told_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EXACT)
 def test_casting_is_casting_the_dense_weight(format: str, dtype: torch.dtype) -> None:
     layer = sparse_linear(format)
     dense = layer.weight.clone()
     assert layer.to(dtype) is layer
     assert torch.equal(layer.weight, dense.to(dtype))
+    assert is_right(layer, tokens_in(5, 24, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", QUANTISED)
+def test_casting_a_quantised_layer_casts_its_scales_alone(format: str, dtype: torch.dtype) -> None:
+    layer = sparse_linear(format)
+    before = {name: tensor.clone() for name, tensor in layer.packed.tensors().items()}
+    assert layer.to(dtype) is layer
+    after = layer.packed.tensors()
+    assert layer.packed.dtype == layer.weight.dtype == dtype
+    assert torch.equal(after["scales"], before["scales"].to(dtype))
+    for name in ("values", "metadata"):
+        assert after[name].dtype == before[name].dtype and torch.equal(after[name], before[name])
+    assert torch.equal(layer.weight, dequantised(layer.packed).to(dtype))
     assert is_right(layer, tokens_in(5, 24, dtype=dtype))
 
 

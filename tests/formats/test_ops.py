@@ -9,7 +9,7 @@ from torch import Tensor
 from secateur.formats import parse_format
 from secateur.formats.contract import Implementation
 from secateur.formats.op import NO_LIMIT, table
-from tests.formats.weights import FORMATS, fitting_weight, tokens_in
+from tests.formats.weights import FORMATS, fitting_weight, packed_weight, tokens_in
 
 
 def operands(
@@ -18,7 +18,7 @@ def operands(
     """The dense weight, its packed tensors, an arrangement and the implementation it is for."""
     weight = fitting_weight(format, 8, 16, dtype)
     folder = parse_format(format).folder
-    packed = parse_format(format).pack(weight)
+    packed = packed_weight(format, weight)
     runs = folder.IMPLEMENTATIONS[0 if arranged else -1]
     return weight, list(packed.tensors().values()), list(runs.arrange(packed)), runs.name
 

@@ -47,7 +47,7 @@ def test_every_fitting_layer_with_zeros_is_packed() -> None:
 def test_the_report_counts_bytes() -> None:
     report = pack_(Model())
     dense, packed = 16 * 24 * 4, 16 * 12 * 4 + 16 * 3
-    assert report.layers[0] == ("up", "semi24", dense, packed)
+    assert report.layers[0] == ("up", "semi24", dense, packed, 0.0)
     assert report.bytes_before == 2 * dense
     assert report.bytes_after == packed + 24 * 8 * 4 + 24 * 2
     assert str(report) == "2 layers, 0.0 MB of weights before, 0.0 MB after"

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from secateur.formats import semi24
-from secateur.formats.semi24.packed import NIBBLES
 
 # PTX ISA, sparse mma: lower index in the low two bits.
 PTX = {
@@ -68,14 +67,6 @@ def test_four_bytes_read_as_a_word_list_eight_groups() -> None:
         weight[0, [4 * group + column for column in kept[group % 6]]] = 1.0
     word = int(semi24.pack(weight).metadata.view(torch.int32)[0, 0]) & 0xFFFFFFFF
     assert [(word >> 4 * group) & 15 for group in range(8)] == [PTX[kept[g % 6]] for g in range(8)]
-
-
-def test_every_group_of_at_most_two_has_two_ascending_positions() -> None:
-    for code, nibble in enumerate(NIBBLES):
-        nonzero = {column for column in range(4) if code >> column & 1}
-        if len(nonzero) <= 2:
-            first, second = nibble & 3, nibble >> 2
-            assert first < second and nonzero <= {first, second}
 
 
 def test_a_third_nonzero_is_located() -> None:

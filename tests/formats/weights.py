@@ -4,25 +4,47 @@ import torch
 from torch import Tensor, nn
 
 from secateur.formats import SparseLinear, parse_format
+from secateur.formats.contract import Packed
+from secateur.formats.format import dequantised
 
-FORMATS = ("semi24", "block:4x8", "block:2x1", "bitmap", "csr")
+EXACT = ("semi24", "block:4x8", "block:2x1", "bitmap", "csr")
+QUANTISED = ("semi24_int4", "semi24_int8", "semi24_fp8")
+FORMATS = EXACT + QUANTISED
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def fitting_weight(
     format: str, out: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Tensor:
-    """A weight with zeros that the format can hold and gains from (at least 70 % zeros or 2:4)."""
+    """A weight with zeros that the format can hold and gains from (at least 70 % zeros or 2:4).
+
+    For a quantised format it lies on the format's grid; in float64 on that of bfloat16 scales.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, width, generator=generator)
     rows, cols = parse_format(format).block or (1, 1)
-    if format == "semi24":
+    if format.startswith("semi24"):
         rank = torch.rand(out, width // 4, 4, generator=generator).argsort(-1)
         keep = (rank < 2).flatten(1)
     else:
         tiles = torch.rand(out // rows, 1, width // cols, 1, generator=generator) < 0.3
         keep = tiles.expand(-1, rows, -1, cols).reshape(out, width)
-    return (weight * keep).to(dtype)
+    weight = weight * keep
+    if parse_format(format).is_exact:
+        return weight.to(dtype)
+    grid = torch.bfloat16 if dtype == torch.float64 else dtype
+    return dequantised(parse_format(format).pack(weight.to(grid))).to(dtype)
+
+
+def packed_weight(format: str, weight: Tensor) -> Packed:
+    """The packed weight; a quantised one of a float64 `fitting_weight` has its scales widened."""
+    chosen = parse_format(format)
+    if chosen.is_exact or weight.dtype != torch.float64:
+        return chosen.pack(weight)
+    packed = chosen.pack(weight.bfloat16())
+    tensors = packed.tensors()
+    tensors["scales"] = tensors["scales"].double()
+    return chosen.folder.packed_type(packed.shape, *tensors.values())
 
 
 def sparse_linear(
@@ -37,7 +59,7 @@ def sparse_linear(
     weight = fitting_weight(format, out, width, dtype, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     offset = nn.Parameter(torch.randn(out, generator=generator).to(dtype)) if bias else None
-    return SparseLinear(parse_format(format).pack(weight), offset, "layer")
+    return SparseLinear(packed_weight(format, weight), offset, "layer")
 
 
 def tokens_in(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 2) -> Tensor:
@@ -51,13 +73,17 @@ def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return nn.functional.linear(x.detach().double(), weight.double(), offset)
 
 
-def allowed_error(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+def allowed_error(
+    x: Tensor, weight: Tensor, bias: Tensor | None, meant: Tensor | None = None
+) -> float:
     """2 x (error of the dense layer in x's dtype + one rounding band).
+
+    `meant` is the weight that the exact result is of, where `weight` is that rounded to x's dtype.
 
     The band is one rounding of the largest result to x's dtype, and one of the largest sum of
     magnitudes to the type that sums are taken in: float32, or float64 for float64.
     """
-    exact = exact_linear(x, weight, bias)
+    exact = exact_linear(x, weight if meant is None else meant, bias)
     offset = None if bias is None else bias.detach()
     dense = nn.functional.linear(x, weight, offset)
     summed = torch.promote_types(x.dtype, torch.float32)

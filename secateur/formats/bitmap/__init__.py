@@ -16,6 +16,7 @@ from secateur.formats.contract import Implementation
 IMPLEMENTATIONS = (Implementation("reference", reference.linear, reference.why_not),)
 LINEAR, UNPACK = register(IMPLEMENTATIONS)
 packed_type = PackedBitmap
+dequantised = None  # packing is exact
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -24,6 +25,7 @@ __all__ = [
     "PackedBitmap",
     "broken",
     "density",
+    "dequantised",
     "empty",
     "pack",
     "packed_type",

@@ -25,6 +25,10 @@ class PackedBitmap:
     def format(self) -> str:
         return "bitmap"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, in the order of the operator's arguments."""
         return {"values": self.values, "bitmask": self.bitmask}

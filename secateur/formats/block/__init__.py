@@ -19,6 +19,7 @@ IMPLEMENTATIONS = (
 )
 LINEAR, UNPACK = register(IMPLEMENTATIONS)
 packed_type = PackedBlock
+dequantised = None  # packing is exact
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -27,6 +28,7 @@ __all__ = [
     "PackedBlock",
     "broken",
     "density",
+    "dequantised",
     "empty",
     "pack",
     "packed_type",

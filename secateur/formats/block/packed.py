@@ -31,6 +31,10 @@ class PackedBlock:
     def format(self) -> str:
         return f"block:{self.block[0]}x{self.block[1]}"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, in the order of the operator's arguments."""
         return {

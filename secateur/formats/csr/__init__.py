@@ -19,6 +19,7 @@ IMPLEMENTATIONS = (
 )
 LINEAR, UNPACK = register(IMPLEMENTATIONS)
 packed_type = PackedCsr
+dequantised = None  # packing is exact
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -27,6 +28,7 @@ __all__ = [
     "PackedCsr",
     "broken",
     "density",
+    "dequantised",
     "empty",
     "pack",
     "packed_type",

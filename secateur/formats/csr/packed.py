@@ -22,6 +22,10 @@ class PackedCsr:
     def format(self) -> str:
         return "csr"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, in the order of the operator's arguments."""
         return {

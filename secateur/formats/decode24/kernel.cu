@@ -1,0 +1,643 @@
+// y = x W^T + bias for a 2:4 weight W and few tokens (1 to 64), on the sparse tensor cores.
+//
+// At few tokens a linear layer is a stream of weights from memory, and everything here serves that
+// stream: the weights are read once, in order, in pieces of one to a few KB, with enough of them
+// under way; what is not weights (activations, sums, results) must not hold the stream up.
+//
+//   D[16 rows, 8 tokens] += A[16 rows, 32 columns, 2:4] B[32 columns, 8 tokens]        mma.sp m16n8k32
+//
+// Weights are operand A, tokens the 8 columns of operand B. A **unit** is 16 rows x 128 columns of W
+// (four mma.sp); it is stored as one run of bytes, units of the same 16 rows one after another:
+//
+//   values    W16: 4 x 512 B   for each 32 columns, 16 B a lane: the registers R0..R3 of operand A
+//             int8, fp8: 2 x 512 B   for each 64 columns, 16 B a lane: two words for each 32 columns
+//             int4: 512 B      16 B a lane: one word for each 32 columns
+//   metadata  256 B            8 B a lane: one word for each 64 columns
+//   scales    32 B             only where GROUPED: lane/4 reads rows g and g+8 in one word
+//
+// Lane l of a warp has g = l/4, t = l%4. R0 is row g, kept columns 2t and 2t+1 of 16; R1 row g+8;
+// R2, R3 the same rows, kept columns 2t+8, 2t+9. A metadata word holds in its low half the four
+// nibbles of row g, columns 16t..16t+15 of the 64, in its high half those of row g+8.
+//
+// Numbers become 16-bit floats by masks and shifts alone (`expand`): codes are stored so that they
+// are subnormal, or small, floats, and a power of two restores the value. bf16 products would then
+// leave float32's range, so the activations are multiplied by 2^64 on their way to shared memory
+// (or, where activations are streamed, the weights by 2^126 or 2^120).
+//
+// A cluster of S CTAs computes 16 WR MT rows; each CTA takes 1/S of the columns, and its WR x WK
+// warps split rows and columns again. Each warp runs through its own part of the weights with its own
+// ring of ST stages, filled by bulk copies: no CTA-wide synchronisation while weights flow. At the
+// end each warp sends its sums to the CTA of the cluster that owns them, which adds them in a fixed
+// order and stores: deterministic, no workspace, no atomics.
+//
+// Kernels follow one another by programmatic dependent launch: the ring is filled before
+// `wait_for_predecessor`, because weights do not depend on the kernel before.
+//
+// STREAM: activations pass through a ring of their own instead of lying whole in shared memory; for
+// token counts where they would not fit.
+// PORTABLE (sm_80 to sm_89): no clusters, bulk copies or dependent launch; each lane copies the 16
+// byte pieces that it will read.
+//
+// Source: PTX ISA for the instructions' register layouts. The design follows measurements of the
+// parts, see docs/log.
+//
+// M tokens, N rows of W (out_features), K columns (in_features).
+
+#include "ptx.cuh"
+
+#if WGMMA
+static_assert(WR % 4 == 0, "a warpgroup is four warps of rows");
+#endif
+
+constexpr int W16 = 0, INT8 = 1, FP8 = 2, INT4 = 3;
+
+constexpr int WARPS = WR * WK;
+constexpr int THREADS = 32 * WARPS;
+constexpr int SLICES = S * WK;             // parts that the columns are split into
+constexpr int TILES = WR * MT;             // of 16 rows, in a cluster
+constexpr int UNIT_COLUMNS = 128;
+constexpr int VALUE_BYTES = FORMAT == W16 ? 2048 : FORMAT == INT4 ? 512 : 1024;
+constexpr int META_BYTES = 256;
+constexpr int SCALE_BYTES = GROUPED ? 32 : 0;
+constexpr int UNIT_BYTES = VALUE_BYTES + META_BYTES + SCALE_BYTES;
+constexpr int CHUNK_BYTES = (CU * UNIT_BYTES + 127) / 128 * 128;   // of a tile: bulk copies are slower
+constexpr int STAGE_BYTES = MT * CHUNK_BYTES;                     // to places not aligned to 128 bytes
+constexpr int RING_BYTES = WARPS * ST * STAGE_BYTES;
+
+// Activations in shared memory, for mma. Resident: rows padded by 16 bytes so that the eight rows of a matrix
+// lie in different banks. Streamed: 256-byte rows whose 16-byte pieces are permuted by the token.
+// For wgmma, resident or streamed: blocks of 64 columns, 128-byte rows, permuted likewise.
+constexpr int STEP_UNITS = STREAM ? WK * CU : CU;
+constexpr int X_UNIT_BYTES = 8 * NT * 2 * UNIT_COLUMNS;        // streamed: one unit's columns, all tokens
+constexpr int X_STAGE_BYTES = STEP_UNITS * X_UNIT_BYTES;
+constexpr int X_BLOCK_BYTES = X_UNIT_BYTES / 2;                // wgmma: 64 columns, all tokens
+
+// Sums on their way, in parts of 16 rows x 16 tokens (8, or 2, where there are no more), one from each
+// slice. A lane sends what it has of a row in one piece: the two tokens 2t, 2t+1 of one token tile, or
+// of two tiles together. Rows are padded so that they start in different banks.
+constexpr int TILES_IN_PART = NT == 1 ? 1 : 2;
+constexpr int PARTS = TILES * NT / TILES_IN_PART;
+constexpr int OWNED = (PARTS + S - 1) / S;
+constexpr int SENT = 2 * TILES_IN_PART;                        // floats of a lane's piece
+constexpr int ROW_FLOATS = PAIRS == 1 ? 2 : NT == 1 ? 10 : 20;
+constexpr int PART_BYTES = 16 * ROW_FLOATS * 4;
+constexpr int POSITIONS = SENT * PAIRS;                        // of a row: the part's tokens
+// Rows that a thread adds up and stores at once: as many as leave work for every thread.
+constexpr int most_rows(int run) {
+    return run > 2 && OWNED * POSITIONS * 16 / run < THREADS ? most_rows(run / 2) : run;
+}
+constexpr int RUN = PAIRS == 1 ? 1 : most_rows(8);
+
+// AHEAD: weights are read from the ring one step ahead of the multiplications, the first ones before
+// the wait for the kernel ahead.
+#if PORTABLE
+static_assert(!AHEAD, "a stage is complete only when its step begins");
+#endif
+
+// The scale of codes that are subnormal floats, and of the activations: see `expand`.
+constexpr bool RAISED_X = !HALF && FORMAT != W16 && !STREAM;
+constexpr bool RAISED_W = !HALF && FORMAT != W16 && STREAM;
+constexpr u32 RAISE_X = 0x5F805F80;                            // 2^64, twice
+constexpr u32 RAISE_W = FORMAT == FP8 ? 0x7B807B80 : 0x7E807E80;   // 2^120, 2^126
+constexpr float RESTORE =
+    FORMAT == W16 ? 1.0f
+    : HALF ? (FORMAT == FP8 ? 0x1p8f : 0x1p24f)
+    : STREAM ? (FORMAT == FP8 ? 1.0f : 0x1p7f)
+    : (FORMAT == FP8 ? 0x1p56f : 0x1p69f);
+
+extern __shared__ __align__(128) u8 shared[];
+
+// A unit's bytes as a lane loads them.
+struct Unit {
+    uint4 values[VALUE_BYTES / 512];
+    uint2 metadata;
+    u32 scales;
+
+    __device__ __forceinline__ void load(u32 unit, int lane) {
+        #pragma unroll
+        for (int i = 0; i < VALUE_BYTES / 512; ++i) values[i] = load_shared_128(unit + 512 * i + 16 * lane);
+        metadata = load_shared_64(unit + VALUE_BYTES + 8 * lane);
+        if constexpr (GROUPED) scales = load_shared_32(unit + VALUE_BYTES + META_BYTES + lane / 4 * 4);
+    }
+};
+
+// The A registers of four mma.sp.
+//
+// int4, int8: sign and magnitude; in place they are subnormals of value magnitude x 2^-133 (bf16) or
+// 2^-24 (half). One word serves two (int8) or four (int4) registers by rotation.
+// fp8: sign, exponent and mantissa in place make the value x 2^-120 (bf16) or 2^-8 (half), also for
+// fp8's own subnormals. The second register's bits fill the gaps that the first leaves.
+__device__ __forceinline__ void expand(u32 (&a)[4][4], const Unit& unit) {
+    #pragma unroll
+    for (int i = 0; i < VALUE_BYTES / 512; ++i) {
+        const u32 words[4] = {unit.values[i].x, unit.values[i].y, unit.values[i].z, unit.values[i].w};
+        #pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const u32 w = words[j];
+            if constexpr (FORMAT == W16) {
+                a[i][j] = w;
+            } else if constexpr (FORMAT == INT4) {
+                #pragma unroll
+                for (int r = 0; r < 4; ++r) a[j][r] = __funnelshift_l(w, w, 4 * r) & 0x80078007u;
+            } else {
+                u32& first = a[2 * i + j / 2][2 * (j % 2)];
+                u32& second = a[2 * i + j / 2][2 * (j % 2) + 1];
+                if constexpr (FORMAT == INT8) {
+                    first = w & 0x807F807Fu;
+                    second = __funnelshift_l(w, w, 8) & 0x807F807Fu;
+                } else if constexpr (HALF) {
+                    first = w & 0xBF80BF80u;
+                    second = ((w << 7) & 0x3F803F80u) | ((w << 1) & 0x80008000u);
+                } else {
+                    first = w & 0x87F087F0u;
+                    second = ((w << 4) & 0x80F080F0u) | ((w >> 4) & 0x07000700u);
+                }
+            }
+        }
+    }
+    if constexpr (RAISED_W) {
+        #pragma unroll
+        for (int s = 0; s < 4; ++s)
+            #pragma unroll
+            for (int i = 0; i < 4; ++i) a[s][i] = multiply_bf16x2(a[s][i], RAISE_W);
+    }
+}
+
+__device__ __forceinline__ float float_of(u16 bits) {
+    return HALF ? float_of_half(bits) : float_of_bf16(bits);
+}
+
+// acc += scale x sum: the unit's two scales for rows g and g + 8.
+__device__ __forceinline__ void add_scaled(float (&acc)[4], const float (&sum)[4], u32 scales) {
+    const float low = float_of(static_cast<u16>(scales)), high = float_of(static_cast<u16>(scales >> 16));
+    acc[0] += low * sum[0];
+    acc[1] += low * sum[1];
+    acc[2] += high * sum[2];
+    acc[3] += high * sum[3];
+}
+
+// acc += A B over a unit's four mma.sp; with GROUPED the unit has scales of its own.
+__device__ __forceinline__ void multiply_unit(
+    float (&acc)[4], const u32 (&a)[4][4], const u32 (&b)[4][4], const Unit& unit) {
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float(&d)[4] = GROUPED ? sum : acc;
+    multiply_sparse<HALF, 0>(d, a[0], b[0], unit.metadata.x);
+    multiply_sparse<HALF, 1>(d, a[1], b[1], unit.metadata.x);
+    multiply_sparse<HALF, 0>(d, a[2], b[2], unit.metadata.y);
+    multiply_sparse<HALF, 1>(d, a[3], b[3], unit.metadata.y);
+    if constexpr (GROUPED) add_scaled(acc, sum, unit.scales);
+}
+
+// Where the activations of a lane's matrix row lie.
+struct Activations {
+    u32 base[NT];     // resident: the token's row, and the lane's 8 columns; streamed: the token's row
+    u32 permute;      // streamed: what the token permutes its 16-byte pieces by
+    u32 piece;        // streamed: the lane's 8 columns, as a 16-byte piece
+
+    // The address of 32 columns, `step` of a unit that starts `bytes` into the row (or stage).
+    __device__ __forceinline__ u32 at(int nt, u32 bytes, int step) const {
+        if constexpr (STREAM) return base[nt] + bytes + 16 * ((4 * step + piece) ^ permute);
+        else return base[nt] + bytes + 64 * step;
+    }
+};
+
+#if !WGMMA
+
+// One unit of columns for all MT tiles of the warp. B fragments are shared by the tiles; where all
+// tokens' fragments would not fit in registers, the expanded weights stay instead.
+__device__ __forceinline__ void multiply_units(
+    float (&acc)[MT][NT][4], const Unit (&unit)[MT], const Activations& x, u32 x_bytes) {
+    constexpr int TOGETHER = NT < 2 ? NT : 2;        // token tiles whose B fragments are held at once
+    constexpr bool ONCE = NT == TOGETHER;
+    u32 a[ONCE ? 1 : MT][4][4];
+    if constexpr (!ONCE) {
+        #pragma unroll
+        for (int m = 0; m < MT; ++m) expand(a[m], unit[m]);
+    }
+    #pragma unroll
+    for (int first = 0; first < NT; first += TOGETHER) {
+        u32 b[TOGETHER][4][4];
+        #pragma unroll
+        for (int n = 0; n < TOGETHER; ++n)
+            #pragma unroll
+            for (int s = 0; s < 4; ++s) load_matrices(b[n][s], x.at(first + n, x_bytes, s));
+        #pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            if constexpr (ONCE) expand(a[0], unit[m]);
+            #pragma unroll
+            for (int n = 0; n < TOGETHER; ++n)
+                multiply_unit(acc[m][first + n], a[ONCE ? 0 : m], b[n], unit[m]);
+        }
+    }
+}
+
+#else
+
+// The same by warpgroups: B stays in shared memory, and four warps read it once for 64 rows.
+__device__ __forceinline__ void multiply_units(
+    float (&acc)[MT][NT][4], const Unit (&unit)[MT], u32 x_unit) {
+    constexpr u64 STEP = 64 >> 4, BLOCK = X_BLOCK_BYTES >> 4;
+    const u64 b = swizzled_operand(x_unit);
+    #pragma unroll
+    for (int m = 0; m < MT; ++m) {
+        u32 a[4][4];
+        float sum[NT][4];
+        float(&d)[NT][4] = GROUPED ? sum : acc[m];
+        expand(a, unit[m]);
+        wgmma_fence();
+        multiply_sparse_warpgroup<HALF, 0, NT>(d, a[0], b, unit[m].metadata.x, !GROUPED);
+        multiply_sparse_warpgroup<HALF, 1, NT>(d, a[1], b + STEP, unit[m].metadata.x, 1);
+        multiply_sparse_warpgroup<HALF, 0, NT>(d, a[2], b + BLOCK, unit[m].metadata.y, 1);
+        multiply_sparse_warpgroup<HALF, 1, NT>(d, a[3], b + BLOCK + STEP, unit[m].metadata.y, 1);
+        wgmma_commit();
+        wgmma_wait();
+        if constexpr (GROUPED) {
+            #pragma unroll
+            for (int n = 0; n < NT; ++n) add_scaled(acc[m][n], sum[n], unit[m].scales);
+        }
+    }
+}
+
+#endif
+
+// A thread's walk over the 16-byte pieces of all tokens. Its divisions are done before the wait for
+// the kernel ahead.
+struct Walk {
+    int token, piece, token_step, piece_step;
+
+    __device__ __forceinline__ explicit Walk(int pieces) {
+        token = threadIdx.x / pieces, piece = threadIdx.x % pieces;
+        token_step = THREADS / pieces, piece_step = THREADS % pieces;
+        asm volatile("" : "+r"(token), "+r"(piece), "+r"(token_step), "+r"(piece_step));
+    }
+
+    __device__ __forceinline__ void advance(int pieces) {
+        token += token_step, piece += piece_step;
+        if (piece >= pieces) piece -= pieces, ++token;
+    }
+};
+
+// This thread's share of the activations, whole. Loads go out in batches.
+__device__ __forceinline__ void load_resident(
+    u32 to, u32 pitch, const u16* x, int M, int K, int first_column, int pieces, Walk walk) {
+    constexpr int BATCH = PAIRS == 1 ? 4 : 8;
+    while (walk.token < M) {
+        uint4 v[BATCH];
+        u32 at[BATCH];
+        bool valid[BATCH];
+        #pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int column = first_column + 8 * walk.piece;
+            valid[i] = walk.token < M;
+            at[i] = to + (WGMMA ? walk.piece / 8 * X_BLOCK_BYTES + 128 * walk.token
+                                      + 16 * ((walk.piece ^ walk.token) & 7)
+                                : walk.token * pitch + 16 * walk.piece);
+            v[i] = make_uint4(0, 0, 0, 0);                     // beyond K: a unit's padding
+            if (valid[i] && column < K)
+                v[i] = *reinterpret_cast<const uint4*>(x + static_cast<size_t>(walk.token) * K + column);
+            walk.advance(pieces);
+        }
+        #pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            if constexpr (RAISED_X) {
+                v[i].x = multiply_bf16x2(v[i].x, RAISE_X);
+                v[i].y = multiply_bf16x2(v[i].y, RAISE_X);
+                v[i].z = multiply_bf16x2(v[i].z, RAISE_X);
+                v[i].w = multiply_bf16x2(v[i].w, RAISE_X);
+            }
+            if (valid[i]) store_shared_128(at[i], v[i]);
+        }
+    }
+}
+
+// This thread's share of one stage of streamed activations: STEP_UNITS units, all 8 NT token rows.
+__device__ __forceinline__ void load_streamed(u32 to, const u16* x, int M, int K, int first_column) {
+    constexpr int PIECES = X_STAGE_BYTES / 16;
+    #pragma unroll
+    for (int done = 0; done < PIECES; done += THREADS) {
+        const int index = done + threadIdx.x;
+        if (PIECES % THREADS == 0 || index < PIECES) {
+            const int unit = index / (X_UNIT_BYTES / 16);
+            const int token = index / 16 % (8 * NT);
+            const int piece = index % 16;
+            const int column = first_column + UNIT_COLUMNS * unit + 8 * piece;
+            const bool valid = token < M && column < K;
+            const u16* from = x + (valid ? static_cast<size_t>(token) * K + column : 0);
+            const u32 at = WGMMA ? piece / 8 * X_BLOCK_BYTES + 128 * token + 16 * ((piece ^ token) & 7)
+                                 : 2 * UNIT_COLUMNS * token + 16 * (piece ^ (token & 7));
+            copy_16(to + unit * X_UNIT_BYTES + at, from, valid);
+        }
+    }
+}
+
+// Neighbouring 16-bit numbers, read and written in one access.
+template <int COUNT>
+struct alignas(2 * COUNT) Numbers {
+    u16 bits[COUNT];
+};
+
+// y[0..COUNT) = sum x scale + bias for rows from n on.
+template <int COUNT>
+__device__ __forceinline__ void store_result(
+    u16* y, const float (&sum)[COUNT], const u16* row_scales, const u16* bias, int n) {
+    Numbers<COUNT> scales, offsets, result;
+    if (row_scales) scales = *reinterpret_cast<const Numbers<COUNT>*>(row_scales + n);
+    if (bias) offsets = *reinterpret_cast<const Numbers<COUNT>*>(bias + n);
+    #pragma unroll
+    for (int r = 0; r < COUNT; ++r) {
+        const float scale = row_scales ? float_of(scales.bits[r]) * RESTORE : RESTORE;
+        result.bits[r] = round_16<HALF>(sum[r] * scale + (bias ? float_of(offsets.bits[r]) : 0.0f));
+    }
+    *reinterpret_cast<Numbers<COUNT>*>(y) = result;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
+    const u16* __restrict__ x,             // [M, K]
+    const u8* __restrict__ weight,         // [N / 16, units, UNIT_BYTES]
+    const u16* __restrict__ row_scales,    // [N], or null: 1
+    const u16* __restrict__ bias,          // [N], or null: 0
+    u16* __restrict__ y,                   // [M, N]
+    int M, int N, int K) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = WGMMA ? 4 : 1;       // warps that must have the same columns
+    const int warp_row = warp / group / WK * group + warp % group, warp_slice = warp / group % WK;
+    const int units = (K + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
+    const int tiles = N / 16;
+    const int first_tile = static_cast<int>(blockIdx.x) / S * TILES;
+#if PORTABLE
+    constexpr int rank = 0;
+    static_assert(S == 1 && STREAM && ST == XST, "without clusters one group of copies feeds both rings");
+    if (first_tile >= tiles) return;
+#else
+    const int rank = S == 1 ? 0 : static_cast<int>(cluster_rank());
+    if (first_tile >= tiles) {             // launched only to keep the next kernel's CTAs apart
+        launch_dependents();               // else the kernel behind could not start before this ends
+        wait_for_predecessor();
+        return;
+    }
+#endif
+
+    // This CTA's units, this warp's first unit and number of steps.
+    const int from = units * rank / S, to = units * (rank + 1) / S;
+    const int first = STREAM ? from + warp_slice * CU : from + (to - from) * warp_slice / WK;
+    const int last = STREAM ? to : from + (to - from) * (warp_slice + 1) / WK;
+    const int steps = ((STREAM ? to - from : last - first) + STEP_UNITS - 1) / STEP_UNITS;
+
+    const u32 pitch = (units + S - 1) / S * 2 * UNIT_COLUMNS + 16;   // the same in all CTAs
+    const u32 x_bytes_all = STREAM ? XST * X_STAGE_BYTES
+                            : WGMMA ? (units + S - 1) / S * X_UNIT_BYTES : M * pitch;
+    constexpr u32 ALIGNED = WGMMA ? 1024 : 128;
+    const u32 x_shared = (shared_address(shared) + ALIGNED - 1) / ALIGNED * ALIGNED;
+    const u32 rings = x_shared + (x_bytes_all + 127) / 128 * 128;
+    const u32 ring = rings + warp * ST * STAGE_BYTES;
+    const u32 sums = STREAM ? x_shared : rings + RING_BYTES;
+#if !PORTABLE
+    __shared__ __align__(8) u64 barriers[WARPS * ST + 1];
+    const u32 landed = shared_address(&barriers[warp * ST]);
+    const u32 summed = shared_address(&barriers[WARPS * ST]);
+    const u64 policy = evict_first();
+#endif
+
+    const u8* source[MT];
+    #pragma unroll
+    for (int m = 0; m < MT; ++m) {
+        const int tile = min(first_tile + warp_row * MT + m, tiles - 1);   // beyond N: read, never stored
+        source[m] = weight + (static_cast<size_t>(tile) * units + first) * UNIT_BYTES;
+    }
+
+    // Units of step i: CU, but for the last.
+    auto units_of = [&](int i) { return EVEN ? CU : min(CU, last - first - i * STEP_UNITS); };
+
+    // Starts the copies of step i into its stage; for bulk copies, called by one lane.
+    auto fetch = [&](int i, int stage_index) {
+        const int count = units_of(i);
+        const u32 stage = ring + stage_index * STAGE_BYTES;
+        const u32 offset = i * STEP_UNITS * UNIT_BYTES;        // of a row tile: below 2^31
+#if PORTABLE
+        #pragma unroll
+        for (int m = 0; m < MT; ++m)
+            for (int byte = 16 * lane; byte < count * UNIT_BYTES; byte += 16 * 32)
+                copy_16(stage + m * CHUNK_BYTES + byte, source[m] + offset + byte, true);
+#else
+        if (!EVEN && count <= 0) return;
+        const u32 barrier = landed + stage_index * 8;
+        barrier_expect(barrier, MT * count * UNIT_BYTES);
+        #pragma unroll
+        for (int m = 0; m < MT; ++m)
+            copy_bulk(stage + m * CHUNK_BYTES, source[m] + offset, count * UNIT_BYTES, barrier, policy);
+#endif
+    };
+
+    // Reads step i from its stage, whole, and starts to fill the stage again. Where there are fewer
+    // units, what lies behind them is read in vain.
+    Unit unit[CU][MT];
+    auto take = [&](int i, int stage_index, u32 parity) {
+#if !PORTABLE
+        if (EVEN || units_of(i) > 0) barrier_wait(landed + 8 * stage_index, parity);
+#endif
+        #pragma unroll
+        for (int c = 0; c < CU; ++c)
+            #pragma unroll
+            for (int m = 0; m < MT; ++m)
+                unit[c][m].load(ring + stage_index * STAGE_BYTES + m * CHUNK_BYTES + c * UNIT_BYTES, lane);
+#if !PORTABLE
+        if constexpr (REFILL) {
+            __syncwarp();                  // all lanes have read the stage
+            if (i + ST < steps && one_lane()) fetch(i + ST, stage_index);
+        }
+#endif
+    };
+
+#if !PORTABLE
+    if (lane == 0) {
+        #pragma unroll
+        for (int i = 0; i < ST; ++i) barrier_init(landed + 8 * i, 1);
+        if (warp == 0) barrier_init(summed, 1 + WARPS);
+        barrier_init_done();
+    }
+    __syncwarp();
+    if constexpr (TRIGGER == 0) launch_dependents();
+    if (one_lane()) {
+        #pragma unroll
+        for (int i = 0; i < ST; ++i)
+            if (i < steps) fetch(i, i);
+    }
+    __syncwarp();
+    if (S > 1 && threadIdx.x == 0) {       // the bytes that come from other CTAs
+        int bytes = 0;
+        #pragma unroll
+        for (int local = 0; local < OWNED; ++local) {
+            const int part = local * S + rank;
+            const int pairs = min(max((M - 8 * (part * TILES_IN_PART % NT) + 1) / 2, 0), 4);
+            if (part < PARTS) bytes += (SLICES - WK) * 16 * 4 * SENT * pairs;
+        }
+        barrier_expect(summed, bytes);
+    }
+    if constexpr (S > 1) cluster_arrive_relaxed();   // waited for before the first sum is sent
+#if !STREAM
+    const Walk walk((to - from) * 16);
+#endif
+    if (AHEAD && steps > 0) take(0, 0, 0);
+    wait_for_predecessor();
+#endif
+
+#if !WGMMA
+    Activations activations;
+    {
+        const int row = lane % 8;
+        #pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            if constexpr (STREAM) activations.base[nt] = x_shared + (8 * nt + row) * 2 * UNIT_COLUMNS;
+            else activations.base[nt] = x_shared + min(8 * nt + row, M - 1) * pitch + 16 * (lane / 8);
+        }
+        activations.permute = row;
+        activations.piece = lane / 8;
+    }
+#endif
+#if STREAM
+    #pragma unroll
+    for (int i = 0; i < XST - 1; ++i) {
+        if (i < steps) {
+#if PORTABLE
+            fetch(i, i);
+#endif
+            load_streamed(x_shared + i * X_STAGE_BYTES, x, M, K, (from + i * STEP_UNITS) * UNIT_COLUMNS);
+        }
+        commit_copies();
+    }
+#else
+    load_resident(x_shared, pitch, x, M, K, from * UNIT_COLUMNS, (to - from) * 16, walk);
+#if WGMMA
+    fence_async_proxy();
+#endif
+    __syncthreads();
+#endif
+#if !PORTABLE
+    if constexpr (TRIGGER == 1) launch_dependents();
+#endif
+
+    float acc[MT][NT][4] = {};
+    u32 parity = 0;
+    #pragma unroll 1
+    for (int turn = 0; turn < steps; turn += ST, parity ^= 1) {
+        #pragma unroll
+        for (int st = 0; st < ST; ++st) {
+            const int i = turn + st;
+            if (i >= steps) break;
+            u32 x_bytes = (first - from + i * STEP_UNITS) * (WGMMA ? X_UNIT_BYTES : 2 * UNIT_COLUMNS);
+#if STREAM
+            wait_copies<XST - 2>();
+#if WGMMA
+            fence_async_proxy();
+#endif
+            __syncthreads();
+            const int next = i + XST - 1;
+            if (next < steps) {
+#if PORTABLE
+                fetch(next, next % XST);
+#endif
+                load_streamed(x_shared + next % XST * X_STAGE_BYTES, x, M, K, (from + next * STEP_UNITS) * UNIT_COLUMNS);
+            }
+            commit_copies();
+            x_bytes = i % XST * X_STAGE_BYTES + warp_slice * CU * X_UNIT_BYTES;
+#endif
+            if constexpr (!AHEAD) take(i, st, parity);
+            Unit now[CU][MT];
+            #pragma unroll
+            for (int c = 0; c < CU; ++c)
+                #pragma unroll
+                for (int m = 0; m < MT; ++m) now[c][m] = unit[c][m];
+            if constexpr (AHEAD)
+                if (i + 1 < steps) take(i + 1, (st + 1) % ST, st + 1 == ST ? parity ^ 1 : parity);
+            #pragma unroll
+            for (int c = 0; c < CU; ++c) {
+                if (!EVEN && c >= units_of(i)) break;
+#if WGMMA
+                multiply_units(acc, now[c], x_shared + x_bytes + c * X_UNIT_BYTES);
+#else
+                multiply_units(acc, now[c], activations, x_bytes + c * (STREAM ? X_UNIT_BYTES : 2 * UNIT_COLUMNS));
+#endif
+            }
+        }
+    }
+
+    // Hand the sums to their owners. With STREAM they take the place of both rings, so that every CTA
+    // of the cluster must have left its loop.
+#if !PORTABLE
+    if constexpr (TRIGGER == 2) launch_dependents();
+    if constexpr (S > 1) {
+        cluster_wait();
+        if constexpr (STREAM) {
+            cluster_arrive();
+            cluster_wait();
+        }
+    }
+#endif
+    if constexpr (S == 1 && STREAM) __syncthreads();
+    const int slice = rank * WK + warp_slice;
+    #pragma unroll
+    for (int m = 0; m < MT; ++m) {
+        #pragma unroll
+        for (int nt = 0; nt < NT; nt += TILES_IN_PART) {
+            const int part = ((warp_row * MT + m) * NT + nt) / TILES_IN_PART;
+            const int pair = lane % 4;
+            if (8 * nt + 2 * pair >= M) continue;
+            const u32 at = sums + (part / S * SLICES + slice) * PART_BYTES
+                         + (lane / 4 * ROW_FLOATS + SENT * pair) * 4;
+            constexpr int EIGHT_ROWS = 8 * ROW_FLOATS * 4;
+            const float(&one)[4] = acc[m][nt];
+            const float(&two)[4] = acc[m][nt + TILES_IN_PART - 1];
+            const u32 owner = part % S;
+            if (S == 1 || owner == rank) {
+                if constexpr (TILES_IN_PART == 1) {
+                    store_shared_float2(at, one[0], one[1]);
+                    store_shared_float2(at + EIGHT_ROWS, one[2], one[3]);
+                } else {
+                    store_shared_float4(at, one[0], one[1], two[0], two[1]);
+                    store_shared_float4(at + EIGHT_ROWS, one[2], one[3], two[2], two[3]);
+                }
+            }
+#if !PORTABLE
+            else {
+                const u32 barrier = in_cta(summed, owner), there = in_cta(at, owner);
+                if constexpr (TILES_IN_PART == 1) {
+                    store_remote(there, one[0], one[1], barrier);
+                    store_remote(there + EIGHT_ROWS, one[2], one[3], barrier);
+                } else {
+                    store_remote(there, one[0], one[1], two[0], two[1], barrier);
+                    store_remote(there + EIGHT_ROWS, one[2], one[3], two[2], two[3], barrier);
+                }
+            }
+#endif
+        }
+    }
+    if constexpr (S == 1) __syncthreads();
+#if !PORTABLE
+    else {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(summed);         // this warp's sums for this CTA itself
+        barrier_wait_cluster(summed, 0);
+    }
+#endif
+
+    // Add the slices in order, restore the scale, and store.
+    constexpr int ITEMS = POSITIONS * (16 / RUN);      // of a part
+    for (int index = threadIdx.x; index < OWNED * ITEMS; index += THREADS) {
+        const int local = index / ITEMS;
+        const int position = RUN == 1 ? index / 16 % POSITIONS : index % POSITIONS;
+        const int row = RUN == 1 ? index % 16 : index / POSITIONS % (16 / RUN) * RUN;
+        const int part = local * S + rank;
+        const int n = (first_tile + part * TILES_IN_PART / NT) * 16 + row;
+        const int token = part * TILES_IN_PART % NT * 8
+                        + (NT == 1 ? position : position / 4 * 2 + position % 4 / 2 * 8 + position % 2);
+        if (part >= PARTS || n >= N || token >= M) continue;
+        const u32 at = sums + local * SLICES * PART_BYTES + (row * ROW_FLOATS + position) * 4;
+        float sum[RUN] = {};
+        #pragma unroll
+        for (int p = 0; p < SLICES; ++p)
+            #pragma unroll
+            for (int r = 0; r < RUN; ++r)
+                sum[r] += load_shared_float(at + p * PART_BYTES + r * ROW_FLOATS * 4);
+        store_result<RUN>(y + static_cast<size_t>(token) * N + n, sum, row_scales, bias, n);
+    }
+}

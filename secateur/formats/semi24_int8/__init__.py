@@ -1,0 +1,37 @@
+"""2:4 weights rounded to 8-bit integers, a scale for every output."""
+
+from secateur.formats.contract import Implementation
+from secateur.formats.semi24_int8 import decode, reference
+from secateur.formats.semi24_int8.ops import register
+from secateur.formats.semi24_int8.packed import (
+    PackedSemi24Int8,
+    broken,
+    density,
+    dequantised,
+    empty,
+    pack,
+    unpack,
+    why_not,
+)
+
+IMPLEMENTATIONS = (
+    Implementation("decode", decode.linear, decode.why_not, ("units",), decode.arranged),
+    Implementation("reference", reference.linear, reference.why_not),
+)
+LINEAR, UNPACK = register(IMPLEMENTATIONS)
+packed_type = PackedSemi24Int8
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LINEAR",
+    "UNPACK",
+    "PackedSemi24Int8",
+    "broken",
+    "density",
+    "dequantised",
+    "empty",
+    "pack",
+    "packed_type",
+    "unpack",
+    "why_not",
+]
