@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ Row = Mapping[str, str | int | float]
 
 def append(folder: Path, bench: str, rows: Sequence[Row], device: str) -> Path:
     """Append the rows, each with where it came from, to this commit's file, and return its path."""
-    whole = [{**provenance(device), **row} for row in rows]
+    origin = provenance(device)
+    whole = [{**origin, **row} for row in rows]
     columns = list(dict.fromkeys(name for row in whole for name in row))
     place = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     path = folder / f"{bench}_{date.today():%Y-%m-%d}_{place}_{commit()}.csv"
@@ -81,6 +83,7 @@ def _command() -> list[str]:
     return [f"{module.parent.name}.{module.stem}", *options]
 
 
+@cache
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]

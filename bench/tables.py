@@ -18,6 +18,9 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 DENSES = ("dense", "dense prepacked")
+CUBLAS_FP16 = "cublas fp16"
+OURS = "semi24"  # every format of ours that decodes begins so
+SHORT_TOKENS = (1, 8, 16, 64)
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -51,6 +54,79 @@ def accuracy(results: Path) -> str:
     Of each file, the rows with most calibration data, and of these the first.
     """
     return "\n".join(map(_accuracy_table, newest(results, "accuracy")))
+
+
+def decode(results: Path) -> str:
+    """For each device, a row a layer and number of tokens and a column a candidate, losers too."""
+    return "\n".join(map(_decode_table, newest(results, "decode")))
+
+
+def decode_short(results: Path) -> str:
+    """For each device, our formats' ratios to dense at a few numbers of tokens."""
+    return "\n".join(map(_decode_short_table, newest(results, "decode")))
+
+
+def _decode_table(rows: Rows) -> str:
+    names = [name for name in _candidates(rows) if name != CUBLAS_FP16]
+    lines = [_line(["layer", "tokens", *names]), _line(["---"] * (2 + len(names)))]
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault((row["layer"], int(row["tokens"])), {})[row["candidate"]] = _speed(row)
+    lines += [
+        _line([layer, str(tokens), *[by_name.get(name, "-") for name in names]])
+        for (layer, tokens), by_name in cells.items()
+    ]
+    origin = f"Microseconds, ratio to dense cuBLAS, TB/s of packed bytes; {_decode_origin(rows)}"
+    reasons = dict.fromkeys(f"{r['candidate']}: {r['note']}" for r in rows if not r["us"])
+    missing = [f"Without a figure: {'; '.join(reasons)}."] if reasons else []
+    return "\n".join([*lines, "", origin, *missing]) + "\n"
+
+
+def _decode_short_table(rows: Rows) -> str:
+    formats = [name for name in _candidates(rows) if name.startswith(OURS)]
+    tokens = [n for n in SHORT_TOKENS if n in {int(row["tokens"]) for row in rows}]
+    lines = [_line(["layer", "format", *[f"{n} tokens" for n in tokens]])]
+    lines += [_line(["---"] * (2 + len(tokens)))]
+    ratios = {(r["layer"], r["candidate"], int(r["tokens"])): _ratio(r) for r in rows}
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        for name in formats:
+            if any((layer, name, n) in ratios for n in tokens):
+                found = [ratios.get((layer, name, n), "-") for n in tokens]
+                lines.append(_line([layer, name, *found]))
+    return "\n".join([*lines, "", f"Ratio to dense cuBLAS; {_decode_origin(rows)}"]) + "\n"
+
+
+def _candidates(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["candidate"] for row in rows))
+
+
+def _ratio(row: Mapping[str, str]) -> str:
+    """How many times faster than dense, bold above 1; a dash where there is no figure."""
+    if not row["vs_cublas"]:
+        return "-"
+    text = f"{float(row['vs_cublas']):.2f}"
+    return f"**{text}**" if float(row["vs_cublas"]) > 1 else text
+
+
+def _speed(row: Mapping[str, str]) -> str:
+    if not row["us"]:
+        return "-"
+    parts = [f"{float(row['us']):.1f}"]
+    if row["candidate"] != row["baseline"]:
+        parts.append(_ratio(row))
+    return ", ".join([*parts, f"{float(row['tb_s']):.1f}"])
+
+
+def _decode_origin(rows: Rows) -> str:
+    first = rows[0]
+    timed = [row for row in rows if row["us"]]
+    spread = max((float(r["high_us"]) - float(r["low_us"])) / float(r["us"]) for r in timed)
+    return (
+        "bold where it is faster; random weights, cold, one CUDA graph, median; fp16 cuBLAS is "
+        f"the dense of fp16 candidates; {first['device']}, driver {first['driver']}, torch "
+        f"{first['torch']}, {first['date']}, commit {first['commit']}, `python -m bench.decode`; "
+        f"quartiles at most {spread:.0%} of the median apart."
+    )
 
 
 def _accuracy_table(rows: Rows) -> str:
@@ -106,6 +182,8 @@ def _ratios(row: Mapping[str, str]) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
+    "decode": decode,
+    "decode-short": decode_short,
     "linear-cpu": linear_cpu,
     "linear-cpu-all": linear_cpu_all,
 }

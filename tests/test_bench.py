@@ -1,13 +1,18 @@
 """The bench: what a row holds, what a table says, and that a quieter measurement is preferred."""
 
 import csv
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
-from bench import linear, tables, timing
+from bench import cold, decode, linear, peers, tables, timing
 from bench.shapes import SHAPES
 from secateur.formats import parse_format
 from secateur.kernels.timing import Calls, Timing
@@ -113,7 +118,7 @@ def test_a_stale_file_is_found_and_written(
 
 
 def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no table is named 'no-such': tables are accuracy, lin"):
+    with pytest.raises(ValueError, match="no table is named 'no-such': tables are accuracy, dec"):
         tables.render("<!-- bench:no-such -->\n<!-- /bench -->", tmp_path)
 
 
@@ -201,3 +206,286 @@ def test_machine_time_is_read_from_proc(tmp_path: Path, monkeypatch: pytest.Monk
     assert timing._cpu_seconds()[2] == pytest.approx((100 + 20 + 30 + 6 + 7 + 8) / 10)
     monkeypatch.setattr(timing, "STAT", tmp_path / "missing")
     assert timing._cpu_seconds()[2] == 0.0
+
+
+def test_decode_takes_models_and_single_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = decode.parsed(["--shapes", "llama-3-8b", "Qwen2.5-7B o", "--tokens", "1", "16"])
+    short = ("qkv", "o", "gate_up", "down")
+    assert arguments.layers == [*(f"Llama-3-8B {name}" for name in short), "Qwen2.5-7B o"]
+    assert arguments.tokens == [1, 16] and arguments.device == "cuda" and not arguments.plain
+    assert SHAPES["Llama-3-8B gate_up"] == (28672, 4096)
+    assert len(decode.parsed(["--shapes", "llama-3-70b", "qwen2.5-7b"]).layers) == 8
+    with pytest.raises(SystemExit):
+        decode.parsed(["--shapes", "llama-4"])
+    assert "shapes are llama-3-8b, llama-3-70b, qwen2.5-7b or the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "memory", "copies", "launches"),
+    [
+        (6_553_600, 10**12, 199, 199),  # o in int4: many small copies
+        (45_875_200, 10**12, 29, 232),
+        (234_881_024, 10**12, 6, 54),  # dense gate_up: 3 ms
+        (939_524_096, 10**12, 2, 14),
+        (939_524_096, 10**9, 1, 14),  # there is room for no other
+        (939_524_096, 0, 1, 14),
+        (25_600, 10**12, 260, 260),
+    ],
+)
+def test_copies_are_cold_and_launches_whole_rotations(
+    nbytes: int, memory: int, copies: int, launches: int
+) -> None:
+    assert cold.copies_for(nbytes, memory) == copies
+    assert cold.launches_for(nbytes, copies) == launches and launches % copies == 0
+
+
+def test_chains_take_turns_and_rotate_over_their_copies() -> None:
+    called: list[str] = []
+
+    def run_of(name: str) -> cold.Run:
+        return lambda x: (called.append(name), x)[1]
+
+    x = torch.ones(1)
+    chains = {
+        "a": cold.chain([run_of("a0"), run_of("a1")], x, 4),
+        "b": cold.chain([run_of("b")], x, 1),
+    }
+    called.clear()
+    timings = cold.in_turns(chains, torch.device("cpu"), rounds=3)
+    a = ["a0", "a1", "a0", "a1"]
+    assert called == [*a, "b", "b", *a, *a, "b", "b", *a, *a, "b"]
+    assert {name: timing.rounds for name, timing in timings.items()} == {"a": 3, "b": 3}
+    assert cold.in_turns({}, torch.device("cpu")) == {}
+
+
+def test_random_weights_keep_two_of_four() -> None:
+    dense, sparse = decode.random_weights((32, 64), torch.device("cpu"))
+    kept = sparse != 0
+    assert (dense != 0).all() and torch.equal(sparse, dense * kept)
+    assert not sparse[~kept].signbit().any()  # a compressor may take -0.0 for a number
+    assert (kept.unflatten(1, (-1, 4)).sum(2) == 2).all()
+    patterns = {tuple(group) for group in kept.view(-1, 4).tolist()}
+    assert len(patterns) == 6 and dense.dtype == torch.bfloat16
+
+
+def test_the_int4_peer_is_packed_as_torch_does() -> None:
+    weight = decode.random_weights((16, 256), torch.device("cpu"))[0]
+    codes, scales = peers.quantised(weight)
+    assert codes.dtype == torch.uint8 and (codes >= 1).all() and (codes <= 15).all()
+    assert scales.shape == (16, 2) and scales.dtype == torch.bfloat16
+    exact = peers.dequantised(codes, scales)
+    assert cold.error(exact, weight.double()) < 0.15
+    assert torch.equal(exact[3, 128:], (codes[3, 128:].float() - 8) * scales[3, 1].float())
+    bytes_ = peers.joined(codes)
+    assert bytes_.shape == (16, 128) and bytes_.dtype == torch.uint8
+    assert int(bytes_[2, 5]) == 16 * int(codes[2, 10]) + int(codes[2, 11])
+    table = peers.scales_and_zeros(scales)
+    assert table.shape == (2, 16, 2) and table.is_contiguous()
+    assert torch.equal(table[1, :, 0], scales[:, 1]) and (table[..., 1] == 0).all()
+
+
+def test_the_fastest_right_algorithm_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, exact = torch.ones(2, 4), torch.ones(2, 4, dtype=torch.float64)
+    asked: list[peers.Setting] = []
+    now = [0.0]
+    monkeypatch.setattr(cold, "perf_counter", lambda: now[0])
+
+    def run(x: Tensor, setting: peers.Setting) -> Tensor:
+        asked.append(setting)
+        algorithm, split_k, mode = setting
+        if algorithm in (1, 3) or algorithm > 5 or mode == 2:
+            raise RuntimeError("not supported")
+        if algorithm == 2:
+            return x * torch.nan  # the fastest, and wrong
+        now[0] += 2 if algorithm != 5 else 1 / split_k
+        return x.clone()
+
+    setting, note = peers.fastest([run, run], x, exact)
+    assert setting == (5, 8, 1)
+    assert note == "algorithm 5 split_k 8 mode 1 of 10 tried, 1 wrong"
+    assert max(algorithm for algorithm, _, _ in asked) == 9  # four refusals in a row end it
+    with pytest.raises(RuntimeError, match="no algorithm is right: 0 are wrong, all others ref"):
+        peers.fastest([lambda x, setting: run(x, (6, 1, -1))], x, exact)
+
+
+def test_sparse_marlin_says_what_it_lacks(tmp_path: Path) -> None:
+    weight, x = torch.ones(4, 4), torch.ones(1, 4)
+    with pytest.raises(ValueError, match="Sparse-Marlin needs a GPU"):
+        peers.sparse_marlin(weight, x, tmp_path / "lib.so")
+    with pytest.raises(ValueError, match=r"packer.py is no Python file: it has to lie beside"):
+        peers._module(tmp_path / "packer.py")
+
+
+def test_plain_launches_are_prepared_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared: list[str | None] = []
+    launches = SimpleNamespace(cache_clear=lambda: cleared.append(os.environ.get("X")))
+    monkeypatch.setattr(decode, "DEPENDENT", "X")
+    monkeypatch.setitem(sys.modules, decode.LAUNCHES, SimpleNamespace(_launch=launches))
+    monkeypatch.delenv("X", raising=False)
+    with decode.plainly():
+        assert os.environ["X"] == "0"
+    assert cleared == ["0", None]
+    monkeypatch.setenv("X", "1")
+    with decode.plainly():
+        assert os.environ["X"] == "0"
+    assert os.environ["X"] == "1" and cleared == ["0", None, "0", "1"]
+
+
+def test_decode_writes_a_row_for_everyone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SHAPES, "Tiny o", (64, 128))
+    monkeypatch.setattr(cold, "MOST_LAUNCHES", 4)
+    words = "--device cpu --shapes Tiny --tokens 1 3 --formats semi24 semi25 --plain --rounds 2"
+    where = ["--output", str(tmp_path), "--peers", str(tmp_path / "lib.so")]
+    assert decode.main([*words.split(), *where]) == 0
+    path = Path(capsys.readouterr().out.split()[-1])
+    assert path.name.startswith("decode_")
+    rows = tables._read(path)
+    measured = [row for row in rows if row["us"]]
+    names = ["cublas bf16", "cublas fp16", "semi24 reference", "semi24 reference plain"]
+    assert [(r["candidate"], r["tokens"]) for r in measured] == [
+        (name, tokens) for tokens in "13" for name in names
+    ]
+    for row in measured:
+        dense = next(d for d in measured if d["tokens"] == row["tokens"])
+        assert float(row["error"]) < 3e-3 and row["copies"] == row["launches"] == "4"
+        assert row["dtype"] == ("float16" if "fp16" in row["candidate"] else "bfloat16")
+        if row["baseline"] == "cublas bf16":
+            assert float(row["vs_cublas"]) == pytest.approx(
+                float(dense["us"]) / float(row["us"]), abs=0.002
+            )
+    notes = {row["candidate"]: row["note"] for row in rows if not row["us"]}
+    assert notes["semi25"].startswith("unknown format 'semi25': did you mean 'semi24'?")
+    assert notes["sparse-marlin int4"] == "Sparse-Marlin needs a GPU"
+    assert {"cusparselt searched", "tinygemm int4"} < set(notes)
+    assert len(rows) == 2 * (4 + 4)
+
+
+def test_decode_stops_at_its_time_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SHAPES, "Tiny o", (64, 128))
+    monkeypatch.setattr(cold, "MOST_LAUNCHES", 4)
+    clock = iter([0.0, 1.0, 2.0, 9.0])  # the start, before a case, after it, before the next
+    monkeypatch.setattr(decode, "monotonic", lambda: next(clock))
+    words = "--device cpu --shapes Tiny --tokens 1 3 --formats --rounds 2 --time-budget 5"
+    assert decode.main([*words.split(), "--output", str(tmp_path)]) == 1
+    *_, left, path = capsys.readouterr().out.splitlines()
+    assert left == "out of time, left out: Tiny o, 3 tokens"
+    assert {row["tokens"] for row in tables._read(Path(path))} == {"1"}
+
+
+def test_wrong_results_are_rows_without_a_time() -> None:
+    x, exact = torch.ones(16, 2), torch.ones(16, 2, dtype=torch.float64)
+    calls: list[int] = []
+
+    def later_wrong(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return x.clone() if len(calls) == 1 else x * torch.nan
+
+    def candidate(name: str, run: cold.Run) -> cold.Candidate:
+        return cold.Candidate(name, 10**9, lambda: run, x, exact, "right", rows=8, most=16)
+
+    everyone = {"right": torch.clone, "wrong": torch.zeros_like, "later": later_wrong}
+    ready = [(candidate(name, run), [run]) for name, run in everyone.items()]
+    layer = decode.Layer("a layer", (2, 2), ready, {"absent": "not here"})
+    rows = {
+        str(row["candidate"]): row for row in decode.case(layer, 3, torch.device("cpu"), rounds=2)
+    }
+    assert rows["right"]["us"] and rows["right"]["note"] == "8 rows" and set(calls) == {8}
+    notes = {name: row["note"] for name, row in rows.items() if not row["us"]}
+    assert notes == {
+        "wrong": "wrong result: relative error 1.0e+00",
+        "later": "wrong result in a chain of launches: relative error nan",
+        "absent": "not here",
+    }
+    assert len({tuple(row) for row in rows.values()}) == 1  # the same columns
+    too_many = list(decode.case(layer, 17, torch.device("cpu"), rounds=2))
+    assert [row["note"] for row in too_many[1:]] == ["takes at most 16 tokens"] * 3
+
+
+DECODE = """\
+date,device,driver,torch,commit,layer,tokens,candidate,us,low_us,high_us,tb_s,baseline,vs_cublas,note
+2026-11-22,a chip,580,2.11,abc,q,1,cublas bf16,15.52,15.4,15.6,3.2,cublas bf16,1.000,
+2026-11-22,a chip,580,2.11,abc,q,1,cublas fp16,15.0,15,15,3.2,cublas fp16,1.000,
+2026-11-22,a chip,580,2.11,abc,q,1,semi24,6.8,6.7,7.1,4.16,cublas bf16,2.412,
+2026-11-22,a chip,580,2.11,abc,q,1,sparse-marlin int4,,,,,,,no library
+2026-11-22,a chip,580,2.11,abc,q,64,cublas bf16,17,17,17,2.9,cublas bf16,1.000,
+2026-11-22,a chip,580,2.11,abc,q,64,semi24,34,34,34,0.8,cublas bf16,0.500,
+2026-11-22,a chip,580,2.11,abc,q,64,sparse-marlin int4,,,,,,,no library
+2026-11-22,a chip,580,2.11,abc,o,1,cublas bf16,12,12,12,2.7,cublas bf16,1.000,
+2026-11-22,a chip,580,2.11,abc,o,1,semi24_int4,3,3,3,2.2,cublas bf16,4.000,
+"""
+
+
+def test_the_decode_table_shows_losers_and_gaps(tmp_path: Path) -> None:
+    (tmp_path / "decode_2026-11-22_x_abc.csv").write_text(DECODE)
+    lines = tables.decode(tmp_path).splitlines()
+    assert lines[0] == (
+        "| layer | tokens | cublas bf16 | semi24 | sparse-marlin int4 | semi24_int4 |"
+    )
+    assert lines[2] == "| q | 1 | 15.5, 3.2 | 6.8, **2.41**, 4.2 | - | - |"
+    assert lines[3] == "| q | 64 | 17.0, 2.9 | 34.0, 0.50, 0.8 | - | - |"
+    assert lines[4] == "| o | 1 | 12.0, 2.7 | - | - | 3.0, **4.00**, 2.2 |"
+    assert "a chip, driver 580, torch 2.11, 2026-11-22, commit abc" in lines[6]
+    assert lines[6].endswith("quartiles at most 6% of the median apart.")
+    assert lines[7] == "Without a figure: sparse-marlin int4: no library."
+
+
+def test_the_short_decode_table_has_a_row_for_each_format(tmp_path: Path) -> None:
+    (tmp_path / "decode_2026-11-22_x_abc.csv").write_text(DECODE)
+    lines = tables.decode_short(tmp_path).splitlines()
+    assert lines[0] == "| layer | format | 1 tokens | 64 tokens |"
+    assert lines[2:5] == [
+        "| q | semi24 | **2.41** | 0.50 |",
+        "| o | semi24_int4 | **4.00** | - |",
+        "",
+    ]
+    assert {"decode", "decode-short"} < set(tables.TABLES)
+
+
+@pytest.mark.parametrize(
+    ("code", "values"),
+    [
+        ("print('1980, 45, 512.3')", ["1980", "45", "512.3"]),
+        ("print('no device')", ["", "", ""]),
+        ("import time; time.sleep(60)", ["", "", ""]),
+    ],
+)
+def test_clocks_are_read_if_they_come_soon(
+    code: str, values: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "PATIENCE", 0.1 if "sleep" in code else 60)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert list(decode.clocks_answered(process).values()) == values
+    assert list(decode.clocks_answered(None)) == ["sm_mhz", "celsius", "watts"]
+
+
+def test_both_cusparselt_candidates_share_copies_and_a_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def multiply(weight: Tensor, x: Tensor, **options: int) -> Tensor:
+        assert options["transpose_result"] and not x.is_contiguous()
+        if options["alg_id"] > 1 or options["split_k"] > 1:
+            raise RuntimeError("not supported")
+        asked.append((options["alg_id"], x.shape[1]))
+        return x.t() @ weight.t()
+
+    monkeypatch.setattr(torch, "_cslt_compress", torch.clone, raising=False)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply, raising=False)
+    _, sparse = decode.random_weights((8, 16), torch.device("cpu"))
+    shipped, searched = peers.cusparselt(sparse, torch.randn(32, 16).bfloat16())
+    assert shipped.make is searched.make and searched.rows == 16
+    runs = [searched.make()]
+    first = decode.prepared(searched, runs, 3)
+    assert first.note.startswith("16 rows; algorithm ") and first.error < 0.01
+    assert {rows for _, rows in asked} == {16} and {number for number, _ in asked} == {0, 1}
+    count = len(asked)
+    decode.prepared(searched, runs, 8)  # again 16 rows: nothing is searched
+    assert len(asked) - count == 2  # the check alone and the chain's first
+    asked.clear()
+    decode.prepared(shipped, runs, 3)
+    assert {number for number, _ in asked} == {0}
