@@ -21,6 +21,7 @@ DENSES = ("dense", "dense prepacked")
 CUBLAS_FP16 = "cublas fp16"
 OURS = "semi24"  # every format of ours that decodes begins so
 SHORT_TOKENS = (1, 8, 16, 64)
+CUTS_SHORT = ("semi24", "semi24_int4")
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -64,6 +65,43 @@ def decode(results: Path) -> str:
 def decode_short(results: Path) -> str:
     """For each device, our formats' ratios to dense at a few numbers of tokens."""
     return "\n".join(map(_decode_short_table, newest(results, "decode")))
+
+
+def cuts(results: Path) -> str:
+    """The fastest cut of the decode kernel for each layer, format and number of tokens."""
+    return "\n".join(map(_cuts_table, newest(results, "cuts")))
+
+
+def cuts_short(results: Path) -> str:
+    """The same for the formats that stand for the others: 16-bit and 4-bit weights."""
+    short = [[r for r in rows if r["format"] in CUTS_SHORT] for rows in newest(results, "cuts")]
+    return "\n".join(map(_cuts_table, short))
+
+
+def _cuts_table(rows: Rows) -> str:
+    tokens = sorted({int(row["tokens"]) for row in rows})
+    best: dict[tuple[str, str], dict[int, Mapping[str, str]]] = {}
+    for row in rows:
+        found = best.setdefault((row["layer"], row["format"]), {})
+        if float(row["us"]) < float(found.get(int(row["tokens"]), {"us": "inf"})["us"]):
+            found[int(row["tokens"])] = row
+    lines = [_line(["layer", "format", *[f"{n} tokens" for n in tokens]])]
+    lines += [_line(["---"] * (2 + len(tokens)))]
+    for (layer, name), found in best.items():
+        lines.append(_line([layer, name, *[_cut(found[n]) if n in found else "-" for n in tokens]]))
+    first = rows[0]
+    origin = (
+        "Microseconds and ratio to dense cuBLAS bf16 (that of 2 tokens in the first column) in the "
+        "same process; random weights, cold, a chain of dependent launches in one CUDA graph, "
+        f"median; {first['device']}, driver {first['driver']}, torch {first['torch']}, "
+        f"{first['date']}, `{first['call']}`, kernel.cu {first['kernel_sha256']}."
+    )
+    return "\n".join([*lines, "", origin]) + "\n"
+
+
+def _cut(row: Mapping[str, str]) -> str:
+    ratio = float(row["dense_cublas_bf16_us"]) / float(row["us"])
+    return f"{float(row['us']):.1f}, " + (f"**{ratio:.2f}**" if ratio > 1 else f"{ratio:.2f}")
 
 
 def _decode_table(rows: Rows) -> str:
@@ -182,6 +220,8 @@ def _ratios(row: Mapping[str, str]) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
+    "cuts": cuts,
+    "cuts-short": cuts_short,
     "decode": decode,
     "decode-short": decode_short,
     "linear-cpu": linear_cpu,

@@ -8,7 +8,8 @@ from secateur import evaluate as evaluate  # sc.evaluate.perplexity and the like
 from secateur.accelerate import accelerate_
 from secateur.allocation import sense
 from secateur.criteria import magnitude, random, wanda
-from secateur.formats import SparseLinear, pack_, unpack_
+from secateur.formats import SparseLinear, pack_, unpack_, warmup
+from secateur.grids import Fp8, Int4, Int8
 from secateur.patterns import NM, Block, Channel, Unstructured
 from secateur.plan import Plan, plan, read_plan
 from secateur.prune import check, prune_, reconstruct_
@@ -23,6 +24,9 @@ __all__ = [
     "NM",
     "Block",
     "Channel",
+    "Fp8",
+    "Int4",
+    "Int8",
     "Plan",
     "SparseLinear",
     "Unstructured",
@@ -44,4 +48,5 @@ __all__ = [
     "sparsegpt",
     "unpack_",
     "wanda",
+    "warmup",
 ]

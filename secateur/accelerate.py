@@ -19,8 +19,8 @@ from secateur.formats.candidates import (
     runs,
     sparse_candidates,
 )
-from secateur.formats.contract import DTYPES, packed_bytes
-from secateur.formats.format import Format, parse_format
+from secateur.formats.contract import DTYPES
+from secateur.formats.format import Format, parse_format, weight_error
 from secateur.formats.linear import SparseLinear, Table
 from secateur.formats.pack import (
     named_linears,
@@ -60,6 +60,10 @@ def accelerate_(
     of tokens that the model will be called with. A layer changes only if its result is right and it
     is at least 5 % faster than eager *and* than prepacked dense at every one of them; where dense
     wins, dense stays. All is measured before anything is changed.
+
+    Only exact formats are tried unless `formats` names others: `"semi24_int4"`, `"semi24_int8"` and
+    `"semi24_fp8"` round weights to a grid. Then a right result is that of the rounded weight, and
+    the report says how far it is from the layer's own.
 
     Cost: seconds per distinct layer; 256 MB of copies, or one of each candidate if that is more.
     Raises: ValueError for unknown layers or formats; with `strict`, if no layer gains, or one that
@@ -227,8 +231,9 @@ def _measured(
         measured=decision.measured,
         measured_on=measured_on,
         bytes_before=before,
-        bytes_after=before if packed is None else packed_bytes(packed.packed),
+        bytes_after=before if packed is None else packed.nbytes,
         reason=decision.reason,
+        weight_error=0.0 if packed is None else weight_error(linear.weight.detach(), packed.packed),
     )
 
 

@@ -33,7 +33,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer: the format it runs in (or `dense`), and why."""
+    """What became of one layer: the format it runs in (or `dense`), and why.
+
+    Bytes are those of the weight in use, with what implementations arranged for themselves.
+    `weight_error` is ||W - W'|| / ||W||, 0 unless the format rounds weights to a grid.
+    """
 
     layer: str
     shape: tuple[int, int]
@@ -43,6 +47,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     reason: str
+    weight_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,12 @@ class AccelerateReport:
             )
         before = sum(layer.bytes_before for layer in self.sparse) / 1e6
         after = sum(layer.bytes_after for layer in self.sparse) / 1e6
+        error = max(layer.weight_error for layer in self.sparse)
+        rounded = f", rounded by up to {error:.1%}" if error else ""
         return (
             f"{len(self.sparse)} of {len(self.layers)} layers run sparse, each faster than dense "
             f"at tokens {counts}; their weights take {after:.1f} MB instead of {before:.1f} MB"
+            f"{rounded}"
         )
 
     @property
@@ -132,7 +140,7 @@ def _row(layer: LayerReport, measured: Measured) -> tuple[str, ...]:
         sparse or "-",
         _times(measured.ratio_to(DENSE)),
         _times(measured.ratio_to(PREPACKED)),
-        layer.format,
+        f"{layer.format}, {layer.weight_error:.1%} off" if layer.weight_error else layer.format,
     )
 
 

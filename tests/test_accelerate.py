@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secateur import accelerate
 from secateur.accelerate import _accelerate, accelerate_
 from secateur.accelerate_report import AccelerateReport
 from secateur.formats import SparseLinear, candidates
 from secateur.formats.candidates import Candidate
+from secateur.formats.format import Format, parse_format, weight_error
+from secateur.formats.pack import packed_linear
 from secateur.kernels.timing import Calls, Timing
 from tests.formats.weights import fitting_weight, tokens_in
 
@@ -75,7 +78,8 @@ def test_a_faster_layer_is_swapped_and_computes_the_same() -> None:
     assert (layer.layer, layer.shape, layer.format) == ("0", (16, 24), "block:4x8")
     assert layer.reason == "faster than dense at every number of tokens"
     assert layer.bytes_before == 16 * 24 * 4
-    assert layer.bytes_after == sum(t.nbytes for t in model[0].packed.tensors().values())
+    stored = sum(tensor.nbytes for tensor in model[0].packed.tensors().values())
+    assert layer.bytes_after == model[0].nbytes > stored  # with what the implementation arranged
     assert [entry.tokens for entry in layer.measured] == [1, 16]
     assert layer.measured[0].ratio_to("dense") == pytest.approx(100 / 30)
     assert layer.measured[0].ratio == pytest.approx(90 / 30)
@@ -145,7 +149,7 @@ def test_what_does_not_fit_says_why() -> None:
     report, clock = run(model, FAST)
     dense, semi, shared = report.layers
     assert dense.reason == "its weight has no zeros"
-    assert semi.reason == "semi24 has no implementation but the reference here"
+    assert semi.reason.startswith("the decode kernel needs a CUDA GPU, the weight is on cpu")
     assert shared.reason.startswith("its weight is tied to '3'")
     assert kinds(model) == [nn.Linear] * 3 + [nn.Embedding]
     assert clock.asked == [(1, ("dense", "dense prepacked")), (16, ("dense", "dense prepacked"))]
@@ -324,3 +328,30 @@ def test_it_really_runs() -> None:
     assert all(us > 0 for entry in report.layers[0].measured for _, us in entry.microseconds)
     for layer, before in zip(model, expected, strict=True):
         assert torch.allclose(layer(x), before, atol=1e-5)
+
+
+def test_formats_that_round_are_opted_into() -> None:
+    assert all(parse_format(name).is_exact for name in accelerate.DEFAULT_FORMATS)
+
+
+def test_a_quantised_layer_says_how_far_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference stands in for a kernel: it is no candidate otherwise."""
+
+    def candidates_of(
+        layer: nn.Linear, format: Format, tokens: int
+    ) -> tuple[list[Candidate], list[str]]:
+        packed = packed_linear("", layer, format)
+        return [Candidate(f"{format} reference", lambda: packed, 0, packed.packed)], []
+
+    monkeypatch.setattr(accelerate, "sparse_candidates", candidates_of)
+    model = nn.Sequential(linear("semi24"), linear("semi24", seed=1))
+    weights = [layer.weight.detach().clone() for layer in model]
+    times = FAST | {"semi24_int4 reference": 10.0}
+    report = _accelerate(model, (1,), ("semi24_int4",), None, False, Clock(times))
+    assert [str(layer.format) for layer in model] == ["semi24_int4"] * 2
+    errors = [layer.weight_error for layer in report.layers]
+    for layer, weight, error in zip(model, weights, errors, strict=True):
+        assert error == weight_error(weight, layer.packed) > 0.01
+    assert f"rounded by up to {max(errors):.1%}" in report.headline
+    assert report.rows()[1][-1] == f"semi24_int4, {errors[1]:.1%} off"
+    assert report.to_dict()["layers"][0]["weight_error"] == errors[0]

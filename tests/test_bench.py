@@ -118,7 +118,7 @@ def test_a_stale_file_is_found_and_written(
 
 
 def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no table is named 'no-such': tables are accuracy, dec"):
+    with pytest.raises(ValueError, match="no table is named 'no-such': tables are accuracy, cuts"):
         tables.render("<!-- bench:no-such -->\n<!-- /bench -->", tmp_path)
 
 
@@ -489,3 +489,42 @@ def test_both_cusparselt_candidates_share_copies_and_a_search(
     asked.clear()
     decode.prepared(shipped, runs, 3)
     assert {number for number, _ in asked} == {0}
+
+
+CUT_ROWS = """\
+date,device,driver,torch,kernel_sha256,ptx_sha256,call,layer,shape,format,tokens,cut,us,\
+dense_tokens,dense_cublas_bf16_us
+2026-11-22,GPU,1,2.11,abc,def,tune,a,16x64,semi24,1,"1,1",4.0,2,8.0
+2026-11-22,GPU,1,2.11,abc,def,tune,a,16x64,semi24,1,"2,1",5.0,2,8.0
+2026-11-22,GPU,1,2.11,abc,def,tune,a,16x64,semi24,64,"1,1",20.0,64,10.0
+2026-11-22,GPU,1,2.11,abc,def,tune,a,16x64,semi24_fp8,64,"1,1",5.0,64,10.0
+"""
+
+
+def test_a_table_of_cuts_shows_the_fastest_and_the_losing_ones_too(tmp_path: Path) -> None:
+    (tmp_path / "cuts_2026-11-22_gpu_abc.csv").write_text(CUT_ROWS)
+    lines = tables.cuts(tmp_path).splitlines()
+    assert lines[2] == "| a | semi24 | 4.0, **2.00** | 20.0, 0.50 |"
+    assert lines[3] == "| a | semi24_fp8 | - | 5.0, **2.00** |"
+    assert "kernel.cu abc" in lines[-1]
+    assert "semi24_fp8" not in tables.cuts_short(tmp_path)
+
+
+def test_the_cost_models_fit_finds_the_coefficients_it_was_made_with() -> None:
+    from bench.cuts import excess, fit
+    from secateur.formats.decode24 import Kind
+    from secateur.formats.decode24.config import Case
+    from secateur.formats.decode24.cuts import cuts
+    from secateur.formats.decode24.rule import COSTS, quantities
+
+    made = []
+    for columns in (2048, 4096):
+        case = Case(Kind.INT4, True, torch.bfloat16, 4096, columns, 16)
+        for cut in cuts(case, {1: 132, 2: 66, 4: 30, 8: 15}, True):
+            us = sum(c * q for c, q in zip(COSTS[16], quantities(case, cut), strict=True))
+            made.append((case, cut, us))
+    found = fit(made)
+    assert max(excess(made, found)) == pytest.approx(1, abs=1e-3)
+    for case, cut, us in made[::50]:
+        again = sum(c * q for c, q in zip(found, quantities(case, cut), strict=True))
+        assert again == pytest.approx(us, rel=0.02)

@@ -123,8 +123,8 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    verbs = "doctor inspect sense plan prune recover eval bench check export report demo".split()
-    assert all(f" {verb} " in done.stdout for verb in verbs)
+    verbs = "doctor inspect sense plan prune recover eval bench tune check export report demo"
+    assert all(f" {verb} " in done.stdout for verb in verbs.split())
 
 
 def test_prune_s_help_lists_every_method() -> None:
@@ -536,6 +536,15 @@ def test_export_packs_and_unpacks_exactly(pruned: Path, tmp_path: Path) -> None:
     assert [dict(r) for r in saved.reports] == [dict(r) for r in read_sidecar(pruned).reports]
     line = refused(run("prune", packed, "-o", tmp_path / "x", "-p", "2:4"))
     assert "is in packed form, whose weights are frozen" in line
+
+
+def test_export_that_rounds_says_how_far(pruned: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    text = said(run("export", pruned, "--to", "packed", "--format", "semi24_int4", "-o", packed))
+    assert "semi24_int4 rounds weights: those of a layer are off by up to" in text
+    formats = {entry["format"] for entry in read_sidecar(packed).packed.values()}
+    assert formats == {"semi24_int4"}
+    assert said(run("check", packed))
 
 
 def test_export_packs_each_layer_in_the_format_of_its_pattern(dense: Path, tmp_path: Path) -> None:

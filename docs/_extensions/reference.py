@@ -23,6 +23,7 @@ ROOMS = {
     "criteria": "Criteria",
     "prune": "Pruning and checking",
     "reconstruct": "Reconstruction",
+    "grids": "Quantisation grids",
     "allocation": "Sensitivity and allocation",
     "train": "Training",
     "accelerate": "Acceleration",

@@ -11,6 +11,7 @@ from secateur.cli.look import check, doctor, inspect, plan
 from secateur.cli.measure import bench, evaluate, sense
 from secateur.cli.page import demo, report
 from secateur.cli.prune import prune
+from secateur.cli.tuning import tune
 from secateur.cli.write import export, recover
 
 __all__ = ["app"]
@@ -56,5 +57,6 @@ app.command(rich_help_panel=MEASURE)(check)
 app.command("eval", rich_help_panel=MEASURE)(evaluate)
 app.command(rich_help_panel=MEASURE)(sense)
 app.command(rich_help_panel=MEASURE)(bench)
+app.command(rich_help_panel=MEASURE)(tune)
 app.command(rich_help_panel=SHOW)(report)
 app.command(rich_help_panel=SHOW)(demo)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur import __version__
@@ -22,6 +21,7 @@ from secateur.atomic import appearing_whole
 from secateur.plan import Plan
 from secateur.save import Report
 from secateur.sidecar import SIDECAR, Sidecar, fingerprint, weight_files
+from secateur.tensor_files import save_file
 
 INDEX = ".safetensors.index.json"
 # Embeddings and output heads, by the names that language models give them.
@@ -87,6 +87,24 @@ def read_bare(path: Path) -> tuple[nn.Module, Bare]:
         )
     files = {file: tuple(keys) for file, keys in shapes.items()}
     return _skeleton(layers), Bare(path, files, index, left_alone)
+
+
+def linear_shapes(path: Path) -> tuple[tuple[int, int], ...]:
+    """The distinct shapes [out, in] of the linear layers in a folder or a file, from headers alone.
+
+    Raises:
+        ValueError: if there are none, or a file is damaged.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    everything = {key: found for file in files for key, found in _shapes(file).items()}
+    left_alone = _left_alone(everything)
+    named = [
+        everything[f"{name}.weight"][0] for name in _names(everything) if name not in left_alone
+    ]
+    shapes = dict.fromkeys((shape[0], shape[1]) for shape in named if len(shape) == 2)
+    if not shapes:
+        raise ValueError(f"{path} has no dense linear layers in safetensors: give --shape instead")
+    return tuple(shapes)
 
 
 def write_bare(

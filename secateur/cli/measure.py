@@ -146,7 +146,8 @@ def bench(
     formats: Annotated[
         str | None,
         typer.Option(
-            help="Formats to try, separated by commas: semi24,block:64x64,bitmap,csr.",
+            help="Formats to try, separated by commas: semi24,block:64x64,bitmap,csr; "
+            "semi24_int4,semi24_int8,semi24_fp8 also round weights.",
             show_default=False,
         ),
     ] = None,

@@ -101,7 +101,8 @@ def export(
     format: Annotated[
         str | None,
         typer.Option(
-            help="semi24, block:64x64, bitmap or csr for packed; default: what fits the plan.",
+            help="semi24, block:64x64, bitmap or csr for packed; semi24_int4, semi24_int8 or "
+            "semi24_fp8 to round weights too; default: what fits the plan.",
             show_default=False,
         ),
     ] = None,
@@ -120,9 +121,11 @@ def export(
         source = open_folder(folder)
         plan, reports = recorded_reports(folder)
         unpack_(source.model)
+        rounded = 0.0
         if to == "packed":
             for name, layers in _formats(source.model, plan, format).items():
-                pack_(source.model, name, layers=layers)
+                report = pack_(source.model, name, layers=layers)
+                rounded = max(rounded, report.weight_error)
         with working(f"writing {out}"):
             source.write(out, plan=plan, reports=reports, overwrite=overwrite)
         written = sum(file.stat().st_size for file in model_files(out))
@@ -131,6 +134,8 @@ def export(
         else:
             before = as_bytes(source.size)
             say(f"{to} form written to {out}: {as_bytes(written)}, {folder} has {before}")
+            if rounded:
+                say(f"{format} rounds weights: those of a layer are off by up to {rounded:.1%}")
             if to == "packed":
                 say(
                     "it loads with sc.load; whether it is faster is for `secateur bench` to measure"

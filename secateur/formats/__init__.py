@@ -4,6 +4,7 @@ from secateur.formats.convert import from_torch_sparse, to_torch_sparse
 from secateur.formats.format import Format, parse_format
 from secateur.formats.linear import SparseLinear, describe, empty_from
 from secateur.formats.pack import PackReport, pack_, unpack_
+from secateur.formats.warmup import warmup
 
 __all__ = [
     "Format",
@@ -16,4 +17,5 @@ __all__ = [
     "parse_format",
     "to_torch_sparse",
     "unpack_",
+    "warmup",
 ]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.formats.contract import DTYPES, Implementation, Packed
+from secateur.formats.contract import DTYPES, Implementation, Packed, typed_tensor
 from secateur.formats.format import parse_format
 from secateur.formats.read_only import ReadOnlyWeight
 
@@ -34,9 +34,9 @@ class SparseLinear(nn.Linear):
     ordinary parameter. The weight is frozen; gradients flow to the input and the bias, so adapters
     can be trained on top of it.
 
-    `.to(dtype)` casts the values as it would cast a dense weight; indices keep their type. After
-    `.to` another dtype or device, and after `load_state_dict`, implementations are chosen afresh,
-    because what was measured no longer holds.
+    `.to(dtype)` casts the values as it would cast a dense weight, or the scales of a quantised one;
+    indices and codes keep their type. After `.to` another dtype or device, and after
+    `load_state_dict`, implementations are chosen afresh, because what was measured no longer holds.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class SparseLinear(nn.Linear):
         self.format = parse_format(packed.format)
         self.name = name  # only for error messages
         self._stored = tuple(packed.tensors())
+        self._typed = typed_tensor(self._stored)
         for key, tensor in packed.tensors().items():
             self.register_buffer(key, tensor)
         self.register_parameter("bias", bias)
@@ -63,13 +64,22 @@ class SparseLinear(nn.Linear):
         return self.format.folder.packed_type((self.out_features, self.in_features), *self._parts())
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the weight in use: what is stored, and what implementations arranged from it.
+
+        An arrangement is made on load and never saved, so a checkpoint is smaller.
+        """
+        tensors = (self._buffers[key] for key in (*self._stored, *self._arranged))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
     def weight(self) -> Float[Tensor, "out in"]:  # type: ignore[override]
         """The dense weight, for reading: every way of writing to it raises.
 
         It is unpacked afresh, so a write would be lost. `unpack_(model)` gives the layer a weight
         that can be changed.
 
-        Cost: unpacks the whole weight at every access; ask `bias` or `values` for dtype and device.
+        Cost: unpacks the whole weight at every access; ask `packed.dtype` and `values.device`.
         """
         with torch.no_grad():
             sizes = (self.out_features, self.in_features)
@@ -118,11 +128,11 @@ class SparseLinear(nn.Linear):
 
         Raises: ValueError for an input of another dtype or width.
         """
-        values = self._buffers["values"]
-        assert values is not None
-        if input.dtype != values.dtype:
+        typed = self._buffers[self._typed]
+        assert typed is not None
+        if input.dtype != typed.dtype:
             raise ValueError(
-                f"{self._title()} needs {_short(values.dtype)} input, got {_short(input.dtype)}: "
+                f"{self._title()} needs {_short(typed.dtype)} input, got {_short(input.dtype)}: "
                 f"cast the input, or the layer with .to(torch.{_short(input.dtype)})"
             )
         if input.dim() == 0 or input.shape[-1] != self.in_features:
@@ -186,10 +196,10 @@ class SparseLinear(nn.Linear):
         return tuple(known[name] for name, _ in table)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
-        before = self._buffers["values"]
+        before = self._buffers[self._typed]
         assert before is not None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = self._buffers["values"]
+        after = self._buffers[self._typed]
         assert after is not None
         if (before.device, before.dtype) != (after.device, after.dtype):
             # memory that has just left the meta device holds no indices that could be arranged
@@ -222,7 +232,7 @@ def describe(linear: SparseLinear) -> dict[str, int | str | bool]:
         "out_features": linear.out_features,
         "in_features": linear.in_features,
         "bias": linear.bias is not None,
-        "dtype": _short(linear.packed.values.dtype),
+        "dtype": _short(linear.packed.dtype),
         "stored": len(linear.packed.values),
     }
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from secateur.formats.contract import packed_bytes
-from secateur.formats.format import Format, parse_format
+from secateur.formats.format import Format, parse_format, weight_error
 from secateur.formats.linear import SparseLinear
 
 REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
@@ -16,26 +15,37 @@ REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
 
 @dataclass(frozen=True)
 class PackReport:
-    """What `pack_` or `unpack_` changed: (layer, format, bytes before, bytes after), in order."""
+    """What `pack_` or `unpack_` changed, layer by layer in order.
 
-    layers: tuple[tuple[str, str, int, int], ...]
+    A layer is (name, format, bytes before, bytes after, weight error). Bytes are those of the
+    weight in use, with what implementations arranged; a checkpoint holds less. The error is
+    ||W - W'|| / ||W||, which is 0 but for formats that round weights to a grid.
+    """
+
+    layers: tuple[tuple[str, str, int, int, float], ...]
 
     @property
     def bytes_before(self) -> int:
-        return sum(before for _, _, before, _ in self.layers)
+        return sum(before for _, _, before, _, _ in self.layers)
 
     @property
     def bytes_after(self) -> int:
-        return sum(after for _, _, _, after in self.layers)
+        return sum(after for _, _, _, after, _ in self.layers)
+
+    @property
+    def weight_error(self) -> float:
+        """The largest weight error of a layer."""
+        return max((error for *_, error in self.layers), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("layer", "format", "bytes_before", "bytes_after")
+        names = ("layer", "format", "bytes_before", "bytes_after", "weight_error")
         return {"layers": [dict(zip(names, layer, strict=True)) for layer in self.layers]}
 
     def __str__(self) -> str:
+        rounded = f", weights off by up to {self.weight_error:.1%}" if self.weight_error else ""
         return (
             f"{len(self.layers)} layers, {self.bytes_before / 1e6:.1f} MB of weights before, "
-            f"{self.bytes_after / 1e6:.1f} MB after"
+            f"{self.bytes_after / 1e6:.1f} MB after{rounded}"
         )
 
 
@@ -45,8 +55,10 @@ def pack_(
     """Which layers now hold a packed weight; each listed `nn.Linear` becomes a `SparseLinear`.
 
     Without `layers`: every `nn.Linear` whose weight fits the format and is smaller for it, which
-    takes zeros. This saves memory; whether it saves time is for `accelerate_` to measure. Packed
-    weights are frozen.
+    takes zeros. This saves room on disk, and memory unless a kernel arranges a copy of the weight
+    for itself, as the report says; whether it saves time is for `accelerate_` to measure. Packed
+    weights are frozen. The formats `semi24_int4`, `semi24_int8` and `semi24_fp8` round weights to a
+    grid, and the report says how far; a weight reconstructed on that grid is not changed by it.
 
     Cost: dense and packed weights of all listed layers at once, until all are known to pack.
     Raises: ValueError if a listed layer cannot be packed, or without a list no layer can; then
@@ -62,12 +74,10 @@ def pack_(
             problem = why_not_layer(name, linear, owners)
             if problem is not None:
                 raise ValueError(f"pack_ cannot take layer {name!r}: {problem}")
-    packed: dict[str, nn.Module] = {}
-    for name, linear in linears.items():
-        packed[name] = packed_linear(name, linear, chosen)
+    packed = {name: packed_linear(name, linear, chosen) for name, linear in linears.items()}
     report = PackReport(
         tuple(
-            (name, str(chosen), linear.weight.nbytes, _weight_bytes(packed[name]))
+            (name, str(chosen), linear.weight.nbytes, *_size_and_error(linear, packed[name]))
             for name, linear in linears.items()
         )
     )
@@ -78,6 +88,8 @@ def pack_(
 def unpack_(model: nn.Module) -> PackReport:
     """Which layers are plain again: every `SparseLinear` becomes an `nn.Linear`, weights exact.
 
+    A quantised weight becomes scale x code, rounded once to the layer's dtype: packing it in the
+    same format again changes nothing.
     The restored weights require gradients, whatever they did before they were packed.
 
     Cost: dense and packed weights of all packed layers at once.
@@ -87,10 +99,10 @@ def unpack_(model: nn.Module) -> PackReport:
         name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)
     }
     _refuse_bare(model, found, "unpack_")
-    dense: dict[str, nn.Module] = {name: _dense_linear(linear) for name, linear in found.items()}
+    dense = {name: _dense_linear(linear) for name, linear in found.items()}
     report = PackReport(
         tuple(
-            (name, str(linear.format), _weight_bytes(linear), _weight_bytes(dense[name]))
+            (name, str(linear.format), linear.nbytes, dense[name].weight.nbytes, 0.0)
             for name, linear in found.items()
         )
     )
@@ -205,8 +217,5 @@ def _dense_linear(linear: SparseLinear) -> nn.Linear:
     return dense.train(linear.training)
 
 
-def _weight_bytes(layer: nn.Module) -> int:
-    if isinstance(layer, SparseLinear):
-        return packed_bytes(layer.packed)
-    assert isinstance(layer, nn.Linear)
-    return layer.weight.nbytes
+def _size_and_error(linear: nn.Linear, layer: SparseLinear) -> tuple[int, float]:
+    return layer.nbytes, weight_error(linear.weight.detach(), layer.packed)

@@ -59,7 +59,7 @@ def test_no_prepacked_dense_in_16_bits() -> None:
 
 @pytest.mark.parametrize(
     ("format", "names"),
-    [("block:4x8", ["block:4x8 cpu"]), ("csr", ["csr torch_csr"]), ("semi24", [])],
+    [("block:4x8", ["block:4x8 cpu"]), ("csr", ["csr torch_csr"]), ("bitmap", [])],
 )
 def test_the_reference_is_no_candidate(format: str, names: list[str]) -> None:
     found, reasons = sparse_candidates(linear(format), parse_format(format), 3)

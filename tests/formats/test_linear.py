@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from secateur.formats import SparseLinear, describe, empty_from, parse_format
+from secateur.formats import SparseLinear, describe, empty_from, parse_format, semi24
 from secateur.formats.format import dequantised
 from tests.formats.weights import (
     EXACT,
@@ -342,3 +343,27 @@ def test_a_damaged_description_is_refused(change: dict[str, object], message: st
     with pytest.raises(ValueError) as error:
         empty_from(describe(sparse_linear("semi24")) | change)
     assert message in str(error.value)
+
+
+def test_nbytes_are_those_of_what_is_stored_and_arranged() -> None:
+    layer = sparse_linear("block:4x8")
+    stored = sum(tensor.nbytes for tensor in layer.packed.tensors().values())
+    assert layer.dispatch == "cpu"
+    assert layer.nbytes == stored + 4 * len(layer.packed.tensors()["col_indices"]) > stored
+    layer.use((("reference", None),))
+    assert layer.nbytes == stored
+    layer.use((("cpu", 4), ("reference", None)))
+    assert layer.nbytes > stored
+    layer.register_buffer("other", torch.zeros(100))
+    assert layer.nbytes == stored + 4 * len(layer.packed.tensors()["col_indices"])
+
+
+def test_nbytes_of_a_layer_with_units_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: values and metadata once as stored, once as the kernel reads them."""
+    weight = fitting_weight("semi24", 32, 256, torch.bfloat16)
+    decode, reference = semi24.IMPLEMENTATIONS
+    here = replace(decode, why_not=lambda packed, tokens: None)
+    monkeypatch.setattr(semi24, "IMPLEMENTATIONS", (here, reference))
+    layer = SparseLinear(parse_format("semi24").pack(weight))
+    assert layer.dispatch == "decode"
+    assert layer.nbytes == 2 * 0.5625 * weight.nbytes

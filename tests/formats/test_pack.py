@@ -53,6 +53,20 @@ def test_the_report_counts_bytes() -> None:
     assert str(report) == "2 layers, 0.0 MB of weights before, 0.0 MB after"
 
 
+def test_the_report_counts_what_is_arranged_too() -> None:
+    """In use a block layer holds the row of each block beside what a checkpoint stores."""
+    weight = fitting_weight("block:4x8", 16, 24)
+    model = nn.Sequential(nn.Linear(24, 16))
+    model[0].weight.data.copy_(weight)
+    report = pack_(model, "block:4x8")
+    stored = sum(tensor.nbytes for tensor in model[0].packed.tensors().values())
+    blocks = len(model[0].packed.values)
+    assert model[0].dispatch == "cpu" and blocks > 0
+    assert report.bytes_after == model[0].nbytes == stored + 4 * blocks
+    again = unpack_(model)
+    assert (again.bytes_before, again.bytes_after) == (stored + 4 * blocks, weight.nbytes)
+
+
 def test_unpack_restores_plain_linears_exactly() -> None:
     model = Model()
     before, state = kinds(model), {k: v.clone() for k, v in model.state_dict().items()}

@@ -47,9 +47,9 @@ def why_not(
     capability = torch.cuda.get_device_capability(device)
     if capability < CLUSTERS_FROM:
         return (
-            "the decode kernel needs compute capability 9.0 (its form for 8.0 and later has not been "
-            f"run yet), this GPU has {capability[0]}.{capability[1]}: the reference and dense layers "
-            "still work"
+            "the decode kernel needs compute capability 9.0 (its form for older GPUs has not been "
+            f"run yet), this GPU has {capability[0]}.{capability[1]}: the reference and dense "
+            "layers still work"
         )
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return "the decode kernel needs cuda-bindings: pip install 'secateur[cuda]'"

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,17 +69,21 @@ def _compiled() -> None:
     compile_all(chosen + given, device(), None)
 
 
+@cache  # packing takes longer than the tests
 def layer_of(
     format: str, dtype: torch.dtype, shape: tuple[int, int], bias: bool = True
 ) -> SparseLinear:
-    """A packed layer of random weights that runs the kernel, and nothing else up to 64 tokens."""
+    """A packed layer of random weights that runs the kernel, and nothing else up to 64 tokens.
+
+    Shared by the tests: none may change it.
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     linear = nn.Linear(shape[1], shape[0], bias=bias, device="cuda", dtype=dtype)
     weight = torch.randn(shape, device="cuda", generator=generator) / shape[1] ** 0.5
     order = torch.rand(shape[0], shape[1] // 4, 4, device="cuda", generator=generator).argsort(-1)
     linear.weight = nn.Parameter((weight * (order < 2).flatten(1)).to(dtype), requires_grad=False)
     if bias:
-        nn.init.normal_(linear.bias)
+        linear.bias.data.normal_(generator=generator)
     layer = packed_linear("layer", linear, parse_format(format))
     layer.use((("decode", 64), ("reference", None)))
     return layer.requires_grad_(False)
