@@ -78,8 +78,18 @@ def _deep(case: Case, part: Config, waste: float) -> Iterator[Config]:
             for trigger in (EARLY, AFTER_X) if few else (AFTER_X, LATE):
                 for ahead in (0, 1) if few and case.kind is not Kind.W16 else (0,):
                     cut = replace(part, units=units, stages=stages, trigger=trigger, ahead=ahead)
-                    if cut.threads * cut.registers(case) <= REGISTERS:
+                    if _fits_registers(case, cut):
                         yield cut
+
+
+def _fits_registers(case: Case, cut: Config) -> bool:
+    """Whether a thread can have the registers that it is thought to need.
+
+    The compiler shares out an SM's registers to whole groups of four warps, eight registers a time.
+    """
+    warps = ceil(cut.warps / 4) * 4 * cut.blocks(case)
+    most = min(255, REGISTERS // (32 * warps) // 8 * 8)
+    return cut.registers(case) <= most
 
 
 def _depths(case: Case, part: Config) -> list[int]:
