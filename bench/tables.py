@@ -85,7 +85,7 @@ def _cuts_table(rows: Rows) -> str:
         found = best.setdefault((row["layer"], row["format"]), {})
         if float(row["us"]) < float(found.get(int(row["tokens"]), {"us": "inf"})["us"]):
             found[int(row["tokens"])] = row
-    lines = [_line(["layer", "format", *[f"{n} tokens" for n in tokens]])]
+    lines = [_line(["layer", "format", *map(_tokens, tokens)])]
     lines += [_line(["---"] * (2 + len(tokens)))]
     for (layer, name), found in best.items():
         lines.append(_line([layer, name, *[_cut(found[n]) if n in found else "-" for n in tokens]]))
@@ -123,7 +123,7 @@ def _decode_table(rows: Rows) -> str:
 def _decode_short_table(rows: Rows) -> str:
     formats = [name for name in _candidates(rows) if name.startswith(OURS)]
     tokens = [n for n in SHORT_TOKENS if n in {int(row["tokens"]) for row in rows}]
-    lines = [_line(["layer", "format", *[f"{n} tokens" for n in tokens]])]
+    lines = [_line(["layer", "format", *map(_tokens, tokens)])]
     lines += [_line(["---"] * (2 + len(tokens)))]
     ratios = {(r["layer"], r["candidate"], int(r["tokens"])): _ratio(r) for r in rows}
     for layer in dict.fromkeys(row["layer"] for row in rows):
@@ -190,7 +190,7 @@ def _accuracy_table(rows: Rows) -> str:
 
 def _linear_table(rows: Rows) -> str:
     tokens = sorted({int(row["tokens"]) for row in rows})
-    heads = ["layer", "dtype", "runs", "zeros", "bytes", *[f"{count} tokens" for count in tokens]]
+    heads = ["layer", "dtype", "runs", "zeros", "bytes", *map(_tokens, tokens)]
     cells: dict[tuple[str, ...], dict[int, str]] = {}
     dense = {_weight(row): int(row["weight_bytes"]) for row in rows if row["candidate"] == "dense"}
     for row in rows:
@@ -271,6 +271,10 @@ def _origin(rows: Rows) -> str:
         f"{first['date']}, commit {first['commit']}, `python -m bench.linear`; other processes "
         f"took at most {loudest:.0%} of the machine."
     )
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" + "s" * (count != 1)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -203,7 +203,8 @@ def _table(names: Sequence[str], tokens: tuple[int, ...]) -> Table:
 def _losses(measured: Sequence[Measured]) -> list[str]:
     """Where the fastest sparse candidate does not gain enough."""
     return [
-        f"at {entry.tokens} tokens {entry.fastest_sparse} is {entry.ratio:.2f}x of the best dense"
+        f"at {entry.tokens} token{'s' * (entry.tokens != 1)} {entry.fastest_sparse} is "
+        f"{entry.ratio:.2f}x of the best dense"
         for entry in measured
         if entry.fastest_sparse is not None and entry.ratio < LEAST_GAIN
     ]

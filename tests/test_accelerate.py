@@ -314,7 +314,7 @@ def test_many_reasons_are_counted_not_listed() -> None:
     lines = str(report).splitlines()
     assert len({layer.reason for layer in report.layers}) == 11
     assert lines[-1] == "... and 3 more reasons, in .layers"
-    assert lines[-2].startswith("7: dense: at 1 tokens ")
+    assert lines[-2].startswith("7: dense: at 1 token ")
 
 
 def test_it_really_runs() -> None:

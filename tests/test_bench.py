@@ -41,7 +41,7 @@ def test_the_table_shows_both_baselines_and_bold_where_both_are_beaten(tmp_path:
     ratios[("c", 16)] = ("2.0", "")  # no prepacked dense in this dtype
     rows_file(tmp_path, "linear_2026-11-22_x_abc.csv", ratios)
     lines = tables.linear_cpu(tmp_path).splitlines()
-    assert lines[0] == "| layer | dtype | runs | zeros | bytes | 1 tokens | 16 tokens |"
+    assert lines[0] == "| layer | dtype | runs | zeros | bytes | 1 token | 16 tokens |"
     assert lines[2] == "| 8 x 4 | float32 | b cpu | 80% | 0.21 | **2.00 / 1.50** | 3.00 / 0.50 |"
     assert lines[3] == "| 8 x 4 | float32 | c | 80% | 0.21 | 0.50 / 0.40 | **2.00** |"
     assert "a chip, 2 threads, torch 2.13, 2026-11-22, commit abc, `python -m bench" in lines[5]
@@ -436,7 +436,7 @@ def test_the_decode_table_shows_losers_and_gaps(tmp_path: Path) -> None:
 def test_the_short_decode_table_has_a_row_for_each_format(tmp_path: Path) -> None:
     (tmp_path / "decode_2026-11-22_x_abc.csv").write_text(DECODE)
     lines = tables.decode_short(tmp_path).splitlines()
-    assert lines[0] == "| layer | format | 1 tokens | 64 tokens |"
+    assert lines[0] == "| layer | format | 1 token | 64 tokens |"
     assert lines[2:5] == [
         "| q | semi24 | **2.41** | 0.50 |",
         "| o | semi24_int4 | **4.00** | - |",
