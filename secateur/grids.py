@@ -20,9 +20,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-WEIGHTS_AT_ONCE = (
-    2**20
-)  # of a weight, so that the temporaries of the search, 4 MiB each, fit caches
+WEIGHTS_AT_ONCE = 2**20  # the temporaries of the search, 4 MiB each, then fit caches
 PROBED = 32  # columns of a group that are looked at before all of them are
 
 # Clips tried, as fractions of the largest magnitude. Finer steps gain less than 0.5 % of the error,

@@ -11,7 +11,7 @@ CLUSTERS_FROM = (9, 0)  # clusters, bulk copies and dependent launch; before: th
 WARPGROUPS_ON = (9, 0)  # wgmma, on that generation alone
 MOST_TOKENS = 64  # operand B has 8 tokens; more than 8 of it and the sums leave the registers
 TOKEN_TILE = 8
-STATIC_BYTES = 1024  # barriers, and what the system keeps of each CTA's shared memory
+RESERVED_BYTES = 1024  # of each CTA's shared memory, for the system
 SM_BYTES = 228 * 1024  # of shared memory on sm_80, sm_90 and sm_100
 REGISTERS = 65536  # of an SM
 COPY_BYTES = 128  # bulk copies are slower to places that are not aligned to it
@@ -122,6 +122,11 @@ class Config:
     def tiles_of_cluster(self) -> int:
         return self.warp_rows * self.tiles
 
+    @property
+    def barrier_bytes(self) -> int:
+        """Static shared memory: a barrier for each stage of each warp, and one for the sums."""
+        return 8 * (self.warps * self.stages + 1)
+
     def clusters(self, case: Case) -> int:
         """Clusters with rows to compute."""
         return ceil(case.row_tiles / self.tiles_of_cluster)
@@ -185,7 +190,8 @@ class Config:
 
         Two must share the registers as well; where a thread needs too many, it would spill.
         """
-        fits = self.shared_bytes(case) + STATIC_BYTES <= SM_BYTES // 2
+        whole = self.shared_bytes(case) + self.barrier_bytes + RESERVED_BYTES
+        fits = whole <= SM_BYTES // 2
         return 2 if fits and 2 * self.threads * self.registers(case) <= REGISTERS else 1
 
 

@@ -11,8 +11,8 @@ from secateur.formats.decode24.config import (
     EARLY,
     LATE,
     REGISTERS,
+    RESERVED_BYTES,
     SM_BYTES,
-    STATIC_BYTES,
     Case,
     Config,
 )
@@ -25,6 +25,7 @@ CLUSTERS = (1, 2, 4, 8)
 WASTES = (1.16, 2.0, 8.0)  # how much more than its share an SM may do; the first that leaves a cut
 COARSE = 1.34  # times that where rows go by 64, for warpgroups
 MOST_WAVES = 64
+MOST_STAGES = 8
 LEAST_SHARE = 0.5  # row tiles of an SM; layers smaller than that cannot fill the device
 
 
@@ -95,12 +96,13 @@ def _fits_registers(case: Case, cut: Config) -> bool:
 def _depths(case: Case, part: Config) -> list[int]:
     """The most stages that fit in half of an SM's shared memory, and in all of it."""
     found = set[int]()
-    for limit in (SM_BYTES // 2 - STATIC_BYTES, MOST_BYTES - STATIC_BYTES):
+    deep = [replace(part, stages=stages) for stages in range(1, MOST_STAGES + 1)]
+    for limit in (SM_BYTES // 2 - RESERVED_BYTES, MOST_BYTES):
         fitting = [
-            stages
-            for stages in range(1, 9)
-            if stages <= part.steps(case)
-            and replace(part, stages=stages).shared_bytes(case) <= limit
+            cut.stages
+            for cut in deep
+            if cut.stages <= part.steps(case)
+            and cut.shared_bytes(case) + cut.barrier_bytes <= limit
         ]
         found |= set(fitting[-1:])
     return sorted(found)

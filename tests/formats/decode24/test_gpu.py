@@ -13,7 +13,7 @@ import secateur as sc
 from secateur.formats import SparseLinear, parse_format
 from secateur.formats.decode24 import Kind
 from secateur.formats.decode24.choose import choose
-from secateur.formats.decode24.config import BUCKETS, STATIC_BYTES, Case, Config
+from secateur.formats.decode24.config import BUCKETS, Case, Config
 from secateur.formats.decode24.cuts import MOST_BYTES, PORTABLE
 from secateur.formats.decode24.multiply import ARGUMENTS, SOURCE, _launch, prepared
 from secateur.formats.decode24.tune import Problem, compile_all, error, problem
@@ -46,7 +46,7 @@ GIVEN = [
     for kind in (Kind.W16, Kind.INT4, Kind.FP8)
     for tokens in (1, 7, 16, 40)
     for case in [Case(kind, kind is Kind.INT4, torch.bfloat16, 1056, 1984, tokens)]
-    if cut.shared_bytes(case.widest) <= MOST_BYTES - STATIC_BYTES
+    if cut.shared_bytes(case.widest) + cut.barrier_bytes <= MOST_BYTES
 ]
 
 
