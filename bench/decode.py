@@ -44,6 +44,10 @@ from bench.shapes import SHAPES, TOKENS_OF_DECODE, layers_of
 from secateur.formats import SparseLinear, parse_format
 from secateur.formats.candidates import first_line
 from secateur.formats.contract import packed_bytes
+from secateur.formats.decode24.arrange import FORMATS as KINDS
+from secateur.formats.decode24.choose import choose
+from secateur.formats.decode24.config import MOST_TOKENS, Case
+from secateur.formats.decode24.tune import compile_all
 from secateur.formats.format import dequantised
 from secateur.formats.pack import packed_linear
 from secateur.kernels.timing import Timing
@@ -218,6 +222,18 @@ def layer_of(name: str, arguments: argparse.Namespace) -> Layer:
     return Layer(name, shape, ready, failed)
 
 
+def compile_ours(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Nothing; compiles all kernels that will be measured, in parallel, before any is needed."""
+    cases = {
+        Case(*KINDS[format], torch.bfloat16, *SHAPES[name], tokens).widest
+        for name in arguments.layers
+        for format in arguments.formats
+        for tokens in arguments.tokens
+        if format in KINDS and tokens <= MOST_TOKENS
+    }
+    compile_all([(case, choose(case, device)) for case in cases], device, None)
+
+
 def _reason(problem: BaseException) -> str:
     """The first sentence of what went wrong."""
     return first_line(problem).partition(". ")[0][:REASON]
@@ -330,6 +346,8 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parsed(words)
     device = torch.device(arguments.device)
     began, path, left = monotonic(), None, list[str]()
+    if device.type == "cuda":
+        compile_ours(arguments, device)
     with torch.no_grad():
         for name in arguments.layers:
             layer = None

@@ -13,7 +13,7 @@ from secateur.cli import options as o
 from secateur.cli.bare import linear_shapes
 from secateur.cli.console import INTERRUPTED, console, emit, failures, say, table
 from secateur.cli.source import find_device
-from secateur.formats.decode24.arrange import Kind
+from secateur.formats.decode24.arrange import FORMATS
 from secateur.formats.decode24.choose import chip, choose, own_table, remember
 from secateur.formats.decode24.config import Case
 from secateur.formats.decode24.multiply import why_not
@@ -22,13 +22,6 @@ from secateur.formats.decode24.tune import tune as measure
 from secateur.report.rows import Row
 
 COLUMNS = ("layer", "tokens", "cut", "us", "TB/s", "second best", "its us")
-FORMATS = {  # name -> how the kernel reads it, and whether groups of 128 columns have scales
-    "semi24": (Kind.W16, False),
-    "semi24_int4": (Kind.INT4, True),
-    "semi24_int4:channel": (Kind.INT4, False),
-    "semi24_int8": (Kind.INT8, False),
-    "semi24_fp8": (Kind.FP8, False),
-}
 DTYPE = torch.bfloat16  # a cut serves float16 as well: the same bytes move
 
 Found = list[tuple[Case, list[Timed]]]

@@ -26,6 +26,14 @@ class Kind(IntEnum):
     INT4 = 3
 
 
+# By the format's name: how the kernel reads it, and whether groups of 128 columns have scales.
+FORMATS = {
+    "semi24": (Kind.W16, False),
+    "semi24_int4": (Kind.INT4, True),
+    "semi24_int4:channel": (Kind.INT4, False),
+    "semi24_int8": (Kind.INT8, False),
+    "semi24_fp8": (Kind.FP8, False),
+}
 VALUE_BYTES = {Kind.W16: 2048, Kind.INT8: 1024, Kind.FP8: 1024, Kind.INT4: 512}
 META_BYTES = 256
 SCALE_BYTES = 32

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.formats import SparseLinear, parse_format
-from secateur.formats.decode24 import Kind
+from secateur.formats.decode24.arrange import FORMATS, Kind
 from secateur.formats.decode24.choose import choose
 from secateur.formats.decode24.config import BUCKETS, Case, Config
 from secateur.formats.decode24.cuts import MOST_BYTES, PORTABLE
@@ -26,13 +26,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-FORMATS = {
-    "semi24": (Kind.W16, False),
-    "semi24_int4": (Kind.INT4, True),
-    "semi24_int4:channel": (Kind.INT4, False),
-    "semi24_int8": (Kind.INT8, False),
-    "semi24_fp8": (Kind.FP8, False),
-}
 DTYPES = (torch.bfloat16, torch.float16)
 SHAPES = ((16, 64), (528, 1984), (1024, 2048))  # least, ragged, even
 TOKENS = (1, 2, 3, 8, 9, 16, 17, 32, 33, 64)
