@@ -105,7 +105,7 @@ def _readable(tensor: Tensor) -> Tensor:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """The device is the current one; nothing to do in most calls, and each 2 us otherwise."""
+    """The device is the current one; most calls have nothing to do for that."""
     if device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
