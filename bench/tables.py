@@ -78,6 +78,20 @@ def cuts_short(results: Path) -> str:
     return "\n".join(map(_cuts_table, short))
 
 
+def grids(results: Path) -> str:
+    """What rounding to each grid costs, a column each kind of weight and way to its scales."""
+    rows = newest(results, "grids")[-1]
+    heads = list(dict.fromkeys((row["weights"], row["scales"]) for row in rows))
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        cells.setdefault(row["grid"], []).append(f"{float(row['error']):.4f}")
+    lines = [_line(["grid", *[f"{weights}, {scales}" for weights, scales in heads]])]
+    lines += [_line(["---"] * (1 + len(heads)))]
+    lines += [_line([f"`{grid}`", *found]) for grid, found in cells.items()]
+    origin = f"torch {rows[0]['torch']}, commit {rows[0]['commit']}, `python -m bench.grids`."
+    return "\n".join([*lines, "", origin]) + "\n"
+
+
 def _cuts_table(rows: Rows) -> str:
     tokens = sorted({int(row["tokens"]) for row in rows})
     best: dict[tuple[str, str], dict[int, Mapping[str, str]]] = {}
@@ -224,6 +238,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cuts-short": cuts_short,
     "decode": decode,
     "decode-short": decode_short,
+    "grids": grids,
     "linear-cpu": linear_cpu,
     "linear-cpu-all": linear_cpu_all,
 }

@@ -528,3 +528,19 @@ def test_the_cost_models_fit_finds_the_coefficients_it_was_made_with() -> None:
     for case, cut, us in made[::50]:
         again = sum(c * q for c, q in zip(found, quantities(case, cut), strict=True))
         assert again == pytest.approx(us, rel=0.02)
+
+
+def test_grids_lose_less_with_searched_scales(tmp_path: Path) -> None:
+    from bench import grids
+
+    grids.main(["--output", str(tmp_path)])
+    (path,) = tmp_path.glob("grids_*.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(r["weights"], r["grid"], r["scales"]): float(r["error"]) for r in rows}
+    assert len(found) == 16
+    for (name, grid, way), lost in found.items():
+        if way == "searched":
+            assert lost <= found[name, grid, "largest"]
+    assert 0.08 < found["normal", "Int4()", "searched"] < 0.083
+    assert "| `Int8()` | 0.0066 | 0.0066 |" in tables.grids(tmp_path)
