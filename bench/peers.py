@@ -180,7 +180,7 @@ def sparse_marlin(weight: Tensor, x: Tensor, library: Path) -> Candidate:
 
         def run(x: Tensor) -> Tensor:
             result = x.new_empty(len(x), out)
-            inputs = (values, x, metadata, result, scales)
+            inputs = (x, values, metadata, result, scales)
             stream = torch.cuda.current_stream(x.device).cuda_stream
             sizes = (out, len(x), width, locks.data_ptr(), GROUP, x.device.index, stream)
             failed = launch(*(tensor.data_ptr() for tensor in inputs), *sizes)

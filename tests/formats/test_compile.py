@@ -122,6 +122,19 @@ def check_a_weight_can_be_asked_for_its_dtype() -> None:
     assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
 
 
+def check_decode_on_a_gpu() -> None:
+    """The default compiler around the decode kernel, with what can be fused left to it."""
+    for format in ("semi24", "semi24_int4"):
+        layer = sparse_linear(format, 128, 256, torch.bfloat16)
+        norm = nn.LayerNorm(256, dtype=torch.bfloat16)
+        model = nn.Sequential(norm, layer, nn.GELU()).cuda().eval()
+        assert layer.dispatch.startswith("decode<=64"), layer.dispatch
+        x = tokens_in(5, 256, dtype=torch.bfloat16).cuda()
+        with torch.no_grad():
+            compiled, eager = torch.compile(model, fullgraph=True)(x), model(x)
+        assert torch.allclose(compiled, eager, rtol=2e-2, atol=2e-2)
+
+
 def check_import_is_cheap() -> None:
     """The formats import neither a kernel language nor a model library, beyond what torch does."""
     heavy = ("triton", "cuda", "transformers", "scipy", "pandas")
@@ -138,11 +151,14 @@ CHECKS: dict[str, Callable[[], None]] = {
         check_dispatch_is_not_baked_in,
         check_a_weight_can_be_asked_for_its_dtype,
         check_inductor,
+        check_decode_on_a_gpu,
     )
 }
 
 
 SLOW = "inductor"  # half a minute, most of it the C++ compiler
+ON_GPU = "decode_on_a_gpu"
+IN_ONE_PROCESS = [name for name in CHECKS if name not in (SLOW, ON_GPU)]
 
 
 def run_apart(*names: str) -> str:
@@ -154,10 +170,10 @@ def run_apart(*names: str) -> str:
 
 @pytest.fixture(scope="module")
 def printed() -> str:
-    return run_apart(*[name for name in CHECKS if name != SLOW])
+    return run_apart(*IN_ONE_PROCESS)
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKS if name != SLOW])
+@pytest.mark.parametrize("name", IN_ONE_PROCESS)
 def test_in_a_plain_process(name: str, printed: str) -> None:
     assert f"{name} holds" in printed.splitlines(), printed[-3000:]
 
@@ -166,6 +182,13 @@ def test_in_a_plain_process(name: str, printed: str) -> None:
 def test_inductor_in_a_plain_process() -> None:
     printed = run_apart(SLOW)
     assert f"{SLOW} holds" in printed.splitlines(), printed[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_in_a_plain_process() -> None:
+    printed = run_apart(ON_GPU)
+    assert f"{ON_GPU} holds" in printed.splitlines(), printed[-3000:]
 
 
 if __name__ == "__main__":

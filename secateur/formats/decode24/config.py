@@ -14,9 +14,12 @@ TOKEN_TILE = 8
 RESERVED_BYTES = 1024  # of each CTA's shared memory, for the system
 SM_BYTES = 228 * 1024  # of shared memory on sm_80, sm_90 and sm_100
 REGISTERS = 65536  # of an SM
+HELD = 16  # by a thread beside its sums and weights, about; the compiler can do with a few less
 COPY_BYTES = 128  # bulk copies are slower to places that are not aligned to it
 ATOM_BYTES = 1024  # wgmma's swizzled operand starts at a multiple of it
-EARLY, AFTER_X, LATE = 0, 1, 2  # when the next kernel's CTAs may start
+# When the next kernel's CTAs may start: at once; when this one's activations are there; after its
+# loop; or when the kernel before releases it, so that they come about when its activations do.
+EARLY, AFTER_X, LATE, RELEASED = 0, 1, 2, 3
 
 
 BUCKETS = (2, 8, 16, 32, 64)
@@ -140,8 +143,9 @@ class Config:
         chunk = _aligned(self.units * case.unit_bytes)
         ring = self.warps * self.stages * self.tiles * chunk
         parts = ceil(self.tiles_of_cluster * max(1, case.token_tiles // 2) / self.cluster)
-        row = 2 if case.pairs == 1 else 10 if case.token_tiles == 1 else 20
-        sums = parts * self.cluster * self.splits * UNIT_ROWS * 4 * row
+        positions = 2 if case.pairs == 1 else TOKEN_TILE * min(case.token_tiles, 2)
+        rows = UNIT_ROWS if case.pairs == 1 else UNIT_ROWS + 2
+        sums = parts * self.cluster * self.splits * rows * 4 * positions
         x_unit = TOKEN_TILE * case.token_tiles * 2 * UNIT_COLUMNS
         slack = ATOM_BYTES if self.warpgroup else COPY_BYTES
         if self.x_stages:
@@ -180,10 +184,14 @@ class Config:
         """About how many a thread needs: its sums, and what a unit's multiplication holds."""
         sums = 4 * case.token_tiles
         raw = VALUE_BYTES[case.kind] // 128 + 3
-        held = 56 + self.tiles * (sums + (1 + self.ahead) * raw * self.units)
+        held = HELD + self.tiles * (sums + (1 + self.ahead) * raw * self.units)
         if self.warpgroup:
-            return held + 8 + (sums if case.grouped else 0)
+            return held + 20 + (sums if case.grouped else 0)
         return held + 16 * min(case.token_tiles, 2)
+
+    def most_registers(self, blocks: int) -> int:
+        """That a thread can have where so many CTAs share an SM, given out by four warps."""
+        return min(255, REGISTERS // (blocks * 128 * ceil(self.warps / 4)) // 8 * 8)
 
     def blocks(self, case: Case) -> int:
         """CTAs that share an SM: two, where one of the next kernel's can stand beside this one.
@@ -192,7 +200,7 @@ class Config:
         """
         whole = self.shared_bytes(case) + self.barrier_bytes + RESERVED_BYTES
         fits = whole <= SM_BYTES // 2
-        return 2 if fits and 2 * self.threads * self.registers(case) <= REGISTERS else 1
+        return 2 if fits and self.registers(case) <= self.most_registers(2) else 1
 
 
 def _aligned(nbytes: int) -> int:

@@ -10,7 +10,7 @@ from secateur.formats.decode24.config import (
     AFTER_X,
     EARLY,
     LATE,
-    REGISTERS,
+    RELEASED,
     RESERVED_BYTES,
     SM_BYTES,
     Case,
@@ -22,7 +22,7 @@ MOST_BYTES = 227 * 1024  # of shared memory that a CTA may ask for on sm_90 and 
 # compiles for them and has not been run yet, so that `why_not` refuses them.
 PORTABLE = Config(1, 4, 1, 1, 1, 3, AFTER_X, 3)
 CLUSTERS = (1, 2, 4, 8)
-WASTES = (1.16, 2.0, 8.0)  # how much more than its share an SM may do; the first that leaves a cut
+WASTES = (1.36, 2.0, 8.0)  # how much more than its share an SM may do; the first that leaves a cut
 COARSE = 1.34  # times that where rows go by 64, for warpgroups
 MOST_WAVES = 64
 MOST_STAGES = 8
@@ -72,25 +72,16 @@ def _deep(case: Case, part: Config, waste: float) -> Iterator[Config]:
     if ceil(case.units / slices) * slices > waste * case.units:
         return
     few = case.tokens <= 2
+    triggers = (EARLY, RELEASED) if few else (RELEASED, AFTER_X, LATE)[: 2 + (case.tokens > 16)]
     for units in (1,) if case.kind is Kind.W16 else (1, 2) if case.tokens > 8 else (1, 2, 4):
         if part.x_stages and units * part.splits > 4:
             continue
         for stages in _depths(case, replace(part, units=units)):
-            for trigger in (EARLY, AFTER_X) if few else (AFTER_X, LATE):
+            for trigger in triggers:
                 for ahead in (0, 1) if few and case.kind is not Kind.W16 else (0,):
                     cut = replace(part, units=units, stages=stages, trigger=trigger, ahead=ahead)
-                    if _fits_registers(case, cut):
+                    if cut.registers(case) <= cut.most_registers(cut.blocks(case)):
                         yield cut
-
-
-def _fits_registers(case: Case, cut: Config) -> bool:
-    """Whether a thread can have the registers that it is thought to need.
-
-    The compiler shares out an SM's registers to whole groups of four warps, eight registers a time.
-    """
-    warps = ceil(cut.warps / 4) * 4 * cut.blocks(case)
-    most = min(255, REGISTERS // (32 * warps) // 8 * 8)
-    return cut.registers(case) <= most
 
 
 def _depths(case: Case, part: Config) -> list[int]:

@@ -74,14 +74,14 @@ constexpr int X_BLOCK_BYTES = X_UNIT_BYTES / 2;                // wgmma: 64 colu
 
 // Sums on their way, in parts of 16 rows x 16 tokens (8, or 2, where there are no more), one from each
 // slice. A lane sends what it has of a row in one piece: the two tokens 2t, 2t+1 of one token tile, or
-// of two tiles together. Rows are padded so that they start in different banks.
+// of two tiles together. The upper eight rows, and the next part, start in other banks than the lower.
 constexpr int TILES_IN_PART = NT == 1 ? 1 : 2;
 constexpr int PARTS = TILES * NT / TILES_IN_PART;
 constexpr int OWNED = (PARTS + S - 1) / S;
 constexpr int SENT = 2 * TILES_IN_PART;                        // floats of a lane's piece
-constexpr int ROW_FLOATS = PAIRS == 1 ? 2 : NT == 1 ? 10 : 20;
-constexpr int PART_BYTES = 16 * ROW_FLOATS * 4;
 constexpr int POSITIONS = SENT * PAIRS;                        // of a row: the part's tokens
+constexpr int EIGHT_ROWS = (8 + (PAIRS > 1)) * POSITIONS * 4;  // bytes
+constexpr int PART_BYTES = 2 * EIGHT_ROWS;
 // Rows that a thread adds up and stores at once: as many as leave work for every thread.
 constexpr int most_rows(int run) {
     return run > 2 && OWNED * POSITIONS * 16 / run < THREADS ? most_rows(run / 2) : run;
@@ -118,6 +118,15 @@ struct Unit {
         for (int i = 0; i < VALUE_BYTES / 512; ++i) values[i] = load_shared_128(unit + 512 * i + 16 * lane);
         metadata = load_shared_64(unit + VALUE_BYTES + 8 * lane);
         if constexpr (GROUPED) scales = load_shared_32(unit + VALUE_BYTES + META_BYTES + lane / 4 * 4);
+    }
+
+    // A word that is known only when every load has arrived.
+    __device__ __forceinline__ u32 any() const {
+        u32 word = metadata.x;
+        if constexpr (GROUPED) word ^= scales;
+        #pragma unroll
+        for (int i = 0; i < VALUE_BYTES / 512; ++i) word ^= values[i].x;
+        return word;
     }
 };
 
@@ -351,7 +360,8 @@ __device__ __forceinline__ void store_result(
     *reinterpret_cast<Numbers<COUNT>*>(y) = result;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
+// Registers are shared out to four warps at a time.
+extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS) decode(
     const u16* __restrict__ x,             // [M, K]
     const u8* __restrict__ weight,         // [N / 16, units, UNIT_BYTES]
     const u16* __restrict__ row_scales,    // [N], or null: 1
@@ -408,10 +418,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
     // Units of step i: CU, but for the last.
     auto units_of = [&](int i) { return EVEN ? CU : min(CU, last - first - i * STEP_UNITS); };
 
-    // Starts the copies of step i into its stage; for bulk copies, called by one lane.
-    auto fetch = [&](int i, int stage_index) {
+    // Starts the copies of step i into its stage, once `after` is known; for bulk copies, called by one lane.
+    auto fetch = [&](int i, int stage_index, u32 after) {
         const int count = units_of(i);
-        const u32 stage = ring + stage_index * STAGE_BYTES;
+        const u32 stage = ring + stage_index * STAGE_BYTES + (after & K >> 31);   // K is no negative number
         const u32 offset = i * STEP_UNITS * UNIT_BYTES;        // of a row tile: below 2^31
 #if PORTABLE
         #pragma unroll
@@ -428,8 +438,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
 #endif
     };
 
-    // Reads step i from its stage, whole, and starts to fill the stage again. Where there are fewer
-    // units, what lies behind them is read in vain.
+    // Reads step i from its stage, whole. Where there are fewer units, what lies behind them is read
+    // in vain.
     Unit unit[CU][MT];
     auto take = [&](int i, int stage_index, u32 parity) {
 #if !PORTABLE
@@ -440,10 +450,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
             #pragma unroll
             for (int m = 0; m < MT; ++m)
                 unit[c][m].load(ring + stage_index * STAGE_BYTES + m * CHUNK_BYTES + c * UNIT_BYTES, lane);
+    };
+
+    // Starts to fill again the stage that step i was read from. A load that has been issued can still
+    // be in a queue when the copy writes, whatever is synchronised between them, so the copy is made to
+    // depend on what was loaded.
+    auto refill = [&](int i, int stage_index) {
 #if !PORTABLE
         if constexpr (REFILL) {
-            __syncwarp();                  // all lanes have read the stage
-            if (i + ST < steps && one_lane()) fetch(i + ST, stage_index);
+            u32 loaded = 0;
+            #pragma unroll
+            for (int c = 0; c < CU; ++c)
+                #pragma unroll
+                for (int m = 0; m < MT; ++m) loaded ^= unit[c][m].any();
+            __syncwarp();
+            if (i + ST < steps && one_lane()) fetch(i + ST, stage_index, loaded);
         }
 #endif
     };
@@ -460,7 +481,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
     if (one_lane()) {
         #pragma unroll
         for (int i = 0; i < ST; ++i)
-            if (i < steps) fetch(i, i);
+            if (i < steps) fetch(i, i, 0);
     }
     __syncwarp();
     if (S > 1 && threadIdx.x == 0) {       // the bytes that come from other CTAs
@@ -477,8 +498,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
 #if !STREAM
     const Walk walk((to - from) * 16);
 #endif
-    if (AHEAD && steps > 0) take(0, 0, 0);
+    if (AHEAD && steps > 0) take(0, 0, 0), refill(0, 0);
     wait_for_predecessor();
+    if constexpr (TRIGGER == 3) launch_dependents();
 #endif
 
 #if !WGMMA
@@ -499,7 +521,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
     for (int i = 0; i < XST - 1; ++i) {
         if (i < steps) {
 #if PORTABLE
-            fetch(i, i);
+            fetch(i, i, 0);
 #endif
             load_streamed(x_shared + i * X_STAGE_BYTES, x, M, K, (from + i * STEP_UNITS) * UNIT_COLUMNS);
         }
@@ -534,14 +556,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
             const int next = i + XST - 1;
             if (next < steps) {
 #if PORTABLE
-                fetch(next, next % XST);
+                fetch(next, next % XST, 0);
 #endif
                 load_streamed(x_shared + next % XST * X_STAGE_BYTES, x, M, K, (from + next * STEP_UNITS) * UNIT_COLUMNS);
             }
             commit_copies();
             x_bytes = i % XST * X_STAGE_BYTES + warp_slice * CU * X_UNIT_BYTES;
 #endif
-            if constexpr (!AHEAD) take(i, st, parity);
+            if constexpr (!AHEAD) take(i, st, parity), refill(i, st);
             Unit now[CU][MT];
             #pragma unroll
             for (int c = 0; c < CU; ++c)
@@ -558,6 +580,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
                 multiply_units(acc, now[c], activations, x_bytes + c * (STREAM ? X_UNIT_BYTES : 2 * UNIT_COLUMNS));
 #endif
             }
+            if constexpr (AHEAD)
+                if (i + 1 < steps) refill(i + 1, (st + 1) % ST);
         }
     }
 
@@ -583,8 +607,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
             const int pair = lane % 4;
             if (8 * nt + 2 * pair >= M) continue;
             const u32 at = sums + (part / S * SLICES + slice) * PART_BYTES
-                         + (lane / 4 * ROW_FLOATS + SENT * pair) * 4;
-            constexpr int EIGHT_ROWS = 8 * ROW_FLOATS * 4;
+                         + (lane / 4 * POSITIONS + SENT * pair) * 4;
             const float(&one)[4] = acc[m][nt];
             const float(&two)[4] = acc[m][nt + TILES_IN_PART - 1];
             const u32 owner = part % S;
@@ -631,13 +654,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
         const int token = part * TILES_IN_PART % NT * 8
                         + (NT == 1 ? position : position / 4 * 2 + position % 4 / 2 * 8 + position % 2);
         if (part >= PARTS || n >= N || token >= M) continue;
-        const u32 at = sums + local * SLICES * PART_BYTES + (row * ROW_FLOATS + position) * 4;
+        const u32 at = sums + local * SLICES * PART_BYTES
+                     + row / 8 * EIGHT_ROWS + (row % 8 * POSITIONS + position) * 4;
         float sum[RUN] = {};
         #pragma unroll
         for (int p = 0; p < SLICES; ++p)
             #pragma unroll
             for (int r = 0; r < RUN; ++r)
-                sum[r] += load_shared_float(at + p * PART_BYTES + r * ROW_FLOATS * 4);
+                sum[r] += load_shared_float(at + p * PART_BYTES + r * POSITIONS * 4);
         store_result<RUN>(y + static_cast<size_t>(token) * N + n, sum, row_scales, bias, n);
     }
 }

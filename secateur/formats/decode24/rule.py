@@ -1,16 +1,16 @@
 """A cut for a layer that nobody measured: the one that a small cost model likes best.
 
 The model is a sum of what a cut costs, each term a quantity that can be read off the cut. Its
-coefficients were fitted to 4,200 timings on an H200, of four layers and 1 to 64 tokens
-(`python -m bench.cuts`). On those the cut it chooses takes 4 to 7 % longer, in the mean, than the
-best that was measured, and 40 % at the worst; `secateur tune` finds that one.
+coefficients were fitted to 9,900 timings on an H200, of four layers and 1 to 64 tokens
+(`python -m bench.cuts`). On those the cut it chooses takes 6 to 13 % longer, in the mean, than the
+best that was measured, and 56 % at the worst; `secateur tune` finds that one.
 """
 
 from math import ceil
 from typing import NamedTuple
 
 from secateur.formats.decode24.arrange import UNIT_COLUMNS, UNIT_ROWS
-from secateur.formats.decode24.config import AFTER_X, EARLY, Case, Config
+from secateur.formats.decode24.config import EARLY, RELEASED, Case, Config
 from secateur.formats.decode24.cuts import CLUSTERS, cuts
 
 # Clusters of 4 and 8 leave SMs over where a GPC's SMs are no multiple: 30 of 33 and 15 of 16 places
@@ -40,20 +40,20 @@ class Costs(NamedTuple):
 
 COSTS = {  # for up to so many tokens: python -m bench.cuts
     2: Costs(
-        1.2, 0.0208, 0.0267, 0.0, 0.00616, 0.022, 0.0297,
-        0.0391, 0.00624, 0.361, 0.00299, 0.0, 0.0, 0.168,
+        1.43, 0.0195, 0.021, 0.0, 0.000454, 0.0122, 0.0311, 0.131,
+        0.00712, 0.264, 0.0, 0.0, 0.0, 0.0706,
     ),
     8: Costs(
-        1.59, 0.019, 0.0126, 0.0, 0.0151, 0.0474, 0.059,
-        0.0163, 0.00299, 0.391, 0.398, 0.249, 0.135, 0.0,
+        1.32, 0.0187, 0.0168, 0.0101, 0.00251, 0.0363, 0.0394, 0.142,
+        0.0029, 0.408, 0.197, 0.457, 0.0, 0.0,
     ),
     16: Costs(
-        1.51, 0.0142, 0.0116, 0.0122, 0.00686, 0.0664, 0.0889,
-        0.0, 0.00322, 0.435, 0.157, 0.769, 0.0, 0.0,
+        1.58, 0.0153, 0.01, 0.0147, 0.0, 0.0453, 0.0874, 0.0198,
+        0.00383, 0.321, 0.166, 0.695, 0.0, 0.0,
     ),
     64: Costs(
-        0.953, 0.0063, 0.00615, 0.0075, 0.0206, 0.102, 0.154,
-        0.0293, 0.00281, 0.291, 0.0, 0.261, 1.11, 0.0,
+        1.24, 0.00708, 0.00561, 0.0106, 0.00705, 0.0907, 0.156, 0.0436,
+        0.00269, 0.315, 0.262, 0.162, 0.945, 0.0,
     ),
 }  # fmt: skip
 
@@ -80,7 +80,7 @@ def quantities(case: Case, cut: Config) -> tuple[float, ...]:
     row_bytes = 4 * 2 if case.pairs == 1 else 4 * 8 * min(case.token_tiles, 2)
     parts = ceil(cut.tiles_of_cluster * max(1, case.token_tiles // 2) / cut.cluster)
     sums = 2 * parts * cut.cluster * cut.splits * UNIT_ROWS * row_bytes / KB
-    best_trigger = EARLY if case.tokens <= 2 else AFTER_X
+    best_trigger = EARLY if case.tokens <= 2 else RELEASED
     return (
         1.0,
         cut.tiles_of_cluster * units * case.unit_bytes / KB,

@@ -1,5 +1,6 @@
 """Measures cuts of the decode kernel on this device and keeps the fastest for each case."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -92,8 +93,17 @@ def _measured(problem: "Problem", drawn: Sequence[Config], device: torch.device)
     for cut in drawn:
         try:
             launch = prepared(problem.case.widest, cut, device)
-            if error(problem, launch, device) < LARGEST_ERROR:
+            wrong_by = error(problem, launch, device)
+            if wrong_by < LARGEST_ERROR:
                 timed.append(Timed(cut, chain(problem, launch, device)))
+            else:
+                warnings.warn(
+                    f"cut {cut} of {problem.case.weight} at {problem.case.tokens} tokens is wrong "
+                    f"by {wrong_by:.1e}, where {LARGEST_ERROR:.0e} is allowed: it is left out; "
+                    "please report it",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
         except RuntimeError as refused:  # more shared memory than this device has
             if "CUDA error" in str(refused):
                 raise

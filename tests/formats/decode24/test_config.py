@@ -67,7 +67,7 @@ def test_shared_memory_of_a_resident_cut() -> None:
     assert RESIDENT.shared_bytes(case(tokens=1)) == 128 + 4224 + ring + sums  # 16 x 256 + 16
     assert RESIDENT.shared_bytes(case(tokens=2)) == 128 + 8320 + ring + sums
     eight = 8 * (16 * 256 + 16)
-    assert RESIDENT.shared_bytes(case(tokens=8)) == 128 + eight + ring + 2 * 4 * 16 * 10 * 4
+    assert RESIDENT.shared_bytes(case(tokens=8)) == 128 + eight + ring + 2 * 4 * 18 * 8 * 4
 
 
 def test_shared_memory_of_a_streamed_cut() -> None:
@@ -76,23 +76,23 @@ def test_shared_memory_of_a_streamed_cut() -> None:
     activations, ring = 3 * 64 * 256, 8 * 3 * 2304
     assert STREAMED.shared_bytes(wide) == 1024 + activations + ring
     shallow = replace(STREAMED, stages=1, x_stages=2, tiles=2)
-    sums = (16 * 4 // 2) * 2 * 16 * 20 * 4  # a CTA's parts, two slices, 16 rows of 20 floats
+    sums = (16 * 4 // 2) * 2 * 18 * 16 * 4  # a CTA's parts, two slices, 18 rows of 16 floats
     assert 2 * 64 * 256 + 8 * 2 * 2304 < sums  # two stages, and eight rings of one
     assert shallow.shared_bytes(wide) == 1024 + sums
     whole = replace(STREAMED, x_stages=0)  # resident and by warpgroups: 16 units, not padded
-    assert whole.shared_bytes(wide) == 1024 + 16 * 64 * 256 + ring + 16 * 2 * 16 * 20 * 4
+    assert whole.shared_bytes(wide) == 1024 + 16 * 64 * 256 + ring + 16 * 2 * 18 * 16 * 4
 
 
 def test_two_blocks_where_memory_and_registers_allow() -> None:
     one = case(tokens=1)
-    assert RESIDENT.registers(one) == 56 + (4 + 7) + 16
+    assert RESIDENT.registers(one) == 16 + (4 + 7) + 16
     assert RESIDENT.blocks(one) == 2
-    assert replace(RESIDENT, ahead=1).registers(one) == 56 + (4 + 14) + 16
-    assert replace(RESIDENT, warp_rows=8).blocks(one) == 1  # 2 x 512 threads x 83 registers
+    assert replace(RESIDENT, ahead=1).registers(one) == 16 + (4 + 14) + 16
+    assert replace(RESIDENT, warp_rows=8, tiles=5, stages=1).blocks(one) == 1  # 87 registers
     assert replace(RESIDENT, stages=16).blocks(one) == 1  # 119 KB
     wide = case(Kind.W16, tokens=64)
-    assert STREAMED.registers(wide) == 56 + (32 + 19) + 8
-    assert STREAMED.registers(case(tokens=64)) == 56 + (32 + 7) + 8 + 32  # a unit's own sums
+    assert STREAMED.registers(wide) == 16 + (32 + 19) + 20
+    assert STREAMED.registers(case(tokens=64)) == 16 + (32 + 7) + 20 + 32  # a unit's own sums
 
 
 def test_the_macros() -> None:

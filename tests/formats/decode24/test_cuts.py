@@ -29,7 +29,7 @@ def test_every_cut_can_be_launched(
     assert found and len(set(found)) == len(found)
     for cut in found:
         assert cut.shared_bytes(layer) + cut.barrier_bytes <= MOST_BYTES
-        assert cut.threads * cut.registers(layer) <= REGISTERS
+        assert cut.threads * cut.registers(layer) * cut.blocks(layer) <= REGISTERS
         assert 4 <= cut.warps <= (20 if cut.warpgroup else 16)
         assert 1 <= cut.stages <= cut.steps(layer)
         assert cut.clusters(layer) <= H200[cut.cluster], "one wave"

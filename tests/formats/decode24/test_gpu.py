@@ -243,16 +243,6 @@ def test_layers_of_different_formats_in_one_chain() -> None:
 # ---- through SparseLinear -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["semi24", "semi24_int4"])
-def test_compiles_whole(format: str) -> None:
-    layer = layer_of(format, torch.bfloat16, (1024, 2048))
-    model = nn.Sequential(nn.LayerNorm(2048, device="cuda", dtype=torch.bfloat16), layer, nn.GELU())
-    x = inputs(5, 2048, torch.bfloat16)
-    compiled = torch.compile(model, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
-
-
 def test_a_captured_layer_reads_its_input_anew() -> None:
     layer = layer_of("semi24_int4", torch.bfloat16, (1024, 2048))
     x = inputs(3, 2048, torch.bfloat16)
@@ -271,7 +261,7 @@ def test_an_uncompiled_kernel_is_refused_in_a_capture() -> None:
     x = inputs(1, 320, torch.bfloat16)
     _load.cache_clear()  # another layer may have loaded the same kernel
     with pytest.raises(RuntimeError, match="warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        layer(x)
+        layer(x * 1)  # torch warns of a graph with nothing in it
     held_to_float64(layer, x)
 
 
