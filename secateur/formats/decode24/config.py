@@ -14,7 +14,7 @@ TOKEN_TILE = 8
 RESERVED_BYTES = 1024  # of each CTA's shared memory, for the system
 SM_BYTES = 228 * 1024  # of shared memory on sm_80, sm_90 and sm_100
 REGISTERS = 65536  # of an SM
-HELD = 16  # by a thread beside its sums and weights, about; the compiler can do with a few less
+HELD = 12  # by a thread beside its sums and weights, about; the compiler can do with a few less
 COPY_BYTES = 128  # bulk copies are slower to places that are not aligned to it
 ATOM_BYTES = 1024  # wgmma's swizzled operand starts at a multiple of it
 # When the next kernel's CTAs may start: at once; when this one's activations are there; after its
@@ -186,7 +186,8 @@ class Config:
         raw = VALUE_BYTES[case.kind] // 128 + 3
         held = HELD + self.tiles * (sums + (1 + self.ahead) * raw * self.units)
         if self.warpgroup:
-            return held + 20 + (sums if case.grouped else 0)
+            addresses = 20 if case.token_tiles <= 2 else 48
+            return held + addresses + (sums if case.grouped else 0)
         return held + 16 * min(case.token_tiles, 2)
 
     def most_registers(self, blocks: int) -> int:
