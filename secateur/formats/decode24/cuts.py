@@ -73,7 +73,7 @@ def _deep(case: Case, part: Config, waste: float) -> Iterator[Config]:
         return
     few = case.tokens <= 2
     triggers = (EARLY, RELEASED) if few else (RELEASED, AFTER_X, LATE)[: 2 + (case.tokens > 16)]
-    for units in (1,) if case.kind is Kind.W16 else (1, 2) if case.tokens > 8 else (1, 2, 4):
+    for units in (1, 2, 4) if case.tokens <= 8 and case.kind is not Kind.W16 else (1, 2):
         if part.x_stages and units * part.splits > 4:
             continue
         for stages in _depths(case, replace(part, units=units)):

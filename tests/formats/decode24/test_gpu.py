@@ -1,7 +1,6 @@
 """The decode kernel on a GPU: every format, number type and token count, alone and in chains."""
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from secateur.formats.decode24.arrange import FORMATS, Kind
 from secateur.formats.decode24.choose import choose
 from secateur.formats.decode24.config import BUCKETS, Case, Config
 from secateur.formats.decode24.cuts import MOST_BYTES, PORTABLE
-from secateur.formats.decode24.multiply import ARGUMENTS, SOURCE, _launch, prepared
+from secateur.formats.decode24.multiply import ARGUMENTS, SOURCE, prepared
 from secateur.formats.decode24.tune import Problem, compile_all, error, problem
 from secateur.formats.format import dequantised
 from secateur.formats.pack import packed_linear
@@ -319,9 +318,3 @@ def test_every_kind_of_cut_is_right(case: Case, cut: Config) -> None:
         pytest.skip("needs sm_90 for wgmma")
     launch = prepared(case.widest, cut, device())
     assert error(problem(case, device(), 1), launch, device()) < 2.5e-3
-
-
-@pytest.fixture(autouse=True)
-def _fresh_launches() -> Iterator[None]:
-    yield
-    _launch.cache_clear()
