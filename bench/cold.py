@@ -1,28 +1,24 @@
-"""Chains of launches, each on another copy of a weight, so that no cache holds what is read.
+"""Candidates of the GPU benches, timed by the library's chains of launches with cold weights.
 
-A model's layers take turns, so a weight is cold when its layer runs. One weight timed over and over
-would be read from the L2 cache; flushing the cache by writes leaves lines whose write-back competes
-with what is timed. So a chain rotates over copies of 1.3 GB together, in one CUDA graph, and the
-time of one launch is that of the graph over its launches.
+The chains and their timing are `secateur.kernels.timing`, which says why. Here a chain rotates over
+copies of 1.3 GB together, and lasts about 3 ms.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
-from statistics import median, quantiles
-from time import perf_counter
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from secateur.kernels.timing import Timing
+from secateur.kernels import timing
+from secateur.kernels.timing import Chain, in_turns
 
 COLD_BYTES = 1_300_000_000  # of all copies together: 20x the L2 cache of an H200
 MOST_LAUNCHES = 260  # what fills COLD_BYTES with the smallest layer in int4
 CHAIN_BYTES = 13_500_000_000  # a chain reads no more: 3 ms at 4.5 TB/s
 ROUNDS = 15
-WARM_UP_ROUNDS = 2
 
 Run = Callable[..., Tensor]
 Tuned = tuple[Sequence[Run], str]
@@ -55,15 +51,6 @@ class Candidate:
     around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Launches one after another: `replay()` starts all, `result()` is what the last one wrote."""
-
-    replay: Callable[[], object]
-    result: Callable[[], Tensor]
-    launches: int
-
-
 def copies_for(nbytes: int, memory: int) -> int:
     """How many copies of a weight of these bytes to rotate over, within `memory` bytes."""
     return max(1, min(-(-COLD_BYTES // nbytes), MOST_LAUNCHES, memory // nbytes))
@@ -79,34 +66,14 @@ def launches_for(nbytes: int, copies: int) -> int:
 
 
 def chain(runs: Sequence[Run], x: Tensor, launches: int) -> Chain:
-    """The launches on x, rotating over the copies: one CUDA graph, or plain calls on a CPU."""
-    return _captured(runs, x, launches) if x.is_cuda else _called(runs, x, launches)
+    """The launches on x, rotating over the copies: one CUDA graph, or plain calls on a CPU.
 
-
-def in_turns(
-    chains: Mapping[str, Chain], device: torch.device, rounds: int = ROUNDS
-) -> dict[str, Timing]:
-    """The timing of one launch of each chain.
-
-    Chains take turns within a round, and each round starts with the next one, so that drift of the
-    clocks falls on all alike. A GPU is never waited for in between, so that it is never idle.
+    Raises: RuntimeError on a GPU if they cannot be captured: a row is device time.
     """
-    names = list(chains)
-    spans: dict[str, list[tuple[object, object]]] = {name: [] for name in names}
-    for number in range(-WARM_UP_ROUNDS, rounds):
-        first = number % len(names) if names else 0
-        for name in names[first:] + names[:first]:
-            begin = _mark(device)
-            chains[name].replay()
-            end = _mark(device)
-            if number >= 0:
-                spans[name].append((begin, end))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return {
-        name: _timing([_us(*span) / chains[name].launches for span in spans[name]])
-        for name in names
-    }
+    made = timing.chain([partial(run, x) for run in runs], x.device, launches)
+    if x.is_cuda and not made.captured:
+        raise RuntimeError("cannot be captured in a CUDA graph")
+    return made
 
 
 def product(x: Tensor, weight: Tensor, rows: int = 4096) -> Tensor:
@@ -129,55 +96,26 @@ def error_of_one(run: Run, x: Tensor, exact: Tensor) -> float:
 
 def error_of_last(chain: Chain, exact: Tensor) -> float:
     """The error of the last launch of one replay, into memory that held nan."""
-    chain.result().fill_(torch.nan)
+    _result(chain).fill_(torch.nan)
     chain.replay()
-    return error(chain.result(), exact)
+    return error(_result(chain), exact)
 
 
-def _captured(runs: Sequence[Run], x: Tensor, launches: int) -> Chain:
-    stream, graph = _stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, allocates workspaces, loads modules
-        for run in runs:
-            run(x)
-    torch.cuda.synchronize(x.device)
-    with torch.cuda.graph(graph, stream=stream):
-        for number in range(launches):
-            result = runs[number % len(runs)](x)
-    return Chain(graph.replay, lambda: result, launches)
+def _result(chain: Chain) -> Tensor:
+    result = chain.result()
+    assert isinstance(result, Tensor)
+    return result
 
 
-def _called(runs: Sequence[Run], x: Tensor, launches: int) -> Chain:
-    last = [runs[0](x)]
-
-    def replay() -> None:
-        for number in range(launches):
-            last[0] = runs[number % len(runs)](x)
-
-    return Chain(replay, lambda: last[0], launches)
-
-
-@cache
-def _stream() -> torch.cuda.Stream:
-    """The one stream that captures, so that libraries hold one workspace."""
-    return torch.cuda.Stream()
-
-
-def _mark(device: torch.device) -> object:
-    if device.type != "cuda":
-        return perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _us(begin: object, end: object) -> float:
-    if isinstance(begin, float) and isinstance(end, float):
-        return 1e6 * (end - begin)
-    assert isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
-    return 1e3 * float(begin.elapsed_time(end))
-
-
-def _timing(times_us: list[float]) -> Timing:
-    low, _, high = quantiles(times_us, n=4, method="inclusive")
-    return Timing(median_us=median(times_us), low_us=low, high_us=high, rounds=len(times_us))
+__all__ = [
+    "Candidate",
+    "Chain",
+    "chain",
+    "copies_for",
+    "error",
+    "error_of_last",
+    "error_of_one",
+    "in_turns",
+    "launches_for",
+    "product",
+]

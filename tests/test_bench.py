@@ -288,7 +288,7 @@ def test_the_fastest_right_algorithm_is_searched(monkeypatch: pytest.MonkeyPatch
     x, exact = torch.ones(2, 4), torch.ones(2, 4, dtype=torch.float64)
     asked: list[peers.Setting] = []
     now = [0.0]
-    monkeypatch.setattr(cold, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("secateur.kernels.timing.perf_counter", lambda: now[0])
 
     def run(x: Tensor, setting: peers.Setting) -> Tensor:
         asked.append(setting)

@@ -14,11 +14,12 @@ from secateur.cli.bare import linear_shapes
 from secateur.cli.console import INTERRUPTED, console, emit, failures, say, table
 from secateur.cli.source import find_device
 from secateur.formats.decode24.arrange import FORMATS
-from secateur.formats.decode24.choose import chip, choose, own_table, remember
+from secateur.formats.decode24.choose import choose, own_table, remember
 from secateur.formats.decode24.config import Case
 from secateur.formats.decode24.multiply import why_not
 from secateur.formats.decode24.tune import MOST_CUTS, Timed
 from secateur.formats.decode24.tune import tune as measure
+from secateur.kernels.measured import chip
 from secateur.report.rows import Row
 
 COLUMNS = ("layer", "tokens", "cut", "us", "TB/s", "second best", "its us")

@@ -73,6 +73,18 @@ class SparseLinear(nn.Linear):
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
+    def arranged_bytes(self) -> dict[str, int]:
+        """Of each implementation in use, the bytes that it arranged for itself."""
+        names = dict.fromkeys(word.partition("<=")[0] for word in self.dispatch.split())
+        known = {entry.name: entry for entry in self.format.folder.IMPLEMENTATIONS}
+        return {
+            name: sum(
+                self.get_buffer(f"arranged_{name}_{key}").nbytes for key in known[name].arrangement
+            )
+            for name in names
+        }
+
+    @property
     def weight(self) -> Float[Tensor, "out in"]:  # type: ignore[override]
         """The dense weight, for reading: every way of writing to it raises.
 
@@ -105,7 +117,7 @@ class SparseLinear(nn.Linear):
         Raises: ValueError if an implementation does not exist, cannot run here, or limits do not
             ascend; then nothing has changed.
         """
-        chosen = self._validated(table)
+        chosen = dict.fromkeys(self._validated(table))  # each once, in order
         arranged = {
             f"arranged_{implementation.name}_{key}": tensor
             for implementation in chosen

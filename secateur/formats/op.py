@@ -26,17 +26,21 @@ Row = tuple[int, Implementation, slice]
 def table(dispatch: str, implementations: tuple[Implementation, ...]) -> tuple[Row, ...]:
     """Rows (largest tokens, implementation, its part of the arrangement) of a dispatch string.
 
+    An implementation that has several rows is arranged once.
+
     `"decode<=16 prefill"` runs `decode` for up to 16 tokens and `prefill` above. It is one plain
     string so that an exported program carries it, and because a list costs 5 us more per call.
     """
     named = {implementation.name: implementation for implementation in implementations}
     rows: list[Row] = []
+    parts: dict[str, slice] = {}
     start = 0
     for word in dispatch.split():
         name, _, limit = word.partition("<=")
-        stop = start + len(named[name].arrangement)
-        rows.append((int(limit) if limit else NO_LIMIT, named[name], slice(start, stop)))
-        start = stop
+        if name not in parts:
+            parts[name] = slice(start, start + len(named[name].arrangement))
+            start = parts[name].stop
+        rows.append((int(limit) if limit else NO_LIMIT, named[name], parts[name]))
     assert rows and rows[-1][0] == NO_LIMIT, dispatch
     return tuple(rows)
 

@@ -1,7 +1,22 @@
-"""The one timer: variants in turn, weights cold by rotation, median with spread."""
+"""The one timer: variants in turn, weights cold by rotation, median with spread.
 
-from collections.abc import Callable, Mapping, Sequence
+A model's layers take turns, so a weight is cold when its layer runs. One weight timed over and over
+would be read from a cache; flushing the cache by writes leaves lines whose write-back competes with
+what is timed. So every variant rotates over copies of its weights that no cache holds together.
+
+On a CPU a sample is one call, by the wall clock. On a GPU it is a chain of launches in one CUDA
+graph, by events around its replay: device time, as compiled and captured serving has it. A call
+with a synchronise behind it would measure the host, which takes longer than a kernel of 3 to 50 us.
+What an eager call costs the host is therefore not in the figures. A variant that cannot be captured
+is called between the same events, host included.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from math import inf
 from statistics import median, quantiles
 from time import perf_counter
 
@@ -10,9 +25,20 @@ import torch
 ROUNDS = 20
 LEAST_ROUNDS = 5  # for calls so slow that `seconds` allows no more; quartiles need a few
 WARM_UP_ROUNDS = 2  # the first call allocates, the second meets what it allocated
-ROTATION_BYTES = 256 * 2**20  # of all copies together: 8x the last-level cache of a desktop
+ROTATION_BYTES = 256 * 2**20  # 8x the last-level cache of a desktop, 5x the L2 cache of an H200
+COLD_CACHES = 4  # a GPU's copies fill its L2 cache so often, where that is more
+MOST_LAUNCHES = 260  # of a chain, unless it has more copies; more would only take longer
+CHAIN_SECONDS = 0.01  # of eager calls; captured, small kernels take a tenth of it
 
 Calls = Sequence[Callable[[], object]]
+
+
+class VariantFailed(RuntimeError):
+    """A variant raised when it was timed; the others can be timed without it."""
+
+    def __init__(self, variant: str, problem: BaseException) -> None:
+        super().__init__(f"{variant} failed: {problem}")
+        self.variant, self.problem = variant, problem
 
 
 @dataclass(frozen=True)
@@ -30,13 +56,50 @@ class Timing:
         return (self.high_us - self.low_us) / self.median_us
 
 
-def copies_for(bytes_of_one_each: int, rounds: int = ROUNDS) -> int:
-    """How many copies of every variant's weights to rotate over, within `ROTATION_BYTES`.
+@dataclass(frozen=True)
+class Chain:
+    """Launches one after another: `replay()` starts all, `result()` is what the last one wrote."""
 
-    A model's layers take turns in the cache, so a weight is cold when its layer runs. Timing one
-    small weight over and over would measure the cache. More copies than rounds are never used.
+    replay: Callable[[], object]
+    result: Callable[[], object]
+    launches: int
+    captured: bool = False
+
+
+def copies_for(bytes_of_one_each: int, rounds: int = ROUNDS) -> int:
+    """How many copies of every variant's weights to rotate over on a CPU, in `ROTATION_BYTES`.
+
+    More copies than rounds are never used.
     """
     return max(1, min(rounds, ROTATION_BYTES // max(1, bytes_of_one_each)))
+
+
+def copies_on(device: torch.device, read: int, held: int, variants: int) -> int:
+    """How many copies of one GPU variant to rotate over; a launch reads `read` of `held` bytes.
+
+    Half of the free memory is for the copies of all variants.
+
+    Raises: MemoryError if there is no room for copies that fill the caches.
+    """
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    cold = max(ROTATION_BYTES, COLD_CACHES * cache)
+    return cold_copies(read, held, cold, free // (2 * variants))
+
+
+def cold_copies(read: int, held: int, cold: int, memory: int) -> int:
+    """How many copies of `held` bytes make launches that read `read` of them read `cold` in all.
+
+    Raises: MemoryError if they do not fit into `memory`.
+    """
+    wanted = min(MOST_LAUNCHES, max(1, -(-cold // max(1, read))))
+    if wanted > 1 and wanted * held > memory:  # a warm cache would favour the smaller weight
+        raise MemoryError(
+            f"{wanted} copies of {held} bytes, which no cache holds, need room; "
+            f"{memory} bytes are free for them"
+        )
+    return wanted
 
 
 def compare(
@@ -49,8 +112,13 @@ def compare(
 
     Variants take turns within a round, and each round starts with the next one, so that drift of
     the machine and the cache left by the neighbour fall on all alike. Rounds end early after
-    `seconds`. A device that runs behind the host is waited for after every call.
+    `seconds`. On a GPU the timing is that of one launch in a captured chain (see the module).
+
+    Raises: VariantFailed if one raises, with its name.
     """
+    if device.type == "cuda":
+        chains = {name: _blamed(name, calls, device) for name, calls in variants.items()}
+        return in_turns(chains, device, rounds, seconds)
     names = list(variants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     started = perf_counter()
@@ -62,11 +130,178 @@ def compare(
             calls = variants[name]
             call = calls[number % len(calls)]
             begin = perf_counter()
-            call()
-            _wait_for(device)
+            with _blaming(name):
+                call()
             if number >= 0:
                 samples[name].append(1e6 * (perf_counter() - begin))
     return {name: _timing(times) for name, times in samples.items()}
+
+
+def chain(calls: Calls, device: torch.device, launches: int | None = None) -> Chain:
+    """The calls one after another, in rotation: one CUDA graph where they can be captured.
+
+    Without `launches` there are as many whole rotations as take some milliseconds; one cut short
+    would begin again with copies that the cache still holds.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return _on_gpu(calls, device, launches)
+    return _called(calls, launches or len(calls))
+
+
+def in_turns(
+    chains: Mapping[str, Chain],
+    device: torch.device,
+    rounds: int = ROUNDS,
+    seconds: float = inf,
+) -> dict[str, Timing]:
+    """The timing of one launch of each chain.
+
+    Chains take turns within a round, and each round starts with the next one. A GPU is never waited
+    for in between, so that it is never idle; with `seconds` it is once, after the warm-up, to know
+    how many rounds that allows.
+
+    Raises: VariantFailed if one raises, with its name.
+    """
+    names = list(chains)
+    spans: dict[str, list[tuple[object, object]]] = {name: [] for name in names}
+    with _on(device):
+        started, count, number = perf_counter(), rounds, -WARM_UP_ROUNDS
+        while number < count:
+            if number == 0 and seconds < inf:
+                _wait_for(device)
+                one = max(1e-9, (perf_counter() - started) / WARM_UP_ROUNDS)
+                count = min(rounds, max(LEAST_ROUNDS, int(seconds / one)))
+            first = number % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                begin = _mark(device)
+                with _blaming(name):
+                    chains[name].replay()
+                end = _mark(device)
+                if number >= 0:
+                    spans[name].append((begin, end))
+            number += 1
+        _wait_for(device)
+    return {
+        name: _timing([_us(*span) / chains[name].launches for span in spans[name]])
+        for name in names
+    }
+
+
+def _blamed(name: str, calls: Calls, device: torch.device) -> Chain:
+    with _blaming(name):
+        return chain(calls, device)
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, MemoryError) as problem:
+        raise VariantFailed(name, problem) from problem
+
+
+def _on_gpu(calls: Calls, device: torch.device, launches: int | None) -> Chain:
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # a capture that fails does not put the stream back itself
+        for call in calls:  # compiles, allocates workspaces, loads modules
+            call()
+        count = launches or _launches(calls, device)
+        torch.cuda.synchronize(device)
+        if not _waits(calls[0]):
+            try:
+                return _captured(calls, stream, count)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a library that synchronises or allocates behind torch's back
+                _recover(device, stream)
+    return _called(calls, count)
+
+
+def _captured(calls: Calls, stream: torch.cuda.Stream, launches: int) -> Chain:
+    graph, last = torch.cuda.CUDAGraph(), list[object]()
+    # other threads of the program may call CUDA meanwhile
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for number in range(launches):
+            last[:] = [calls[number % len(calls)]()]
+    return Chain(graph.replay, lambda: last[0], launches, captured=True)
+
+
+def _recover(device: torch.device, stream: torch.cuda.Stream) -> None:
+    """Nothing; ends what a broken capture began.
+
+    Torch's random numbers raise outside a capture until a later one has ended.
+    """
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        torch.zeros(1, device=device)
+
+
+def _called(calls: Calls, launches: int) -> Chain:
+    last = [calls[0]()]
+
+    def replay() -> None:
+        for number in range(launches):
+            last[0] = calls[number % len(calls)]()
+
+    return Chain(replay, lambda: last[0], launches)
+
+
+def _launches(calls: Calls, device: torch.device) -> int:
+    """Whole rotations that take at most `CHAIN_SECONDS` called one by one, or a single one."""
+    torch.cuda.synchronize(device)
+    begin = perf_counter()
+    for call in calls:
+        call()
+    torch.cuda.synchronize(device)
+    rotation = max(1e-9, perf_counter() - begin)
+    return len(calls) * max(1, min(MOST_LAUNCHES // len(calls), int(CHAIN_SECONDS / rotation)))
+
+
+def _waits(call: Callable[[], object]) -> bool:
+    """Whether the call waits for the GPU, which would break a capture and leave torch in disorder.
+
+    Torch sees its own waits; a library's break the capture and are caught there.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode does not see all waits
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device that captures, so that libraries hold one workspace."""
+    return torch.cuda.Stream(device)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _mark(device: torch.device) -> object:
+    if device.type != "cuda":
+        return perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _us(begin: object, end: object) -> float:
+    if isinstance(begin, float) and isinstance(end, float):
+        return 1e6 * (end - begin)
+    assert isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
+    return 1e3 * float(begin.elapsed_time(end))
 
 
 def _timing(times_us: list[float]) -> Timing:

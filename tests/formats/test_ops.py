@@ -9,7 +9,15 @@ from torch import Tensor
 from secateur.formats import parse_format
 from secateur.formats.contract import Implementation
 from secateur.formats.op import NO_LIMIT, table
-from tests.formats.weights import FORMATS, fitting_weight, packed_weight, tokens_in
+from tests.formats.weights import (
+    DYNAMIC,
+    EXACT,
+    FORMATS,
+    QUANTISED,
+    fitting_weight,
+    packed_weight,
+    tokens_in,
+)
 
 
 def operands(
@@ -45,7 +53,7 @@ def test_opcheck_of_unpack(format: str) -> None:
 
 
 @pytest.mark.parametrize("arranged", [True, False])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EXACT + QUANTISED)
 def test_gradients_of_input_and_bias(format: str, arranged: bool) -> None:
     weight, tensors, arrangement, name = operands(format, torch.float64, arranged)
     linear = parse_format(format).folder.LINEAR
@@ -62,6 +70,18 @@ def test_gradients_of_input_and_bias(format: str, arranged: bool) -> None:
     grads = torch.autograd.grad(run(x, bias), (x, bias), up)
     assert torch.allclose(grads[0], up @ weight)
     assert torch.allclose(grads[1], up.sum(0))
+
+
+@pytest.mark.parametrize("format", DYNAMIC)
+def test_a_dynamic_format_hands_gradients_straight_through(format: str) -> None:
+    """Rounding is a staircase, whose slope is 0 or infinite; the gradient is that without it."""
+    weight, tensors, _, _ = operands(format, torch.float64)
+    x = tokens_in(3, 16, dtype=torch.float64).requires_grad_()
+    bias, up = tokens_in(8, dtype=torch.float64).requires_grad_(), tokens_in(3, 8).double()
+    linear = parse_format(format).folder.LINEAR
+    result = linear(x, *tensors, bias, 8, 16, [], "reference")
+    grads = torch.autograd.grad(result, (x, bias), up)
+    assert torch.allclose(grads[0], up @ weight) and torch.allclose(grads[1], up.sum(0))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -128,3 +148,10 @@ def test_no_tokens_run_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = parse_format("block:4x8").folder.LINEAR
     result = linear(tokens_in(2, 0, 16), *tensors, None, 8, 16, arrangement, "cpu")
     assert result.shape == (2, 0, 8) and not seen
+
+
+def test_an_implementation_with_several_rows_has_one_arrangement() -> None:
+    one = Implementation("one", torch.add, torch.add, ("a", "b"))
+    two = Implementation("two", torch.add, torch.add, ("c",))
+    rows = table("one<=4 two<=8 one", (one, two))
+    assert rows == ((4, one, slice(0, 2)), (8, two, slice(2, 3)), (NO_LIMIT, one, slice(0, 2)))

@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from secateur.kernels import timing
-from secateur.kernels.timing import LEAST_ROUNDS, WARM_UP_ROUNDS, Timing, compare, copies_for
+from secateur.kernels.timing import (
+    LEAST_ROUNDS,
+    MOST_LAUNCHES,
+    WARM_UP_ROUNDS,
+    Timing,
+    VariantFailed,
+    chain,
+    cold_copies,
+    compare,
+    copies_for,
+    copies_on,
+    in_turns,
+)
 
 CPU = torch.device("cpu")
 
@@ -82,3 +94,101 @@ def test_copies_fill_the_rotation_and_no_more() -> None:
 
 def test_spread_is_relative() -> None:
     assert Timing(median_us=200.0, low_us=190.0, high_us=220.0, rounds=20).spread == 0.15
+
+
+def test_a_variant_that_raises_is_named(clock: Clock) -> None:
+    def refuse() -> None:
+        raise RuntimeError("status 7")
+
+    good = taking(clock, [], "good", 1.0)
+    with pytest.raises(VariantFailed, match="bad failed: status 7") as raised:
+        compare({"good": [good], "bad": [refuse]}, CPU, 3, 1e9)
+    assert raised.value.variant == "bad" and str(raised.value.problem) == "status 7"
+    chains = {"good": chain([good], CPU)}
+    chains["bad"] = timing.Chain(refuse, lambda: None, 1)
+    with pytest.raises(VariantFailed, match="bad failed: status 7"):
+        in_turns(chains, CPU)
+
+
+def test_a_chains_time_is_that_of_one_launch(clock: Clock) -> None:
+    log: list[str] = []
+    calls = [taking(clock, log, name, 1e-6) for name in ("copy0", "copy1")]
+    made = chain(calls, CPU, 4)
+    assert made.launches == 4 and not made.captured
+    log.clear()
+    found = in_turns({"a": made}, CPU, rounds=3)["a"]
+    assert found.median_us == pytest.approx(1.0, rel=1e-3) and found.rounds == 3
+    assert log == ["copy0", "copy1"] * 2 * (3 + WARM_UP_ROUNDS)
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(1e9, 20), (7.5, 7), (0.1, LEAST_ROUNDS)])
+def test_slow_chains_get_fewer_rounds_but_enough(clock: Clock, seconds: float, rounds: int) -> None:
+    made = chain([taking(clock, [], "a", 0.5)], CPU, 2)
+    assert in_turns({"a": made}, CPU, 20, seconds)["a"].rounds == rounds
+
+
+def test_copies_are_cold_or_there_is_no_room() -> None:
+    assert cold_copies(read=10, held=20, cold=1000, memory=2000) == 100
+    assert cold_copies(read=300, held=300, cold=1000, memory=1200) == 4
+    assert cold_copies(read=1, held=1, cold=1000, memory=10**6) == MOST_LAUNCHES
+    assert cold_copies(read=5000, held=5000, cold=1000, memory=10) == 1  # the weight itself
+    with pytest.raises(MemoryError, match="100 copies of 20 bytes, .* need room; 1999 bytes are"):
+        cold_copies(read=10, held=20, cold=1000, memory=1999)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.gpu
+@gpu
+def test_calls_are_captured_and_rotate() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    weights = [torch.full((64, 64), float(value), device=device) for value in (1, 2)]
+    x = torch.ones(8, 64, device=device)
+    calls = [lambda weight=weight: x @ weight for weight in weights]
+    made = chain(calls, device, 4)
+    assert made.captured and made.launches == 4
+    result = made.result()
+    assert isinstance(result, torch.Tensor)
+    result.zero_()
+    made.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(result, torch.full((8, 64), 128.0, device=device))  # of the last copy
+    free = chain(calls, device)
+    assert free.captured and free.launches % 2 == 0 and free.launches <= MOST_LAUNCHES
+    found = compare({"once": calls, "twice": [lambda: x @ weights[0] @ weights[1]]}, device)
+    assert all(timing.median_us > 0 and timing.rounds >= LEAST_ROUNDS for timing in found.values())
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("how", ["torch", "library"])
+def test_what_cannot_be_captured_is_called(how: str) -> None:
+    """And leaves torch as it was: random numbers and later captures work."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.ones(64, 64, device=device)
+
+    def waiting() -> torch.Tensor:
+        if how == "torch":
+            return x * float(x.sum())
+        torch.cuda.synchronize()
+        return x * 2
+
+    made = chain([waiting], device, 3)
+    assert not made.captured and made.launches == 3
+    assert compare({"waiting": [waiting], "x": [lambda: x @ x]}, device)["waiting"].median_us > 0
+    assert bool(torch.randn(8, device=device).isfinite().all())
+    assert chain([lambda: x @ x], device, 3).captured
+    assert torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+
+
+@pytest.mark.gpu
+@gpu
+def test_copies_on_a_gpu_are_more_than_its_cache() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    assert copies_on(device, 2**20, 2**20, 2) * 2**20 > 3 * cache
+    with pytest.raises(MemoryError, match="need room"):
+        copies_on(device, 2**20, 2**50, 2)

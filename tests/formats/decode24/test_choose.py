@@ -9,9 +9,10 @@ import torch
 
 from secateur.formats.decode24 import choose as module
 from secateur.formats.decode24.arrange import Kind
-from secateur.formats.decode24.choose import chip, choose, own_table, remember
+from secateur.formats.decode24.choose import choose, own_table, remember
 from secateur.formats.decode24.config import Case, Config
 from secateur.formats.decode24.cuts import PORTABLE
+from secateur.kernels.measured import chip
 
 GPU = torch.device("cuda:0")
 CHIP = "A GPU, 132 SMs"

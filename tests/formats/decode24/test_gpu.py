@@ -273,7 +273,7 @@ def test_copies_state_and_files(format: str, tmp_path: Path) -> None:
     moved = copy.deepcopy(model).to("cpu")
     assert moved[0].dispatch == "reference"
     moved = moved.to("cuda")
-    assert moved[0].dispatch == "decode<=64 reference"
+    assert moved[0].dispatch.startswith("decode<=64 ")
     assert torch.equal(moved(x), y)
     blank = copy.deepcopy(model)
     for buffer in blank.buffers():

@@ -1,0 +1,42 @@
+"""2:4 weights at many tokens on a GPU: cuSPARSELt, with a searched and checked algorithm."""
+
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from secateur.formats.semi24.packed import PackedSemi24, unpack
+from secateur.kernels import cusparselt
+
+
+def why_not(packed: PackedSemi24, tokens: int) -> str | None:
+    """None if the library can run this layer here, else the reason. Any number of tokens will do:
+    where another implementation is faster is for measurements to say.
+    """
+    return cusparselt.why_not(packed.shape, packed.dtype, packed.values.device)
+
+
+def arranged(packed: PackedSemi24) -> tuple[Shaped[Tensor, "..."]]:
+    """The weight as the library reads it; opaque, so it is made on load and never saved.
+
+    Cost: 0.5625 of the dense weight's bytes, beside as many that are stored; for a moment the
+        dense weight, too.
+    """
+    return (cusparselt.compress(unpack(packed)),)
+
+
+def linear(
+    x: Float[Tensor, "tokens in"],
+    packed: PackedSemi24,
+    bias: Float[Tensor, " out"] | None,
+    blob: Shaped[Tensor, "..."],
+) -> Float[Tensor, "tokens out"]:
+    """`x @ W.T + bias`, summed in float32.
+
+    The first call for a shape and a power of two of tokens searches an algorithm, unless one is
+    remembered on this machine. Repeated calls may differ in the last bits if its sums are split.
+
+    Cost: see `secateur.kernels.cusparselt.search` for the first call.
+    Raises: RuntimeError if a search is needed inside a CUDA graph capture, or finds nothing right.
+    """
+    case = cusparselt.case_of(x, packed.shape[0], bias)
+    setting = cusparselt.setting_for(case, blob, lambda x: x.float() @ unpack(packed).float().t())
+    return cusparselt.multiply(blob, x, packed.shape[0], setting, bias)

@@ -1,0 +1,40 @@
+"""2:4 weights multiplied dense on a GPU, for the numbers of tokens at which that is faster."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from secateur.formats.semi24.packed import PackedSemi24, unpack
+
+
+def why_not(packed: PackedSemi24, tokens: int) -> str | None:
+    """None on a GPU in 16 bits, where sparse implementations take the other numbers of tokens."""
+    device, dtype = packed.values.device, packed.dtype
+    if device.type != "cuda":
+        return f"running dense needs a CUDA GPU, the weight is on {device.type}: leave it unpacked"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return (
+            f"running dense needs bfloat16 or float16, got {dtype}: leave the layer unpacked, "
+            "nothing multiplies it sparse"
+        )
+    return None
+
+
+def arranged(packed: PackedSemi24) -> tuple[Float[Tensor, "out in"]]:
+    """The dense weight, made on load and never saved.
+
+    Cost: all of the dense weight's bytes, beside the 0.5625 that are stored: a layer that runs this
+        takes more memory than one that was never packed.
+    """
+    return (unpack(packed),)
+
+
+def linear(
+    x: Float[Tensor, "tokens in"],
+    packed: PackedSemi24,
+    bias: Float[Tensor, " out"] | None,
+    weight: Float[Tensor, "out in"],
+) -> Float[Tensor, "tokens out"]:
+    """`x @ W.T + bias`, as `nn.Linear` computes it."""
+    return dense_linear(x, weight, bias)

@@ -1,0 +1,105 @@
+"""cuSPARSELt as torch shows it, on a CPU: as strict about its arguments, and as unreliable."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from secateur.kernels import cusparselt
+from secateur.kernels.cusparselt import STEPS, Setting
+
+REFUSED = "CUDA error: operation not supported when calling `cusparseLtMatmulAlgSetAttribute`"
+
+
+@dataclass
+class Fake:
+    """`us` says what a setting takes, and which settings there are; the rest what they get wrong.
+
+    A blob is the dense weight. `seen` are the settings that were called, in order, `tokens` and
+    `biases` what they were called with, and `input` is the last of the inputs.
+    """
+
+    us: dict[Setting, float]
+    wrong: set[Setting] = field(default_factory=set)
+    unwritten: set[Setting] = field(default_factory=set)
+    few_wrong: set[Setting] = field(default_factory=set)
+    now_and_then: set[Setting] = field(default_factory=set)
+    seen: list[Setting] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    biases: list[Tensor | None] = field(default_factory=list)
+    input: Tensor | None = None
+
+    def compress(self, weight: Tensor) -> Tensor:
+        assert weight.is_contiguous() and weight.data_ptr() % 16 == 0
+        step = STEPS[weight.dtype]
+        assert weight.shape[0] % step == 0 and weight.shape[1] % step == 0
+        return weight.clone()
+
+    def sparse_mm(
+        self,
+        compressed_A: Tensor,
+        dense_B: Tensor,
+        bias: Tensor | None = None,
+        alpha: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        transpose_result: bool = False,
+        alg_id: int = 0,
+        split_k: int = 1,
+        split_k_mode: int = -1,
+    ) -> Tensor:
+        setting = Setting(alg_id, split_k, split_k_mode)
+        self.seen.append(setting)
+        self.tokens.append(dense_B.shape[1])
+        self.biases.append(bias)
+        self.input = dense_B.t()
+        assert transpose_result and compressed_A.dtype == dense_B.dtype
+        assert dense_B.shape[1] % STEPS[dense_B.dtype] == 0
+        assert dense_B.t().is_contiguous() and dense_B.data_ptr() % 16 == 0
+        assert out_dtype is None or dense_B.dtype in (torch.int8, torch.float8_e4m3fn)
+        assert bias is None or bias.data_ptr() % 16 == 0
+        assert alpha is None or (alpha.dtype == torch.float32 and alpha.numel() > 1)
+        if setting not in self.us:
+            raise RuntimeError(f"{REFUSED}\nException raised from a file")
+        result = dense_B.t().double() @ compressed_A.double().t()
+        result = result if alpha is None else result * alpha
+        result = result if bias is None else result + bias
+        result = result.to(out_dtype or dense_B.dtype)
+        if setting in self.wrong:
+            result[-3:, -5:] *= 1.05
+        if setting in self.unwritten:
+            result[2, 3] = torch.nan
+        if setting in self.few_wrong and len(result) % 64:
+            result[0, 0] += 1 + result[:, 0].abs().max()
+        if setting in self.now_and_then and self.seen.count(setting) % 5 == 0:
+            result[1] = 0
+        return result
+
+    def time(self, calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+        calls[-1]()
+        return self.us[self.seen[-1]]
+
+
+def install(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake) -> Fake:
+    """The fake in the library's place, an empty cache, and a GPU of 132 SMs to name it by."""
+    monkeypatch.setattr(torch, "_cslt_compress", fake.compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", fake.sparse_mm)
+    monkeypatch.setattr(cusparselt, "_us", fake.time)
+    monkeypatch.setattr(cusparselt, "copies_on", lambda *arguments: 2)
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 702)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    found = SimpleNamespace(name="A GPU", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setenv("SECATEUR_CACHE", str(folder))
+    forget()
+    return fake
+
+
+def forget() -> None:
+    """Nothing is remembered in memory any more, as in a new process."""
+    cusparselt._known.cache_clear()
+    cusparselt._place.cache_clear()
+    cusparselt._warn.cache_clear()
