@@ -9,7 +9,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.formats import bitmap, block, csr, semi24, semi24_fp8, semi24_int4, semi24_int8
+from secateur.formats import (
+    bitmap,
+    block,
+    csr,
+    fp8_dynamic,
+    int8_dynamic,
+    semi24,
+    semi24_fp8,
+    semi24_fp8_dynamic,
+    semi24_int4,
+    semi24_int8,
+    semi24_int8_dynamic,
+)
 from secateur.formats.contract import DTYPES, Folder, Packed
 
 FOLDERS: dict[str, Folder] = {
@@ -20,6 +32,10 @@ FOLDERS: dict[str, Folder] = {
     "semi24_int4": semi24_int4,
     "semi24_int8": semi24_int8,
     "semi24_fp8": semi24_fp8,
+    "semi24_int8_dynamic": semi24_int8_dynamic,
+    "semi24_fp8_dynamic": semi24_fp8_dynamic,
+    "int8_dynamic": int8_dynamic,
+    "fp8_dynamic": fp8_dynamic,
 }
 
 PER_OUTPUT = (None,)  # the options of semi24_int4:channel: no group_size, one scale an output

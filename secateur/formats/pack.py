@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from secateur.formats.format import Format, parse_format, weight_error
-from secateur.formats.linear import SparseLinear
+from secateur.formats.linear import SparseLinear, Table
 
 REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
 
@@ -55,10 +55,11 @@ def pack_(
     """Which layers now hold a packed weight; each listed `nn.Linear` becomes a `SparseLinear`.
 
     Without `layers`: every `nn.Linear` whose weight fits the format and is smaller for it, which
-    takes zeros. This saves room on disk, and memory unless a kernel arranges a copy of the weight
-    for itself, as the report says; whether it saves time is for `accelerate_` to measure. Packed
-    weights are frozen. The formats `semi24_int4`, `semi24_int8` and `semi24_fp8` round weights to a
-    grid, and the report says how far; a weight reconstructed on that grid is not changed by it.
+    takes zeros, but for `int8_dynamic` and `fp8_dynamic`. This saves room on disk, and memory
+    unless a kernel arranges a copy of the weight for itself, as the report says; whether it saves
+    time is for `accelerate_` to measure. Packed weights are frozen. The formats `semi24_int4`,
+    `semi24_int8` and `semi24_fp8` round weights to a grid, and the report says how far; a weight
+    reconstructed on that grid is not changed by it. Those that end in `_dynamic` round inputs, too.
 
     Cost: dense and packed weights of all listed layers at once, until all are known to pack.
     Raises: ValueError if a listed layer cannot be packed, or without a list no layer can; then
@@ -110,8 +111,12 @@ def unpack_(model: nn.Module) -> PackReport:
     return report
 
 
-def packed_linear(name: str, linear: nn.Linear, format: Format) -> SparseLinear:
+def packed_linear(
+    name: str, linear: nn.Linear, format: Format, table: Table | None = None
+) -> SparseLinear:
     """A `SparseLinear` with this layer's weight, its very bias and its training mode.
+
+    Without a table it runs, at each number of tokens, the first implementation that can.
 
     Raises: ValueError where the format cannot hold the weight; the message names the layer.
     """
@@ -120,7 +125,7 @@ def packed_linear(name: str, linear: nn.Linear, format: Format) -> SparseLinear:
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
     bias: nn.Parameter | None = linear.bias
-    return SparseLinear(packed, bias, name).train(linear.training)
+    return SparseLinear(packed, bias, name, table).train(linear.training)
 
 
 def named_linears(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Linear]:
@@ -197,7 +202,8 @@ def _fitting(
     if not fitting:
         shown = "; ".join(reasons[:REASONS_SHOWN]) or "the model has no nn.Linear"
         raise ValueError(
-            f"pack_ needs a layer that fits {format}, got none ({shown}): prune the model first"
+            f"pack_ needs a layer that fits {format}, got none ({shown}): "
+            "prune the model first, or name another format"
         )
     return fitting
 

@@ -5,11 +5,13 @@ from torch import Tensor, nn
 
 from secateur.formats import SparseLinear, parse_format
 from secateur.formats.contract import Packed
+from secateur.formats.dynamic import quantised
 from secateur.formats.format import dequantised
 
 EXACT = ("semi24", "block:4x8", "block:2x1", "bitmap", "csr")
 QUANTISED = ("semi24_int4", "semi24_int8", "semi24_fp8")
-FORMATS = EXACT + QUANTISED
+DYNAMIC = ("semi24_int8_dynamic", "semi24_fp8_dynamic", "int8_dynamic", "fp8_dynamic")
+FORMATS = EXACT + QUANTISED + DYNAMIC
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -65,6 +67,14 @@ def sparse_linear(
 def tokens_in(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 2) -> Tensor:
     """Random inputs."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def used_inputs(format: str, x: Tensor) -> Tensor:
+    """The inputs `[tokens, in]` as the format's linear multiplies them: some are rounded first."""
+    if format not in DYNAMIC:
+        return x
+    codes, scales = quantised(x, torch.int8 if "int8" in format else torch.float8_e4m3fn)
+    return codes.to(scales.dtype) * scales
 
 
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,37 @@
+"""Dense weights and inputs rounded to 8-bit integers: a scale for every output and every token."""
+
+from secateur.formats.contract import Implementation
+from secateur.formats.int8_dynamic import reference, torch_scaled
+from secateur.formats.int8_dynamic.ops import register
+from secateur.formats.int8_dynamic.packed import (
+    PackedInt8Dynamic,
+    broken,
+    density,
+    dequantised,
+    empty,
+    pack,
+    unpack,
+    why_not,
+)
+
+IMPLEMENTATIONS = (
+    Implementation("torch", torch_scaled.linear, torch_scaled.why_not),
+    Implementation("reference", reference.linear, reference.why_not),
+)
+LINEAR, UNPACK = register(IMPLEMENTATIONS)
+packed_type = PackedInt8Dynamic
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LINEAR",
+    "UNPACK",
+    "PackedInt8Dynamic",
+    "broken",
+    "density",
+    "dequantised",
+    "empty",
+    "pack",
+    "packed_type",
+    "unpack",
+    "why_not",
+]

@@ -1,0 +1,112 @@
+"""The dynamic formats on a GPU: every implementation, shape and token count, held to float64."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secateur.formats import SparseLinear, parse_format
+from secateur.formats.format import dequantised
+from secateur.formats.pack import packed_linear
+from tests.formats.weights import DYNAMIC, used_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+DTYPES = (torch.bfloat16, torch.float16)
+SHAPES = ((256, 512), (6144, 4096))
+TOKENS = (1, 17, 65, 256, 1000)
+FP8_SUM = 2.0**-13  # of a sum that tensor cores keep to 14 bits, for each 32 products added
+
+
+@cache  # packing takes longer than the tests
+def layer_of(format: str, dtype: torch.dtype, shape: tuple[int, int]) -> SparseLinear:
+    """A packed layer of random weights; shared, so no test may change it."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0], device="cuda", dtype=dtype)
+    weight = torch.randn(shape, device="cuda", generator=generator) / shape[1] ** 0.5
+    if format.startswith("semi24"):
+        rank = torch.rand(shape[0], shape[1] // 4, 4, device="cuda", generator=generator)
+        weight *= (rank.argsort(-1) < 2).flatten(1)
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    linear.bias.data.normal_(generator=generator)
+    return packed_linear("layer", linear, parse_format(format)).requires_grad_(False)
+
+
+def inputs(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    return torch.randn(tokens, width, device="cuda", generator=generator).to(dtype)
+
+
+def held_to_float64(layer: SparseLinear, name: str, x: Tensor) -> None:
+    """At most twice the reference's error, and one rounding more of product and result.
+
+    `decode` does not round inputs: it is held to the product of x itself. Sums of fp8 are kept to
+    14 bits by the tensor cores of sm_90; their errors add at random.
+    """
+    packed, bias = layer.packed, layer.bias
+    used = x if name == "decode" else used_inputs(str(layer.format), x)
+    weight = dequantised(packed).double()
+    product = used.double() @ weight.T
+    exact = product + bias.double()
+    magnitude = (used.double().abs() @ weight.abs().T).max()
+    rounding = torch.finfo(x.dtype).eps * (exact.abs().max() + product.abs().max())
+    rounding += 2.0**-23 * magnitude
+    if "fp8" in str(layer.format) and name != "decode":
+        rounding += FP8_SUM * (layer.in_features / 32) ** 0.5 * product.abs().max()
+    known = {entry.name: entry for entry in layer.format.folder.IMPLEMENTATIONS}
+    theirs = 0.0
+    if name != "decode":
+        theirs = float((known["reference"].linear(x, packed, bias).double() - exact).abs().max())
+    runs = known[name]
+    result = runs.linear(x, packed, bias, *runs.arrange(packed))
+    assert result.shape == exact.shape and result.dtype == x.dtype
+    assert float((result.double() - exact).abs().max()) <= 2 * (theirs + float(rounding))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        (format, entry.name)
+        for format in DYNAMIC
+        for entry in parse_format(format).folder.IMPLEMENTATIONS
+    ],
+)
+def test_every_implementation_is_right(
+    format: str, name: str, dtype: torch.dtype, shape: tuple[int, int], tokens: int
+) -> None:
+    layer = layer_of(format, dtype, shape)
+    runs = next(e for e in layer.format.folder.IMPLEMENTATIONS if e.name == name)
+    problem = runs.why_not(layer.packed, tokens)
+    if problem is not None:
+        pytest.skip(problem)
+    held_to_float64(layer, name, inputs(tokens, shape[1], dtype))
+
+
+@pytest.mark.parametrize("format", DYNAMIC)
+def test_a_token_that_is_not_finite_stays_alone(format: str) -> None:
+    layer, x = layer_of(format, torch.bfloat16, (256, 512)), inputs(100, 512, torch.bfloat16)
+    clean = layer(x)
+    x[3, 5], x[70, 0] = torch.nan, torch.inf
+    result = layer(x)
+    assert bool(result[3].isnan().all()) and not result[70].isfinite().any()
+    others = [row for row in range(100) if row not in (3, 70)]
+    assert torch.equal(result[others], clean[others])
+
+
+@pytest.mark.parametrize("format", DYNAMIC)
+def test_a_captured_layer_reads_its_input_anew(format: str) -> None:
+    layer, x = layer_of(format, torch.bfloat16, (256, 512)), inputs(96, 512, torch.bfloat16)
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    x.copy_(2 * inputs(97, 512, torch.bfloat16)[:96])
+    graph.replay()
+    assert torch.allclose(y, layer(x), rtol=1e-2, atol=1e-2)
