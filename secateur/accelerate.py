@@ -1,27 +1,32 @@
 """`accelerate_`: measures every layer dense and packed on this machine; keeps what is faster."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from math import prod
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from secateur.accelerate_report import AccelerateReport, LayerReport, Measured, measured_for
+from secateur.accelerate_report import AccelerateReport, Held, LayerReport, Measured, best_dense
 from secateur.formats.candidates import (
     DENSE,
+    OUT_OF_MEMORY,
+    PREPACKED,
     Candidate,
     admitted,
     dense_candidates,
+    failure,
     first_line,
-    runs,
-    sparse_candidates,
+    packed_candidates,
+    why_not_each,
 )
-from secateur.formats.contract import DTYPES
+from secateur.formats.contract import DTYPES, packed_bytes
 from secateur.formats.format import Format, parse_format, weight_error
-from secateur.formats.linear import SparseLinear, Table
+from secateur.formats.linear import PROBED_TOKENS, REFERENCE, SparseLinear, Table
 from secateur.formats.pack import (
     named_linears,
     packed_linear,
@@ -29,14 +34,27 @@ from secateur.formats.pack import (
     weight_owners,
     why_not_layer,
 )
-from secateur.kernels.timing import Timing, compare, copies_for
+from secateur.kernels.timing import (
+    Calls,
+    Timing,
+    VariantFailed,
+    compare,
+    copies_for,
+    copies_on,
+)
+from secateur.remembered import Found, keep, recall
 
-LEAST_GAIN = 1.05  # medians on a quiet machine repeat to about 3 %; less than 5 % may be noise
+LEAST_GAIN = 1.05  # what a change is worth; less may be noise
+NO_LOSS = 0.97  # medians on a quiet machine repeat to about 3 %: above, a layer is as fast as dense
 DEFAULT_FORMATS = ("semi24", "block:64x64", "block:32x32", "block:16x16", "csr")
 ALIKE = 0.01  # layers of one shape whose densities agree to this are measured once
+MOST_TOKENS = 2**20  # in one call
 
-Timer = Callable[..., Mapping[str, Timing]]
-Likeness = tuple[tuple[Format, ...], tuple[int, ...], torch.Size, torch.dtype, torch.device, bool]
+Policy = Literal["fastest", "memory"]
+Timer = Callable[[Mapping[str, Calls], torch.device], Mapping[str, Timing]]
+Likeness = tuple[
+    tuple[Format, ...], tuple[int, ...], torch.Size, torch.dtype, torch.device, bool, bool
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,25 @@ class _Decision:
     table: Table
     measured: tuple[Measured, ...]
     reason: str
+    cannot: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A format and, for each number of tokens, the candidate that it would run."""
+
+    format: Format
+    names: tuple[str, ...]
+    ratios: tuple[float, ...]
+    nbytes: int
+
+    @property
+    def gains(self) -> bool:
+        """Whether it is faster somewhere and slower nowhere; dense against itself is noise."""
+        times = zip(self.names, self.ratios, strict=True)
+        faster = any(ratio >= LEAST_GAIN and not _is_dense(name) for name, ratio in times)
+        return faster and min(self.ratios) >= NO_LOSS
 
 
 def accelerate_(
@@ -53,23 +90,37 @@ def accelerate_(
     formats: Sequence[str | Format] | None = None,
     layers: Sequence[str] | None = None,
     strict: bool = False,
+    policy: Policy = "fastest",
+    remeasure: bool = False,
 ) -> AccelerateReport:
     """What was measured, layer by layer; layers that are faster packed are now `SparseLinear`.
 
     Each distinct layer is timed here, dense and in every format that fits its zeros, at each number
-    of tokens that the model will be called with. A layer changes only if its result is right and it
-    is at least 5 % faster than eager *and* than prepacked dense at every one of them; where dense
-    wins, dense stays. All is measured before anything is changed.
+    of tokens that the model will be called with: on a GPU by device time in a CUDA graph. A layer
+    changes to the format that gains most if its result is right, it is at least 5 % faster than
+    eager *and* than prepacked dense at one of these numbers, and slower at none. Each number runs
+    the implementation that was fastest there, and those between what the next larger one runs.
+    Where dense wins, dense stays. All is measured before anything is changed.
 
-    Only exact formats are tried unless `formats` names others: `"semi24_int4"`, `"semi24_int8"` and
-    `"semi24_fp8"` round weights to a grid. Then a right result is that of the rounded weight, and
-    the report says how far it is from the layer's own.
+    Implementations may hold the weight once more, in an order of their own. With `policy="memory"`
+    only what takes less memory than the dense layer is chosen, the fastest of it.
 
-    Cost: seconds per distinct layer; 256 MB of copies, or one of each candidate if that is more.
-    Raises: ValueError for unknown layers or formats; with `strict`, if no layer gains, or one that
-        is listed in `layers` does not. Then, and if it is interrupted, the model is unchanged.
+    Only exact formats are tried unless `formats` names others, such as `"semi24_int4"`, which
+    rounds weights to a grid, or `"semi24_int8_dynamic"`, which rounds inputs too. Then a right
+    result is as near to that of the rounded weight as the format's reference, and the report
+    says how far the weight is from the layer's own. Dense formats that round (`"int8_dynamic"`) are
+    measured beside them if they are listed, and the format that gains most wins.
+
+    Measurements are kept on disk beside the compiled kernels, and a like layer on a like device is
+    not measured again; `remeasure` does.
+
+    Cost: seconds per distinct layer, once; 256 MB of copies on a CPU, or one of each candidate if
+        that is more; on a GPU as much for each candidate.
+    Raises: ValueError for unknown layers, formats or policies; with `strict`, if no layer gains, or
+        one that is listed in `layers` does not. Then, and if it is interrupted, the model is
+        unchanged; what was measured is kept.
     """
-    return _accelerate(model, tokens, formats, layers, strict, compare)
+    return _accelerate(model, tokens, formats, layers, strict, compare, policy, remeasure)
 
 
 def _accelerate(
@@ -79,21 +130,31 @@ def _accelerate(
     layers: Sequence[str] | None,
     strict: bool,
     timer: Timer,
+    policy: Policy = "fastest",
+    remeasure: bool = False,
 ) -> AccelerateReport:
     counts = _checked_tokens(tokens)
+    if policy not in get_args(Policy):
+        raise ValueError(
+            f"accelerate_ needs the policy 'fastest' or 'memory', got {policy!r}: name one of them"
+        )
     tried = [parse_format(format) for format in (DEFAULT_FORMATS if formats is None else formats)]
     linears = _linears(model) if layers is None else named_linears(model, layers)
     groups, skipped = _groups(model, linears, tried)
     decisions: dict[str, tuple[str, _Decision]] = {}
-    for (fitting, *_), names in tqdm(groups.items(), desc="measure", unit="layer", disable=None):
+    for like, names in tqdm(groups.items(), desc="measure", unit="layer", disable=None):
         with torch.no_grad():
-            decision = _decide(linears[names[0]], fitting, counts, timer)
+            decision = _decide(linears[names[0]], like, counts, timer, policy, remeasure)
         decisions |= dict.fromkeys(names, (names[0], decision))
-    packed = {
-        name: _packed(name, linears[name], decision)
-        for name, (_, decision) in decisions.items()
-        if decision.format is not None
-    }
+    packed: dict[str, SparseLinear] = {}
+    for name, (measured_on, decision) in decisions.items():
+        if decision.format is not None:
+            try:
+                packed[name] = packed_linear(name, linears[name], decision.format, decision.table)
+            except (RuntimeError, ValueError, MemoryError) as problem:  # no room, most likely
+                reason = f"{decision.format} was faster, but {failure('packing it', problem)}"
+                stays = replace(decision, format=None, table=(), reason=reason)
+                decisions[name] = measured_on, stays
     report = AccelerateReport(
         device=_device_name(next(iter(linears.values())).weight.device),
         threads=torch.get_num_threads(),
@@ -104,6 +165,8 @@ def _accelerate(
             else _measured(name, linear, *decisions[name], packed.get(name))
             for name, linear in linears.items()
         ),
+        policy=policy,
+        dense_formats=_dense_formats(groups),
     )
     if strict:
         _demand_gains(report, layers)
@@ -133,71 +196,218 @@ def _groups(
         if fitting:
             densities = tuple(round(format.density(weight) / ALIKE) for format in fitting)
             like = (fitting, densities, weight.shape, weight.dtype, weight.device)
-            groups.setdefault((*like, linear.bias is None), []).append(name)
+            same = (*like, linear.bias is None, weight.is_contiguous())
+            groups.setdefault(same, []).append(name)
+        elif int(weight.count_nonzero()) == weight.numel():
+            skipped[name] = "its weight has no zeros"
         else:
             skipped[name] = "; ".join(filter(None, misfits.values()))
     return groups, skipped
 
 
+def _dense_formats(groups: Mapping[Likeness, Sequence[str]]) -> tuple[str, ...]:
+    """The formats that store every weight, rounded: what sparse ones that round have to beat."""
+    full = round(1 / ALIKE)
+    found = [
+        str(format)
+        for formats, densities, *_ in groups
+        for format, density in zip(formats, densities, strict=True)
+        if density == full and not format.is_exact
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _key(like: Likeness) -> str:
+    """A layer's likeness as the file of measurements has it: `64x64 bfloat16 bias: semi24 50%`."""
+    formats, densities, (out, width), dtype, _, biasless, contiguous = like
+    stored = (f"{format} {share}%" for format, share in zip(formats, densities, strict=True))
+    bias = "no bias" if biasless else "bias"
+    strided = "" if contiguous else ", strided"
+    return f"{out}x{width} {str(dtype).removeprefix('torch.')} {bias}{strided}: {', '.join(stored)}"
+
+
 def _decide(
-    linear: nn.Linear, formats: Sequence[Format], tokens: tuple[int, ...], timer: Timer
+    linear: nn.Linear,
+    like: Likeness,
+    tokens: tuple[int, ...],
+    timer: Timer,
+    policy: Policy,
+    remeasure: bool,
 ) -> _Decision:
     """The format that gains most over all numbers of tokens, or none, from measurements."""
-    reasons: dict[str, None] = {}  # in order, each once
-    times: dict[int, dict[str, float]] = {}
-    for count in tokens:
-        try:
-            times[count], dropped = _times(linear, formats, count, timer)
-        except (RuntimeError, MemoryError) as problem:  # no room for the copies, most likely
-            return _Decision(None, (), (), f"could not be measured: {first_line(problem)}")
-        reasons |= dict.fromkeys(dropped)
-    best: tuple[float, Format, tuple[Measured, ...]] | None = None
-    for format in formats:
-        measured = tuple(measured_for(f"{format} ", count, times[count]) for count in tokens)
-        gain = prod(entry.ratio for entry in measured)
-        if min(entry.ratio for entry in measured) >= LEAST_GAIN and (not best or gain > best[0]):
-            best = gain, format, measured
+    device, key, found = linear.weight.device, _key(like), list[Found]()
+    try:
+        layers = {format: packed_linear("", linear, format, REFERENCE) for format in like[0]}
+        for count in tokens:
+            known = None if remeasure else recall(device, key, count)
+            if known is None or known.cannot != _cannot(layers.values(), count):
+                known = _times(linear, layers, count, timer)
+                if not any(OUT_OF_MEMORY in reason for reason in known.dropped):
+                    keep(device, key, count, known)
+            found.append(known)
+    except (RuntimeError, MemoryError) as problem:  # dense itself failed: no room, most likely
+        return _Decision(None, (), (), f"could not be measured: {first_line(problem)}")
+    cannot = tuple(dict.fromkeys(reason for one in found for reason in one.cannot.values()))
+    dropped = tuple(dict.fromkeys(reason for one in found for reason in one.dropped))
+    choices = [choice for layer in layers.values() for choice in _choices(layer, found)]
+    gaining = [choice for choice in choices if choice.gains]
+    dense_bytes, refused = linear.weight.nbytes, list[str]()
+    if policy == "memory":
+        allowed = [choice for choice in gaining if choice.nbytes < dense_bytes]
+        refused = [_refusal(one, dense_bytes) for one in gaining if one not in allowed]
+        gaining = allowed
+    dropped = (*dropped, *dict.fromkeys(refused))
+    best = max(gaining, key=lambda one: (prod(one.ratios), -one.nbytes), default=None)
+    names = [_fastest(one.microseconds) for one in found] if best is None else best.names
+    measured = tuple(
+        Measured(count, tuple(one.microseconds.items()), name, one.remembered)
+        for count, one, name in zip(tokens, found, names, strict=True)
+    )
     if best is None:
-        overall = tuple(measured_for("", count, times[count]) for count in tokens)
-        return _Decision(None, (), overall, "; ".join([*_losses(overall), *reasons]))
-    _, format, measured = best
-    names = [str(entry.fastest_sparse).removeprefix(f"{format} ") for entry in measured]
-    table = _table(names, tokens)
-    return _Decision(format, table, measured, "faster than dense at every number of tokens")
+        bare = [f"{one} has no implementation but the reference here" for one in _bare(layers)]
+        why = dict.fromkeys([*_losses(measured), *dropped, *cannot, *bare])
+        return _Decision(None, (), measured, "; ".join(why), cannot, dropped)
+    table = _table(layers[best.format], best.names, tokens, policy)
+    reason = _gains(tokens, best.ratios)
+    return _Decision(best.format, table, measured, reason, cannot, dropped)
 
 
 def _times(
-    linear: nn.Linear, formats: Sequence[Format], tokens: int, timer: Timer
-) -> tuple[dict[str, float], list[str]]:
-    """Median microseconds of every candidate that works, and why the others do not."""
+    linear: nn.Linear, layers: Mapping[Format, SparseLinear], tokens: int, timer: Timer
+) -> Found:
+    """Median microseconds of every candidate that works, and why the others do not.
+
+    Raises: RuntimeError or MemoryError if dense itself cannot be measured.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = linear.weight
     x = torch.randn(tokens, linear.in_features, generator=generator)
     x = x.to(weight.device, weight.dtype)
-    sparse, reasons = list[Candidate](), list[str]()
-    for format in formats:
-        found, missing = sparse_candidates(linear, format, tokens)
-        sparse += found
-        reasons += missing
+    sparse, dropped = list[Candidate](), list[str]()
+    for layer in layers.values():
+        candidates, failed = packed_candidates(layer, tokens)
+        sparse += candidates
+        dropped += failed
     kept, wrong = admitted(sparse, linear, x)
+    dropped += wrong
+    calls = dict[str, Calls]()
     everything = [*dense_candidates(linear, tokens), *kept]
-    copies = copies_for(sum(candidate.nbytes for candidate in everything))
-    calls = {
-        name: [partial(run, x) for run in copied]
-        for name, copied in runs(everything, copies).items()
-    }
-    timings = timer(calls, weight.device)
-    return {name: timing.median_us for name, timing in timings.items()}, reasons + wrong
+    for candidate in everything:
+        try:
+            copies = _copies(candidate, everything, weight.device)
+            calls[candidate.name] = [partial(candidate.make(), x) for _ in range(copies)]
+        except (RuntimeError, ValueError, MemoryError) as problem:
+            if candidate.name == DENSE:
+                raise
+            dropped.append(failure(candidate.name, problem))
+    timings: Mapping[str, Timing] | None = None
+    while timings is None:
+        try:
+            timings = timer(calls, weight.device)
+        except VariantFailed as failed_one:
+            if failed_one.variant == DENSE:
+                raise
+            del calls[failed_one.variant]
+            dropped.append(failure(failed_one.variant, failed_one.problem))
+    return Found(
+        {name: timing.median_us for name, timing in timings.items()},
+        _cannot(layers.values(), tokens),
+        tuple(dropped),
+        {candidate.name: candidate.arranged_bytes for candidate in kept},
+    )
 
 
-def _table(names: Sequence[str], tokens: tuple[int, ...]) -> Table:
-    """What was fastest at each number of tokens serves up to it; the last serves all above."""
+def _copies(candidate: Candidate, everything: Sequence[Candidate], device: torch.device) -> int:
+    if device.type == "cuda":
+        held = candidate.nbytes + candidate.arranged_bytes
+        return copies_on(device, candidate.read, held, len(everything))
+    return copies_for(sum(one.read for one in everything))
+
+
+def _cannot(layers: Iterable[SparseLinear], tokens: int) -> dict[str, str]:
+    """What implementations say that cannot run these layers here, by candidate."""
+    problems = [item for layer in layers for item in why_not_each(layer, tokens).items()]
+    return {name: problem for name, problem in problems if problem is not None}
+
+
+def _choices(layer: SparseLinear, found: Sequence[Found]) -> Iterator[_Choice]:
+    """For each set of the format's implementations, the fastest of it at every number of tokens."""
+    format, stored = layer.format, packed_bytes(layer.packed)
+    prefix = f"{format} "
+    times = [
+        {name: us for name, us in one.microseconds.items() if name.startswith(prefix)}
+        for one in found
+    ]
+    everything = list(dict.fromkeys(name for known in times for name in known))
+    seen = set[tuple[str, ...]]()
+    for size in range(1, len(everything) + 1):
+        for some in combinations(everything, size):
+            usable = [{name: us for name, us in known.items() if name in some} for known in times]
+            if not all(usable):
+                continue
+            names = tuple(min(known, key=known.__getitem__) for known in usable)
+            if names in seen:
+                continue
+            seen.add(names)
+            arranged = {name: one.arranged[name] for name, one in zip(names, found, strict=True)}
+            ratios = tuple(
+                best_dense(one.microseconds)[1] / known[name]
+                for name, known, one in zip(names, usable, found, strict=True)
+            )
+            yield _Choice(format, names, ratios, stored + sum(arranged.values()))
+
+
+def _table(
+    layer: SparseLinear, names: Sequence[str], tokens: tuple[int, ...], policy: Policy
+) -> Table:
+    """What was fastest at each number of tokens serves up to it.
+
+    The last serves as many more as it can run; above that an implementation that is held already,
+    else dense unless memory counts, else the reference.
+    """
     rows = list[tuple[str, int | None]]()
-    for name, count in zip(names, tokens, strict=True):
+    short = [name.removeprefix(f"{layer.format} ") for name in names]
+    for name, count in zip(short, tokens, strict=True):
         if rows and rows[-1][0] == name:
             rows.pop()
         rows.append((name, count))
-    return (*rows[:-1], (rows[-1][0], None))
+    problems = {
+        implementation.name: partial(implementation.why_not, layer.packed)
+        for implementation in layer.format.folder.IMPLEMENTATIONS
+    }
+    last, limit = short[-1], tokens[-1]
+    beyond = [last, *problems.keys() & short, *([DENSE] if policy == "fastest" else [])]
+    largest = max(PROBED_TOKENS[-1], limit)
+    able = [name for name in beyond if name in problems and problems[name](largest) is None]
+    tail = able[0] if able else "reference"
+    if tail == last:
+        return (*rows[:-1], (last, None))
+    more = [count for count in PROBED_TOKENS if count > limit and problems[last](count) is None]
+    return (*rows[:-1], (last, max(more, default=limit)), (tail, None))
+
+
+def _fastest(microseconds: Mapping[str, float]) -> str | None:
+    """The fastest packed candidate that does not run dense."""
+    packed = [name for name in microseconds if not _is_dense(name)]
+    return min(packed, key=lambda name: microseconds[name], default=None)
+
+
+def _is_dense(name: str) -> bool:
+    """Whether a candidate is the dense layer, or a format's implementation that runs as it does."""
+    return name in (DENSE, PREPACKED) or name.endswith(f" {DENSE}")
+
+
+def _bare(layers: Mapping[Format, SparseLinear]) -> list[Format]:
+    """Formats without anything that could be measured on any device."""
+    return [format for format, layer in layers.items() if not why_not_each(layer, 1)]
+
+
+def _gains(tokens: Sequence[int], ratios: Sequence[float]) -> str:
+    faster = [str(n) for n, ratio in zip(tokens, ratios, strict=True) if ratio >= LEAST_GAIN]
+    others = [str(n) for n, ratio in zip(tokens, ratios, strict=True) if ratio < LEAST_GAIN]
+    if not others:
+        return "faster than dense at every number of tokens"
+    return f"faster than dense at tokens {', '.join(faster)}, as fast at {', '.join(others)}"
 
 
 def _losses(measured: Sequence[Measured]) -> list[str]:
@@ -210,11 +420,12 @@ def _losses(measured: Sequence[Measured]) -> list[str]:
     ]
 
 
-def _packed(name: str, linear: nn.Linear, decision: _Decision) -> SparseLinear:
-    assert decision.format is not None
-    layer = packed_linear(name, linear, decision.format)
-    layer.use(decision.table)
-    return layer
+def _refusal(choice: _Choice, dense_bytes: int) -> str:
+    names = ", ".join(dict.fromkeys(choice.names))
+    return (
+        f"policy 'memory' refuses {names}: it would hold {choice.nbytes} bytes, dense holds "
+        f"{dense_bytes}"
+    )
 
 
 def _measured(
@@ -235,7 +446,26 @@ def _measured(
         bytes_after=before if packed is None else packed.nbytes,
         reason=decision.reason,
         weight_error=0.0 if packed is None else weight_error(linear.weight.detach(), packed.packed),
+        table=decision.table,
+        holds=() if packed is None else _holds(packed, decision.table),
+        cannot=decision.cannot,
+        dropped=decision.dropped,
     )
+
+
+def _holds(layer: SparseLinear, table: Table) -> tuple[Held, ...]:
+    """The packed tensors, and what each implementation arranged from them for its tokens."""
+    names = ", ".join(layer.packed.tensors())
+    held = [Held(str(layer.format), packed_bytes(layer.packed), f"{names}: what is saved")]
+    ranges: dict[str, list[str]] = {}
+    lowest = 1
+    for name, limit in table:
+        upper = " and more" if limit is None else f" to {limit}" if limit > lowest else ""
+        ranges.setdefault(name, []).append(f"{lowest}{upper}")
+        lowest = lowest if limit is None else limit + 1
+    for name, nbytes in layer.arranged_bytes.items():
+        held.append(Held(name, nbytes, f"at tokens {', '.join(ranges[name])}"))
+    return tuple(held)
 
 
 def _skipped(name: str, linear: nn.Linear, reason: str) -> LayerReport:
@@ -255,18 +485,18 @@ def _unmeasurable(weight: Tensor) -> str | None:
         return f"it is on {weight.device.type}, where nothing can be measured"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}, which no format stores"
+    if weight.numel() == 0:
+        return "its weight is empty"
     if not bool(weight.isfinite().all()):
         return "its weight is not finite"
-    if int(weight.count_nonzero()) == weight.numel():
-        return "its weight has no zeros"
     return None
 
 
 def _checked_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
-    if not tokens or any(type(count) is not int or count < 1 for count in tokens):
+    if not tokens or any(type(n) is not int or not 1 <= n <= MOST_TOKENS for n in tokens):
         raise ValueError(
             f"accelerate_ needs numbers of tokens from 1 upwards, got {tokens!r}: "
-            "name those that the model will be called with, such as (1, 16)"
+            f"name those that the model will be called with, such as (1, 16), at most {MOST_TOKENS}"
         )
     return tuple(sorted(set(tokens)))
 

@@ -1,13 +1,19 @@
 """`doctor`: what this machine offers, and which implementation of each format can run on it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 
-from secateur.formats.format import FOLDERS, Format
+from secateur.formats.contract import Implementation, Packed
+from secateur.formats.format import FOLDERS, PER_OUTPUT, Format
 
 STATES = ("yes", "no", "info")
+TOKENS = (1, 4096)  # generating text, and reading a prompt or a batch of images
+SHAPE = (256, 256)  # whole tiles of every implementation
+BLOCK = (64, 64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPTIONAL = {  # module to look for -> what it would give; looked up, never imported
     "triton": "block-sparse and quantising kernels on a GPU",
     "cuda.bindings.nvrtc": "compiling the CUDA kernels at first use",
@@ -25,6 +31,9 @@ class Finding:
 
 def doctor() -> list[Finding]:
     """What is here: torch, threads, GPU, optional packages, and each format's implementations.
+
+    Of an implementation: whether it can run a layer of a usual size at 1 and at 4096 tokens, and in
+    which dtypes. Whether it is faster than dense is for `accelerate_` to measure.
 
     Nothing is compiled and no optional package is imported.
     """
@@ -58,14 +67,52 @@ def _packages() -> list[Finding]:
 
 def _implementations(device: torch.device) -> list[Finding]:
     found = list[Finding]()
-    for name, folder in FOLDERS.items():
-        format = Format(name, (4, 4) if name == "block" else ())
-        packed = format.pack(torch.zeros(4, 4, device=device))
-        for implementation in folder.IMPLEMENTATIONS:
-            problem = implementation.why_not(packed, 1)
-            state = "yes" if problem is None else "no"
-            found.append(Finding(f"{name} {implementation.name}", state, problem or str(device)))
+    dtypes = DTYPES if device.type == "cuda" else DTYPES[::-1]
+    for format in _formats():
+        dense = (torch.zeros(SHAPE, dtype=dtype, device=device) for dtype in dtypes)
+        packed = [format.pack(weight) for weight in dense]
+        for implementation in format.folder.IMPLEMENTATIONS:
+            found.append(_examined(format, implementation, packed, device))
     return found
+
+
+def _formats() -> list[Format]:
+    """Every format, with each of its options."""
+    found = list[Format]()
+    for name in FOLDERS:
+        found.append(Format(name, BLOCK if name == "block" else ()))
+        if name == "semi24_int4":
+            found.append(Format(name, PER_OUTPUT))
+    return found
+
+
+def _examined(
+    format: Format, implementation: Implementation, packed: Sequence[Packed], device: torch.device
+) -> Finding:
+    """At which numbers of tokens, and in which dtypes, it can run a layer of a usual size."""
+    name = f"{format} {implementation.name}"
+    problems = {
+        tokens: [implementation.why_not(one, tokens) for one in packed] for tokens in TOKENS
+    }
+    if all(all(found) for found in problems.values()):
+        return Finding(name, "no", str(problems[TOKENS[0]][0]))
+    said = dict[str, list[str]]()
+    for tokens, found in problems.items():
+        runs = [_short(one.dtype) for one, no in zip(packed, found, strict=True) if no is None]
+        answer = f"in {', '.join(runs)}"
+        if not runs:  # in a dtype that other numbers of tokens can have
+            others = zip(found, *problems.values(), strict=True)
+            answer = f"not: {next(no for no, *all_of in others if None in all_of)}"
+        said.setdefault(answer, []).append(str(tokens))
+    answers = "; ".join(
+        f"at {' and '.join(counts)} token{'s' * (counts != ['1'])} {answer}"
+        for answer, counts in said.items()
+    )
+    return Finding(name, "yes", f"{device.type}, {answers}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _device() -> torch.device:

@@ -1,6 +1,7 @@
 """What all tests share: quiet threads, and a way past the runtime type checks."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -21,3 +22,16 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def no_memory_of_other_tests(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """What `accelerate_` measures in a test is kept for that test alone."""
+
+    def own_file(name: str) -> Path:
+        folder: Path = request.getfixturevalue("tmp_path")
+        return folder / name
+
+    monkeypatch.setattr("secateur.remembered.own_file", own_file)

@@ -1,12 +1,14 @@
 """The front half on a GPU: what it finds there is what it finds on the CPU."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
 import secateur as sc
+from secateur.doctor import doctor
 from tests.models import ConvNet, Decoder
 
 pytestmark = [
@@ -99,3 +101,70 @@ def test_without_a_kernel_nothing_is_swapped_and_the_reason_is_said() -> None:
     report = sc.accelerate_(model, tokens=(1,))
     assert type(model[0]) is torch.nn.Linear
     assert "no layer is faster sparse on this device" in str(report)
+
+
+def halves(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    model = torch.nn.Sequential(*layers).to("cuda", dtype)
+    sc.prune_(model, sc.plan(model, "2:4"))
+    return model.requires_grad_(False)
+
+
+def test_accelerate_measures_and_changes_no_answer() -> None:
+    model = halves(512, 1024, 512)
+    dense = copy.deepcopy(model)
+    report = sc.accelerate_(model, tokens=(1, 16, 256))
+    for layer in report.layers:
+        for found in layer.measured:
+            times = dict(found.microseconds)
+            assert all(us > 0 for us in times.values()) and "dense" in times
+            assert not found.remembered
+    for tokens in (1, 5, 16, 100, 256, 1000):
+        x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+        wanted = dense(x)
+        off = float((model(x) - wanted).abs().max() / wanted.abs().max())
+        assert off < 2**-6
+    again = sc.accelerate_(copy.deepcopy(dense), tokens=(1, 16, 256))
+    assert all(found.remembered for layer in again.layers for found in layer.measured)
+    assert [layer.table for layer in again.layers] == [layer.table for layer in report.layers]
+
+
+def test_an_accelerated_model_is_captured() -> None:
+    model = halves(512, 1024, 512)
+    wanted_of = copy.deepcopy(model)
+    sc.accelerate_(model, tokens=(1, 16))
+    if any(isinstance(layer, sc.SparseLinear) for layer in model):
+        sc.warmup(model, tokens=(16,))
+    x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        model(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = model(x)
+    x.copy_(torch.randn(16, 512, device="cuda", dtype=torch.bfloat16))
+    graph.replay()
+    wanted = wanted_of(x)
+    assert float((result - wanted).abs().max() / wanted.abs().max()) < 2**-6
+
+
+@pytest.mark.parametrize("format", ["semi24_int8_dynamic", "semi24_fp8_dynamic"])
+def test_dynamic_formats_are_admitted_by_their_own_reference(format: str) -> None:
+    model = halves(512, 1024)
+    report = sc.accelerate_(
+        model, tokens=(16, 512), formats=[format, format.removeprefix("semi24_")]
+    )
+    (layer,) = report.layers
+    assert not [reason for reason in layer.dropped if "wrong" in reason]
+    assert report.dense_formats == (format.removeprefix("semi24_"),)
+
+
+def test_the_doctor_asks_kernels_at_few_and_many_tokens() -> None:
+    found = {entry.capability: entry.detail for entry in doctor()}
+    if torch.cuda.get_device_capability() >= (8, 0):
+        decode = found["semi24 decode"]
+        assert decode.startswith("cuda, at 1 token in bfloat16, float16; at 4096 tokens not: ")
+        assert found["semi24 dense"] == "cuda, at 1 and 4096 tokens in bfloat16, float16"

@@ -147,7 +147,8 @@ def bench(
         str | None,
         typer.Option(
             help="Formats to try, separated by commas: semi24,block:64x64,bitmap,csr; "
-            "semi24_int4,semi24_int8,semi24_fp8 also round weights.",
+            "semi24_int4,semi24_int8,semi24_fp8 also round weights; semi24_int8_dynamic,"
+            "semi24_fp8_dynamic,int8_dynamic,fp8_dynamic (the last two dense) inputs, too.",
             show_default=False,
         ),
     ] = None,
@@ -163,7 +164,8 @@ def bench(
 ) -> None:
     """Measure every layer dense and sparse on this machine, at each number of tokens a call.
 
-    Nothing is written: `sc.accelerate_` makes the same choice where the model is used.
+    No model is written. The measurements are kept for this machine, and `sc.accelerate_` makes the
+    same choice from them where the model is used.
     """
     with failures(debug):
         from secateur.accelerate import accelerate_
@@ -172,7 +174,7 @@ def bench(
         tried = formats.split(",") if formats else None
         model = open_folder(folder, dtype, device).model
         chosen = list(select(model, layers).layers) if layers else None
-        report = accelerate_(model, counts, tried, chosen, strict)
+        report = accelerate_(model, counts, tried, chosen, strict, remeasure=True)
         if json:
             emit(report.to_dict())
             return

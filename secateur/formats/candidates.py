@@ -3,19 +3,23 @@
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.formats.contract import Packed, packed_bytes
-from secateur.formats.format import Format, dequantised
-from secateur.formats.linear import SparseLinear
+from secateur.formats.format import Format, dequantised, parse_format
+from secateur.formats.linear import REFERENCE, SparseLinear
 from secateur.formats.pack import packed_linear
 
 DENSE = "dense"
 PREPACKED = "dense prepacked"
 ROWS_AT_ONCE = 4096  # of a weight in float64: a vocabulary of 128,000 x 4096 would take 4 GB whole
+TOKENS_CHECKED = 128  # spread over the input; float64 of 4096 tokens can take a GPU seconds
+OUT_OF_MEMORY = "ran out of memory"
+NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 Run = Callable[[Tensor], Tensor]
 
@@ -24,14 +28,21 @@ Run = Callable[[Tensor], Tensor]
 class Candidate:
     """One way to run a layer. `make()` is a fresh copy of it with weights of its own.
 
-    `quantised` is the packed weight that the result is held to instead of the layer's own, for a
-    format that rounds weights to a grid.
+    `nbytes` are those of the weight as a checkpoint has it, `arranged_bytes` what the
+    implementation made of it for itself. `quantised` is the packed weight that the result is held
+    to instead of the layer's own, for a format that rounds.
     """
 
     name: str
     make: Callable[[], Run]
     nbytes: int
     quantised: Packed | None = None
+    arranged_bytes: int = 0
+
+    @property
+    def read(self) -> int:
+        """Bytes of weights that a launch reads: the arrangement, where there is one."""
+        return self.arranged_bytes or self.nbytes
 
 
 def dense_candidates(linear: nn.Linear, tokens: int) -> list[Candidate]:
@@ -55,22 +66,43 @@ def sparse_candidates(
 
     The reference is left out: it unpacks at every call and is never faster.
     """
-    layer = packed_linear("", linear, format)
-    quantised = None if format.is_exact else layer.packed
-    found, reasons = list[Candidate](), list[str]()
-    for implementation in format.folder.IMPLEMENTATIONS:
-        if implementation.name == "reference":
-            continue
-        problem = implementation.why_not(layer.packed, tokens)
-        if problem is not None:
-            reasons.append(problem)
-            continue
-        make = _maker(layer, implementation.name, tokens)
-        nbytes = packed_bytes(layer.packed)
-        found.append(Candidate(f"{format} {implementation.name}", make, nbytes, quantised))
-    if not found and not reasons:
+    layer = packed_linear("", linear, format, REFERENCE)
+    problems = why_not_each(layer, tokens)
+    reasons = [problem for problem in problems.values() if problem is not None]
+    if not problems:
         reasons.append(f"{format} has no implementation but the reference here")
-    return found, reasons
+    found, failed = packed_candidates(layer, tokens)
+    return found, reasons + failed
+
+
+def why_not_each(layer: SparseLinear, tokens: int) -> dict[str, str | None]:
+    """For each implementation but the reference: None if it can run here, else the reason."""
+    return {
+        f"{layer.format} {implementation.name}": implementation.why_not(layer.packed, tokens)
+        for implementation in layer.format.folder.IMPLEMENTATIONS
+        if implementation.name != "reference"
+    }
+
+
+def packed_candidates(layer: SparseLinear, tokens: int) -> tuple[list[Candidate], list[str]]:
+    """The implementations that can run this layer, and what those said that could not arrange it.
+
+    Cost: one arrangement of each.
+    """
+    quantised = None if layer.format.is_exact else layer.packed
+    stored = packed_bytes(layer.packed)
+    found, failed = list[Candidate](), list[str]()
+    for name, problem in why_not_each(layer, tokens).items():
+        if problem is not None:
+            continue
+        try:
+            one = _arranged(layer, name.removeprefix(f"{layer.format} "), tokens)
+        except (RuntimeError, ValueError, MemoryError) as raised:
+            failed.append(failure(name, raised))
+            continue
+        make = partial(deepcopy, one)
+        found.append(Candidate(name, make, stored, quantised, one.nbytes - stored))
+    return found, failed
 
 
 def admitted(
@@ -79,24 +111,30 @@ def admitted(
     """The candidates whose result on x is right, and why the others were dropped.
 
     Right is an error, against float64, of at most twice that of the dense layer plus one rounding
-    of the result and of the sums behind it. Where a format rounds weights to a grid the dense layer
-    is that of the rounded weight: what rounding costs the model is not for a machine to judge. A
-    candidate that raises is dropped with what it said.
+    of the result and of the sums behind it. Where a format rounds weights or activations, float64
+    is that of its packed weight, and instead of the dense layer it is the format's own reference
+    that sets the error: what rounding costs the model is not for a machine to judge. A candidate
+    that raises is dropped with what it said. Of many tokens some are compared.
     """
     kept, reasons = list[Candidate](), list[str]()
     targets: dict[int | None, tuple[Tensor, float]] = {}
+    rows = torch.linspace(0, len(x) - 1, min(len(x), TOKENS_CHECKED)).round().long().to(x.device)
     for candidate in candidates:
         of = None if candidate.quantised is None else id(candidate.quantised)
         if of not in targets:
-            targets[of] = _target(linear, candidate.quantised, x)
+            targets[of] = _target(linear, candidate.quantised, x[rows])
         exact, allowed = targets[of]
         try:
-            error = float((candidate.make()(x) - exact).abs().max())
-        except (RuntimeError, ValueError, MemoryError) as problem:  # a GPU's out of memory too
-            reasons.append(f"{candidate.name} failed: {first_line(problem)}")
+            result = candidate.make()(x)
+            error = float((result[rows] - exact).abs().max())
+            finite = bool(result.isfinite().all())
+        except (RuntimeError, ValueError, MemoryError) as problem:
+            reasons.append(failure(candidate.name, problem))
             continue
-        if error <= allowed:  # False for nan
+        if error <= allowed and finite:  # False for nan
             kept.append(candidate)
+        elif error <= allowed:
+            reasons.append(f"{candidate.name} is wrong: its result is not finite")
         else:
             reasons.append(
                 f"{candidate.name} is wrong by {error:.1e} where {allowed:.1e} is allowed"
@@ -113,12 +151,20 @@ def _target(
     linear: nn.Linear, quantised: Packed | None, x: Tensor
 ) -> tuple[Float[Tensor, "tokens out"], float]:
     """The result in float64 and the error allowed against it."""
-    own = linear.weight.detach()
-    weight = own if quantised is None else dequantised(quantised)
-    exact, magnitude = _exact(weight, linear.bias, x)
-    dense = torch.nn.functional.linear(x, weight.to(own.dtype), linear.bias)
-    error = float((dense - exact).abs().max())
+    if quantised is None:
+        exact, magnitude = _exact(linear.weight.detach(), linear.bias, x)
+        usual = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    else:
+        exact, magnitude = _exact(dequantised(quantised), linear.bias, x)
+        usual = _reference(quantised)(x, quantised, linear.bias)
+    error = float((usual - exact).abs().max())
     return exact, 2 * (error + _rounding(x.dtype, exact, magnitude))
+
+
+def _reference(packed: Packed) -> Callable[..., Tensor]:
+    """The linear that defines what is correct for this packed weight's format."""
+    implementations = parse_format(packed.format).folder.IMPLEMENTATIONS
+    return next(found.linear for found in implementations if found.name == "reference")
 
 
 def _exact(
@@ -145,13 +191,10 @@ def _rounding(dtype: torch.dtype, exact: Tensor, magnitude: float) -> float:
     return torch.finfo(dtype).eps * result + torch.finfo(summed).eps * magnitude
 
 
-def _maker(layer: SparseLinear, implementation: str, tokens: int) -> Callable[[], Run]:
-    def make() -> Run:
-        copy = deepcopy(layer)
-        copy.use(((implementation, tokens), ("reference", None)))
-        return copy
-
-    return make
+def _arranged(layer: SparseLinear, implementation: str, tokens: int) -> SparseLinear:
+    copy = deepcopy(layer)
+    copy.use(((implementation, tokens), ("reference", None)))
+    return copy
 
 
 def _prepacker(linear: nn.Linear, tokens: int) -> Callable[[], Run] | None:
@@ -173,6 +216,12 @@ def _prepacker(linear: nn.Linear, tokens: int) -> Callable[[], Run] | None:
         return run
 
     return make
+
+
+def failure(name: str, problem: BaseException) -> str:
+    """What a report says of a candidate that raised; out of memory is no verdict for later."""
+    what = OUT_OF_MEMORY if isinstance(problem, NO_MEMORY) else "failed"
+    return f"{name} {what}: {first_line(problem)}"
 
 
 def first_line(problem: BaseException) -> str:
