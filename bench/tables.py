@@ -20,6 +20,7 @@ BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", r
 DENSES = ("dense", "dense prepacked")
 CUBLAS_FP16 = "cublas fp16"
 OURS = "semi24"  # every format of ours that decodes begins so
+PLAIN = " plain"  # without dependent launch
 SHORT_TOKENS = (1, 8, 16, 64)
 CUTS_SHORT = ("semi24", "semi24_int4")
 
@@ -63,7 +64,7 @@ def decode(results: Path) -> str:
 
 
 def decode_short(results: Path) -> str:
-    """For each device, our formats' ratios to dense at a few numbers of tokens."""
+    """For each device, ratios to dense at a few numbers of tokens: ours, and the best peer."""
     return "\n".join(map(_decode_short_table, newest(results, "decode")))
 
 
@@ -135,7 +136,7 @@ def _decode_table(rows: Rows) -> str:
 
 
 def _decode_short_table(rows: Rows) -> str:
-    formats = [name for name in _candidates(rows) if name.startswith(OURS)]
+    formats = [n for n in _candidates(rows) if n.startswith(OURS) and not n.endswith(PLAIN)]
     tokens = [n for n in SHORT_TOKENS if n in {int(row["tokens"]) for row in rows}]
     lines = [_line(["layer", "format", *map(_tokens, tokens)])]
     lines += [_line(["---"] * (2 + len(tokens)))]
@@ -145,7 +146,23 @@ def _decode_short_table(rows: Rows) -> str:
             if any((layer, name, n) in ratios for n in tokens):
                 found = [ratios.get((layer, name, n), "-") for n in tokens]
                 lines.append(_line([layer, name, *found]))
+        lines.append(
+            _line([layer, "best other kernel", *[_best_peer(rows, layer, n) for n in tokens]])
+        )
     return "\n".join([*lines, "", f"Ratio to dense cuBLAS; {_decode_origin(rows)}"]) + "\n"
+
+
+def _best_peer(rows: Rows, layer: str, tokens: int) -> str:
+    """The largest ratio of a candidate that is neither ours nor dense."""
+    found = [
+        row
+        for row in rows
+        if (row["layer"], int(row["tokens"])) == (layer, tokens)
+        and row["candidate"] != row["baseline"]
+        and row["vs_cublas"]
+        and not row["candidate"].startswith(OURS)
+    ]
+    return _ratio(max(found, key=lambda row: float(row["vs_cublas"]))) if found else "-"
 
 
 def _candidates(rows: Rows) -> list[str]:
