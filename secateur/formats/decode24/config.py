@@ -7,6 +7,7 @@ import torch
 
 from secateur.formats.decode24.arrange import UNIT_COLUMNS, UNIT_ROWS, VALUE_BYTES, Kind, unit_bytes
 
+SPARSE_FROM = (8, 0)  # mma.sp
 CLUSTERS_FROM = (9, 0)  # clusters, bulk copies and dependent launch; before: the portable form
 WARPGROUPS_ON = (9, 0)  # wgmma, on that generation alone
 MOST_TOKENS = 64  # operand B has 8 tokens; more than 8 of it and the sums leave the registers

@@ -19,7 +19,7 @@ from secateur.formats.decode24.config import (
 
 MOST_BYTES = 227 * 1024  # of shared memory that a CTA may ask for on sm_90 and sm_100
 # Before sm_90: nothing that needs it, and shared memory for the least of those devices (99 KB). It
-# compiles for them and has not been run yet, so that `why_not` refuses them.
+# has been run compiled for sm_90 only.
 PORTABLE = Config(1, 4, 1, 1, 1, 3, AFTER_X, 3)
 CLUSTERS = (1, 2, 4, 8)
 WASTES = (1.36, 2.0, 8.0)  # how much more than its share an SM may do; the first that leaves a cut

@@ -15,6 +15,7 @@ from secateur.formats.decode24.config import (
     CLUSTERS_FROM,
     MOST_TOKENS,
     SM_BYTES,
+    SPARSE_FROM,
     Case,
     Config,
     bucket,
@@ -45,11 +46,10 @@ def why_not(
     if tokens > MOST_TOKENS:
         return f"the decode kernel serves at most {MOST_TOKENS} tokens, got {tokens}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < CLUSTERS_FROM:
+    if capability < SPARSE_FROM:
         return (
-            "the decode kernel needs compute capability 9.0 (its form for older GPUs has not been "
-            f"run yet), this GPU has {capability[0]}.{capability[1]}: the reference and dense "
-            "layers still work"
+            "the decode kernel needs compute capability 8.0, for sparse tensor cores, this GPU has "
+            f"{capability[0]}.{capability[1]}: the reference and dense layers still work"
         )
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return "the decode kernel needs cuda-bindings: pip install 'secateur[cuda]'"

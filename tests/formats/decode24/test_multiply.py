@@ -56,7 +56,9 @@ def test_what_the_machine_lacks(gpu: None, monkeypatch: pytest.MonkeyPatch) -> N
         assert problem == "the decode kernel needs cuda-bindings: pip install 'secateur[cuda]'"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     problem = why_not((32, 128), BF16, GPU, 1)
-    assert problem is not None and "compute capability" in problem and "has 7.5" in problem
+    assert problem is not None and "compute capability 8.0" in problem and "has 7.5" in problem
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert why_not((32, 128), BF16, GPU, 1) is None
 
 
 def test_a_bias_of_another_dtype_is_refused() -> None:
