@@ -49,6 +49,7 @@ NO_LOSS = 0.97  # medians on a quiet machine repeat to about 3 %: above, a layer
 DEFAULT_FORMATS = ("semi24", "block:64x64", "block:32x32", "block:16x16", "csr")
 ALIKE = 0.01  # layers of one shape whose densities agree to this are measured once
 MOST_TOKENS = 2**20  # in one call
+MOST_SPREAD = 0.5  # of a median between quartiles; on a busier machine times serve this call alone
 
 Policy = Literal["fastest", "memory"]
 Timer = Callable[[Mapping[str, Calls], torch.device], Mapping[str, Timing]]
@@ -111,8 +112,8 @@ def accelerate_(
     says how far the weight is from the layer's own. Dense formats that round (`"int8_dynamic"`) are
     measured beside them if they are listed, and the format that gains most wins.
 
-    Measurements are kept on disk beside the compiled kernels, and a like layer on a like device is
-    not measured again; `remeasure` does.
+    Measurements are kept on disk beside the compiled kernels, unless the machine was too busy, and
+    a like layer on a like device is not measured again; `remeasure` does.
 
     Cost: seconds per distinct layer, once; 256 MB of copies on a CPU, or one of each candidate if
         that is more; on a GPU as much for each candidate.
@@ -242,7 +243,7 @@ def _decide(
             known = None if remeasure else recall(device, key, count)
             if known is None or known.cannot != _cannot(layers.values(), count):
                 known = _times(linear, layers, count, timer)
-                if not any(OUT_OF_MEMORY in reason for reason in known.dropped):
+                if known.steady and not any(OUT_OF_MEMORY in why for why in known.dropped):
                     keep(device, key, count, known)
             found.append(known)
     except (RuntimeError, MemoryError) as problem:  # dense itself failed: no room, most likely
@@ -314,6 +315,7 @@ def _times(
         _cannot(layers.values(), tokens),
         tuple(dropped),
         {candidate.name: candidate.arranged_bytes for candidate in kept},
+        steady=max(timing.spread for timing in timings.values()) <= MOST_SPREAD,
     )
 
 

@@ -30,7 +30,8 @@ class Found:
 
     `cannot` is what implementations said that cannot run here, by candidate, `dropped` why others
     have no time: out of memory, a library's error, a wrong result. `arranged` are the bytes that
-    each candidate made of the weight for itself.
+    each candidate made of the weight for itself. `steady` is whether the machine was quiet enough
+    for the times to be kept.
     """
 
     microseconds: Mapping[str, float]
@@ -38,6 +39,7 @@ class Found:
     dropped: tuple[str, ...]
     arranged: Mapping[str, int]
     remembered: bool = False
+    steady: bool = True
 
 
 def parse(text: str) -> Found:
@@ -85,7 +87,7 @@ def keep(device: torch.device, layer: str, tokens: int, found: Found) -> None:
     Raises: ValueError if the file is damaged; it names the file.
     """
     entry = asdict(found)
-    del entry["remembered"]
+    del entry["remembered"], entry["steady"]
     entry["microseconds"] = {name: float(us) for name, us in found.microseconds.items()}
     try:
         add(own_file(FILE), ENTRIES, (place(device), layer, str(tokens)), json.dumps(entry))

@@ -29,8 +29,8 @@ FAST = {"dense": 100.0, "dense prepacked": 90.0, "block:4x8 cpu": 30.0, "csr tor
 class Clock:
     """A timer that gives the prescribed microseconds and remembers what it was asked."""
 
-    def __init__(self, times: Times) -> None:
-        self.times = times
+    def __init__(self, times: Times, spread: float = 0.0) -> None:
+        self.times, self.spread = times, spread
         self.asked: list[tuple[int, tuple[str, ...]]] = []
 
     def __call__(self, variants: Mapping[str, Calls], device: torch.device) -> dict[str, Timing]:
@@ -41,7 +41,8 @@ class Clock:
 
     def _timing(self, count: int, name: str) -> Timing:
         time = self.times[name] if isinstance(self.times, Mapping) else self.times(count, name)
-        return Timing(median_us=time, low_us=time, high_us=time, rounds=20)
+        high = time * (1 + self.spread)
+        return Timing(median_us=time, low_us=time, high_us=high, rounds=20)
 
 
 def linear(format: str | None = "block:4x8", out: int = 16, seed: int = 0) -> nn.Linear:
@@ -555,6 +556,16 @@ def test_what_is_new_is_measured(toys: None) -> None:
     times = bucketed({1: {"rounded fast": 5.0}})
     _, clock = run_toy(nn.Sequential(halved()), times, (1,), formats=("toy", "rounded"))
     assert len(clock.asked) == 1  # other formats
+
+
+@pytest.mark.parametrize(("spread", "again"), [(0.6, [1, 16]), (0.4, [])])
+def test_times_of_a_busy_machine_serve_one_call(spread: float, again: list[int]) -> None:
+    formats = [parse_format("block:4x8")]
+    busy, quiet = Clock(FAST, spread), Clock(FAST)
+    for clock in (busy, quiet):
+        report = _accelerate(nn.Sequential(linear()), (1, 16), formats, None, False, clock)
+        assert [layer.format for layer in report.layers] == ["block:4x8"]
+    assert [count for count, _ in quiet.asked] == again
 
 
 def test_remeasure_measures_afresh(toys: None) -> None:
