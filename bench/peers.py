@@ -1,4 +1,4 @@
-"""Other libraries' ways to run a layer with few tokens, to measure the decode kernels beside.
+"""Other libraries' ways to run a layer to measure ours beside.
 
 Dense cuBLAS, cuSPARSELt and tinygemm come with torch. Sparse-Marlin does not: a shared library with
 its launcher, and beside it `sparse_marlin_packer.py`, are named on the command line.
@@ -14,7 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bench.cold import Candidate, Run, Tuned, chain, error_of_one, in_turns, product
+from bench.cold import Candidate, Run, Tuned, product
+from secateur.kernels.cusparselt import Case, Found, Setting, case_of, search
 
 CUBLAS = "cublas bf16"
 CUBLAS_FP16 = "cublas fp16"
@@ -24,117 +25,92 @@ TINYGEMM = "tinygemm int4"
 SPARSE_MARLIN = "sparse-marlin int4"
 
 GROUP = 128  # weights that share a scale, in both int4 peers
-WRONG = 0.02  # relative error above which a result counts as wrong; bf16 rounding is 0.002
 CUSPARSELT_ROWS = 16  # fewer tokens have to be padded
 INNER_K_TILES = 8
-MOST_ALGORITHMS = 128
-MOST_REFUSALS = 4  # refused ids in a row that end the search
-QUICK_COPIES = 8
-
-Setting = tuple[int, int, int]  # algorithm, split_k, split_k_mode
-SPLITS = tuple((count, mode) for count in (2, 4, 8) for mode in (1, 2))
+SHIPPED = Setting(0)
 
 
-def cublas(weight: Tensor, x: Tensor, name: str) -> Candidate:
+def cublas(weight: Tensor, x: Tensor, name: str, bias: Tensor | None = None) -> Candidate:
     """`torch.nn.functional.linear`, in the dtype of the weight."""
 
     def make() -> Run:
         copy = weight.clone()
-        return lambda x: torch.nn.functional.linear(x, copy)
+        return lambda x: torch.nn.functional.linear(x, copy, bias)
 
-    return Candidate(name, weight.nbytes, make, x, product(x, weight), baseline=name)
+    exact = partial(product, weight=weight, bias=bias)
+    return Candidate(name, weight.nbytes, make, x, exact, baseline=name)
 
 
-def cusparselt(weight: Tensor, x: Tensor) -> list[Candidate]:
-    """The algorithm that torch ships, 0, and the fastest right one; both on the same copies."""
-    compressed, exact = torch._cslt_compress(weight), product(x, weight)
+def cusparselt(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> list[Candidate]:
+    """The algorithm that torch ships, 0, and the fastest right one; both on the same copies.
+
+    The search is that of `secateur.kernels.cusparselt`, since the library's own times warm weights
+    and can return wrong algorithms. It is made anew here, whatever is remembered.
+    """
+    blob, out = torch._cslt_compress(weight), len(weight)
 
     def make() -> Run:
-        copy = compressed.clone()
+        copy = blob.clone()
 
-        def run(x: Tensor, setting: Setting = (0, 1, -1)) -> Tensor:
-            algorithm, split_k, mode = setting
-            return torch._cslt_sparse_mm(
+        def run(x: Tensor, setting: Setting = SHIPPED) -> Tensor:
+            result: Tensor = torch._cslt_sparse_mm(
                 *(copy, x.t()),
+                bias=bias,
                 transpose_result=True,
-                alg_id=algorithm,
-                split_k=split_k,
-                split_k_mode=mode,
+                alg_id=setting.algorithm,
+                split_k=setting.split_k,
+                split_k_mode=setting.split_k_mode,
             )
+            return result
 
         return run
 
-    found: dict[int, tuple[Setting, str]] = {}
+    found: dict[Case, Found] = {}
 
-    def tune(runs: Sequence[Run], x: Tensor, exact: Tensor) -> Tuned:
-        if len(x) not in found:
-            found[len(x)] = fastest(runs, x, exact)
-        setting, note = found[len(x)]
-        return [partial(run, setting=setting) for run in runs], note
+    def tune(runs: Sequence[Run], x: Tensor) -> Tuned:
+        case = case_of(x, out, bias)
+        if case not in found:
+            found[case] = search(case, blob, lambda x: x.float() @ weight.float().t())
+        setting = found[case].setting
+        return [partial(run, setting=setting) for run in runs], described(found[case])
 
     shared = partial(
         Candidate,
-        nbytes=compressed.nbytes,
+        nbytes=blob.nbytes,
         make=make,
         x=x,
-        exact=exact,
+        exact=partial(product, weight=weight, bias=bias),
         baseline=CUBLAS,
         rows=CUSPARSELT_ROWS,
     )
     return [shared(CUSPARSELT_SHIPPED), shared(CUSPARSELT, tune=tune)]
 
 
-def fastest(runs: Sequence[Run], x: Tensor, exact: Tensor) -> tuple[Setting, str]:
-    """The fastest setting with a right result, and how many were tried.
-
-    Every algorithm by its number, since the library's own search times warm weights and can return
-    wrong ones; then the two fastest with their sums split.
-
-    Raises: RuntimeError if no setting is right.
-    """
-    us, refused = dict[Setting, float](), 0
-    for algorithm in range(MOST_ALGORITHMS):
-        measured = _quick(runs, x, exact, (algorithm, 1, -1))
-        refused = 0 if measured is not None else refused + 1
-        if refused == MOST_REFUSALS:
-            break
-        if measured is not None:
-            us[algorithm, 1, -1] = measured
-    for algorithm, _, _ in sorted(us, key=us.__getitem__)[:2]:
-        for split_k, mode in SPLITS:
-            measured = _quick(runs, x, exact, (algorithm, split_k, mode))
-            if measured is not None:
-                us[algorithm, split_k, mode] = measured
-    wrong = sum(value == torch.inf for value in us.values())
-    if wrong == len(us):
-        raise RuntimeError(f"no algorithm is right: {wrong} are wrong, all others refused")
-    best = min(us, key=us.__getitem__)
-    split = f" split_k {best[1]} mode {best[2]}" if best[1] > 1 else ""
-    return best, f"algorithm {best[0]}{split} of {len(us)} tried, {wrong} wrong"
-
-
-def _quick(runs: Sequence[Run], x: Tensor, exact: Tensor, setting: Setting) -> float | None:
-    """Microseconds over a few copies; infinite if the result is wrong, None if it is refused."""
-    bound = [partial(run, setting=setting) for run in runs[:QUICK_COPIES]]
-    try:
-        if not error_of_one(bound[0], x, exact) <= WRONG:  # also for nan
-            return torch.inf
-        timed = chain(bound, x, len(bound))
-    except RuntimeError:
-        return None
-    return in_turns({"": timed}, x.device, rounds=3)[""].median_us
+def described(found: Found) -> str:
+    """`algorithm 5 split_k 8 mode 1; 1 setting wrong, 9 refused`."""
+    best = found.setting
+    split = f" split_k {best.split_k} mode {best.split_k_mode}" if best.split_k > 1 else ""
+    wrong = sum(reason.startswith("wrong by") for reason in found.dropped.values())
+    refused = len(found.dropped) - wrong
+    settings = "setting" if wrong == 1 else "settings"
+    return f"algorithm {best.algorithm}{split}; {wrong} {settings} wrong, {refused} refused"
 
 
 def tinygemm(weight: Tensor, x: Tensor) -> Candidate:
     """Dense int4 in groups of 128, as torch has it."""
     codes, scales = quantised(weight)
-    exact = product(x, dequantised(codes, scales))
+    exact = partial(product, weight=dequantised(codes, scales))
     packed = torch.ops.aten._convert_weight_to_int4pack(joined(codes), INNER_K_TILES)
     table = scales_and_zeros(scales)
 
     def make() -> Run:
         own, own_table = packed.clone(), table.clone()
-        return lambda x: torch.ops.aten._weight_int4pack_mm(x, own, GROUP, own_table)
+
+        def run(x: Tensor) -> Tensor:
+            result: Tensor = torch.ops.aten._weight_int4pack_mm(x, own, GROUP, own_table)
+            return result
+
+        return run
 
     return Candidate(TINYGEMM, packed.nbytes + table.nbytes, make, x, exact, CUBLAS)
 
@@ -190,8 +166,8 @@ def sparse_marlin(weight: Tensor, x: Tensor, library: Path) -> Candidate:
 
         return run
 
-    half, nbytes = x.half(), sum(tensor.nbytes for tensor in packed)
-    return Candidate(SPARSE_MARLIN, nbytes, make, half, product(half, dense), CUBLAS_FP16)
+    nbytes, exact = sum(tensor.nbytes for tensor in packed), partial(product, weight=dense)
+    return Candidate(SPARSE_MARLIN, nbytes, make, x.half(), exact, CUBLAS_FP16)
 
 
 def _module(path: Path) -> ModuleType:

@@ -15,7 +15,9 @@ from torch import Tensor
 from bench import cold, decode, linear, peers, tables, timing
 from bench.shapes import SHAPES
 from secateur.formats import parse_format
+from secateur.kernels.cusparselt import Found, Setting
 from secateur.kernels.timing import Calls, Timing
+from tests.kernels.fake_cusparselt import Fake, forget, install
 
 COLUMNS = (
     *("date", "device", "threads", "torch", "commit", "command", "layer", "out", "in", "dtype"),
@@ -217,7 +219,10 @@ def test_decode_takes_models_and_single_layers(capsys: pytest.CaptureFixture[str
     assert len(decode.parsed(["--shapes", "llama-3-70b", "qwen2.5-7b"]).layers) == 8
     with pytest.raises(SystemExit):
         decode.parsed(["--shapes", "llama-4"])
-    assert "shapes are llama-3-8b, llama-3-70b, qwen2.5-7b or the" in capsys.readouterr().err
+    assert (
+        "shapes are llama-3-8b, llama-3-70b, qwen2.5-7b, sam-vit-h or the"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +241,14 @@ def test_copies_are_cold_and_launches_whole_rotations(
     nbytes: int, memory: int, copies: int, launches: int
 ) -> None:
     assert cold.copies_for(nbytes, memory) == copies
-    assert cold.launches_for(nbytes, copies) == launches and launches % copies == 0
+    assert cold.launches_for(nbytes, 1, copies) == launches and launches % copies == 0
+
+
+def test_chains_of_many_tokens_are_one_rotation() -> None:
+    gate_up = 2 * 28672 * 4096
+    assert cold.launches_for(gate_up, 16 * gate_up, 6) == 54
+    assert cold.launches_for(gate_up, 1024 * gate_up, 6) == 12
+    assert cold.launches_for(gate_up, 16384 * gate_up, 6) == 6
 
 
 def test_chains_take_turns_and_rotate_over_their_copies() -> None:
@@ -259,7 +271,7 @@ def test_chains_take_turns_and_rotate_over_their_copies() -> None:
 
 
 def test_random_weights_keep_two_of_four() -> None:
-    dense, sparse = decode.random_weights((32, 64), torch.device("cpu"))
+    dense, sparse = cold.random_weights((32, 64), torch.device("cpu"))
     kept = sparse != 0
     assert (dense != 0).all() and torch.equal(sparse, dense * kept)
     assert not sparse[~kept].signbit().any()  # a compressor may take -0.0 for a number
@@ -269,7 +281,7 @@ def test_random_weights_keep_two_of_four() -> None:
 
 
 def test_the_int4_peer_is_packed_as_torch_does() -> None:
-    weight = decode.random_weights((16, 256), torch.device("cpu"))[0]
+    weight = cold.random_weights((16, 256), torch.device("cpu"))[0]
     codes, scales = peers.quantised(weight)
     assert codes.dtype == torch.uint8 and (codes >= 1).all() and (codes <= 15).all()
     assert scales.shape == (16, 2) and scales.dtype == torch.bfloat16
@@ -284,28 +296,12 @@ def test_the_int4_peer_is_packed_as_torch_does() -> None:
     assert torch.equal(table[1, :, 0], scales[:, 1]) and (table[..., 1] == 0).all()
 
 
-def test_the_fastest_right_algorithm_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, exact = torch.ones(2, 4), torch.ones(2, 4, dtype=torch.float64)
-    asked: list[peers.Setting] = []
-    now = [0.0]
-    monkeypatch.setattr("secateur.kernels.timing.perf_counter", lambda: now[0])
-
-    def run(x: Tensor, setting: peers.Setting) -> Tensor:
-        asked.append(setting)
-        algorithm, split_k, mode = setting
-        if algorithm in (1, 3) or algorithm > 5 or mode == 2:
-            raise RuntimeError("not supported")
-        if algorithm == 2:
-            return x * torch.nan  # the fastest, and wrong
-        now[0] += 2 if algorithm != 5 else 1 / split_k
-        return x.clone()
-
-    setting, note = peers.fastest([run, run], x, exact)
-    assert setting == (5, 8, 1)
-    assert note == "algorithm 5 split_k 8 mode 1 of 10 tried, 1 wrong"
-    assert max(algorithm for algorithm, _, _ in asked) == 9  # four refusals in a row end it
-    with pytest.raises(RuntimeError, match="no algorithm is right: 0 are wrong, all others ref"):
-        peers.fastest([lambda x, setting: run(x, (6, 1, -1))], x, exact)
+def test_a_search_is_described_in_a_row() -> None:
+    dropped = {Setting(1): "wrong by 1.0e-01 where 7.8e-03 is allowed", Setting(7): "CUDA error"}
+    found = Found(Setting(5, 8, 1), 1.0, dropped)
+    assert peers.described(found) == "algorithm 5 split_k 8 mode 1; 1 setting wrong, 1 refused"
+    plain = Found(Setting(2), 1.0, {})
+    assert peers.described(plain) == "algorithm 2; 0 settings wrong, 0 refused"
 
 
 def test_sparse_marlin_says_what_it_lacks(tmp_path: Path) -> None:
@@ -368,7 +364,7 @@ def test_decode_stops_at_its_time_budget(
     monkeypatch.setitem(SHAPES, "Tiny o", (64, 128))
     monkeypatch.setattr(cold, "MOST_LAUNCHES", 4)
     clock = iter([0.0, 1.0, 2.0, 9.0])  # the start, before a case, after it, before the next
-    monkeypatch.setattr(decode, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(cold, "monotonic", lambda: next(clock))
     words = "--device cpu --shapes Tiny --tokens 1 3 --formats --rounds 2 --time-budget 5"
     assert decode.main([*words.split(), "--output", str(tmp_path)]) == 1
     *_, left, path = capsys.readouterr().out.splitlines()
@@ -377,7 +373,7 @@ def test_decode_stops_at_its_time_budget(
 
 
 def test_wrong_results_are_rows_without_a_time() -> None:
-    x, exact = torch.ones(16, 2), torch.ones(16, 2, dtype=torch.float64)
+    x = torch.ones(16, 2)
     calls: list[int] = []
 
     def later_wrong(x: Tensor) -> Tensor:
@@ -385,13 +381,13 @@ def test_wrong_results_are_rows_without_a_time() -> None:
         return x.clone() if len(calls) == 1 else x * torch.nan
 
     def candidate(name: str, run: cold.Run) -> cold.Candidate:
-        return cold.Candidate(name, 10**9, lambda: run, x, exact, "right", rows=8, most=16)
+        return cold.Candidate(name, 10**9, lambda: run, x, Tensor.double, "right", rows=8, most=16)
 
     everyone = {"right": torch.clone, "wrong": torch.zeros_like, "later": later_wrong}
     ready = [(candidate(name, run), [run]) for name, run in everyone.items()]
-    layer = decode.Layer("a layer", (2, 2), ready, {"absent": "not here"})
+    layer = cold.Layer("a layer", (2, 2), ready, {"absent": "not here"})
     rows = {
-        str(row["candidate"]): row for row in decode.case(layer, 3, torch.device("cpu"), rounds=2)
+        str(row["candidate"]): row for row in cold.case(layer, 3, torch.device("cpu"), rounds=2)
     }
     assert rows["right"]["us"] and rows["right"]["note"] == "8 rows" and set(calls) == {8}
     notes = {name: row["note"] for name, row in rows.items() if not row["us"]}
@@ -401,7 +397,7 @@ def test_wrong_results_are_rows_without_a_time() -> None:
         "absent": "not here",
     }
     assert len({tuple(row) for row in rows.values()}) == 1  # the same columns
-    too_many = list(decode.case(layer, 17, torch.device("cpu"), rounds=2))
+    too_many = list(cold.case(layer, 17, torch.device("cpu"), rounds=2))
     assert [row["note"] for row in too_many[1:]] == ["takes at most 16 tokens"] * 3
 
 
@@ -465,39 +461,34 @@ def test_the_short_decode_table_has_a_row_for_each_format(tmp_path: Path) -> Non
 def test_clocks_are_read_if_they_come_soon(
     code: str, values: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "PATIENCE", 0.1 if "sleep" in code else 60)
+    monkeypatch.setattr(cold, "PATIENCE", 0.1 if "sleep" in code else 60)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert list(decode.clocks_answered(process).values()) == values
-    assert list(decode.clocks_answered(None)) == ["sm_mhz", "celsius", "watts"]
+    assert list(cold.clocks_answered(process).values()) == values
+    assert list(cold.clocks_answered(None)) == ["sm_mhz", "celsius", "watts"]
 
 
+@pytest.mark.parametrize("biased", [False, True])
 def test_both_cusparselt_candidates_share_copies_and_a_search(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, biased: bool
 ) -> None:
-    asked: list[tuple[int, int]] = []
-
-    def multiply(weight: Tensor, x: Tensor, **options: int) -> Tensor:
-        assert options["transpose_result"] and not x.is_contiguous()
-        if options["alg_id"] > 1 or options["split_k"] > 1:
-            raise RuntimeError("not supported")
-        asked.append((options["alg_id"], x.shape[1]))
-        return x.t() @ weight.t()
-
-    monkeypatch.setattr(torch, "_cslt_compress", torch.clone, raising=False)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply, raising=False)
-    _, sparse = decode.random_weights((8, 16), torch.device("cpu"))
-    shipped, searched = peers.cusparselt(sparse, torch.randn(32, 16).bfloat16())
+    us = {Setting(0): 3.0, Setting(1): 1.0, Setting(2): 2.0}
+    fake = install(monkeypatch, tmp_path, Fake(us, wrong={Setting(1)}))
+    _, sparse = cold.random_weights((16, 32), torch.device("cpu"))
+    bias = torch.ones(16).bfloat16() if biased else None
+    shipped, searched = peers.cusparselt(sparse, torch.randn(32, 32).bfloat16(), bias)
     assert shipped.make is searched.make and searched.rows == 16
     runs = [searched.make()]
-    first = decode.prepared(searched, runs, 3)
-    assert first.note.startswith("16 rows; algorithm ") and first.error < 0.01
-    assert {rows for _, rows in asked} == {16} and {number for number, _ in asked} == {0, 1}
-    count = len(asked)
-    decode.prepared(searched, runs, 8)  # again 16 rows: nothing is searched
-    assert len(asked) - count == 2  # the check alone and the chain's first
-    asked.clear()
-    decode.prepared(shipped, runs, 3)
-    assert {number for number, _ in asked} == {0}
+    first = cold.prepared(searched, runs, 3)
+    # refused: four algorithms that are not there, and each of two with its sums split in six ways
+    assert first.note == "16 rows; algorithm 2; 1 setting wrong, 16 refused" and first.error < 0.01
+    assert (fake.biases[-1] is not None) == biased and fake.seen[-1] == Setting(2)
+    count = len(fake.seen)
+    cold.prepared(searched, runs, 8)  # again 16 rows: nothing is searched
+    assert fake.seen[count:] == [Setting(2)] * 2  # the check alone and the chain's first
+    cold.prepared(shipped, runs, 3)
+    assert set(fake.seen[count + 2 :]) == {Setting(0)}
+    assert not list(tmp_path.iterdir())  # a peer leaves nothing behind
+    forget()
 
 
 CUT_ROWS = """\

@@ -1,0 +1,210 @@
+"""Many tokens on a GPU: 2:4 layers and rounded inputs beside dense cuBLAS and cuSPARSELt.
+
+    python -m bench.prefill --shapes llama-3-8b sam-vit-h
+
+A row is one candidate at one layer and number of tokens; losing rows stay, and one that cannot run
+or is wrong has its reason in `note`. Every candidate adds a bias. Weights are random and cold
+(`bench.cold`). A ratio is the time of dense cuBLAS bf16, on dense random weights, over that of the
+candidate in the same run. Rows are written after each number of tokens.
+
+`accelerate_` is the 2:4 layer as that function left it, told all of these numbers of tokens, on
+measurements of its own made in this run; its note says what runs. Formats that end in `_dynamic`
+round their inputs within what is timed; `product alone` is given codes, and leaves out the pass
+that scales the tokens and adds the bias.
+
+Errors are those of up to 128 tokens, spread over all, against float64 of the weight that is stored.
+For `_dynamic` that is the format's definition: the inputs are rounded first, as it says, so that
+what rounding them costs is no error here.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bench import cold
+from bench.cold import (
+    REASON,
+    Candidate,
+    Layer,
+    Run,
+    Tuned,
+    layer_from,
+    linear_of,
+    measure,
+    most_tokens,
+    packed_layer,
+    parser_of,
+    product,
+    random_inputs,
+    random_weights,
+)
+from bench.peers import CUBLAS, CUSPARSELT, cublas, cusparselt
+from bench.shapes import SHAPES, TOKENS_OF_PREFILL
+from secateur.accelerate import accelerate_
+from secateur.accelerate_report import LayerReport
+from secateur.formats import SparseLinear
+from secateur.formats.contract import Packed, packed_bytes
+from secateur.formats.dynamic import HEADROOM, quantised
+from secateur.formats.format import dequantised
+from secateur.formats.linear import REFERENCE
+from secateur.kernels import quantise
+from secateur.kernels.cusparselt import STEPS, case_of, chosen, multiply
+
+ACCELERATE = "accelerate_"
+ALONE = "product alone"
+FORMATS = {
+    "semi24": ("dense", "cusparselt", "decode"),
+    "int8_dynamic": ("torch",),
+    "fp8_dynamic": ("torch",),
+    "semi24_int8_dynamic": ("cusparselt",),
+    "semi24_fp8_dynamic": ("cusparselt",),
+}
+CODES = {
+    "int8_dynamic": torch.int8,
+    "fp8_dynamic": torch.float8_e4m3fn,
+    "semi24_int8_dynamic": torch.int8,
+    "semi24_fp8_dynamic": torch.float8_e4m3fn,
+}
+STEP = max(STEPS.values())
+
+
+@dataclass(frozen=True)
+class Data:
+    """The weights, dense and 2:4, the bias, and the inputs at the most of these tokens."""
+
+    dense: Tensor
+    sparse: Tensor
+    bias: Tensor
+    x: Tensor
+    tokens: Sequence[int]
+
+
+def implemented(data: Data, format: str, implementation: str) -> list[Candidate]:
+    """The format run by this implementation; of a product of 2:4 codes, also the product alone.
+
+    Raises: ValueError where it can run at none of the numbers of tokens.
+    """
+    weight = data.sparse if format.startswith("semi24") else data.dense
+    layer, codes = packed_layer(weight, format, data.bias), CODES.get(format)
+    most = most_tokens(layer, implementation, data.tokens)
+    layer.use(((implementation, most), *REFERENCE))
+    packed = layer.packed
+
+    def make() -> Run:
+        return deepcopy(layer)
+
+    def exact(x: Tensor) -> Tensor:
+        if codes is None:
+            return product(x, dequantised(packed), data.bias)
+        tokens, scales = quantised(x, codes)
+        return product(tokens.double() * scales, dequantised(packed), data.bias)
+
+    name, nbytes = f"{format} {implementation}", bytes_read(layer)
+    whole = Candidate(name, nbytes, make, data.x, exact, CUBLAS, most=most)
+    if codes is None or implementation != "cusparselt":
+        return [whole]
+    return [whole, alone(whole, packed, codes)]
+
+
+def alone(whole: Candidate, packed: Packed, codes: torch.dtype) -> Candidate:
+    """The product of codes alone, by the setting that `whole` has found and on its copies."""
+
+    def exact(x: Tensor) -> Tensor:
+        return product(quantised(x, codes)[0], dequantised(packed)) / HEADROOM[codes]
+
+    def tune(runs: Sequence[Run], x: Tensor) -> Tuned:
+        step = STEPS[codes]
+        tokens, _ = quantise.quantise(x, codes, -(-len(x) // step) * step)
+        operands = [_operands(run, codes) for run in runs]
+        out = packed.shape[0]
+        setting = chosen(case_of(tokens, out, None, operands[0][1], x.dtype), x.device)
+        if setting is None:
+            raise ValueError(f"no algorithm is chosen: {whole.name} has not run")
+
+        def run(x: Tensor, blob: Tensor, alpha: Tensor) -> Tensor:
+            return multiply(blob, tokens, out, setting, None, alpha, x.dtype)[: len(x)]
+
+        made = [partial(run, blob=blob, alpha=alpha) for blob, alpha in operands]
+        return made, f"algorithm, split_k, mode {setting}"
+
+    return replace(whole, name=f"{whole.name} {ALONE}", exact=exact, tune=tune)
+
+
+def _operands(run: Run, codes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The compressed codes and the scales of the outputs, as the layer has arranged them."""
+    assert isinstance(run, SparseLinear)
+    blob, alpha = (run.get_buffer(f"arranged_cusparselt_{key}") for key in ("blob", "alpha"))
+    return blob.view(codes), alpha.view(torch.float32)
+
+
+def accelerated(data: Data) -> list[Candidate]:
+    """The 2:4 layer after `accelerate_`: packed, or still dense."""
+    model = nn.Sequential(linear_of(data.sparse, data.bias))
+    report = accelerate_(model, data.tokens, ["semi24"], remeasure=True)
+    layer, entry = model[0], report.layers[0]
+    assert isinstance(layer, nn.Linear)
+
+    def make() -> Run:
+        return deepcopy(layer)
+
+    def tune(runs: Sequence[Run], x: Tensor) -> Tuned:
+        return runs, runs_at(entry, len(x))
+
+    exact = partial(product, weight=data.sparse, bias=data.bias)
+    return [Candidate(ACCELERATE, bytes_read(layer), make, data.x, exact, CUBLAS, tune)]
+
+
+def runs_at(entry: LayerReport, tokens: int) -> str:
+    """`runs cusparselt`, or `runs dense: ` and why."""
+    if not entry.table:
+        return f"runs dense: {entry.reason}"[:REASON]
+    rows = (name for name, limit in entry.table if limit is None or tokens <= limit)
+    return f"runs {next(rows)}"
+
+
+def bytes_read(layer: nn.Linear) -> int:
+    """The fewest bytes of weights that a launch reads: the least arrangement, where there is one.
+
+    So there are copies enough for every implementation that the layer may run.
+    """
+    if not isinstance(layer, SparseLinear):
+        return layer.weight.nbytes
+    arranged = [nbytes for nbytes in layer.arranged_bytes.values() if nbytes]
+    return min(arranged, default=packed_bytes(layer.packed))
+
+
+def layer_of(name: str, arguments: argparse.Namespace) -> Layer:
+    """The layer in every format, with copies of each; on a CPU by the references, too."""
+    device, shape = torch.device(arguments.device), SHAPES[name]
+    dense, sparse = random_weights(shape, device)
+    generator = torch.Generator(device).manual_seed(2)
+    bias = torch.randn(shape[0], generator=generator, device=device, dtype=torch.bfloat16)
+    x = random_inputs(max(arguments.tokens), shape[1], STEP, device)
+    data = Data(dense, sparse, bias, x, arguments.tokens)
+    makers: dict[str, Callable[[], list[Candidate]]] = {
+        CUBLAS: lambda: [cublas(dense, x, CUBLAS, bias)],
+        CUSPARSELT: lambda: cusparselt(sparse, x, bias),
+    }
+    for format, names in FORMATS.items():
+        for implementation in (*names, *(["reference"] if device.type == "cpu" else [])):
+            makers[f"{format} {implementation}"] = partial(
+                implemented, data, format, implementation
+            )
+        if format == "semi24":
+            makers[ACCELERATE] = partial(accelerated, data)
+    return layer_from(name, shape, makers, int(1e9 * arguments.memory))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measures, writes each case's rows as they come; 1 if the time budget left cases out."""
+    parser = parser_of("prefill", __doc__, ["llama-3-8b", "sam-vit-h"], TOKENS_OF_PREFILL)
+    return measure("prefill", cold.parsed(parser, words), layer_of)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

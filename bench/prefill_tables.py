@@ -1,0 +1,106 @@
+"""The tables `prefill` and `prefill-short` of `bench.tables`, which imports this module."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ACCELERATE = "accelerate_"
+NO_LOSS = 0.97  # as in secateur.accelerate: a ratio below is slower, beyond noise
+SHORT = (
+    *("cusparselt alg 0", "cusparselt searched", ACCELERATE, "int8_dynamic torch"),
+    *("fp8_dynamic torch", "semi24_int8_dynamic cusparselt", "semi24_fp8_dynamic cusparselt"),
+)
+
+Row = Mapping[str, str]
+
+
+def prefill(results: Path) -> str:
+    """For each device, a row a layer and number of tokens and a column a candidate, losers too."""
+    from bench.tables import newest  # here, because it imports this module
+
+    return "\n".join(map(_table, newest(results, "prefill")))
+
+
+def prefill_short(results: Path) -> str:
+    """For each device, ratios to dense: a row a candidate, a column a number of tokens."""
+    from bench.tables import newest
+
+    return "\n".join(map(_short_table, newest(results, "prefill")))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(row["candidate"] for row in rows))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault((row["layer"], row["tokens"]), {})[row["candidate"]] = _cell(row)
+    lines = [
+        [layer, tokens, *[by_name.get(name, "-") for name in names]]
+        for (layer, tokens), by_name in cells.items()
+    ]
+    text = _markdown(["layer", "tokens", *names], lines)
+    reasons = dict.fromkeys(f"{r['candidate']}: {r['note']}" for r in rows if not r["us"])
+    missing = f"Without a figure: {'; '.join(reasons)}.\n" if reasons else ""
+    return f"{text}\nMicroseconds, ratio to dense cuBLAS bf16; {_origin(rows)}\n{missing}"
+
+
+def _short_table(rows: Sequence[Row]) -> str:
+    tokens = sorted({int(row["tokens"]) for row in rows})
+    ratios = {(r["layer"], r["candidate"], int(r["tokens"])): _ratio(r) for r in rows}
+    lines = [
+        [layer, name, *[ratios.get((layer, name, n), "-") for n in tokens]]
+        for layer in dict.fromkeys(row["layer"] for row in rows)
+        for name in SHORT
+        if any((layer, name, n) in ratios for n in tokens)
+    ]
+    heads = [f"{n} token" + "s" * (n != 1) for n in tokens]
+    text = _markdown(["layer", "runs", *heads], lines)
+    return f"{text}\nRatio to dense cuBLAS bf16; {_origin(rows)}\n"
+
+
+def _cell(row: Row) -> str:
+    """Microseconds, the ratio, and what `accelerate_` chose; a dash where there is no figure."""
+    if not row["us"]:
+        return "-"
+    us = f"{float(row['us']):.1f}"
+    if row["candidate"] == row["baseline"]:
+        return us
+    chosen = re.match(r"runs (\w+)", row["note"]) if row["candidate"] == ACCELERATE else None
+    return f"{us}, {_ratio(row)}" + (f" ({chosen[1]})" if chosen else "")
+
+
+def _ratio(row: Row) -> str:
+    """How many times faster than dense, bold above 1."""
+    if not row["vs_cublas"]:
+        return "-"
+    text = f"{float(row['vs_cublas']):.2f}"
+    return f"**{text}**" if float(row["vs_cublas"]) > 1 else text
+
+
+def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (heads, ["---"] * len(heads), *lines))
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    first, timed = rows[0], [row for row in rows if row["us"]]
+    spread = max((float(r["high_us"]) - float(r["low_us"])) / float(r["us"]) for r in timed)
+    return (
+        "bold where it is faster; random weights, cold, with a bias, one CUDA graph, median; "
+        f"`_dynamic` with the rounding of the inputs; {first['device']}, driver {first['driver']}, "
+        f"torch {first['torch']}, {first['date']}, commit {first['commit']}, "
+        f"`{first['command']}`; quartiles at most {spread:.0%} of the median apart. {_losses(rows)}"
+    )
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    """In how many cases what `accelerate_` chose is slower than dense beyond noise, and which."""
+    timed = [row for row in rows if row["candidate"] == ACCELERATE and row["vs_cublas"]]
+    lost = [
+        f"{row['layer']} at {row['tokens']} ({float(row['vs_cublas']):.2f})"
+        for row in timed
+        if float(row["vs_cublas"]) < NO_LOSS
+    ]
+    where = f": {'; '.join(lost)}" if lost else ""
+    return (
+        f"`{ACCELERATE}` is more than {1 - NO_LOSS:.0%} slower than dense in {len(lost)} of "
+        f"{len(timed)} cases{where}."
+    )
