@@ -13,7 +13,7 @@ from secateur.grids import Fp8, Int4, Int8
 from secateur.patterns import NM, Block, Channel, Unstructured
 from secateur.plan import Plan, plan, read_plan
 from secateur.prune import check, prune_, reconstruct_
-from secateur.reconstruct import sparsegpt
+from secateur.reconstruct import alps, refit, sparsegpt
 from secateur.save import load, save
 from secateur.train import distil_, gradual, hold
 from secateur.version import VERSION
@@ -31,6 +31,7 @@ __all__ = [
     "SparseLinear",
     "Unstructured",
     "accelerate_",
+    "alps",
     "check",
     "distil_",
     "gradual",
@@ -43,6 +44,7 @@ __all__ = [
     "random",
     "read_plan",
     "reconstruct_",
+    "refit",
     "save",
     "sense",
     "sparsegpt",

@@ -20,7 +20,7 @@ from secateur.criteria import magnitude
 from secateur.layers import weight_of
 from secateur.patterns import Pattern
 from secateur.plan import Plan, as_plan, match
-from secateur.reconstruct import Solution
+from secateur.reconstruct import Solution, refit
 from secateur.replay import Batch
 from secateur.statistics import call_with, name_of, needed_by, score
 from secateur.tables import text_table
@@ -130,11 +130,11 @@ def reconstruct_(
             by Ctrl-C, the model is left as it was.
     """
     _require_kind(algorithm, is_algorithm=True)
-    needs = needed_by(algorithm, given=("weight", "pattern", "dtype"))
+    needs = needed_by(algorithm, given=("weight", "pattern", "dtype", "layer"))
 
     def solve(available: Mapping[str, Any], name: str) -> Solution:
         try:
-            return call_with(algorithm, available)
+            return call_with(algorithm, {**available, "layer": name})
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
 
@@ -269,6 +269,10 @@ def _require_kind(function: Callable[..., Any], is_algorithm: bool) -> None:
         raise ValueError(
             f"prune_ and reconstruct_ take functions such as sc.wanda, got {function!r}: pass the "
             "function itself"
+        )
+    if function is refit:
+        raise ValueError(
+            "refit makes an algorithm of a criterion or another algorithm: pass sc.refit(sc.wanda)"
         )
     if ("pattern" in inspect.signature(function).parameters) == is_algorithm:
         return

@@ -24,6 +24,7 @@ from secateur.cli.methods import find_method
 from secateur.integrations.transformers import load_folder, text_batches, token_rows
 from secateur.save import load
 from secateur.sidecar import read_sidecar
+from secateur.statistics import name_of
 
 WIDTH, ROWS, LENGTH = 32, 8, 24
 WORDS = [f"w{i}" for i in range(90)]
@@ -139,6 +140,7 @@ def test_version() -> None:
 @pytest.mark.parametrize("module", [criteria, reconstruct])
 def test_every_exported_function_is_a_method(module: Any) -> None:
     functions = [n for n in module.__all__ if not isinstance(vars(module)[n], type)]
+    functions = [n for n in functions if n not in ("refit", "refitted")]  # refit takes a method
     assert functions
     for name in functions:
         method = find_method(name)
@@ -149,6 +151,17 @@ def test_options_have_the_type_of_their_default() -> None:
     function = find_method("sparsegpt", ["damping=1"]).function
     assert isinstance(function, partial)
     assert function.keywords == {"damping": 1.0} and type(function.keywords["damping"]) is float
+
+
+def test_refit_is_a_method_with_the_mask_of_another() -> None:
+    method = find_method("refit(wanda)", ["damping=0.1"])
+    assert method.refits and sorted(method.needs) == ["gram", "input_norm"]
+    assert name_of(method.function) == "refit(wanda, damping=0.1)"
+    assert find_method("refit(sparsegpt)").needs == ("gram",)
+    with pytest.raises(ValueError, match="unknown method 'wand': did you mean 'wanda'"):
+        find_method("refit(wand)")
+    with pytest.raises(ValueError, match=r"refit\(wanda\) has no option 'grid=1': .* damping=0.01"):
+        find_method("refit(wanda)", ["grid=1"])
 
 
 def test_a_new_criterion_works_by_being_exported(

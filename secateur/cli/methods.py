@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ from secateur.prune import PruneReport, prune_, reconstruct_
 from secateur.replay import Batch
 from secateur.statistics import needed_by
 
+ALGORITHM_GIVEN = ("weight", "pattern", "dtype", "layer")
+
 
 def criteria_by_name() -> dict[str, Callable[..., Any]]:
     """What scores weights: the functions that `secateur.criteria` exports."""
@@ -26,14 +29,16 @@ def criteria_by_name() -> dict[str, Callable[..., Any]]:
 
 def algorithms_by_name() -> dict[str, Callable[..., Any]]:
     """What refits the kept weights: the functions that `secateur.reconstruct` exports."""
-    return _exported(reconstruct)
+    found = _exported(reconstruct)
+    return {n: f for n, f in found.items() if "pattern" in inspect.signature(f).parameters}
 
 
 def method_help() -> str:
     """One line that lists every method."""
     return (
         f"Zeros only, kept weights as they are: {', '.join(criteria_by_name())}. "
-        f"Kept weights refitted: {', '.join(algorithms_by_name())}."
+        f"Kept weights refitted: {', '.join(algorithms_by_name())}, and 'refit(METHOD)' with the "
+        "mask of any of these."
     )
 
 
@@ -70,6 +75,11 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
     Raises:
         ValueError: if there is no such method or option, with the closest names.
     """
+    if inner := re.fullmatch(r"refit\((.+)\)", name):
+        algorithm = reconstruct.refit(
+            find_method(inner[1]).function, **_options(name, reconstruct.refit, options)
+        )
+        return Method(name, algorithm, True, needed_by(algorithm, given=ALGORITHM_GIVEN))
     algorithms = algorithms_by_name()
     known = {**criteria_by_name(), **algorithms}
     if name not in known:
@@ -78,7 +88,7 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
         raise ValueError(f"unknown method {name!r}: {hint}Methods are {', '.join(known)}")
     function = known[name]
     refits = name in algorithms
-    given = ("weight", "pattern") if refits else ("weight", "layer_seed")
+    given = ALGORITHM_GIVEN if refits else ("weight", "layer_seed")
     needs = needed_by(function, given=given)
     fixed = _options(name, function, options)
     return Method(name, partial(function, **fixed) if fixed else function, refits, needs)
