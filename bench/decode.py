@@ -24,8 +24,6 @@ import torch
 from torch import Tensor
 
 from bench import cold
-from bench.cold import FAILURES as FAILURES
-from bench.cold import REASON as REASON
 from bench.cold import (
     Candidate,
     Layer,

@@ -14,15 +14,19 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from bench.prefill_tables import prefill, prefill_short
+
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-DENSES = ("dense", "dense prepacked")
+DENSE = "dense"
+DENSES = (DENSE, "dense prepacked")
 CUBLAS_FP16 = "cublas fp16"
 OURS = "semi24"  # every format of ours that decodes begins so
 PLAIN = " plain"  # without dependent launch
 SHORT_TOKENS = (1, 8, 16, 64)
 CUTS_SHORT = ("semi24", "semi24_int4")
+RECOVERY = {"none": "before recovery", "reconstruct": "reconstructed", "train": "trained on"}
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -91,6 +95,16 @@ def grids(results: Path) -> str:
     lines += [_line([f"`{grid}`", *found]) for grid, found in cells.items()]
     origin = f"torch {rows[0]['torch']}, commit {rows[0]['commit']}, `python -m bench.grids`."
     return "\n".join([*lines, "", origin]) + "\n"
+
+
+def vit(results: Path) -> str:
+    """For each device, an image encoder end to end: a row a configuration and batch, losers too."""
+    return "\n".join(map(_vit_table, newest(results, "vit")))
+
+
+def vision(results: Path) -> str:
+    """What the same configurations cost a small vision transformer, before and after recovery."""
+    return "\n".join(map(_vision_table, newest(results, "vision")))
 
 
 def _cuts_table(rows: Rows) -> str:
@@ -219,6 +233,71 @@ def _accuracy_table(rows: Rows) -> str:
     return "\n".join([*lines, "", origin]) + "\n"
 
 
+def _vit_table(rows: Rows) -> str:
+    dense = {_encoder(row): row for row in rows if row["configuration"] == DENSE and row["img_s"]}
+    heads = ["model", "batch", "configuration", "img/s", "to dense", "peak MiB", "error"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in rows:
+        if row["img_s"]:
+            speed = [f"{float(row['img_s']):.2f}", _gain(row, dense.get(_encoder(row)))]
+            figures = [*speed, row["peak_mib"] or "-", f"{float(row['error']):.4f}"]
+        else:
+            figures = ["-"] * 4
+        lines.append(_line([*_encoder(row), row["configuration"], *figures]))
+    first = rows[0]
+    origin = (
+        "Bold where it is faster than dense; random weights in bfloat16, compiled with "
+        "max-autotune (the tiny model only traced), median of "
+        f"{first['rounds'] or 'no'} calls; error of the output to the same pruned weights run "
+        f"dense; {first['device']}, driver {first['driver']}, torch {first['torch']}, "
+        f"{first['date']}, commit {first['commit']}, `python -m bench.vit`."
+    )
+    reasons = [
+        f"{row['configuration']}, batch {row['batch']}: {row['note']}"
+        for row in rows
+        if not row["img_s"]
+    ]
+    missing = [f"Without a figure: {'; '.join(reasons)}."] if reasons else []
+    return "\n".join([*lines, "", origin, *missing]) + "\n"
+
+
+def _encoder(row: Mapping[str, str]) -> tuple[str, str]:
+    return row["model"], row["batch"]
+
+
+def _gain(row: Mapping[str, str], dense: Mapping[str, str] | None) -> str:
+    if dense is None:
+        return "-"
+    ratio = float(row["img_s"]) / float(dense["img_s"])
+    return f"**{ratio:.2f}**" if ratio > 1 else f"{ratio:.2f}"
+
+
+def _vision_table(rows: Rows) -> str:
+    kinds = [kind for kind in RECOVERY if kind in {row["recovery"] for row in rows}]
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        by_recovery = found.setdefault(row["configuration"], {})
+        by_recovery.setdefault(row["recovery"], []).append(float(row["top1"]))
+    lines = [_line(["top-1", *[RECOVERY[kind] for kind in kinds]])]
+    lines += [_line(["---"] * (1 + len(kinds)))]
+    for name, by_recovery in found.items():
+        cells = [_mean(by_recovery[kind]) if kind in by_recovery else "-" for kind in kinds]
+        lines.append(_line([name, *cells]))
+    first, seeds = rows[0], len({row["seed"] for row in rows})
+    origin = (
+        f"Mean and range of {seeds} seeds, on {first['left_out']} digits left out; a vision "
+        f"transformer of {first['layers']} blocks of width {first['hidden']}, trained in float32; "
+        f"{first['device']}, torch {first['torch']}, {first['date']}, commit {first['commit']}, "
+        "`python -m bench.vision`."
+    )
+    return "\n".join([*lines, "", origin]) + "\n"
+
+
+def _mean(shares: Sequence[float]) -> str:
+    mean = sum(shares) / len(shares)
+    return f"{mean:.1%} ({min(shares):.1%} to {max(shares):.1%})"
+
+
 def _linear_table(rows: Rows) -> str:
     tokens = sorted({int(row["tokens"]) for row in rows})
     heads = ["layer", "dtype", "runs", "zeros", "bytes", *map(_tokens, tokens)]
@@ -258,6 +337,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "grids": grids,
     "linear-cpu": linear_cpu,
     "linear-cpu-all": linear_cpu_all,
+    "prefill": prefill,
+    "prefill-short": prefill_short,
+    "vision": vision,
+    "vit": vit,
 }
 
 
