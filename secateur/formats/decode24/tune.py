@@ -59,8 +59,13 @@ def tune(
     to be good. All are compiled first, in parallel. The fastest are measured again: a chain can
     settle in a slow state, so that one measurement is no verdict.
 
+    Raises: ValueError for a GPU before compute capability 9.0, which has one cut.
     Cost: a GB of device memory; a core-second for each kernel compiled, then 0.02 s for each cut.
     """
+    if torch.cuda.get_device_capability(device) < CLUSTERS_FROM:
+        raise ValueError(
+            "tuning needs a GPU of compute capability 9.0 or newer: those before it have one cut"
+        )
     clusters = resident_clusters(device)
     warpgroups = torch.cuda.get_device_capability(device) == WARPGROUPS_ON
     plan = {

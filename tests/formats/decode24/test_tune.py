@@ -235,3 +235,9 @@ def test_metadata_is_of_every_kind() -> None:
     nibbles = {byte & 15 for byte in meta} | {byte >> 4 for byte in meta}
     assert nibbles == {0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110}
     assert np.unique(np.frombuffer(meta, dtype=np.uint8)).size == 36
+
+
+def test_a_gpu_with_one_cut_has_nothing_to_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    with pytest.raises(ValueError, match="compute capability 9.0 or newer"):
+        next(tune([CASE], CPU))
