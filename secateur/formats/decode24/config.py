@@ -127,9 +127,13 @@ class Config:
         return self.warp_rows * self.tiles
 
     @property
-    def barrier_bytes(self) -> int:
-        """Static shared memory: a barrier for each stage of each warp, and one for the sums."""
-        return 8 * (self.warps * self.stages + 1)
+    def static_bytes(self) -> int:
+        """Static shared memory: the rows' scales and biases, and the barriers.
+
+        A barrier for each stage of each warp, and one for the sums.
+        """
+        rows = UNIT_ROWS * self.tiles_of_cluster
+        return 2 * 2 * rows + 8 * (self.warps * self.stages + 1)
 
     def clusters(self, case: Case) -> int:
         """Clusters with rows to compute."""
@@ -200,7 +204,7 @@ class Config:
 
         Two must share the registers as well; where a thread needs too many, it would spill.
         """
-        whole = self.shared_bytes(case) + self.barrier_bytes + RESERVED_BYTES
+        whole = self.shared_bytes(case) + self.static_bytes + RESERVED_BYTES
         fits = whole <= SM_BYTES // 2
         return 2 if fits and self.registers(case) <= self.most_registers(2) else 1
 

@@ -93,7 +93,7 @@ def _depths(case: Case, part: Config) -> list[int]:
             cut.stages
             for cut in deep
             if cut.stages <= part.steps(case)
-            and cut.shared_bytes(case) + cut.barrier_bytes <= limit
+            and cut.shared_bytes(case) + cut.static_bytes <= limit
         ]
         found |= set(fitting[-1:])
     return sorted(found)

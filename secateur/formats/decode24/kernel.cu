@@ -87,6 +87,7 @@ constexpr int most_rows(int run) {
     return run > 2 && OWNED * POSITIONS * 16 / run < THREADS ? most_rows(run / 2) : run;
 }
 constexpr int RUN = PAIRS == 1 ? 1 : most_rows(8);
+constexpr int ROWS = 16 * TILES;                               // of a cluster
 
 // AHEAD: weights are read from the ring one step ahead of the multiplications, the first ones before
 // the wait for the kernel ahead.
@@ -345,13 +346,13 @@ struct alignas(2 * COUNT) Numbers {
     u16 bits[COUNT];
 };
 
-// y[0..COUNT) = sum x scale + bias for rows from n on.
+// y[0..COUNT) = sum x scale + bias of as many neighbouring rows.
 template <int COUNT>
 __device__ __forceinline__ void store_result(
-    u16* y, const float (&sum)[COUNT], const u16* row_scales, const u16* bias, int n) {
+    u16* y, const float (&sum)[COUNT], const u16* row_scales, const u16* bias) {
     Numbers<COUNT> scales, offsets, result;
-    if (row_scales) scales = *reinterpret_cast<const Numbers<COUNT>*>(row_scales + n);
-    if (bias) offsets = *reinterpret_cast<const Numbers<COUNT>*>(bias + n);
+    if (row_scales) scales = *reinterpret_cast<const Numbers<COUNT>*>(row_scales);
+    if (bias) offsets = *reinterpret_cast<const Numbers<COUNT>*>(bias);
     #pragma unroll
     for (int r = 0; r < COUNT; ++r) {
         const float scale = row_scales ? float_of(scales.bits[r]) * RESTORE : RESTORE;
@@ -401,6 +402,7 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
     const u32 rings = x_shared + (x_bytes_all + 127) / 128 * 128;
     const u32 ring = rings + warp * ST * STAGE_BYTES;
     const u32 sums = STREAM ? x_shared : rings + RING_BYTES;
+    __shared__ __align__(16) u16 scales_here[ROWS], bias_here[ROWS];
 #if !PORTABLE
     __shared__ __align__(8) u64 barriers[WARPS * ST + 1];
     const u32 landed = shared_address(&barriers[warp * ST]);
@@ -495,6 +497,15 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
         barrier_expect(summed, bytes);
     }
     if constexpr (S > 1) cluster_arrive_relaxed();   // waited for before the first sum is sent
+#endif
+    // The rows' scales and bias are asked for now: at the end, memory would be waited for.
+    for (int piece = threadIdx.x; piece < ROWS / 8; piece += THREADS) {
+        const int n = 16 * first_tile + 8 * piece;
+        if (row_scales && n < N) copy_16(shared_address(scales_here + 8 * piece), row_scales + n, true);
+        if (bias && n < N) copy_16(shared_address(bias_here + 8 * piece), bias + n, true);
+    }
+    commit_copies();
+#if !PORTABLE
 #if !STREAM
     const Walk walk((to - from) * 16);
 #endif
@@ -585,6 +596,8 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
         }
     }
 
+    wait_copies<0>();                      // the scales and bias
+
     // Hand the sums to their owners. With STREAM they take the place of both rings, so that every CTA
     // of the cluster must have left its loop.
 #if !PORTABLE
@@ -650,7 +663,8 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
         const int position = RUN == 1 ? index / 16 % POSITIONS : index % POSITIONS;
         const int row = RUN == 1 ? index % 16 : index / POSITIONS % (16 / RUN) * RUN;
         const int part = local * S + rank;
-        const int n = (first_tile + part * TILES_IN_PART / NT) * 16 + row;
+        const int here = part * TILES_IN_PART / NT * 16 + row;
+        const int n = 16 * first_tile + here;
         const int token = part * TILES_IN_PART % NT * 8
                         + (NT == 1 ? position : position / 4 * 2 + position % 4 / 2 * 8 + position % 2);
         if (part >= PARTS || n >= N || token >= M) continue;
@@ -662,6 +676,8 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
             #pragma unroll
             for (int r = 0; r < RUN; ++r)
                 sum[r] += load_shared_float(at + p * PART_BYTES + r * POSITIONS * 4);
-        store_result<RUN>(y + static_cast<size_t>(token) * N + n, sum, row_scales, bias, n);
+        store_result<RUN>(
+            y + static_cast<size_t>(token) * N + n, sum, row_scales ? scales_here + here : nullptr,
+            bias ? bias_here + here : nullptr);
     }
 }

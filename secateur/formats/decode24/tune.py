@@ -156,7 +156,7 @@ def _compile(job: tuple[tuple[tuple[str, int], ...], str]) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """A case's random operands: weights in rotation, and the exact result for the first."""
+    """A case's random operands: weights and scales in rotation, and the exact result."""
 
     case: Case
     x: Tensor
@@ -165,8 +165,10 @@ class Problem:
     exact: Tensor
 
     def arguments(self, copy: int, y: Tensor) -> tuple[int, ...]:
-        scales = 0 if self.row_scales is None else self.row_scales.data_ptr()
         weight = self.weights[copy % len(self.weights)]
+        scales = 0
+        if self.row_scales is not None:
+            scales = self.row_scales[copy % len(self.row_scales)].data_ptr()
         case = self.case
         sizes = (case.tokens, case.rows, case.columns)
         return (self.x.data_ptr(), weight.data_ptr(), scales, 0, y.data_ptr(), *sizes)
@@ -200,7 +202,9 @@ def problem(case: Case, device: torch.device, cold_bytes: int = COLD_BYTES) -> P
     copies = max(2, ceil(cold_bytes / units.nbytes))
     weights = units.expand(copies, *units.shape).contiguous()
     x = torch.randn(case.tokens, case.columns, device=device, generator=generator).to(case.dtype)
-    row_scales = None if case.grouped or case.kind is Kind.W16 else scales[:, 0].contiguous()
+    row_scales = None
+    if not case.grouped and case.kind is not Kind.W16:
+        row_scales = scales[:, 0].expand(copies, -1).contiguous()
     exact = _exact(x, numbers, nibbles, scales if case.kind is not Kind.W16 else None, case)
     return Problem(case, x, weights, row_scales, exact)
 

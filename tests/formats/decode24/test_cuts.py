@@ -28,7 +28,7 @@ def test_every_cut_can_be_launched(
     found = cuts(layer, H200, warpgroups)
     assert found and len(set(found)) == len(found)
     for cut in found:
-        assert cut.shared_bytes(layer) + cut.barrier_bytes <= MOST_BYTES
+        assert cut.shared_bytes(layer) + cut.static_bytes <= MOST_BYTES
         assert cut.threads * cut.registers(layer) * cut.blocks(layer) <= REGISTERS
         assert 4 <= cut.warps <= (20 if cut.warpgroup else 16)
         assert 1 <= cut.stages <= cut.steps(layer)
@@ -56,14 +56,14 @@ def test_no_layer_is_without_a_cut(shape: tuple[int, int], tokens: int) -> None:
     """However small, ragged or large; on a device of another size, too."""
     layer = case(Kind.W16, *shape, tokens)
     found = cuts(layer, {1: 84, 2: 42, 4: 20, 8: 10}, True)
-    assert all(cut.shared_bytes(layer) + cut.barrier_bytes <= MOST_BYTES for cut in found)
+    assert all(cut.shared_bytes(layer) + cut.static_bytes <= MOST_BYTES for cut in found)
 
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_the_portable_cut_fits_every_device(kind: Kind) -> None:
     for tokens in BUCKETS:
         layer = case(kind, 4096, 14336, tokens)
-        assert PORTABLE.shared_bytes(layer) + PORTABLE.barrier_bytes <= SMALLER_BLOCK
+        assert PORTABLE.shared_bytes(layer) + PORTABLE.static_bytes <= SMALLER_BLOCK
     # what the kernel's portable form asserts
     assert PORTABLE.cluster == 1 and PORTABLE.x_stages == PORTABLE.stages
     assert replace(PORTABLE, warpgroup=0, ahead=0) == PORTABLE == Config.parse(str(PORTABLE))

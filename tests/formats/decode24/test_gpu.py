@@ -38,7 +38,7 @@ GIVEN = [
     for kind in (Kind.W16, Kind.INT4, Kind.FP8)
     for tokens in (1, 7, 16, 40)
     for case in [Case(kind, kind is Kind.INT4, torch.bfloat16, 1056, 1984, tokens)]
-    if cut.shared_bytes(case.widest) + cut.barrier_bytes <= MOST_BYTES
+    if cut.shared_bytes(case.widest) + cut.static_bytes <= MOST_BYTES
 ]
 
 

@@ -82,7 +82,7 @@ def check_hopper(cut: Config, found: CubinInfo) -> None:
     assert products(found) == {"HGMMA.SP" if cut.warpgroup else "HMMA.SP"}
     assert any(opcode.startswith("UBLKCP") for opcode in found.opcodes)
     assert found.stack_bytes == 0
-    assert found.shared_bytes <= SYSTEM_BYTES + cut.barrier_bytes + ALLOCATED_AT_ONCE
+    assert found.shared_bytes <= SYSTEM_BYTES + cut.static_bytes + ALLOCATED_AT_ONCE
 
 
 def test_the_cases_cover_what_they_should() -> None:
@@ -117,7 +117,7 @@ def test_it_compiles_to_sparse_products(arch: str, case: Case, tmp_path: Path) -
 @pytest.mark.parametrize("name", FED)
 def test_every_way_of_feeding_compiles(name: str, tmp_path: Path) -> None:
     case, cut = FED[name]
-    assert cut.shared_bytes(case) + cut.barrier_bytes <= MOST_BYTES
+    assert cut.shared_bytes(case) + cut.static_bytes <= MOST_BYTES
     check_hopper(cut, compiled(case, cut, HOPPER, tmp_path))
 
 
@@ -155,7 +155,7 @@ NEEDS_TABLE = pytest.mark.skipif(not PACKAGED_CUTS, reason="decode24/tuned.json 
 def test_every_packaged_cut_fits() -> None:
     for case, cut in PACKAGED_CUTS:
         assert case == case.widest, "tables hold the most tokens of a bucket"
-        assert cut.shared_bytes(case) + cut.barrier_bytes <= MOST_BYTES, (case, cut)
+        assert cut.shared_bytes(case) + cut.static_bytes <= MOST_BYTES, (case, cut)
         assert 4 <= cut.warps <= 32 and not (cut.warpgroup and cut.warp_rows % 4), (case, cut)
 
 
