@@ -13,6 +13,13 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// Clock cycles of this SM, the lower 32 bits.
+__device__ __forceinline__ u32 cycles() {
+    u32 count;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(count));
+    return count;
+}
+
 // ---- shared memory -----------------------------------------------------------------------------
 
 __device__ __forceinline__ uint4 load_shared_128(u32 address) {

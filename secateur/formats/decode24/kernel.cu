@@ -106,6 +106,10 @@ constexpr float RESTORE =
     : STREAM ? (FORMAT == FP8 ? 1.0f : 0x1p7f)
     : (FORMAT == FP8 ? 0x1p56f : 0x1p69f);
 
+// CTAs in excess stay this long: until those of the kernel behind are placed, one on each SM. On an SM
+// that is left empty two would be placed, and each would be slow.
+constexpr u32 HELD_CYCLES = 2000;
+
 extern __shared__ __align__(128) u8 shared[];
 
 // A unit's bytes as a lane loads them.
@@ -384,6 +388,7 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
     if (first_tile >= tiles) {             // launched only to keep the next kernel's CTAs apart
         launch_dependents();               // else the kernel behind could not start before this ends
         wait_for_predecessor();
+        for (const u32 begin = cycles(); cycles() - begin < HELD_CYCLES;) {}
         return;
     }
 #endif
