@@ -33,6 +33,7 @@ ROOMS = {
 
 # Rooms with no name in `secateur.__all__` that users import from all the same.
 MODULES = {
+    "costs": "Costs for a budget",
     "evaluate": "Evaluation",
     "inspection": "Inspection",
     "schedules": "Schedules",

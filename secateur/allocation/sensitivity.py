@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from secateur import layers as _layers
 from secateur.allocation.kept import Kept, read_json, write_json
-from secateur.calibrate import Observed, observe
+from secateur.calibrate import Observed, as_list, observe
 from secateur.criteria import magnitude
+from secateur.gradients import gradients
 from secateur.layers import Selector
 from secateur.outputs import eval_mode
 from secateur.patterns import Pattern, parse
 from secateur.replay import Batch
-from secateur.statistics import name_of, needed_by, score
+from secateur.statistics import STATISTICS, name_of, needed_by, score
 from secateur.tables import text_table
 
 SENSITIVITY_VERSION = 1
@@ -135,12 +136,14 @@ def sense(
             for name in shapes
         }
         missing = {name: selection.layers[name] for name in shapes if todo[name]}
+        listed = as_list(batches) if missing and needs and batches is not None else []
+        found = gradients(model, missing, listed, needs)
         bar = tqdm(total=sum(map(len, todo.values())), desc="sense", disable=None)
-        with bar, contextlib.closing(_observed(model, missing, needs, batches)) as source:
+        with bar, contextlib.closing(_observed(model, missing, needs, listed)) as source:
             for observed in source:
                 for name, statistics in observed.statistics.items():
                     weight = _layers.matrix(missing[name]).to(torch.float32, copy=True)
-                    scores = score(criterion, name, weight, statistics)
+                    scores = score(criterion, name, weight, {**statistics, **found.pop(name)})
                     for key in todo[name]:
                         mask = chosen[key].mask(scores)
                         with _pruned(missing[name], mask):
@@ -235,12 +238,13 @@ def _observed(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     needs: tuple[str, ...],
-    batches: Iterable[Batch] | None,
+    batches: Iterable[Batch],
 ) -> Generator[Observed]:
-    if not needs or batches is None:
+    sums = [name for name in needs if name in STATISTICS]
+    if not sums:
         yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
     elif layers:
-        yield from observe(model, layers, batches, needs, sequential=False)
+        yield from observe(model, layers, batches, sums, sequential=False)
 
 
 @contextlib.contextmanager

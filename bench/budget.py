@@ -1,0 +1,113 @@
+"""Whether a budget of milliseconds is met: the plan's predicted time beside that of all its layers.
+
+    python -m bench.budget --model llama-3-8b --tokens 16 --shares 0.6,0.7,0.8,0.9
+
+Random layers of the model's shapes, some blocks of them, whose sensitivities differ. For each share
+of the dense time: the allocation within it, the layers pruned to it and accelerated with the same
+tokens and formats, and one call of all layers one after another, timed as a whole (on a GPU in a
+CUDA graph, the weights cold because together no cache holds them). Columns: budget_ms, planned_ms
+and measured_ms, dense_ms measured in the same turns, and over = measured / budget - 1.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import secateur as sc
+from bench.rows import append
+from bench.shapes import SHAPES, layers_of
+from secateur import costs
+from secateur.allocation import allocate
+from secateur.kernels.timing import compare
+
+PATTERNS = ("2:4", "block:64x64@0.75", "block:64x64@0.9", "unstructured:0.7", "unstructured:0.95")
+
+
+def layers(model: str, blocks: int, dtype: torch.dtype, device: str) -> nn.ModuleList:
+    """Linear layers of the model's shapes, those of each block of other magnitudes."""
+    generator = torch.Generator().manual_seed(0)
+    found = nn.ModuleList()
+    for block in range(blocks):
+        for i, name in enumerate(layers_of(model)):
+            out, width = SHAPES[name]
+            linear = nn.Linear(width, out, bias=False, dtype=dtype)
+            weight = torch.randn(out, width, generator=generator) * (1 + (5 * block + 3 * i) % 4)
+            with torch.no_grad():
+                linear.weight.copy_(weight / width**0.5)
+            found.append(linear)
+    return found.to(device)
+
+
+def energy(model: nn.Module) -> float:
+    """Minus the energy of all weights: what pruning takes away, and larger layers lose more."""
+    return -sum(float(p.detach().float().square().sum()) for p in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", default="llama-3-8b")
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--shares", default="0.6,0.7,0.8,0.9", help="of the dense time")
+    parser.add_argument("--formats", default=None, help="as for accelerate_, by commas")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    options = parser.parse_args()
+
+    dense = layers(options.model, options.blocks, getattr(torch, options.dtype), options.device)
+    formats = options.formats.split(",") if options.formats else None
+    curves = sc.sense(dense, PATTERNS, energy)
+    table = costs.milliseconds(dense, curves, (options.tokens,), formats, remeasure=True)
+    inputs = [
+        torch.randn(options.tokens, linear.in_features, device=options.device).to(linear.weight)
+        for linear in dense
+    ]
+
+    def call(model: nn.ModuleList) -> list[Tensor]:
+        with torch.no_grad():
+            return [layer(x) for layer, x in zip(model, inputs, strict=True)]
+
+    for share in map(float, options.shares.split(",")):
+        budget = share * table.dense
+        try:
+            found = allocate(curves, table, budget)
+        except ValueError as error:
+            print(error, flush=True)
+            continue
+        print(found, flush=True)
+        model = copy.deepcopy(dense)
+        sc.prune_(model, sc.plan(model, found.patterns))
+        sc.accelerate_(model, (options.tokens,), formats)
+        timed = compare(
+            {"dense": [lambda: call(dense)], "plan": [lambda model=model: call(model)]},
+            inputs[0].device,
+        )
+        measured = timed["plan"].median_us / 1e3
+        row = {
+            "model": options.model,
+            "layers": len(dense),
+            "dtype": options.dtype,
+            "tokens": options.tokens,
+            "share": share,
+            "budget_ms": budget,
+            "planned_ms": found.best.cost,
+            "measured_ms": measured,
+            "spread": timed["plan"].spread,
+            "planned_dense_ms": table.dense,
+            "dense_ms": timed["dense"].median_us / 1e3,
+            "over": measured / budget - 1,
+        }
+        append(options.output, "budget", [row], options.device)
+        print(
+            f"budget {budget:.4f} ms, measured {measured:.4f} ms ({row['over']:+.1%})", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

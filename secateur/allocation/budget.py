@@ -1,0 +1,236 @@
+"""The best patterns under a budget: the sensitivities of all layers weighed against what they cost.
+
+One pattern for each layer, or dense, such that the increases of the loss add up to the least and
+the costs to no more than the budget: a multiple-choice knapsack, solved to a millionth.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from secateur.allocation.sensitivity import Sensitivity
+from secateur.patterns import NM, Block, Channel, Pattern, Unstructured, parse
+from secateur.tables import text_table
+
+DENSE = "dense"
+FRONT_POINTS = 9  # budgets from the cheapest choice of all layers to dense, evenly apart
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each layer costs in each pattern and as `"dense"`: `of[layer][pattern]`, in `unit`.
+
+    `secateur.costs` makes them in parameters, bytes and measured milliseconds; any other that adds
+    up over the layers will do. A pattern without an entry is no choice for that layer.
+    """
+
+    unit: str
+    of: Mapping[str, Mapping[str, float]]
+
+    @property
+    def dense(self) -> float:
+        """What all layers cost dense."""
+        return sum(cost[DENSE] for cost in self.of.values())
+
+    def total(self, choices: Mapping[str, str]) -> float:
+        """What these choices cost together, one for each layer."""
+        return sum(self.of[layer][choice] for layer, choice in choices.items())
+
+
+@dataclass(frozen=True)
+class Point:
+    """One allocation: each layer's pattern or `"dense"`, its cost, and the loss it is said to add.
+
+    `increase` is the sum of the layers' own increases, which is less than what they cost together.
+    """
+
+    choices: Mapping[str, str]
+    cost: float
+    increase: float
+
+    @property
+    def patterns(self) -> dict[str, Pattern]:
+        """The patterns of the layers that are not dense, as `sc.plan` takes them."""
+        return {name: parse(one) for name, one in self.choices.items() if one != DENSE}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The best choices within the budget, and what other budgets would give, cheapest first."""
+
+    best: Point
+    budget: float
+    dense: float
+    unit: str
+    front: tuple[Point, ...]
+
+    @property
+    def patterns(self) -> dict[str, Pattern]:
+        """The patterns of the layers that are not dense, as `sc.plan` takes them."""
+        return self.best.patterns
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.unit, "of dense", "increase", "layers dense", "")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The front, the chosen point marked."""
+        return [
+            (
+                figure(point.cost),
+                f"{point.cost / self.dense:.1%}" if self.dense else "-",
+                f"{point.increase:.4f}",
+                str(sum(choice == DENSE for choice in point.choices.values())),
+                "<- chosen" if point is self.best else "",
+            )
+            for point in self.front
+        ]
+
+    def __str__(self) -> str:
+        return (
+            f"{text_table(self.columns, self.rows())}\n"
+            f"the least increase of the loss within {figure(self.budget)} {self.unit}, of "
+            f"{figure(self.dense)} dense, layers taken one by one"
+        )
+
+
+def allocate(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocation:
+    """The pattern of each layer with the least increase of the loss that keeps to the budget.
+
+    `sc.plan` takes its `patterns`; printed, it shows the Pareto front. The increases are those of
+    `sense`, made monotone, and are taken to add up over layers, which they do at low sparsity; at
+    high sparsity the same pattern for all may be better. `evolve` is for what that misses.
+
+    Cost: milliseconds to seconds for hundreds of layers, ten times over for the front.
+    Raises:
+        ValueError: if no choice keeps to the budget, with the least that can be reached; if a layer
+            of the sensitivity has no cost, or scipy is not installed.
+    """
+    increase = _priced(monotone(sensitivity), costs)
+    least = sum(min(costs.of[layer][one] for one in found) for layer, found in increase.items())
+    if not budget >= least:  # also for NaN
+        raise ValueError(
+            f"no choice of these patterns keeps to a budget of {figure(budget)} {costs.unit}: the "
+            f"least that can be reached is {figure(least)}, dense is {figure(costs.dense)}: raise "
+            "the budget, or sense sparser patterns"
+        )
+    best = _solved(increase, costs, budget)
+    points = [
+        _solved(increase, costs, float(between))
+        for between in np.linspace(least, max(least, costs.dense), FRONT_POINTS)
+    ]
+    return Allocation(best, budget, costs.dense, costs.unit, _front([best, *points]))
+
+
+def monotone(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
+    """Each layer's increase by pattern and `"dense"`: never below 0, nor less at higher sparsity.
+
+    The running maximum over patterns of one kind that differ in sparsity alone. What a layer seems
+    to gain by more zeros is noise of a loss on few tokens, and an allocation would choose it.
+    """
+    curves: dict[str, dict[str, float]] = {}
+    parsed = {one: parse(one) for one in sensitivity.patterns}
+    ascending = sorted(parsed, key=lambda one: parsed[one].sparsity)
+    for layer, found in sensitivity.increase.items():
+        curve, highest = {DENSE: 0.0}, dict[str, float]()
+        for one in ascending:
+            if (increase := found[one]) is not None:
+                kind = _kind(parsed[one])
+                curve[one] = highest[kind] = max(0.0, increase, highest.get(kind, 0.0))
+        curves[layer] = curve
+    return curves
+
+
+def figure(cost: float) -> str:
+    """Whole from a thousand on, six digits below: parameters and milliseconds in one column."""
+    return f"{cost:,.0f}" if abs(cost) >= 1000 else f"{cost:.6g}"
+
+
+def _kind(pattern: Pattern) -> str:
+    """The same for patterns that differ in sparsity alone: those of one M, too, nest in n."""
+    if isinstance(pattern, Unstructured | Block | Channel):
+        return str(replace(pattern, sparsity=0.0))
+    return f"N:{pattern.m}" if isinstance(pattern, NM) else str(pattern)
+
+
+def _priced(
+    increase: Mapping[str, Mapping[str, float]], costs: Costs
+) -> dict[str, dict[str, float]]:
+    """The increases of the choices that have a cost, dense always among them."""
+    for layer in increase:
+        if DENSE not in costs.of.get(layer, {}):
+            raise ValueError(
+                f"allocate needs the cost of {layer} in {DENSE!r}, the costs in {costs.unit} have "
+                "none: make them from this sensitivity, as secateur.costs does"
+            )
+    return {
+        layer: {one: value for one, value in found.items() if one in costs.of[layer]}
+        for layer, found in increase.items()
+    }
+
+
+def _undominated(increase: Mapping[str, float], cost: Mapping[str, float]) -> list[str]:
+    """A layer's choices, cheapest first, without those that another beats or equals in both."""
+    found: list[str] = []
+    for one in sorted(increase, key=lambda choice: (cost[choice], increase[choice])):
+        if not found or increase[one] < increase[found[-1]]:
+            found.append(one)
+    return found
+
+
+def _solved(increase: Mapping[str, Mapping[str, float]], costs: Costs, budget: float) -> Point:
+    """The multiple-choice knapsack: a variable for each layer and choice, one of a layer's is 1."""
+    optimize, sparse = _scipy()
+    pairs = [
+        (name, one) for name in increase for one in _undominated(increase[name], costs.of[name])
+    ]
+    rows = {name: row for row, name in enumerate(increase)}
+    gain = np.array([increase[name][one] for name, one in pairs])
+    cost = np.array([costs.of[name][one] for name, one in pairs])
+    one_each = sparse.csr_array(
+        (np.ones(len(pairs)), ([rows[name] for name, _ in pairs], np.arange(len(pairs)))),
+        shape=(len(rows), len(pairs)),
+    )
+    # HiGHS has absolute tolerances, so both sides are scaled to about 1.
+    unit = np.abs(cost).max() or 1.0
+    found = optimize.milp(
+        gain / (gain.max() or 1.0),
+        integrality=np.ones(len(pairs)),
+        bounds=optimize.Bounds(0, 1),
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(cost[None] / unit, -np.inf, budget / unit),
+        ],
+        options={"mip_rel_gap": 1e-6},
+    )
+    assert found.x is not None, found.message
+    choices = {name: one for (name, one), taken in zip(pairs, found.x, strict=True) if taken > 0.5}
+    return Point(
+        choices,
+        costs.total(choices),
+        sum(increase[name][one] for name, one in choices.items()),
+    )
+
+
+def _front(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points, cheapest first, that no other beats in one of cost and increase without losing in
+    the other; the first point is always among them.
+    """
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost, point.increase)):
+        if point is points[0] or all(point.increase < other.increase for other in front):
+            front.append(point)
+    return tuple(front)
+
+
+def _scipy() -> tuple[Any, Any]:
+    """The modules `optimize` and `sparse` of scipy: an extra, and 0.2 s to import."""
+    try:
+        from scipy import optimize, sparse
+    except ImportError:
+        raise ValueError(
+            "allocate needs scipy, which is not installed: pip install 'secateur[budget]'"
+        ) from None
+    return optimize, sparse

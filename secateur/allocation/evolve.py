@@ -1,0 +1,212 @@
+"""An allocation made better by evolution: layers trade patterns, the whole model is the judge.
+
+Sensitivities are measured one layer at a time, and what several pruned layers cost together is
+more than their sum. Here a whole choice of patterns is put into the model and its loss measured.
+"""
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from secateur.allocation.budget import DENSE, Costs, figure
+from secateur.layers import weight_of
+from secateur.outputs import eval_mode
+from secateur.patterns import Pattern, parse
+from secateur.replay import Batch
+
+# (batches, survivors) of each round of a generation: fewer and fewer, judged on more and more.
+ROUNDS = ((1, 8), (4, 2), (16, 1))
+MOST_SWITCHES = 3  # in one offspring, the lesser of two draws: most have one
+
+Weights = Mapping[str, Mapping[str, Tensor]]
+Choices = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Evolved:
+    """The best choices found, what they cost, and the losses on the way.
+
+    `losses` holds the loss of the start and then of the best of each generation, each on the
+    batches of its last round: comparable where those are all batches.
+    """
+
+    choices: Mapping[str, str]
+    cost: float
+    unit: str
+    losses: tuple[float, ...]
+
+    @property
+    def patterns(self) -> dict[str, Pattern]:
+        """The patterns of the layers that are not dense, as `sc.plan` takes them."""
+        return {name: parse(one) for name, one in self.choices.items() if one != DENSE}
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.losses[-1]:.4f} after {len(self.losses) - 1} generations, "
+            f"{self.losses[0]:.4f} at the start, {figure(self.cost)} {self.unit}"
+        )
+
+
+def evolve(
+    model: nn.Module,
+    start: Mapping[str, Pattern | str],
+    weights: Weights,
+    costs: Costs,
+    loss: Callable[[nn.Module, Sequence[Batch]], float],
+    batches: Sequence[Batch],
+    *,
+    generations: int = 100,
+    offspring: int = 32,
+    rounds: Sequence[tuple[int, int]] = ROUNDS,
+    seed: int = 0,
+) -> Evolved:
+    """A choice of patterns with a lower `loss(model, batches)` that costs no more than `start`.
+
+    `weights[pattern]["layer.weight"]` are compressed weights, such as the `state_dict()` of copies
+    of the model, each reconstructed to one pattern; they may lie on a CPU. In each generation the
+    best choice so far gets `offspring`: a random layer takes its next costlier pattern, and others
+    cheaper ones until the cost fits. In each of the `rounds`, (batches, survivors), they are judged
+    on so many batches, drawn anew, and so many go on; the best so far takes part in the last.
+    `start` maps layers to patterns as `Allocation.patterns` does; layers that it lacks are dense.
+
+    The model is as it was afterwards. Reconstruct it anew to the patterns found: the weights here
+    were not made for one another.
+
+    Cost: in each generation the sum over rounds of those judged x batches in forward passes; a copy
+        of all layers' dense weights on the CPU.
+    Raises:
+        ValueError: before anything is changed, if weights or costs are missing or of another shape,
+            or rounds ask for more batches than there are. The model is as it was.
+    Source: after Sieberling et al. 2024 (EvoPress), arXiv:2410.14649, algorithm 1, whose switches
+        are between layers of one size.
+    """
+    layers = {name: model.get_submodule(name) for name in costs.of}
+    levels = {name: _levels(name, module, weights, costs) for name, module in layers.items()}
+    best = {name: str(start.get(name, DENSE)) for name in layers}
+    _require(start, best, levels, rounds, len(batches))
+    generator, budget = random.Random(seed), costs.total(best)
+    with eval_mode(model), torch.no_grad(), _stitching(layers, weights) as put:
+
+        def judged(candidates: Sequence[Choices], count: int) -> list[tuple[float, Choices]]:
+            some, losses = generator.sample(list(batches), count), list[float]()
+            for one in candidates:
+                put(one)
+                value = float(loss(model, some))
+                losses.append(value if math.isfinite(value) else math.inf)
+            return sorted(zip(losses, candidates, strict=True), key=lambda pair: pair[0])
+
+        losses = [judged([best], rounds[-1][0])[0][0]]
+        for _ in tqdm(range(generations), desc="evolve", disable=None):
+            candidates = [_child(best, levels, costs, budget, generator) for _ in range(offspring)]
+            for count, survivors in rounds[:-1]:
+                candidates = [one for _, one in judged(candidates, count)[:survivors]]
+            value, best = judged([best, *candidates], rounds[-1][0])[0]
+            losses.append(value)
+    return Evolved(best, costs.total(best), costs.unit, tuple(losses))
+
+
+def _child(
+    parent: Choices,
+    levels: Mapping[str, Sequence[str]],
+    costs: Costs,
+    budget: float,
+    generator: random.Random,
+) -> Choices:
+    """The parent with some layers switched up and others down, at no more than the budget.
+
+    What the layers that went down leave over goes to others, as long as it lasts. If no layer can
+    go up, it is the parent.
+    """
+    child = dict(parent)
+    for _ in range(min(generator.randint(1, MOST_SWITCHES), generator.randint(1, MOST_SWITCHES))):
+        names = generator.sample(list(child), len(child))
+        up = next((name for name in names if child[name] != levels[name][-1]), None)
+        if up is None:
+            return child
+        before = dict(child)
+        child[up] = _next(child[up], levels[up], +1)
+        for name in names:
+            if name != up and costs.total(child) > budget and child[name] != levels[name][0]:
+                child[name] = _next(child[name], levels[name], -1)
+        if costs.total(child) > budget:  # the others have nothing to give
+            child = before
+        for name in names:
+            if child[name] == before[name] != levels[name][-1]:
+                more = child | {name: _next(child[name], levels[name], +1)}
+                if costs.total(more) > budget:
+                    break
+                child = more
+    return child
+
+
+def _next(choice: str, levels: Sequence[str], step: int) -> str:
+    return levels[levels.index(choice) + step]
+
+
+def _levels(name: str, module: nn.Module, weights: Weights, costs: Costs) -> list[str]:
+    """The layer's choices, cheapest first: those that have weights, and dense."""
+    found = [DENSE]
+    for pattern, tensors in weights.items():
+        tensor = tensors.get(f"{name}.weight")
+        if tensor is None or pattern not in costs.of[name]:
+            continue
+        if tensor.shape != weight_of(module).shape:
+            raise ValueError(
+                f"evolve needs weights of {name} of shape {tuple(weight_of(module).shape)}, those "
+                f"for {pattern} have {tuple(tensor.shape)}: compress a copy of this model"
+            )
+        found.append(pattern)
+    return sorted(found, key=lambda choice: costs.of[name][choice])
+
+
+def _require(
+    start: Mapping[str, Pattern | str],
+    choices: Choices,
+    levels: Mapping[str, Sequence[str]],
+    rounds: Sequence[tuple[int, int]],
+    batches: int,
+) -> None:
+    if unknown := [name for name in start if name not in levels]:
+        raise ValueError(
+            f"evolve needs the cost of every layer of the start, {unknown[0]} has none: make costs "
+            "of the same layers"
+        )
+    for name, choice in choices.items():
+        if choice not in levels[name]:
+            raise ValueError(
+                f"evolve needs weights and a cost for {name} in {choice}, it has those for "
+                f"{', '.join(levels[name])}: reconstruct a copy of the model to {choice}"
+            )
+    if not rounds or any(survivors < 1 or not 1 <= count <= batches for count, survivors in rounds):
+        raise ValueError(
+            f"evolve needs rounds of (batches, survivors), at least 1 and at most the {batches} "
+            f"batches given, got {tuple(rounds)}: pass more batches, or rounds="
+        )
+
+
+@contextlib.contextmanager
+def _stitching(
+    layers: Mapping[str, nn.Module], weights: Weights
+) -> Generator[Callable[[Choices], None]]:
+    """Puts a choice of weights into the layers; their own are put back whatever happens."""
+    own = {name: weight_of(module).detach().to("cpu", copy=True) for name, module in layers.items()}
+    now = dict.fromkeys(layers, DENSE)
+
+    def put(choices: Choices) -> None:
+        for name, choice in choices.items():
+            if choice != now[name]:
+                tensor = own[name] if choice == DENSE else weights[choice][f"{name}.weight"]
+                weight_of(layers[name]).copy_(tensor)
+                now[name] = choice
+
+    try:
+        yield put
+    finally:
+        for name, module in layers.items():
+            weight_of(module).copy_(own[name])

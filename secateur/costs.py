@@ -1,0 +1,153 @@
+"""What layers cost in each pattern: parameters, bytes and measured milliseconds, for a budget."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from statistics import median
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.accelerate import DEFAULT_FORMATS, accelerate_
+from secateur.accelerate_report import LayerReport
+from secateur.allocation import DENSE, Costs, Sensitivity
+from secateur.formats.contract import packed_bytes
+from secateur.formats.format import Format, parse_format
+from secateur.formats.pack import named_linears
+from secateur.patterns import parse
+
+# What stores any zeros in fewer bytes, fast or not.
+SMALL_FORMATS = (*DEFAULT_FORMATS, "bitmap")
+
+
+def parameters(sensitivity: Sensitivity) -> Costs:
+    """The weights that are not zero, exactly, of each sensed layer in each pattern and dense."""
+    kept: dict[tuple[tuple[int, int], str], float] = {}
+
+    def counted(shape: tuple[int, int], choice: str) -> float:
+        if (shape, choice) not in kept:
+            kept[shape, choice] = float(_pruned(torch.ones(shape), choice).count_nonzero())
+        return kept[shape, choice]
+
+    return Costs(
+        "parameters",
+        {
+            name: {one: counted(shape, one) for one in _choices(sensitivity, name)}
+            for name, shape in sensitivity.shapes.items()
+        },
+    )
+
+
+def nbytes(
+    model: nn.Module, sensitivity: Sensitivity, formats: Sequence[str | Format] = SMALL_FORMATS
+) -> Costs:
+    """The bytes of each sensed layer's weight in each pattern: those of the smallest format.
+
+    Dense, where that is smaller. A format that rounds, such as `"semi24_int4"`, counts if it is
+    named.
+
+    Cost: packs a pruned copy of one layer of each shape in each pattern and format.
+    Raises:
+        ValueError: if a sensed layer is no `nn.Linear`, or a format is unknown.
+    """
+    tried = [parse_format(format) for format in formats]
+
+    def stored(linear: nn.Linear, choices: Sequence[str]) -> list[float]:
+        weights = (_pruned(linear.weight, one) for one in choices)
+        return [float(min([w.nbytes, *_packed_bytes(w, tried)])) for w in weights]
+
+    return _per_layer("bytes", model, sensitivity, stored)
+
+
+def milliseconds(
+    model: nn.Module,
+    sensitivity: Sensitivity,
+    tokens: Sequence[int],
+    formats: Sequence[str | Format] | None = None,
+    *,
+    remeasure: bool = False,
+) -> Costs:
+    """The milliseconds of one call of each sensed layer at each number of tokens, summed.
+
+    Measured where the model is, as `accelerate_` does and with its memory: a layer's time in a
+    pattern is that of what `accelerate_(model, tokens, formats)` would leave it as, which is dense
+    where nothing is faster. So a plan within a budget takes that time once it is accelerated.
+
+    Cost: that of `accelerate_` on one layer of each shape in each pattern, and its copies.
+    Raises:
+        ValueError: as `accelerate_`; if a sensed layer is no `nn.Linear`, or one can be stored in
+            no format in any pattern, so that there is nothing to compare.
+    """
+
+    def timed(linear: nn.Linear, choices: Sequence[str]) -> list[float]:
+        copies = nn.ModuleList(_copy(linear, one) for one in choices if one != DENSE)
+        reports = accelerate_(copies, tokens, formats, remeasure=remeasure).layers
+        # Dense is measured beside every pattern; one figure, so that noise decides nothing.
+        dense = [_time(one, dense=True) for one in reports if one.measured]
+        if not dense:
+            raise ValueError(
+                f"milliseconds needs a pattern that a format can store, a layer {linear} has none: "
+                f"{reports[-1].reason}: sense others, such as 2:4"
+            )
+        times = {
+            one: median(dense) if report.format == DENSE else _time(report, dense=False)
+            for one, report in zip((one for one in choices if one != DENSE), reports, strict=True)
+        }
+        return [times.get(one, median(dense)) for one in choices]
+
+    return _per_layer("ms", model, sensitivity, timed)
+
+
+def _per_layer(
+    unit: str,
+    model: nn.Module,
+    sensitivity: Sensitivity,
+    measure: Callable[[nn.Linear, Sequence[str]], Sequence[float]],
+) -> Costs:
+    """The table, each likeness of layers measured once."""
+    linears = named_linears(model, list(sensitivity.increase))
+    known: dict[tuple[object, ...], Mapping[str, float]] = {}
+    table: dict[str, Mapping[str, float]] = {}
+    for name, linear in linears.items():
+        choices = _choices(sensitivity, name)
+        weight = linear.weight
+        key = (weight.shape, weight.dtype, weight.device, linear.bias is None, *choices)
+        if key not in known:
+            with torch.no_grad():
+                known[key] = dict(zip(choices, measure(linear, choices), strict=True))
+        table[name] = known[key]
+    return Costs(unit, table)
+
+
+def _packed_bytes(weight: Tensor, formats: Sequence[Format]) -> list[int]:
+    fitting = [format for format in formats if format.why_not(weight) is None]
+    return [packed_bytes(format.pack(weight)) for format in fitting]
+
+
+def _choices(sensitivity: Sensitivity, layer: str) -> list[str]:
+    """Dense, and the patterns that the layer can have."""
+    found = sensitivity.increase[layer]
+    return [DENSE, *(one for one in sensitivity.patterns if found[one] is not None)]
+
+
+def _copy(linear: nn.Linear, choice: str) -> nn.Linear:
+    copy = deepcopy(linear)
+    copy.weight.copy_(_pruned(linear.weight, choice))
+    return copy
+
+
+def _pruned(weight: Float[Tensor, "out in"], choice: str) -> Float[Tensor, "out in"]:
+    """The weight with the pattern's zeros, those of least magnitude: what costs is their number."""
+    if choice == DENSE:
+        return weight
+    return weight.masked_fill(~parse(choice).mask(weight.float().abs()), 0)
+
+
+def _time(layer: LayerReport, *, dense: bool) -> float:
+    """Milliseconds of a call at each number of tokens, summed: dense, or in what the layer runs."""
+    microseconds = 0.0
+    for one in layer.measured:
+        name = DENSE if dense else one.fastest_sparse
+        assert name is not None
+        microseconds += dict(one.microseconds)[name]
+    return microseconds / 1e3

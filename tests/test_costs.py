@@ -1,0 +1,137 @@
+"""Costs: exact counts of parameters and bytes, and the very times that `accelerate_` goes by."""
+
+import copy
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur import costs
+from secateur.accelerate import Timing
+from secateur.allocation import Sensitivity, allocate
+from secateur.formats.contract import packed_bytes
+from secateur.kernels.timing import Calls
+
+PATTERNS = ("2:4", "unstructured:0.9", "block:64x64@0.75")
+
+
+def model() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(256, 128),
+            nn.ReLU(),
+            nn.Linear(128, 256),
+            nn.Linear(256, 128),
+            nn.Linear(128, 6),
+        )
+
+
+def sensed(found: nn.Module) -> Sensitivity:
+    """Magnitudes lost: what is pruned more costs more."""
+
+    def energy(one: nn.Module) -> float:
+        return -sum(float(p.detach().square().sum()) for p in one.parameters())
+
+    return sc.sense(found, PATTERNS, energy)
+
+
+def timer(microseconds: Mapping[str, float], asked: list[str]) -> object:
+    """A timer that gives each candidate the time of the first word that its name begins with."""
+
+    def compare(variants: Mapping[str, Calls], device: torch.device) -> dict[str, Timing]:
+        asked.extend(variants)
+        times = {
+            name: next(us for start, us in microseconds.items() if name.startswith(start))
+            for name in variants
+        }
+        return {name: Timing(us, us, us, 20) for name, us in times.items()}
+
+    return compare
+
+
+def test_parameters_are_counted() -> None:
+    table = costs.parameters(sensed(model()))
+    assert table.unit == "parameters"
+    # 90 % of a row of 256 are 230 zeros, of a row of 128 115; 6 rows hold no block
+    half, whole = 128 * 128.0, 128 * 256.0
+    assert table.of == {
+        "0": {"dense": whole, "2:4": half, PATTERNS[1]: 128 * 26, PATTERNS[2]: whole / 4},
+        "2": {"dense": whole, "2:4": half, PATTERNS[1]: 256 * 13, PATTERNS[2]: whole / 4},
+        "3": {"dense": whole, "2:4": half, PATTERNS[1]: 128 * 26, PATTERNS[2]: whole / 4},
+        "4": {"dense": 768, "2:4": 384, PATTERNS[1]: 6 * 13},
+    }
+    assert table.dense == 3 * whole + 768
+
+
+def test_bytes_are_those_of_the_smallest_format() -> None:
+    found = model()
+    table = costs.nbytes(found, sensed(found))
+    weight = found[0].weight.detach()
+
+    def stored(pattern: str, format: str) -> int:
+        pruned = copy.deepcopy(found)
+        sc.prune_(pruned, sc.plan(pruned, pattern, layers=["0"]))
+        sc.pack_(pruned, format, ["0"])
+        return packed_bytes(pruned[0].packed)
+
+    assert table.of["0"]["dense"] == weight.nbytes
+    # in float32 2:4 keeps half the bytes and two bits for each kept weight
+    assert table.of["0"]["2:4"] == stored("2:4", "semi24") == weight.nbytes * 17 / 32
+    assert table.of["0"][PATTERNS[1]] == stored(PATTERNS[1], "bitmap")
+    assert table.of["0"][PATTERNS[2]] == stored(PATTERNS[2], "block:64x64")
+    half = costs.nbytes(copy.deepcopy(found).bfloat16(), sensed(found), ["semi24"])
+    assert half.of["0"]["2:4"] == weight.nbytes / 2 * 9 / 16
+    assert half.of["0"][PATTERNS[1]] == half.of["0"]["dense"] == weight.nbytes / 2
+
+
+def test_milliseconds_are_what_accelerate_then_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    times = {"dense": 100.0, "block": 40.0, "csr": 70.0}
+    monkeypatch.setattr("secateur.accelerate.compare", timer(times, asked))
+    found = model()
+    curves = sensed(found)
+    table = costs.milliseconds(found, curves, (4, 16))
+    # two numbers of tokens; nothing here multiplies 2:4, and 6 x 128 holds no block
+    expected = {"dense": 0.2, "2:4": 0.2, PATTERNS[1]: 0.14, PATTERNS[2]: 0.08}
+    for name in ("0", "2", "3"):
+        assert table.of[name] == pytest.approx(expected)
+    assert table.of["4"] == pytest.approx({"dense": 0.2, "2:4": 0.2, PATTERNS[1]: 0.14})
+    assert (table.unit, table.dense) == ("ms", pytest.approx(0.8))
+    assert {name: type(module) for name, module in found.named_children()}["0"] is nn.Linear
+
+    asked.clear()
+    best = allocate(curves, table, 0.45)
+    sc.prune_(found, sc.plan(found, best.patterns))
+    report = sc.accelerate_(found, (4, 16))
+    assert asked == []  # like layers have been measured
+    runs = sum(
+        dict(one.microseconds)[one.fastest_sparse]
+        for layer in report.sparse
+        for one in layer.measured
+    )
+    dense = [name for name, one in best.best.choices.items() if one == "dense"]
+    assert (runs + 200 * len(dense)) / 1e3 == pytest.approx(best.best.cost)
+    assert best.best.cost <= 0.45
+
+    costs.milliseconds(model(), curves, (4, 16), remeasure=True)
+    assert asked != []
+
+
+def test_costs_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.accelerate.compare", timer({"": 1.0}, []))
+    found = model()
+    curves = sensed(found)
+    with pytest.raises(
+        ValueError, match=r"milliseconds needs a pattern that a format can store, a"
+    ):
+        costs.milliseconds(found, curves, (1,), ["block:128x128"])
+    with pytest.raises(ValueError, match=r"unknown format 'semi42'"):
+        costs.nbytes(found, curves, ["semi42"])
+    with pytest.raises(ValueError, match=r"needs numbers of tokens from 1 upwards"):
+        costs.milliseconds(found, curves, (0,))
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"layer '0' needs to be an nn.Linear, got Conv2d"):
+        costs.nbytes(convolution, sc.sense(convolution, ["1:3", "unstructured:0.5"], lambda m: 0.0))
