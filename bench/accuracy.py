@@ -1,16 +1,19 @@
 """What pruning costs a real language model: every method on the same calibration rows, one run.
 
-    python -m bench.accuracy ../shared/models/reference-lm --patterns 2:4 --rows 128
+    python -m bench.accuracy ../shared/models/reference-lm --patterns 2:4 --rows 32,512
+
+`--methods` chooses some, several `--rows` are cases of their own.
 
 The folder holds a causal language model and `tokens.safetensors` with rows of ids `calibration` and
 `validation`. Every linear layer of the blocks is pruned; head, embeddings and norms stay dense.
 Columns: nll and its difference to dense in nats a token on the validation rows, KL(dense ||
 pruned), top-1 agreement with dense, R_M and R_S = 1 - dnll / dnll(magnitude | SparseGPT of the
-paper).
+paper), where that method is among the chosen.
 """
 
 import argparse
 import copy
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,20 +49,34 @@ METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Tensor]], object]] = {
     "wanda": lambda model, plan, data: sc.prune_(model, plan, sc.wanda, data),
     PAPER: lambda model, plan, data: sc.reconstruct_(model, plan, paper, data),
     "sparsegpt": lambda model, plan, data: sc.reconstruct_(model, plan, sc.sparsegpt, data),
+    "refit(wanda)": lambda model, plan, data: sc.reconstruct_(
+        model, plan, sc.refit(sc.wanda), data
+    ),
+    "refit(sparsegpt)": lambda model, plan, data: sc.reconstruct_(
+        model, plan, sc.refit(sc.sparsegpt), data
+    ),
+    "alps": lambda model, plan, data: sc.reconstruct_(model, plan, sc.alps, data),
+    "blockwise(alps)": lambda model, plan, data: sc.reconstruct_(
+        model, plan, sc.blockwise(sc.alps), data
+    ),
 }
 
 
 def measure(
-    dense: nn.Module, pattern: str, calibration: Sequence[Tensor], validation: Sequence[Tensor]
+    dense: nn.Module,
+    pattern: str,
+    methods: Sequence[str],
+    calibration: Sequence[Tensor],
+    validation: Sequence[Tensor],
 ) -> list[dict[str, str | float]]:
     """A row for dense and one for each method."""
     dense_nll = evaluate.perplexity(dense, validation).nll
     rows: list[dict[str, str | float]] = [{"method": "dense", "nll": dense_nll, "dnll": 0.0}]
-    for name, prune in METHODS.items():
+    for name in methods:
         model = copy.deepcopy(dense)
         plan = sc.plan(model, pattern)
         begin = time.perf_counter()
-        prune(model, plan, list(calibration))
+        print(METHODS[name](model, plan, list(calibration)))
         seconds = time.perf_counter() - begin
         sc.check(model, plan)
         agreement = evaluate.compare(model, dense, validation)
@@ -79,8 +96,9 @@ def measure(
         )
     loss = {row["method"]: float(row["dnll"]) for row in rows}
     for row in rows:
-        row["r_m"] = 1 - float(row["dnll"]) / loss["magnitude"]
-        row["r_s"] = 1 - float(row["dnll"]) / loss[PAPER]
+        for share, baseline in (("r_m", "magnitude"), ("r_s", PAPER)):
+            known = baseline in loss
+            row[share] = 1 - float(row["dnll"]) / loss[baseline] if known else ""
     return rows
 
 
@@ -90,7 +108,8 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--patterns", default="2:4,4:8,unstructured:0.5@layer")
-    parser.add_argument("--rows", type=int, default=128, help="calibration rows")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rows", default="128", help="calibration rows, such as 32,512")
     parser.add_argument("--first", type=int, default=0, help="the first calibration row")
     parser.add_argument("--validation-rows", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
@@ -100,24 +119,25 @@ def main() -> None:
 
     dense = load_folder(options.model, torch.float32).to(options.device)
     tokens = f"{options.model / 'tokens.safetensors'}:"
-    found = torch.cat(
-        token_rows(tokens + "calibration", options.first + options.rows, options.batch)
-    )
-    calibration = found[options.first :].to(options.device).split(options.batch)
     validation = [
         rows.to(options.device)
         for rows in token_rows(tokens + "validation", options.validation_rows, options.batch)
     ]
-    for pattern in options.patterns.split(","):
-        rows = measure(dense, pattern, calibration, validation)
+    for rows, pattern in itertools.product(
+        map(int, options.rows.split(",")), options.patterns.split(",")
+    ):
+        ids = torch.cat(token_rows(tokens + "calibration", options.first + rows, options.batch))
+        calibration = ids[options.first :].to(options.device).split(options.batch)
+        measured = measure(dense, pattern, options.methods, calibration, validation)
         shared = {
             "model": options.model.name,
             "pattern": pattern,
-            "calibration_rows": options.rows,
+            "calibration_rows": rows,
             "first_row": options.first,
             "validation_rows": options.validation_rows,
+            "batch": options.batch,
         }
-        append(options.output, "accuracy", [{**shared, **row} for row in rows], options.device)
+        append(options.output, "accuracy", [{**shared, **row} for row in measured], options.device)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ with exact zeros in ordinary parameters; the back half (`accelerate_`, `pack_`) 
 from secateur import evaluate as evaluate  # sc.evaluate.perplexity and the like
 from secateur.accelerate import accelerate_
 from secateur.allocation import sense
-from secateur.criteria import magnitude, random, wanda
+from secateur.criteria import magnitude, random, ria, wanda
 from secateur.formats import SparseLinear, pack_, unpack_, warmup
 from secateur.grids import Fp8, Int4, Int8
 from secateur.patterns import NM, Block, Channel, Unstructured
 from secateur.plan import Plan, plan, read_plan
 from secateur.prune import check, prune_, reconstruct_
-from secateur.reconstruct import alps, refit, sparsegpt
+from secateur.reconstruct import alps, blockwise, refit, sparsegpt, swap
 from secateur.save import load, save
 from secateur.train import distil_, gradual, hold
 from secateur.version import VERSION
@@ -32,6 +32,7 @@ __all__ = [
     "Unstructured",
     "accelerate_",
     "alps",
+    "blockwise",
     "check",
     "distil_",
     "gradual",
@@ -45,9 +46,11 @@ __all__ = [
     "read_plan",
     "reconstruct_",
     "refit",
+    "ria",
     "save",
     "sense",
     "sparsegpt",
+    "swap",
     "unpack_",
     "wanda",
     "warmup",

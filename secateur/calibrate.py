@@ -5,12 +5,13 @@ caller change those layers, and goes on with what the changed layers pass on. Wh
 a chain of blocks (the decoder layers of a language model, the stages of a CNN), each block is
 replayed on recorded inputs, so that only one block runs at a time and every layer sees pruned
 inputs; layers outside a chain, and any model without one, are observed by running the whole model.
+For half-blocks the blocks are replayed on a second stream too, that of the dense model.
 """
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
+from secateur.halves import DenseStream, HalfBlock
 from secateur.outputs import eval_mode
 from secateur.replay import (
     Batch,
@@ -37,11 +39,15 @@ from secateur.statistics import STATISTICS, Statistic
 
 @dataclass(frozen=True)
 class Observed:
-    """What some layers of one block saw; layers with the same input hold the same tensors."""
+    """What some layers of one block saw; layers with the same input hold the same tensors.
+
+    `half` is the half-block that they are of, where half-blocks were asked for and found.
+    """
 
     block: str
     statistics: Mapping[str, Mapping[str, Tensor]]
     tokens: Mapping[str, int]
+    half: HalfBlock | None = None
 
 
 def observe(
@@ -52,27 +58,38 @@ def observe(
     *,
     sequential: bool,
     offload: bool = False,
+    halves: bool = False,
+    finished: Collection[str] = (),
 ) -> Iterator[Observed]:
     """Yields the statistics of the layers, block by block; change a layer when it has been yielded.
 
     With `sequential`, the layers of a block come in the order in which they run, those that share
     an input together, and each sees inputs made by the layers already changed (SparseGPT's "true
     sequential"). Without, a block comes as a whole. `offload` keeps activations between blocks on
-    the CPU. Padding, where a batch has a two-dimensional `attention_mask`, does not count.
+    the CPU. Padding, where a batch has a two-dimensional `attention_mask`, does not count. With
+    `halves`, layers of blocks come half by half, each with the dense half-block's outputs to train
+    towards. Layers that are `finished` come in their turn without statistics, to be put in place.
 
     The model is in eval mode meanwhile. Close the generator to restore it at once.
 
     Cost: the model runs once to record, each block once for each yield and once more to pass on.
-        Memory: the inputs of one block for all batches, and one yield's statistics.
+        Memory: the inputs of one block for all batches, and one yield's statistics. `halves` runs
+        each block once more, and holds the dense model's inputs, cuts and outputs of a block too.
     Raises:
-        ValueError: if there is no batch, the model cannot run one, a layer sees no token, or NaN or
-            infinity arrives at a layer.
+        ValueError: if there is no batch (two with `halves`), the model cannot run one, a layer sees
+            no token, or NaN or infinity arrives at a layer.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    inputs: list[Batch] = [to_device(batch, device) for batch in _as_list(batches)]
+    inputs: list[Batch] = [to_device(batch, device) for batch in as_list(batches)]
+    if halves and len(inputs) < 2:
+        raise ValueError(
+            "half-blocks are trained on some batches and judged on others, got 1 batch: split it, "
+            "as in tokens.split(8)"
+        )
+    padding = [_padding(b) for b in inputs]
     with eval_mode(model), torch.no_grad():
         trace = _trace(model, layers, inputs)
-        walk = _Walk(trace, [_padding(b) for b in inputs], tuple(statistics), sequential, device)
+        walk = _Walk(trace, padding, tuple(statistics), sequential, device, halves, finished)
         for chain, names in _segments(model, layers, trace):
             wanted = {name: layers[name] for name in names}
             recorded = record_all(model, chain, inputs, offload) if chain else None
@@ -152,20 +169,28 @@ def _replay_chain(
         for block in chain
     }
     last = max(i for i, block in enumerate(chain) if held[block])
+    dense = DenseStream(walk.padding, walk.device) if walk.halves else None
     previous: list[list[Tensor | None]] = [[] for _ in recorded]
     for i, (name, block) in enumerate(chain.items()):
+        calls = [of_batch[i] for of_batch in recorded]
+        wanted = [of_batch[i + 1].wanted for of_batch in recorded] if i < last else []
         runs = [
-            partial(calls[i].replay, block, before, walk.device)
-            for calls, before in zip(recorded, previous, strict=True)
+            partial(call.replay, block, before, walk.device)
+            for call, before in zip(calls, previous, strict=True)
         ]
-        yield from walk.observe(name, held[name], runs)
+        if dense is None:
+            yield from walk.observe(name, held[name], runs)
+        else:
+            in_order = [n for n in walk.trace.calls if n in held[name]]
+            for half in dense.halves(name, block, in_order, calls, previous, wanted):
+                of_half = {n: held[name][n] for n in half.layers}
+                for observed in walk.observe(name, of_half, runs):
+                    yield replace(observed, half=half)
         if i == last:
             return
-        for b, calls in enumerate(recorded):
-            wanted, kept_on = calls[i + 1].wanted, _device_of(calls[i], previous[b])
-            output = runs[b]()
-            previous[b] = [t.to(kept_on) if j in wanted else None for j, t in enumerate(output)]
-            calls[i].leaves.clear()
+        for b, call in enumerate(calls):
+            previous[b] = call.kept(runs[b](), wanted[b], previous[b])
+            call.leaves.clear()
 
 
 # --- summing what layers see ---------------------------------------------------------------------
@@ -180,6 +205,8 @@ class _Walk:
     statistics: tuple[str, ...]
     sequential: bool
     device: torch.device
+    halves: bool
+    finished: Collection[str]
 
     def observe(
         self, block: str, layers: Mapping[str, nn.Module], runs: Sequence[Callable[[], Any]]
@@ -190,7 +217,11 @@ class _Walk:
         for name in in_order:
             stages.setdefault(self.trace.leader[name] if self.sequential else "", []).append(name)
         for names in stages.values():
-            stage = {name: layers[name] for name in names}
+            if done := [name for name in names if name in self.finished]:
+                yield Observed(block, {name: {} for name in done}, dict.fromkeys(done, 0))
+            stage = {name: layers[name] for name in names if name not in self.finished}
+            if not stage:
+                continue
             sums = self._sum(block, stage, runs, share=True)
             if any(s.broken for s in sums.values()):
                 sums = self._sum(block, stage, runs, share=False)
@@ -278,7 +309,8 @@ class _Sums:
 # --- small things --------------------------------------------------------------------------------
 
 
-def _as_list(batches: Iterable[Batch]) -> list[Batch]:
+def as_list(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches as a list; an error for one batch alone, or none."""
     if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(
             f"batches must be an iterable of batches, got one {type(batches).__name__}: wrap it in "
@@ -302,11 +334,6 @@ def _received_nothing(layers: Sequence[str]) -> str:
         f"layer {layers[0]}{more} received 0 tokens: its scores would be noise: add calibration "
         "data that reaches it, or ignore it in the plan"
     )
-
-
-def _device_of(call: Call, previous: Sequence[Tensor | None]) -> torch.device:
-    """Where a block's recorded inputs are kept, and so its outputs."""
-    return next(x.device for x in [*call.leaves, *previous] if isinstance(x, Tensor))
 
 
 def _describe(batch: Batch) -> str:

@@ -3,8 +3,8 @@
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
-from secateur.calibrate import Observed, observe
+from secateur.calibrate import Observed, as_list, observe
 from secateur.checkpoint import Checkpoint
 from secateur.criteria import magnitude
+from secateur.gradients import Loss, gradients
 from secateur.layers import weight_of
 from secateur.patterns import Pattern
 from secateur.plan import Plan, as_plan, match
-from secateur.reconstruct import Solution, refit
+from secateur.reconstruct import Blockwise, Solution, refit, swap
 from secateur.replay import Batch
-from secateur.statistics import call_with, name_of, needed_by, score
+from secateur.statistics import STATISTICS, call_with, name_of, needed_by, score
 from secateur.tables import text_table
 from secateur.undo import all_or_nothing
 
@@ -83,13 +84,16 @@ def prune_(
     criterion: Callable[..., Tensor] = magnitude,
     batches: Iterable[Batch] | None = None,
     *,
+    loss: Loss | None = None,
     offload: bool = False,
     checkpoint: str | Path | None = None,
 ) -> PruneReport:
     """Zero the weights that the criterion scores lowest; a kept weight never changes.
 
     `batches` is what the criterion's statistics are gathered from, block by block, each block on
-    inputs that the pruned blocks before it made. `offload` keeps activations between blocks on the
+    inputs that the pruned blocks before it made. Gradients, where the criterion names them, are
+    those of the dense model: of `loss(output, batch)`, by default `secateur.gradients.model_loss`,
+    the loss for labels or of the next token. `offload` keeps activations between blocks on the
     CPU. With `checkpoint`, a folder, finished layers are kept there and the same call goes on
     where an interrupted one stopped.
 
@@ -106,22 +110,24 @@ def prune_(
         mask = available["pattern"].mask(score(criterion, name, weight, available))
         return Solution(weight.masked_fill(~mask, 0), mask)
 
-    run = _Run(model, as_plan(model, plan), name_of(criterion), needs, solve, sequential=False)
+    run = _Run(model, as_plan(model, plan), name_of(criterion), needs, solve, loss, False)
     return run(batches, offload, checkpoint)
 
 
 def reconstruct_(
     model: nn.Module,
     plan: Plan | Pattern | str,
-    algorithm: Callable[..., Solution],
+    algorithm: Callable[..., Solution] | Blockwise,
     batches: Iterable[Batch],
     *,
+    loss: Loss | None = None,
     offload: bool = False,
     checkpoint: str | Path | None = None,
 ) -> PruneReport:
     """Zero weights and refit the kept ones to the layers' outputs on the calibration batches.
 
     Layers come in the order in which they run, each on inputs made by the layers already done.
+    With `sc.blockwise(sc.alps)` the kept weights of each half-block are trained together then.
     Options of an algorithm are fixed with `functools.partial(sc.sparsegpt, damping=0.1)`. The rest
     is as in `prune_`.
 
@@ -129,16 +135,24 @@ def reconstruct_(
         ValueError: as `prune_`, and if the algorithm cannot solve a layer. Whatever is raised, also
             by Ctrl-C, the model is left as it was.
     """
-    _require_kind(algorithm, is_algorithm=True)
-    needs = needed_by(algorithm, given=("weight", "pattern", "dtype", "layer"))
+    blockwise: Blockwise | None = None
+    method: Callable[..., Solution]
+    if isinstance(algorithm, Blockwise):
+        blockwise, method = algorithm, algorithm.method
+    else:
+        method = algorithm
+    name = blockwise.name if blockwise else name_of(method)
+    _require_kind(method, is_algorithm=True)
+    needs = needed_by(method, given=("weight", "pattern", "dtype", "layer"))
 
-    def solve(available: Mapping[str, Any], name: str) -> Solution:
+    def solve(available: Mapping[str, Any], layer: str) -> Solution:
         try:
-            return call_with(algorithm, {**available, "layer": name})
+            solution: Solution = call_with(method, {**available, "layer": layer})
+            return solution
         except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from error
+            raise ValueError(f"layer {layer}: {error}") from error
 
-    run = _Run(model, as_plan(model, plan), name_of(algorithm), needs, solve, sequential=True)
+    run = _Run(model, as_plan(model, plan), name, needs, solve, loss, True, blockwise)
     return run(batches, offload, checkpoint)
 
 
@@ -179,7 +193,9 @@ class _Run:
     method: str
     needs: tuple[str, ...]
     solve: Callable[[Mapping[str, Any], str], Solution]
+    loss: Loss | None
     sequential: bool
+    blockwise: Blockwise | None = None
 
     def __call__(
         self, batches: Iterable[Batch] | None, offload: bool, checkpoint: str | Path | None
@@ -193,39 +209,93 @@ class _Run:
             )
         begin = time.perf_counter()
         saved = Checkpoint(checkpoint, self._fingerprint(layers)) if checkpoint else None
+        finished = saved.finished() if saved else {}
+        missing = {name: m for name, m in layers.items() if name not in finished}
+        asks = bool(self.needs or self.blockwise)
+        listed = as_list(batches) if missing and asks and batches is not None else []
+        found = gradients(self.model, missing, listed, self.needs, self.loss)
         results: dict[str, LayerResult] = {}
+        masks: dict[str, Tensor] = {}
         with all_or_nothing() as undo, torch.no_grad():
-            for name, (weight, row) in (saved.finished() if saved else {}).items():
-                undo.remember({name: weight_of(layers[name])})
-                weight_of(layers[name]).copy_(weight)
-                results[name] = LayerResult(**row)
-            missing = {name: m for name, m in layers.items() if name not in results}
-            bar = tqdm(total=len(layers), initial=len(results), desc=self.method, disable=None)
-            with bar, contextlib.closing(self._observed(missing, batches, offload)) as source:
+            bar = tqdm(total=len(layers), desc=self.method, disable=None)
+            with (
+                bar,
+                contextlib.closing(self._observed(layers, finished, listed, offload)) as source,
+            ):
                 for observed in source:
                     stage = {name: layers[name] for name in observed.statistics}
                     undo.remember({name: weight_of(module) for name, module in stage.items()})
                     for name, module in stage.items():
-                        results[name] = self._change(name, module, observed)
+                        if name in finished:
+                            weight, row = finished[name]
+                            weight_of(module).copy_(weight)
+                            results[name] = LayerResult(**row)
+                        else:
+                            statistics = {**observed.statistics[name], **found.pop(name)}
+                            tokens = observed.tokens[name]
+                            results[name], masks[name] = self._change(
+                                name, module, statistics, tokens
+                            )
                         bar.update()
-                    if saved:
-                        weights = {name: weight_of(module) for name, module in stage.items()}
-                        saved.add(weights, {name: asdict(results[name]) for name in stage})
+                    done = self._trained(observed, layers, masks, results)
+                    if saved and done:
+                        weights = {name: weight_of(layers[name]) for name in done}
+                        saved.add(weights, {name: asdict(results[name]) for name in done})
         in_order = tuple(results[name] for name in layers)
         return PruneReport(self.method, in_order, time.perf_counter() - begin)
 
     def _observed(
-        self, layers: Mapping[str, nn.Module], batches: Iterable[Batch] | None, offload: bool
+        self,
+        layers: Mapping[str, nn.Module],
+        finished: Collection[str],
+        batches: Iterable[Batch],
+        offload: bool,
     ) -> Generator[Observed]:
-        if not self.needs or batches is None:
+        sums = [name for name in self.needs if name in STATISTICS]
+        if len(finished) == len(layers) or not (sums or self.blockwise):
             yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
-        elif layers:
+        else:
             yield from observe(
-                self.model, layers, batches, self.needs, sequential=self.sequential, offload=offload
+                self.model,
+                layers,
+                batches,
+                sums,
+                sequential=self.sequential,
+                offload=offload,
+                halves=self.blockwise is not None,
+                finished=finished,
             )
 
-    def _change(self, name: str, module: nn.Module, observed: Observed) -> LayerResult:
-        statistics, pattern = observed.statistics[name], self.plan.layers[name]
+    def _trained(
+        self,
+        observed: Observed,
+        layers: Mapping[str, nn.Module],
+        masks: dict[str, Tensor],
+        results: dict[str, LayerResult],
+    ) -> Sequence[str]:
+        """The layers that are final now: those observed, or their half-block, once it is trained.
+
+        What was finished before is final too, but not anew.
+        """
+        half = observed.half
+        if half is None or self.blockwise is None:
+            return [name for name in observed.statistics if masks.pop(name, None) is not None]
+        if not all(name in masks for name in half.layers):
+            return []
+        before, after = self.blockwise.train_(half, layers, masks)
+        for name in half.layers:
+            del masks[name]
+            if after < before:  # moved since, so that it is another now
+                results[name] = replace(results[name], error=None)
+        last = results[half.layers[-1]]
+        note = f"{half.name}: held-out error {before:.4g} before training, {after:.4g} after"
+        results[last.layer] = replace(last, note="; ".join(filter(None, [last.note, note])))
+        return half.layers
+
+    def _change(
+        self, name: str, module: nn.Module, statistics: Mapping[str, Tensor], tokens: int
+    ) -> tuple[LayerResult, Tensor]:
+        pattern = self.plan.layers[name]
         before = _layers.matrix(module).to(torch.float32, copy=True)
         available = {
             "weight": before.clone(),
@@ -246,15 +316,16 @@ class _Run:
             )
         weight_of(module).copy_(_layers.like_weight(module, new))
         after = _layers.matrix(module).float()
-        return LayerResult(
+        result = LayerResult(
             name,
             str(pattern),
             float((before == 0).float().mean()),
             float((after == 0).float().mean()),
             _output_error(before, after, statistics.get("gram")),
-            observed.tokens[name],
+            tokens,
             solution.note,
         )
+        return result, solution.mask
 
     def _fingerprint(self, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
         sums = {
@@ -270,9 +341,11 @@ def _require_kind(function: Callable[..., Any], is_algorithm: bool) -> None:
             f"prune_ and reconstruct_ take functions such as sc.wanda, got {function!r}: pass the "
             "function itself"
         )
-    if function is refit:
+    if function in (refit, swap):
+        name = name_of(function)
         raise ValueError(
-            "refit makes an algorithm of a criterion or another algorithm: pass sc.refit(sc.wanda)"
+            f"{name} makes an algorithm of a criterion or another algorithm: pass "
+            f"sc.{name}(sc.wanda)"
         )
     if ("pattern" in inspect.signature(function).parameters) == is_algorithm:
         return

@@ -60,9 +60,24 @@ class Call:
         self, block: nn.Module, previous: Sequence[Tensor | None], device: torch.device
     ) -> list[Tensor]:
         """The tensors that the block returns."""
+        args, kwargs = self.arguments(previous, device)
+        return tensors_of(block(*args, **kwargs))
+
+    def arguments(self, previous: Sequence[Tensor | None], device: torch.device) -> Any:
+        """Positional and keyword arguments, with what the previous block returned in its places."""
         leaves = [previous[x.index] if isinstance(x, FromPrevious) else x for x in self.leaves]
-        args, kwargs = pytree.tree_unflatten(to_device(leaves, device), self.spec)
-        return _tensors(block(*args, **kwargs))
+        return pytree.tree_unflatten(to_device(leaves, device), self.spec)
+
+    def kept(
+        self, output: Sequence[Tensor], wanted: set[int], previous: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """What the next block wants of this one's output, in its place, where the inputs are."""
+        device = self.device(previous)
+        return [t.to(device) if i in wanted else None for i, t in enumerate(output)]
+
+    def device(self, previous: Sequence[Tensor | None]) -> torch.device:
+        """Where the inputs of this call are kept."""
+        return next(x.device for x in [*self.leaves, *previous] if isinstance(x, Tensor))
 
     @property
     def wanted(self) -> set[int]:
@@ -122,7 +137,7 @@ def _record(
         calls.append(call)
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(_tensors(output))
+        outputs.append(tensors_of(output))
         if len(outputs) == len(blocks):
             raise Enough
 
@@ -157,7 +172,8 @@ def _offloaded(calls: list[Call]) -> list[Call]:
     return [Call([moved.get(id(x), x) for x in call.leaves], call.spec) for call in calls]
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of whatever a module returned, in order."""
     return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
 

@@ -58,6 +58,9 @@ STATISTICS: Mapping[str, Callable[[int, torch.device], Statistic]] = MappingProx
     {"input_norm": InputNorm, "gram": Gram}
 )
 
+# Not sums over inputs, but asked for in the same way: see `secateur.gradients`.
+GRADIENTS = ("gradient", "squared_gradient", "regional_gradient")
+
 
 def needed_by(function: Callable[..., Any], given: tuple[str, ...]) -> tuple[str, ...]:
     """The statistics that a criterion or an algorithm needs: its parameters that are not `given`.
@@ -70,8 +73,8 @@ def needed_by(function: Callable[..., Any], given: tuple[str, ...]) -> tuple[str
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.default is p.empty and p.name not in given]
     for name in names:
-        if name not in STATISTICS:
-            known = ", ".join([*given, *STATISTICS])
+        if name not in STATISTICS and name not in GRADIENTS:
+            known = ", ".join([*given, *STATISTICS, *GRADIENTS])
             raise ValueError(
                 f"{name_of(function)} asks for {name!r}, which is no statistic: its parameters may "
                 f"be named {known}; an option needs a default"

@@ -20,7 +20,7 @@ import secateur as sc
 from secateur import criteria, evaluate, reconstruct
 from secateur.allocation import read_sensitivity
 from secateur.cli import app
-from secateur.cli.methods import find_method
+from secateur.cli.methods import algorithms_by_name, find_method
 from secateur.integrations.transformers import load_folder, text_batches, token_rows
 from secateur.save import load
 from secateur.sidecar import read_sidecar
@@ -130,7 +130,7 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
 
 def test_prune_s_help_lists_every_method() -> None:
     text = " ".join(said(run("prune", "--help")).replace("│", " ").split())
-    assert "magnitude, magnitude_l2, random, wanda" in text and "sparsegpt" in text
+    assert "magnitude, magnitude_l2, random, ria, snip" in text and "sparsegpt" in text
 
 
 def test_version() -> None:
@@ -140,7 +140,9 @@ def test_version() -> None:
 @pytest.mark.parametrize("module", [criteria, reconstruct])
 def test_every_exported_function_is_a_method(module: Any) -> None:
     functions = [n for n in module.__all__ if not isinstance(vars(module)[n], type)]
-    functions = [n for n in functions if n not in ("refit", "refitted")]  # refit takes a method
+    # They take a method, or a mask.
+    wrappers = ("refit", "refitted", "swap", "swapped", "blockwise")
+    functions = [n for n in functions if n not in wrappers]
     assert functions
     for name in functions:
         method = find_method(name)
@@ -162,6 +164,25 @@ def test_refit_is_a_method_with_the_mask_of_another() -> None:
         find_method("refit(wand)")
     with pytest.raises(ValueError, match=r"refit\(wanda\) has no option 'grid=1': .* damping=0.01"):
         find_method("refit(wanda)", ["grid=1"])
+
+
+def test_swap_is_a_method_that_betters_the_mask_of_another() -> None:
+    method = find_method("swap(wanda)")
+    assert method.refits and sorted(method.needs) == ["gram", "input_norm"]
+    assert name_of(find_method("refit(swap(ria))", ["damping=0.1"]).function) == (
+        "refit(swap(ria), damping=0.1)"
+    )
+    assert "swapped" not in algorithms_by_name() and "sparsegpt" in algorithms_by_name()
+    with pytest.raises(ValueError, match=r"swap\(wanda\) has no option 'damping=1': .* none"):
+        find_method("swap(wanda)", ["damping=1"])
+
+
+def test_blockwise_is_a_method_that_trains_after_another() -> None:
+    method = find_method("blockwise(refit(wanda))", ["epochs=2"])
+    assert method.refits and sorted(method.needs) == ["gram", "input_norm"]
+    assert method.function.name == "blockwise(refit(wanda), epochs=2)"
+    with pytest.raises(ValueError, match=r"blockwise\(alps\) has no option 'damping=1': .* epochs"):
+        find_method("blockwise(alps)", ["damping=1"])
 
 
 def test_a_new_criterion_works_by_being_exported(

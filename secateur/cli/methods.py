@@ -29,8 +29,8 @@ def criteria_by_name() -> dict[str, Callable[..., Any]]:
 
 def algorithms_by_name() -> dict[str, Callable[..., Any]]:
     """What refits the kept weights: the functions that `secateur.reconstruct` exports."""
-    found = _exported(reconstruct)
-    return {n: f for n, f in found.items() if "pattern" in inspect.signature(f).parameters}
+    found = {n: (f, inspect.signature(f).parameters) for n, f in _exported(reconstruct).items()}
+    return {n: f for n, (f, asks) in found.items() if "pattern" in asks and "mask" not in asks}
 
 
 def method_help() -> str:
@@ -38,7 +38,8 @@ def method_help() -> str:
     return (
         f"Zeros only, kept weights as they are: {', '.join(criteria_by_name())}. "
         f"Kept weights refitted: {', '.join(algorithms_by_name())}, and 'refit(METHOD)' with the "
-        "mask of any of these."
+        "mask of any of these. 'swap(METHOD)' betters a mask and moves no weight, "
+        "'blockwise(METHOD)' trains the kept weights of each half-block together."
     )
 
 
@@ -47,7 +48,7 @@ class Method:
     """A criterion or an algorithm with its options fixed, and the statistics that it needs."""
 
     name: str
-    function: Callable[..., Any]
+    function: Any  # a function or a `Blockwise`
     refits: bool
     needs: tuple[str, ...]
 
@@ -75,11 +76,12 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
     Raises:
         ValueError: if there is no such method or option, with the closest names.
     """
-    if inner := re.fullmatch(r"refit\((.+)\)", name):
-        algorithm = reconstruct.refit(
-            find_method(inner[1]).function, **_options(name, reconstruct.refit, options)
-        )
-        return Method(name, algorithm, True, needed_by(algorithm, given=ALGORITHM_GIVEN))
+    if inner := re.fullmatch(r"(refit|swap|blockwise)\((.+)\)", name):
+        wrappers = reconstruct.refit, reconstruct.swap, reconstruct.blockwise
+        wrapper: Callable[..., Any] = {w.__name__: w for w in wrappers}[inner[1]]
+        algorithm = wrapper(find_method(inner[2]).function, **_options(name, wrapper, options))
+        each = algorithm.method if isinstance(algorithm, reconstruct.Blockwise) else algorithm
+        return Method(name, algorithm, True, needed_by(each, given=ALGORITHM_GIVEN))
     algorithms = algorithms_by_name()
     known = {**criteria_by_name(), **algorithms}
     if name not in known:

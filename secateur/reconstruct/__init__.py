@@ -1,8 +1,20 @@
 """Reconstruction: functions `(weight, statistic..., pattern) -> Solution` moving kept weights."""
 
 from secateur.reconstruct.alps import alps
+from secateur.reconstruct.block import Blockwise, blockwise
 from secateur.reconstruct.refit import refit, refitted
 from secateur.reconstruct.solution import Solution
 from secateur.reconstruct.sparsegpt import sparsegpt
+from secateur.reconstruct.swap import swap, swapped
 
-__all__ = ["Solution", "alps", "refit", "refitted", "sparsegpt"]
+__all__ = [
+    "Blockwise",
+    "Solution",
+    "alps",
+    "blockwise",
+    "refit",
+    "refitted",
+    "sparsegpt",
+    "swap",
+    "swapped",
+]

@@ -8,7 +8,6 @@ own. That A is normalised is the preconditioning, by the diagonal.
 Source: Meng et al., NeurIPS 2024, arXiv:2406.07831, section 3.3; Hestenes and Stiefel, 1952.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.reconstruct.masked import on_mask_of
 from secateur.reconstruct.solution import Solution
-from secateur.statistics import call_with, name_of, score
 
 # Of the residual of a row, relative to the one it starts with. What a refit could still gain is
 # then at most TOLERANCE^2 cond(A) of what it gained: 1e-3 of it where cond(A) is 1e5.
@@ -36,33 +35,14 @@ def refit(method: Callable[..., Any], *, damping: float = 0.01) -> Callable[...,
         ValueError: if the method is no function.
     Source: Meng et al., arXiv:2406.07831, section 3.3.
     """
-    if not callable(method):
-        raise ValueError(
-            f"refit takes a criterion or an algorithm such as sc.wanda, got {method!r}: for a mask "
-            "at hand use secateur.reconstruct.refitted"
-        )
-    parameters = inspect.signature(method).parameters
-    chooses = "pattern" in parameters
-
-    def algorithm(**statistics: Any) -> Solution:
-        weight, gram = statistics["weight"], statistics["gram"]
-        if chooses:
-            _, mask, before = call_with(method, statistics)
-        else:
-            scores = score(method, statistics["layer"], weight, statistics)
-            mask, before = statistics["pattern"].mask(scores), ""
-        found = refitted(weight, mask, gram, damping=damping)
-        notes = dict.fromkeys([*before.split("; "), *found.note.split("; ")])
-        return found._replace(note="; ".join(filter(None, notes)))
-
-    asked = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in parameters.values()}
-    asked.pop("layer_seed", None)  # made from the layer's name
-    for name in ("weight", "gram", "pattern", "layer"):
-        asked[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
     option = "" if damping == 0.01 else f", damping={damping!r}"
-    algorithm.__name__ = f"refit({name_of(method)}{option})"
-    vars(algorithm)["__signature__"] = inspect.Signature(list(asked.values()))
-    return algorithm
+    return on_mask_of(
+        method,
+        lambda weight, mask, gram, pattern: refitted(weight, mask, gram, damping=damping),
+        "refit",
+        "refitted",
+        option,
+    )
 
 
 def refitted(
@@ -118,6 +98,17 @@ def normalised(
     """
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be a number of at least 0, got {damping:g}: 0.01 is usual")
+    require_gram(gram)
+    mean = gram.diagonal().to(dtype).mean()
+    H = gram.to(dtype) / mean.masked_fill(mean == 0, 1)
+    H.diagonal().add_(damping * (mean > 0))
+    n = H.diagonal().sqrt()
+    inverse = n.masked_fill(n == 0, 1).reciprocal()
+    return H.mul_(inverse[:, None]).mul_(inverse), n
+
+
+def require_gram(gram: Float[Tensor, "in in"]) -> None:
+    """Raise unless the matrix is finite, with no negative number on its diagonal."""
     d = gram.diagonal()
     wrong = int((~gram.isfinite()).sum())
     if wrong or (d < 0).any():
@@ -126,12 +117,6 @@ def normalised(
             f"a Gram matrix is finite with squares on its diagonal, this one has {what}: check the "
             "calibration data for NaN and extreme activations"
         )
-    mean = d.to(dtype).mean()
-    H = gram.to(dtype) / mean.masked_fill(mean == 0, 1)
-    H.diagonal().add_(damping * (mean > 0))
-    n = H.diagonal().sqrt()
-    inverse = n.masked_fill(n == 0, 1).reciprocal()
-    return H.mul_(inverse[:, None]).mul_(inverse), n
 
 
 def _in_float64(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur import criteria
-from secateur.statistics import needed_by
+from secateur.statistics import GRADIENTS, needed_by
 
 CRITERIA: list[Callable[..., Tensor]] = [vars(criteria)[name] for name in criteria.__all__]
 each_criterion = pytest.mark.parametrize("criterion", CRITERIA, ids=criteria.__all__)
@@ -21,7 +21,10 @@ def test_prunes_a_model_to_the_plan(criterion: Callable[..., Tensor]) -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
     dense = {name: p.detach().clone() for name, p in model.named_parameters()}
     plan = sc.plan(model, "2:4")
-    report = sc.prune_(model, plan, criterion, [torch.randn(40, 16) for _ in range(2)])
+    batches = [torch.randn(40, 16) for _ in range(2)]
+    report = sc.prune_(
+        model, plan, criterion, batches, loss=lambda output, batch: output.square().mean()
+    )
     assert [r.sparsity for r in report.layers] == [0.5, 0.5]
     assert sc.check(model, plan) == {"0": 0.5, "2": 0.5}
     for name, parameter in model.named_parameters():
@@ -48,6 +51,7 @@ def test_a_bf16_weight_gets_finite_scores(criterion: Callable[..., Tensor]) -> N
         "layer_seed": 3,
         "input_norm": torch.rand(8),
         "gram": torch.eye(8),
+        **{name: torch.rand(4, 8) for name in GRADIENTS},
     }
     names = inspect.signature(criterion).parameters
     score = criterion(**{k: v for k, v in available.items() if k in names})

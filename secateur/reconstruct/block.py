@@ -1,0 +1,209 @@
+"""Half-block reconstruction: kept weights trained together to what the dense half-block gave.
+
+Layer by layer, each weight answers for its own outputs. Here the layers up to the next sum into
+the residual stream (attention, then MLP) answer together for that sum: they are trained from what
+the layers' own method left, on inputs that the pruned blocks before made, towards the dense model's
+stream. So they make up for one another, and for what earlier blocks lost.
+Source: the idea is that of block-wise reconstruction in Li et al. (BRECQ), ICLR 2021,
+arXiv:2102.05426, and for sparse weights Hubara et al. (AdaPrune), NeurIPS 2021, arXiv:2102.08124.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from secateur import layers as _layers
+from secateur.halves import HalfBlock
+from secateur.layers import weight_of
+from secateur.reconstruct.refit import refit
+from secateur.statistics import name_of
+
+# One batch in so many, and at least one, is not trained on but decides which weights are kept.
+HELD_OUT = 8
+
+EPOCHS = 4
+LEARNING_RATE = 0.01
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """A method for each layer, and how each half-block is trained then; made by `blockwise`."""
+
+    method: Callable[..., Any]
+    epochs: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """As a user writes it."""
+        options = {
+            "epochs": (self.epochs, EPOCHS),
+            "learning_rate": (self.learning_rate, LEARNING_RATE),
+        }
+        changed = [
+            f", {key}={value!r}" for key, (value, usual) in options.items() if value != usual
+        ]
+        return f"blockwise({name_of(self.method)}{''.join(changed)})"
+
+    def train_(
+        self,
+        half: HalfBlock,
+        layers: Mapping[str, nn.Module],
+        masks: Mapping[str, Bool[Tensor, "out in"]],
+    ) -> tuple[float, float]:
+        """The half-block's error on held-out batches before and after its weights were trained.
+
+        The error is the mean squared distance to the dense half-block's outputs over their
+        variance. The held-out batches are looked at after every epoch, and the layers end with the
+        best weights seen, the start among them: the second error is never above the first.
+        """
+        run = _Run(half, layers, masks)
+        held_out = list(range(len(half.targets)))[HELD_OUT - 1 :: HELD_OUT] or [
+            len(half.targets) - 1
+        ]
+        trained = [b for b in range(len(half.targets)) if b not in held_out]
+        best = {name: w.detach().clone() for name, w in run.weights.items()}
+        before = after = run.held_out_error(held_out)
+        steps = self.epochs * len(trained)
+        with (
+            torch.enable_grad(),
+            tqdm(total=steps, desc=half.name, leave=False, disable=None) as bar,
+        ):
+            optimizer = torch.optim.Adam(
+                [{"params": [w], "scale": _kept_rms(w)} for w in run.weights.values()]
+            )
+            for epoch in range(self.epochs):
+                for step, b in enumerate(_shuffled(trained, epoch), epoch * len(trained)):
+                    rate = self.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * group["scale"]
+                    run.error(b).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    bar.update()
+                now = run.held_out_error(held_out)
+                if now < after:
+                    after = now
+                    for name, weight in run.weights.items():
+                        best[name].copy_(weight.detach())
+        if after < before:
+            for name, stored in run.stored(best).items():
+                weight_of(layers[name]).copy_(stored)
+        return before, after
+
+
+def blockwise(
+    method: Callable[..., Any], *, epochs: int = EPOCHS, learning_rate: float = LEARNING_RATE
+) -> Blockwise:
+    """The method layer by layer, then the kept weights of each half-block trained together.
+
+    `sc.reconstruct_(model, plan, sc.blockwise(sc.alps), batches)`. A criterion's mask is refitted
+    first, as by `refit`. A half-block is what lies between two sums into the residual stream; a
+    block that has no such place inside is trained as a whole, and layers outside a list of blocks
+    are as the method left them. Weights of the plan are trained and no others, by Adam, a batch a
+    step, the learning rate falling along a cosine to 0; it is in units of each layer's root mean
+    square kept weight. One batch in eight is held out, and the weights that are best there are
+    kept, the start among them. Kept weights do not stay on a grid that an algorithm rounded to.
+
+    Cost: that of the method; each epoch a forward and a backward of every half-block, and a forward
+        of what is before it in its block. Memory: weights in float32, gradients, Adam's moments and
+        activations of one half-block for one batch, and up to four copies of the hidden states of
+        all batches, on the CPU with `offload`.
+    Raises:
+        ValueError: if the method is no function, or an option is out of range.
+    Source: AdaPrune, arXiv:2102.08124; BRECQ, arXiv:2102.05426.
+    """
+    if not callable(method):
+        raise ValueError(
+            f"blockwise takes a criterion or an algorithm such as sc.alps, got {method!r}: pass "
+            "the function itself"
+        )
+    if epochs < 1 or not (learning_rate > 0 and math.isfinite(learning_rate)):
+        raise ValueError(
+            f"blockwise needs at least 1 epoch and a learning rate above 0, got {epochs} and "
+            f"{learning_rate:g}"
+        )
+    chooses = "pattern" in inspect.signature(method).parameters
+    return Blockwise(method if chooses else refit(method), epochs, learning_rate)
+
+
+class _Run:
+    """A half-block with weights in float32 that are trained in place of the stored ones."""
+
+    def __init__(
+        self,
+        half: HalfBlock,
+        layers: Mapping[str, nn.Module],
+        masks: Mapping[str, Bool[Tensor, "out in"]],
+    ) -> None:
+        self._half = half
+        stored = {name: weight_of(layers[name]).detach() for name in half.layers}
+        self._dtypes = {name: weight.dtype for name, weight in stored.items()}
+        self._dropped = {
+            name: _layers.like_weight(layers[name], ~masks[name]) for name in half.layers
+        }
+        self.weights = {
+            name: weight.to(torch.float32, copy=True).requires_grad_()
+            for name, weight in stored.items()
+        }
+        self._variance = self._of_targets()
+
+    def stored(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as the layers will hold them: exact zeros, in the dtype of the model."""
+        return {
+            name: weight.masked_fill(self._dropped[name], 0).to(self._dtypes[name])
+            for name, weight in weights.items()
+        }
+
+    def error(self, batch: int) -> Float[Tensor, ""]:
+        """The mean squared error of a batch over the variance of the targets."""
+        output = self._half.output(batch, self.stored(self.weights)).float()
+        target = self._half.targets[batch].to(output.device, non_blocking=True).float()
+        counts = _counts(target, self._half.padding[batch])
+        squares = (output - target).square() * counts
+        return squares.sum() / counts.expand_as(target).sum() / self._variance
+
+    def held_out_error(self, batches: Sequence[int]) -> float:
+        """The mean of the batches' errors."""
+        with torch.no_grad():
+            return float(torch.stack([self.error(b) for b in batches]).mean())
+
+    def _of_targets(self) -> Float[Tensor, ""]:
+        """The variance of the targets, of all channels together."""
+        device = self._half.device
+        n, total, squares = (torch.zeros((), device=device, dtype=torch.float64) for _ in range(3))
+        for target, padding in zip(self._half.targets, self._half.padding, strict=True):
+            y = target.to(device).float()
+            counts = _counts(y, padding)
+            n += counts.expand_as(y).sum()
+            total += (y * counts).sum()
+            squares += (y.square() * counts).sum()
+        variance = squares / n - (total / n).square()
+        return variance.clamp(min=torch.finfo(torch.float32).tiny).float()
+
+
+def _counts(
+    x: Float[Tensor, "batch ..."], padding: Bool[Tensor, "batch tokens"] | None
+) -> Float[Tensor, "..."]:
+    """What x is multiplied with so that padding does not count: ones, or zeros there."""
+    if padding is not None and x.dim() == 3 and x.shape[:2] == padding.shape:
+        return padding.to(x)[..., None]
+    return x.new_ones(())
+
+
+def _kept_rms(weight: Float[Tensor, "..."]) -> float:
+    """The root mean square of the weights that are not zero."""
+    w = weight.detach()
+    return float(w.norm() / w.count_nonzero().clamp(min=1).sqrt())
+
+
+def _shuffled(batches: Sequence[int], epoch: int) -> list[int]:
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch))
+    return [batches[i] for i in order.tolist()]
