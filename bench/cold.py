@@ -101,6 +101,7 @@ class Prepared:
     """A candidate's chain for one number of tokens, what tuning said, and the error before."""
 
     candidate: Candidate
+    runs: Sequence[Run]  # what the chain's launches read must not be freed before it
     chain: Chain
     wanted: Wanted
     copies: int
@@ -296,7 +297,7 @@ def prepared(candidate: Candidate, runs: Sequence[Run], tokens: int) -> Prepared
         made = chain(tuned, x, launches_for(candidate.nbytes, operations, len(runs)))
     if rows > tokens:
         note = f"{rows} rows; {note}" if note else f"{rows} rows"
-    return Prepared(candidate, made, wanted, len(runs), note, alone)
+    return Prepared(candidate, tuned, made, wanted, len(runs), note, alone)
 
 
 def case(layer: Layer, tokens: int, device: torch.device, rounds: int) -> Iterator[Row]:

@@ -61,8 +61,8 @@ FORMATS = {
     "semi24": ("dense", "cusparselt", "decode"),
     "int8_dynamic": ("torch",),
     "fp8_dynamic": ("torch",),
-    "semi24_int8_dynamic": ("cusparselt",),
-    "semi24_fp8_dynamic": ("cusparselt",),
+    "semi24_int8_dynamic": ("prefill", "cusparselt"),
+    "semi24_fp8_dynamic": ("prefill", "cusparselt"),
 }
 CODES = {
     "int8_dynamic": torch.int8,

@@ -1,7 +1,7 @@
 """Inputs rounded to 8-bit codes at run time, a scale a token: what the dynamic formats share.
 
     s_t = max(max |x_t| / largest code, 2^-126)       in float32
-    q   = x / s_t, rounded to the nearest code        int8: -127 to 127; float8_e4m3fn: up to 448
+    q   = x (1 / s_t), rounded to the nearest code    int8: -127 to 127; float8_e4m3fn: up to 448
     y   = (q @ codes.T) * s_t * scales + bias         rounded once, to the layer's dtype
 
 A token with a NaN or an infinity has the scale NaN and codes 0, so all of its outputs are NaN.
@@ -28,13 +28,13 @@ def quantised(
     """The codes of every token and its scale, which is float32 (float64 for a float64 input).
 
     Error: |x - s_t q| <= s_t / 2 for int8; |x| / 16 for float8, or s_t / 1024 where that is more;
-        and what rounding x / s_t to float32 adds, less than a ten-thousandth of it.
+        and what rounding x (1 / s_t) to float32 adds, less than a ten-thousandth of it.
     """
     wide = x.to(_wide(x))
     largest = LARGEST[codes]
     most = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(len(x), 1)
     scales = (most / largest).clamp(min=LEAST_SCALE).masked_fill(~most.isfinite(), torch.nan)
-    ratios = (wide / scales).clamp(-largest, largest).masked_fill(scales.isnan(), 0.0)
+    ratios = (wide * scales.reciprocal()).clamp(-largest, largest).masked_fill(scales.isnan(), 0.0)
     return (ratios.round() if codes == torch.int8 else ratios).to(codes), scales
 
 
@@ -103,28 +103,34 @@ def sparse_linear(
 ) -> Float[Tensor, "tokens out"]:
     """`linear` through cuSPARSELt, for codes of this dtype; `codes()` gives them for a search.
 
-    The product applies the scales of the outputs and is written in 16 bits; one pass then applies
-    those of the tokens and the bias, in place. That is 2 bytes written, 2 read and 2 written for
-    each output, where a product in int32 takes 4 + 4 + 2.
+    The product is written in 16 bits; one pass then applies the scales of the tokens and the bias,
+    in place. That is 2 bytes written, 2 read and 2 written for each output, where a product in
+    int32 takes 4 + 4 + 2. The scales of the outputs are applied by the product of int8 codes; the
+    library takes none with float8, whose unscaled sums only bfloat16 can hold.
 
-    Error: that of the definition and one rounding more: with u half an eps of the layer's dtype,
-        u |y - bias| + u |y| instead of u |y|. Rounding x costs some 1 % of y, u is at most 0.4 %.
-        For float8 some 2^-13 of a sum for each 32 products on sm_90, as tensor cores sum there.
+    Error: that of the definition and one rounding more: with u half an eps of the layer's dtype
+        (of bfloat16 for float8), u |y - bias| + u |y| instead of u |y|. Rounding x costs some 1 %
+        of y, u is at most 0.4 %. For float8 some 2^-13 of a sum for each 32 products on sm_90, as
+        tensor cores sum there.
     Cost: see `secateur.kernels.cusparselt.search` for the first call.
     Raises: RuntimeError if a search is needed inside a CUDA graph capture, or finds nothing right.
     """
     step = cusparselt.STEPS[dtype]
     tokens, token_scales = quantise.quantise(x, dtype, -(-len(x) // step) * step)
     row_scales, weight = alpha.view(torch.float32), blob.view(dtype)
-    out = len(row_scales)
+    out, first, last, sums = len(row_scales), None, None, torch.bfloat16
+    if dtype == torch.int8:
+        first, sums = row_scales, x.dtype
+    else:
+        last = row_scales
 
     def exact(random: Tensor) -> Tensor:
         return random.float() @ codes().float().t()
 
-    case = cusparselt.case_of(tokens, out, None, row_scales, x.dtype)
+    case = cusparselt.case_of(tokens, out, None, first, sums)
     setting = cusparselt.setting_for(case, weight, exact)
-    product = cusparselt.multiply(weight, tokens, out, setting, None, row_scales, x.dtype)
-    return quantise.scale_bias(product, token_scales, None, bias, x.dtype, HEADROOM[dtype])
+    product = cusparselt.multiply(weight, tokens, out, setting, None, first, sums)
+    return quantise.scale_bias(product, token_scales, last, bias, x.dtype, HEADROOM[dtype])
 
 
 def _wide(x: Tensor) -> torch.dtype:

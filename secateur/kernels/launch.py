@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from secateur.kernels.cubins import cubin
 from secateur.kernels.nvrtc import Source, arch_of, nvrtc_version
@@ -23,6 +24,7 @@ from secateur.kernels.nvrtc import Source, arch_of, nvrtc_version
 PORTABLE_CLUSTER = 8  # blocks; the most that every device with clusters promises
 DEPENDENT_SINCE = (9, 0)  # the first capability with griddepcontrol
 SLOT_BYTES = 8
+ALIGNMENT = 16  # bytes of a kernel's load
 SLOTS = {"P": "Q", "i": "i4x", "f": "f4x"}  # pointer, int32, float32, each at the start of a slot
 
 
@@ -112,6 +114,19 @@ class Launch:
                 _checked(driver.cuCtxSetCurrent(kernel.context), "making the device current")
                 (error,) = self._launch(self._config, self._function, self._parameters, 0)
         _checked((error,), f"the launch of {kernel.entry}")
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy whose numbers lie in order and can be read 16 bytes at a time."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The device is the current one; most calls have nothing to do for that."""
+    if device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def load(source: Source, defines: tuple[tuple[str, int], ...], device: torch.device) -> Kernel:

@@ -68,6 +68,13 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
 
+// Four 8x8 matrices of 16-bit numbers, transposed on their way: lane l has the two neighbours in row
+// l/4, columns 2(l%4) and 2(l%4)+1, of each, and gives the address of column l%8 of matrix l/8.
+__device__ __forceinline__ void store_matrices_transposed(u32 address, const u32 (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
 // ---- asynchronous copies, sm_80 ----------------------------------------------------------------
 
 // 16 bytes to shared memory past the registers; with `valid` false it writes 16 zero bytes.
@@ -146,6 +153,22 @@ __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u
         :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
+// The same to the same place of every CTA of a cluster, each of which counts the bytes on its own
+// barrier; of one: to this one.
+template <int CTAS>
+__device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
+    if constexpr (CTAS == 1) {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+            :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1], %2, [%3], %4;"
+            :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<u16>((1 << CTAS) - 1)) : "memory");
+    }
+}
+
 // True in one lane of the warp; unlike `lane == 0` it lets the assembler know that it is one, and
 // spares a loop over lanes around each bulk copy.
 __device__ __forceinline__ bool one_lane() {
@@ -186,6 +209,13 @@ __device__ __forceinline__ u32 in_cta(u32 address, u32 rank) {
 // One arrival; what this thread has stored before is seen by those who wait.
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+
+// One arrival in any CTA of the cluster, at an address of `in_cta`. It says that this thread has done
+// its reading; what it has stored is not promised to be seen there, which would take a fence of the
+// whole GPU.
+__device__ __forceinline__ void barrier_arrive_in(u32 barrier_there) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(barrier_there) : "memory");
 }
 
 // Stores 8 or 16 bytes in another CTA and counts them on a barrier there; nobody waits here.
@@ -260,6 +290,11 @@ __device__ __forceinline__ float float_of_bf16(u16 bits) {
     return __uint_as_float(static_cast<u32>(bits) << 16);
 }
 
+template <bool F16>
+__device__ __forceinline__ float float_of_16(u16 bits) {
+    return F16 ? float_of_half(bits) : float_of_bf16(bits);
+}
+
 // Rounds to nearest, ties to even.
 template <bool F16>
 __device__ __forceinline__ u16 round_16(float f) {
@@ -271,6 +306,17 @@ __device__ __forceinline__ u16 round_16(float f) {
     }
     return bits;
 }
+
+#if CODES && FP8
+// Two e4m3 codes, `low` in the low byte; what is beyond the largest becomes the largest.
+__device__ __forceinline__ u32 e4m3_pair(float low, float high) {
+    u16 bits;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+#elif CODES
+__device__ u32 e4m3_pair(float low, float high);
+#endif
 
 // ---- warpgroup multiplication, sm_90a ----------------------------------------------------------
 
@@ -292,8 +338,26 @@ __device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
+// Waits until at most N of the latest groups are still under way.
+template <int N = 0>
 __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
+}
+
+// Registers of each thread of this warpgroup from now on; those given are there for others to take.
+template <int COUNT>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT));
+}
+
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
+}
+
+// All 128 threads of a warpgroup have come here; each warpgroup has a barrier of its own.
+__device__ __forceinline__ void barrier_of_warpgroup(int which) {
+    asm volatile("bar.sync %0, 128;" :: "r"(which) : "memory");
 }
 
 // Ordinary stores to shared memory are seen by the multiplications that other warps start.
@@ -335,5 +399,39 @@ __device__ __forceinline__ void multiply_sparse_warpgroup(
                     "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%39");
     }
 }
+
+#if CODES
+#define D64 D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define D128 D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, " \
+    "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, " \
+    "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#if FP8
+#define CODE_TYPES "f32.e4m3.e4m3"
+#define CODE_SIGNS ", 1, 1"
+#define SUM_OF(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#else
+#define CODE_TYPES "s32.s8.s8"
+#define CODE_SIGNS ""
+#define SUM_OF(n) "+r"(d[n][0]), "+r"(d[n][1]), "+r"(d[n][2]), "+r"(d[n][3])
+#endif
+#define SUMS_OF(n) SUM_OF(n), SUM_OF(n + 1), SUM_OF(n + 2), SUM_OF(n + 3), SUM_OF(n + 4), SUM_OF(n + 5), \
+    SUM_OF(n + 6), SUM_OF(n + 7)
+
+// d = A B, or d += A B with `add`, for 8-bit codes: A is 64 x 64 and 2:4, 16 rows in each of the four
+// warps, stored as 64 x 32 kept codes in `a`; B is 64 columns of 256 tokens in shared memory. Every
+// lane's metadata is used. Sums are int32; of e4m3 they are float, of which sm_90 keeps 14 bits.
+template <class Sum>
+__device__ __forceinline__ void multiply_sparse_codes(
+    Sum (&d)[32][4], const uint4& a, u64 b, u32 metadata, int add) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %134, 0;\n"
+        "wgmma.mma_async.sp.sync.aligned.m64n256k64." CODE_TYPES " {" D128 "}, "
+        "{%128, %129, %130, %131}, %132, %133, 0, add" CODE_SIGNS ";\n}"
+        : SUMS_OF(0), SUMS_OF(8), SUMS_OF(16), SUMS_OF(24)
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(metadata), "r"(add));
+}
+#endif
 
 #endif

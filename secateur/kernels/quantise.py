@@ -34,8 +34,8 @@ def quantise(
 ) -> tuple[Shaped[Tensor, "rows in"], Float[Tensor, " tokens"]]:
     """Codes of the tokens, filled up with zeros to `rows`, and the scale of each, in float32.
 
-    scale = max(max |x| / largest code, 2^-126); code = x / scale, rounded to the nearest, ties to
-    even. A token with a number that is not finite has codes 0 and the scale NaN.
+    scale = max(max |x| / largest code, 2^-126); code = x (1 / scale), rounded to the nearest, ties
+    to even. A token with a number that is not finite has codes 0 and the scale NaN.
 
     Cost: reads x once (twice beyond 16,384 inputs, the second time from the cache); writes a byte
         for each number.

@@ -33,7 +33,7 @@ def _scale(bits, largest: tl.constexpr, least: tl.constexpr):
 @no_type_check
 def _codes(values, scale, largest: tl.constexpr, is_integer: tl.constexpr):
     """Nearest codes; 0 where the scale is NaN, whose product is NaN all the same."""
-    ratios = tl.div_rn(values, scale)
+    ratios = values * tl.div_rn(1.0, scale)
     ratios = tl.minimum(tl.maximum(ratios, -largest), largest)
     ratios = tl.where(scale == scale, ratios, 0.0)
     if is_integer:

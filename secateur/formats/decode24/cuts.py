@@ -92,8 +92,7 @@ def _depths(case: Case, part: Config) -> list[int]:
         fitting = [
             cut.stages
             for cut in deep
-            if cut.stages <= part.steps(case)
-            and cut.shared_bytes(case) + cut.static_bytes <= limit
+            if cut.stages <= part.steps(case) and cut.shared_bytes(case) + cut.static_bytes <= limit
         ]
         found |= set(fitting[-1:])
     return sorted(found)

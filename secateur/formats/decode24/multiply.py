@@ -1,7 +1,6 @@
 """The decode kernel, launched: one call from Python for each linear layer."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -20,13 +19,12 @@ from secateur.formats.decode24.config import (
     Config,
     bucket,
 )
-from secateur.kernels.launch import Launch, load, prepare
+from secateur.kernels.launch import Launch, load, on, prepare, readable
 from secateur.kernels.nvrtc import Source
 
 SOURCE = Source("formats/decode24/kernel.cu", "decode", ("kernels/ptx.cuh",))
 ARGUMENTS = "PPPPPiii"  # x, weight, row_scales, bias, y, M, N, K
 MULTIPLE = 64  # columns: the last unit may be padded by half
-ALIGNMENT = 16  # bytes of a load
 
 
 def why_not(
@@ -80,10 +78,10 @@ def multiply(
             f"the decode kernel needs a bias of the input's {x.dtype}, got {bias.dtype}: "
             "cast the whole layer with .to"
         )
-    x, bias = _readable(x), None if bias is None else _readable(bias)
+    x, bias = readable(x), None if bias is None else readable(bias)
     y = x.new_empty(tokens, rows)
     launch = _launch(device, kind, grouped, x.dtype, rows, columns, bucket(tokens))
-    with _on(device):
+    with on(device):
         launch(
             torch.cuda.current_stream(device).cuda_stream,
             x.data_ptr(),
@@ -96,19 +94,6 @@ def multiply(
             columns,
         )
     return y
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that can be read 16 bytes at a time."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """The device is the current one; most calls have nothing to do for that."""
-    if device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 @lru_cache(maxsize=1024)  # five buckets of tokens for each of a model's few shapes

@@ -2,7 +2,7 @@
 
 from secateur.formats.contract import Implementation
 from secateur.formats.semi24_int8 import decode
-from secateur.formats.semi24_int8_dynamic import cusparselt, reference
+from secateur.formats.semi24_int8_dynamic import cusparselt, prefill, reference
 from secateur.formats.semi24_int8_dynamic.ops import register
 from secateur.formats.semi24_int8_dynamic.packed import (
     PackedSemi24Int8Dynamic,
@@ -17,6 +17,7 @@ from secateur.formats.semi24_int8_dynamic.packed import (
 
 IMPLEMENTATIONS = (
     Implementation("decode", decode.linear, decode.why_not, ("units",), decode.arranged),
+    Implementation("prefill", prefill.linear, prefill.why_not, ("tiles",), prefill.arranged),
     Implementation(
         "cusparselt", cusparselt.linear, cusparselt.why_not, ("blob", "alpha"), cusparselt.arranged
     ),
