@@ -106,9 +106,11 @@ constexpr float RESTORE =
     : STREAM ? (FORMAT == FP8 ? 1.0f : 0x1p7f)
     : (FORMAT == FP8 ? 0x1p56f : 0x1p69f);
 
-// CTAs in excess stay this long: until those of the kernel behind are placed, one on each SM. On an SM
-// that is left empty two would be placed, and each would be slow.
-constexpr u32 HELD_CYCLES = 2000;
+// CTAs in excess stay until those of the kernel behind are placed, one on each SM: on an SM that is left
+// empty two would be placed, and each would be slow. Where they are launched early they are placed at
+// once; else about when this kernel's activations are there, and CTAs in excess stay for most of the
+// time that the others' weights take, at so many bytes a cycle.
+constexpr u32 HELD_CYCLES = 2000, HELD_BYTES = 20;
 
 extern __shared__ __align__(128) u8 shared[];
 
@@ -388,7 +390,8 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
     if (first_tile >= tiles) {             // launched only to keep the next kernel's CTAs apart
         launch_dependents();               // else the kernel behind could not start before this ends
         wait_for_predecessor();
-        for (const u32 begin = cycles(); cycles() - begin < HELD_CYCLES;) {}
+        const u32 held = TRIGGER == 0 ? HELD_CYCLES : units / S * TILES * UNIT_BYTES / HELD_BYTES;
+        for (const u32 begin = cycles(); cycles() - begin < held;) {}
         return;
     }
 #endif
