@@ -9,8 +9,7 @@ candidate in the same run. Rows are written after each number of tokens.
 
 `accelerate_` is the 2:4 layer as that function left it, told all of these numbers of tokens, on
 measurements of its own made in this run; its note says what runs. Formats that end in `_dynamic`
-round their inputs within what is timed; `product alone` is given codes, and leaves out the pass
-that scales the tokens and adds the bias.
+round their inputs within what is timed.
 
 Errors are those of up to 128 tokens, spread over all, against float64 of the weight that is stored.
 For `_dynamic` that is the format's definition: the inputs are rounded first, as it says, so that
@@ -20,7 +19,7 @@ what rounding them costs is no error here.
 import argparse
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -48,15 +47,13 @@ from bench.shapes import SHAPES, TOKENS_OF_PREFILL
 from secateur.accelerate import accelerate_
 from secateur.accelerate_report import LayerReport
 from secateur.formats import SparseLinear
-from secateur.formats.contract import Packed, packed_bytes
-from secateur.formats.dynamic import HEADROOM, quantised
+from secateur.formats.contract import packed_bytes
+from secateur.formats.dynamic import quantised
 from secateur.formats.format import dequantised
 from secateur.formats.linear import REFERENCE
-from secateur.kernels import quantise
-from secateur.kernels.cusparselt import STEPS, case_of, chosen, multiply
+from secateur.kernels.cusparselt import STEPS
 
 ACCELERATE = "accelerate_"
-ALONE = "product alone"
 FORMATS = {
     "semi24": ("dense", "cusparselt", "decode"),
     "int8_dynamic": ("torch",),
@@ -85,7 +82,7 @@ class Data:
 
 
 def implemented(data: Data, format: str, implementation: str) -> list[Candidate]:
-    """The format run by this implementation; of a product of 2:4 codes, also the product alone.
+    """The format run by this implementation.
 
     Raises: ValueError where it can run at none of the numbers of tokens.
     """
@@ -105,41 +102,7 @@ def implemented(data: Data, format: str, implementation: str) -> list[Candidate]
         return product(tokens.double() * scales, dequantised(packed), data.bias)
 
     name, nbytes = f"{format} {implementation}", bytes_read(layer)
-    whole = Candidate(name, nbytes, make, data.x, exact, CUBLAS, most=most)
-    if codes is None or implementation != "cusparselt":
-        return [whole]
-    return [whole, alone(whole, packed, codes)]
-
-
-def alone(whole: Candidate, packed: Packed, codes: torch.dtype) -> Candidate:
-    """The product of codes alone, by the setting that `whole` has found and on its copies."""
-
-    def exact(x: Tensor) -> Tensor:
-        return product(quantised(x, codes)[0], dequantised(packed)) / HEADROOM[codes]
-
-    def tune(runs: Sequence[Run], x: Tensor) -> Tuned:
-        step = STEPS[codes]
-        tokens, _ = quantise.quantise(x, codes, -(-len(x) // step) * step)
-        operands = [_operands(run, codes) for run in runs]
-        out = packed.shape[0]
-        setting = chosen(case_of(tokens, out, None, operands[0][1], x.dtype), x.device)
-        if setting is None:
-            raise ValueError(f"no algorithm is chosen: {whole.name} has not run")
-
-        def run(x: Tensor, blob: Tensor, alpha: Tensor) -> Tensor:
-            return multiply(blob, tokens, out, setting, None, alpha, x.dtype)[: len(x)]
-
-        made = [partial(run, blob=blob, alpha=alpha) for blob, alpha in operands]
-        return made, f"algorithm, split_k, mode {setting}"
-
-    return replace(whole, name=f"{whole.name} {ALONE}", exact=exact, tune=tune)
-
-
-def _operands(run: Run, codes: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The compressed codes and the scales of the outputs, as the layer has arranged them."""
-    assert isinstance(run, SparseLinear)
-    blob, alpha = (run.get_buffer(f"arranged_cusparselt_{key}") for key in ("blob", "alpha"))
-    return blob.view(codes), alpha.view(torch.float32)
+    return [Candidate(name, nbytes, make, data.x, exact, CUBLAS, most=most)]
 
 
 def accelerated(data: Data) -> list[Candidate]:

@@ -1,18 +1,20 @@
 """The bench of many tokens: a row for everyone, what is wrong has no time, and losers are shown."""
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import cold, prefill, prefill_tables, tables
 from bench.shapes import SHAPES
 from secateur import accelerate
 from secateur.accelerate_report import LayerReport
-from secateur.formats import SparseLinear, dynamic
-from secateur.kernels import cusparselt, quantise
+from secateur.formats import dynamic
+from secateur.kernels import cusparselt, quantise, timing
 from secateur.kernels.cusparselt import Setting
 from tests.formats.test_dynamic import plain_quantise, plain_scale_bias
 from tests.kernels.fake_cusparselt import Fake, forget, install
@@ -21,6 +23,7 @@ OUT, WIDTH = 64, 128
 EXACT = ["semi24 dense", "semi24 cusparselt", "semi24 decode"]
 DYNAMIC = ["int8_dynamic torch", "fp8_dynamic torch"]
 SPARSE = ["semi24_int8_dynamic cusparselt", "semi24_fp8_dynamic cusparselt"]
+HOPPER = ["semi24_int8_dynamic prefill", "semi24_fp8_dynamic prefill"]
 
 
 @pytest.fixture(autouse=True)
@@ -70,24 +73,23 @@ def test_everyone_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         else:
             assert row["note"] == ""
     notes = {row["candidate"]: row["note"] for row in rows if not row["us"]}
-    assert notes.keys() == {"cusparselt searched", *EXACT, *DYNAMIC, *SPARSE}
+    assert notes.keys() == {"cusparselt searched", *EXACT, *DYNAMIC, *SPARSE, *HOPPER}
     assert notes["semi24 cusparselt"].startswith("cuSPARSELt needs a CUDA GPU, the weight is on")
-    assert len(rows) == 2 * (7 + 8)
+    assert len(rows) == 2 * (7 + 10)
     assert "| Tiny o | 130 |" in prefill_tables.prefill(tmp_path)
 
 
-def test_sparse_products_are_measured_whole_and_alone(
+def test_sparse_products_are_measured(
     fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {row["candidate"]: row for row in run(tmp_path, capsys, "40")}
-    alone = [f"{name} product alone" for name in SPARSE]
     both = ["cusparselt alg 0", "cusparselt searched", "semi24 cusparselt", "accelerate_"]
-    for name in (*both, *DYNAMIC, *SPARSE, *alone):
+    for name in (*both, *DYNAMIC, *SPARSE):
         assert rows[name]["us"] and float(rows[name]["error"]) < 1e-2, rows[name]
     assert rows["cusparselt searched"]["note"].startswith("48 rows; algorithm 1; 0 settings wrong")
     assert rows["accelerate_"]["note"].partition(":")[0] in ("runs dense", "runs cusparselt")
-    assert {rows[name]["note"] for name in alone} == {"algorithm, split_k, mode 1,1,-1"}
-    assert not rows["semi24 decode"]["us"]
+    assert not any(rows[name]["us"] for name in ("semi24 decode", *HOPPER))
+    assert set(prefill_tables.SHORT) <= rows.keys()
 
 
 def data_of(tokens: Sequence[int]) -> prefill.Data:
@@ -97,29 +99,25 @@ def data_of(tokens: Sequence[int]) -> prefill.Data:
     return prefill.Data(dense, sparse, bias, x, tokens)
 
 
-@pytest.mark.parametrize("name", [name.partition(" ")[0] for name in SPARSE])
-def test_the_product_alone_has_neither_quantiser_nor_bias(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    whole, alone = prefill.implemented(data_of([40]), name, "cusparselt")
-    runs, x = [whole.make()], whole.x[:40]
-    with pytest.raises(ValueError, match=f"no algorithm is chosen: {name} cusparselt has not run"):
-        alone.tune(runs, x)
-    cold.prepared(whole, runs, 40)
-    (product,), _ = alone.tune(runs, x)
+def test_what_a_chain_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured graph knows only addresses: it keeps nothing that its launches read."""
+    x = torch.ones(2, 4)
+    made = list["weakref.ref[nn.Linear]"]()
 
-    def never(*arguments: object) -> Tensor:
-        raise AssertionError
+    def tune(runs: Sequence[cold.Run], x: Tensor) -> cold.Tuned:
+        tuned = [nn.Linear(4, 4, bias=False).requires_grad_(False) for _ in runs]
+        made.extend(map(weakref.ref, tuned))
+        tuned[0].weight.copy_(torch.eye(4))
+        return tuned, ""
 
-    monkeypatch.setattr(quantise, "quantise", never)
-    monkeypatch.setattr(quantise, "scale_bias", never)
-    assert fake.seen[-1] == Setting(1)
-    result = product(x)
-    assert result.dtype == torch.bfloat16 and cold.error(result, alone.exact(x)) < 1e-2
-    assert fake.biases[-1] is None and alone.make is whole.make
-    layer = runs[0]
-    assert isinstance(layer, SparseLinear)
-    assert whole.nbytes == sum(layer.arranged_bytes.values())
+    def captured(*arguments: object) -> timing.Chain:
+        return timing.Chain(lambda: None, lambda: None, 1, captured=True)
+
+    monkeypatch.setattr(cold, "chain", captured)
+    candidate = cold.Candidate("a", 64, lambda: torch.clone, x, Tensor.double, "a", tune)
+    prepared = cold.prepared(candidate, [torch.clone, torch.clone], 2)
+    gc.collect()
+    assert len(made) == 2 and [one() for one in made] == list(prepared.runs)
 
 
 def test_dynamic_formats_are_held_to_rounded_inputs() -> None:

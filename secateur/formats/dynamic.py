@@ -17,9 +17,9 @@ from secateur.kernels import cusparselt, quantise
 from secateur.kernels.quantise import LARGEST, LEAST_SCALE
 
 CAPABILITY = {torch.int8: (8, 0), torch.float8_e4m3fn: (8, 9)}  # the first with such products
-# A power of two not below the largest code: products of codes and row scales, divided by it, are
-# y / max |x|, which fits float16 where x and y do, with room for sums.
-HEADROOM = {torch.int8: 128.0, torch.float8_e4m3fn: 512.0}
+# A power of two not below the largest int8 code: products of codes and row scales, divided by it,
+# are y / max |x|, which fits float16 where x and y do, with room for sums.
+HEADROOM = 128.0
 
 
 def quantised(
@@ -80,57 +80,61 @@ def sparse_why_not(
     return problem or why_not(codes, device)
 
 
-def sparse_arranged(
-    codes: Shaped[Tensor, "out in"], scales: Float[Tensor, "out 1"]
-) -> tuple[UInt8[Tensor, "..."], UInt8[Tensor, " bytes"]]:
-    """The codes as cuSPARSELt reads them, and the scales in float32 as it applies them.
-
-    Both as bytes: casting a module casts every buffer of a floating dtype.
+def compressed(codes: Shaped[Tensor, "out in"]) -> UInt8[Tensor, "..."]:
+    """The codes as cuSPARSELt reads them; bytes, as casting a module casts every floating buffer.
 
     Cost: 0.625 bytes a weight, and for a moment one byte a weight.
     """
-    alpha = scales[:, 0].float() / HEADROOM[codes.dtype]
-    return cusparselt.compress(codes).view(torch.uint8), alpha.view(torch.uint8)
+    return cusparselt.compress(codes).view(torch.uint8)
+
+
+def alpha_of(scales: Float[Tensor, "out 1"]) -> UInt8[Tensor, " bytes"]:
+    """The outputs' scales as the library applies them to int8 codes: over `HEADROOM`, in float32.
+
+    They are bytes for the reason of `compressed`.
+    """
+    return (scales[:, 0].float() / HEADROOM).view(torch.uint8)
 
 
 def sparse_linear(
     x: Float[Tensor, "tokens in"],
     blob: UInt8[Tensor, "..."],
-    alpha: UInt8[Tensor, " bytes"],
+    alpha: UInt8[Tensor, " bytes"] | None,
+    scales: Float[Tensor, "out 1"],
     bias: Float[Tensor, " out"] | None,
     codes: Callable[[], Shaped[Tensor, "out in"]],
     dtype: torch.dtype,
 ) -> Float[Tensor, "tokens out"]:
     """`linear` through cuSPARSELt, for codes of this dtype; `codes()` gives them for a search.
 
-    The product is written in 16 bits; one pass then applies the scales of the tokens and the bias,
-    in place. That is 2 bytes written, 2 read and 2 written for each output, where a product in
-    int32 takes 4 + 4 + 2. The scales of the outputs are applied by the product of int8 codes; the
-    library takes none with float8, whose unscaled sums only bfloat16 can hold.
+    The product is written in 16 bits; one pass then applies the scales of the tokens and the bias.
+    That is 2 bytes written, 2 read and 2 written for each output, where a product in int32 takes
+    4 + 4 + 2. With `alpha` the product applies the outputs' scales, too. The library takes none for
+    float8: there the pass applies `scales`, and the product is bfloat16, because float16 could not
+    hold unscaled sums.
 
-    Error: that of the definition and one rounding more: with u half an eps of the layer's dtype
-        (of bfloat16 for float8), u |y - bias| + u |y| instead of u |y|. Rounding x costs some 1 %
-        of y, u is at most 0.4 %. For float8 some 2^-13 of a sum for each 32 products on sm_90, as
-        tensor cores sum there.
+    Error: that of the definition and one rounding more: with u half an eps of the product's dtype,
+        u |y - bias| on top of the rounding of y. Rounding x costs some 1 % of y, u is at most
+        0.4 %. For float8 some 2^-13 of a sum for each 32 products on sm_90, as tensor cores sum
+        there.
     Cost: see `secateur.kernels.cusparselt.search` for the first call.
     Raises: RuntimeError if a search is needed inside a CUDA graph capture, or finds nothing right.
     """
     step = cusparselt.STEPS[dtype]
     tokens, token_scales = quantise.quantise(x, dtype, -(-len(x) // step) * step)
-    row_scales, weight = alpha.view(torch.float32), blob.view(dtype)
-    out, first, last, sums = len(row_scales), None, None, torch.bfloat16
-    if dtype == torch.int8:
-        first, sums = row_scales, x.dtype
+    weight, out = blob.view(dtype), len(scales)
+    if alpha is None:
+        first, last, written, factor = None, scales[:, 0], torch.bfloat16, 1.0
     else:
-        last = row_scales
+        first, last, written, factor = alpha.view(torch.float32), None, x.dtype, HEADROOM
 
     def exact(random: Tensor) -> Tensor:
         return random.float() @ codes().float().t()
 
-    case = cusparselt.case_of(tokens, out, None, first, sums)
+    case = cusparselt.case_of(tokens, out, None, first, written)
     setting = cusparselt.setting_for(case, weight, exact)
-    product = cusparselt.multiply(weight, tokens, out, setting, None, first, sums)
-    return quantise.scale_bias(product, token_scales, last, bias, x.dtype, HEADROOM[dtype])
+    product = cusparselt.multiply(weight, tokens, out, setting, None, first, written)
+    return quantise.scale_bias(product, token_scales, last, bias, x.dtype, factor)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # the checks import the same helpers as the tests
     sys.path.insert(0, str(Path(__file__).parents[2]))
     WITH_TORCH = frozenset(sys.modules)  # it imports the driver's bindings where they are installed
 
-from tests.formats.weights import FORMATS, sparse_linear, tokens_in
+from tests.formats.weights import DYNAMIC, FORMATS, sparse_linear, tokens_in
 
 
 class Block(nn.Module):
@@ -135,6 +135,17 @@ def check_decode_on_a_gpu() -> None:
         assert torch.allclose(compiled, eager, rtol=2e-2, atol=2e-2)
 
 
+def check_dynamic_on_a_gpu() -> None:
+    """The same bits as eager, by whatever runs so many tokens here."""
+    for format in DYNAMIC:
+        layer = sparse_linear(format, 128, 256, torch.bfloat16).cuda().eval()
+        compiled = torch.compile(layer, fullgraph=True)
+        for tokens in (7, 300):
+            x = tokens_in(tokens, 256, dtype=torch.bfloat16).cuda()
+            with torch.no_grad():
+                assert torch.equal(compiled(x), layer(x)), (layer.dispatch, tokens)
+
+
 def check_import_is_cheap() -> None:
     """The formats import neither a kernel language nor a model library, beyond what torch does."""
     heavy = ("triton", "cuda", "transformers", "scipy", "pandas")
@@ -152,13 +163,14 @@ CHECKS: dict[str, Callable[[], None]] = {
         check_a_weight_can_be_asked_for_its_dtype,
         check_inductor,
         check_decode_on_a_gpu,
+        check_dynamic_on_a_gpu,
     )
 }
 
 
 SLOW = "inductor"  # half a minute, most of it the C++ compiler
-ON_GPU = "decode_on_a_gpu"
-IN_ONE_PROCESS = [name for name in CHECKS if name not in (SLOW, ON_GPU)]
+ON_GPU = ("decode_on_a_gpu", "dynamic_on_a_gpu")
+IN_ONE_PROCESS = [name for name in CHECKS if name not in (SLOW, *ON_GPU)]
 
 
 def run_apart(*names: str) -> str:
@@ -186,9 +198,10 @@ def test_inductor_in_a_plain_process() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_in_a_plain_process() -> None:
-    printed = run_apart(ON_GPU)
-    assert f"{ON_GPU} holds" in printed.splitlines(), printed[-3000:]
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_in_a_plain_process(name: str) -> None:
+    printed = run_apart(name)
+    assert f"{name} holds" in printed.splitlines(), printed[-3000:]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.formats import SparseLinear, parse_format
+from secateur.formats.contract import Implementation
 from secateur.formats.format import dequantised
 from secateur.formats.pack import packed_linear
 from tests.formats.weights import DYNAMIC, used_inputs
@@ -17,8 +18,10 @@ pytestmark = [
 ]
 
 DTYPES = (torch.bfloat16, torch.float16)
-SHAPES = ((256, 512), (6144, 4096))
+RAGGED = (400, 1296)  # neither whole tiles nor, for cuSPARSELt, whole steps
+SHAPES = ((256, 512), RAGGED, (6144, 4096))
 TOKENS = (1, 17, 65, 256, 1000)
+HOPPER = ("semi24_int8_dynamic", "semi24_fp8_dynamic")  # formats that have `prefill`
 FP8_SUM = 2.0**-13  # of a sum that tensor cores keep to 14 bits, for each 32 products added
 
 
@@ -82,11 +85,78 @@ def test_every_implementation_is_right(
     format: str, name: str, dtype: torch.dtype, shape: tuple[int, int], tokens: int
 ) -> None:
     layer = layer_of(format, dtype, shape)
+    needed(layer, name, tokens)
+    held_to_float64(layer, name, inputs(tokens, shape[1], dtype))
+
+
+def needed(layer: SparseLinear, name: str, tokens: int) -> Implementation:
+    """The layer's implementation of this name; the test is skipped where it cannot run."""
     runs = next(e for e in layer.format.folder.IMPLEMENTATIONS if e.name == name)
     problem = runs.why_not(layer.packed, tokens)
     if problem is not None:
         pytest.skip(problem)
-    held_to_float64(layer, name, inputs(tokens, shape[1], dtype))
+    return runs
+
+
+@pytest.mark.parametrize("tokens", [255, 257, 512])
+@pytest.mark.parametrize("format", HOPPER)
+def test_tiles_of_tokens_that_are_not_whole(format: str, tokens: int) -> None:
+    layer = layer_of(format, torch.bfloat16, RAGGED)
+    needed(layer, "prefill", tokens)
+    held_to_float64(layer, "prefill", inputs(tokens, RAGGED[1], torch.bfloat16))
+
+
+@pytest.mark.parametrize("width", [16, 8192, 32768])
+@pytest.mark.parametrize("format", HOPPER)
+def test_the_narrowest_and_the_widest_tokens(format: str, width: int) -> None:
+    layer = layer_of(format, torch.bfloat16, (128, width))
+    needed(layer, "prefill", 300)
+    held_to_float64(layer, "prefill", inputs(300, width, torch.bfloat16))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("format", HOPPER)
+def test_prefill_beside_the_reference_at_odd_tokens(format: str, bias: bool) -> None:
+    """Tokens of zeros, tiny, huge in one place, with a NaN, with an infinity."""
+    layer = layer_of(format, torch.bfloat16, RAGGED)
+    runs = needed(layer, "prefill", 300)
+    x, offset = inputs(300, RAGGED[1], torch.bfloat16), layer.bias if bias else None
+    x[3], x[40] = 0, 1e-39
+    x[50, 7], x[258, 0], x[299, -1] = 3e4, torch.nan, -torch.inf
+    known = {entry.name: entry for entry in layer.format.folder.IMPLEMENTATIONS}
+    wanted = known["reference"].linear(x, layer.packed, offset)
+    result = runs.linear(x, layer.packed, offset, *runs.arrange(layer.packed))
+    assert result.isnan().any(1).nonzero().flatten().tolist() == [258, 299]
+    assert bool(result[[258, 299]].isnan().all())
+    assert torch.equal(result[3], wanted[3])
+    rtol = torch.finfo(torch.bfloat16).eps
+    atol = rtol if "fp8" in format else 1e-5
+    kept = wanted.isfinite()
+    kept[50] = False  # 1e4 times the others: by itself
+    assert torch.allclose(result[kept], wanted[kept], rtol=rtol, atol=atol)
+    most = float(wanted[50].abs().max())
+    assert torch.allclose(result[50], wanted[50], rtol=rtol, atol=atol * most)
+
+
+@pytest.mark.parametrize("tokens", [7, 300])
+@pytest.mark.parametrize("format", DYNAMIC)
+def test_the_same_bits_again(format: str, tokens: int) -> None:
+    layer, x = layer_of(format, torch.bfloat16, (256, 512)), inputs(tokens, 512, torch.bfloat16)
+    first = layer(x)
+    assert all(torch.equal(layer(x), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("format", DYNAMIC)
+def test_inputs_that_lie_otherwise(format: str) -> None:
+    """Transposed, in every second column, 3-dimensional, two bytes off 16, or none at all."""
+    layer, x = layer_of(format, torch.bfloat16, (256, 512)), inputs(300, 512, torch.bfloat16)
+    wanted = layer(x)
+    for given in (x.t().contiguous().t(), torch.stack((x, -x), 2).flatten(1)[:, ::2]):
+        assert not given.is_contiguous() and torch.equal(layer(given), wanted)
+    assert torch.equal(layer(x.view(3, 100, 512)), wanted.view(3, 100, 256))
+    moved = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    assert moved.data_ptr() % 16 == 2 and torch.equal(layer(moved), wanted)
+    assert layer(x[:0]).shape == (0, 256) and layer(x.view(3, 100, 512)[:, :0]).shape == (3, 0, 256)
 
 
 @pytest.mark.parametrize("format", DYNAMIC)

@@ -17,7 +17,7 @@ import torch
 
 from secateur.kernels import launch as module
 from secateur.kernels.cubins import cubin
-from secateur.kernels.launch import Kernel, Launch, load, prepare
+from secateur.kernels.launch import Kernel, Launch, load, prepare, readable
 from secateur.kernels.nvrtc import Source, arch_of
 from tests.kernels.cubin_info import info
 
@@ -28,6 +28,16 @@ def gpu(test: Any) -> Any:
     """A test for a machine with a GPU."""
     needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
     return pytest.mark.gpu(needed(test))
+
+
+def test_what_16_byte_loads_cannot_read_is_copied() -> None:
+    whole = torch.arange(64, dtype=torch.bfloat16)
+    assert readable(whole).data_ptr() == whole.data_ptr()
+    assert readable(whole[8:]).data_ptr() == whole[8:].data_ptr()
+    for part in (whole[4:12], whole.view(8, 8).t()):
+        copy = readable(part)
+        assert copy.data_ptr() % 16 == 0 and copy.is_contiguous() and torch.equal(copy, part)
+        assert copy.data_ptr() != part.data_ptr()
 
 
 @dataclass

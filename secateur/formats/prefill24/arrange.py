@@ -15,7 +15,7 @@ TWO_FIRST = 0b0100_0100  # the places of zeros: two groups that keep their first
 
 def arrange(
     codes: Shaped[Tensor, "out half_in"], metadata: UInt8[Tensor, "out bytes"]
-) -> UInt8[Tensor, "tiles blocks bytes"]:
+) -> UInt8[Tensor, "tiles blocks tile_bytes"]:
     """The tiles of a weight whose kept codes, 8 bits each, are `codes`.
 
     Cost: the arranged bytes, 0.625 a weight, and once more while it runs.

@@ -4,8 +4,9 @@
 //
 // Weights are operand A, from registers; tokens are operand B, from shared memory. A CTA computes
 // 128 rows x 256 tokens: two warpgroups of 64 rows each read the same tokens. A third copies blocks of
-// 128 columns into a ring of ST stages. The CTAs of a cluster have the same tokens and rows of their own: each
-// copies its share of the tokens to all of them, because the L2 cache could not feed each by itself.
+// 128 columns into a ring of ST stages. The CTAs of a cluster have the same tokens and rows of their
+// own: each copies its share of the tokens to all of them, because the L2 cache could not feed each by
+// itself.
 //
 // Both operands lie in memory as they are copied, in runs of bytes (`arrange.py`, `quantise.cu`):
 //
@@ -15,8 +16,8 @@
 //                                         2 KB metadata [warpgroup, warp, lane] 2 words
 //
 // Lane l of a warp has g = l/4, t = l%4. R0 holds row g of the warp's 16, kept columns 4t..4t+3 of 32;
-// R1 row g+8; R2, R3 the same rows, kept columns 16+4t... A metadata word holds eight nibbles: of row
-// g + 8 (t%2), columns 32 (t/2) to 32 (t/2) + 31.
+// R1 row g+8; R2, R3 the same rows, kept columns 16+4t... A lane's metadata word for 64 columns holds
+// eight nibbles: of row g + 8 (t%2), columns 32 (t/2) to 32 (t/2) + 31.
 //
 // CTAs stay and take tiles in turn; while a tile's results are scaled and stored, the first stages of
 // the next are copied. Results are transposed in shared memory, so that y is written in whole lines.

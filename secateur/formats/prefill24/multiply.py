@@ -56,7 +56,7 @@ def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
 
 def linear(
     x: Float[Tensor, "tokens in"],
-    tiles: UInt8[Tensor, "tiles blocks bytes"],
+    tiles: UInt8[Tensor, "tiles blocks tile_bytes"],
     row_scales: Float[Tensor, "out 1"],
     bias: Float[Tensor, " out"] | None,
     codes: torch.dtype,
@@ -83,9 +83,7 @@ def linear(
     device = x.device
     rounded = x.new_empty(ceil(tokens / TOKENS) * blocks * TOKENS * COLUMNS, dtype=torch.uint8)
     scales = x.new_empty(tokens, dtype=torch.float32)
-    quantise = _quantise(
-        device, codes, x.dtype, ceil(blocks * COLUMNS / RUN / QUANTISE_THREADS), tokens
-    )
+    quantise = _quantise(device, codes, x.dtype, items_of(columns), tokens)
     multiply = _multiply(device, codes, x.dtype)
     with on(device):
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -96,6 +94,11 @@ def linear(
             *(tokens, rows, blocks),
         )
     return y
+
+
+def items_of(columns: int) -> int:
+    """Loads of each thread, so that one CTA holds a token, filled up to whole blocks."""
+    return ceil(ceil(columns / COLUMNS) * COLUMNS / RUN / QUANTISE_THREADS)
 
 
 def _defines(codes: torch.dtype, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:

@@ -19,7 +19,7 @@ IMPLEMENTATIONS = (
     Implementation("decode", decode.linear, decode.why_not, ("units",), decode.arranged),
     Implementation("prefill", prefill.linear, prefill.why_not, ("tiles",), prefill.arranged),
     Implementation(
-        "cusparselt", cusparselt.linear, cusparselt.why_not, ("blob", "alpha"), cusparselt.arranged
+        "cusparselt", cusparselt.linear, cusparselt.why_not, ("blob",), cusparselt.arranged
     ),
     Implementation("reference", reference.linear, reference.why_not),
 )

@@ -17,14 +17,12 @@ def why_not(packed: PackedSemi24Fp8Dynamic, tokens: int) -> str | None:
     return dynamic.sparse_why_not(packed.shape, packed.dtype, torch.float8_e4m3fn, device)
 
 
-def arranged(
-    packed: PackedSemi24Fp8Dynamic,
-) -> tuple[UInt8[Tensor, "..."], UInt8[Tensor, " bytes"]]:
-    """The codes as the library reads them, and the scales; made on load and never saved.
+def arranged(packed: PackedSemi24Fp8Dynamic) -> tuple[UInt8[Tensor, "..."]]:
+    """The codes as the library reads them; made on load and never saved.
 
-    Cost: see `dynamic.sparse_arranged`.
+    Cost: see `dynamic.compressed`.
     """
-    return dynamic.sparse_arranged(codes_of(packed), packed.scales)
+    return (dynamic.compressed(codes_of(packed)),)
 
 
 def linear(
@@ -32,8 +30,7 @@ def linear(
     packed: PackedSemi24Fp8Dynamic,
     bias: Float[Tensor, " out"] | None,
     blob: UInt8[Tensor, "..."],
-    alpha: UInt8[Tensor, " bytes"],
 ) -> Float[Tensor, "tokens out"]:
     """The definition's result; for cost, error and what it raises see `dynamic.sparse_linear`."""
     codes = partial(codes_of, packed)
-    return dynamic.sparse_linear(x, blob, alpha, bias, codes, torch.float8_e4m3fn)
+    return dynamic.sparse_linear(x, blob, None, packed.scales, bias, codes, torch.float8_e4m3fn)

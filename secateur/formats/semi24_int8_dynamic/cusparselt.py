@@ -20,11 +20,11 @@ def why_not(packed: PackedSemi24Int8Dynamic, tokens: int) -> str | None:
 def arranged(
     packed: PackedSemi24Int8Dynamic,
 ) -> tuple[UInt8[Tensor, "..."], UInt8[Tensor, " bytes"]]:
-    """The codes as the library reads them, and the scales; made on load and never saved.
+    """The codes and the scales as the library reads them; made on load and never saved.
 
-    Cost: see `dynamic.sparse_arranged`.
+    Cost: see `dynamic.compressed`.
     """
-    return dynamic.sparse_arranged(codes_of(packed), packed.scales)
+    return dynamic.compressed(codes_of(packed)), dynamic.alpha_of(packed.scales)
 
 
 def linear(
@@ -36,4 +36,4 @@ def linear(
 ) -> Float[Tensor, "tokens out"]:
     """The definition's result; for cost, error and what it raises see `dynamic.sparse_linear`."""
     codes = partial(codes_of, packed)
-    return dynamic.sparse_linear(x, blob, alpha, bias, codes, torch.int8)
+    return dynamic.sparse_linear(x, blob, alpha, packed.scales, bias, codes, torch.int8)

@@ -13,7 +13,7 @@ def why_not(packed: PackedSemi24Int8Dynamic, tokens: int) -> str | None:
     return prefill24.why_not(packed.shape, packed.dtype, packed.values.device)
 
 
-def arranged(packed: PackedSemi24Int8Dynamic) -> tuple[UInt8[Tensor, "tiles blocks bytes"]]:
+def arranged(packed: PackedSemi24Int8Dynamic) -> tuple[UInt8[Tensor, "tiles blocks tile_bytes"]]:
     """Codes and metadata in the order that the kernel's lanes read them."""
     return (prefill24.arrange(packed.values, packed.metadata),)
 
@@ -22,7 +22,7 @@ def linear(
     x: Float[Tensor, "tokens in"],
     packed: PackedSemi24Int8Dynamic,
     bias: Float[Tensor, " out"] | None,
-    tiles: UInt8[Tensor, "tiles blocks bytes"],
+    tiles: UInt8[Tensor, "tiles blocks tile_bytes"],
 ) -> Float[Tensor, "tokens out"]:
     """The definition's result; for cost, error and what it raises see `prefill24.linear`."""
     return prefill24.linear(x, tiles, packed.scales, bias, torch.int8)

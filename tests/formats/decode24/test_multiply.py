@@ -10,7 +10,7 @@ import torch
 from secateur.formats.decode24 import multiply, why_not
 from secateur.formats.decode24.arrange import Kind
 from secateur.formats.decode24.config import SM_BYTES, Case, Config
-from secateur.formats.decode24.multiply import _readable, prepared
+from secateur.formats.decode24.multiply import prepared
 from secateur.kernels.launch import Kernel
 
 module = sys.modules["secateur.formats.decode24.multiply"]  # its name is the function's
@@ -65,16 +65,6 @@ def test_a_bias_of_another_dtype_is_refused() -> None:
     x, units = torch.zeros(1, 128, dtype=BF16), torch.zeros(1, 1, 2304, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"bias of the input's torch\.bfloat16, got torch\.float3"):
         multiply(x, units, None, torch.zeros(16), Kind.W16, False, 16)
-
-
-def test_what_16_byte_loads_cannot_read_is_copied() -> None:
-    whole = torch.arange(64, dtype=BF16)
-    assert _readable(whole).data_ptr() == whole.data_ptr()
-    assert _readable(whole[8:]).data_ptr() == whole[8:].data_ptr()
-    for part in (whole[4:12], whole.view(8, 8).t()):
-        copy = _readable(part)
-        assert copy.data_ptr() % 16 == 0 and copy.is_contiguous() and torch.equal(copy, part)
-        assert copy.data_ptr() != part.data_ptr()
 
 
 CASE = Case(Kind.INT4, True, BF16, 4096, 4096, 2)

@@ -74,7 +74,7 @@ def test_the_exact_result_is_of_the_weight_that_lanes_read(
     made = problem(case, CPU, 1)
     weight = read_back(made.weights[0], kind, dtype)[:, :192]
     if made.row_scales is not None:
-        weight = weight * made.row_scales.double()[:, None]
+        weight = weight * made.row_scales[0].double()[:, None]
     assert (made.row_scales is None) == (kind is Kind.W16)
     assert made.x.dtype == dtype and made.x.shape == (3, 192)
     assert torch.allclose(made.exact, made.x.double() @ weight.T, rtol=1e-12, atol=1e-12)
