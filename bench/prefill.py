@@ -59,7 +59,7 @@ FORMATS = {
     "int8_dynamic": ("torch",),
     "fp8_dynamic": ("torch",),
     "semi24_int8_dynamic": ("prefill", "cusparselt"),
-    "semi24_fp8_dynamic": ("prefill", "cusparselt"),
+    "semi24_fp8_dynamic": ("prefill",),
 }
 CODES = {
     "int8_dynamic": torch.int8,

@@ -8,7 +8,7 @@ ACCELERATE = "accelerate_"
 NO_LOSS = 0.97  # as in secateur.accelerate: a ratio below is slower, beyond noise
 SHORT = (
     *("cusparselt alg 0", "cusparselt searched", ACCELERATE, "int8_dynamic torch"),
-    *("fp8_dynamic torch", "semi24_int8_dynamic cusparselt", "semi24_fp8_dynamic cusparselt"),
+    *("fp8_dynamic torch", "semi24_int8_dynamic cusparselt"),
     *("semi24_int8_dynamic prefill", "semi24_fp8_dynamic prefill"),
 )
 

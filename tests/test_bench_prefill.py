@@ -22,7 +22,7 @@ from tests.kernels.fake_cusparselt import Fake, forget, install
 OUT, WIDTH = 64, 128
 EXACT = ["semi24 dense", "semi24 cusparselt", "semi24 decode"]
 DYNAMIC = ["int8_dynamic torch", "fp8_dynamic torch"]
-SPARSE = ["semi24_int8_dynamic cusparselt", "semi24_fp8_dynamic cusparselt"]
+SPARSE = ["semi24_int8_dynamic cusparselt"]
 HOPPER = ["semi24_int8_dynamic prefill", "semi24_fp8_dynamic prefill"]
 
 
@@ -35,7 +35,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Fake]:
     """cuSPARSELt and the quantiser in plain torch, and nobody asks for a GPU; two settings."""
-    asked = ((cusparselt, "why_not"), (dynamic, "why_not"), (dynamic, "sparse_why_not"))
+    asked = ((cusparselt, "why_not"), (dynamic, "why_not"))
     for module, name in asked:
         monkeypatch.setattr(module, name, lambda *arguments: None)
     monkeypatch.setattr(quantise, "quantise", plain_quantise)
@@ -75,7 +75,7 @@ def test_everyone_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     notes = {row["candidate"]: row["note"] for row in rows if not row["us"]}
     assert notes.keys() == {"cusparselt searched", *EXACT, *DYNAMIC, *SPARSE, *HOPPER}
     assert notes["semi24 cusparselt"].startswith("cuSPARSELt needs a CUDA GPU, the weight is on")
-    assert len(rows) == 2 * (7 + 10)
+    assert len(rows) == 2 * (7 + 9)
     assert "| Tiny o | 130 |" in prefill_tables.prefill(tmp_path)
 
 

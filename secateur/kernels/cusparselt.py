@@ -21,8 +21,8 @@ from secateur.kernels.timing import chain, copies_on, in_turns
 
 # Weights are given in whole steps along both sides, tokens are padded to them with zeros.
 # Source: torch.sparse.SparseSemiStructuredTensorCUSPARSELT, which also takes 8 or 16 tokens.
-STEPS = {torch.bfloat16: 16, torch.float16: 16, torch.int8: 32, torch.float8_e4m3fn: 32}
-CAPABILITY, FP8_CAPABILITY = (8, 0), (9, 0)
+STEPS = {torch.bfloat16: 16, torch.float16: 16, torch.int8: 32}
+CAPABILITY = (8, 0)
 ALIGNMENT = 16  # bytes; torch promises them to the library
 
 FILE = "cusparselt.json"
@@ -37,8 +37,6 @@ CHECKS = 5  # inputs more that the fastest has to be right for, each of them REP
 REPEATS = 2
 REASONS = 3  # in a message; there can be as many as settings
 ROWS_AT_ONCE = 1024  # compared, so that a difference needs little memory
-FP8_SUM = 2.0**-13  # of a sum that fp8 tensor cores keep to 14 bits, for each 32 products added
-FP8_PRODUCTS = 32
 
 Place = tuple[str, str, str]
 
@@ -116,12 +114,11 @@ def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     if dtype not in STEPS:
         wanted = ", ".join(map(_short, STEPS))
         return f"cuSPARSELt needs one of {wanted}, got {_short(dtype)}: cast the layer"
-    needed = FP8_CAPABILITY if dtype == torch.float8_e4m3fn else CAPABILITY
     capability = torch.cuda.get_device_capability(device)
-    if capability < needed:
+    if capability < CAPABILITY:
         return (
-            f"cuSPARSELt needs compute capability {needed[0]}.{needed[1]} for {_short(dtype)}, "
-            f"this GPU has {capability[0]}.{capability[1]}: leave the layer dense"
+            f"cuSPARSELt needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, this GPU has "
+            f"{capability[0]}.{capability[1]}: leave the layer dense"
         )
     rows, columns = shape
     step = STEPS[dtype]
@@ -158,8 +155,7 @@ def multiply(
     Tokens are padded with zeros to whole steps and the result is cut back, so that its storage can
     be larger than it is. alpha is float32.
 
-    Error: sums in float32 (int32 for int8, some 14 bits for float8 on sm_90), rounded once; parts
-        of a split sum may be rounded, too.
+    Error: sums in float32 (int32 for int8), rounded once; parts of a split sum may be rounded, too.
     Cost: where tokens are no multiple of 16 (32 in 8 bits), a copy of x.
     Raises: RuntimeError if the library refuses the setting.
     """
@@ -274,15 +270,9 @@ def allowed(case: Case) -> float:
     """The relative error that a right result may have: an eps of its dtype; 0 for int32.
 
     Rounding once costs half of that at most. The other half is for the float32 sum, which needs
-    next to nothing of it, and for parts of a split sum that are rounded. Sums of float8 are kept to
-    14 bits on sm_90, so an error of 2^-13 for each 32 products is added, as errors add at random.
+    next to nothing of it, and for parts of a split sum that are rounded.
     """
-    if not case.out_dtype.is_floating_point:
-        return 0.0
-    eps = torch.finfo(case.out_dtype).eps
-    if case.dtype != torch.float8_e4m3fn:
-        return eps
-    return float(eps + FP8_SUM * (case.in_features / FP8_PRODUCTS) ** 0.5)
+    return torch.finfo(case.out_dtype).eps if case.out_dtype.is_floating_point else 0.0
 
 
 def _search(case: Case, blob: Tensor, exact: Callable[[Tensor], Tensor]) -> Found:

@@ -66,14 +66,18 @@ def searched(case: Case, weight: Tensor | None = None) -> cusparselt.Found:
         ((16, 16), torch.bfloat16, (8, 0), None),
         ((48, 80), torch.float16, (12, 0), None),
         ((32, 96), torch.int8, (8, 0), None),
-        ((32, 96), torch.float8_e4m3fn, (9, 0), None),
         ((24, 64), torch.bfloat16, (9, 0), "multiples of 16 for bfloat16, got 24 x 64: pad the"),
         ((64, 24), torch.bfloat16, (9, 0), "multiples of 16 for bfloat16, got 64 x 24: pad the"),
         ((0, 64), torch.float16, (9, 0), "multiples of 16 for float16, got 0 x 64: pad"),
         ((48, 64), torch.int8, (9, 0), "multiples of 32 for int8, got 48 x 64: pad the layer"),
-        ((64, 64), torch.float32, (9, 0), "one of bfloat16, float16, int8, .*, got float32: cast"),
-        ((64, 64), torch.float16, (7, 5), "capability 8.0 for float16, this GPU has 7.5: leave"),
-        ((64, 64), torch.float8_e4m3fn, (8, 9), "9.0 for float8_e4m3fn, this GPU has 8.9: leave"),
+        ((64, 64), torch.float32, (9, 0), "one of bfloat16, float16, int8, got float32: cast"),
+        ((64, 64), torch.float16, (7, 5), "capability 8.0, this GPU has 7.5: leave"),
+        (
+            (64, 64),
+            torch.float8_e4m3fn,
+            (9, 0),
+            "one of bfloat16, float16, int8, got float8_e4m3fn: cast",
+        ),
     ],
 )
 def test_where_it_can_run(
@@ -130,10 +134,6 @@ def test_eight_bit_tokens_are_padded_to_32_and_scaled(fake: Fake) -> None:
     assert torch.equal(y, exact.bfloat16()) and fake.tokens == [32]
     sums = multiply(compress(weight), x, OUT, Setting(1), out_dtype=torch.int32)
     assert sums.dtype == torch.int32 and torch.equal(sums.double(), x.double() @ weight.double().T)
-    codes = weight_in().to(torch.float8_e4m3fn)
-    few = random(3, WIDTH).to(torch.float8_e4m3fn)
-    y = multiply(compress(codes), few, OUT, Setting(1), out_dtype=torch.bfloat16)
-    assert torch.equal(y, (few.double() @ codes.double().t()).bfloat16())
 
 
 def test_any_memory_is_put_in_order(fake: Fake) -> None:
@@ -186,8 +186,6 @@ def test_the_allowed_error_follows_from_the_dtypes() -> None:
     assert allowed(case_in(torch.float16)) == 2**-10
     sums = Case(torch.int8, torch.int32, OUT, WIDTH, 32, None, False)
     assert allowed(sums) == 0
-    eight = Case(torch.float8_e4m3fn, torch.bfloat16, OUT, 32 * 64, 32, None, False)
-    assert allowed(eight) == 2**-7 + 2**-10
 
 
 # ---- the search ---------------------------------------------------------------------------------
@@ -461,7 +459,6 @@ def test_a_user_without_a_home_searches_in_every_process(
         (torch.int8, torch.float16, True),
         (torch.int8, torch.bfloat16, False),
         (torch.int8, torch.int32, False),
-        (torch.float8_e4m3fn, torch.bfloat16, False),
     ],
     ids=str,
 )

@@ -109,8 +109,8 @@ constexpr float RESTORE =
 // CTAs in excess stay until those of the kernel behind are placed, one on each SM: on an SM that is left
 // empty two would be placed, and each would be slow. Where they are launched early they are placed at
 // once; else about when this kernel's activations are there, and CTAs in excess stay for most of the
-// time that the others' weights take, at so many bytes a cycle.
-constexpr u32 HELD_CYCLES = 2000, HELD_BYTES = 20;
+// time that the others' weights take, at so many bytes a cycle, but not beyond the end.
+constexpr u32 HELD_EARLY = 2000, HELD_MOST = 4000, HELD_BYTES = 20;
 
 extern __shared__ __align__(128) u8 shared[];
 
@@ -390,7 +390,8 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
     if (first_tile >= tiles) {             // launched only to keep the next kernel's CTAs apart
         launch_dependents();               // else the kernel behind could not start before this ends
         wait_for_predecessor();
-        const u32 held = TRIGGER == 0 ? HELD_CYCLES : units / S * TILES * UNIT_BYTES / HELD_BYTES;
+        const u32 held = TRIGGER == 0 ? HELD_EARLY
+                                      : min(HELD_MOST, static_cast<u32>(units / S * TILES * UNIT_BYTES) / HELD_BYTES);
         for (const u32 begin = cycles(); cycles() - begin < held;) {}
         return;
     }

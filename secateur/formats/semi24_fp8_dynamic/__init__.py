@@ -2,7 +2,7 @@
 
 from secateur.formats.contract import Implementation
 from secateur.formats.semi24_fp8 import decode
-from secateur.formats.semi24_fp8_dynamic import cusparselt, prefill, reference
+from secateur.formats.semi24_fp8_dynamic import prefill, reference
 from secateur.formats.semi24_fp8_dynamic.ops import register
 from secateur.formats.semi24_fp8_dynamic.packed import (
     PackedSemi24Fp8Dynamic,
@@ -18,9 +18,6 @@ from secateur.formats.semi24_fp8_dynamic.packed import (
 IMPLEMENTATIONS = (
     Implementation("decode", decode.linear, decode.why_not, ("units",), decode.arranged),
     Implementation("prefill", prefill.linear, prefill.why_not, ("tiles",), prefill.arranged),
-    Implementation(
-        "cusparselt", cusparselt.linear, cusparselt.why_not, ("blob",), cusparselt.arranged
-    ),
     Implementation("reference", reference.linear, reference.why_not),
 )
 LINEAR, UNPACK = register(IMPLEMENTATIONS)
