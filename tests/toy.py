@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from secateur.formats.contract import Implementation
-from secateur.formats.op import define, differentiate
+from secateur.formats.op import register
 
 MOST_OF_FEW = 8
 
@@ -100,16 +100,11 @@ def folder(
 ) -> SimpleNamespace:
     unpacked = functions["unpack"]
     assert unpacked is not None
-    define(name, packed_type, ("values",), unpacked, implementations)
-    operators = (
-        getattr(torch.ops.secateur, f"{name}_linear"),
-        getattr(torch.ops.secateur, f"{name}_unpack"),
-    )
-    differentiate(operators[0].default, operators[1].default, 1)
+    linear, unpack_op = register(name, packed_type, ("values",), unpacked, implementations)
     return SimpleNamespace(
         IMPLEMENTATIONS=implementations,
-        LINEAR=operators[0].default,
-        UNPACK=operators[1].default,
+        LINEAR=linear,
+        UNPACK=unpack_op,
         packed_type=packed_type,
         empty=None,
         broken=None,

@@ -1,8 +1,8 @@
 """What every format provides, and the checks that all of them make on a dense weight.
 
-A format is a folder with five roles: `packed.py` (how a weight is stored), `reference.py` (what its
-linear computes), one file an implementation (how that can be run), `ops.py` (the names torch knows
-it by) and `__init__.py` (the tuple of implementations, in order of preference).
+A format is a folder with four roles: `packed.py` (how a weight is stored), `reference.py` (what its
+linear computes), one file an implementation (how that can be run) and `__init__.py` (the tuple of
+implementations, in order of preference, and the names that torch knows the format by).
 """
 
 from collections.abc import Callable, Collection

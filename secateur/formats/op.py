@@ -4,6 +4,10 @@
 and autograd see as one node. Which implementation runs is decided inside it, at run time, from the
 number of tokens. `secateur::<format>_unpack` is the dense weight; the backward needs it as an
 operator of its own, because its body reads the number of nonzeros from the data.
+
+    secateur::<format>_linear(Tensor x, Tensor <stored>..., Tensor? bias, int out_features,
+        int in_features, Tensor[] arrangement, str dispatch) -> Tensor
+    secateur::<format>_unpack(Tensor <stored>..., int out_features, int in_features) -> Tensor
 """
 
 from collections.abc import Callable
@@ -45,17 +49,34 @@ def table(dispatch: str, implementations: tuple[Implementation, ...]) -> tuple[R
     return tuple(rows)
 
 
-def define(
+def register(
+    name: str,
+    packed_type: Callable[..., Packed],
+    tensors: tuple[str, ...],
+    unpack: Callable[[Any], Tensor],
+    implementations: tuple[Implementation, ...],
+) -> tuple[OpOverload, OpOverload]:
+    """`<name>_linear` and `<name>_unpack`, newly defined; called once, on import of the format.
+
+    `tensors` names what is stored, in the order of `packed_type`'s fields. The operators are
+    registered for every device: an implementation, not the operator, knows where it runs. The
+    linear's input and bias have gradients, the packed weight is frozen: `grad @ weight`, dense, and
+    that of the unrounded inputs (straight through) where a format rounds them.
+    """
+    _define(name, packed_type, tensors, unpack, implementations)
+    linear = getattr(torch.ops.secateur, f"{name}_linear").default
+    unpacked = getattr(torch.ops.secateur, f"{name}_unpack").default
+    _differentiate(linear, unpacked, len(tensors))
+    return linear, unpacked
+
+
+def _define(
     name: str,
     packed_type: Callable[..., Packed],
     tensors: tuple[str, ...],
     unpack: Callable[[Any], Tensor],
     implementations: tuple[Implementation, ...],
 ) -> None:
-    """Nothing; defines `<name>_linear` and `<name>_unpack` for a format whose tensors are named.
-
-    Both are registered for every device: an implementation, not the operator, knows where it runs.
-    """
     fields = ", ".join(f"Tensor {tensor}" for tensor in tensors)
     LIBRARY.define(
         f"{name}_linear(Tensor x, {fields}, Tensor? bias, int out_features, int in_features, "
@@ -98,12 +119,7 @@ def define(
     torch.library.register_fake(f"secateur::{name}_unpack", fake_unpack, lib=LIBRARY)
 
 
-def differentiate(linear_op: OpOverload, unpack_op: OpOverload, count: int) -> None:
-    """Nothing; gives `linear_op` gradients for its input and bias. The packed weight is frozen.
-
-    `count` is the number of packed tensors. The input's gradient is `grad @ weight`, dense.
-    """
-
+def _differentiate(linear_op: OpOverload, unpack_op: OpOverload, count: int) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *rest = inputs
         ctx.save_for_backward(*rest[:count])

@@ -1,7 +1,6 @@
 """Unstructured weights as nonzeros and a bitmask: the smallest form below about 90 % zeros."""
 
 from secateur.formats.bitmap import reference
-from secateur.formats.bitmap.ops import register
 from secateur.formats.bitmap.packed import (
     PackedBitmap,
     broken,
@@ -12,9 +11,10 @@ from secateur.formats.bitmap.packed import (
     why_not,
 )
 from secateur.formats.contract import Implementation
+from secateur.formats.op import register
 
 IMPLEMENTATIONS = (Implementation("reference", reference.linear, reference.why_not),)
-LINEAR, UNPACK = register(IMPLEMENTATIONS)
+LINEAR, UNPACK = register("bitmap", PackedBitmap, ("values", "bitmask"), unpack, IMPLEMENTATIONS)
 packed_type = PackedBitmap
 dequantised = None  # packing is exact
 

@@ -2,7 +2,6 @@
 
 from secateur.formats.contract import Implementation
 from secateur.formats.csr import reference, torch_csr
-from secateur.formats.csr.ops import register
 from secateur.formats.csr.packed import (
     PackedCsr,
     broken,
@@ -12,12 +11,15 @@ from secateur.formats.csr.packed import (
     unpack,
     why_not,
 )
+from secateur.formats.op import register
 
 IMPLEMENTATIONS = (
     Implementation("torch_csr", torch_csr.linear, torch_csr.why_not, (), torch_csr.arrange),
     Implementation("reference", reference.linear, reference.why_not),
 )
-LINEAR, UNPACK = register(IMPLEMENTATIONS)
+LINEAR, UNPACK = register(
+    "csr", PackedCsr, ("values", "crow_indices", "col_indices"), unpack, IMPLEMENTATIONS
+)
 packed_type = PackedCsr
 dequantised = None  # packing is exact
 

@@ -2,7 +2,6 @@
 
 from secateur.formats.contract import Implementation
 from secateur.formats.int8_dynamic import reference, torch_scaled
-from secateur.formats.int8_dynamic.ops import register
 from secateur.formats.int8_dynamic.packed import (
     PackedInt8Dynamic,
     broken,
@@ -13,12 +12,15 @@ from secateur.formats.int8_dynamic.packed import (
     unpack,
     why_not,
 )
+from secateur.formats.op import register
 
 IMPLEMENTATIONS = (
     Implementation("torch", torch_scaled.linear, torch_scaled.why_not),
     Implementation("reference", reference.linear, reference.why_not),
 )
-LINEAR, UNPACK = register(IMPLEMENTATIONS)
+LINEAR, UNPACK = register(
+    "int8_dynamic", PackedInt8Dynamic, ("values", "scales"), unpack, IMPLEMENTATIONS
+)
 packed_type = PackedInt8Dynamic
 
 __all__ = [

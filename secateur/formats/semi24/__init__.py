@@ -1,8 +1,8 @@
 """2:4 weights: at most two nonzeros in every four consecutive inputs, half the values stored."""
 
 from secateur.formats.contract import Implementation
+from secateur.formats.op import register
 from secateur.formats.semi24 import cusparselt, decode, dense, reference
-from secateur.formats.semi24.ops import register
 from secateur.formats.semi24.packed import (
     PackedSemi24,
     broken,
@@ -23,7 +23,7 @@ IMPLEMENTATIONS = (
     Implementation("dense", dense.linear, dense.why_not, ("weight",), dense.arranged),
     Implementation("reference", reference.linear, reference.why_not),
 )
-LINEAR, UNPACK = register(IMPLEMENTATIONS)
+LINEAR, UNPACK = register("semi24", PackedSemi24, ("values", "metadata"), unpack, IMPLEMENTATIONS)
 packed_type = PackedSemi24
 dequantised = None  # packing is exact
 

@@ -1,9 +1,9 @@
 """2:4 weights and inputs rounded to 8-bit floats: a scale for every output and every token."""
 
 from secateur.formats.contract import Implementation
+from secateur.formats.op import register
 from secateur.formats.semi24_fp8 import decode
 from secateur.formats.semi24_fp8_dynamic import prefill, reference
-from secateur.formats.semi24_fp8_dynamic.ops import register
 from secateur.formats.semi24_fp8_dynamic.packed import (
     PackedSemi24Fp8Dynamic,
     broken,
@@ -20,7 +20,13 @@ IMPLEMENTATIONS = (
     Implementation("prefill", prefill.linear, prefill.why_not, ("tiles",), prefill.arranged),
     Implementation("reference", reference.linear, reference.why_not),
 )
-LINEAR, UNPACK = register(IMPLEMENTATIONS)
+LINEAR, UNPACK = register(
+    "semi24_fp8_dynamic",
+    PackedSemi24Fp8Dynamic,
+    ("values", "metadata", "scales"),
+    unpack,
+    IMPLEMENTATIONS,
+)
 packed_type = PackedSemi24Fp8Dynamic
 
 __all__ = [

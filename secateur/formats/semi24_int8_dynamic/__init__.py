@@ -1,9 +1,9 @@
 """2:4 weights and inputs rounded to 8-bit integers: a scale for every output and every token."""
 
 from secateur.formats.contract import Implementation
+from secateur.formats.op import register
 from secateur.formats.semi24_int8 import decode
 from secateur.formats.semi24_int8_dynamic import cusparselt, prefill, reference
-from secateur.formats.semi24_int8_dynamic.ops import register
 from secateur.formats.semi24_int8_dynamic.packed import (
     PackedSemi24Int8Dynamic,
     broken,
@@ -23,7 +23,13 @@ IMPLEMENTATIONS = (
     ),
     Implementation("reference", reference.linear, reference.why_not),
 )
-LINEAR, UNPACK = register(IMPLEMENTATIONS)
+LINEAR, UNPACK = register(
+    "semi24_int8_dynamic",
+    PackedSemi24Int8Dynamic,
+    ("values", "metadata", "scales"),
+    unpack,
+    IMPLEMENTATIONS,
+)
 packed_type = PackedSemi24Int8Dynamic
 
 __all__ = [
