@@ -115,7 +115,8 @@ def prepared(case: Case, config: Config, device: torch.device, dependent: bool =
 
     The grid is filled up to what the device holds with one CTA on each SM: with fewer, the CTAs of
     the kernel behind, which may start early, would share an SM two by two and take twice as long.
-    Those in excess wait for the kernel before, and end. For the same reason a CTA takes more than a
+    Those in excess wait for the kernel before, stay until those of the next are placed, and end;
+    sooner, the SMs that they left would get two. For the same reason a CTA takes more than a
     third of an SM's shared memory: two fit, one of this kernel and one of the next, never three.
 
     Raises: RuntimeError if the device cannot hold it.
