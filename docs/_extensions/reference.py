@@ -35,7 +35,10 @@ ROOMS = {
 MODULES = {
     "costs": "Costs for a budget",
     "evaluate": "Evaluation",
+    "free_dimensions": "Free dimensions",
     "inspection": "Inspection",
+    "permutation": "Orders of columns",
+    "permute": "Permutation",
     "schedules": "Schedules",
     "statistics": "Statistics",
 }
