@@ -10,7 +10,7 @@ For half-blocks the blocks are replayed on a second stream too, that of the dens
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -60,7 +60,7 @@ def observe(
     offload: bool = False,
     halves: bool = False,
     finished: Collection[str] = (),
-) -> Iterator[Observed]:
+) -> Generator[Observed]:
     """Yields the statistics of the layers, block by block; change a layer when it has been yielded.
 
     With `sequential`, the layers of a block come in the order in which they run, those that share
@@ -162,7 +162,7 @@ def _replay_chain(
     layers: Mapping[str, nn.Module],
     chain: Mapping[str, nn.Module],
     recorded: list[list[Call]],
-) -> Iterator[Observed]:
+) -> Generator[Observed]:
     """Observe block after block; `recorded` is emptied on the way, so that its memory is freed."""
     held = {
         block: {n: m for n, m in layers.items() if n == block or n.startswith(block + ".")}

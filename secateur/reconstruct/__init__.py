@@ -2,6 +2,12 @@
 
 from secateur.reconstruct.alps import alps
 from secateur.reconstruct.block import Blockwise, blockwise
+from secateur.reconstruct.lowrank import (
+    Compensated,
+    CompensationReport,
+    compensate,
+    compensation,
+)
 from secateur.reconstruct.refit import refit, refitted
 from secateur.reconstruct.solution import Solution
 from secateur.reconstruct.sparsegpt import sparsegpt
@@ -9,9 +15,13 @@ from secateur.reconstruct.swap import swap, swapped
 
 __all__ = [
     "Blockwise",
+    "Compensated",
+    "CompensationReport",
     "Solution",
     "alps",
     "blockwise",
+    "compensate",
+    "compensation",
     "refit",
     "refitted",
     "sparsegpt",
