@@ -45,7 +45,7 @@ WITH_DYNAMIC = (
     *("int8_dynamic", "fp8_dynamic"),
 )
 # `max-autotune`, whose Triton products are left out: they lost to cuBLAS at each of this encoder's
-# shapes (bench/results/autotune_*.csv), and comparing them takes minutes.
+# shapes at batch 32 (bench/results/autotune_*.csv), and comparing them takes minutes.
 OPTIONS = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
 STD = 0.02  # transformers' own default of 1e-10 would leave nothing of the layers
 ROUNDS = 20
