@@ -49,6 +49,10 @@ class Implementation:
     `why_not(packed, tokens)` is None where it can run here, else the reason. It reads shapes, dtype
     and device only. `arrange(packed)` makes the tensors named in `arrangement`, which only this
     implementation can read: they are made when a weight is packed or loaded and never saved.
+
+    `traced`, with the arguments of `linear`, is the same in torch's operators and one of ours, for
+    a compiler to join the former to what is computed before: norms, activations and the rounding
+    of their results become one pass. None where there is nothing to join.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Implementation:
     why_not: Callable[..., str | None]
     arrangement: tuple[str, ...] = ()
     arrange: Callable[..., tuple[Tensor, ...]] = _no_arrangement
+    traced: Callable[..., Tensor] | None = None
 
 
 @runtime_checkable

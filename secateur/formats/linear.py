@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from secateur.formats.contract import DTYPES, Implementation, Packed, typed_tensor
 from secateur.formats.format import parse_format
+from secateur.formats.op import table
 from secateur.formats.read_only import ReadOnlyWeight
 
 # Token counts at which the default choice asks each implementation whether it can run. A limit is
@@ -153,6 +154,10 @@ class SparseLinear(nn.Linear):
                 f"got shape {tuple(input.shape)}: check the layer before it"
             )
         arrangement = [self._buffers[key] for key in self._arranged]
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            traced = self._traced(input, arrangement)
+            if traced is not None:
+                return traced
         sizes = (self.out_features, self.in_features)
         result: Tensor = self.format.folder.LINEAR(
             input, *self._parts(), self.bias, *sizes, arrangement, self.dispatch
@@ -170,6 +175,30 @@ class SparseLinear(nn.Linear):
 
     def _parts(self) -> tuple[Tensor, ...]:
         return tuple(self._buffers[key] for key in self._stored)  # type: ignore[misc]
+
+    def _traced(self, input: Tensor, arrangement: list[Any]) -> Tensor | None:
+        """The result in operators that a compiler can join to others, if what runs has them.
+
+        None also where gradients are wanted, which are those of the whole operator. A compiled
+        program that meets a number of tokens for which something else runs is compiled again.
+        """
+        entries = self.format.folder.IMPLEMENTATIONS
+        rows = table.__wrapped__(self.dispatch, entries)
+        if not any(implementation.traced for _, implementation, _ in rows):
+            return None
+        bias = self.bias
+        if torch.is_grad_enabled() and (
+            input.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return None
+        flat = input.reshape(-1, self.in_features)
+        for limit, implementation, part in rows:
+            if flat.shape[0] <= limit:
+                if implementation.traced is None:
+                    return None
+                result = implementation.traced(flat, self.packed, bias, *arrangement[part])
+                return result.reshape(*input.shape[:-1], self.out_features)
+        return None
 
     def _default(self) -> Table:
         """For each number of tokens, the first implementation that can run it."""

@@ -1,4 +1,4 @@
-"""The one place that speaks to `torch.library`: two operators for each format.
+"""The one place that speaks to `torch.library`: two operators for each format, and parts of some.
 
 `secateur::<format>_linear` is the whole forward of a `SparseLinear`: one call that compile, export
 and autograd see as one node. Which implementation runs is decided inside it, at run time, from the
@@ -63,11 +63,22 @@ def register(
     linear's input and bias have gradients, the packed weight is frozen: `grad @ weight`, dense, and
     that of the unrounded inputs (straight through) where a format rounds them.
     """
-    _define(name, packed_type, tensors, unpack, implementations)
-    linear = getattr(torch.ops.secateur, f"{name}_linear").default
-    unpacked = getattr(torch.ops.secateur, f"{name}_unpack").default
+    linear, unpacked = _define(name, packed_type, tensors, unpack, implementations)
     _differentiate(linear, unpacked, len(tensors))
     return linear, unpacked
+
+
+def operator(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> OpOverload:
+    """`secateur::<schema>`, newly defined for every device and without gradients.
+
+    `fake` is an empty result of the right shape and type, for compilers.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"secateur::{name}", fake, lib=LIBRARY)
+    overload: OpOverload = getattr(torch.ops.secateur, name).default
+    return overload
 
 
 def _define(
@@ -76,17 +87,8 @@ def _define(
     tensors: tuple[str, ...],
     unpack: Callable[[Any], Tensor],
     implementations: tuple[Implementation, ...],
-) -> None:
+) -> tuple[OpOverload, OpOverload]:
     fields = ", ".join(f"Tensor {tensor}" for tensor in tensors)
-    LIBRARY.define(
-        f"{name}_linear(Tensor x, {fields}, Tensor? bias, int out_features, int in_features, "
-        "Tensor[] arrangement, str dispatch) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    LIBRARY.define(
-        f"{name}_unpack({fields}, int out_features, int in_features) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
     count, typed = len(tensors), tensors.index(typed_tensor(tensors))
 
     def run_linear(x: Tensor, *rest: Any) -> Tensor:
@@ -113,10 +115,18 @@ def _define(
         like: Tensor = rest[typed]
         return like.new_empty(rest[count:])
 
-    LIBRARY.impl(f"{name}_linear", run_linear, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{name}_unpack", run_unpack, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"secateur::{name}_linear", fake_linear, lib=LIBRARY)
-    torch.library.register_fake(f"secateur::{name}_unpack", fake_unpack, lib=LIBRARY)
+    linear = operator(
+        f"{name}_linear(Tensor x, {fields}, Tensor? bias, int out_features, int in_features, "
+        "Tensor[] arrangement, str dispatch) -> Tensor",
+        run_linear,
+        fake_linear,
+    )
+    unpacked = operator(
+        f"{name}_unpack({fields}, int out_features, int in_features) -> Tensor",
+        run_unpack,
+        fake_unpack,
+    )
+    return linear, unpacked
 
 
 def _differentiate(linear_op: OpOverload, unpack_op: OpOverload, count: int) -> None:

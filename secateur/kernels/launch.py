@@ -25,7 +25,8 @@ PORTABLE_CLUSTER = 8  # blocks; the most that every device with clusters promise
 DEPENDENT_SINCE = (9, 0)  # the first capability with griddepcontrol
 SLOT_BYTES = 8
 ALIGNMENT = 16  # bytes of a kernel's load
-SLOTS = {"P": "Q", "i": "i4x", "f": "f4x"}  # pointer, int32, float32, each at the start of a slot
+# Pointer, int32, float32, tensor map, each at the start of a slot.
+SLOTS = {"P": "Q", "i": "i4x", "f": "f4x", "T": "128s"}
 
 
 @final
@@ -73,7 +74,8 @@ class Launch:
     )
 
     def __init__(self, kernel: Kernel, config: Any, arguments: str) -> None:
-        count = len(arguments)
+        sizes = [struct.calcsize("=" + SLOTS[letter]) for letter in arguments]
+        starts = [sum(sizes[:slot]) for slot in range(len(sizes))]
         self._kernel = kernel
         self._function = kernel.function
         self._config = config
@@ -81,14 +83,12 @@ class Launch:
         self._launch = _driver().cuLaunchKernelEx
         self._lock = threading.Lock()
         self._pack = struct.Struct("=" + "".join(SLOTS[letter] for letter in arguments)).pack_into
-        self._slots = (ctypes.c_uint64 * max(1, count))()
-        start = ctypes.addressof(self._slots)
-        self._pointers = (ctypes.c_void_p * max(1, count))(
-            *(start + SLOT_BYTES * slot for slot in range(count))
-        )
+        self._slots = (ctypes.c_uint64 * max(1, sum(sizes) // SLOT_BYTES))()
+        first = ctypes.addressof(self._slots)
+        self._pointers = (ctypes.c_void_p * max(1, len(sizes)))(*(first + at for at in starts))
         self._parameters = ctypes.addressof(self._pointers)
 
-    def __call__(self, stream: int, *values: int | float) -> None:
+    def __call__(self, stream: int, *values: int | float | bytes) -> None:
         """Launches on the stream with this handle, of the kernel's device.
 
         The device must be the current one where the handle is 0, as for any use of that stream.
@@ -127,6 +127,36 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+@lru_cache(maxsize=1024)  # buffers come back at the same addresses
+def tensor_map(pointer: int, rows: int, columns: int, box_rows: int, box_columns: int) -> bytes:
+    """A matrix of bytes, row by row at this address, for copies of boxes of it by the copy engine.
+
+    In shared memory a box's rows of 128 bytes follow each other, the 16-byte pieces of each
+    permuted by the row: the swizzle that wgmma reads. What it has beyond the matrix is zeros.
+
+    Raises:
+        RuntimeError: the driver refuses: the address and `columns` are multiples of 16, a box has
+            at most 256 rows and 128 columns.
+    """
+    driver = _driver()
+    large, small = driver.cuuint64_t, driver.cuuint32_t
+    answer = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2,
+        pointer,
+        [large(columns), large(rows)],
+        [large(columns)],
+        [small(box_columns), small(box_rows)],
+        [small(1), small(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    made = _checked(answer, f"describing {rows} x {columns} bytes to the copy engine")
+    return ctypes.string_at(made.getPtr(), struct.calcsize(SLOTS["T"]))
 
 
 def load(source: Source, defines: tuple[tuple[str, int], ...], device: torch.device) -> Kernel:
@@ -173,7 +203,7 @@ def prepare(
     if unknown:
         raise ValueError(
             f"prepare needs arguments of the letters {', '.join(SLOTS)}, got "
-            f"{', '.join(unknown)} in {arguments!r}: pass pointers, int32 and float32"
+            f"{', '.join(unknown)} in {arguments!r}: pass pointers, int32, float32, tensor maps"
         )
     _allow(kernel, cluster, shared_bytes)
     dependent = dependent and kernel.capability >= DEPENDENT_SINCE

@@ -169,6 +169,31 @@ __device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, u32 b
     }
 }
 
+// Describes a matrix to the copy engine: where it lies, its sizes, the box that one copy takes and how
+// the box's bytes are permuted on the way. The host makes it; a kernel takes it as a parameter.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+// The box at (column, row) of the matrix, to the same place of every CTA of a cluster, each of which
+// counts the bytes on its own barrier. Numbers beyond the matrix are zeros, and are counted.
+template <int CTAS>
+__device__ __forceinline__ void copy_box_to_all(
+    u32 to, const TensorMap& matrix, int column, int row, u32 barrier) {
+    if constexpr (CTAS == 1) {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+            "[%0], [%1, {%2, %3}], [%4];"
+            :: "r"(to), "l"(&matrix), "r"(column), "r"(row), "r"(barrier) : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+            "[%0], [%1, {%2, %3}], [%4], %5;"
+            :: "r"(to), "l"(&matrix), "r"(column), "r"(row), "r"(barrier),
+               "h"(static_cast<u16>((1 << CTAS) - 1)) : "memory");
+    }
+}
+
 // True in one lane of the warp; unlike `lane == 0` it lets the assembler know that it is one, and
 // spares a loop over lanes around each bulk copy.
 __device__ __forceinline__ bool one_lane() {

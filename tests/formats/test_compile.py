@@ -20,6 +20,8 @@ if __name__ == "__main__":  # the checks import the same helpers as the tests
     sys.path.insert(0, str(Path(__file__).parents[2]))
     WITH_TORCH = frozenset(sys.modules)  # it imports the driver's bindings where they are installed
 
+from secateur.formats import prefill24
+from secateur.formats.prefill24 import multiply
 from tests.formats.weights import DYNAMIC, FORMATS, sparse_linear, tokens_in
 
 
@@ -122,6 +124,49 @@ def check_a_weight_can_be_asked_for_its_dtype() -> None:
     assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
 
 
+def check_rounding_is_left_to_the_compiler() -> None:
+    """From as many tokens as `prefill` serves, unless gradients are wanted, which come whole.
+
+    Its kernel is replaced by torch's product, as there is no GPU here.
+    """
+    prefill24.why_not, prefill24.linear = lambda *layer: None, multiply.traced
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    for format in ("semi24_int8_dynamic", "semi24_fp8_dynamic"):
+        layer = sparse_linear(format, 32, 48, torch.bfloat16).requires_grad_(False)
+        layer.use((("reference", 4), ("prefill", None)))
+        weight = layer.packed.scales.double().reciprocal() * layer.weight.double()
+
+        def product(
+            codes: Tensor,
+            scales: Tensor,
+            tiles: Tensor,
+            rows: Tensor,
+            bias: Tensor,
+            weight: Tensor = weight,
+        ) -> Tensor:
+            wide = codes.double() @ weight.t() * scales * rows.t()
+            return (wide + bias).to(rows.dtype)
+
+        multiply.PRODUCT = product
+        compiled = torch.compile(nn.Sequential(nn.GELU(), layer), fullgraph=True, backend=backend)
+        whole, gelu = layer.format.folder.LINEAR, nn.GELU()
+        for tokens, parts, grad in ((3, 1, False), (7, 2, False), (4, 1, False), (9, 1, True)):
+            torch._dynamo.reset()
+            x = tokens_in(1, tokens, 48, dtype=torch.bfloat16).requires_grad_(grad)
+            result = compiled(x)
+            called = [node.target for node in graphs[-1].graph.nodes]
+            assert (whole in called) == (parts == 1), (format, tokens, called)
+            assert result.shape == (1, tokens, 32)
+            layer.use((("reference", None),))
+            assert torch.allclose(result, layer(gelu(x)), rtol=2e-2, atol=2e-2)
+            layer.use((("reference", 4), ("prefill", None)))
+
+
 def check_decode_on_a_gpu() -> None:
     """The default compiler around the decode kernel, with what can be fused left to it."""
     for format in ("semi24", "semi24_int4"):
@@ -162,6 +207,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         check_dispatch_is_not_baked_in,
         check_a_weight_can_be_asked_for_its_dtype,
         check_inductor,
+        check_rounding_is_left_to_the_compiler,
         check_decode_on_a_gpu,
         check_dynamic_on_a_gpu,
     )
@@ -169,8 +215,9 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 SLOW = "inductor"  # half a minute, most of it the C++ compiler
+ALONE = "rounding_is_left_to_the_compiler"  # it replaces a kernel
 ON_GPU = ("decode_on_a_gpu", "dynamic_on_a_gpu")
-IN_ONE_PROCESS = [name for name in CHECKS if name not in (SLOW, *ON_GPU)]
+IN_ONE_PROCESS = [name for name in CHECKS if name not in (SLOW, ALONE, *ON_GPU)]
 
 
 def run_apart(*names: str) -> str:
@@ -194,6 +241,11 @@ def test_in_a_plain_process(name: str, printed: str) -> None:
 def test_inductor_in_a_plain_process() -> None:
     printed = run_apart(SLOW)
     assert f"{SLOW} holds" in printed.splitlines(), printed[-3000:]
+
+
+def test_rounding_in_a_plain_process() -> None:
+    printed = run_apart(ALONE)
+    assert f"{ALONE} holds" in printed.splitlines(), printed[-3000:]
 
 
 @pytest.mark.gpu

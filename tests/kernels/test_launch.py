@@ -52,6 +52,7 @@ class Driver:
 
     def launch(self, config: Any, function: Any, parameters: int, extra: int) -> tuple[Any]:
         kinds = {"P": ctypes.c_uint64, "i": ctypes.c_int32, "f": ctypes.c_float}
+        kinds["T"] = ctypes.c_char * 128
         pointers = (ctypes.c_void_p * max(1, len(self.letters))).from_address(parameters)
         values = [
             kinds[letter].from_address(pointer).value
@@ -152,13 +153,14 @@ def attributes(launch: Launch) -> list[tuple[str, int]]:
 
 
 def test_arguments_lie_where_the_driver_reads_them(driver: Driver) -> None:
-    driver.letters = "PifPi"
-    launch = prepare(kernel(), 4, 1, 128, 0, False, "PifPi")
-    launch(0, 2**63 + 5, -6, 0.5, 16, 2**31 - 1)
-    launch(0, 1, 2, -3.0, 4, -5)
+    driver.letters = "PiTfPi"
+    launch = prepare(kernel(), 4, 1, 128, 0, False, "PiTfPi")
+    first, second = bytes(range(1, 129)), bytes(range(128, 0, -1))
+    launch(0, 2**63 + 5, -6, first, 0.5, 16, 2**31 - 1)
+    launch(0, 1, 2, second, -3.0, 4, -5)
     assert driver.told[-2:] == [
-        ("launch", 0, 0x1234, 2**63 + 5, -6, 0.5, 16, 2**31 - 1, 0),
-        ("launch", 0, 0x1234, 1, 2, -3.0, 4, -5, 0),
+        ("launch", 0, 0x1234, 2**63 + 5, -6, first, 0.5, 16, 2**31 - 1, 0),
+        ("launch", 0, 0x1234, 1, 2, second, -3.0, 4, -5, 0),
     ]
 
 
@@ -267,7 +269,7 @@ def test_grids_of_whole_clusters(driver: Driver, grid: int, cluster: int) -> Non
 
 
 def test_unknown_letters(driver: Driver) -> None:
-    with pytest.raises(ValueError, match="letters P, i, f, got d, q in 'Pqd'"):
+    with pytest.raises(ValueError, match="letters P, i, f, T, got d, q in 'Pqd'"):
         prepare(kernel(), 1, 1, 32, 0, False, "Pqd")
 
 

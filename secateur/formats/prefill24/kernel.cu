@@ -8,12 +8,12 @@
 // own: each copies its share of the tokens to all of them, because the L2 cache could not feed each by
 // itself.
 //
-// Both operands lie in memory as they are copied, in runs of bytes (`arrange.py`, `quantise.cu`):
+// Codes of tokens lie row by row in memory, as whatever rounds the inputs writes them. The copy engine
+// takes boxes of 128 columns and permutes each token's 16-byte pieces: wgmma's 128-byte swizzle.
+// Weights lie as they are copied, in runs of bytes (`arrange.py`):
 //
-//   tokens    [256 tokens] [128 columns]: 32 x 1024 B   8 tokens x 128 B, 16-byte pieces permuted by
-//                                                       the token: wgmma's 128-byte swizzle
-//   weight    [128 rows] [128 columns]:   8 KB values   [warpgroup, 64 columns, warp, lane] 16 B
-//                                         2 KB metadata [warpgroup, warp, lane] 2 words
+//   [128 rows] [128 columns]:   8 KB values   [warpgroup, 64 columns, warp, lane] 16 B
+//                               2 KB metadata [warpgroup, warp, lane] 2 words
 //
 // Lane l of a warp has g = l/4, t = l%4. R0 holds row g of the warp's 16, kept columns 4t..4t+3 of 32;
 // R1 row g+8; R2, R3 the same rows, kept columns 16+4t... A lane's metadata word for 64 columns holds
@@ -33,7 +33,8 @@ constexpr int CONSUMERS = 2;                               // warpgroups, of 64 
 constexpr int THREADS = 128 * (CONSUMERS + 1);
 constexpr int VALUE_BYTES = ROWS * COLUMNS / 2, META_BYTES = ROWS * COLUMNS / 8;
 constexpr int A_BYTES = VALUE_BYTES + META_BYTES;
-constexpr int B_BYTES = TOKENS * COLUMNS, B_SHARE = B_BYTES / CLUSTER;
+constexpr int BOX_TOKENS = TOKENS / CLUSTER;              // that each CTA copies to all
+constexpr int B_BYTES = TOKENS * COLUMNS;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int OUT_TOKENS = 64;                             // transposed at a time
 constexpr int OUT_BYTES = OUT_TOKENS * 64 * 2;             // of one warpgroup
@@ -65,7 +66,7 @@ struct Tile {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
-    const u8* __restrict__ codes,          // [token tiles, blocks, B_BYTES]
+    const __grid_constant__ TensorMap codes,   // [M, K], in boxes of BOX_TOKENS x COLUMNS
     const float* __restrict__ token_scales,    // [M]
     const u8* __restrict__ weight,         // [row tiles, blocks, A_BYTES]
     const u16* __restrict__ row_scales,    // [N]
@@ -108,12 +109,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
                 const Tile tile(t, row_groups, token_tiles);
                 const u8* a = weight + static_cast<size_t>(min(tile.rows, row_tiles - 1)) * blocks * A_BYTES;
                 const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
-                const u8* b = codes + static_cast<size_t>(tile.tokens) * blocks * B_BYTES + rank * B_SHARE;
-                for (int block = 0; block < blocks; ++block, a += A_BYTES, b += B_BYTES) {
+                const int token = tile.tokens * TOKENS + static_cast<int>(rank) * BOX_TOKENS;
+                for (int block = 0; block < blocks; ++block, a += A_BYTES) {
                     const u32 at = ring + stage * STAGE_BYTES, barrier = full + 8 * stage;
                     barrier_wait(empty + 8 * stage, parity);
                     barrier_expect(barrier, STAGE_BYTES);
-                    copy_bulk_to_all<CLUSTER>(at + rank * B_SHARE, b, B_SHARE, barrier);
+                    copy_box_to_all<CLUSTER>(at + rank * (B_BYTES / CLUSTER), codes, block * COLUMNS, token, barrier);
                     copy_bulk_to_all<1>(at + B_BYTES, a, A_BYTES, barrier);
                     if (++stage == ST) stage = 0, parity ^= 1;
                 }

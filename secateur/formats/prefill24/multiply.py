@@ -1,5 +1,8 @@
 """The prefill kernels, launched: one rounds the tokens, one multiplies, scales and stores.
 
+A compiler that sees `traced` rounds by itself, in one pass with what it computes before, and calls
+the second kernel alone.
+
 Source of the layouts: `kernel.cu`.
 """
 
@@ -8,11 +11,13 @@ from importlib.util import find_spec
 from math import ceil
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
+from secateur.formats.dynamic import quantised
+from secateur.formats.op import operator
 from secateur.formats.prefill24.arrange import COLUMNS, ROWS
-from secateur.kernels.launch import Launch, load, on, prepare, readable
+from secateur.kernels.launch import Launch, load, on, prepare, readable, tensor_map
 from secateur.kernels.nvrtc import Source
 
 QUANTISE = Source("formats/prefill24/quantise.cu", "quantise", ("kernels/ptx.cuh",))
@@ -65,40 +70,89 @@ def linear(
 
     Error: int8 sums are exact integers; those of float8 keep 14 bits on sm_90. Scales and bias are
         applied in float32, and the result is rounded once.
-    Cost: a byte for each input, in tiles of 256 tokens, while it runs.
+    Cost: a byte for each input while it runs.
     Raises: RuntimeError if a kernel has to be compiled while a graph is captured; ValueError if the
         bias has another dtype.
     """
     tokens, columns = x.shape
-    rows, blocks = len(row_scales), tiles.shape[1]
-    if bias is not None and bias.dtype != x.dtype:
-        raise ValueError(
-            f"the prefill kernel needs a bias of the input's {x.dtype}, got {bias.dtype}: "
-            "cast the whole layer with .to"
-        )
     x = readable(x)
-    y = x.new_empty(tokens, rows)
+    rounded = x.new_empty(tokens, columns, dtype=codes)
+    scales = x.new_empty(tokens, 1, dtype=torch.float32)
+    if tokens:
+        quantise = _quantise(x.device, codes, x.dtype, items_of(columns), tokens)
+        with on(x.device):
+            stream = torch.cuda.current_stream(x.device).cuda_stream
+            quantise(stream, x.data_ptr(), rounded.data_ptr(), scales.data_ptr(), columns)
+    return product(rounded, scales, tiles, row_scales, bias)
+
+
+def product(
+    codes: Shaped[Tensor, "tokens in"],
+    scales: Float[Tensor, "tokens 1"],
+    tiles: UInt8[Tensor, "tiles blocks tile_bytes"],
+    row_scales: Float[Tensor, "out 1"],
+    bias: Float[Tensor, " out"] | None,
+) -> Float[Tensor, "tokens out"]:
+    """`codes * scales` times the weight of these tiles, plus the bias, in the row scales' dtype.
+
+    Error, Raises: those of `linear`.
+    """
+    (tokens, columns), rows = codes.shape, len(row_scales)
+    if bias is not None and bias.dtype != row_scales.dtype:
+        raise ValueError(
+            f"the prefill kernel needs a bias of the layer's {row_scales.dtype}, "
+            f"got {bias.dtype}: cast the whole layer with .to"
+        )
+    y = row_scales.new_empty(tokens, rows)
     if not tokens:
         return y
-    device = x.device
-    rounded = x.new_empty(ceil(tokens / TOKENS) * blocks * TOKENS * COLUMNS, dtype=torch.uint8)
-    scales = x.new_empty(tokens, dtype=torch.float32)
-    quantise = _quantise(device, codes, x.dtype, items_of(columns), tokens)
-    multiply = _multiply(device, codes, x.dtype)
+    codes, scales, device = readable(codes), scales.contiguous(), codes.device
+    multiply = _multiply(device, codes.dtype, row_scales.dtype)
     with on(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        quantise(stream, x.data_ptr(), rounded.data_ptr(), scales.data_ptr(), columns, blocks)
         multiply(
-            *(stream, rounded.data_ptr(), scales.data_ptr(), tiles.data_ptr()),
-            *(row_scales.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()),
-            *(tokens, rows, blocks),
+            torch.cuda.current_stream(device).cuda_stream,
+            tensor_map(codes.data_ptr(), tokens, columns, TOKENS // CLUSTER, COLUMNS),
+            *(scales.data_ptr(), tiles.data_ptr(), row_scales.data_ptr()),
+            *(0 if bias is None else bias.data_ptr(), y.data_ptr()),
+            *(tokens, rows, tiles.shape[1]),
         )
     return y
 
 
+def _empty_product(
+    codes: Tensor, scales: Tensor, tiles: Tensor, row_scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    return row_scales.new_empty(codes.shape[0], row_scales.shape[0])
+
+
+PRODUCT = operator(
+    "prefill24_product(Tensor codes, Tensor scales, Tensor tiles, Tensor row_scales, "
+    "Tensor? bias) -> Tensor",
+    product,
+    _empty_product,
+)
+
+
+def traced(
+    x: Float[Tensor, "tokens in"],
+    tiles: UInt8[Tensor, "tiles blocks tile_bytes"],
+    row_scales: Float[Tensor, "out 1"],
+    bias: Float[Tensor, " out"] | None,
+    codes: torch.dtype,
+) -> Float[Tensor, "tokens out"]:
+    """`linear` in torch's operators and one of ours: a compiler joins the former to those before.
+
+    Error: that of `linear`; a number that lies between two codes may get the other one, since a
+        compiler does not round what it computes before to 16 bits.
+    """
+    rounded, scales = quantised(x, codes)
+    result: Tensor = PRODUCT(rounded, scales, tiles, row_scales, bias)
+    return result
+
+
 def items_of(columns: int) -> int:
-    """Loads of each thread, so that one CTA holds a token, filled up to whole blocks."""
-    return ceil(ceil(columns / COLUMNS) * COLUMNS / RUN / QUANTISE_THREADS)
+    """Loads of each thread, so that one CTA holds a token."""
+    return ceil(columns / RUN / QUANTISE_THREADS)
 
 
 def _defines(codes: torch.dtype, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
@@ -117,7 +171,7 @@ def _quantise(
     device: torch.device, codes: torch.dtype, dtype: torch.dtype, items: int, tokens: int
 ) -> Launch:
     kernel = load(QUANTISE, (*_defines(codes, dtype), ("ITEMS", items)), device)
-    return prepare(kernel, tokens, 1, QUANTISE_THREADS, 0, True, "PPPii")
+    return prepare(kernel, tokens, 1, QUANTISE_THREADS, 0, True, "PPPi")
 
 
 @lru_cache(maxsize=64)
@@ -125,4 +179,4 @@ def _multiply(device: torch.device, codes: torch.dtype, dtype: torch.dtype) -> L
     defines = (*_defines(codes, dtype), ("CLUSTER", CLUSTER), ("ST", STAGES))
     kernel = load(MULTIPLY, defines, device)
     clusters = kernel.most_clusters(CLUSTER, THREADS, SHARED_BYTES)
-    return prepare(kernel, clusters * CLUSTER, CLUSTER, THREADS, SHARED_BYTES, True, "PPPPPPiii")
+    return prepare(kernel, clusters * CLUSTER, CLUSTER, THREADS, SHARED_BYTES, True, "TPPPPPiii")

@@ -1,14 +1,13 @@
-// Tokens rounded to 8-bit codes, a scale for each, in the order in which `kernel.cu` copies them.
+// Tokens rounded to 8-bit codes, a scale for each.
 //
 //   s = max(max |x| / LARGEST, 2^-126),  code = x (1 / s), rounded to the nearest, ties to even
 //
 // One CTA a token, which is read once and held in registers. A token with a number that is not finite
-// has codes 0 and the scale NaN. Codes beyond K, up to whole blocks of 128, are 0; the last tile's
-// tokens beyond M are not written, since no result of another token depends on them.
+// has codes 0 and the scale NaN.
 
 #include "ptx.cuh"
 
-constexpr int TOKENS = 256, COLUMNS = 128, THREADS = 128, RUN = 8;
+constexpr int THREADS = 128, RUN = 8;
 constexpr float LARGEST = FP8 ? 448.0f : 127.0f;
 constexpr float TO_INTEGER = 12582912.0f;                  // 1.5 x 2^23: the sum's low byte is the integer
 constexpr u32 INFINITE = HALF ? 0x7C00 : 0x7F80;
@@ -27,9 +26,9 @@ __device__ __forceinline__ u32 four_codes(float a, float b, float c, float d, fl
 
 extern "C" __global__ void __launch_bounds__(THREADS) quantise(
     const u16* __restrict__ x,             // [M, K]
-    u8* __restrict__ codes,                // [token tiles, blocks, 32 KB]
+    u8* __restrict__ codes,                // [M, K]
     float* __restrict__ scales,            // [M]
-    int K, int blocks) {
+    int K) {
     const int token = blockIdx.x;
     __shared__ u32 most_of_warp[THREADS / 32];
     launch_dependents();
@@ -60,14 +59,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantise(
     const float inverse = __fdiv_rn(1.0f, scale);
     if (threadIdx.x == 0) scales[token] = finite ? scale : __uint_as_float(0x7FFFFFFF);
 
-    // Eight tokens are 1024 bytes, 128 each; a token's 16-byte pieces are permuted by the token.
-    u8* to = codes + static_cast<size_t>(token / TOKENS) * blocks * TOKENS * COLUMNS
-           + token % TOKENS * COLUMNS;
     #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         const int column = RUN * (THREADS * i + threadIdx.x);
-        const int block = column / COLUMNS, piece = column % COLUMNS / 16;
-        if (block >= blocks) continue;
+        if (column >= K) continue;
         uint2 packed = make_uint2(0, 0);
         if (finite) {
             const u32 words[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
@@ -80,7 +75,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantise(
             packed.x = four_codes(f[0], f[1], f[2], f[3], inverse);
             packed.y = four_codes(f[4], f[5], f[6], f[7], inverse);
         }
-        u8* at = to + static_cast<size_t>(block) * TOKENS * COLUMNS + 16 * (piece ^ (token & 7)) + column % 16;
-        *reinterpret_cast<uint2*>(at) = packed;
+        *reinterpret_cast<uint2*>(codes + static_cast<size_t>(token) * K + column) = packed;
     }
 }

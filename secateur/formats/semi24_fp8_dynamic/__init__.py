@@ -17,7 +17,10 @@ from secateur.formats.semi24_fp8_dynamic.packed import (
 
 IMPLEMENTATIONS = (
     Implementation("decode", decode.linear, decode.why_not, ("units",), decode.arranged),
-    Implementation("prefill", prefill.linear, prefill.why_not, ("tiles",), prefill.arranged),
+    Implementation(
+        *("prefill", prefill.linear, prefill.why_not, ("tiles",), prefill.arranged),
+        traced=prefill.traced,
+    ),
     Implementation("reference", reference.linear, reference.why_not),
 )
 LINEAR, UNPACK = register(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.formats.prefill24 import linear, multiply, why_not
 from secateur.formats.prefill24.arrange import TILE_BYTES
+from secateur.formats.prefill24.multiply import product
 from secateur.kernels.launch import Kernel
 
 GPU = torch.device("cuda:0")
@@ -71,9 +72,9 @@ def tiles_of(rows: int, columns: int) -> Tensor:
 
 
 def test_a_bias_of_another_dtype_is_refused() -> None:
-    x, scales = torch.zeros(1, 128, dtype=BF16), torch.zeros(16, 1, dtype=BF16)
-    with pytest.raises(ValueError, match=r"bias of the input's torch\.bfloat16, got torch\.float3"):
-        linear(x, tiles_of(16, 128), scales, torch.zeros(16), INT8)
+    codes, scales = torch.zeros(1, 128, dtype=INT8), torch.zeros(16, 1, dtype=BF16)
+    with pytest.raises(ValueError, match=r"bias of the layer's torch\.bfloat16, got torch\.float3"):
+        product(codes, torch.zeros(1, 1), tiles_of(16, 128), scales, torch.zeros(16))
 
 
 def test_no_tokens_need_no_kernel() -> None:
@@ -101,6 +102,7 @@ def asked(gpu: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any
     monkeypatch.setattr(multiply, "load", load)
     monkeypatch.setattr(multiply, "prepare", prepare)
     monkeypatch.setattr(multiply, "on", lambda device: nullcontext())
+    monkeypatch.setattr(multiply, "tensor_map", lambda *sizes: ("map", *sizes))
     stream = SimpleNamespace(cuda_stream=5)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     for function in ("_quantise", "_multiply"):  # nothing is remembered, before or after
@@ -123,11 +125,12 @@ def test_a_cta_rounds_a_token_and_the_product_fills_the_device(
     assert (multiplies["grid"], multiplies["cluster"], multiplies["threads"]) == (132, 2, 384)
     assert rounds["dependent"] and multiplies["dependent"]
     assert rounds["stream"] == multiplies["stream"] == 5
-    given, codes, token_scales, *sizes = rounds["values"]
-    assert given == x.data_ptr() and sizes == [1296, 11]  # blocks of 128 columns
+    given, codes, token_scales, width = rounds["values"]
+    assert given == x.data_ptr() and width == 1296
     assert multiplies["values"] == (
-        *(codes, token_scales, tiles.data_ptr(), scales.data_ptr(), bias.data_ptr()),
-        *(y.data_ptr(), 300, 400, 11),
+        ("map", codes, 300, 1296, 128, 128),  # each CTA of two copies half of a tile's tokens
+        *(token_scales, tiles.data_ptr(), scales.data_ptr(), bias.data_ptr()),
+        *(y.data_ptr(), 300, 400, 11),  # blocks of 128 columns
     )
     linear(x, tiles, scales, None, torch.int8)
     assert multiplies is not asked["prefill"] and asked["prefill"]["values"][4] == 0
@@ -136,6 +139,6 @@ def test_a_cta_rounds_a_token_and_the_product_fills_the_device(
 
 
 @pytest.mark.parametrize(("width", "items"), [(16, 1), (1024, 1), (1040, 2), (32768, 32)])
-def test_all_threads_of_a_cta_hold_whole_blocks(width: int, items: int) -> None:
-    """Eight inputs a load, 128 threads; zeros fill the last block of 128 columns."""
+def test_all_threads_of_a_cta_hold_a_token(width: int, items: int) -> None:
+    """Eight inputs a load, 128 threads."""
     assert multiply.items_of(width) == items
