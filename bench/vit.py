@@ -71,6 +71,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "int8 dynamic": Configuration(packed={EVERYTHING: "int8_dynamic"}),
     "2:4 mlp": Configuration(MLP, {MLP: "semi24"}),
     "2:4 everything": Configuration(EVERYTHING, {EVERYTHING: "semi24"}),
+    "int8 dynamic 2:4 everything": Configuration(EVERYTHING, {EVERYTHING: "semi24_int8_dynamic"}),
     "int8 dynamic attention, int8 dynamic 2:4 lin1, 2:4 lin2": Configuration(
         MLP, {ATTENTION: "int8_dynamic", LIN1: "semi24_int8_dynamic", LIN2: "semi24"}
     ),

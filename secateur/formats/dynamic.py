@@ -28,7 +28,9 @@ def quantised(
     wide = x.to(_wide(x))
     largest = LARGEST[codes]
     most = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(len(x), 1)
-    scales = (most / largest).clamp(min=LEAST_SCALE).masked_fill(~most.isfinite(), torch.nan)
+    # divided by a tensor: by a number a GPU multiplies with the reciprocal, which is not the same
+    scales = most / torch.full_like(most, largest)
+    scales = scales.clamp(min=LEAST_SCALE).masked_fill(~most.isfinite(), torch.nan)
     ratios = (wide * scales.reciprocal()).clamp(-largest, largest).masked_fill(scales.isnan(), 0.0)
     return (ratios.round() if codes == torch.int8 else ratios).to(codes), scales
 

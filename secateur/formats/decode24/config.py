@@ -21,6 +21,9 @@ ATOM_BYTES = 1024  # wgmma's swizzled operand starts at a multiple of it
 # When the next kernel's CTAs may start: at once; when this one's activations are there; after its
 # loop; or when the kernel before releases it, so that they come about when its activations do.
 EARLY, AFTER_X, LATE, RELEASED = 0, 1, 2, 3
+# How long CTAs in excess stay, in thousands of cycles: a little where the next kernel's CTAs come at
+# once, else most of the time that the others' weights take, at so many bytes in a thousand cycles.
+STAY_EARLY, MOST_STAY, STAY_BYTES = 2, 4, 20_000
 
 
 BUCKETS = (2, 8, 16, 32, 64)
@@ -84,7 +87,8 @@ class Config:
     A warp has `tiles` x 16 rows and 1 / (cluster splits) of the columns, in `stages` of `units` x
     128 columns. With `x_stages` the activations are streamed in as many stages, else they lie whole
     in shared memory. `warpgroup` multiplies by four warps together (sm_90a only); with
-    `ahead` a warp reads its weights one step ahead of multiplying them.
+    `ahead` a warp reads its weights one step ahead of multiplying them. CTAs in excess stay `stay`
+    thousand cycles after the kernel before has ended.
     """
 
     cluster: int
@@ -97,6 +101,7 @@ class Config:
     x_stages: int = 0
     warpgroup: int = 0
     ahead: int = 0
+    stay: int = 0
 
     def __str__(self) -> str:
         return ",".join(map(str, astuple(self)))
@@ -138,6 +143,13 @@ class Config:
     def clusters(self, case: Case) -> int:
         """Clusters with rows to compute."""
         return ceil(case.row_tiles / self.tiles_of_cluster)
+
+    def with_stay(self, case: Case) -> "Config":
+        """This cut with the stay that is about right; what is right can only be measured."""
+        if self.trigger == EARLY:
+            return replace(self, stay=STAY_EARLY)
+        nbytes = case.units // self.cluster * self.tiles_of_cluster * case.unit_bytes
+        return replace(self, stay=min(MOST_STAY, round(nbytes / STAY_BYTES)))
 
     def steps(self, case: Case) -> int:
         """The most steps that a warp makes through its ring."""
@@ -182,6 +194,7 @@ class Config:
             ("BLOCKS", self.blocks(case)),
             ("WGMMA", self.warpgroup),
             ("AHEAD", self.ahead),
+            ("STAY", self.stay),
             ("PORTABLE", int(portable)),
         )
 

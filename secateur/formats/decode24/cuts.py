@@ -65,7 +65,7 @@ def _cuts(
 
 
 def _deep(case: Case, part: Config, waste: float) -> Iterator[Config]:
-    """The cut with every sensible depth of its ring and moment of its trigger."""
+    """The cut with every sensible depth of its ring and moment of its trigger, and about its stay."""
     slices = part.cluster * part.splits
     if not 4 <= part.warps <= (20 if part.warpgroup else 16):
         return
@@ -81,7 +81,7 @@ def _deep(case: Case, part: Config, waste: float) -> Iterator[Config]:
                 for ahead in (0, 1) if few and case.kind is not Kind.W16 else (0,):
                     cut = replace(part, units=units, stages=stages, trigger=trigger, ahead=ahead)
                     if cut.registers(case) <= cut.most_registers(cut.blocks(case)):
-                        yield cut
+                        yield cut.with_stay(case)
 
 
 def _depths(case: Case, part: Config) -> list[int]:

@@ -33,6 +33,10 @@
 // Kernels follow one another by programmatic dependent launch: the ring is filled before
 // `wait_for_predecessor`, because weights do not depend on the kernel before.
 //
+// CTAs in excess, launched only to fill the device, stay STAY thousand cycles after the wait, until
+// those of the kernel behind are placed, one on each SM: on an SM that is left empty two would be
+// placed, and each would be slow. Too long a stay delays the kernel's own end.
+//
 // STREAM: activations pass through a ring of their own instead of lying whole in shared memory; for
 // token counts where they would not fit.
 // PORTABLE (sm_80 to sm_89): no clusters, bulk copies or dependent launch; each lane copies the 16
@@ -105,12 +109,6 @@ constexpr float RESTORE =
     : HALF ? (FORMAT == FP8 ? 0x1p8f : 0x1p24f)
     : STREAM ? (FORMAT == FP8 ? 1.0f : 0x1p7f)
     : (FORMAT == FP8 ? 0x1p56f : 0x1p69f);
-
-// CTAs in excess stay until those of the kernel behind are placed, one on each SM: on an SM that is left
-// empty two would be placed, and each would be slow. Where they are launched early they are placed at
-// once; else about when this kernel's activations are there, and CTAs in excess stay for most of the
-// time that the others' weights take, at so many bytes a cycle, but not beyond the end.
-constexpr u32 HELD_EARLY = 2000, HELD_MOST = 4000, HELD_BYTES = 20;
 
 extern __shared__ __align__(128) u8 shared[];
 
@@ -390,9 +388,8 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
     if (first_tile >= tiles) {             // launched only to keep the next kernel's CTAs apart
         launch_dependents();               // else the kernel behind could not start before this ends
         wait_for_predecessor();
-        const u32 held = TRIGGER == 0 ? HELD_EARLY
-                                      : min(HELD_MOST, static_cast<u32>(units / S * TILES * UNIT_BYTES) / HELD_BYTES);
-        for (const u32 begin = cycles(); cycles() - begin < held;) {}
+        if constexpr (STAY > 0)
+            for (const u32 begin = cycles(); cycles() - begin < 1000 * STAY;) {}
         return;
     }
 #endif

@@ -32,6 +32,7 @@ COLD_BYTES = 10**9  # of weights in rotation: many times any cache
 LINKS = 100  # launches in a graph, at least; and each copy of the weights once
 MOST_CUTS = 100  # of a case; more find a few per cent
 AGAIN = 8
+STAYS = (0, 2, 4)
 TYPICAL = {2: 1}  # tokens to measure a bucket with, where not its most
 REPLAYS = 7
 LARGEST_ERROR = 8e-3  # of the result against float64, relative; one rounding to bf16 is 1.7e-3
@@ -56,7 +57,7 @@ def tune(
     """For each case the cuts that were measured, fastest first.
 
     At most so many cuts of a case are tried, drawn with a fixed seed, beside those that are known
-    to be good. All are compiled first, in parallel. The fastest are measured again: a chain can
+    to be good, with several stays. All are compiled first, in parallel. The fastest are measured again: a chain can
     settle in a slow state, so that one measurement is no verdict.
 
     Raises: ValueError for a GPU before compute capability 9.0, which has one cut.
@@ -89,7 +90,8 @@ def _drawn(
     even = [cut for cut in found if ("EVEN", 1) in cut.defines(case, False)]
     drawn = even or found
     Random(0).shuffle(drawn)
-    return list(dict.fromkeys([*known, *drawn[:most]]))
+    varied = [replace(cut, stay=stay) for cut in known for stay in (cut.stay, *STAYS)]
+    return list(dict.fromkeys([*varied, *drawn[:most]]))
 
 
 def _measured(problem: "Problem", drawn: Sequence[Config], device: torch.device) -> list[Timed]:

@@ -41,15 +41,24 @@ def test_a_case_counts_tiles_and_units_and_has_a_name() -> None:
 
 
 def test_a_cut_is_written_and_read_again() -> None:
-    cut = Config(1, 2, 3, 4, 5, 6, 0, 8, 1, 1)
-    assert str(cut) == "1,2,3,4,5,6,0,8,1,1"
+    cut = Config(1, 2, 3, 4, 5, 6, 0, 8, 1, 1, 7)
+    assert str(cut) == "1,2,3,4,5,6,0,8,1,1,7"
     assert Config.parse(str(cut)) == cut
     assert Config.parse(str(RESIDENT)) == RESIDENT
-    for text in ("1,2,3", "1,2,3,4,5,6,0,8,1,1,1"):
-        with pytest.raises(ValueError, match=f"needs 10 numbers, got '{text}': run secateur tune"):
+    for text in ("1,2,3", "1,2,3,4,5,6,0,8,1,1,1,1"):
+        with pytest.raises(ValueError, match=f"needs 11 numbers, got '{text}': run secateur tune"):
             Config.parse(text)
     with pytest.raises(ValueError, match="invalid literal"):
-        Config.parse("a,2,3,4,5,6,0,8,1,1")
+        Config.parse("a,2,3,4,5,6,0,8,1,1,0")
+
+
+def test_about_how_long_ctas_in_excess_stay() -> None:
+    """For the bytes of a CTA, 20 in a cycle, at most 4000 cycles; 2000 where the next come early."""
+    cut = Config(4, 10, 1, 1, 2, 3, 3)
+    assert cut.with_stay(case()) == replace(cut, stay=3)  # 32 / 4 units x 10 tiles x 800 bytes
+    assert cut.with_stay(case(Kind.W16)) == replace(cut, stay=4)
+    assert replace(cut, cluster=8, stay=1).with_stay(case()) == replace(cut, cluster=8, stay=2)
+    assert replace(cut, trigger=0).with_stay(case(Kind.W16)).stay == 2
 
 
 def test_a_cut_counts_warps_clusters_and_steps() -> None:
@@ -100,7 +109,7 @@ def test_the_macros() -> None:
     assert macros == {
         "FORMAT": 3, "GROUPED": 1, "HALF": 0, "NT": 1, "PAIRS": 1, "S": 2, "WR": 4, "WK": 2,
         "MT": 1, "CU": 1, "ST": 4, "TRIGGER": 1, "STREAM": 0, "XST": 2, "EVEN": 1, "REFILL": 1,
-        "BLOCKS": 2, "WGMMA": 0, "AHEAD": 0, "PORTABLE": 0,
+        "BLOCKS": 2, "WGMMA": 0, "AHEAD": 0, "STAY": 0, "PORTABLE": 0,
     }  # fmt: skip
     half = replace(case(Kind.W16, tokens=64), dtype=torch.float16)
     macros = dict(STREAMED.defines(half, portable=True))

@@ -18,6 +18,7 @@ from secateur.formats.decode24.arrange import Kind
 from secateur.formats.decode24.config import Case, Config
 from secateur.formats.decode24.tune import (
     LARGEST_ERROR,
+    STAYS,
     Problem,
     Timed,
     _drawn,
@@ -45,9 +46,8 @@ def test_cuts_are_drawn_alike_every_time() -> None:
 
 def test_known_cuts_come_first_and_once() -> None:
     drawn = _drawn(CASE, H200, True, 20, ())
-    assert _drawn(CASE, H200, True, 20, [KNOWN, drawn[3]]) == [
-        *(KNOWN, drawn[3]), *drawn[:3], *drawn[4:],
-    ]  # fmt: skip
+    known = [replace(cut, stay=stay) for cut in (KNOWN, drawn[3]) for stay in (cut.stay, *STAYS)]
+    assert _drawn(CASE, H200, True, 20, [KNOWN, drawn[3]]) == list(dict.fromkeys([*known, *drawn]))
 
 
 def test_a_ragged_layer_has_cuts_all_the_same() -> None:
@@ -222,7 +222,9 @@ def test_all_is_compiled_before_anything_is_measured(monkeypatch: pytest.MonkeyP
     cases = [replace(CASE, tokens=2), replace(CASE, tokens=16)]
     found = list(tune(cases, CPU, most=5, known={cases[0]: [KNOWN]}))
     assert [case for case, _ in found] == cases
-    assert [len(timed) for _, timed in found] == [6, 5] and found[0][1][0].config == KNOWN
+    assert [len(timed) for _, timed in found] == [5 + len(STAYS), 5] and found[0][1][
+        0
+    ].config == KNOWN
     # the bucket of up to two is measured with one token
     assert asked == [(replace(CASE, tokens=1), 11), (cases[1], 11)]
     assert compiled == [(case, timed.config) for case, many in found for timed in many]
