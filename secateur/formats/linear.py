@@ -154,7 +154,7 @@ class SparseLinear(nn.Linear):
                 f"got shape {tuple(input.shape)}: check the layer before it"
             )
         arrangement = [self._buffers[key] for key in self._arranged]
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling():
             traced = self._traced(input, arrangement)
             if traced is not None:
                 return traced

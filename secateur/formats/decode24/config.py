@@ -21,8 +21,8 @@ ATOM_BYTES = 1024  # wgmma's swizzled operand starts at a multiple of it
 # When the next kernel's CTAs may start: at once; when this one's activations are there; after its
 # loop; or when the kernel before releases it, so that they come about when its activations do.
 EARLY, AFTER_X, LATE, RELEASED = 0, 1, 2, 3
-# How long CTAs in excess stay, in thousands of cycles: a little where the next kernel's CTAs come at
-# once, else most of the time that the others' weights take, at so many bytes in a thousand cycles.
+# How long CTAs in excess stay, in thousands of cycles: a little where the next kernel's CTAs come
+# at once, else most of the time that the others' weights take, at so many bytes in a thousand.
 STAY_EARLY, MOST_STAY, STAY_BYTES = 2, 4, 20_000
 
 

@@ -65,7 +65,7 @@ def _cuts(
 
 
 def _deep(case: Case, part: Config, waste: float) -> Iterator[Config]:
-    """The cut with every sensible depth of its ring and moment of its trigger, and about its stay."""
+    """The cut with every sensible depth of its ring and moment of its trigger."""
     slices = part.cluster * part.splits
     if not 4 <= part.warps <= (20 if part.warpgroup else 16):
         return

@@ -57,8 +57,8 @@ def tune(
     """For each case the cuts that were measured, fastest first.
 
     At most so many cuts of a case are tried, drawn with a fixed seed, beside those that are known
-    to be good, with several stays. All are compiled first, in parallel. The fastest are measured again: a chain can
-    settle in a slow state, so that one measurement is no verdict.
+    to be good, with several stays. All are compiled first, in parallel. The fastest are measured
+    again: a chain can settle in a slow state, so that one measurement is no verdict.
 
     Raises: ValueError for a GPU before compute capability 9.0, which has one cut.
     Cost: a GB of device memory; a core-second for each kernel compiled, then 0.02 s for each cut.

@@ -53,7 +53,7 @@ def test_a_cut_is_written_and_read_again() -> None:
 
 
 def test_about_how_long_ctas_in_excess_stay() -> None:
-    """For the bytes of a CTA, 20 in a cycle, at most 4000 cycles; 2000 where the next come early."""
+    """20 of a CTA's bytes in a cycle, at most 4000 cycles; 2000 where the next come early."""
     cut = Config(4, 10, 1, 1, 2, 3, 3)
     assert cut.with_stay(case()) == replace(cut, stay=3)  # 32 / 4 units x 10 tiles x 800 bytes
     assert cut.with_stay(case(Kind.W16)) == replace(cut, stay=4)

@@ -226,7 +226,7 @@ def test_all_is_compiled_before_anything_is_measured(monkeypatch: pytest.MonkeyP
         0
     ].config == KNOWN
     # the bucket of up to two is measured with one token
-    assert asked == [(replace(CASE, tokens=1), 11), (cases[1], 11)]
+    assert asked == [(replace(CASE, tokens=1), 10 + len(STAYS)), (cases[1], 10 + len(STAYS))]
     assert compiled == [(case, timed.config) for case, many in found for timed in many]
 
 
