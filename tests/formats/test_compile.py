@@ -181,14 +181,20 @@ def check_decode_on_a_gpu() -> None:
 
 
 def check_dynamic_on_a_gpu() -> None:
-    """The same bits as eager, by whatever runs so many tokens here."""
+    """By whatever runs so many tokens here; the same bits as eager where all of it is one operator.
+
+    A compiler that rounds the inputs itself divides less exactly: now and then the other code.
+    """
     for format in DYNAMIC:
         layer = sparse_linear(format, 128, 256, torch.bfloat16).cuda().eval()
         compiled = torch.compile(layer, fullgraph=True)
         for tokens in (7, 300):
             x = tokens_in(tokens, 256, dtype=torch.bfloat16).cuda()
             with torch.no_grad():
-                assert torch.equal(compiled(x), layer(x)), (layer.dispatch, tokens)
+                found, wanted = compiled(x), layer(x)
+            off = float((found - wanted).float().norm() / wanted.float().norm())
+            is_joined = "prefill" in layer.dispatch and tokens == 300
+            assert off <= (2e-3 if is_joined else 0), (format, layer.dispatch, tokens, off)
 
 
 def check_import_is_cheap() -> None:
