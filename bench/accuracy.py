@@ -13,6 +13,7 @@ paper), where that method is among the chosen.
 
 import argparse
 import copy
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -56,6 +57,9 @@ METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Tensor]], object]] = {
         model, plan, sc.refit(sc.sparsegpt), data
     ),
     "alps": lambda model, plan, data: sc.reconstruct_(model, plan, sc.alps, data),
+    "alps, damping 0.01": lambda model, plan, data: sc.reconstruct_(
+        model, plan, functools.partial(sc.alps, damping=0.01), data
+    ),
     "blockwise(alps)": lambda model, plan, data: sc.reconstruct_(
         model, plan, sc.blockwise(sc.alps), data
     ),

@@ -17,16 +17,35 @@ Row = Mapping[str, str]
 
 def prefill(results: Path) -> str:
     """For each device, a row a layer and number of tokens and a column a candidate, losers too."""
-    from bench.tables import newest  # here, because it imports this module
-
-    return "\n".join(map(_table, newest(results, "prefill")))
+    return "\n".join(map(_table, latest(results)))
 
 
 def prefill_short(results: Path) -> str:
     """For each device, ratios to dense: a row a candidate, a column a number of tokens."""
-    from bench.tables import newest
+    return "\n".join(map(_short_table, latest(results)))
 
-    return "\n".join(map(_short_table, newest(results, "prefill")))
+
+def latest(results: Path) -> list[list[Row]]:
+    """For each device, the rows of every layer and number of tokens from the last run that had it.
+
+    A run of all cases takes longer than a device may be had for.
+    """
+    from bench.tables import every  # here, because it imports this module
+
+    devices: dict[str, dict[tuple[str, str], list[Row]]] = {}
+    for rows in every(results, "prefill"):
+        run: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            run.setdefault((row["layer"], row["tokens"]), []).append(row)
+        devices.setdefault(rows[0]["device"], {}).update(run)
+    return [
+        [row for case in sorted(cases, key=_order) for row in cases[case]]
+        for cases in devices.values()
+    ]
+
+
+def _order(case: tuple[str, str]) -> tuple[str, int]:
+    return case[0], int(case[1])
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -39,8 +58,12 @@ def _table(rows: Sequence[Row]) -> str:
         for (layer, tokens), by_name in cells.items()
     ]
     text = _markdown(["layer", "tokens", *names], lines)
-    reasons = dict.fromkeys(f"{r['candidate']}: {r['note']}" for r in rows if not r["us"])
-    missing = f"Without a figure: {'; '.join(reasons)}.\n" if reasons else ""
+    reasons: dict[str, str] = {}
+    for row in rows:
+        if not row["us"]:
+            reasons.setdefault(row["candidate"], row["note"])
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    missing = f"Without a figure, for instance: {told}.\n" if reasons else ""
     return f"{text}\nMicroseconds, ratio to dense cuBLAS bf16; {_origin(rows)}\n{missing}"
 
 
@@ -83,12 +106,14 @@ def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _origin(rows: Sequence[Row]) -> str:
     first, timed = rows[0], [row for row in rows if row["us"]]
+    runs = dict.fromkeys(
+        f"{row['date']}, commit {row['commit']}, `{row['command']}`" for row in rows
+    )
     spread = max((float(r["high_us"]) - float(r["low_us"])) / float(r["us"]) for r in timed)
     return (
         "bold where it is faster; random weights, cold, with a bias, one CUDA graph, median; "
         f"`_dynamic` with the rounding of the inputs; {first['device']}, driver {first['driver']}, "
-        f"torch {first['torch']}, {first['date']}, commit {first['commit']}, "
-        f"`{first['command']}`; quartiles at most {spread:.0%} of the median apart. {_losses(rows)}"
+        f"torch {first['torch']}, {'; '.join(runs)}; quartiles at most {spread:.0%} of the median apart. {_losses(rows)}"
     )
 
 

@@ -31,13 +31,23 @@ RECOVERY = {"none": "before recovery", "reconstruct": "reconstructed", "train": 
 Rows = Sequence[Mapping[str, str]]
 
 
-def newest(results: Path, bench: str) -> list[Rows]:
-    """The rows of each file of the bench's latest date: one for each device and commit."""
-    files = sorted(results.glob(f"{bench}_*.csv"))
+def every(results: Path, bench: str) -> list[Rows]:
+    """The rows of each file of the bench, the oldest first; a file is of one device and commit."""
+    files = sorted(results.glob(f"{bench}_*.csv"), key=_date)
     if not files:
         raise ValueError(f"tables need rows of {bench}, got none in {results}: run bench.{bench}")
-    dates = [path.name.split("_")[1] for path in files]
-    return [_read(path) for path, date in zip(files, dates, strict=True) if date == max(dates)]
+    return [_read(path) for path in files]
+
+
+def newest(results: Path, bench: str) -> list[Rows]:
+    """Those of the bench's latest date."""
+    files = every(results, bench)
+    last = max(rows[0]["date"] for rows in files)
+    return [rows for rows in files if rows[0]["date"] == last]
+
+
+def _date(path: Path) -> str:
+    return path.name.split("_")[1]
 
 
 def linear_cpu(results: Path) -> str:
