@@ -113,7 +113,8 @@ def _origin(rows: Sequence[Row]) -> str:
     return (
         "bold where it is faster; random weights, cold, with a bias, one CUDA graph, median; "
         f"`_dynamic` with the rounding of the inputs; {first['device']}, driver {first['driver']}, "
-        f"torch {first['torch']}, {'; '.join(runs)}; quartiles at most {spread:.0%} of the median apart. {_losses(rows)}"
+        f"torch {first['torch']}, {'; '.join(runs)}; "
+        f"quartiles at most {spread:.0%} of the median apart. {_losses(rows)}"
     )
 
 

@@ -33,17 +33,20 @@ Rows = Sequence[Mapping[str, str]]
 
 def every(results: Path, bench: str) -> list[Rows]:
     """The rows of each file of the bench, the oldest first; a file is of one device and commit."""
-    files = sorted(results.glob(f"{bench}_*.csv"), key=_date)
-    if not files:
-        raise ValueError(f"tables need rows of {bench}, got none in {results}: run bench.{bench}")
-    return [_read(path) for path in files]
+    return [_read(path) for path in _files(results, bench)]
 
 
 def newest(results: Path, bench: str) -> list[Rows]:
     """Those of the bench's latest date."""
-    files = every(results, bench)
-    last = max(rows[0]["date"] for rows in files)
-    return [rows for rows in files if rows[0]["date"] == last]
+    files = _files(results, bench)
+    return [_read(path) for path in files if _date(path) == _date(files[-1])]
+
+
+def _files(results: Path, bench: str) -> list[Path]:
+    files = sorted(sorted(results.glob(f"{bench}_*.csv")), key=_date)
+    if not files:
+        raise ValueError(f"tables need rows of {bench}, got none in {results}: run bench.{bench}")
+    return files
 
 
 def _date(path: Path) -> str:

@@ -211,10 +211,22 @@ def test_the_table_shows_losers_gaps_and_the_choice(tmp_path: Path) -> None:
     assert "GPU, driver 580, torch 2.11, 2026-11-22, commit abc, `cmd`;" in lines[5]
     assert "quartiles at most 5% of the median apart." in lines[5]
     assert lines[5].endswith("is more than 3% slower than dense in 1 of 2 cases: q at 128 (0.95).")
-    assert lines[6] == "Without a figure: semi24 decode: takes at most 64 tokens."
+    assert lines[6] == "Without a figure, for instance: semi24 decode: takes at most 64 tokens."
     (tmp_path / "prefill_2026-11-22_x_abc.csv").write_text(PREFILL.replace("0.950", "0.971"))
     assert "than dense in 0 of 2 cases." in prefill_tables.prefill_short(tmp_path)
     assert prefill_tables.NO_LOSS == accelerate.NO_LOSS
+
+
+def test_each_case_is_shown_from_its_last_run(tmp_path: Path) -> None:
+    """The later run had no 4096 tokens; the origin names both."""
+    (tmp_path / "prefill_2026-11-22_x_abc.csv").write_text(PREFILL)
+    later = [line for line in PREFILL.splitlines() if ",4096," not in line]
+    text = "\n".join(later).replace("2026-11-22", "2026-11-23").replace("abc", "def")
+    (tmp_path / "prefill_2026-11-23_x_def.csv").write_text(text.replace("40,", "30,"))
+    lines = prefill_tables.prefill(tmp_path).splitlines()
+    assert lines[2].startswith("| q | 128 | 20.0 | 30.0,")
+    assert lines[3].startswith("| q | 4096 | 600.0 |")
+    assert "2026-11-23, commit def, `cmd`; 2026-11-22, commit abc, `cmd`; quartiles" in lines[5]
 
 
 def test_the_short_table_has_a_column_for_each_number_of_tokens(tmp_path: Path) -> None:
