@@ -13,7 +13,7 @@ from secateur.grids import Fp8, Int4, Int8
 from secateur.patterns import NM, Block, Channel, Unstructured
 from secateur.plan import Plan, plan, read_plan
 from secateur.prune import check, prune_, reconstruct_
-from secateur.reconstruct import alps, blockwise, refit, sparsegpt, swap
+from secateur.reconstruct import alps, best, blockwise, refit, sparsegpt, swap
 from secateur.save import load, save
 from secateur.train import distil_, gradual, hold
 from secateur.version import VERSION
@@ -32,6 +32,7 @@ __all__ = [
     "Unstructured",
     "accelerate_",
     "alps",
+    "best",
     "blockwise",
     "check",
     "distil_",

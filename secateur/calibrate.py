@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
+from secateur.distributed import ALONE, Team
 from secateur.halves import DenseStream, HalfBlock
 from secateur.outputs import eval_mode
 from secateur.replay import (
@@ -34,7 +35,8 @@ from secateur.replay import (
     run_batch,
     to_device,
 )
-from secateur.statistics import STATISTICS, Statistic
+from secateur.statistics import STATISTICS, HeldGram, Statistic
+from secateur.window import Window
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def observe(
     offload: bool = False,
     halves: bool = False,
     finished: Collection[str] = (),
+    team: Team = ALONE,
+    window: Window | None = None,
 ) -> Generator[Observed]:
     """Yields the statistics of the layers, block by block; change a layer when it has been yielded.
 
@@ -69,6 +73,9 @@ def observe(
     the CPU. Padding, where a batch has a two-dimensional `attention_mask`, does not count. With
     `halves`, layers of blocks come half by half, each with the dense half-block's outputs to train
     towards. Layers that are `finished` come in their turn without statistics, to be put in place.
+    The processes of a `team` get the statistics of all their batches, laid end to end by rank. With
+    a `window` on the model, all layers of one chain, blocks are loaded in their turn: four times in
+    all, however many batches there are.
 
     The model is in eval mode meanwhile. Close the generator to restore it at once.
 
@@ -80,6 +87,8 @@ def observe(
             no token, or NaN or infinity arrives at a layer.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if window is not None:
+        device = window.device
     inputs: list[Batch] = [to_device(batch, device) for batch in as_list(batches)]
     if halves and len(inputs) < 2:
         raise ValueError(
@@ -88,13 +97,38 @@ def observe(
         )
     padding = [_padding(b) for b in inputs]
     with eval_mode(model), torch.no_grad():
-        trace = _trace(model, layers, inputs)
-        walk = _Walk(trace, padding, tuple(statistics), sequential, device, halves, finished)
+        with team.together():
+            trace = _trace(model, layers, inputs)
+        trace = _merged(team.everyones(trace), layers)
+        walk = _Walk(
+            trace,
+            padding,
+            tuple(statistics),
+            sequential,
+            device,
+            halves,
+            finished,
+            team,
+            window,
+            first_batch=sum(team.everyones(len(inputs))[: team.rank]),
+        )
         for chain, names in _segments(model, layers, trace):
             wanted = {name: layers[name] for name in names}
-            recorded = record_all(model, chain, inputs, offload) if chain else None
-            if recorded is not None:
+            with team.together():
+                recorded = (
+                    record_all(model, chain, inputs, offload, once=window is not None)
+                    if chain
+                    else None
+                )
+            everywhere = all(team.everyones(recorded is not None))
+            if recorded is not None and everywhere:
                 yield from _replay_chain(walk, wanted, chain, recorded)
+            elif window is not None:
+                raise ValueError(
+                    f"the blocks of this {type(model).__name__} cannot run one by one: they "
+                    "receive more than what the one before returned and what is known beforehand: "
+                    "load the model whole and call reconstruct_"
+                )
             else:
                 runs = [partial(run_batch, model, batch) for batch in inputs]
                 yield from walk.observe("the model", wanted, runs)
@@ -137,9 +171,21 @@ def _trace(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[
                     f"{error}. A batch is a tensor, a tuple of arguments or a dict of keywords"
                 ) from error
             if len(calls) == len(layers):
-                return _Trace(calls, leader)
+                break
             earlier.update(calls)
-    raise ValueError(_received_nothing([name for name in layers if name not in calls]))
+    return _Trace(calls, leader)
+
+
+def _merged(traces: Sequence[_Trace], layers: Collection[str]) -> _Trace:
+    """One trace of several processes: what the first did not see, as the next one saw it."""
+    calls: dict[str, int] = {}
+    leader: dict[str, str] = {}
+    for trace in traces:
+        leader.update({name: trace.leader[name] for name in trace.calls if name not in calls})
+        calls |= {name: count for name, count in trace.calls.items() if name not in calls}
+    if unseen := [name for name in layers if name not in calls]:
+        raise ValueError(_received_nothing(unseen))
+    return _Trace(calls, leader)
 
 
 # Layers that share an input run close to one another; keys and values of many decoder layers that
@@ -172,6 +218,8 @@ def _replay_chain(
     dense = DenseStream(walk.padding, walk.device) if walk.halves else None
     previous: list[list[Tensor | None]] = [[] for _ in recorded]
     for i, (name, block) in enumerate(chain.items()):
+        if walk.window:
+            walk.window.load(name)
         calls = [of_batch[i] for of_batch in recorded]
         wanted = [of_batch[i + 1].wanted for of_batch in recorded] if i < last else []
         runs = [
@@ -188,9 +236,10 @@ def _replay_chain(
                     yield replace(observed, half=half)
         if i == last:
             return
-        for b, call in enumerate(calls):
-            previous[b] = call.kept(runs[b](), wanted[b], previous[b])
-            call.leaves.clear()
+        with walk.team.together():
+            for b, call in enumerate(calls):
+                previous[b] = call.kept(runs[b](), wanted[b], previous[b])
+                call.leaves.clear()
 
 
 # --- summing what layers see ---------------------------------------------------------------------
@@ -207,6 +256,9 @@ class _Walk:
     device: torch.device
     halves: bool
     finished: Collection[str]
+    team: Team
+    window: Window | None
+    first_batch: int
 
     def observe(
         self, block: str, layers: Mapping[str, nn.Module], runs: Sequence[Callable[[], Any]]
@@ -246,7 +298,9 @@ class _Walk:
         for name, module in layers.items():
             key = self.trace.leader[name] if share else name
             columns = _layers.matrix(module).shape[1]
-            shared = by_input.setdefault(key, _Sums(self.statistics, columns, self.device))
+            shared = by_input.setdefault(
+                key, _Sums(self.statistics, columns, self.device, self.first_batch)
+            )
             shared.members += 1
             sums[name] = shared
         once = all(self.trace.calls[name] == 1 for name in layers)
@@ -258,19 +312,29 @@ class _Walk:
             if once and current["calls"] == len(layers):
                 raise Enough  # nothing behind the last of these layers is needed
 
-        with hooks(m.register_forward_pre_hook(partial(before, n)) for n, m in layers.items()):
+        with (
+            self.team.together(),
+            hooks(m.register_forward_pre_hook(partial(before, n)) for n, m in layers.items()),
+        ):
             for i, run in enumerate(tqdm(runs, desc=block, leave=False, disable=None)):
                 current.update(batch=i, calls=0)
                 with contextlib.suppress(Enough):
                     run()
+        for of_input in by_input.values():
+            of_input.add_up_(self.team)
         return sums
 
 
 class _Sums:
     """The statistics of one input, whichever layers read it."""
 
-    def __init__(self, names: tuple[str, ...], columns: int, device: torch.device) -> None:
+    def __init__(
+        self, names: tuple[str, ...], columns: int, device: torch.device, first_batch: int
+    ) -> None:
         self.statistics: dict[str, Statistic] = {n: STATISTICS[n](columns, device) for n in names}
+        for statistic in self.statistics.values():
+            if isinstance(statistic, HeldGram):
+                statistic.batches = first_batch
         self.members = self.tokens = self._calls = self._inputs = 0
         self._last: weakref.ref[Tensor] | None = None
 
@@ -289,6 +353,13 @@ class _Sums:
         self.tokens += rows.shape[0]
         for statistic in self.statistics.values():
             statistic.update(rows)
+
+    def add_up_(self, team: Team) -> None:
+        """Take in what the other processes have summed."""
+        for statistic in self.statistics.values():
+            team.add_up_(statistic.sums)
+        counts = team.everyones((self.tokens, self._calls, self._inputs))
+        self.tokens, self._calls, self._inputs = map(sum, zip(*counts, strict=True))
 
     @property
     def broken(self) -> bool:

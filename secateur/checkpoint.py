@@ -1,13 +1,13 @@
 """Finished layers of a long run, on disk, so that the same call goes on where it was stopped."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from secateur.tensor_files import load_file, save_file
+from secateur.tensor_files import read_tensors, save_file
 
 PROGRESS = "progress.json"
 
@@ -41,13 +41,17 @@ class Checkpoint:
                 f"checkpoint needs an empty folder or its own, {self.folder} has other files"
             )
 
-    def finished(self) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-        """The weight and the report row of every finished layer."""
-        done: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The report row of every finished layer."""
+        return {name: row for rows in self._state["files"].values() for name, row in rows.items()}
+
+    def weights(self, layers: Collection[str]) -> dict[str, Tensor]:
+        """The weights of those of the layers that are finished."""
+        found: dict[str, Tensor] = {}
         for file, rows in self._state["files"].items():
-            weights = load_file(self.folder / file)
-            done.update({name: (weights[name], row) for name, row in rows.items()})
-        return done
+            if names := [name for name in rows if name in layers]:
+                found |= read_tensors(self.folder / file, names)
+        return found
 
     def add(self, weights: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Record finished layers; atomic, so that a kill leaves the state before or after."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from secateur import layers as _layers
 from secateur.calibrate import as_list
+from secateur.distributed import ALONE, Team
 from secateur.layers import weight_of
 from secateur.outputs import answer, counted, eval_mode, on_device
 from secateur.replay import Batch, find_chains, hooks
@@ -33,6 +34,7 @@ def gradients(
     batches: Iterable[Batch],
     names: Sequence[str],
     loss: Loss | None = None,
+    team: Team = ALONE,
 ) -> dict[str, dict[str, Float[Tensor, "out in"]]]:
     """By layer and name, in float32, those of the statistics of the model as it is now:
 
@@ -42,8 +44,9 @@ def gradients(
       what the layer's block puts out, for a given input of that block. A layer outside a list of
       blocks is a block of its own.
 
-    Names of other statistics are passed over. The loss is by default `model_loss`. The model runs
-    in eval mode; neither `.grad` nor `requires_grad` of a parameter is another afterwards.
+    Samples are those of all processes of the `team`. Names of other statistics are passed over.
+    The loss is by default `model_loss`. The model runs in eval mode; neither `.grad` nor
+    `requires_grad` of a parameter is another afterwards.
 
     Cost: a forward and a backward for each row; of the first statistic alone, for each batch. The
         regional one takes no loss and keeps the graph of one block only. Memory: for each name a
@@ -59,11 +62,18 @@ def gradients(
         return found
     listed = [on_device(batch, model) for batch in as_list(batches)]
     weights = {name: weight_of(module) for name, module in layers.items()}
-    with eval_mode(model), torch.enable_grad(), _differentiable(weights.values()):
+    with (
+        team.together(),
+        eval_mode(model),
+        torch.enable_grad(),
+        _differentiable(weights.values()),
+    ):
         if "regional_gradient" in wanted:
             _add_regional(model, layers, listed, found)
         if "gradient" in wanted or "squared_gradient" in wanted:
             _add(model, weights, listed, found, loss or model_loss)
+        rows = sum(_row_count(batch, i) for i, batch in enumerate(listed))
+    _average_(found, rows, team)
     for name, module in layers.items():
         for key, value in found[name].items():
             if not value.isfinite().all():
@@ -186,8 +196,6 @@ def _add_regional(
         for i, batch in enumerate(tqdm(batches, desc="gradients", leave=False, disable=None)):
             for row in _rows(batch, i):
                 answer(model, row, f"batch {i}")
-    for of_layer in sums.values():
-        of_layer["regional_gradient"].sqrt_()
 
 
 def _regions(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
@@ -205,6 +213,17 @@ def _detached(tree: Any) -> Any:
 
 
 # --- small things --------------------------------------------------------------------------------
+
+
+def _average_(found: Mapping[str, Mapping[str, Tensor]], rows: int, team: Team) -> None:
+    """Means over the rows of one process become those over all rows, and mean squares roots."""
+    share = rows / sum(team.everyones(rows))
+    for of_layer in found.values():
+        for key, value in of_layer.items():
+            if team.size > 1:
+                team.add_up_([value.mul_(share)])
+            if key == "regional_gradient":
+                value.sqrt_()
 
 
 def _zeros(module: nn.Module) -> Tensor:

@@ -7,7 +7,7 @@ open, so that a replay passes on what the blocks, changed meanwhile, return.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +94,17 @@ class Enough(Exception):
 
 
 def record_all(
-    model: nn.Module, chain: Mapping[str, nn.Module], batches: Sequence[Batch], offload: bool
+    model: nn.Module,
+    chain: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    offload: bool,
+    once: bool = False,
 ) -> list[list[Call]] | None:
-    """Every block's call for every batch; None if replaying them does not give the same output."""
+    """Every block's call for every batch; None if replaying them does not give the same output.
+
+    With `once`, blocks run for the first batch only, and something of the same shapes stands in for
+    their outputs after that; None also if their calls for the first batch are others then.
+    """
     blocks = list(chain.values())
     try:
         calls, output = _record(model, blocks, batches[0])
@@ -107,10 +115,13 @@ def record_all(
         if not _same(previous, output):
             return None
         del previous, output
-        recorded = [_offloaded(calls) if offload else calls]
-        for batch in tqdm(batches[1:], desc="recording", leave=False, disable=None):
-            calls, _ = _record(model, blocks, batch)
-            recorded.append(_offloaded(calls) if offload else calls)
+        with _standing_in(blocks, calls[0], device) if once else contextlib.nullcontext():
+            if once and not _same_calls(calls, _record(model, blocks, batches[0])[0]):
+                return None
+            recorded = [_offloaded(calls) if offload else calls]
+            for batch in tqdm(batches[1:], desc="recording", leave=False, disable=None):
+                calls, _ = _record(model, blocks, batch)
+                recorded.append(_offloaded(calls) if offload else calls)
     except NotAChain:
         return None
     return recorded
@@ -149,6 +160,57 @@ def _record(
         except Enough:
             return calls, outputs[-1]
     raise NotAChain
+
+
+@contextlib.contextmanager
+def _standing_in(blocks: Sequence[nn.Module], call: Call, device: torch.device) -> Iterator[None]:
+    """Blocks return, instead of running, zeros of the shape of the first tensor that they receive.
+
+    Around these zeros they return what the first block does for this call.
+    """
+    args, kwargs = call.arguments([], device)
+    shape = tensors_of((args, kwargs))[0].shape
+    leaves, spec = pytree.tree_flatten(blocks[0](*args, **kwargs))
+    if any(isinstance(x, Tensor) and x.shape != shape for x in leaves):
+        raise NotAChain
+
+    def run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        x = tensors_of((args, kwargs))[0]
+        return pytree.tree_unflatten(
+            [torch.zeros_like(x) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+        )
+
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(forward_as(block, run))
+        yield
+
+
+def _same_calls(calls: Sequence[Call], others: Sequence[Call]) -> bool:
+    """Whether they pass the same values, but for what comes from blocks: of those, the places."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return torch.equal(a, b)
+        return type(a) is type(b) and bool(a == b)
+
+    return all(
+        one.spec == two.spec and all(map(same, one.leaves, two.leaves))
+        for one, two in zip(calls, others, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def forward_as(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """The module runs `run(forward, args, kwargs)` in place of its `forward`, between its hooks."""
+    before, forward = vars(module).get("forward"), module.forward
+    vars(module)["forward"] = lambda *args, **kwargs: run(forward, args, kwargs)
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if before is not None:
+            vars(module)["forward"] = before
 
 
 @contextlib.contextmanager

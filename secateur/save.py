@@ -211,11 +211,15 @@ def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
         save_file(copies, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in state.values())
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        variant = stem.removeprefix("model")
-        text = json.dumps(index, indent=2)
-        (folder / f"model.safetensors.index{variant}.json").write_text(text)
+        write_index(folder, stem, files, sum(tensor.nbytes for tensor in state.values()))
+
+
+def write_index(folder: Path, stem: str, files: Mapping[str, str], total_bytes: int) -> None:
+    """Write which tensor is in which of several weight files, where loaders look for it."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
+    variant = stem.removeprefix("model")
+    text = json.dumps(index, indent=2)
+    (folder / f"model.safetensors.index{variant}.json").write_text(text)
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

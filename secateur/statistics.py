@@ -20,7 +20,13 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Statistic(Protocol):
-    """A running sum: made for a number of inputs, updated with rows, read once at the end."""
+    """A running sum: made for a number of inputs, updated with rows, read once at the end.
+
+    `sums` are added up over processes, where several calibrate together, before it is read.
+    """
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]: ...
 
     def update(self, rows: Float[Tensor, "tokens in"]) -> None: ...
 
@@ -32,6 +38,10 @@ class InputNorm:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._sum = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return (self._sum,)
 
     def update(self, rows: Float[Tensor, "tokens in"]) -> None:
         self._sum += rows.float().square().sum(0)
@@ -46,6 +56,10 @@ class Gram:
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return (self._sum,)
+
     def update(self, rows: Float[Tensor, "tokens in"]) -> None:
         rows = rows.float()
         self._sum.addmm_(rows.T, rows)
@@ -54,8 +68,41 @@ class Gram:
         return self._sum / tokens
 
 
+# One batch in so many is held out of what is fitted, to choose between fits.
+HELD_OUT = 8
+
+
+def is_held_out(batch: int) -> bool:
+    """Whether the batch, counted from 0, is: the second, and every eighth after it."""
+    return batch % HELD_OUT == 1
+
+
+class HeldGram:
+    """`held_gram`, [in, in]: the part of `gram` that comes from held-out batches, in its units.
+
+    `gram - held_gram` is what the other batches give. A batch is a call of the layer; with one
+    batch nothing is held out, and all is zero.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._gram = Gram(in_features, device)
+        self.batches = 0  # so far; those of other processes that come before count too
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return self._gram.sums
+
+    def update(self, rows: Float[Tensor, "tokens in"]) -> None:
+        if is_held_out(self.batches):
+            self._gram.update(rows)
+        self.batches += 1
+
+    def value(self, tokens: int) -> Float[Tensor, "in in"]:
+        return self._gram.value(tokens)
+
+
 STATISTICS: Mapping[str, Callable[[int, torch.device], Statistic]] = MappingProxyType(
-    {"input_norm": InputNorm, "gram": Gram}
+    {"input_norm": InputNorm, "gram": Gram, "held_gram": HeldGram}
 )
 
 # Not sums over inputs, but asked for in the same way: see `secateur.gradients`.
@@ -65,13 +112,18 @@ GRADIENTS = ("gradient", "squared_gradient", "regional_gradient")
 def needed_by(function: Callable[..., Any], given: tuple[str, ...]) -> tuple[str, ...]:
     """The statistics that a criterion or an algorithm needs: its parameters that are not `given`.
 
-    Parameters with a default are options, not statistics. (A partial's fixed ones have one.)
+    A parameter that is named like a sum over inputs gets it, also where it has a default, which is
+    for calls by hand. Others with a default are options. (A partial's fixed ones have one.)
 
     Raises:
         ValueError: if a parameter is neither given nor a statistic.
     """
     parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.default is p.empty and p.name not in given]
+    names = [
+        p.name
+        for p in parameters
+        if p.name not in given and (p.default is p.empty or p.name in STATISTICS)
+    ]
     for name in names:
         if name not in STATISTICS and name not in GRADIENTS:
             known = ", ".join([*given, *STATISTICS, *GRADIENTS])
@@ -86,6 +138,11 @@ def call_with(function: Callable[..., T], available: Mapping[str, Any]) -> T:
     """The function called with those of the available values that its parameters name."""
     names = inspect.signature(function).parameters
     return function(**{name: value for name, value in available.items() if name in names})
+
+
+def call(function: Callable[..., T], *arguments: Any) -> T:
+    """function(*arguments), computed anew: the `once` of an algorithm that is called by hand."""
+    return function(*arguments)
 
 
 def score(

@@ -1,8 +1,10 @@
 """Safetensors files. Importing `safetensors.torch` costs 0.1 s, so it waits for the first file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -11,6 +13,29 @@ def load_file(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of these names in the file, on the CPU; no other is read."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def shapes_in(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The shape and the dtype of every tensor in the file, by name; no tensor is read whole."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        # An empty slice is the one way to ask for a dtype as torch knows it.
+        return {name: (tuple(s.get_shape()), _dtype(s)) for name, s in slices.items()}
+
+
+def _dtype(part: Any) -> torch.dtype:
+    empty: Tensor = part[:0] if part.get_shape() else part[...]
+    return empty.dtype
 
 
 def save_file(

@@ -124,13 +124,16 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    verbs = "doctor inspect sense plan prune recover eval bench tune check export report demo"
+    verbs = (
+        "doctor inspect sense plan prune stream recover eval bench tune check export report demo"
+    )
     assert all(f" {verb} " in done.stdout for verb in verbs.split())
 
 
 def test_prune_s_help_lists_every_method() -> None:
     text = " ".join(said(run("prune", "--help")).replace("│", " ").split())
     assert "magnitude, magnitude_l2, random, ria, snip" in text and "sparsegpt" in text
+    assert "'best' is 'blockwise(alps)'" in text
 
 
 def test_version() -> None:
@@ -142,6 +145,7 @@ def test_every_exported_function_is_a_method(module: Any) -> None:
     functions = [n for n in module.__all__ if not isinstance(vars(module)[n], type)]
     # They take a method, a mask, or a model that is pruned already.
     others = ("refit", "refitted", "swap", "swapped", "blockwise", "compensate", "compensation")
+    others += ("estimate",)  # takes what the preset does
     functions = [n for n in functions if n not in others]
     assert functions
     for name in functions:
@@ -159,10 +163,10 @@ def test_refit_is_a_method_with_the_mask_of_another() -> None:
     method = find_method("refit(wanda)", ["damping=0.1"])
     assert method.refits and sorted(method.needs) == ["gram", "input_norm"]
     assert name_of(method.function) == "refit(wanda, damping=0.1)"
-    assert find_method("refit(sparsegpt)").needs == ("gram",)
+    assert find_method("refit(sparsegpt)").needs == ("gram", "held_gram")
     with pytest.raises(ValueError, match="unknown method 'wand': did you mean 'wanda'"):
         find_method("refit(wand)")
-    with pytest.raises(ValueError, match=r"refit\(wanda\) has no option 'grid=1': .* damping=0.01"):
+    with pytest.raises(ValueError, match=r"refit\(wanda\) has no option 'grid=1': .* damping=None"):
         find_method("refit(wanda)", ["grid=1"])
 
 
@@ -179,10 +183,28 @@ def test_swap_is_a_method_that_betters_the_mask_of_another() -> None:
 
 def test_blockwise_is_a_method_that_trains_after_another() -> None:
     method = find_method("blockwise(refit(wanda))", ["epochs=2"])
-    assert method.refits and sorted(method.needs) == ["gram", "input_norm"]
+    assert method.refits and sorted(method.needs) == ["gram", "held_gram", "input_norm"]
     assert method.function.name == "blockwise(refit(wanda), epochs=2)"
     with pytest.raises(ValueError, match=r"blockwise\(alps\) has no option 'damping=1': .* epochs"):
         find_method("blockwise(alps)", ["damping=1"])
+
+
+def test_best_is_the_preset_and_has_no_options() -> None:
+    method = find_method("best")
+    assert method.function == sc.blockwise(sc.alps) and method.refits
+    assert method.needs == ("gram", "held_gram")
+    with pytest.raises(ValueError, match="best has no option 'epochs=1': .* it has none"):
+        find_method("best", ["epochs=1"])
+    with pytest.raises(ValueError, match="unknown method 'bst': did you mean 'best'"):
+        find_method("bst")
+
+
+def test_what_the_library_gives_is_no_option() -> None:
+    assert find_method("alps", ["damping=1"]).function.keywords == {"damping": 1.0}
+    with pytest.raises(ValueError, match="alps needs a float for damping, got 'much': it is None"):
+        find_method("alps", ["damping=much"])
+    with pytest.raises(ValueError, match=r"alps has no option 'once=1': .*, it has damping=None$"):
+        find_method("alps", ["once=1"])
 
 
 def test_a_new_criterion_works_by_being_exported(

@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 import secateur as sc
-from secateur.statistics import STATISTICS, call_with, name_of, needed_by
+from secateur.statistics import STATISTICS, call_with, is_held_out, name_of, needed_by
 
 
 def test_sums_over_batches_equal_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, 12, generator=generator) for n in (5, 1, 30)]
-    rows = torch.cat(batches).double()
-    expected = {"input_norm": rows.square().sum(0).sqrt(), "gram": rows.T @ rows / 36}
+    rows, held = torch.cat(batches).double(), batches[1].double()
+    expected = {
+        "input_norm": rows.square().sum(0).sqrt(),
+        "gram": rows.T @ rows / 36,
+        "held_gram": held.T @ held / 36,
+    }
     assert STATISTICS.keys() == expected.keys()
     for name, make in STATISTICS.items():
         statistic = make(12, torch.device("cpu"))
@@ -23,6 +27,16 @@ def test_sums_over_batches_equal_float64() -> None:
         torch.testing.assert_close(
             statistic.value(36).double(), expected[name], rtol=1e-5, atol=1e-6
         )
+
+
+def test_of_one_batch_nothing_is_held_out_and_of_many_one_in_eight() -> None:
+    for batches, held in ((1, []), (2, [1]), (9, [1]), (18, [1, 9, 17])):
+        statistic = STATISTICS["held_gram"](batches, torch.device("cpu"))
+        for row in torch.eye(batches):
+            statistic.update(row[None])
+        expected = torch.zeros(batches).index_fill(0, torch.tensor(held, dtype=torch.int64), 1.0)
+        assert torch.equal(statistic.value(1), expected.diag())
+        assert [b for b in range(batches) if is_held_out(b)] == held
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -44,6 +58,7 @@ def test_parameters_are_the_declaration() -> None:
     assert needed_by(functools.partial(sc.sparsegpt, damping=1.0), ("weight", "pattern")) == (
         "gram",
     )
+    assert needed_by(sc.alps, ("weight", "pattern")) == ("gram", "held_gram")  # with its default
     with pytest.raises(ValueError, match="random asks for 'layer_seed', which is no statistic"):
         needed_by(sc.random, ("weight",))
 

@@ -33,6 +33,7 @@ ROOMS = {
 
 # Rooms with no name in `secateur.__all__` that users import from all the same.
 MODULES = {
+    "compat.torchao": "Names of torchao",
     "costs": "Costs for a budget",
     "evaluate": "Evaluation",
     "free_dimensions": "Free dimensions",
@@ -41,7 +42,12 @@ MODULES = {
     "permute": "Permutation",
     "schedules": "Schedules",
     "statistics": "Statistics",
+    "stream": "Models larger than memory",
 }
+
+
+# Public values, which have no docstring of their own: the module that says what they are.
+VALUES = {"best": "secateur.reconstruct.best"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,10 @@ class Page:
     def __str__(self) -> str:
         module = importlib.import_module(f"secateur.{self.room}")
         parts = [f"# {self.title}", (inspect.getdoc(module) or "").split("\n\n")[0]]
-        parts += [_directive(f"secateur::{name}", vars(secateur)[name]) for name in self.public]
+        parts += [
+            _directive(f"{VALUES.get(name, 'secateur')}::{name}", vars(secateur)[name])
+            for name in self.public
+        ]
         if self.public and self.others:
             parts.append(f"## Also in `secateur.{self.room}`")
         elif self.others:
@@ -119,14 +128,16 @@ def _index(written: list[Page]) -> str:
 
 
 def _directive(target: str, value: object) -> str:
-    kind = "class" if inspect.isclass(value) else "function"
+    kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
     options = "   :members:\n" if kind == "class" else ""
     body = f".. auto{kind}:: {target}\n{options}"
     return "```{eval-rst}\n" + textwrap.dedent(body).rstrip() + "\n```"
 
 
 def _summary(name: str) -> str:
-    return " ".join((inspect.getdoc(vars(secateur)[name]) or "").split("\n\n")[0].split())
+    value = vars(secateur)[name]
+    said = importlib.import_module(VALUES[name]) if name in VALUES else value
+    return " ".join((inspect.getdoc(said) or "").split("\n\n")[0].split())
 
 
 def _room(name: str) -> str:

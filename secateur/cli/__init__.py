@@ -11,6 +11,7 @@ from secateur.cli.look import check, doctor, inspect, plan
 from secateur.cli.measure import bench, evaluate, sense
 from secateur.cli.page import demo, report
 from secateur.cli.prune import prune
+from secateur.cli.stream import stream
 from secateur.cli.tuning import tune
 from secateur.cli.write import export, recover
 
@@ -51,6 +52,7 @@ app.command(rich_help_panel=LOOK)(doctor)
 app.command(rich_help_panel=LOOK)(inspect)
 app.command(rich_help_panel=WORK)(plan)
 app.command(rich_help_panel=WORK)(prune)
+app.command(rich_help_panel=WORK)(stream)
 app.command(rich_help_panel=WORK)(recover)
 app.command(rich_help_panel=WORK)(export)
 app.command(rich_help_panel=MEASURE)(check)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from torch import nn
@@ -17,9 +17,9 @@ from secateur import criteria, reconstruct
 from secateur.plan import Plan
 from secateur.prune import PruneReport, prune_, reconstruct_
 from secateur.replay import Batch
-from secateur.statistics import needed_by
+from secateur.statistics import STATISTICS, needed_by
 
-ALGORITHM_GIVEN = ("weight", "pattern", "dtype", "layer")
+ALGORITHM_GIVEN = ("weight", "pattern", "dtype", "layer", "once")
 
 
 def criteria_by_name() -> dict[str, Callable[..., Any]]:
@@ -39,7 +39,8 @@ def method_help() -> str:
         f"Zeros only, kept weights as they are: {', '.join(criteria_by_name())}. "
         f"Kept weights refitted: {', '.join(algorithms_by_name())}, and 'refit(METHOD)' with the "
         "mask of any of these. 'swap(METHOD)' betters a mask and moves no weight, "
-        "'blockwise(METHOD)' trains the kept weights of each half-block together."
+        "'blockwise(METHOD)' trains the kept weights of each half-block together, and 'best' is "
+        "'blockwise(alps)'."
     )
 
 
@@ -82,12 +83,17 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
         algorithm = wrapper(find_method(inner[2]).function, **_options(name, wrapper, options))
         each = algorithm.method if isinstance(algorithm, reconstruct.Blockwise) else algorithm
         return Method(name, algorithm, True, needed_by(each, given=ALGORITHM_GIVEN))
+    if name == "best":
+        _options(name, lambda: None, options)
+        needs = needed_by(reconstruct.best.method, given=ALGORITHM_GIVEN)
+        return Method(name, reconstruct.best, True, needs)
     algorithms = algorithms_by_name()
     known = {**criteria_by_name(), **algorithms}
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+        names = [*known, "best"]
+        close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown method {name!r}: {hint}Methods are {', '.join(known)}")
+        raise ValueError(f"unknown method {name!r}: {hint}Methods are {', '.join(names)}")
     function = known[name]
     refits = name in algorithms
     given = ALGORITHM_GIVEN if refits else ("weight", "layer_seed")
@@ -116,20 +122,25 @@ def _exported(module: ModuleType) -> dict[str, Callable[..., Any]]:
 
 def _options(name: str, function: Callable[..., Any], options: Sequence[str]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    given = (*ALGORITHM_GIVEN, *STATISTICS)
+    defaults = {
+        p.name: (p.default, float if float in get_args(p.annotation) else type(p.default))
+        for p in parameters
+        if p.default is not p.empty and p.name not in given
+    }
     found: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals or key not in defaults:
-            has = ", ".join(f"{k}={v}" for k, v in defaults.items()) or "none"
+            has = ", ".join(f"{k}={v}" for k, (v, _) in defaults.items()) or "none"
             raise ValueError(f"{name} has no option {option!r}: write NAME=VALUE, it has {has}")
+        default, kind = defaults[key]
         read = yaml.safe_load(value)
-        if isinstance(defaults[key], float) and isinstance(read, int):
+        if kind is float and isinstance(read, int):
             read = float(read)
-        if defaults[key] is not None and type(read) is not type(defaults[key]):
-            kind = type(defaults[key]).__name__
+        if kind is not type(None) and type(read) is not kind:
             raise ValueError(
-                f"{name} needs a {kind} for {key}, got {value!r}: it is {defaults[key]}"
+                f"{name} needs a {kind.__name__} for {key}, got {value!r}: it is {default}"
             )
         found[key] = read
     return found

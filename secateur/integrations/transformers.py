@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 # Everything that tokenizers, processors and chat templates are known to be stored in.
 TOKENIZER_FILES = (
@@ -42,17 +43,7 @@ def load_folder(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Modu
             or incomplete, or transformers is not installed.
     """
     folder = Path(folder)
-    config = _config(folder)
-    architecture = _architecture(config, folder)
-    if any(folder.glob(PACKED_FILES)):
-        raise ValueError(
-            f"{folder} is in secateur's packed form: load it with sc.load({str(folder)!r})"
-        )
-    if "quantization_config" in config:
-        raise ValueError(
-            f"load_folder needs a dense model, {folder / 'config.json'} has a quantization_config: "
-            "use the model that it was quantized from"
-        )
+    architecture = _dense_architecture(folder)
     try:
         model, found = architecture.from_pretrained(
             folder,
@@ -91,6 +82,37 @@ def unloaded(folder: str | Path) -> nn.Module:
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     built: nn.Module = model.eval()
     return built
+
+
+def hollow(folder: str | Path) -> nn.Module:
+    """The model in a Hugging Face folder without its weights, in eval mode; no weight is read.
+
+    Parameters are on the meta device, tied ones the same object; buffers hold their values.
+
+    Raises:
+        ValueError: if the folder or its config is missing, damaged, packed or quantized, its model
+            is none of transformers' own, or the config names no dtype.
+    """
+    folder = Path(folder)
+    _dense_architecture(folder)
+    config = _config(folder)
+    if not (config.get("dtype") or config.get("torch_dtype")):
+        raise ValueError(
+            f'{folder / "config.json"} needs a "dtype", the one in which the weights are stored: '
+            "add it"
+        )
+    handle = register_module_parameter_registration_hook(_without_memory)
+    try:
+        return unloaded(folder)
+    finally:
+        handle.remove()
+
+
+def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    """What is registered in place of a parameter; None for the parameter itself."""
+    if parameter is None or parameter.is_meta:
+        return None  # also one that is tied, so that both stay the same
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -211,6 +233,22 @@ def token_rows(source: str, rows: int, batch: int) -> list[Tensor]:
 
 
 # --- config.json ---------------------------------------------------------------------------------
+
+
+def _dense_architecture(folder: Path) -> Any:
+    """The class of the model in the folder, whose weights have to be dense."""
+    config = _config(folder)
+    architecture = _architecture(config, folder)
+    if any(folder.glob(PACKED_FILES)):
+        raise ValueError(
+            f"{folder} is in secateur's packed form: load it with sc.load({str(folder)!r})"
+        )
+    if "quantization_config" in config:
+        raise ValueError(
+            f"load_folder needs a dense model, {folder / 'config.json'} has a quantization_config: "
+            "use the model that it was quantized from"
+        )
+    return architecture
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Reconstruction: functions `(weight, statistic..., pattern) -> Solution` moving kept weights."""
 
 from secateur.reconstruct.alps import alps
+from secateur.reconstruct.best import Estimate, best, estimate
 from secateur.reconstruct.block import Blockwise, blockwise
 from secateur.reconstruct.lowrank import (
     Compensated,
@@ -17,11 +18,14 @@ __all__ = [
     "Blockwise",
     "Compensated",
     "CompensationReport",
+    "Estimate",
     "Solution",
     "alps",
+    "best",
     "blockwise",
     "compensate",
     "compensation",
+    "estimate",
     "refit",
     "refitted",
     "sparsegpt",

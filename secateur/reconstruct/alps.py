@@ -8,13 +8,18 @@ Source: Meng et al., NeurIPS 2024, arXiv:2406.07831, algorithms 1 and 2 and appe
 start where rho was too large at once is of the authors' code.
 """
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.patterns import Pattern
-from secateur.reconstruct.refit import normalised, refitted
+from secateur.reconstruct.refit import DAMPING, normalised, refitted
 from secateur.reconstruct.solution import Solution
+from secateur.statistics import call
 
 RHO = 0.1  # the first
 EVERY = 3  # iterations between two looks at the support
@@ -22,40 +27,67 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # rho grows if more than this s
 SMALLER = 5.0
 ITERATIONS = 300
 
+# Of ||A||, that float32's eigenvectors may miss. ADMM divides by L + rho, so that what matters is
+# this against rho, and float32 misses about 1e-6.
+MISSED = 1e-4
+
 
 def alps(
     weight: Float[Tensor, "out in"],
     gram: Float[Tensor, "in in"],
     pattern: Pattern,
+    held_gram: Float[Tensor, "in in"] | None = None,
     *,
-    damping: float = 0.01,
+    damping: float | None = None,
+    once: Callable[..., Any] = call,
 ) -> Solution:
     """The weight with the pattern's zeros where ADMM finds that they cost least, then refitted.
 
     Weights compete for the mask by their squared magnitude, each in units of its input's norm, as
     they are after making up for one another. Any pattern works: its own mask of that score is the
-    projection.
+    projection. The damping is `DAMPING` for the mask, and for the refit the one that the held-out
+    part of the data chooses; where it is given, it is that for both.
 
-    Cost: O(in^3) once in float64, for the eigenvectors, and two products with an in x in matrix an
-        iteration, 300 at most; 8 out in + 6 in^2 in float32 memory; then that of the refit.
+    Cost: O(in^3), for the eigenvectors, which layers with the same input share (`once`), and two
+        products with an in x in matrix an iteration, 300 at most; 8 out in + 6 in^2 in float32
+        memory; then that of the refit.
     Raises:
         ValueError: as `secateur.reconstruct.refitted`.
     Source: Meng et al., NeurIPS 2024, arXiv:2406.07831.
     """
-    A, n = normalised(gram, damping, torch.float64)
-    mask, settled = _admm(weight.double() * n, A, pattern)
-    found = refitted(weight, mask, gram, damping=damping)
+    for_mask = DAMPING if damping is None else damping
+    L, Q = once(_eigenvectors, gram, for_mask)
+    A, n = normalised(gram, for_mask, torch.float32)
+    start = weight.float() * n
+    WA = start @ A
+    del A, n  # the refit needs the room
+    mask, settled = _admm(start, WA, L, Q, pattern)
+    found = refitted(weight, mask, gram, held_gram, damping=damping)
     note = "" if settled else f"the mask still changed after {ITERATIONS} iterations"
     return found._replace(note="; ".join(filter(None, [note, found.note])))
 
 
+def _eigenvectors(
+    gram: Float[Tensor, "in in"], damping: float
+) -> tuple[Float[Tensor, " in"], Float[Tensor, "in in"]]:
+    """L and Q of the normalised Gram matrix, found in float64 where float32 fails."""
+    A, _ = normalised(gram, damping, torch.float32)
+    with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        L, Q = torch.linalg.eigh(A)
+        if (Q * L @ Q.T).sub_(A).norm() <= MISSED * A.norm():
+            return L, Q
+    L, Q = torch.linalg.eigh(normalised(gram, damping, torch.float64)[0])
+    return L.float(), Q.float()
+
+
 def _admm(
-    W: Float[Tensor, "out in"], A: Float[Tensor, "in in"], pattern: Pattern
+    start: Float[Tensor, "out in"],
+    WA: Float[Tensor, "out in"],
+    L: Float[Tensor, " in"],
+    Q: Float[Tensor, "in in"],
+    pattern: Pattern,
 ) -> tuple[Bool[Tensor, "out in"], bool]:
     """The support of D once it has stopped changing, and whether it has."""
-    L, Q = (part.float() for part in torch.linalg.eigh(A))
-    WA = (W @ A).float()
-    start = W.float()
     seen = first = pattern.mask(start.square())
     D, V = start.masked_fill(~first, 0), torch.zeros_like(start)
     rho, raised = RHO, False

@@ -23,10 +23,7 @@ from secateur import layers as _layers
 from secateur.halves import HalfBlock
 from secateur.layers import weight_of
 from secateur.reconstruct.refit import refit
-from secateur.statistics import name_of
-
-# One batch in so many, and at least one, is not trained on but decides which weights are kept.
-HELD_OUT = 8
+from secateur.statistics import is_held_out, name_of
 
 EPOCHS = 4
 LEARNING_RATE = 0.01
@@ -65,10 +62,9 @@ class Blockwise:
         best weights seen, the start among them: the second error is never above the first.
         """
         run = _Run(half, layers, masks)
-        held_out = list(range(len(half.targets)))[HELD_OUT - 1 :: HELD_OUT] or [
-            len(half.targets) - 1
-        ]
-        trained = [b for b in range(len(half.targets)) if b not in held_out]
+        batches = range(len(half.targets))
+        held_out = [b for b in batches if is_held_out(b)]
+        trained = [b for b in batches if not is_held_out(b)]
         best = {name: w.detach().clone() for name, w in run.weights.items()}
         before = after = run.held_out_error(held_out)
         steps = self.epochs * len(trained)

@@ -14,6 +14,7 @@ from torch import nn
 
 from secateur.integrations.transformers import (
     copy_tokenizer,
+    hollow,
     is_transformers,
     load_folder,
     save_config,
@@ -191,6 +192,21 @@ def test_copy_tokenizer_takes_the_tokenizer_and_nothing_else(folder: Path, tmp_p
     assert copy_tokenizer(folder, target) == ("tokenizer.json", "merges.txt")
     assert {p.name for p in target.iterdir()} == {"tokenizer.json", "merges.txt"}
     assert (target / "merges.txt").read_text() == "#version"
+
+
+def test_a_hollow_model_is_the_loaded_one_without_weights(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", "llama", dtype="bfloat16")
+    model, loaded = hollow(folder), load_folder(folder)
+    assert type(model) is type(loaded) and not model.training
+    described = {n: (p.shape, p.dtype) for n, p in loaded.named_parameters()}
+    assert {n: (p.shape, p.dtype) for n, p in model.named_parameters()} == described
+    assert all(p.is_meta for p in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    buffers = dict(loaded.named_buffers())
+    assert buffers and all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    change_config(folder, dtype=None)
+    with pytest.raises(ValueError, match='needs a "dtype", the one in which'):
+        hollow(folder)
 
 
 # --- text ----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """ALPS: held to the paper's algorithm in float64, and to laws of its own."""
 
+import copy
 import functools
 import importlib
 
@@ -12,6 +13,9 @@ from torch import Tensor
 import secateur as sc
 from secateur.patterns import Pattern
 from secateur.reconstruct import refitted
+from secateur.reconstruct.refit import normalised
+from secateur.statistics import name_of
+from tests.models import Decoder
 from tests.reconstruct.test_refit import PATTERNS, hessian, row_by_row
 from tests.reconstruct.test_sparsegpt import output_error, problem
 
@@ -182,3 +186,83 @@ def test_a_mask_that_never_rests_is_told_in_the_note(monkeypatch: pytest.MonkeyP
     solution = sc.alps(weight, gram, sc.NM(2, 4))
     assert solution.note == "the mask still changed after 6 iterations"
     assert sc.NM(2, 4).violation(solution.mask) is None
+
+
+# --- eigenvectors --------------------------------------------------------------------------------
+
+
+def in_float64(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
+    """The weight with eigenvectors that were found in float64."""
+    module = importlib.import_module("secateur.reconstruct.alps")  # not the function of that name
+
+    def once(function, *arguments):  # type: ignore[no-untyped-def]
+        assert function is module._eigenvectors
+        A, _ = normalised(*arguments, torch.float64)
+        return tuple(part.float() for part in torch.linalg.eigh(A))
+
+    return sc.alps(weight, gram, pattern, once=once).weight
+
+
+def spread(gram: Tensor) -> Tensor:
+    """Inputs of sizes from 1 to 1000, as of outlier channels."""
+    sizes = torch.logspace(0, 3, len(gram))
+    return gram * sizes * sizes[:, None]
+
+
+def few_directions(gram: Tensor) -> Tensor:
+    """Of rank 8: all but its 8 largest eigenvalues are the damping's."""
+    L, Q = torch.linalg.eigh(gram)
+    return Q[:, -8:] * L[-8:] @ Q[:, -8:].T
+
+
+@pytest.mark.parametrize("make", [torch.clone, spread, few_directions])
+@pytest.mark.parametrize("pattern", [sc.NM(2, 4), sc.Unstructured(0.7)], ids=str)
+def test_eigenvectors_in_float32_find_masks_as_good(pattern: Pattern, make) -> None:  # type: ignore[no-untyped-def]
+    for seed in range(3):
+        weight, gram = problem(columns=160, seed=seed)
+        H = hessian(make(gram))
+        found = output_error(weight, sc.alps(weight, make(gram), pattern).weight, H)
+        assert found == pytest.approx(
+            output_error(weight, in_float64(weight, make(gram), pattern), H), rel=0.01
+        )
+
+
+@pytest.mark.parametrize("wrong", ["raises", "inaccurate", "nan"])
+def test_where_float32_fails_they_are_found_in_float64(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, gram = problem(columns=64)
+    expected = in_float64(weight, gram, sc.NM(2, 4))
+    eigh = torch.linalg.eigh
+
+    def fails(A: Tensor) -> tuple[Tensor, Tensor]:
+        L, Q = eigh(A)
+        if A.dtype == torch.float64:
+            return L, Q
+        if wrong == "raises":
+            raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
+        return L * (1.01 if wrong == "inaccurate" else torch.nan), Q
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    assert torch.equal(sc.alps(weight, gram, sc.NM(2, 4)).weight, expected)
+
+
+@pytest.mark.parametrize("method", [sc.alps, sc.refit(sc.alps, damping=0.1)], ids=name_of)
+def test_layers_with_the_same_input_share_them(  # type: ignore[no-untyped-def]
+    method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four inputs in each of three blocks, of q, k and v together, and the same result as alone."""
+    torch.manual_seed(0)
+    model = Decoder()
+    apart = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(20, (2, 6), generator=generator) for _ in range(3)]
+    eigh, calls = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda A: calls.append(1) or eigh(A))
+    sc.reconstruct_(model, "2:4", method, batches)
+    assert len(calls) == 12
+    monkeypatch.setattr("secateur.run.functools.cache", lambda function: function)
+    sc.reconstruct_(apart, "2:4", method, batches)
+    assert len(calls) == 12 + 18
+    for a, b in zip(model.parameters(), apart.parameters(), strict=True):
+        assert torch.equal(a, b)

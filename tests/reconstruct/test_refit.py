@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.patterns import Pattern
 from secateur.reconstruct import Solution, refitted
-from secateur.reconstruct.refit import TOLERANCE
+from secateur.reconstruct.refit import DAMPING, DAMPINGS, TOLERANCE
 from secateur.statistics import name_of, needed_by
 from tests.reconstruct.test_sparsegpt import output_error, problem
 
@@ -176,17 +176,17 @@ def test_float64_takes_over_where_float32_cannot_reach_the_tolerance(
     """A tolerance below float32's rounding: what is left over is finished in float64."""
     module = importlib.import_module("secateur.reconstruct.refit")  # not the function of that name
     monkeypatch.setattr(module, "TOLERANCE", 1e-9)
-    finish, left = module._in_float64, []
+    solved, left = module._solved, []
 
     def watched(*given):  # type: ignore[no-untyped-def]
-        X, open_rows = finish(*given)
-        left.append((len(X), open_rows))
-        return X, open_rows
+        X, rough = solved(*given)
+        left.append((X.dtype, int(rough.sum())))
+        return X, rough
 
-    monkeypatch.setattr(module, "_in_float64", watched)
+    monkeypatch.setattr(module, "_solved", watched)
     weight, gram = problem(columns=40)
     assert refitted(weight, sc.NM(2, 4).mask(weight.abs()), gram).note == ""
-    assert left == [(24, 0)]
+    assert left == [(torch.float32, 24), (torch.float64, 0)]
 
 
 def test_inputs_that_were_never_active_keep_their_weights_and_are_reported() -> None:
@@ -265,6 +265,127 @@ def test_what_is_no_method_is_refused(unchecked: None) -> None:
         sc.refit("wanda")  # type: ignore[arg-type]
 
 
+# --- the damping that held-out batches choose ----------------------------------------------------
+
+
+def parts_of_data(
+    tokens: int, seed: int = 0, noise: float = 0.3
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A weight, the Gram matrix of all tokens, its held-out part, and that of fresh tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(8, 32, generator=generator)
+
+    def draw(count: int) -> Tensor:
+        of_each = torch.randn(count, 32, generator=generator)
+        return torch.randn(count, 8, generator=generator) @ mix + noise * of_each
+
+    x, fresh = draw(tokens), draw(4000)
+    held = x[: tokens // 4]
+    weight = torch.randn(20, 32, generator=generator)
+    return weight, x.T @ x / tokens, held.T @ held / tokens, fresh.T @ fresh / len(fresh)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**31), st.sampled_from([12, 40, 100, 2000]), st.sampled_from(PATTERNS))
+def test_the_damping_is_the_one_of_least_held_out_error(
+    seed: int, tokens: int, pattern: Pattern
+) -> None:
+    """Worked out in float64 row by row; the result is the refit on all data with that damping."""
+    weight, gram, held, _ = parts_of_data(tokens, seed)
+    mask = pattern.mask(weight.abs())
+    found = refitted(weight, mask, gram, held)
+    errors = {}
+    for damping in DAMPINGS:
+        trained = row_by_row(weight, mask, hessian(gram - held, damping))
+        errors[damping] = output_error(weight.double(), trained, held)
+    by_note = [d for d in DAMPINGS if found.note == (f"damping {d:g}" if d != DAMPING else "")]
+    (chosen,) = by_note
+    assert errors[chosen] <= min(errors.values()) * (1 + 1e-3) + 1e-9
+    assert torch.equal(found.weight, refitted(weight, mask, gram, damping=chosen).weight)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "noise", "high"), [(40, 10.0, True), (4000, 0.3, False)], ids=["few", "many"]
+)
+def test_the_choice_pays_on_fresh_data(tokens: int, noise: float, high: bool) -> None:
+    """Few tokens of inputs that hardly depend on one another need much, many need little."""
+    chosen, usual = 0.0, 0.0
+    for seed in range(4):
+        weight, gram, held, fresh = parts_of_data(tokens, seed, noise)
+        mask = sc.NM(2, 4).mask(weight.abs() * gram.diagonal().sqrt())
+        solution = refitted(weight, mask, gram, held)
+        assert (float(solution.note.removeprefix("damping ")) > DAMPING) == high
+        chosen += output_error(weight, solution.weight, fresh)
+        usual += output_error(weight, refitted(weight, mask, gram).weight, fresh)
+    assert chosen < 0.995 * usual
+
+
+def test_every_nth_output_speaks_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("secateur.reconstruct.refit")  # not the function of that name
+    weight, gram, held, _ = parts_of_data(40)
+    mask = sc.NM(2, 4).mask(weight.abs())
+    alone = refitted(weight[::10], mask[::10], gram, held)
+    monkeypatch.setattr(module, "CHOOSING", 2)
+    weight[1::10] *= 1e6  # not looked at
+    assert refitted(weight, mask, gram, held).note == alone.note != ""
+
+
+@pytest.mark.parametrize("part", [0.0, 1.0])
+def test_nothing_held_out_or_nothing_else_takes_the_usual_damping(part: float) -> None:
+    weight, gram, _, _ = parts_of_data(40)
+    mask = sc.NM(2, 4).mask(weight.abs())
+    found = refitted(weight, mask, gram, part * gram)
+    assert found.note == "" and torch.equal(found.weight, refitted(weight, mask, gram).weight)
+
+
+def test_where_the_damping_does_not_matter_it_is_the_usual_one() -> None:
+    weight, gram, held, _ = parts_of_data(40)
+    assert refitted(weight, torch.ones_like(weight, dtype=torch.bool), gram, held).note == ""
+
+
+def test_a_given_damping_is_taken_as_it_is() -> None:
+    weight, gram, held, _ = parts_of_data(40)
+    mask = sc.NM(2, 4).mask(weight.abs())
+    given_one = refitted(weight, mask, gram, held, damping=0.2)
+    assert given_one.note == ""
+    assert torch.equal(given_one.weight, refitted(weight, mask, gram, damping=0.2).weight)
+
+
+def test_a_held_out_part_that_is_no_gram_matrix_is_refused() -> None:
+    weight, gram, held, _ = parts_of_data(40)
+    held[0, 1] = torch.nan
+    with pytest.raises(ValueError, match="a Gram matrix is finite .* has 1 entries"):
+        refitted(weight, torch.ones_like(weight, dtype=torch.bool), gram, held)
+
+
+@pytest.mark.parametrize("method", [sc.refit(sc.magnitude), sc.alps], ids=name_of)
+def test_reconstructing_holds_the_second_batch_out(method) -> None:  # type: ignore[no-untyped-def]
+    model, batches = model_and_batches()
+    few = [batch[:16] for batch in batches]
+    weight = model[0].weight.detach().clone()
+    row = sc.reconstruct_(model, "2:4", method, few).layers[0]
+    x, held = torch.cat(few), few[1]
+    grams = x.T @ x / len(x), held.T @ held / len(x)
+    expected = refitted(weight, model[0].weight != 0, *grams)
+    assert row.note == expected.note != ""
+    found = model[0].weight.detach()
+    usual = refitted(weight, model[0].weight != 0, grams[0]).weight
+    lost = [output_error(found, other, grams[0]) for other in (expected.weight, usual)]
+    assert lost[0] < 1e-2 * lost[1]  # sums in another order end another step
+
+
+def test_one_batch_takes_the_usual_damping() -> None:
+    model, batches = model_and_batches()
+    weight = model[0].weight.detach().clone()
+    x = batches[0][:30]
+    assert sc.reconstruct_(model, "2:4", sc.refit(sc.magnitude), [x]).layers[0].note == ""
+    expected = refitted(weight, model[0].weight != 0, x.T @ x / len(x), damping=DAMPING)
+    torch.testing.assert_close(model[0].weight.detach(), expected.weight, rtol=1e-2, atol=1e-4)
+
+
+# --- as an algorithm -----------------------------------------------------------------------------
+
+
 def model_and_batches() -> tuple[nn.Module, list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
@@ -277,10 +398,10 @@ def model_and_batches() -> tuple[nn.Module, list[Tensor]]:
 
 def test_a_method_with_its_refit_is_an_algorithm() -> None:
     for method, asks in (
-        (sc.refit(sc.wanda), {"gram", "input_norm"}),
-        (sc.refit(sc.magnitude), {"gram"}),
-        (sc.refit(sc.random), {"gram"}),
-        (sc.refit(functools.partial(sc.sparsegpt, damping=0.1)), {"gram"}),
+        (sc.refit(sc.wanda), {"gram", "held_gram", "input_norm"}),
+        (sc.refit(sc.magnitude, damping=0.1), {"gram"}),
+        (sc.refit(sc.random), {"gram", "held_gram"}),
+        (sc.refit(functools.partial(sc.sparsegpt, damping=0.1)), {"gram", "held_gram"}),
     ):
         assert set(needed_by(method, given=("weight", "pattern", "dtype", "layer"))) == asks
     assert name_of(sc.refit(sc.wanda)) == "refit(wanda)"
@@ -295,8 +416,8 @@ def test_reconstructing_takes_the_criterions_mask_and_refits_it(method) -> None:
     model, _ = model_and_batches()
     weight = model[0].weight.detach().clone()
     sc.prune_(pruned, "2:4", method, batches)
-    report = sc.reconstruct_(model, "2:4", sc.refit(method), batches)
-    assert report.method == f"refit({name_of(method)})"
+    report = sc.reconstruct_(model, "2:4", sc.refit(method, damping=0.01), batches)
+    assert report.method == f"refit({name_of(method)}, damping=0.01)"
     mask = pruned[0].weight != 0
     assert torch.equal(model[0].weight != 0, mask)
     x = torch.cat(batches)
@@ -313,7 +434,8 @@ def test_reconstructing_takes_an_algorithms_mask_and_note() -> None:
     plain = sc.reconstruct_(model, "2:4", sc.sparsegpt, batches).layers[0]
     found = sc.reconstruct_(other, "2:4", sc.refit(sc.sparsegpt), batches).layers[0]
     assert torch.equal(model[0].weight != 0, other[0].weight != 0)
-    assert plain.note == found.note == "1 inputs were never active"
+    assert plain.note == "1 inputs were never active"
+    assert found.note == "1 inputs were never active; damping 0.003"
     assert found.error is not None and plain.error is not None and found.error < plain.error
 
 

@@ -1,0 +1,68 @@
+"""Processes that calibrate together, as `torchrun` starts them: each brings batches of its own."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes that run the same code in step; each method is called by all of them.
+
+    In a team of one they do nothing.
+    """
+
+    size: int
+    rank: int
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What raises inside in one process raises in all, so that none waits for it in vain.
+
+        Inside, a process works alone: no method of the team may be called there.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.everyones(f"{type(error).__name__}: {error}")
+            raise
+        for rank, reason in enumerate(self.everyones("")):
+            if reason:
+                raise ValueError(f"process {rank} of {self.size} raised {reason}")
+
+    def everyones(self, value: T) -> list[T]:
+        """The values of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def add_up_(self, tensors: Iterable[Tensor]) -> None:
+        """Every tensor becomes its sum over the processes, the same bits in all of them."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def copy_from_(self, rank: int, tensor: Tensor) -> None:
+        """The tensor becomes what it is in the process of that rank."""
+        if self.size > 1:
+            same = tensor.detach().contiguous()
+            dist.broadcast(same, rank)
+            tensor.copy_(same)
+
+
+ALONE = Team(1, 0)
+
+
+def team() -> Team:
+    """All processes of `torch.distributed` where it has been initialised, else this one alone."""
+    if dist.is_available() and dist.is_initialized():
+        return Team(dist.get_world_size(), dist.get_rank())
+    return ALONE

@@ -1,0 +1,406 @@
+"""One pass over a model: every planned layer gets a new weight, or all stay as they were."""
+
+import contextlib
+import functools
+import inspect
+import sys
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from secateur import layers as _layers
+from secateur.calibrate import Observed, as_list, observe
+from secateur.checkpoint import Checkpoint
+from secateur.distributed import ALONE, Team, team
+from secateur.gradients import Loss, gradients
+from secateur.layers import weight_of
+from secateur.plan import Plan, match
+from secateur.reconstruct import Blockwise, Solution, best, estimate, refit, swap
+from secateur.replay import Batch
+from secateur.statistics import STATISTICS, call, call_with, name_of, needed_by
+from secateur.tables import text_table
+from secateur.undo import all_or_nothing
+from secateur.window import Window
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer.
+
+    `error` is the share of the layer's output energy that is lost, ||(W - W')X||^2 / ||WX||^2 on
+    the calibration inputs; None where the method does not gather what it takes to know.
+    """
+
+    layer: str
+    pattern: str
+    sparsity_before: float
+    sparsity: float
+    error: float | None
+    tokens: int
+    note: str
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune_` or `reconstruct_` did, layer by layer."""
+
+    method: str
+    layers: tuple[LayerResult, ...]
+    seconds: float
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("layer", "pattern", "sparsity", "output error", "tokens", "note")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                r.layer,
+                r.pattern,
+                f"{r.sparsity:.2%}",
+                "-" if r.error is None else f"{r.error:.4f}",
+                f"{r.tokens:,}",
+                r.note,
+            )
+            for r in self.layers
+        ]
+
+    def __str__(self) -> str:
+        head = f"{self.method}: {len(self.layers)} layers in {self.seconds:.1f} s"
+        return f"{text_table(self.columns, self.rows())}\n{head}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def reconstruction(
+    model: nn.Module,
+    plan: Plan,
+    algorithm: Callable[..., Solution] | Blockwise,
+    loss: Loss | None = None,
+) -> "Run":
+    """The pass that `reconstruct_` makes with this algorithm."""
+    blockwise: Blockwise | None = None
+    method: Callable[..., Solution]
+    if isinstance(algorithm, Blockwise):
+        blockwise, method = algorithm, algorithm.method
+    else:
+        method = algorithm
+    name = blockwise.name if blockwise else name_of(method)
+    require_kind(method, is_algorithm=True)
+    needs = needed_by(method, given=("weight", "pattern", "dtype", "layer"))
+
+    def solve(available: Mapping[str, Any], layer: str) -> Solution:
+        try:
+            solution: Solution = call_with(method, {**available, "layer": layer})
+            return solution
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {error}") from error
+
+    return Run(model, plan, name, needs, solve, loss, True, blockwise)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass that gives every planned layer a new weight, or leaves all as they were."""
+
+    model: nn.Module
+    plan: Plan
+    method: str
+    needs: tuple[str, ...]
+    solve: Callable[[Mapping[str, Any], str], Solution]
+    loss: Loss | None
+    sequential: bool
+    blockwise: Blockwise | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether it needs data."""
+        return bool(self.needs or self.blockwise)
+
+    @property
+    def team(self) -> Team:
+        """The processes that have to be asked: without data, each does the same on its own."""
+        return team() if self.asks else ALONE
+
+    def _require_data(self, batches: Iterable[Batch] | None) -> None:
+        if self.needs and batches is None:
+            raise ValueError(
+                f"{self.method} needs calibration data for {', '.join(self.needs)}: pass batches, "
+                "or use sc.magnitude"
+            )
+        if self.blockwise and self.team.size > 1:
+            raise ValueError(
+                f"{self.method} trains on one batch after another, which {self.team.size} "
+                "processes cannot share: run it in one process, or pass its method alone"
+            )
+
+    def __call__(
+        self, batches: Iterable[Batch] | None, offload: bool, checkpoint: str | Path | None
+    ) -> PruneReport:
+        begin = time.perf_counter()
+        with self.team.together():
+            layers = match(self.model, self.plan)
+            require_sound(layers)
+            self._require_data(batches)
+            known = checkpoint or self.team.size > 1
+            fingerprint = self._fingerprint(layers) if known else {}
+            saved = Checkpoint(checkpoint, fingerprint) if checkpoint else None
+            finished = saved.finished() if saved else {}
+            missing = {name: m for name, m in layers.items() if name not in finished}
+            listed = as_list(batches) if missing and self.asks and batches is not None else []
+        _require_same(self.team, fingerprint | {"checkpoint": list(finished)})
+        if self.blockwise == best and missing:
+            told = estimate(self.model, missing, listed, offload=offload)
+            tqdm.write(f"{self.method}: {told}", file=sys.stderr)
+        found = gradients(self.model, missing, listed, self.needs, self.loss, self.team)
+        with all_or_nothing() as undo:
+            source = self._observed(layers, finished, listed, offload, None)
+            results = self._walk(layers, source, saved, found, undo.remember)
+        return PruneReport(self.method, results, time.perf_counter() - begin)
+
+    def streamed(self, batches: Sequence[Batch], saved: Checkpoint, window: Window) -> PruneReport:
+        """The pass over a model whose blocks are loaded one by one; `saved` gets the weights.
+
+        Activations are kept on the CPU. The model itself is left without weights.
+
+        The method may not ask for gradients, and all layers lie in one chain of blocks.
+        """
+        begin = time.perf_counter()
+        layers = match(self.model, self.plan)
+        finished = saved.finished()
+        if all(name in finished for name in layers):
+            results = tuple(LayerResult(**finished[name]) for name in layers)
+        else:
+            with window.opened():
+                none: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+                source = self._observed(layers, finished, batches, True, window)
+                results = self._walk(layers, source, saved, none, lambda _: None)
+        return PruneReport(self.method, results, time.perf_counter() - begin)
+
+    @torch.no_grad()
+    def _walk(
+        self,
+        layers: Mapping[str, nn.Module],
+        source: Generator[Observed],
+        saved: Checkpoint | None,
+        gradient: dict[str, dict[str, Tensor]],
+        remember: Callable[[Mapping[str, nn.Parameter]], None],
+    ) -> tuple[LayerResult, ...]:
+        """Give every layer its new weight in its turn; those before go to `remember`."""
+        results: dict[str, LayerResult] = {}
+        masks: dict[str, Tensor] = {}
+        bar = tqdm(total=len(layers), desc=self.method, disable=None)
+        with bar, contextlib.closing(source):
+            for observed in source:
+                stage = {name: layers[name] for name in observed.statistics}
+                remember({name: weight_of(module) for name, module in stage.items()})
+                finished = saved.weights(stage) if saved else {}
+                for name, weight in finished.items():
+                    assert saved is not None
+                    weight_of(stage.pop(name)).copy_(weight)
+                    results[name] = LayerResult(**saved.finished()[name])
+                own = {name: gradient.pop(name) for name in stage}
+                for result, mask in self._changed(stage, observed, own):
+                    results[result.layer], masks[result.layer] = result, mask
+                bar.update(len(observed.statistics))
+                done = self._trained(observed, layers, masks, results)
+                if saved and done and self.team.rank == 0:
+                    weights = {name: weight_of(layers[name]) for name in done}
+                    saved.add(weights, {name: asdict(results[name]) for name in done})
+        return tuple(results[name] for name in layers)
+
+    def _observed(
+        self,
+        layers: Mapping[str, nn.Module],
+        finished: Collection[str],
+        batches: Iterable[Batch],
+        offload: bool,
+        window: Window | None,
+    ) -> Generator[Observed]:
+        sums = [name for name in self.needs if name in STATISTICS]
+        if len(finished) == len(layers) or not (sums or self.blockwise):
+            yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
+        else:
+            yield from observe(
+                self.model,
+                layers,
+                batches,
+                sums,
+                sequential=self.sequential,
+                offload=offload,
+                halves=self.blockwise is not None,
+                finished=finished,
+                team=self.team,
+                window=window,
+            )
+
+    def _trained(
+        self,
+        observed: Observed,
+        layers: Mapping[str, nn.Module],
+        masks: dict[str, Tensor],
+        results: dict[str, LayerResult],
+    ) -> Sequence[str]:
+        """The layers that are final now: those observed, or their half-block, once it is trained.
+
+        What was finished before is final too, but not anew.
+        """
+        half = observed.half
+        if half is None or self.blockwise is None:
+            return [name for name in observed.statistics if masks.pop(name, None) is not None]
+        if not all(name in masks for name in half.layers):
+            return []
+        before, after = self.blockwise.train_(half, layers, masks)
+        for name in half.layers:
+            del masks[name]
+            if after < before:  # moved since, so that it is another now
+                results[name] = replace(results[name], error=None)
+        last = results[half.layers[-1]]
+        note = f"{half.name}: held-out error {before:.4g} before training, {after:.4g} after"
+        results[last.layer] = replace(last, note="; ".join(filter(None, [last.note, note])))
+        return half.layers
+
+    def _changed(
+        self,
+        stage: Mapping[str, nn.Module],
+        observed: Observed,
+        gradient: Mapping[str, Mapping[str, Tensor]],
+    ) -> Iterator[tuple[LayerResult, Tensor]]:
+        """What became of each layer and its mask; every process of the team solves one at a time.
+
+        Not rows of one layer: what most methods need of a Gram matrix is the larger part of their
+        work, and criteria and patterns look at several rows.
+        """
+        names = list(stage)
+        once = functools.cache(call)  # what depends on the input alone is computed once for all
+        for first in range(0, len(names), self.team.size):
+            at_once = names[first : first + self.team.size]
+            mine: tuple[LayerResult, Tensor] | None = None
+            with self.team.together():
+                if self.team.rank < len(at_once):
+                    name = at_once[self.team.rank]
+                    statistics = {**observed.statistics[name], **gradient[name], "once": once}
+                    tokens = observed.tokens[name]
+                    mine = self._change(name, stage[name], statistics, tokens)
+            results = self.team.everyones(mine and mine[0])
+            for rank, (name, result) in enumerate(zip(at_once, results, strict=False)):
+                assert result is not None
+                self.team.copy_from_(rank, weight_of(stage[name]))
+                if mine and rank == self.team.rank:
+                    yield mine
+                else:
+                    yield result, _layers.matrix(stage[name]) != 0
+
+    def _change(
+        self, name: str, module: nn.Module, statistics: Mapping[str, Any], tokens: int
+    ) -> tuple[LayerResult, Tensor]:
+        pattern = self.plan.layers[name]
+        before = _layers.matrix(module).to(torch.float32, copy=True)
+        available = {
+            "weight": before.clone(),
+            "pattern": pattern,
+            "dtype": weight_of(module).dtype,
+            **statistics,
+        }
+        solution = self.solve(available, name)
+        if (violation := pattern.violation(solution.mask)) is not None:
+            raise ValueError(
+                f"{self.method} needs to give {name} a mask of {pattern}, its mask {violation}"
+            )
+        new = solution.weight.masked_fill(~solution.mask, 0)
+        if not new.isfinite().all():
+            raise ValueError(
+                f"{self.method} gave layer {name} weights that are not finite: add calibration "
+                "data or raise the damping"
+            )
+        weight_of(module).copy_(_layers.like_weight(module, new))
+        after = _layers.matrix(module).float()
+        result = LayerResult(
+            name,
+            str(pattern),
+            float((before == 0).float().mean()),
+            float((after == 0).float().mean()),
+            _output_error(before, after, statistics.get("gram")),
+            tokens,
+            solution.note,
+        )
+        return result, solution.mask
+
+    def _fingerprint(self, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+        sums = {
+            name: float(weight_of(m).detach().double().abs().sum()) for name, m in layers.items()
+        }
+        return {"method": self.method, "plan": self.plan.to_dict()["layers"], "weights": sums}
+
+
+def _require_same(members: Team, run: Mapping[str, Any]) -> None:
+    """All processes must be about to do the same, but for their batches."""
+    for rank, other in enumerate(members.everyones(run)):
+        if different := [key for key in run if other[key] != run[key]]:
+            raise ValueError(
+                f"processes that calibrate together need the same {different[0]}, process {rank} "
+                "has another: give all of them one model, plan, method and checkpoint, and "
+                "batches of their own"
+            )
+
+
+def require_kind(function: Callable[..., Any], is_algorithm: bool) -> None:
+    """An algorithm asks for the pattern, a criterion does not: tell who mixes them up."""
+    if not callable(function):
+        raise ValueError(
+            f"prune_ and reconstruct_ take functions such as sc.wanda, got {function!r}: pass the "
+            "function itself"
+        )
+    if function in (refit, swap):
+        name = name_of(function)
+        raise ValueError(
+            f"{name} makes an algorithm of a criterion or another algorithm: pass "
+            f"sc.{name}(sc.wanda)"
+        )
+    if ("pattern" in inspect.signature(function).parameters) == is_algorithm:
+        return
+    name = name_of(function)
+    if is_algorithm:
+        raise ValueError(f"{name} only scores weights, reconstruct_ refits them: use prune_")
+    raise ValueError(f"{name} refits weights, prune_ changes none that it keeps: use reconstruct_")
+
+
+def require_sound(layers: Mapping[str, nn.Module]) -> None:
+    """Weights must be plain, present and finite."""
+    for name, module in layers.items():
+        if module._parameters.get("weight") is None:
+            raise ValueError(
+                f"{name}.weight must be an ordinary parameter, {type(module).__name__} computes "
+                "it: unpack_ a packed model first, or remove its parametrizations "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        weight = weight_of(module)
+        if weight.is_meta:
+            raise ValueError(f"{name}.weight has no data (meta device): load the weights first")
+        require_finite(name, weight)
+
+
+def require_finite(layer: str, weight: Tensor) -> None:
+    """The layer's weight must be finite."""
+    if not (finite := weight.isfinite()).all():
+        raise ValueError(
+            f"{layer}.weight holds {int((~finite).sum())} NaN or infinite values: repair or reload "
+            "it"
+        )
+
+
+def _output_error(
+    before: Float[Tensor, "out in"], after: Float[Tensor, "out in"], gram: Tensor | None
+) -> float | None:
+    if gram is None:
+        return None
+    lost, energy = (((w @ gram) * w).sum() for w in (before - after, before))
+    return float(lost / energy) if energy > 0 else 0.0
