@@ -1,0 +1,283 @@
+"""The base of sparsifiers: it prepares a model, steps its masks and squashes them into weights."""
+
+import contextlib
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.compat.torchao.fake_sparsity import (
+    FakeSparsity,
+    as_mask,
+    has_mask,
+    mask_of,
+    put_mask,
+    require_binary,
+    unmasked,
+)
+from secateur.compat.torchao.groups import (
+    LOCAL,
+    Group,
+    attach_masks,
+    detach_masks,
+    locate,
+    make_groups,
+    require_usable,
+    settings_to_keep,
+)
+from secateur.compat.torchao.swap import require_mapping, swap_prepared
+
+
+class BaseSparsifier:
+    """Masks on the tensors of a model; a subclass says in `update_mask` how they are chosen.
+
+    `update_mask(self, module, tensor_name, ...)` is called by `step` for each tensor, with those
+    of the group's settings that it names, or with all of them if it takes `**kwargs`. It writes
+    into `module.parametrizations[tensor_name][0].mask`, or replaces the `data` of that tensor.
+    `defaults` are the settings of a tensor for which the config of `prepare` has no others.
+    `groups` holds the settings, `state[tensor_fqn]` what a subclass wants to keep between steps.
+
+    Raises:
+        TypeError: if the class has no `update_mask`.
+    """
+
+    update_mask: Callable[..., None]
+
+    def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
+        if not callable(getattr(type(self), "update_mask", None)):
+            raise TypeError(
+                f"{type(self).__name__} needs a method update_mask(self, module, tensor_name, ...)"
+            )
+        self.defaults = dict(defaults or {})
+        self.model: nn.Module | None = None
+        self.groups: list[Group] = []
+        self.state: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        self.enable_mask_update = True
+        self.step_count = 0
+        self._pickled: dict[str, Any] | None = None
+
+    def complete(self, group: Group) -> Group:
+        """The group with what it leaves out; subclasses raise a ValueError for what cannot be."""
+        return group
+
+    def prepare(self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Put a mask of ones, or the config's `mask`, on each tensor that the config names.
+
+        The config is a list of dicts `{"tensor_fqn": "layer.weight", ...}` whose other keys are
+        settings of that tensor; None stands for the weights of all linear layers. After
+        `squash_mask` the sparsifier can be prepared again, and begins anew.
+
+        Raises:
+            ValueError: before the model is changed, if the sparsifier is prepared already, or a
+                tensor or its settings cannot be used.
+        """
+        if any(has_mask(group["module"], group["tensor_name"]) for group in self.groups):
+            raise ValueError(
+                f"prepare needs a sparsifier that is free, this {type(self).__name__} holds masks "
+                f"of {len(self.groups)} tensors: squash_mask them first, or make another"
+            )
+        groups = [self.complete(group) for group in make_groups(model, config, self.defaults)]
+        attach_masks(groups)
+        self.model, self.groups = model, groups
+        self.state.clear()
+        self.step_count, self._pickled = 0, None
+
+    @torch.no_grad()
+    def step(self, use_path: bool = True) -> None:
+        """Update every mask, or none if one cannot be; nothing if `enable_mask_update` is False.
+
+        `use_path` is accepted and has no effect: tensors are always found by their module.
+        """
+        self._require_masks("step")
+        self.step_count += 1
+        if not self.enable_mask_update:
+            return
+        with _masks_as_they_were(self.groups):
+            for group in self.groups:
+                self.update_mask(**_arguments(self.update_mask, group))
+                mask = mask_of(group["module"], group["tensor_name"])
+                require_binary(mask, group["tensor_fqn"])
+
+    def squash_mask(
+        self,
+        params_to_keep: Sequence[str] | None = None,
+        params_to_keep_per_layer: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Make the zeros part of the weights, which are plain parameters again, the same objects.
+
+        Settings that are to be kept, for all tensors or by module name, are written to the
+        module's `sparse_params`.
+
+        Raises:
+            ValueError: before anything is changed, if a setting or module is unknown (with the
+                closest names), two tensors of a module would keep different values, or there is
+                no mask.
+        """
+        self._require_masks("squash_mask")
+        kept = settings_to_keep(self.groups, params_to_keep or (), params_to_keep_per_layer or {})
+        detach_masks(self.groups, squash=True)
+        for module, parameters in kept.items():
+            # nn.Module's own setter only knows tensors and modules.
+            object.__setattr__(module, "sparse_params", parameters)
+
+    def convert(
+        self,
+        module: nn.Module,
+        mapping: Mapping[type[nn.Module], Any] | None = None,
+        inplace: bool = False,
+        parameterization: type[nn.Module] = FakeSparsity,
+    ) -> nn.Module:
+        """The model with each prepared leaf module of a type T replaced by `mapping[T].from_dense`.
+
+        `from_dense` gets the prepared module, whose weight has its zeros. The module itself, if
+        that is what is replaced, is replaced in the result only.
+
+        Raises:
+            ValueError: without a mapping, or if a class in it has no `from_dense`.
+        """
+        mapping = require_mapping(mapping)
+        model = module if inplace else copy.deepcopy(module)
+        return swap_prepared(model, mapping, parameterization)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of `{"state": {tensor_fqn: {"mask": ...}}, "groups": [...]}`: no modules.
+
+        Raises:
+            ValueError: after `squash_mask`, when there is no mask any more.
+        """
+        if self._pickled is not None:
+            return copy.deepcopy(self._pickled)
+        if self.groups:
+            self._require_masks("state_dict")
+        state = {fqn: copy.deepcopy(values) for fqn, values in self.state.items()}
+        for group in self.groups:
+            mask = mask_of(group["module"], group["tensor_name"]).detach().clone()
+            state.setdefault(group["tensor_fqn"], {})["mask"] = mask
+        kept = [{k: v for k, v in group.items() if k not in LOCAL} for group in self.groups]
+        return {"state": state, "groups": copy.deepcopy(kept)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Have the masks, settings and state of another sparsifier, as copies.
+
+        The tensors that are masked afterwards are those of the state: others that were prepared
+        become plain, others of the model get a mask. `strict=False` leaves out tensors that the
+        model does not have.
+
+        Raises:
+            ValueError: before anything is changed, if `prepare` has not named the model, or a
+                tensor, mask or setting does not fit it.
+        """
+        if self.model is None:
+            raise ValueError("load_state_dict needs a model: call prepare(model, config) first")
+        if missing := {"state", "groups"} - set(state_dict):
+            raise ValueError(
+                f"load_state_dict needs a sparsifier's state_dict, {sorted(missing)[0]!r} is not "
+                "in it: the model's own is for model.load_state_dict"
+            )
+        groups = self._loaded_groups(self.model, state_dict, strict)
+        states = state_dict["state"]
+        masks = [_loaded_mask(group, states.get(group["tensor_fqn"], {})) for group in groups]
+        loaded = {(group["module"], group["tensor_name"]) for group in groups}
+        attached = [g for g in self.groups if has_mask(g["module"], g["tensor_name"])]
+        attach_masks([g for g in groups if not has_mask(g["module"], g["tensor_name"])])
+        dropped = [g for g in attached if (g["module"], g["tensor_name"]) not in loaded]
+        detach_masks(dropped, squash=False)
+        for group, mask in zip(groups, masks, strict=True):
+            mask_of(group["module"], group["tensor_name"]).data = mask
+        self.groups = groups
+        self.state = defaultdict(dict)
+        for fqn, values in states.items():
+            if rest := {key: value for key, value in values.items() if key != "mask"}:
+                self.state[fqn] = copy.deepcopy(rest)
+
+    def _loaded_groups(
+        self, model: nn.Module, state_dict: Mapping[str, Any], strict: bool
+    ) -> list[Group]:
+        classes = {
+            g["tensor_fqn"]: {"parametrization": g["parametrization"]}
+            for g in self.groups
+            if "parametrization" in g
+        }
+        groups = []
+        for saved in state_dict["groups"]:
+            fqn = saved["tensor_fqn"]
+            try:
+                found = locate(model, fqn, "load_state_dict")
+            except ValueError:
+                if strict:
+                    raise
+                continue
+            require_usable(found)
+            # A config's initial mask, which torchao leaves in its groups, is in the state as it is.
+            settings = self.defaults | {k: saved[k] for k in saved if k != "mask"}
+            groups.append(self.complete(copy.deepcopy(settings) | classes.get(fqn, {}) | found))
+        return groups
+
+    def _require_masks(self, verb: str) -> None:
+        if not self.groups:
+            raise ValueError(
+                f"{verb} needs a prepared model, this {type(self).__name__} has none: call "
+                "prepare(model, config) first"
+            )
+        for group in self.groups:
+            if not has_mask(group["module"], group["tensor_name"]):
+                raise ValueError(
+                    f"{verb} needs masks, {group['tensor_fqn']} has none since squash_mask: call "
+                    "prepare(model, config) again"
+                )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BaseSparsifier":
+        """The copy's model is a copy, too: the one in `memo` if they are copied together."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: all but the model, because torch pickles no parametrized module.
+
+        What is unpickled has settings and `state_dict()`, and can be prepared.
+        """
+        squashed = any(not has_mask(g["module"], g["tensor_name"]) for g in self.groups)
+        pickled = None if squashed else self.state_dict()
+        return {**vars(self), "model": None, "groups": [], "_pickled": pickled}
+
+    def __repr__(self) -> str:
+        tensors = "".join(
+            f"\n  {g['tensor_fqn']}: "
+            + ", ".join(f"{k}={v!r}" for k, v in g.items() if k not in (*LOCAL, "tensor_fqn"))
+            for g in self.groups
+        )
+        return f"{type(self).__name__}({tensors}\n)" if tensors else f"{type(self).__name__}()"
+
+
+def _arguments(function: Callable[..., None], group: Group) -> Group:
+    """The settings that the function names, or all of them if it takes any."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return group
+    return {name: value for name, value in group.items() if name in parameters}
+
+
+@contextlib.contextmanager
+def _masks_as_they_were(groups: Sequence[Group]) -> Iterator[None]:
+    """The groups' masks are put back if the block raises."""
+    masks = [mask_of(group["module"], group["tensor_name"]) for group in groups]
+    before = [mask.clone() for mask in masks]
+    try:
+        yield
+    except BaseException:
+        for group, mask, values in zip(groups, masks, before, strict=True):
+            mask.data = values
+            put_mask(group["module"], group["tensor_name"], mask)
+        raise
+
+
+def _loaded_mask(group: Group, values: Mapping[str, Any]) -> Tensor:
+    tensor = unmasked(group["module"], group["tensor_name"])
+    mask = values.get("mask")
+    return as_mask(torch.ones_like(tensor) if mask is None else mask, tensor, group["tensor_fqn"])

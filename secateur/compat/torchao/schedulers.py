@@ -1,0 +1,109 @@
+"""Schedulers: sparsity levels by a function of the epoch, and along a cubic curve."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from secateur.compat.torchao.base_scheduler import BaseScheduler
+from secateur.compat.torchao.base_sparsifier import BaseSparsifier
+
+T = TypeVar("T")
+
+
+class LambdaSL(BaseScheduler):
+    """The final level times `sl_lambda(epoch)`, one function for all groups or one for each.
+
+    The product is handed on as it is, also beyond 1. Functions are no part of `state_dict`.
+
+    Raises:
+        ValueError: if there is not one function for each group.
+    """
+
+    def __init__(
+        self,
+        sparsifier: BaseSparsifier,
+        sl_lambda: Callable[[int], float] | Sequence[Callable[[int], float]],
+        last_epoch: int = -1,
+        verbose: bool = False,
+    ) -> None:
+        self.sl_lambdas = _for_each_group(sparsifier, "sl_lambda", sl_lambda)
+        super().__init__(sparsifier, last_epoch, verbose)
+
+    def get_sl(self) -> list[float]:
+        return [
+            base * function(self.last_epoch)
+            for base, function in zip(self.base_sl, self.sl_lambdas, strict=True)
+        ]
+
+
+class CubicSL(BaseScheduler):
+    """s_f + (s_0 - s_f) (1 - (t - t_0) / (n dt))^3 from t_0 on, s_f after n dt steps.
+
+    s_0 is `init_sl`, s_f the group's own level, t_0 `init_t`, n `total_t`, dt `delta_t`; each is
+    one number for all groups or one for each. The level changes at every step: `delta_t` makes the
+    schedule longer, not coarser. It may fall as well as rise. Before t_0 it is s_0, or 0 if
+    `initially_zero`.
+
+    Source: Zhu and Gupta, arXiv:1710.01878, eq. 1.
+    Raises:
+        ValueError: if there is not one number for each group, or n dt is not positive.
+    """
+
+    def __init__(
+        self,
+        sparsifier: BaseSparsifier,
+        init_sl: float | Sequence[float] = 0.0,
+        init_t: int | Sequence[int] = 0,
+        delta_t: int | Sequence[int] = 10,
+        total_t: int | Sequence[int] = 100,
+        initially_zero: bool | Sequence[bool] = False,
+        last_epoch: int = -1,
+        verbose: bool = False,
+    ) -> None:
+        self.init_sl = _for_each_group(sparsifier, "init_sl", init_sl)
+        self.init_t = _for_each_group(sparsifier, "init_t", init_t)
+        self.delta_t = _for_each_group(sparsifier, "delta_t", delta_t)
+        self.total_t = _for_each_group(sparsifier, "total_t", total_t)
+        self.initially_zero = _for_each_group(sparsifier, "initially_zero", initially_zero)
+        for delta, total in zip(self.delta_t, self.total_t, strict=True):
+            if delta <= 0 or total <= 0:
+                raise ValueError(
+                    f"CubicSL needs delta_t and total_t above 0, got {delta} and {total}: the "
+                    "schedule is over after their product"
+                )
+        super().__init__(sparsifier, last_epoch, verbose)
+
+    def get_sl(self) -> list[float]:
+        settings = zip(
+            self.base_sl,
+            self.init_sl,
+            self.init_t,
+            self.delta_t,
+            self.total_t,
+            self.initially_zero,
+            strict=True,
+        )
+        return [_cubic(self.last_epoch, *group) for group in settings]
+
+
+def _cubic(
+    t: int, s_f: float, s_0: float, t_0: int, dt: int, n: int, initially_zero: bool
+) -> float:
+    # Not `schedules.cubic`: a level may be 1, which no sparsity there is.
+    if t < t_0:
+        return 0.0 if initially_zero else s_0
+    left = max(1 - (t - t_0) / (n * dt), 0.0)
+    return s_f + (s_0 - s_f) * left**3
+
+
+def _for_each_group(sparsifier: BaseSparsifier, name: str, value: T | Sequence[T]) -> list[T]:
+    """One value for each group."""
+    # What is no sparsifier at all is told by the base class.
+    n = len(sparsifier.groups) if isinstance(sparsifier, BaseSparsifier) else 1
+    if not isinstance(value, (list, tuple)):
+        return [value] * n  # type: ignore[list-item]  # a Sequence that is one value: none here
+    if len(value) != n:
+        raise ValueError(
+            f"{name} needs a value for each of the {n} groups, got {len(value)}: give one for all "
+            "of them, or a list as long as sparsifier.groups"
+        )
+    return list(value)

@@ -1,0 +1,245 @@
+"""Sparsifiers that look at weights alone: the norm of blocks, the distance to the diagonal."""
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur import layers as _layers
+from secateur.compat.torchao.base_sparsifier import BaseSparsifier
+from secateur.compat.torchao.fake_sparsity import mask_of, original_of, set_mask, unmasked
+from secateur.compat.torchao.groups import Group
+from secateur.criteria import magnitude, magnitude_l2
+from secateur.patterns import keep_top
+
+# What an element of a weight counts: 2 or None for W^2, 1 for |W|, or a function of the weight.
+Norm = int | Callable[[Tensor], Tensor] | None
+
+
+class WeightNormSparsifier(BaseSparsifier):
+    """Zeros in the blocks of a weight with the smallest norm, in all of a block or in some of it.
+
+    In the `sparsity_level` share of the blocks, those with the smallest mean norm, the
+    `zeros_per_block` smallest elements become zero; None means the whole block. 2:4 is
+    `WeightNormSparsifier(1.0, (1, 4), 2)`. A block is (rows, cols) of the weight as `[out, in]`; of
+    a Conv2d the columns are input channels, position by position. A block that
+    reaches beyond the weight is what is left of it, with as many zeros as another has, or all.
+
+    Counts are exact: of n blocks `round(sparsity_level * n)`, halves to the even one, but below
+    level 1 at least one block is left alone; levels beyond [0, 1] count as its ends. Among equals
+    the lower index is kept. Every step chooses among the masked weights, so that a zero stays one
+    while the level does not fall; where it falls, the largest hidden weights come back first.
+
+    Raises:
+        ValueError: at construction and by `prepare`, if a level is no number, a block has no size,
+            more zeros than elements are asked, a norm is unknown or a tensor is no matrix; by
+            `step`, if a norm gives negative numbers or NaN.
+    """
+
+    def __init__(
+        self,
+        sparsity_level: float = 0.5,
+        sparse_block_shape: Sequence[int] = (1, 4),
+        zeros_per_block: int | None = None,
+        norm: Norm = None,
+    ) -> None:
+        defaults = {
+            "sparsity_level": sparsity_level,
+            "sparse_block_shape": sparse_block_shape,
+            "zeros_per_block": zeros_per_block,
+        }
+        _require_blocks("WeightNormSparsifier", defaults)
+        _norm_function(norm)
+        self.norm = norm
+        super().__init__(defaults)
+
+    def complete(self, group: Group) -> Group:
+        _require_blocks(group["tensor_fqn"], group)
+        _norm_function(group.get("norm"))
+        _require_matrix(group)
+        zeros = group["zeros_per_block"]
+        whole = math.prod(group["sparse_block_shape"])
+        return {**group, "zeros_per_block": whole if zeros is None else zeros}
+
+    def update_mask(
+        self,
+        module: nn.Module,
+        tensor_name: str,
+        sparsity_level: float,
+        sparse_block_shape: Sequence[int],
+        zeros_per_block: int,
+        norm: Norm = None,
+        module_fqn: str = "",
+        tensor_fqn: str = "",
+    ) -> None:
+        """Choose the mask of one tensor; a `norm` of its own goes before the sparsifier's.
+
+        The names are for messages.
+        """
+        original = _as_matrix(module, original_of(module, tensor_name))
+        kept = _as_matrix(module, mask_of(module, tensor_name)) != 0
+        hidden = _norm_function(self.norm if norm is None else norm)(original).float()
+        if not (hidden >= 0).all():
+            raise ValueError(
+                f"step needs norms of at least 0, got {float(hidden.min()):g} for "
+                f"{tensor_fqn or tensor_name}: repair its weight, or the norm"
+            )
+        score = hidden.masked_fill(~kept, 0)
+        keep = _keep(score, hidden, sparsity_level, sparse_block_shape, zeros_per_block)
+        set_mask(module, tensor_name, _like_tensor(module, keep))
+
+
+class NearlyDiagonalSparsifier(BaseSparsifier):
+    """Zeros everywhere but in a band around the diagonal that is `nearliness` elements wide.
+
+    The width is odd: 1 is the diagonal, 3 has a neighbour on either side. 0 or less leaves nothing.
+
+    Raises:
+        ValueError: at construction and by `prepare`, if the width is even, reaches beyond the
+            matrix, or the tensor is no matrix.
+    """
+
+    def __init__(self, nearliness: int = 1) -> None:
+        _require_odd(nearliness)
+        super().__init__({"nearliness": nearliness})
+
+    def complete(self, group: Group) -> Group:
+        nearliness, fqn = group["nearliness"], group["tensor_fqn"]
+        _require_odd(nearliness)
+        shape = tuple(unmasked(group["module"], group["tensor_name"]).shape)
+        if len(shape) != 2:
+            raise ValueError(f"a band needs a matrix, {fqn} is of shape {shape}: leave it out")
+        if nearliness > 0 and nearliness // 2 >= min(shape):
+            raise ValueError(
+                f"nearliness needs to be at most {2 * min(shape) - 1} for {fqn} of shape {shape}, "
+                f"got {nearliness}: choose a narrower band"
+            )
+        return group
+
+    def update_mask(
+        self,
+        module: nn.Module,
+        tensor_name: str,
+        nearliness: int,
+        module_fqn: str = "",
+        tensor_fqn: str = "",
+    ) -> None:
+        """Choose the mask of one tensor."""
+        mask = mask_of(module, tensor_name)
+        rows, columns = (torch.arange(n, device=mask.device) for n in mask.shape)
+        keep = (rows[:, None] - columns).abs() <= nearliness // 2
+        set_mask(module, tensor_name, keep if nearliness > 0 else torch.zeros_like(keep))
+
+
+# --- blocks --------------------------------------------------------------------------------------
+
+
+def _keep(
+    score: Float[Tensor, "out in"],
+    hidden: Float[Tensor, "out in"],
+    level: float,
+    block: Sequence[int],
+    zeros: int,
+) -> Bool[Tensor, "out in"]:
+    """True where the block is kept, or the element in its block."""
+    whole = math.prod(block)
+    real = _tiles(torch.ones_like(score), block)
+    tiles, behind = _tiles(score, block), _tiles(hidden, block)
+    means, means_behind = (x.sum(-1) / real.sum(-1) for x in (tiles, behind))
+    keep = keep_top(
+        _in_order(means, means_behind).flatten(), means.numel() - _affected(level, means.numel())
+    ).view(*means.shape, 1)
+    if zeros < whole:
+        # What a block lacks at the edge counts as kept, so that the zeros are real ones.
+        order = _in_order(tiles, behind).masked_fill(real == 0, math.inf)
+        keep = keep | keep_top(order, whole - zeros)
+    in_tiles: Tensor = keep.expand(*means.shape, whole).unflatten(-1, tuple(block))
+    rows = in_tiles.transpose(1, 2).flatten(2).flatten(0, 1)
+    return rows[: score.shape[0], : score.shape[1]]
+
+
+def _in_order(score: Tensor, hidden: Tensor) -> Tensor:
+    """Scores, but what is 0 only because it is masked is ordered by what the mask hides."""
+    return torch.where(score > 0, score, -1 / hidden)
+
+
+def _affected(level: float, n: int) -> int:
+    return n if level >= 1 else min(round(max(level, 0) * n), n - 1)
+
+
+def _tiles(
+    matrix: Float[Tensor, "out in"], block: Sequence[int]
+) -> Float[Tensor, "rows cols elements"]:
+    """The blocks, filled up with zeros at the edges."""
+    rows, cols = block
+    padded = F.pad(matrix, (0, -matrix.shape[1] % cols, 0, -matrix.shape[0] % rows))
+    tiles: Tensor = padded.unflatten(1, (-1, cols)).unflatten(0, (-1, rows))
+    flat: Tensor = tiles.transpose(1, 2).flatten(2)
+    return flat
+
+
+def _as_matrix(module: nn.Module, tensor: Tensor) -> Tensor:
+    """A Conv2d's weight as `[out, in]`, matrices as they are."""
+    return tensor if tensor.dim() == 2 else _layers.matrix(module, tensor)
+
+
+def _like_tensor(module: nn.Module, rows: Tensor) -> Tensor:
+    return _layers.like_weight(module, rows) if isinstance(module, nn.Conv2d) else rows
+
+
+# --- what cannot be ------------------------------------------------------------------------------
+
+
+def _require_blocks(what: str, settings: dict[str, Any]) -> None:
+    level, zeros = settings["sparsity_level"], settings["zeros_per_block"]
+    if not isinstance(level, Real) or math.isnan(level):
+        raise ValueError(
+            f"{what} needs a sparsity_level that is a number, got {level!r}: 0.5 zeroes in half of "
+            "the blocks"
+        )
+    block = settings["sparse_block_shape"]
+    if len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block):
+        raise ValueError(
+            f"{what} needs a sparse_block_shape of two sizes >= 1, got {block!r}: (1, 4) is four "
+            "inputs of one output"
+        )
+    if zeros is not None and not 0 <= zeros <= math.prod(block):
+        raise ValueError(
+            f"{what} needs zeros_per_block from 0 to the {math.prod(block)} elements of a "
+            f"{block[0]}x{block[1]} block, got {zeros}: None is the whole block"
+        )
+
+
+def _norm_function(norm: Norm) -> Callable[[Tensor], Tensor]:
+    if callable(norm):
+        return norm
+    if norm not in (None, 1, 2):
+        raise ValueError(
+            f"norm needs to be 1, 2 or a function of the weight, got {norm!r}: a function may be "
+            f"lambda weight: weight.abs() ** {norm}"
+        )
+    return magnitude if norm == 1 else magnitude_l2
+
+
+def _require_matrix(group: Group) -> None:
+    module, tensor_name = group["module"], group["tensor_name"]
+    shape = tuple(unmasked(module, tensor_name).shape)
+    convolution = isinstance(module, nn.Conv2d) and tensor_name == "weight"
+    if len(shape) == 2 or convolution:
+        return
+    raise ValueError(
+        f"blocks need a matrix or the weight of a Conv2d, {group['tensor_fqn']} of "
+        f"{type(module).__name__} is of shape {shape}: leave it out"
+    )
+
+
+def _require_odd(nearliness: int) -> None:
+    if nearliness > 0 and nearliness % 2 == 0:
+        raise ValueError(
+            f"nearliness needs to be odd, got {nearliness}: a band has the diagonal in its middle"
+        )
