@@ -20,7 +20,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-WEIGHTS_AT_ONCE = 2**20  # the temporaries of the search, 4 MiB each, then fit caches
+# Of a search: on a CPU its temporaries, 4 MiB each, then fit caches; on others every operation
+# costs a launch, however few numbers it has.
+WEIGHTS_AT_ONCE, WEIGHTS_AT_ONCE_ELSEWHERE = 2**20, 2**26
 PROBED = 32  # columns of a group that are looked at before all of them are
 
 # Clips tried, as fractions of the largest magnitude. Finer steps gain less than 0.5 % of the error,
@@ -197,9 +199,11 @@ def _scales(
     _check(weight)
     width = max(1, weight.shape[1] if group_size is None else min(group_size, weight.shape[1]))
     bends = None if curvature is None else _grouped(curvature.float()[None], width)
+    on_cpu = weight.device.type == "cpu"
+    most = WEIGHTS_AT_ONCE if on_cpu else WEIGHTS_AT_ONCE_ELSEWHERE
     found = [
         _searched(_grouped(rows, width), bends, levels, clips, nearest)
-        for rows in weight.detach().split(max(1, WEIGHTS_AT_ONCE // max(1, weight.shape[1])))
+        for rows in weight.detach().split(max(1, most // max(1, weight.shape[1])))
     ]
     return torch.cat(found)
 
