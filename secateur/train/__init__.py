@@ -3,5 +3,16 @@
 from secateur.train.distil import DistilReport, distil_
 from secateur.train.gradual import gradual
 from secateur.train.hold import Held, Rule, hold
+from secateur.train.movement import Moving, movement, soft_movement
 
-__all__ = ["DistilReport", "Held", "Rule", "distil_", "gradual", "hold"]
+__all__ = [
+    "DistilReport",
+    "Held",
+    "Moving",
+    "Rule",
+    "distil_",
+    "gradual",
+    "hold",
+    "movement",
+    "soft_movement",
+]

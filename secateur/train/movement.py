@@ -1,0 +1,210 @@
+"""Movement pruning: what is kept is learned, by whether weights move away from zero in training.
+
+Symbols as in the paper: `W` the weights, kept or not, `S` their scores, `M` the mask, `a = W M`
+what the model computes with. Both learn from dL/da, straight through the mask: dL/dS = dL/da W for
+every weight, dL/dW = dL/da M. The parameter itself is `a`, so that the model stays ordinary; what W
+has where M is zero is kept beside it, and comes back if its score grows.
+Source: Sanh, Wolf and Rush, NeurIPS 2020, arXiv:2005.07683, sections 3 and 4.
+"""
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from secateur import layers as _layers
+from secateur.layers import weight_of
+from secateur.plan import Plan, match
+from secateur.schedules import Schedule
+from secateur.train.gradual import at_sparsity
+
+# What scores gain at a step from dL/dS, and the mask [out, in] of scores at a step, None: as it is.
+Learn = Callable[[Tensor, Tensor], Tensor]
+Choose = Callable[[str, Tensor, int], Tensor | None]
+
+
+class Moving:
+    """The masks of layers whose kept weights are being learned; `release()` or leaving a `with`
+    block ends it, with the zeros of the last step.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        learn: Learn,
+        choose: Choose,
+    ) -> None:
+        self.steps = 0
+        self.masks: dict[str, Bool[Tensor, "..."]] = {
+            name: torch.ones_like(weight_of(module), dtype=torch.bool)
+            for name, module in layers.items()
+        }
+        self.scores: dict[str, Float[Tensor, "..."]] = {
+            name: torch.zeros_like(weight_of(module), dtype=torch.float32)
+            for name, module in layers.items()
+        }
+        self._hidden = {name: torch.zeros_like(weight_of(m)) for name, m in layers.items()}
+        self._layers, self._learn, self._choose = layers, learn, choose
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
+
+    def release(self) -> None:
+        """Stop moving masks; the weights stay as they are, and hidden ones are forgotten."""
+        for handle in self._handles:
+            handle.remove()
+        self._hidden.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside those of the model and the optimizer."""
+        tensors = (("masks", self.masks), ("scores", self.scores), ("hidden", self._hidden))
+        return {
+            "steps": self.steps,
+            **{key: {name: t.clone() for name, t in named.items()} for key, named in tensors},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of the same layers.
+
+        Raises:
+            ValueError: if it is of other layers; then nothing has changed.
+        """
+        tensors = (("masks", self.masks), ("scores", self.scores), ("hidden", self._hidden))
+        for key, named in tensors:
+            own = {name: tensor.shape for name, tensor in named.items()}
+            if {name: tensor.shape for name, tensor in state[key].items()} != own:
+                raise ValueError(
+                    f"the {key} of this state are of other layers than {', '.join(own)}: load the "
+                    "state of a run with the same model and plan"
+                )
+        self.steps = state["steps"]
+        for key, named in tensors:
+            for name, tensor in named.items():
+                tensor.copy_(state[key][name])
+
+    def __enter__(self) -> "Moving":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        for name, module in self._layers.items():
+            a = weight_of(module)
+            if a.grad is None:
+                continue
+            W = (a + self._hidden[name]).float()
+            self.scores[name] += self._learn(a.grad.float() * W, self.scores[name])
+            a.grad.masked_fill_(~self.masks[name], 0)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        self.steps += 1
+        for name, module in self._layers.items():
+            a, M, hidden = weight_of(module), self.masks[name], self._hidden[name]
+            W = torch.where(M, a, hidden)  # an optimizer's momentum moves dropped weights, too
+            chosen = self._choose(name, _layers.matrix(module, self.scores[name]), self.steps)
+            if chosen is not None:
+                M.copy_(_layers.like_weight(module, chosen))
+            a.copy_(W.masked_fill(~M, 0))
+            hidden.copy_(W.masked_fill(M, 0))
+
+
+def movement(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    *,
+    every: int = 1,
+) -> Moving:
+    """Keeps the weights that moved away from zero most: the largest S = -sum_t dL/da W.
+
+    Every `every` steps the planned layers' masks are chosen anew from the scores, at the sparsity
+    `schedule(step)` as in `gradual`; dropped weights are zero and may come back with the value that
+    they had. It is for fine-tuning to much sparsity; with little of either, magnitude is as good.
+
+    Cost: the scores in float32 and the dropped weights beside the model; a step reads each once.
+    Raises:
+        ValueError: if `every` is less than 1, a planned layer is not there or not updated by the
+            optimizer, or its pattern has no sparsity to raise.
+    Source: Sanh, Wolf and Rush, arXiv:2005.07683, section 3, equation 2, and the cubic schedule of
+        section 4.
+    """
+    if every < 1:
+        raise ValueError(f"movement needs every >= 1 step, got {every}")
+    for pattern in plan.layers.values():
+        at_sparsity(pattern, 0.0)
+
+    def learn(slope: Tensor, scores: Tensor) -> Tensor:
+        return -slope
+
+    def choose(name: str, scores: Tensor, step: int) -> Tensor | None:
+        if step % every:
+            return None
+        return at_sparsity(plan.layers[name], schedule(step)).mask(scores)
+
+    return Moving(_updated(model, plan, optimizer), optimizer, learn, choose)
+
+
+def soft_movement(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+    *,
+    penalty: float,
+    rate: float,
+    threshold: float = 0.0,
+) -> Moving:
+    """Keeps the weights whose score is above the threshold, however many these are.
+
+    Scores follow the gradient of the loss plus `penalty` times the mean of sigmoid(S) over all
+    planned layers, by plain steps of size `rate`. The planned patterns say only which layers;
+    the sparsity is what comes out, and `check` may say that it is less than planned.
+
+    Cost: as `movement`.
+    Raises:
+        ValueError: if the penalty is negative, the rate is not positive, or a planned layer is not
+            there or not updated by the optimizer.
+    Source: Sanh, Wolf and Rush, arXiv:2005.07683, section 4, soft movement pruning.
+    """
+    if penalty < 0 or rate <= 0:
+        raise ValueError(
+            f"soft_movement needs a penalty >= 0 and a rate > 0, got {penalty:g} and {rate:g}"
+        )
+    layers = _updated(model, plan, optimizer)
+    count = sum(weight_of(module).numel() for module in layers.values())
+
+    def learn(slope: Tensor, scores: Tensor) -> Tensor:
+        kept = scores.sigmoid()
+        return -rate * (slope + penalty / count * kept * (1 - kept))
+
+    def choose(name: str, scores: Tensor, step: int) -> Tensor:
+        return scores > threshold
+
+    return Moving(layers, optimizer, learn, choose)
+
+
+def _updated(
+    model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer
+) -> dict[str, nn.Module]:
+    """The planned layers, all of which the optimizer updates."""
+    layers = match(model, plan)
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if left := [name for name, module in layers.items() if id(weight_of(module)) not in updated]:
+        raise ValueError(
+            f"the optimizer does not update {left[0]}: make it from the parameters of this model, "
+            "or leave the layer out of the plan"
+        )
+    return layers
