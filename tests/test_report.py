@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from secateur.accelerate_report import AccelerateReport, LayerReport, Measured
-from secateur.allocation import Sensitivity
+from secateur.allocation import Allocation, Point, Sensitivity
 from secateur.patterns import NM, Block
 from secateur.plan import Plan, plan
 from secateur.prune import LayerResult, PruneReport, prune_
@@ -118,6 +118,19 @@ def sensitivity(names: Mapping[str, float]) -> Sensitivity:
     )  # fmt: skip
 
 
+def allocated(names: tuple[str, str], unit: str) -> Allocation:
+    """Three points, of which the second is chosen."""
+    points = [
+        Point(dict(zip(names, choices, strict=True)), cost, increase)
+        for choices, cost, increase in (
+            (("2:4", "2:4"), 4.0, 0.75),
+            (("2:4", "dense"), 7.0, 0.5),
+            (("dense", "dense"), 10.0, 0.0),
+        )
+    ]
+    return Allocation(points[1], 8.0, 10.0, unit, tuple(points))
+
+
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Page:
     model = Blocks()
@@ -134,6 +147,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Page:
         },
         accelerate=speed(),
         sensitivity=sensitivity({"layers.0.up": 0.5, "layers.1.up": 0.25}),
+        allocation=allocated(("layers.0.up", "layers.1.up"), "ms"),
         model=model,
         sizes={"dense": 55_600_000, "packed": 36_200_000},
         notes=["Only the first 64 rows were measured."],
@@ -142,8 +156,8 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_every_result_has_its_section(everything: Page) -> None:
     assert everything.headings == [
-        "accuracy", "sparsity", "masks", "errors", "dispatch", "sizes", "sensitivity", "plan",
-        "provenance",
+        "accuracy", "sparsity", "masks", "errors", "dispatch", "sizes", "sensitivity", "allocation",
+        "plan", "provenance",
     ]  # fmt: skip
     assert "A model" in everything.text
     assert "Only the first 64 rows were measured." in everything.text
@@ -189,6 +203,19 @@ def test_the_layers_that_are_alike_share_a_line(everything: Page) -> None:
         ["layers.0-2.up", "32", "64", "2:4", "50.0%"],
         ["layers.0-2.down", "64", "32", "2:4", "50.0%"],
     ]
+
+
+def test_the_front_has_its_points_and_the_choice(everything: Page) -> None:
+    table = next(t for t in everything.tables if "of dense" in t[0])
+    assert [row[:3] for row in table[1:]] == [
+        ["4", "40.0%", "0.7500"],
+        ["7", "70.0%", "0.5000"],
+        ["10", "100.0%", "0.0000"],
+    ]
+    assert ["chosen" in row[-1] for row in table[1:]] == [False, True, False]
+    section = everything.source.split('<section id="allocation">')[1].split("</section>")[0]
+    assert "Within 8 ms, of 10 dense." in section and ">increase of the loss<" in section
+    assert ["layers.1.up", "dense"] in [row for t in everything.tables for row in t]
 
 
 def test_why_a_layer_stays_dense_is_told(everything: Page) -> None:
@@ -243,6 +270,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
         prune=results,
         evaluations={HOSTILE: {HOSTILE: 1.0}, "dense": {HOSTILE: 2.0}},
         sensitivity=sensitivity({HOSTILE: 0.5}),
+        allocation=allocated((HOSTILE, "other"), HOSTILE),
         model=model,
         sizes={HOSTILE: 10, "dense": 20},
         notes=[HOSTILE],

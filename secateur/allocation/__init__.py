@@ -4,6 +4,7 @@ from secateur.allocation.budget import DENSE, Allocation, Costs, Point, allocate
 from secateur.allocation.evolve import Evolved, evolve
 from secateur.allocation.formulas import erk, owl
 from secateur.allocation.sensitivity import Sensitivity, read_sensitivity, sense
+from secateur.allocation.threshold import equalize
 
 __all__ = [
     "DENSE",
@@ -13,6 +14,7 @@ __all__ = [
     "Point",
     "Sensitivity",
     "allocate",
+    "equalize",
     "erk",
     "evolve",
     "monotone",

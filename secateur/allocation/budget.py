@@ -91,8 +91,8 @@ class Allocation:
     def __str__(self) -> str:
         return (
             f"{text_table(self.columns, self.rows())}\n"
-            f"the least increase of the loss within {figure(self.budget)} {self.unit}, of "
-            f"{figure(self.dense)} dense, layers taken one by one"
+            f"within {figure(self.budget)} {self.unit}, of {figure(self.dense)} dense; increases "
+            "of the loss are those of layers taken one by one"
         )
 
 
@@ -108,7 +108,23 @@ def allocate(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocatio
         ValueError: if no choice keeps to the budget, with the least that can be reached; if a layer
             of the sensitivity has no cost, or scipy is not installed.
     """
-    increase = _priced(monotone(sensitivity), costs)
+    increase = priced(monotone(sensitivity), costs)
+    least = require_reachable(increase, costs, budget)
+    best = _solved(increase, costs, budget)
+    points = [
+        _solved(increase, costs, float(between))
+        for between in np.linspace(least, max(least, costs.dense), FRONT_POINTS)
+    ]
+    return Allocation(best, budget, costs.dense, costs.unit, front_of([best, *points]))
+
+
+def require_reachable(
+    increase: Mapping[str, Mapping[str, float]], costs: Costs, budget: float
+) -> float:
+    """The least that any choice costs.
+
+    Raises: ValueError if it is more than the budget.
+    """
     least = sum(min(costs.of[layer][one] for one in found) for layer, found in increase.items())
     if not budget >= least:  # also for NaN
         raise ValueError(
@@ -116,12 +132,7 @@ def allocate(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocatio
             f"least that can be reached is {figure(least)}, dense is {figure(costs.dense)}: raise "
             "the budget, or sense sparser patterns"
         )
-    best = _solved(increase, costs, budget)
-    points = [
-        _solved(increase, costs, float(between))
-        for between in np.linspace(least, max(least, costs.dense), FRONT_POINTS)
-    ]
-    return Allocation(best, budget, costs.dense, costs.unit, _front([best, *points]))
+    return least
 
 
 def monotone(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
@@ -155,7 +166,7 @@ def _kind(pattern: Pattern) -> str:
     return f"N:{pattern.m}" if isinstance(pattern, NM) else str(pattern)
 
 
-def _priced(
+def priced(
     increase: Mapping[str, Mapping[str, float]], costs: Costs
 ) -> dict[str, dict[str, float]]:
     """The increases of the choices that have a cost, dense always among them."""
@@ -214,7 +225,7 @@ def _solved(increase: Mapping[str, Mapping[str, float]], costs: Costs, budget: f
     )
 
 
-def _front(points: Sequence[Point]) -> tuple[Point, ...]:
+def front_of(points: Sequence[Point]) -> tuple[Point, ...]:
     """The points, cheapest first, that no other beats in one of cost and increase without losing in
     the other; the first point is always among them.
     """

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from secateur.accelerate_report import AccelerateReport
-from secateur.allocation import Sensitivity
+from secateur.allocation import Allocation, Sensitivity
 from secateur.inspection import Inspection, inspect
 from secateur.plan import Plan
 from secateur.prune import PruneReport
@@ -28,6 +28,7 @@ def write_html(
     evaluations: Mapping[str, Mapping[str, float]] | None = None,
     accelerate: AccelerateReport | None = None,
     sensitivity: Sensitivity | None = None,
+    allocation: Allocation | None = None,
     model: nn.Module | None = None,
     sizes: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
@@ -53,6 +54,7 @@ def write_html(
         _sections.dispatch(accelerate) if accelerate else None,
         _sections.file_sizes(sizes) if sizes else None,
         _sections.sensitivity(sensitivity) if sensitivity else None,
+        _sections.allocation(allocation) if allocation else None,
         _sections.planned(plan) if plan else None,
     ]
     shown: list[Section] = [section for section in found if section is not None]

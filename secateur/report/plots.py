@@ -171,6 +171,30 @@ def curves(
     return _inline(figure, key, f"{label}: a curve for each layer")
 
 
+@_style()
+def front(
+    points: Sequence[tuple[float, float]],
+    chosen: tuple[float, float],
+    budget: float,
+    labels: tuple[str, str],
+    *,
+    key: str,
+) -> str:
+    """Points (cost, loss) joined by a line, the chosen one large; a dashed line at the budget."""
+    figure, axes = _figure(WIDE, 300)
+    axes.set_position((0.105, 0.15, 0.865, 0.82))
+    costs, losses = zip(*points, strict=True)
+    axes.plot(costs, losses, "-o", color=MUTED, markersize=4, linewidth=1.2, zorder=2)
+    axes.plot(*([value] for value in chosen), "o", color=SERIES[0], markersize=9, zorder=3)
+    axes.axvline(budget, color=BASELINE, linewidth=1, linestyle="--", zorder=1)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_ylabel(labels[1], color=MUTED)
+    _axis_label(axes, labels[0])
+    return _inline(figure, key, f"{labels[1]} against {labels[0]}")
+
+
 def highest(lines: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The names that `curves` draws in colour, in the order of the series colours."""
     ranked = sorted(lines, key=lambda name: -max(lines[name].values()))

@@ -8,7 +8,8 @@ from torch import nn
 
 from secateur import layers as _layers
 from secateur.accelerate_report import AccelerateReport
-from secateur.allocation import Sensitivity
+from secateur.allocation import Allocation, Sensitivity
+from secateur.allocation.budget import figure
 from secateur.inspection import Inspection
 from secateur.patterns import parse
 from secateur.plan import Plan
@@ -215,6 +216,32 @@ def sensitivity(found: Sensitivity) -> Section:
             for i, name in enumerate(plots.highest(lines))
         ],
         tables=layer_tables(found.columns, found.rows(), "Increases of the loss"),
+    )
+
+
+def allocation(found: Allocation) -> Section:
+    """What budgets buy, and which layers got what within the one that was asked for."""
+    svg = plots.front(
+        [(point.cost, point.increase) for point in found.front],
+        (found.best.cost, found.best.increase),
+        found.budget,
+        (found.unit, "increase of the loss"),
+        key="allocation",
+    )
+    caption = (
+        "Each point is the best found at its cost; the large one is chosen, dashed the budget."
+    )
+    return Section(
+        "allocation",
+        "Allocation",
+        f"Within {figure(found.budget)} {found.unit}, of {figure(found.dense)} dense. Increases of "
+        "the loss are those of layers taken one by one, added up.",
+        [Figure(svg, caption)],
+        wide=True,
+        tables=[
+            Table(found.columns, found.rows()),
+            *layer_tables(("layer", "pattern"), list(found.best.choices.items()), "Chosen layers"),
+        ],
     )
 
 
