@@ -1,0 +1,35 @@
+"""The methods of the accuracy bench that are more than one call of the library."""
+
+import copy
+
+import pytest
+import torch
+
+import secateur as sc
+from bench.accuracy import EXTRA, compensated
+from bench.cost import TINY, random_llama
+
+pytest.importorskip("transformers")
+
+
+def test_compensated_has_zeros_few_parameters_and_less_error() -> None:
+    """The hooks add what the adapter would: nearer to dense than the same weights without them."""
+    dense = random_llama(TINY, 16, "cpu").float()
+    generator = torch.Generator().manual_seed(1)
+    batches = list(torch.randint(64, (8, 16), generator=generator).split(2))
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(20)  # so that layers count beside the residual stream
+    model = copy.deepcopy(dense)
+    plan = sc.plan(model, "2:4")
+    report = compensated(model, plan, batches)
+    sc.check(model, plan)
+    assert 0 < report.extra <= EXTRA * report.parameters
+    bare = copy.deepcopy(dense)
+    bare.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        wanted, found, without = (
+            torch.cat([one(batch).logits for batch in batches]) for one in (dense, model, bare)
+        )
+    assert float((found - wanted).norm()) < 0.97 * float((without - wanted).norm())
