@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import Self
 
 import torch
 from jaxtyping import Bool
@@ -14,7 +15,25 @@ from secateur.layers import weight_of
 Rule = Callable[[str, Tensor, Tensor, int], Tensor]
 
 
-class Held:
+class Releasing:
+    """What hooks into an optimizer until `release()`, or until a `with` block is left."""
+
+    def release(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class Held(Releasing):
     """The masks that a `hold` keeps, by layer; `release()` or leaving a `with` block ends it."""
 
     def __init__(
@@ -34,17 +53,6 @@ class Held:
     def release(self) -> None:
         """Stop holding; the weights stay as they are."""
         self._handle.remove()
-
-    def __enter__(self) -> "Held":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:

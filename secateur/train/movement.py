@@ -8,7 +8,6 @@ Source: Sanh, Wolf and Rush, NeurIPS 2020, arXiv:2005.07683, sections 3 and 4.
 """
 
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,13 +19,14 @@ from secateur.layers import weight_of
 from secateur.plan import Plan, match
 from secateur.schedules import Schedule
 from secateur.train.gradual import at_sparsity
+from secateur.train.hold import Releasing
 
 # What scores gain at a step from dL/dS, and the mask [out, in] of scores at a step, None: as it is.
 Learn = Callable[[Tensor, Tensor], Tensor]
 Choose = Callable[[str, Tensor, int], Tensor | None]
 
 
-class Moving:
+class Moving(Releasing):
     """The masks of layers whose kept weights are being learned; `release()` or leaving a `with`
     block ends it, with the zeros of the last step.
     """
@@ -86,17 +86,6 @@ class Moving:
         for key, named in tensors:
             for name, tensor in named.items():
                 tensor.copy_(state[key][name])
-
-    def __enter__(self) -> "Moving":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
