@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from secateur import layers as _layers
 from secateur.layers import weight_of
+
+T = TypeVar("T")
 
 # How masks move: (layer name, weight [out, in], mask [out, in], step) -> mask, after every step.
 Rule = Callable[[str, Tensor, Tensor, int], Tensor]
@@ -21,7 +23,7 @@ class Releasing:
     def release(self) -> None:
         raise NotImplementedError
 
-    def __enter__(self) -> Self:
+    def __enter__(self: T) -> T:
         return self
 
     def __exit__(
