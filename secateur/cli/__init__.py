@@ -9,6 +9,7 @@ import typer
 
 from secateur.cli.look import check, doctor, inspect, plan
 from secateur.cli.measure import bench, evaluate, sense
+from secateur.cli.migrate import migrate
 from secateur.cli.page import demo, report
 from secateur.cli.prune import prune
 from secateur.cli.stream import stream
@@ -55,6 +56,7 @@ app.command(rich_help_panel=WORK)(prune)
 app.command(rich_help_panel=WORK)(stream)
 app.command(rich_help_panel=WORK)(recover)
 app.command(rich_help_panel=WORK)(export)
+app.command(rich_help_panel=WORK)(migrate)
 app.command(rich_help_panel=MEASURE)(check)
 app.command("eval", rich_help_panel=MEASURE)(evaluate)
 app.command(rich_help_panel=MEASURE)(sense)

@@ -1,0 +1,5 @@
+"""The names of `torchao.prototype.sparsity.pruner.FPGM_pruner`."""
+
+from secateur.compat.torchao.structured_pruners import FPGMPruner
+
+__all__ = ["FPGMPruner"]

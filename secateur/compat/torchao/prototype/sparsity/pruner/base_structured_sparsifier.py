@@ -1,0 +1,5 @@
+"""The names of `torchao.prototype.sparsity.pruner.base_structured_sparsifier`."""
+
+from secateur.compat.torchao.structured import BaseStructuredSparsifier
+
+__all__ = ["BaseStructuredSparsifier"]

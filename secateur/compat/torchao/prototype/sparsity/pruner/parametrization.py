@@ -1,0 +1,5 @@
+"""The names of `torchao.prototype.sparsity.pruner.parametrization`."""
+
+from secateur.compat.torchao.structured import FakeStructuredSparsity
+
+__all__ = ["FakeStructuredSparsity"]

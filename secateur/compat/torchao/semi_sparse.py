@@ -1,0 +1,214 @@
+"""Training with 2:4 weights or activations, emulated in dense arithmetic.
+
+Each forward prunes anew and multiplies dense matrices that contain the zeros: the numbers of sparse
+training on any device, and slower than dense training, because pruning is added and no kernel
+skips the zeros. To learn whether a model bears 2:4 it serves; to keep zeros through training at
+the cost of dense, use `sc.hold`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur.compat.torchao.names import closest
+from secateur.compat.torchao.swap import HOOKS
+from secateur.formats.pack import swap
+
+TILE = 4  # rows and columns of a tile; half of each row and of each column stays
+KEPT = TILE // 2
+ALGORITHMS = ("", "largest_abs_values_greedy")
+BACKENDS = ("cutlass", "cusparselt")
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The matrix with the zeros of its tiles; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.masked_fill(~tile_mask(x), 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def semi_structured_sparsify(
+    x: Float[Tensor, "..."], algo: str = "", backend: str = "cutlass"
+) -> Float[Tensor, "rows columns"]:
+    """The matrix, dense, 2:4 along its rows and its columns by magnitude in tiles of 4 x 4.
+
+    The gradient of the result is handed on unchanged to every entry. The backends give the
+    same result.
+
+    Raises:
+        ValueError: for another algorithm or backend, or a tensor that is no matrix.
+    """
+    if algo not in ALGORITHMS:
+        raise ValueError(
+            f"semi_structured_sparsify has one algorithm, 'largest_abs_values_greedy', got "
+            f"{algo!r}: leave it out"
+        )
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"semi_structured_sparsify needs one of {BACKENDS} as backend, got {backend!r}: leave "
+            "it out, they give the same"
+        )
+    if x.dim() != 2:
+        raise ValueError(
+            f"semi_structured_sparsify needs a matrix, got shape {tuple(x.shape)}: flatten it to "
+            "[rows, columns]"
+        )
+    return _pruned(x)
+
+
+def tile_mask(x: Float[Tensor, "rows columns"]) -> Bool[Tensor, "rows columns"]:
+    """The mask, True = keep: the largest magnitudes, at most 2 in each row and column of a tile.
+
+    In each tile of 4 x 4, entries are taken by magnitude, of equals the first in row order, and
+    kept while fewer than two of their row and of their column are. That keeps 8 of 16, sometimes
+    7, because what is left can lie in a full row. Tiles at the edges are filled up with zeros.
+
+    Source: the greedy choice of torch._sparse_semi_structured_tile.
+    """
+    rows, columns = x.shape
+    filled = F.pad(x.detach().abs(), (0, -columns % TILE, 0, -rows % TILE))
+    tiles = filled.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).flatten(2)
+    order = tiles.argsort(dim=-1, descending=True, stable=True)
+    in_row, in_column = (torch.zeros_like(order[..., :TILE]) for _ in range(2))
+    keep = torch.zeros_like(tiles, dtype=torch.bool)
+    for rank in range(TILE * TILE):
+        entry = order[..., rank, None]
+        row, column = entry // TILE, entry % TILE
+        free = (in_row.gather(-1, row) < KEPT) & (in_column.gather(-1, column) < KEPT)
+        keep.scatter_(-1, entry, free)
+        in_row.scatter_add_(-1, row, free.long())
+        in_column.scatter_add_(-1, column, free.long())
+    whole: Tensor = keep.unflatten(2, (TILE, TILE)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return whole[:rows, :columns]
+
+
+class SemiSparseLinear(nn.Linear):
+    """A linear layer whose weight is 2:4 in every forward and backward; its parameter stays dense.
+
+    The output and the input's gradient are those of the pruned weight, which is 2:4 in both
+    directions. The weight's gradient is the dense one, so that pruned weights can come back.
+    Not faster than `nn.Linear`: see the module.
+    """
+
+    def forward(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        return F.linear(input, _pruned(self.weight), self.bias)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear) -> "SemiSparseLinear":
+        """The layer with the very parameters, hooks and training mode of a dense one."""
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        _take_over(new, linear)
+        return new
+
+    @classmethod
+    def to_dense(cls, semi_sparse_linear: nn.Linear) -> nn.Linear:
+        """The dense layer with the very parameters of this one, of which none is zeroed.
+
+        `semi_structured_sparsify(layer.weight)` is the weight that it was trained with.
+        """
+        return _dense(semi_sparse_linear)
+
+
+class SemiSparseActivationLinear(nn.Linear):
+    """A linear layer whose input, as a matrix of tokens, is 2:4 in every forward.
+
+    The weight's gradient is that of the pruned input, the input's gradient the dense one.
+    Not faster than `nn.Linear`: see the module.
+    """
+
+    def forward(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        tokens = _pruned(input.reshape(-1, self.in_features))
+        return F.linear(tokens.view_as(input), self.weight, self.bias)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear) -> "SemiSparseActivationLinear":
+        """The layer with the very parameters, hooks and training mode of a dense one."""
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        _take_over(new, linear)
+        return new
+
+    @classmethod
+    def to_dense(cls, semi_sparse_linear: nn.Linear) -> nn.Linear:
+        """The dense layer with the very parameters of this one."""
+        return _dense(semi_sparse_linear)
+
+
+def swap_linear_with_semi_sparse_linear(
+    model: nn.Module, config: Mapping[str, type[nn.Module]]
+) -> None:
+    """Replace the linear layers that the config names by the class that it gives for each.
+
+    Names are those of `model.named_modules()`. Parameters, hooks and the training mode are kept.
+
+    Raises:
+        ValueError: before anything is changed, if a name is unknown (with the closest ones), is
+            not that of a plain `nn.Linear`, or its class has no `from_dense`.
+    """
+    layers = dict(model.named_modules())
+    for name, target in config.items():
+        if name not in layers:
+            linears = [n for n, module in layers.items() if isinstance(module, nn.Linear)]
+            raise ValueError(
+                f"no layer of {type(model).__name__} is named {name!r}: closest are "
+                f"{closest(name, linears)}"
+            )
+        if name == "" or type(layers[name]) is not nn.Linear:
+            raise ValueError(
+                f"{name!r} needs to be an nn.Linear inside the model, it is a "
+                f"{type(layers[name]).__name__}: name the layers one by one, or wrap a bare one "
+                "in nn.Sequential"
+            )
+        if not callable(getattr(target, "from_dense", None)):
+            raise ValueError(
+                f"{name!r} needs a class with from_dense, got {target!r}: give SemiSparseLinear "
+                "or SemiSparseActivationLinear"
+            )
+    made: Mapping[str, Any] = config  # each has a from_dense
+    swap(model, {name: target.from_dense(layers[name]) for name, target in made.items()})
+
+
+def swap_semi_sparse_linear_with_linear(model: nn.Module) -> None:
+    """Replace every `SemiSparseLinear` and `SemiSparseActivationLinear` by a dense `nn.Linear`.
+
+    Raises:
+        ValueError: before anything is changed, if the model itself is one.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (SemiSparseLinear, SemiSparseActivationLinear))
+    }
+    if "" in found:
+        raise ValueError(
+            f"swap needs a model that holds its layers, got a bare {type(model).__name__}: use "
+            "to_dense"
+        )
+    swap(model, {name: _dense(module) for name, module in found.items()})
+
+
+def _pruned(x: Tensor) -> Tensor:
+    result: Tensor = _StraightThrough.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _dense(layer: nn.Linear) -> nn.Linear:
+    new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    _take_over(new, layer)
+    return new
+
+
+def _take_over(new: nn.Linear, old: nn.Linear) -> None:
+    """Parameters themselves, so that an optimizer still has them; hooks and training mode."""
+    new.weight, new.bias = old.weight, old.bias
+    new.train(old.training)
+    for name in HOOKS:
+        vars(new)[name].update(vars(old)[name])

@@ -1,0 +1,25 @@
+"""The names of `torchao.sparsity`."""
+
+from secateur.compat.torchao.configs import (
+    BlockSparseWeightConfig,
+    SemiSparseWeightConfig,
+    block_sparse_weight,
+    int8_dynamic_activation_int8_semi_sparse_weight,
+    semi_sparse_weight,
+)
+from secateur.compat.torchao.inference import apply_fake_sparsity, sparsify_
+from secateur.compat.torchao.supermask import SupermaskLinear
+from secateur.compat.torchao.wanda import PerChannelNormObserver, WandaSparsifier
+
+__all__ = [
+    "BlockSparseWeightConfig",
+    "PerChannelNormObserver",
+    "SemiSparseWeightConfig",
+    "SupermaskLinear",
+    "WandaSparsifier",
+    "apply_fake_sparsity",
+    "block_sparse_weight",
+    "int8_dynamic_activation_int8_semi_sparse_weight",
+    "semi_sparse_weight",
+    "sparsify_",
+]

@@ -1,0 +1,5 @@
+"""The names of `torchao.sparsity.wanda`."""
+
+from secateur.compat.torchao.wanda import WandaSparsifier
+
+__all__ = ["WandaSparsifier"]

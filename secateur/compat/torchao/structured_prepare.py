@@ -1,0 +1,147 @@
+"""What the preparation of a structured pruner finds out: which tensors, and whether they can."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.compat.torchao.fake_sparsity import unmasked
+from secateur.compat.torchao.groups import Group
+from secateur.compat.torchao.structured_channels import Channels, Followed, Removed
+from secateur.compat.torchao.structured_constants import constants
+from secateur.compat.torchao.structured_mask import Masked
+
+
+def default_config(
+    model: nn.Module, channels: Channels, left: dict[str, str]
+) -> list[dict[str, Any]]:
+    """The weights whose channels can go without changing what is computed; `left` has the others.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    config = []
+    for path, module in model.named_modules():
+        names = [n for n in module._parameters if n.startswith("weight_hh")]
+        if not isinstance(module, nn.RNNBase):
+            names = ["weight"] if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else []
+        for name in names:
+            fqn = f"{path}.{name}".removeprefix(".")
+            dim = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+            reason = channels.why_not(fqn, dim) or channels.why_changed(fqn, dim)
+            if reason is None:
+                config.append({"tensor_fqn": fqn})
+            else:
+                left[fqn] = reason
+    if not config:
+        first = next(iter(left.items()), None)
+        because = f": {first[0]}: {first[1]}" if first else ""
+        raise ValueError(
+            f"prepare found no channels in {type(model).__name__} that can be removed{because}"
+        )
+    return config
+
+
+def channel_dim(channels: Channels, group: Group) -> int:
+    """The dimension of a tensor that has the channels that it makes.
+
+    Not the first in embeddings, transposed convolutions, and GPT-2's Conv1D, whose first dimension
+    has the inputs.
+    """
+    if isinstance(group["module"], nn.Embedding):
+        return 1
+    return 1 if (group["tensor_fqn"], 0) in channels.inputs else 0
+
+
+def key_of(group: Group, dims: Mapping[str, int]) -> tuple[str, int]:
+    return group["tensor_fqn"], dims[group["tensor_fqn"]]
+
+
+def require_channels(channels: Channels, group: Group, dim: int) -> None:
+    name = group["tensor_fqn"]
+    if (name, dim) in channels.inputs:
+        raise ValueError(
+            f"{name} cannot be pruned: others make the channels that it has: name one of them"
+        )
+    if reason := channels.why_not(name, dim):
+        raise ValueError(
+            f"{name} cannot be pruned: {reason}: leave it out of the config, which is what "
+            "config=None does"
+        )
+
+
+def masked_with(
+    model: nn.Module, channels: Channels, groups: Sequence[Group], dims: Mapping[str, int]
+) -> list[Masked]:
+    """The parameters to be masked: those of the config first, then what goes with them."""
+    masked = [Masked(*key_of(g, dims), g["module"], g["tensor_name"]) for g in groups]
+    biases: dict[int, Group] = {}
+    for group in groups:
+        for unit in channels.states[key_of(group, dims)].tolist():
+            other = biases.setdefault(unit, group)
+            if other["prune_bias"] != group["prune_bias"]:
+                raise ValueError(
+                    f"{group['tensor_fqn']} needs the prune_bias of {other['tensor_fqn']}, with "
+                    f"which its channels go together: {other['prune_bias']}"
+                )
+    named = {(each.name, each.dim) for each in masked}
+    for group in groups:
+        for name, dim in channels.made_with(channels.states[key_of(group, dims)]):
+            path, _, tensor_name = name.rpartition(".")
+            module = model.get_submodule(path) if path else model
+            tensor = module._parameters.get(tensor_name)
+            if tensor is None or (name, dim) in named:
+                continue
+            if tensor.dim() == 1 and not group["prune_bias"]:
+                continue
+            if any(name == other for other, _ in named):
+                raise ValueError(
+                    f"{name} cannot be masked in two of its dimensions: leave out "
+                    f"{group['tensor_fqn']}"
+                )
+            named.add((name, dim))
+            masked.append(Masked(name, dim, module, tensor_name))
+    return masked
+
+
+def require_constants(
+    model: nn.Module,
+    followed: Followed,
+    groups: Sequence[Group],
+    dims: Mapping[str, int],
+    masked: Sequence[Masked],
+) -> None:
+    """Raise now if what `prune` would find at a high level cannot be removed."""
+    removed = np.zeros(followed.channels.count, dtype=bool)
+    for group in groups:
+        units = followed.channels.states[key_of(group, dims)]
+        removed[units] = True
+    for units in followed.channels.states.values():
+        if removed[units].all():
+            removed[units.min()] = False
+    values = masked_values(model, masked, followed.channels, removed)
+    constants(followed, values, removed)
+
+
+def masked_values(
+    model: nn.Module, masked: Sequence[Masked], channels: Channels, removed: Removed
+) -> dict[str, Tensor]:
+    """Parameters and buffers by name as the masked model has them."""
+    held = {each.name: each.dim for each in masked}
+    values = {}
+    for path, module in model.named_modules():
+        own = {**module._parameters, **module._buffers}
+        if hasattr(module, "parametrizations"):
+            parametrized = cast(nn.ModuleDict, module.parametrizations)
+            own |= {name: unmasked(module, name) for name in parametrized}
+        for tensor_name, tensor in own.items():
+            name = f"{path}.{tensor_name}".removeprefix(".")
+            if tensor is not None and name in held:
+                units = channels.states[name, held[name]]
+                gone = torch.from_numpy(np.flatnonzero(removed[units])).to(tensor.device)
+                tensor = tensor.index_fill(held[name], gone, 0)
+            if tensor is not None:
+                values[name] = tensor.detach()
+    return values

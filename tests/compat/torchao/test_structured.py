@@ -1,0 +1,593 @@
+"""The laws of structured pruning: what is pruned computes what was masked, and reloads plainly."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur.compat.torchao import (
+    BaseStructuredSparsifier,
+    FakeStructuredSparsity,
+    SaliencyPruner,
+)
+from tests.compat.torchao.structured_models import (
+    Branches,
+    Grouped,
+    Recurrent,
+    ResNet,
+    ViT,
+    Words,
+    lively,
+)
+
+
+def config(*names: str, **settings: Any) -> list[dict[str, Any]]:
+    return [{"tensor_fqn": f"{name}.weight", **settings} for name in names]
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+
+
+def sequences(width: int) -> Tensor:
+    return torch.randn(3, 5, width, generator=torch.Generator().manual_seed(1)).double()
+
+
+def numbers(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def pruned_as_masked(
+    model: nn.Module,
+    batch: Tensor,
+    layers: list[dict[str, Any]] | None,
+    smaller: Callable[[], nn.Module],
+    level: float = 0.5,
+) -> nn.Module:
+    """The laws: outputs of the masked model, a plain module of the smaller configuration."""
+    dense = model(batch)
+    modules = {name: type(module) for name, module in model.named_modules()}
+    sparsifier = SaliencyPruner({"sparsity_level": level})
+    sparsifier.prepare(model, layers, example_inputs=batch)
+    sparsifier.step()
+    masked = model(batch)
+    assert not torch.allclose(dense, masked), "something is masked"
+    pruned = sparsifier.prune()
+    assert pruned is model
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    torch.testing.assert_close(pruned(batch), masked, rtol=1e-9, atol=1e-9)
+    fresh = smaller().double().eval()
+    fresh.load_state_dict(pruned.state_dict())
+    assert numbers(fresh) == numbers(pruned)
+    torch.testing.assert_close(fresh(batch), masked, rtol=1e-9, atol=1e-9)
+    return pruned
+
+
+# --- the laws, kind by kind ----------------------------------------------------------------------
+
+
+def test_a_residual_network_loses_the_same_channels_on_both_sides_of_each_addition() -> None:
+    model = lively(ResNet())
+    pruned_as_masked(model, images(), None, lambda: ResNet((4, 6), (5, 3)))
+    assert model.a.conv1.in_channels == 4
+    assert model.bn.num_features == 4
+    assert repr(model) == repr(ResNet((4, 6), (5, 3)))
+
+
+def test_naming_one_layer_of_an_addition_prunes_all_of_them() -> None:
+    model = lively(ResNet())
+    layers = config("a.conv2")
+    pruned_as_masked(model, images(), layers, lambda: ResNet((4, 12), (10, 6)))
+
+
+def test_conv_bn_relu_conv() -> None:
+    def make(width: int = 8) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 4, 3, padding=1),
+        )
+
+    pruned = pruned_as_masked(lively(make()), images(), None, lambda: make(6), level=0.25)
+    assert numbers(pruned) == 6 * 27 + 6 + 12 + 4 * 6 * 9 + 4
+
+
+@pytest.mark.parametrize(
+    "layer, sizes", [("block.qkv", {"heads": 2}), ("block.fc1", {"hidden": 8})]
+)
+def test_heads_and_hidden_units_of_a_vision_transformer(layer: str, sizes: dict[str, int]) -> None:
+    model = lively(ViT())
+    pruned_as_masked(model, images(), config(layer), lambda: ViT(**sizes))
+    assert model.block.num_heads == sizes.get("heads", 4)
+    assert model.block.head_dim == 3
+
+
+def test_without_a_config_what_a_norm_runs_over_stays_and_says_why() -> None:
+    model = lively(ViT())
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, None, images())
+    assert [g["tensor_fqn"] for g in sparsifier.groups] == ["block.qkv.weight", "block.fc1.weight"]
+    assert (
+        "layer_norm.default of block.norm1 normalises over it"
+        in sparsifier.left["block.fc2.weight"]
+    )
+    assert sparsifier.left["head.weight"] == "it is an output of the model"
+
+
+def test_grouped_queries_go_with_the_head_whose_keys_they_read() -> None:
+    for named in (["q_proj"], ["k_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]):
+        model = lively(Grouped())
+        pruned_as_masked(
+            model, sequences(8), config(*named), lambda: Grouped(heads=4, groups=2), level=0.34
+        )
+        assert (model.num_heads, model.num_key_value_heads, model.head_dim) == (4, 2, 2)
+
+
+def test_all_gates_layers_and_directions_of_an_lstm_lose_the_same_hidden_units() -> None:
+    layers = [{"tensor_fqn": "lstm.weight_ih_l0"}, {"tensor_fqn": "lstm.weight_hh_l0"}]
+    for named in (layers, None):
+        model = lively(Recurrent())
+        pruned_as_masked(model, sequences(4), named, lambda: Recurrent(3))
+        assert (model.lstm.hidden_size, model.lstm.input_size) == (3, 4)
+
+
+def test_branches_of_a_concatenation_a_depthwise_convolution_and_whole_groups() -> None:
+    """GroupNorm has 7 groups of 4, from 2 channels of the concatenation each."""
+    model = lively(Branches())
+    left, right = 4, 4  # of 6 and 8; whole pairs, of the two branches by themselves
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, config("left", "right"), images())
+    sparsifier.step()
+    masked = model(images())
+    sparsifier.prune()
+    torch.testing.assert_close(model(images()), masked, rtol=1e-9, atol=1e-9)
+    assert (model.left.out_channels, model.right.out_channels) == (left, right)
+    fresh = Branches(left, right, groups=4).double().eval()
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(images()), masked, rtol=1e-9, atol=1e-9)
+
+
+def test_a_gated_mlp_in_one_projection_loses_gates_with_what_they_gate() -> None:
+    model, tokens = lively(Words()), torch.arange(10).view(2, 5)
+    pruned_as_masked(model, tokens, config("up"), lambda: Words(hidden=6))
+
+
+def test_the_width_of_a_language_model_and_norms_of_what_is_left() -> None:
+    """The masked model with norms over the kept channels, written down here once more."""
+    model, tokens = lively(Words()), torch.arange(10).view(2, 5)
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, config("down"), tokens)
+    sparsifier.step()
+    kept = model.down.parametrizations.weight[0].mask
+    reference = copy.deepcopy(model)
+
+    def layer_norm(x: Tensor) -> Tensor:
+        norm, part = reference.norm, x[..., kept]
+        part = (part - part.mean(-1, keepdim=True)) / (
+            part.var(-1, keepdim=True, correction=0) + norm.eps
+        ).sqrt()
+        return torch.zeros_like(x).index_copy(
+            -1, kept.nonzero()[:, 0], part * norm.weight[kept] + norm.bias[kept]
+        )
+
+    def rms_norm(x: Tensor) -> Tensor:
+        square = x[..., kept].pow(2).mean(-1, keepdim=True)
+        eps = torch.finfo(torch.float64).eps
+        return x / (square + eps).sqrt() * reference.last.weight
+
+    reference.norm.register_forward_hook(lambda m, args, out: layer_norm(args[0]))
+    reference.last.register_forward_hook(lambda m, args, out: rms_norm(args[0]))
+    masked = reference(tokens)
+    sparsifier.prune()
+    torch.testing.assert_close(model(tokens), masked, rtol=1e-9, atol=1e-9)
+    fresh = Words(width=4).double().eval()
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(tokens), masked, rtol=1e-9, atol=1e-9)
+    assert model.head.weight is model.embed.weight, "tied weights stay tied"
+
+
+def test_an_embedding_is_pruned_by_its_columns() -> None:
+    def make(width: int = 8) -> nn.Module:
+        return nn.Sequential(nn.Embedding(7, width), nn.Tanh(), nn.Linear(width, 3))
+
+    tokens = torch.arange(10).view(2, 5) % 7
+    pruned = pruned_as_masked(lively(make()), tokens, config("0"), lambda: make(4))
+    assert pruned[0].embedding_dim == 4
+
+
+def test_a_flattened_image_takes_all_positions_of_a_channel() -> None:
+    def make(width: int = 8) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(9 * width, 5),
+        )
+
+    pruned_as_masked(lively(make()), images(), None, lambda: make(4))
+
+
+def test_a_transposed_convolution_and_prelu() -> None:
+    def make(width: int = 8, up: int = 6) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3),
+            nn.PReLU(width),
+            nn.ConvTranspose2d(width, up, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(up, 2, 1),
+        )
+
+    pruned_as_masked(lively(make()), images(), None, lambda: make(4, 3))
+
+
+# --- biases --------------------------------------------------------------------------------------
+
+
+def test_the_bias_of_a_removed_row_goes_into_the_next_layer_or_is_dropped() -> None:
+    for prune_bias in (True, False):
+        model = lively(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3)))
+        first, second = copy.deepcopy(model[0]), copy.deepcopy(model[2])
+        x = sequences(4)  # three dimensions, on which the old one failed
+        sparsifier = SaliencyPruner({"sparsity_level": 0.5, "prune_bias": prune_bias})
+        sparsifier.prepare(model, config("0"), x)
+        sparsifier.step()
+        keep = model[0].parametrizations.weight[0].mask
+        masked = model(x)
+        sparsifier.prune()
+        torch.testing.assert_close(model(x), masked)
+        constant = torch.sigmoid(torch.zeros(6) if prune_bias else first.bias)[~keep].double()
+        wanted = second.bias + second.weight[:, ~keep] @ constant
+        torch.testing.assert_close(model[2].bias.detach(), wanted.detach())
+        assert torch.equal(model[0].bias, first.bias[keep])
+
+
+def test_a_constant_passes_through_batch_norm_and_an_unpadded_convolution() -> None:
+    def make(width: int = 8) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.GELU(), nn.Conv2d(width, 4, 3)
+        )
+
+    pruned_as_masked(lively(make()), images(), config("0", prune_bias=False), lambda: make(4))
+
+
+def test_a_constant_that_nothing_can_take_is_an_error_before_anything_is_changed() -> None:
+    padded = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    bare = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3, bias=False))
+    for model, why, settings in (
+        (
+            padded,
+            "2 reads the constant .* pads it with zeros: use prune_bias",
+            {"prune_bias": False},
+        ),
+        (bare, "2 reads the constant 0.5 .* it has no bias to take it", {}),
+    ):
+        before = copy.deepcopy(lively(model))
+        with pytest.raises(ValueError, match=why):
+            SaliencyPruner({"sparsity_level": 0.5}).prepare(
+                model, config("0", **settings), images()
+            )
+        assert repr(model) == repr(before)
+        assert model.state_dict().keys() == before.state_dict().keys()
+
+
+# --- what cannot be right is an error ------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A model whose middle is given."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor], width: int = 6) -> None:
+        super().__init__()
+        self.middle, self.width = middle, width
+        self.first, self.second = nn.Linear(4, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.middle(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "middle, why",
+    [
+        (lambda x: torch.sort(x, -1)[0], "no rule for aten.sort.default of the model itself"),
+        (lambda x: x.softmax(-1), "softmax.int of the model itself runs along the channels"),
+        (lambda x: x - x.mean(-1, keepdim=True), "mean.dim .* runs over the channels"),
+        (lambda x: x + torch.arange(6.0, dtype=x.dtype), "joins it to channels that stay"),
+        (lambda x: x.flip(-1) + x[..., :1], "slice.Tensor of the model itself"),
+    ],
+)
+def test_an_operation_that_cannot_be_pruned_is_named(
+    middle: Callable[[Tensor], Tensor], why: str
+) -> None:
+    model = lively(Odd(middle))
+    with pytest.raises(ValueError, match=f"first.weight cannot be pruned: .*({why})"):
+        SaliencyPruner({"sparsity_level": 0.5}).prepare(model, config("first"), sequences(4))
+    with pytest.raises(ValueError, match="found no channels .* second.weight|first.weight"):
+        SaliencyPruner({"sparsity_level": 0.5}).prepare(model, None, sequences(4))
+
+
+def test_what_arrives_of_a_removed_channel_must_not_depend_on_the_input() -> None:
+    class Added(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x) + x[..., :1])
+
+    with pytest.raises(ValueError, match="second reads channels .* depends on the input"):
+        sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+        sparsifier.prepare(lively(Added(F.relu)), config("first"), sequences(4))
+
+
+def test_channels_in_reverse_are_pruned_in_reverse() -> None:
+    """Libraries that take an unknown operation for one by elements remove other columns here."""
+    model = lively(Odd(lambda x: F.relu(x).flip(-1)))
+    before = copy.deepcopy(model)
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, config("first"), sequences(4))
+    sparsifier.step()
+    keep = model.first.parametrizations.weight[0].mask
+    sparsifier.prune()
+    assert torch.equal(model.second.weight, before.second.weight[:, keep.flip(0)])
+
+
+def test_a_size_written_into_the_forward_is_an_error_that_changes_nothing() -> None:
+    model = lively(Odd(lambda x: F.relu(x.view(3, 5, 6)).view(3, 5, 2, 3).flatten(2)))
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, config("first"), sequences(4))
+    sparsifier.step()
+    masked, names = model(sequences(4)), list(model.state_dict())
+    with pytest.raises(ValueError, match="the pruned Odd does not run"):
+        sparsifier.prune()
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(sequences(4)), masked)
+    sparsifier.step()
+    sparsifier.squash_mask()
+    assert torch.equal(model(sequences(4)), masked)
+
+
+def test_a_number_of_channels_in_the_forward_is_an_error() -> None:
+    model = lively(Odd(lambda x: x / x.shape[-1]))
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, config("first"), sequences(4))
+    sparsifier.step()
+    with pytest.raises(
+        ValueError, match=r"would compute something else: .*div.Tensor of the model itself"
+    ):
+        sparsifier.prune()
+
+
+@pytest.mark.parametrize(
+    "middle, width, gone, why",
+    [
+        (lambda x: x[..., 2:4], 2, 0, "slice.Tensor|linear.default of second"),
+        (lambda x: x[..., -4:-2], 2, 5, "linear.default of second brings other channels"),
+        (lambda x: x[..., ::2], 3, 3, "linear.default of second brings other channels"),
+        (lambda x: x.roll(1, -1), 6, 5, "linear.default of second brings other channels"),
+        (lambda x: torch.cat([x[..., 2:], x[..., :2]], -1), 6, 1, "slice.Tensor of the model"),
+    ],
+)
+def test_positions_that_move_are_an_error(
+    middle: Callable[[Tensor], Tensor], width: int, gone: int, why: str
+) -> None:
+    """Sizes fit in all but the last: without a look at the order other channels would be read."""
+    model = Odd(middle)
+    model.second = nn.Linear(width, 3)
+    sparsifier = Row({"row": gone})
+    sparsifier.prepare(lively(model), config("first"), sequences(4))
+    sparsifier.step()
+    masked = model(sequences(4))
+    with pytest.raises(ValueError, match=f"would compute something else: .*({why})"):
+        sparsifier.prune()
+    assert torch.equal(model(sequences(4)), masked)
+
+
+def test_inputs_of_a_layer_an_output_of_the_model_and_other_names_are_refused() -> None:
+    model = lively(Odd(F.relu))
+    with pytest.raises(ValueError, match="second.weight cannot be pruned: it is an output"):
+        SaliencyPruner({"sparsity_level": 0.5}).prepare(model, config("second"), sequences(4))
+    with pytest.raises(ValueError, match="closest are 'first.weight'"):
+        SaliencyPruner({"sparsity_level": 0.5}).prepare(model, config("firts"), sequences(4))
+
+
+# --- the sparsifier ------------------------------------------------------------------------------
+
+
+class Row(BaseStructuredSparsifier):
+    """What users write: drops one row."""
+
+    def update_mask(self, module: nn.Module, tensor_name: str, row: int) -> None:
+        getattr(module.parametrizations, tensor_name)[0].mask[row] = False
+
+
+def test_a_pruner_of_ones_own_drops_a_row_without_example_inputs() -> None:
+    model = lively(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
+    sparsifier = Row({"row": 1})
+    sparsifier.prepare(model, config("0"))
+    assert isinstance(model[0].parametrizations.weight[0], FakeStructuredSparsity)
+    sparsifier.step()
+    assert not model[0].bias[1]
+    assert sparsifier.prune() is model
+    assert model[0].weight.shape == (5, 4)
+    assert model[2].in_features == 5
+
+
+def test_half_a_unit_is_an_error_and_the_masks_are_as_they_were() -> None:
+    model = lively(ResNet())
+    sparsifier = Row()
+    layers = [*config("stem", row=0), *config("a.conv2", row=1)]
+    sparsifier.prepare(model, layers, images())
+    before = model(images())
+    with pytest.raises(ValueError, match="drops a channel that goes together with one that"):
+        sparsifier.step()
+    assert torch.equal(model(images()), before)
+
+
+def test_masks_are_chosen_anew_and_come_back_when_the_level_falls() -> None:
+    model = lively(Odd(F.relu))
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, config("first"), sequences(4))
+    for level, dropped in ((0.5, 3), (0.84, 5), (0.0, 0)):
+        sparsifier.groups[0]["sparsity_level"] = level
+        sparsifier.step()
+        assert int((~model.first.parametrizations.weight[0].mask).sum()) == dropped
+    with pytest.raises(ValueError, match="sparsity_level that leaves a channel, 6 of its 6"):
+        sparsifier.groups[0]["sparsity_level"] = 1.0
+        sparsifier.step()
+
+
+def test_gradients_of_what_is_masked_are_zero_and_training_goes_on_after_prune() -> None:
+    model = lively(Odd(F.relu)).train()
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, config("first"), sequences(4))
+    assert model.training
+    sparsifier.step()
+    keep = model.first.parametrizations.weight[0].mask
+    model(sequences(4)).square().sum().backward()
+    gradient = model.first.parametrizations.weight.original.grad
+    assert not gradient[~keep].any()
+    assert gradient[keep].any()
+    sparsifier.prune()
+    assert model.first.weight.grad is None
+    model(sequences(4)).square().sum().backward()
+    assert model.first.weight.grad.shape == (3, 4)
+
+
+def test_state_goes_to_another_sparsifier_and_through_pickle() -> None:
+    sparsifiers = []
+    for _ in range(2):
+        model = lively(Odd(F.relu))
+        sparsifiers.append(SaliencyPruner({"sparsity_level": 0.5}))
+        sparsifiers[-1].prepare(model, config("first"), sequences(4))
+    source, target = sparsifiers
+    source.step()
+    state = pickle.loads(pickle.dumps(source)).state_dict()
+    assert torch.equal(
+        state["state"]["first.weight"]["mask"], source.state_dict()["state"]["first.weight"]["mask"]
+    )
+    target.load_state_dict(state)
+    assert torch.equal(target.model(sequences(4)), source.model(sequences(4)))
+    state["state"]["first.weight"]["mask"] = torch.zeros(6)
+    with pytest.raises(ValueError, match="needs a channel, all of its 6"):
+        target.load_state_dict(state)
+    target.prune()
+    assert target.model.first.out_features == 3
+
+
+def test_a_copy_is_pruned_by_itself() -> None:
+    model = lively(Odd(F.relu))
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, config("first"), sequences(4))
+    sparsifier.step()
+    other, copied = copy.deepcopy((model, sparsifier))
+    copied.prune()
+    assert other.first.out_features == 3
+    assert model.first.parametrizations.weight.original.shape == (6, 4)
+
+
+def test_squash_keeps_the_shapes_and_the_order_of_parameters() -> None:
+    model = lively(ResNet())
+    names = list(model.state_dict())
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, None, images())
+    sparsifier.step()
+    masked = model(images())
+    sparsifier.squash_mask(params_to_keep=["sparsity_level"])
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(images()), masked)
+    assert model.stem.sparse_params == {"sparsity_level": 0.5}
+    with pytest.raises(ValueError, match="prune needs masks"):
+        sparsifier.prune()
+
+
+def test_an_initial_mask_applies_at_once() -> None:
+    model = lively(Odd(F.relu))
+    mask = torch.tensor([1, 0, 1, 1, 0, 1])
+    sparsifier = Row()
+    sparsifier.prepare(model, config("first", mask=mask), sequences(4))
+    assert not model.first.weight[1].any()
+    assert not model.first.bias[4]
+    sparsifier.prune()
+    assert model.first.out_features == 4
+
+
+# --- other models --------------------------------------------------------------------------------
+
+
+def test_attention_written_with_einsum_and_a_single_head() -> None:
+    class Single(nn.Module):
+        def __init__(self, width: int = 6, values: int = 8) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(4, width), nn.Linear(4, width)
+            self.v, self.o = nn.Linear(4, values), nn.Linear(values, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = torch.einsum("btd,bsd->bts", self.q(x), self.k(x)).softmax(-1)
+            return self.o(weights @ self.v(x))
+
+    pruned_as_masked(lively(Single()), sequences(4), None, lambda: Single(3, 4))
+
+
+def test_tables_that_stay_leave_whole_heads_and_buffers_by_head_keep_them() -> None:
+    class Table(nn.Module):
+        """A table of angles for each step, shared by all heads, as in rotary embeddings."""
+
+        def __init__(self, heads: int = 4, table: tuple[int, ...] = (5, 1, 3)) -> None:
+            super().__init__()
+            self.heads = heads
+            self.first, self.second = nn.Linear(8, 3 * heads), nn.Linear(3 * heads, 2)
+            self.register_buffer("table", torch.rand(table))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(
+                (self.first(x).unflatten(-1, (self.heads, 3)) * self.table).flatten(2)
+            )
+
+    model = lively(Table())
+    pruned_as_masked(model, sequences(8), config("first"), lambda: Table(2))
+    with pytest.raises(ValueError, match="mul.Tensor of the model itself joins it to channels"):
+        by_head = lively(Table(table=(1, 4, 3)))
+        SaliencyPruner({"sparsity_level": 0.5}).prepare(by_head, config("first"), sequences(8))
+
+
+def test_norms_without_parameters() -> None:
+    def make(width: int = 8, groups: int = 4) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3),
+            nn.GroupNorm(groups, width, affine=False),
+            nn.SiLU(),
+            nn.Conv2d(width, 2, 3),
+        )
+
+    pruned_as_masked(lively(make()), images(), None, lambda: make(4, 2))
+
+
+def test_a_language_model_of_transformers_reloads_by_its_configuration() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def make(heads: int = 4, groups: int = 2, hidden: int = 24) -> nn.Module:
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=32,
+                hidden_size=16,
+                intermediate_size=hidden,
+                num_hidden_layers=2,
+                num_attention_heads=heads,
+                num_key_value_heads=groups,
+                head_dim=4,
+            )
+        )
+
+    model, batch = lively(make()), {"input_ids": torch.arange(10).view(2, 5)}
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, None, batch)
+    sparsifier.step()
+    masked = model(**batch).logits
+    sparsifier.prune()
+    fresh = make(2, 1, 12).double().eval()
+    fresh.load_state_dict(model.state_dict())
+    for pruned in (model, fresh):
+        torch.testing.assert_close(pruned(**batch).logits, masked, rtol=1e-9, atol=1e-9)
