@@ -1,8 +1,6 @@
 """Holding zeros during training: masks are re-applied after every optimizer step."""
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -10,29 +8,10 @@ from torch import Tensor, nn
 
 from secateur import layers as _layers
 from secateur.layers import weight_of
-
-T = TypeVar("T")
+from secateur.train.releasing import Releasing
 
 # How masks move: (layer name, weight [out, in], mask [out, in], step) -> mask, after every step.
 Rule = Callable[[str, Tensor, Tensor, int], Tensor]
-
-
-class Releasing:
-    """What hooks into an optimizer until `release()`, or until a `with` block is left."""
-
-    def release(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self: T) -> T:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class Held(Releasing):

@@ -19,7 +19,7 @@ from secateur.layers import weight_of
 from secateur.plan import Plan, match
 from secateur.schedules import Schedule
 from secateur.train.gradual import at_sparsity
-from secateur.train.hold import Releasing
+from secateur.train.releasing import Releasing
 
 # What scores gain at a step from dL/dS, and the mask [out, in] of scores at a step, None: as it is.
 Learn = Callable[[Tensor, Tensor], Tensor]

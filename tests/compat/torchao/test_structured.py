@@ -591,3 +591,46 @@ def test_a_language_model_of_transformers_reloads_by_its_configuration() -> None
     fresh.load_state_dict(model.state_dict())
     for pruned in (model, fresh):
         torch.testing.assert_close(pruned(**batch).logits, masked, rtol=1e-9, atol=1e-9)
+
+
+class RootMeanSquare(nn.Module):
+    """RMSNorm as language models write it, without a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [lambda width: nn.LayerNorm(width, elementwise_affine=False), lambda _: RootMeanSquare()],
+)
+def test_a_norm_without_parameters_normalises_what_is_left(
+    norm: Callable[[int], nn.Module],
+) -> None:
+    model = lively(nn.Sequential(nn.Linear(4, 6), norm(6), nn.Linear(6, 3)))
+    first, _, second = copy.deepcopy(model)
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, config("0"), sequences(4))
+    sparsifier.step()
+    keep = model[0].parametrizations.weight[0].mask
+    sparsifier.prune()
+    hidden = norm(3)(first(sequences(4))[..., keep])
+    wanted = F.linear(hidden, second.weight[:, keep], second.bias)
+    torch.testing.assert_close(model(sequences(4)), wanted)
+
+
+def test_an_embedding_that_is_the_output_embedding_too_is_masked_as_both() -> None:
+    class Tied(nn.Module):
+        def __init__(self, width: int = 8) -> None:
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(7, width), nn.Linear(width, width)
+            self.head = nn.Linear(width, 7)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens)
+            return self.head(x + F.relu(self.mix(x)))
+
+    tokens = torch.arange(10).view(2, 5) % 7
+    pruned = pruned_as_masked(lively(Tied()), tokens, config("mix"), lambda: Tied(4))
+    assert pruned.head.weight is pruned.embed.weight
