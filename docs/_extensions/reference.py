@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sphinx.pycode import ModuleAnalyzer
+
 import secateur
 
 # Room -> title of its page, in the order of the work.
@@ -63,7 +65,9 @@ class Page:
         module = importlib.import_module(f"secateur.{self.room}")
         parts = [f"# {self.title}", (inspect.getdoc(module) or "").split("\n\n")[0]]
         parts += [
-            _directive(f"{VALUES.get(name, 'secateur')}::{name}", vars(secateur)[name])
+            _value(name)
+            if name in VALUES
+            else _directive(f"secateur::{name}", vars(secateur)[name])
             for name in self.public
         ]
         if self.public and self.others:
@@ -132,6 +136,13 @@ def _directive(target: str, value: object) -> str:
     options = "   :members:\n" if kind == "class" else ""
     body = f".. auto{kind}:: {target}\n{options}"
     return "```{eval-rst}\n" + textwrap.dedent(body).rstrip() + "\n```"
+
+
+def _value(name: str) -> str:
+    """A public value under its public name, with the string that follows it in its module."""
+    said = ModuleAnalyzer.for_module(VALUES[name]).find_attr_docs()["", name]
+    body = textwrap.indent("\n".join(said), "   ").rstrip()
+    return f"```{{eval-rst}}\n.. py:data:: secateur.{name}\n\n{body}\n```"
 
 
 def _summary(name: str) -> str:
