@@ -33,6 +33,7 @@ import secateur as sc
 from bench.cold import FAILURES, REASON, error
 from bench.rows import Row, append
 from secateur.formats.candidates import first_line
+from secateur.formats.join import join_activations_
 
 RESULTS = Path(__file__).parent / "results"
 ATTENTION = ("*.qkv", "*.proj")
@@ -174,6 +175,7 @@ def pack(model: nn.Module, configuration: Configuration, tokens: Sequence[int]) 
             layer.use(((able[0], None),))
     if configuration.tried:
         sc.accelerate_(model, tokens, configuration.tried, named(model, EVERYTHING))
+    join_activations_(model)
     if packed_layers(model):
         sc.warmup(model, tokens)
 

@@ -26,6 +26,7 @@ from secateur.formats.candidates import (
 )
 from secateur.formats.contract import DTYPES, packed_bytes
 from secateur.formats.format import Format, parse_format, weight_error
+from secateur.formats.join import join_activations_
 from secateur.formats.linear import PROBED_TOKENS, REFERENCE, SparseLinear, Table
 from secateur.formats.pack import (
     named_linears,
@@ -112,6 +113,9 @@ def accelerate_(
     says how far the weight is from the layer's own. Dense formats that round (`"int8_dynamic"`) are
     measured beside them if they are listed, and the format that gains most wins.
 
+    Where what a layer runs can apply the activation that follows it (`fc1`, then `gelu`), the layer
+    does so from then on, which saves a pass over its results.
+
     Measurements are kept on disk beside the compiled kernels, unless the machine was too busy, and
     a like layer on a like device is not measured again; `remeasure` does.
 
@@ -172,7 +176,7 @@ def _accelerate(
     if strict:
         _demand_gains(report, layers)
     swap(model, packed)
-    return report
+    return replace(report, joined=join_activations_(model))
 
 
 def _groups(

@@ -1,7 +1,7 @@
 """What `accelerate_` measured and decided, as data and as a table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from secateur.formats.candidates import DENSE, PREPACKED
@@ -81,7 +81,8 @@ class AccelerateReport:
     """What `accelerate_` measured and decided; printing it gives a table.
 
     `dense_formats` are those tried that store every weight, rounded: a sparse format that rounds
-    has to beat them, too.
+    has to beat them, too. `joined` are the layers that now apply the activation after them, and
+    which one it is.
     """
 
     device: str
@@ -90,6 +91,7 @@ class AccelerateReport:
     layers: tuple[LayerReport, ...]
     policy: str = "fastest"
     dense_formats: tuple[str, ...] = ()
+    joined: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def changed(self) -> tuple[LayerReport, ...]:
@@ -154,6 +156,8 @@ class AccelerateReport:
         for layer in self.layers:
             for reason in _reasons(layer):
                 reasons.setdefault(reason, []).append(layer.layer)
+        for name, activation in self.joined.items():
+            reasons.setdefault(f"applies the {activation} after it", []).append(name)
         lines += [
             _grouped(names, reason) for reason, names in list(reasons.items())[:REASONS_SHOWN]
         ]

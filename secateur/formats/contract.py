@@ -50,9 +50,8 @@ class Implementation:
     and device only. `arrange(packed)` makes the tensors named in `arrangement`, which only this
     implementation can read: they are made when a weight is packed or loaded and never saved.
 
-    `traced`, with the arguments of `linear`, is the same in torch's operators and one of ours, for
-    a compiler to join the former to what is computed before: norms, activations and the rounding
-    of their results become one pass. None where there is nothing to join.
+    `activations` are those of `secateur.formats.activations` that `linear` applies to its results
+    itself where it is called with `activation`, for less than another pass over them.
     """
 
     name: str
@@ -60,7 +59,7 @@ class Implementation:
     why_not: Callable[..., str | None]
     arrangement: tuple[str, ...] = ()
     arrange: Callable[..., tuple[Tensor, ...]] = _no_arrangement
-    traced: Callable[..., Tensor] | None = None
+    activations: tuple[str, ...] = ()
 
 
 @runtime_checkable

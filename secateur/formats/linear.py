@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.formats.activations import ACTIVATIONS
 from secateur.formats.contract import DTYPES, Implementation, Packed, typed_tensor
 from secateur.formats.format import parse_format
-from secateur.formats.op import table
 from secateur.formats.read_only import ReadOnlyWeight
 
 # Token counts at which the default choice asks each implementation whether it can run. A limit is
@@ -51,6 +51,7 @@ class SparseLinear(nn.Linear):
         self.out_features, self.in_features = packed.shape
         self.format = parse_format(packed.format)
         self.name = name  # only for error messages
+        self.activation = ""  # that is applied to the results; `join_activations_` sets it
         self._stored = tuple(packed.tensors())
         self._typed = typed_tensor(self._stored)
         for key, tensor in packed.tensors().items():
@@ -137,7 +138,7 @@ class SparseLinear(nn.Linear):
         )
 
     def forward(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        """`input @ weight.T + bias`, from the packed weight.
+        """`input @ weight.T + bias`, from the packed weight; then the activation, if one is joined.
 
         Raises: ValueError for an input of another dtype or width.
         """
@@ -154,20 +155,24 @@ class SparseLinear(nn.Linear):
                 f"got shape {tuple(input.shape)}: check the layer before it"
             )
         arrangement = [self._buffers[key] for key in self._arranged]
-        if torch.compiler.is_dynamo_compiling():
-            traced = self._traced(input, arrangement)
-            if traced is not None:
-                return traced
-        sizes = (self.out_features, self.in_features)
+        bias, activation = self.bias, self.activation
+        if activation and torch.is_grad_enabled():
+            if input.requires_grad or (bias is not None and bias.requires_grad):
+                activation = ""  # the operator's gradients are those of the linear alone
         result: Tensor = self.format.folder.LINEAR(
-            input, *self._parts(), self.bias, *sizes, arrangement, self.dispatch
+            input,
+            *self._parts(),
+            bias,
+            *(self.out_features, self.in_features),
+            *(arrangement, self.dispatch, activation),
         )
-        return result
+        return result if activation == self.activation else ACTIVATIONS[self.activation](result)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}, runs={self.dispatch}"
+            + (f", activation={self.activation}" if self.activation else "")
         )
 
     def _title(self) -> str:
@@ -175,30 +180,6 @@ class SparseLinear(nn.Linear):
 
     def _parts(self) -> tuple[Tensor, ...]:
         return tuple(self._buffers[key] for key in self._stored)  # type: ignore[misc]
-
-    def _traced(self, input: Tensor, arrangement: list[Any]) -> Tensor | None:
-        """The result in operators that a compiler can join to others, if what runs has them.
-
-        None also where gradients are wanted, which are those of the whole operator. A compiled
-        program that meets a number of tokens for which something else runs is compiled again.
-        """
-        entries = self.format.folder.IMPLEMENTATIONS
-        rows = table.__wrapped__(self.dispatch, entries)
-        if not any(implementation.traced for _, implementation, _ in rows):
-            return None
-        bias = self.bias
-        if torch.is_grad_enabled() and (
-            input.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            return None
-        flat = input.reshape(-1, self.in_features)
-        for limit, implementation, part in rows:
-            if flat.shape[0] <= limit:
-                if implementation.traced is None:
-                    return None
-                result = implementation.traced(flat, self.packed, bias, *arrangement[part])
-                return result.reshape(*input.shape[:-1], self.out_features)
-        return None
 
     def _default(self) -> Table:
         """For each number of tokens, the first implementation that can run it."""

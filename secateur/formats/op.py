@@ -6,7 +6,7 @@ number of tokens. `secateur::<format>_unpack` is the dense weight; the backward 
 operator of its own, because its body reads the number of nonzeros from the data.
 
     secateur::<format>_linear(Tensor x, Tensor <stored>..., Tensor? bias, int out_features,
-        int in_features, Tensor[] arrangement, str dispatch) -> Tensor
+        int in_features, Tensor[] arrangement, str dispatch, str activation) -> Tensor
     secateur::<format>_unpack(Tensor <stored>..., int out_features, int in_features) -> Tensor
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from secateur.formats.activations import ACTIVATIONS
 from secateur.formats.contract import Implementation, Packed, typed_tensor
 
 LIBRARY = torch.library.Library("secateur", "FRAGMENT")
@@ -92,7 +93,7 @@ def _define(
     count, typed = len(tensors), tensors.index(typed_tensor(tensors))
 
     def run_linear(x: Tensor, *rest: Any) -> Tensor:
-        stored, (bias, out_features, in_features, arrangement, dispatch) = (
+        stored, (bias, out_features, in_features, arrangement, dispatch, activation) = (
             rest[:count],
             rest[count:],
         )
@@ -102,7 +103,13 @@ def _define(
         packed = packed_type((out_features, in_features), *stored)
         rows = table(dispatch, implementations)
         _, implementation, part = next(row for row in rows if flat.shape[0] <= row[0])
-        result = implementation.linear(flat, packed, bias, *arrangement[part])
+        if activation in implementation.activations:
+            result = implementation.linear(
+                flat, packed, bias, *arrangement[part], activation=activation
+            )
+        else:
+            result = implementation.linear(flat, packed, bias, *arrangement[part])
+            result = ACTIVATIONS[activation](result) if activation else result
         return result.reshape(*x.shape[:-1], out_features).contiguous()
 
     def fake_linear(x: Tensor, *rest: Any) -> Tensor:
@@ -117,7 +124,7 @@ def _define(
 
     linear = operator(
         f"{name}_linear(Tensor x, {fields}, Tensor? bias, int out_features, int in_features, "
-        "Tensor[] arrangement, str dispatch) -> Tensor",
+        "Tensor[] arrangement, str dispatch, str activation) -> Tensor",
         run_linear,
         fake_linear,
     )
@@ -132,6 +139,11 @@ def _define(
 def _differentiate(linear_op: OpOverload, unpack_op: OpOverload, count: int) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *rest = inputs
+        if rest[-1]:
+            raise ValueError(
+                f"{linear_op} has no gradients through {rest[-1]!r}: call it without activation, "
+                "and the activation after it"
+            )
         ctx.save_for_backward(*rest[:count])
         ctx.shape = rest[count + 1 : count + 3]
         ctx.arrangement_count = len(rest[count + 3])
@@ -143,7 +155,7 @@ def _differentiate(linear_op: OpOverload, unpack_op: OpOverload, count: int) -> 
         if ctx.needs_input_grad[1 + count]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
         arrangement_grads = [None] * ctx.arrangement_count
-        return x_grad, *[None] * count, bias_grad, None, None, arrangement_grads, None
+        return x_grad, *[None] * count, bias_grad, None, None, arrangement_grads, None, None
 
     torch.library.register_autograd(
         linear_op.name(), backward, setup_context=setup_context, lib=LIBRARY

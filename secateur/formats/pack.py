@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from secateur.formats.format import Format, parse_format, weight_error
+from secateur.formats.join import separate_activations_
 from secateur.formats.linear import SparseLinear, Table
 
 REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
@@ -108,6 +109,7 @@ def unpack_(model: nn.Module) -> PackReport:
         )
     )
     swap(model, dense)
+    separate_activations_(model)
     return report
 
 

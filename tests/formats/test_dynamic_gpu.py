@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.formats import SparseLinear, parse_format
+from secateur.formats.activations import ACTIVATIONS
 from secateur.formats.contract import Implementation
 from secateur.formats.format import dequantised
 from secateur.formats.pack import packed_linear
@@ -180,3 +181,28 @@ def test_a_captured_layer_reads_its_input_anew(format: str) -> None:
     x.copy_(2 * inputs(97, 512, torch.bfloat16)[:96])
     graph.replay()
     assert torch.allclose(y, layer(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", HOPPER)
+def test_activations_are_applied_before_the_result_is_rounded(
+    format: str, dtype: torch.dtype, activation: str
+) -> None:
+    """Those of torch in float64 on the kernel's own result, but for one rounding of each.
+
+    The slope of all of them is at most 1.13, so what rounds the one moves the other as much.
+    """
+    layer = layer_of(format, dtype, RAGGED)
+    runs = needed(layer, "prefill", 300)
+    x = inputs(300, RAGGED[1], dtype)
+    x[7] = torch.nan
+    arranged = runs.arrange(layer.packed)
+    plain = runs.linear(x, layer.packed, layer.bias, *arranged).double()
+    found = runs.linear(x, layer.packed, layer.bias, *arranged, activation=activation).double()
+    wanted = ACTIVATIONS[activation](plain)
+    eps = torch.finfo(dtype).eps
+    most = 1.13 * eps / 2 * plain.abs() + eps / 2 * wanted.abs() + 1e-6
+    assert bool(found[7].isnan().all()) and bool(wanted[7].isnan().all())
+    others = [row for row in range(300) if row != 7]
+    assert bool(((found - wanted).abs() <= most)[others].all())

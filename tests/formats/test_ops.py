@@ -39,9 +39,9 @@ def test_opcheck_of_the_linear(format: str, bias: bool) -> None:
     x = tokens_in(3, 16).requires_grad_()
     offset = tokens_in(8, seed=3).requires_grad_() if bias else None
     linear = parse_format(format).folder.LINEAR
-    torch.library.opcheck(linear, (x, *tensors, offset, 8, 16, arrangement, name))
+    torch.library.opcheck(linear, (x, *tensors, offset, 8, 16, arrangement, name, ""))
     x = tokens_in(3, 1, 16).requires_grad_()
-    torch.library.opcheck(linear, (x, *tensors, offset, 8, 16, [], "reference"))
+    torch.library.opcheck(linear, (x, *tensors, offset, 8, 16, [], "reference", ""))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -61,7 +61,7 @@ def test_gradients_of_input_and_bias(format: str, arranged: bool) -> None:
     bias = tokens_in(8, dtype=torch.float64, seed=3).requires_grad_()
 
     def run(x: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = linear(x, *tensors, bias, 8, 16, arrangement, name)
+        result: Tensor = linear(x, *tensors, bias, 8, 16, arrangement, name, "")
         return result
 
     assert torch.autograd.gradcheck(run, (x, bias))
@@ -79,7 +79,7 @@ def test_a_dynamic_format_hands_gradients_straight_through(format: str) -> None:
     x = tokens_in(3, 16, dtype=torch.float64).requires_grad_()
     bias, up = tokens_in(8, dtype=torch.float64).requires_grad_(), tokens_in(3, 8).double()
     linear = parse_format(format).folder.LINEAR
-    result = linear(x, *tensors, bias, 8, 16, [], "reference")
+    result = linear(x, *tensors, bias, 8, 16, [], "reference", "")
     grads = torch.autograd.grad(result, (x, bias), up)
     assert torch.allclose(grads[0], up @ weight) and torch.allclose(grads[1], up.sum(0))
 
@@ -89,7 +89,7 @@ def test_only_the_wanted_gradient_is_computed(format: str) -> None:
     weight, tensors, _, _ = operands(format, torch.float64)
     linear = parse_format(format).folder.LINEAR
     x = tokens_in(3, 16, dtype=torch.float64).requires_grad_()
-    linear(x, *tensors, None, 8, 16, [], "reference").sum().backward()
+    linear(x, *tensors, None, 8, 16, [], "reference", "").sum().backward()
     assert x.grad is not None and torch.allclose(x.grad, weight.sum(0).expand(3, 16))
 
 
@@ -127,7 +127,7 @@ def test_the_number_of_tokens_decides_at_run_time(
     watch_bmm(monkeypatch, seen)
     linear = parse_format("block:4x8").folder.LINEAR
     for shape in ((tokens, 16), (1, tokens, 16)):
-        linear(tokens_in(*shape), *tensors, None, 8, 16, arrangement, "cpu<=4 reference")
+        linear(tokens_in(*shape), *tensors, None, 8, 16, arrangement, "cpu<=4 reference", "")
     assert seen == (["cpu", "cpu"] if ran == "cpu" else [])
 
 
@@ -146,7 +146,7 @@ def test_no_tokens_run_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     watch_bmm(monkeypatch, seen)
     linear = parse_format("block:4x8").folder.LINEAR
-    result = linear(tokens_in(2, 0, 16), *tensors, None, 8, 16, arrangement, "cpu")
+    result = linear(tokens_in(2, 0, 16), *tensors, None, 8, 16, arrangement, "cpu", "")
     assert result.shape == (2, 0, 8) and not seen
 
 

@@ -37,26 +37,13 @@ def linear(
         some 2^-13 of the sum of magnitudes, below what rounding the inputs to 4 bits costs.
     """
     tokens, token_scales = quantise.quantise(x, torch.float8_e4m3fn, len(x))
-    return _product(tokens, token_scales[:, None], packed, bias)
-
-
-def traced(
-    x: Float[Tensor, "tokens in"], packed: PackedFp8Dynamic, bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "tokens out"]:
-    """`linear` in torch's operators alone, for a compiler to join to what is around it."""
-    return _product(*dynamic.quantised(x, torch.float8_e4m3fn), packed, bias)
-
-
-def _product(
-    tokens: Tensor, token_scales: Tensor, packed: PackedFp8Dynamic, bias: Tensor | None
-) -> Tensor:
     result: Tensor = torch._scaled_mm(
         tokens,
         codes_of(packed).t(),
-        scale_a=token_scales,
+        scale_a=token_scales[:, None],
         scale_b=packed.scales.float().t(),
         bias=bias,
-        out_dtype=packed.dtype,
+        out_dtype=x.dtype,
         use_fast_accum=True,
     )
     return result

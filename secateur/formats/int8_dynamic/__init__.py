@@ -15,7 +15,7 @@ from secateur.formats.int8_dynamic.packed import (
 from secateur.formats.op import register
 
 IMPLEMENTATIONS = (
-    Implementation("torch", torch_scaled.linear, torch_scaled.why_not, traced=torch_scaled.traced),
+    Implementation("torch", torch_scaled.linear, torch_scaled.why_not),
     Implementation("reference", reference.linear, reference.why_not),
 )
 LINEAR, UNPACK = register(

@@ -37,15 +37,3 @@ def linear(
     tokens, token_scales = quantise.quantise(x, torch.int8, rows)
     sums = torch._int_mm(tokens, codes_of(packed).t())
     return quantise.scale_bias(sums, token_scales, packed.scales[:, 0], bias, x.dtype)
-
-
-def traced(
-    x: Float[Tensor, "tokens in"], packed: PackedInt8Dynamic, bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "tokens out"]:
-    """`linear` in torch's operators alone, for a compiler to join to what is around it."""
-    tokens, token_scales = dynamic.quantised(x, torch.int8)
-    count = x.shape[0]
-    missing = max(LEAST_ROWS - count, -count % MULTIPLE)
-    sums = torch._int_mm(torch.nn.functional.pad(tokens, (0, 0, 0, missing)), codes_of(packed).t())
-    result = sums[:count].to(torch.float32) * token_scales * packed.scales.float().t()
-    return (result if bias is None else result + bias.float()).to(x.dtype)

@@ -1,4 +1,5 @@
-// y = (q W^T) scaled + bias for codes q of many tokens and a 2:4 weight W of 8-bit codes, on Hopper.
+// y = f((q W^T) scaled + bias) for codes q of many tokens, a 2:4 weight W of 8-bit codes and an
+// activation f, which may be none, on Hopper.
 //
 //   D[64 rows, 256 tokens] += A[64 rows, 64 columns, 2:4] B[64 columns, 256 tokens]     wgmma.sp
 //
@@ -26,7 +27,7 @@
 //
 // M tokens, N rows of W (out_features), blocks of 128 columns (in_features, padded with zeros).
 
-#include "ptx.cuh"
+#include "activation.cuh"
 
 constexpr int ROWS = 128, TOKENS = 256, COLUMNS = 128;
 constexpr int CONSUMERS = 2;                               // warpgroups, of 64 rows
@@ -196,8 +197,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
                         #pragma unroll
                         for (int h = 0; h < 2; ++h)
                             packed[2 * n + h] = pack_16(
-                                static_cast<float>(d[2 * h]) * ts.x * scale[h] + offset[h],
-                                static_cast<float>(d[2 * h + 1]) * ts.y * scale[h] + offset[h]);
+                                activated(static_cast<float>(d[2 * h]) * ts.x * scale[h] + offset[h]),
+                                activated(static_cast<float>(d[2 * h + 1]) * ts.y * scale[h] + offset[h]));
                     }
                     // lane l gives the address of row l%8 of matrix l/8: tokens nt, nt + 1; rows 0, 8
                     const int token = 8 * (nt + lane / 16) + lane % 8, piece = 2 * warp + lane / 8 % 2;

@@ -1,7 +1,6 @@
 """The prefill kernels, launched: one rounds the tokens, one multiplies, scales and stores.
 
-A compiler that sees `traced` rounds by itself, in one pass with what it computes before, and calls
-the second kernel alone.
+The latter can apply an activation to its results.
 
 Source of the layouts: `kernel.cu`.
 """
@@ -11,17 +10,18 @@ from importlib.util import find_spec
 from math import ceil
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from secateur.formats.dynamic import quantised
-from secateur.formats.op import operator
 from secateur.formats.prefill24.arrange import COLUMNS, ROWS
 from secateur.kernels.launch import Launch, load, on, prepare, readable, tensor_map
 from secateur.kernels.nvrtc import Source
 
 QUANTISE = Source("formats/prefill24/quantise.cu", "quantise", ("kernels/ptx.cuh",))
-MULTIPLY = Source("formats/prefill24/kernel.cu", "prefill", ("kernels/ptx.cuh",))
+MULTIPLY = Source(
+    "formats/prefill24/kernel.cu", "prefill", ("kernels/ptx.cuh", "kernels/activation.cuh")
+)
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")  # numbered from 1 in `activation.cuh`
 CAPABILITY = (9, 0)  # wgmma, on that generation alone
 TOKENS = 256  # of a tile
 STEP = 16  # both sizes of the weight are multiples of it: 16-byte loads and stores
@@ -65,89 +65,43 @@ def linear(
     row_scales: Float[Tensor, "out 1"],
     bias: Float[Tensor, " out"] | None,
     codes: torch.dtype,
+    activation: str = "",
 ) -> Float[Tensor, "tokens out"]:
     """Inputs rounded to `codes` token by token, times the weight of these tiles, scaled once.
 
-    Error: int8 sums are exact integers; those of float8 keep 14 bits on sm_90. Scales and bias are
-        applied in float32, and the result is rounded once.
+    The activation, one of `ACTIVATIONS`, is applied to sums that are not yet rounded.
+
+    Error: int8 sums are exact integers; those of float8 keep 14 bits on sm_90. Scales, bias and
+        activation are applied in float32, and the result is rounded once.
     Cost: a byte for each input while it runs.
     Raises: RuntimeError if a kernel has to be compiled while a graph is captured; ValueError if the
         bias has another dtype.
     """
-    tokens, columns = x.shape
-    x = readable(x)
-    rounded = x.new_empty(tokens, columns, dtype=codes)
-    scales = x.new_empty(tokens, 1, dtype=torch.float32)
-    if tokens:
-        quantise = _quantise(x.device, codes, x.dtype, items_of(columns), tokens)
-        with on(x.device):
-            stream = torch.cuda.current_stream(x.device).cuda_stream
-            quantise(stream, x.data_ptr(), rounded.data_ptr(), scales.data_ptr(), columns)
-    return product(rounded, scales, tiles, row_scales, bias)
-
-
-def product(
-    codes: Shaped[Tensor, "tokens in"],
-    scales: Float[Tensor, "tokens 1"],
-    tiles: UInt8[Tensor, "tiles blocks tile_bytes"],
-    row_scales: Float[Tensor, "out 1"],
-    bias: Float[Tensor, " out"] | None,
-) -> Float[Tensor, "tokens out"]:
-    """`codes * scales` times the weight of these tiles, plus the bias, in the row scales' dtype.
-
-    Error, Raises: those of `linear`.
-    """
-    (tokens, columns), rows = codes.shape, len(row_scales)
-    if bias is not None and bias.dtype != row_scales.dtype:
+    (tokens, columns), rows = x.shape, len(row_scales)
+    if bias is not None and bias.dtype != x.dtype:
         raise ValueError(
-            f"the prefill kernel needs a bias of the layer's {row_scales.dtype}, "
-            f"got {bias.dtype}: cast the whole layer with .to"
+            f"the prefill kernel needs a bias of the input's {x.dtype}, got {bias.dtype}: "
+            "cast the whole layer with .to"
         )
-    y = row_scales.new_empty(tokens, rows)
+    y = x.new_empty(tokens, rows)
     if not tokens:
         return y
-    codes, scales, device = readable(codes), scales.contiguous(), codes.device
-    multiply = _multiply(device, codes.dtype, row_scales.dtype)
+    x, device = readable(x), x.device
+    rounded = x.new_empty(tokens, columns, dtype=codes)
+    scales = x.new_empty(tokens, dtype=torch.float32)
+    quantise = _quantise(device, codes, x.dtype, items_of(columns), tokens)
+    multiply = _multiply(device, codes, x.dtype, activation)
     with on(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        quantise(stream, x.data_ptr(), rounded.data_ptr(), scales.data_ptr(), columns)
         multiply(
-            torch.cuda.current_stream(device).cuda_stream,
-            tensor_map(codes.data_ptr(), tokens, columns, TOKENS // CLUSTER, COLUMNS),
+            stream,
+            tensor_map(rounded.data_ptr(), tokens, columns, TOKENS // CLUSTER, COLUMNS),
             *(scales.data_ptr(), tiles.data_ptr(), row_scales.data_ptr()),
             *(0 if bias is None else bias.data_ptr(), y.data_ptr()),
             *(tokens, rows, tiles.shape[1]),
         )
     return y
-
-
-def _empty_product(
-    codes: Tensor, scales: Tensor, tiles: Tensor, row_scales: Tensor, bias: Tensor | None
-) -> Tensor:
-    return row_scales.new_empty(codes.shape[0], row_scales.shape[0])
-
-
-PRODUCT = operator(
-    "prefill24_product(Tensor codes, Tensor scales, Tensor tiles, Tensor row_scales, "
-    "Tensor? bias) -> Tensor",
-    product,
-    _empty_product,
-)
-
-
-def traced(
-    x: Float[Tensor, "tokens in"],
-    tiles: UInt8[Tensor, "tiles blocks tile_bytes"],
-    row_scales: Float[Tensor, "out 1"],
-    bias: Float[Tensor, " out"] | None,
-    codes: torch.dtype,
-) -> Float[Tensor, "tokens out"]:
-    """`linear` in torch's operators and one of ours: a compiler joins the former to those before.
-
-    Error: that of `linear`; a number that lies between two codes may get the other one, since a
-        compiler does not round what it computes before to 16 bits.
-    """
-    rounded, scales = quantised(x, codes)
-    result: Tensor = PRODUCT(rounded, scales, tiles, row_scales, bias)
-    return result
 
 
 def items_of(columns: int) -> int:
@@ -175,8 +129,12 @@ def _quantise(
 
 
 @lru_cache(maxsize=64)
-def _multiply(device: torch.device, codes: torch.dtype, dtype: torch.dtype) -> Launch:
-    defines = (*_defines(codes, dtype), ("CLUSTER", CLUSTER), ("ST", STAGES))
+def _multiply(
+    device: torch.device, codes: torch.dtype, dtype: torch.dtype, activation: str = ""
+) -> Launch:
+    which = ACTIVATIONS.index(activation) + 1 if activation else 0
+    ring = (("CLUSTER", CLUSTER), ("ST", STAGES))
+    defines = (*_defines(codes, dtype), *ring, ("ACTIVATION", which))
     kernel = load(MULTIPLY, defines, device)
     clusters = kernel.most_clusters(CLUSTER, THREADS, SHARED_BYTES)
     return prepare(kernel, clusters * CLUSTER, CLUSTER, THREADS, SHARED_BYTES, True, "TPPPPPiii")

@@ -1,5 +1,6 @@
 """2:4 weights and inputs rounded to 8-bit floats: a scale for every output and every token."""
 
+from secateur.formats import prefill24
 from secateur.formats.contract import Implementation
 from secateur.formats.op import register
 from secateur.formats.semi24_fp8 import decode
@@ -19,7 +20,7 @@ IMPLEMENTATIONS = (
     Implementation("decode", decode.linear, decode.why_not, ("units",), decode.arranged),
     Implementation(
         *("prefill", prefill.linear, prefill.why_not, ("tiles",), prefill.arranged),
-        traced=prefill.traced,
+        activations=prefill24.ACTIVATIONS,
     ),
     Implementation("reference", reference.linear, reference.why_not),
 )

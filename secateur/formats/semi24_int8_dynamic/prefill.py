@@ -23,16 +23,7 @@ def linear(
     packed: PackedSemi24Int8Dynamic,
     bias: Float[Tensor, " out"] | None,
     tiles: UInt8[Tensor, "tiles blocks tile_bytes"],
+    activation: str = "",
 ) -> Float[Tensor, "tokens out"]:
     """The definition's result; for cost, error and what it raises see `prefill24.linear`."""
-    return prefill24.linear(x, tiles, packed.scales, bias, torch.int8)
-
-
-def traced(
-    x: Float[Tensor, "tokens in"],
-    packed: PackedSemi24Int8Dynamic,
-    bias: Float[Tensor, " out"] | None,
-    tiles: UInt8[Tensor, "tiles blocks tile_bytes"],
-) -> Float[Tensor, "tokens out"]:
-    """`linear`, the rounding of x left to a compiler; see `prefill24.traced`."""
-    return prefill24.traced(x, tiles, packed.scales, bias, torch.int8)
+    return prefill24.linear(x, tiles, packed.scales, bias, torch.int8, activation)

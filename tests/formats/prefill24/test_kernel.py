@@ -51,10 +51,12 @@ def compiled(
 
 
 @both
+@pytest.mark.parametrize("activation", range(1 + len(multiply.ACTIVATIONS)))
 def test_the_product_is_sparse_and_of_codes(
-    codes: torch.dtype, dtype: torch.dtype, tmp_path: Path
+    activation: int, codes: torch.dtype, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    found = compiled(MULTIPLY, codes, dtype, tmp_path, CLUSTER=CLUSTER, ST=STAGES)
+    more = {"CLUSTER": CLUSTER, "ST": STAGES, "ACTIVATION": activation}
+    found = compiled(MULTIPLY, codes, dtype, tmp_path, **more)
     products = {opcode for opcode in found.opcodes if "MMA." in opcode}
     assert len(products) == 1 and all(opcode.startswith(CODES[codes]) for opcode in products)
     assert any(o.startswith("UTMALDG.2D.MULTICAST") for o in found.opcodes)
@@ -65,6 +67,8 @@ def test_the_product_is_sparse_and_of_codes(
     order = {word: [n for n, o in enumerate(found.opcodes) if word in o] for word in KEY_OPCODES}
     assert len(order["MEMBAR.ALL.GPU"]) <= 1 and max(order["MMA."]) < max(order["STSM"])
     assert all(n > max(order["STSM"]) for n in order["MEMBAR.ALL.GPU"])
+    exponentials = sum(opcode.startswith("MUFU.EX2") for opcode in found.opcodes)
+    assert bool(exponentials) == (activation in (1, 2, 3))
 
 
 @both
@@ -91,7 +95,8 @@ def test_sizes_on_both_sides_are_the_same(tmp_path: Path) -> None:
     }
     lines = [f"static_assert({name} == {value});" for name, value in wanted.items()]
     path = tmp_path / "kernel.cu"
-    defines = (*multiply._defines(torch.int8, DTYPES[0]), ("CLUSTER", CLUSTER), ("ST", STAGES))
+    ring = (("CLUSTER", CLUSTER), ("ST", STAGES), ("ACTIVATION", 0))
+    defines = (*multiply._defines(torch.int8, DTYPES[0]), *ring)
     path.write_text("\n".join((MULTIPLY.text(), *lines)))
     compile_cubin(replace(MULTIPLY, file=str(path)), defines, HOPPER)
     lines = [

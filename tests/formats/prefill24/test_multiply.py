@@ -10,7 +10,6 @@ from torch import Tensor
 
 from secateur.formats.prefill24 import linear, multiply, why_not
 from secateur.formats.prefill24.arrange import TILE_BYTES
-from secateur.formats.prefill24.multiply import product
 from secateur.kernels.launch import Kernel
 
 GPU = torch.device("cuda:0")
@@ -72,9 +71,9 @@ def tiles_of(rows: int, columns: int) -> Tensor:
 
 
 def test_a_bias_of_another_dtype_is_refused() -> None:
-    codes, scales = torch.zeros(1, 128, dtype=INT8), torch.zeros(16, 1, dtype=BF16)
-    with pytest.raises(ValueError, match=r"bias of the layer's torch\.bfloat16, got torch\.float3"):
-        product(codes, torch.zeros(1, 1), tiles_of(16, 128), scales, torch.zeros(16))
+    x, scales = torch.zeros(1, 128, dtype=BF16), torch.zeros(16, 1, dtype=BF16)
+    with pytest.raises(ValueError, match=r"bias of the input's torch\.bfloat16, got torch\.float3"):
+        linear(x, tiles_of(16, 128), scales, torch.zeros(16), INT8)
 
 
 def test_no_tokens_need_no_kernel() -> None:
@@ -121,7 +120,7 @@ def test_a_cta_rounds_a_token_and_the_product_fills_the_device(
     assert (rounds["grid"], rounds["threads"], rounds["shared_bytes"]) == (300, 128, 0)
     shared = {"FP8": 1, "HALF": 1, "CODES": 1, "PORTABLE": 0, "WGMMA": 1}
     assert rounds["defines"] == shared | {"ITEMS": 2}
-    assert multiplies["defines"] == shared | {"CLUSTER": 2, "ST": 4}
+    assert multiplies["defines"] == shared | {"CLUSTER": 2, "ST": 4, "ACTIVATION": 0}
     assert (multiplies["grid"], multiplies["cluster"], multiplies["threads"]) == (132, 2, 384)
     assert rounds["dependent"] and multiplies["dependent"]
     assert rounds["stream"] == multiplies["stream"] == 5
@@ -136,6 +135,9 @@ def test_a_cta_rounds_a_token_and_the_product_fills_the_device(
     assert multiplies is not asked["prefill"] and asked["prefill"]["values"][4] == 0
     assert asked["prefill"]["defines"]["FP8"] == 0 != multiplies["defines"]["FP8"]
     assert asked["quantise"]["defines"]["HALF"] == 1
+    for number, name in enumerate(("gelu", "gelu_tanh", "silu", "relu"), 1):
+        linear(x, tiles, scales, None, torch.int8, name)
+        assert asked["prefill"]["defines"]["ACTIVATION"] == number
 
 
 @pytest.mark.parametrize(("width", "items"), [(16, 1), (1024, 1), (1040, 2), (32768, 32)])
