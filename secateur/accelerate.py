@@ -284,10 +284,10 @@ def _times(
 
     Raises: RuntimeError or MemoryError if dense itself cannot be measured.
     """
-    generator = torch.Generator().manual_seed(0)
     weight = linear.weight
-    x = torch.randn(tokens, linear.in_features, generator=generator)
-    x = x.to(weight.device, weight.dtype)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(tokens, linear.in_features, generator=generator, device=weight.device)
+    x = x.to(weight.dtype)
     sparse, dropped = list[Candidate](), list[str]()
     for layer in layers.values():
         candidates, failed = packed_candidates(layer, tokens)
