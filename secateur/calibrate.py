@@ -154,7 +154,12 @@ def _trace(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         if name not in calls:
-            same = [first for input_, first in recent if input_() is args[0]]
+            # Convolutions that read one input by other kernels or strides see other rows.
+            same = [
+                first
+                for input_, first in recent
+                if input_() is args[0] and _layers.reading(layers[first]) == _layers.reading(module)
+            ]
             leader[name] = same[0] if same else name
             recent.append((weakref.ref(args[0]), leader[name]))
             del recent[:-RECENT_INPUTS]

@@ -1,7 +1,7 @@
 """What is already there: the layers of a model, their zeros, and the patterns that could go on."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,11 @@ TILES = (64, 32, 16)
 class LayerInspection:
     """One layer's weight as it is.
 
-    `holds` are the patterns of `GROUPS` that its zeros satisfy already; `fits` those, and the tile
-    sizes, that its shape allows. `zero_tiles` is the share of tiles that are zero as a whole, by
-    size. `skipped` says why `plan` would leave the layer alone, and is empty where it would not;
-    `packed` layers hold their zeros in a format, and are unpacked before they can be pruned.
+    `holds` are the patterns of `GROUPS` that its zeros satisfy already, with `@pad-remainder` where
+    they do not divide its inputs (a convolution's channels); `fits` those, and the tile sizes, that
+    its shape allows. `zero_tiles` is the share of tiles that are zero as a whole, by size.
+    `skipped` says why `plan` would leave the layer alone, and is empty where it would not; `packed`
+    layers hold their zeros in a format, and are unpacked before they can be pruned.
     """
 
     layer: str
@@ -136,10 +137,12 @@ def _inspect(name: str, module: nn.Module, skipped: str) -> LayerInspection:
         shape=shape,
         dtype=str(weight.dtype).removeprefix("torch."),
         zeros=int((~mask).sum()) / max(mask.numel(), 1),
-        holds=tuple(
-            str(p) for p in GROUPS if p.why_not(shape) is None and p.violation(mask) is None
+        holds=tuple(_held(module, mask)),
+        fits=tuple(
+            name
+            for name, pattern in _named_patterns()
+            if _layers.pattern_for(module, pattern).why_not(shape) is None
         ),
-        fits=tuple(name for name, p in _named_patterns() if p.why_not(shape) is None),
         zero_tiles={
             f"{size}x{size}": _zero_tiles(mask, size)
             for size in TILES
@@ -150,6 +153,18 @@ def _inspect(name: str, module: nn.Module, skipped: str) -> LayerInspection:
         skipped=skipped,
         packed=isinstance(module, SparseLinear),
     )
+
+
+def _held(module: nn.Module, mask: Bool[Tensor, "out in"]) -> Iterator[str]:
+    """The patterns of `GROUPS` that the zeros satisfy, without those that need no zeros here."""
+    rows, columns = mask.shape
+    for group in GROUPS:
+        if _layers.pattern_for(module, group).why_not((rows, columns)) is not None:
+            group = replace(group, remainder="pad")
+        pattern = _layers.pattern_for(module, group)
+        asks = pattern.violation(mask.new_ones(1, columns)) is not None
+        if asks and pattern.violation(mask) is None:
+            yield str(group)
 
 
 def _skipped(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:

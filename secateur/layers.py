@@ -7,18 +7,24 @@ and GPT-2's transposed Conv1D store them, and how an input becomes rows that mee
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from secateur.patterns import NM, Pattern
+
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 # What is pruned unless the user selects otherwise.
 DEFAULT_TYPES = (nn.Linear, nn.Conv2d)
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Convolutions without a matrix here, which are left alone with the reason.
+OTHER_CONVOLUTIONS = (nn.Conv1d, nn.Conv3d, *TRANSPOSED)
 
 
 def is_prunable(module: nn.Module) -> bool:
@@ -73,8 +79,29 @@ def input_rows(module: nn.Module, x: Float[Tensor, "..."]) -> Float[Tensor, "tok
     return x.reshape(-1, x.shape[-1])
 
 
+def reading(module: nn.Module) -> Hashable:
+    """What makes one input other rows: modules for which it is equal have the same `input_rows`."""
+    if not isinstance(module, nn.Conv2d):
+        return None
+    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+    sizes = (module.kernel_size, module.stride, module.dilation)
+    return (*sizes, padding, module.padding_mode)
+
+
+def pattern_for(module: nn.Module, pattern: Pattern) -> Pattern:
+    """The pattern as the module's matrix has it: N:M starts anew at each position of a kernel."""
+    if not isinstance(module, nn.Conv2d) or not isinstance(pattern, NM):
+        return pattern
+    channels = module.weight.shape[1]
+    return replace(pattern, channels=channels if channels % pattern.m else None)
+
+
 def why_not_prunable(module: nn.Module) -> str | None:
     """Why this module is left alone by default although it has a weight, or None."""
+    if isinstance(module, OTHER_CONVOLUTIONS):
+        transposed = isinstance(module, TRANSPOSED)
+        kind = "transposed convolution" if transposed else type(module).__name__
+        return f"{kind}: of convolutions only Conv2d can be pruned"
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         kind = "depthwise" if module.groups == module.in_channels else "grouped"
         return f"{kind} convolution: its groups do not share inputs"
@@ -103,14 +130,20 @@ def select(
 
     A selector is a full name, a glob (`*.mlp.*`), a regular expression after `re:`, a module type
     or a callable `(name, module) -> bool`. `None` means every Linear and Conv2d. Weights that two
-    modules share and the output head are skipped, with the reason, unless named in full.
+    modules share and the output head are skipped, with the reason, unless named in full; so are
+    convolutions that cannot be pruned, which are an error if they are named.
 
     Raises:
         ValueError: if a selector or an ignore matches nothing (with the closest names), or names a
             layer whose weight cannot be pruned.
     """
-    modules = {name: module for name, module in model.named_modules() if is_prunable(module)}
-    chosen = list(DEFAULT_TYPES) if selectors is None else _listed(selectors)
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if is_prunable(module) or isinstance(module, OTHER_CONVOLUTIONS)
+    }
+    default = [*DEFAULT_TYPES, *OTHER_CONVOLUTIONS]
+    chosen = default if selectors is None else _listed(selectors)
     ignored = _listed(ignore)
     if selectors is not None:
         for selector in chosen:

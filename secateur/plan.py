@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur import layers as _layers
 from secateur.layers import Selector
-from secateur.patterns import Pattern, parse
+from secateur.patterns import NM, Pattern, parse
 from secateur.tables import text_table
 
 PLAN_VERSION = 1
@@ -31,7 +31,12 @@ class Plan:
 
     def rows(self) -> list[tuple[str, ...]]:
         return [
-            (name, *map(str, self.shapes[name]), str(pattern), f"{pattern.sparsity:.1%}")
+            (
+                name,
+                *map(str, self.shapes[name]),
+                str(pattern),
+                f"{_sparsity(pattern, self.shapes[name]):.1%}",
+            )
             for name, pattern in self.layers.items()
         ]
 
@@ -98,7 +103,10 @@ def plan(
         patterns = [parse(pattern) if isinstance(pattern, str) else pattern]
     selection = _layers.select(model, selectors, ignore)
     one = len(patterns) == 1
-    chosen = {name: patterns[0 if one else index] for name, index in selection.matched_by.items()}
+    chosen = {
+        name: _layers.pattern_for(selection.layers[name], patterns[0 if one else index])
+        for name, index in selection.matched_by.items()
+    }
     shapes = {name: _shape(module) for name, module in selection.layers.items()}
     _require_fit(chosen, shapes)
     return Plan(chosen, shapes, selection.skipped)
@@ -163,7 +171,8 @@ def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """The plan's layers in the model, in the model's order.
 
     Raises:
-        ValueError: if the plan was made for another model: layers missing or of another shape.
+        ValueError: if the plan was made for another model: layers missing, of another shape, or
+            convolutions of other input channels.
     """
     modules = {name: m for name, m in model.named_modules() if _layers.is_prunable(m)}
     missing = [name for name in plan.layers if name not in modules]
@@ -171,6 +180,10 @@ def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
         f"{name} is {_shape(modules[name])}, planned {tuple(shape)}"
         for name, shape in plan.shapes.items()
         if name in modules and _shape(modules[name]) != tuple(shape)
+    ] or [
+        f"{name} takes {taken}, planned {pattern}"
+        for name, pattern in plan.layers.items()
+        if name in modules and (taken := _layers.pattern_for(modules[name], pattern)) != pattern
     ]
     if missing or other:
         parts = []
@@ -192,6 +205,14 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return rows, columns
 
 
+def _sparsity(pattern: Pattern, shape: tuple[int, int]) -> float:
+    """What the pattern asks of this shape: N:M asks less of a width that m does not divide."""
+    if not isinstance(pattern, NM) or pattern.remainder == "error":
+        return pattern.sparsity
+    zeros = sum((stop - start) * part.sparsity for start, stop, part in pattern.parts(shape))
+    return zeros / shape[1]
+
+
 def _require_fit(patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> None:
     misfits = {
         name: reason
@@ -203,5 +224,5 @@ def _require_fit(patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int
         raise ValueError(
             f"{len(misfits)} of {len(patterns)} layers cannot have their pattern: {listed}. Ignore "
             "them, choose another pattern, or for N:M write '2:4@dense-remainder' to leave the "
-            "last columns dense."
+            "last columns dense, '2:4@pad-remainder' to count them as a group filled up with zeros."
         )

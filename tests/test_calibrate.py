@@ -54,7 +54,21 @@ def vectors(width: int = 8) -> list[Tensor]:
     return [torch.randn(5, width, generator=generator) for _ in range(3)]
 
 
+class Branches(nn.Module):
+    """Convolutions that read one input by different kernels and strides, as a ResNet's shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.same = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.strided, self.shortcut = nn.Conv2d(4, 6, 3, 2, padding=1), nn.Conv2d(4, 6, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = self.strided(x) + self.shortcut(x)
+        return (self.conv(x) + self.same(x))[..., ::2, ::2] + small
+
+
 CASES = [
+    pytest.param(Branches, images(), id="branches"),
     pytest.param(Decoder, tokens(), id="decoder"),
     pytest.param(ConvNet, images(), id="conv"),
     pytest.param(Unchained, vectors(), id="unchained"),

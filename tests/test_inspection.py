@@ -76,6 +76,16 @@ def test_a_convolution_is_read_along_its_input_channels() -> None:
     assert found.holds == ("2:4",)
 
 
+def test_groups_that_do_not_divide_the_channels_are_held_as_padded() -> None:
+    layer = nn.Conv2d(3, 2, 2, bias=False)  # 12 columns, which 4 divides
+    assert only(inspect(nn.Sequential(layer))).holds == ()
+    with torch.no_grad():
+        layer.weight[:, 1] = 0
+    found = only(inspect(nn.Sequential(layer)))
+    assert found.fits == ()
+    assert found.holds == ("2:4@pad-remainder",), "4:8 keeps 4, more than there are"
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from secateur.layers import input_rows, like_weight, matrix, select
+from secateur.layers import input_rows, like_weight, matrix, pattern_for, select
+from secateur.patterns import NM, Unstructured
 
 
 class Conv1D(nn.Module):
@@ -55,6 +56,17 @@ def test_groups_along_input_channels_lie_together_in_a_convolution() -> None:
     conv = nn.Conv2d(4, 1, 2, bias=False)
     weight = torch.arange(16.0).view(1, 4, 2, 2)
     assert matrix(conv, weight)[0, :4].tolist() == weight[0, :, 0, 0].tolist()
+
+
+def test_groups_start_anew_at_each_position_where_they_do_not_divide_the_channels() -> None:
+    ragged, even = nn.Conv2d(6, 5, 2), nn.Conv2d(8, 5, 3)
+    assert pattern_for(ragged, NM(2, 4, "pad")) == NM(2, 4, "pad", 6)
+    assert pattern_for(ragged, NM(2, 4, channels=3)) == NM(2, 4, channels=6)
+    assert pattern_for(ragged, NM(1, 3)) == NM(1, 3)
+    assert pattern_for(even, NM(2, 4, "pad")) == NM(2, 4, "pad")
+    assert pattern_for(even, NM(2, 4, "pad", 8)) == NM(2, 4, "pad")
+    assert pattern_for(nn.Linear(6, 5), NM(2, 4, "pad")) == NM(2, 4, "pad")
+    assert pattern_for(ragged, Unstructured(0.5)) == Unstructured(0.5)
 
 
 def test_three_dimensional_inputs_are_rows_of_tokens() -> None:
@@ -140,6 +152,33 @@ def test_wrong_selectors_say_what_is_wrong(selectors, message: str) -> None:
     with pytest.raises(ValueError) as error:
         select(Model(), selectors)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (nn.ConvTranspose2d(8, 8, 2), "transposed convolution: of convolutions only Conv2d can"),
+        (nn.Conv1d(8, 8, 3), "Conv1d: of convolutions only Conv2d can be pruned"),
+        (nn.Conv3d(8, 8, 3), "Conv3d: of convolutions only Conv2d can be pruned"),
+        (nn.Conv2d(8, 8, 3, groups=2), "grouped convolution: its groups do not share inputs"),
+        (nn.Conv2d(8, 8, 3, groups=8), "depthwise convolution: its groups do not share inputs"),
+    ],
+    ids=lambda other: type(other).__name__,
+)
+def test_convolutions_that_cannot_be_pruned_are_left_alone_or_refused_by_name(
+    other: nn.Module, reason: str
+) -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3), "other": other})
+    for selectors in (None, "*", [nn.Conv2d, type(other)], ["conv", "o*"]):
+        selection = select(model, selectors)
+        assert list(selection.layers) == ["conv"]
+        assert selection.skipped["other"].startswith(reason)
+    assert list(select(model, "conv").skipped) == []
+    assert select(model, ignore="other").skipped == {"other": "ignored"}
+    with pytest.raises(ValueError, match=f"other cannot be pruned: {reason}"):
+        select(model, ["conv", "other"])
+    with pytest.raises(ValueError, match=rf"no layer is left to prune .*: other \({reason}"):
+        select(nn.ModuleDict({"other": other}), type(other))
 
 
 def test_an_ignore_that_matches_nothing_is_an_error() -> None:

@@ -52,6 +52,39 @@ def test_a_dense_remainder_makes_ragged_layers_fit() -> None:
     assert (net[0].weight[:, 4:] != 0).all()
 
 
+def test_a_padded_remainder_is_pruned_too() -> None:
+    net = nn.Sequential(nn.Linear(7, 4))
+    plan = sc.plan(net, "2:4@pad-remainder")
+    sc.prune_(net, plan)
+    assert (net[0].weight[:, :4] != 0).sum(1).tolist() == [2] * 4
+    assert (net[0].weight[:, 4:] != 0).sum(1).tolist() == [2] * 4
+    assert sc.check(net, plan) == {"0": pytest.approx(3 / 7)}
+    assert "42.9%" in str(plan), "not 50 %, which the last three columns cannot have"
+
+
+def test_groups_of_a_convolution_lie_along_its_channels_at_every_position(tmp_path: Path) -> None:
+    """2 x 2 positions of 6 channels are 24 columns, which 4 divides, but not the 6."""
+    net = nn.Sequential(nn.Conv2d(6, 5, 2))
+    with pytest.raises(ValueError, match="0: 2:4 needs in_channels divisible by 4, got 6"):
+        sc.plan(net, "2:4")
+    plan = sc.plan(net, "2:4@pad-remainder")
+    assert str(plan.layers["0"]) == "2:4@pad-remainder@channels6" and "33.3%" in str(plan)
+    plan.write(tmp_path / "plan.yaml")
+    sc.prune_(net, sc.read_plan(tmp_path / "plan.yaml"))
+    kept = (net[0].weight != 0).movedim(1, -1)
+    assert (kept[..., :4].sum(-1) == 2).all() and kept[..., 4:].all()
+    assert sc.check(net, "2:4@pad-remainder") == {"0": pytest.approx(1 / 3)}
+
+
+def test_a_plan_for_other_channels_is_refused() -> None:
+    plan = sc.plan(nn.Sequential(nn.Conv2d(6, 5, 2)), "2:4@pad-remainder")
+    with pytest.raises(ValueError) as error:
+        match(nn.Sequential(nn.Conv2d(24, 5, 1)), plan)
+    assert "first 0 takes 2:4@pad-remainder, planned 2:4@pad-remainder@channels6" in str(
+        error.value
+    )
+
+
 def test_prints_what_it_will_do_and_what_not() -> None:
     net = nn.Sequential()
     net.add_module("body", nn.Linear(8, 8))
@@ -95,6 +128,11 @@ def test_files_that_are_no_plan_say_where(text: str, message: str, tmp_path: Pat
         sc.read_plan(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_names_the_remainders_that_help() -> None:
+    with pytest.raises(ValueError, match="'2:4@pad-remainder' to count them as a group filled up"):
+        sc.plan(nn.Sequential(nn.Linear(6, 4)), "2:4")
 
 
 def test_a_plan_for_another_model_is_refused() -> None:

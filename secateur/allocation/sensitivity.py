@@ -124,9 +124,13 @@ def sense(
         )
     selection = _layers.select(model, layers, ignore)
     shapes = {name: _shape(name, module) for name, module in selection.layers.items()}
+    patterns_of = {
+        name: {key: _layers.pattern_for(module, pattern) for key, pattern in chosen.items()}
+        for name, module in selection.layers.items()
+    }
     why_not = {
-        name: {key: why for key, p in chosen.items() if (why := p.why_not(shape)) is not None}
-        for name, shape in shapes.items()
+        name: {key: why for key, p in found.items() if (why := p.why_not(shapes[name])) is not None}
+        for name, found in patterns_of.items()
     }
     with eval_mode(model), torch.no_grad():
         kept = Kept(checkpoint, _fingerprint(selection.layers, criterion))
@@ -145,7 +149,7 @@ def sense(
                     weight = _layers.matrix(missing[name]).to(torch.float32, copy=True)
                     scores = score(criterion, name, weight, {**statistics, **found.pop(name)})
                     for key in todo[name]:
-                        mask = chosen[key].mask(scores)
+                        mask = patterns_of[name][key].mask(scores)
                         with _pruned(missing[name], mask):
                             increase = _measured(loss, model, f"{name} pruned to {key}") - dense
                         kept.add(name, key, increase)

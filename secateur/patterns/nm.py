@@ -1,16 +1,19 @@
 """N:M sparsity: at most n nonzeros in every m consecutive inputs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch.nn import functional as F
 
 from secateur.patterns.keep import keep_top
 from secateur.patterns.pattern import Pattern, where_first
 from secateur.patterns.unstructured import Unstructured
+
+Remainder = Literal["error", "dense", "pad"]
 
 
 @dataclass(frozen=True)
@@ -18,59 +21,95 @@ class NM:
     """At most `n` nonzeros in every `m` consecutive weights along the input dim.
 
     `n` is what is *kept* (NVIDIA's and most papers' notation; some tools prune n). 2:4 is what
-    sparse tensor cores multiply. `remainder="dense"` leaves the last `in % m` columns dense where
-    the width does not divide; by default such a width is an error.
+    sparse tensor cores multiply. The `remainder` says what happens where `m` does not divide the
+    width: by default that is an error, `"dense"` leaves the last `in % m` columns dense, and
+    `"pad"` counts them as a group filled up with zeros, of which at most `n` are kept: what a
+    runtime needs that pads the inputs.
+
+    `channels` is the width at which groups start anew. `plan` sets it for a convolution whose input
+    channels `m` does not divide: the columns of its matrix run over the channels once for each
+    position of the kernel, and no group lies across two positions.
     """
 
     n: int
     m: int
-    remainder: Literal["error", "dense"] = "error"
+    remainder: Remainder = "error"
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m:
             raise ValueError(f"NM(n, m) keeps n of m, needs 1 <= n <= m, got {self.n}:{self.m}")
-        if self.remainder not in ("error", "dense"):
-            raise ValueError(f"remainder must be 'error' or 'dense', got {self.remainder!r}")
+        if self.remainder not in ("error", "dense", "pad"):
+            raise ValueError(f"remainder must be 'error', 'dense' or 'pad', got {self.remainder!r}")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"channels must be at least 1, got {self.channels}")
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}" + ("@dense-remainder" if self.remainder == "dense" else "")
+        remainder = "" if self.remainder == "error" else f"@{self.remainder}-remainder"
+        channels = "" if self.channels is None else f"@channels{self.channels}"
+        return f"{self.n}:{self.m}{remainder}{channels}"
 
     @property
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
-        columns = shape[1]
-        if columns < self.m:
-            return f"{self} needs in_features of at least {self.m}, got {columns}"
-        if columns % self.m and self.remainder == "error":
-            return f"{self} needs in_features divisible by {self.m}, got {columns}"
+        name = replace(self, channels=None)
+        inputs = "in_channels" if self.channels else "in_features"
+        width = self._width(shape[1])
+        if self.channels and shape[1] % width:
+            return f"{self} needs in_features divisible by {width}, got {shape[1]}"
+        if width < (least := 1 if self.remainder == "pad" else self.m):
+            return f"{name} needs {inputs} of at least {least}, got {width}"
+        if width % self.m and self.remainder == "error":
+            return f"{name} needs {inputs} divisible by {self.m}, got {width}"
         return None
 
     def mask(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         if reason := self.why_not((score.shape[0], score.shape[1])):
-            raise ValueError(f"{reason}: choose another pattern, or remainder='dense'")
-        whole = score.shape[1] // self.m * self.m
-        mask = torch.ones_like(score, dtype=torch.bool)
-        groups = score[:, :whole].unflatten(1, (-1, self.m))
-        mask[:, :whole] = keep_top(groups, self.n).flatten(1)
-        return mask
+            raise ValueError(f"{reason}: choose another pattern, or remainder='dense' or 'pad'")
+        width = self._width(score.shape[1])
+        runs = score.unflatten(1, (-1, width))
+        kept = keep_top(self._groups(runs, -torch.inf), self.n).flatten(2)[..., :width]
+        mask = torch.ones_like(runs, dtype=torch.bool)
+        mask[..., : kept.shape[-1]] = kept
+        return mask.flatten(1)
 
     def violation(self, mask: Bool[Tensor, "out in"]) -> str | None:
-        whole = mask.shape[1] // self.m * self.m
-        kept = mask[:, :whole].unflatten(1, (-1, self.m)).sum(-1)
+        width = self._width(mask.shape[1])
+        kept = self._groups(mask.unflatten(1, (-1, width)), 0.0).sum(-1)
         if not (over := kept > self.n).any():
             return None
-        row, group = where_first(over)
-        first = f"columns {group * self.m}..{group * self.m + self.m - 1} of row {row}"
+        row, place = where_first(over.flatten(1))
+        run, group = divmod(place, kept.shape[-1])
+        start, end = run * width + group * self.m, (run + 1) * width
+        first = f"columns {start}..{min(start + self.m, end) - 1} of row {row}"
         return (
             f"has {int(over.sum())} groups of {self.m} keeping more than {self.n}: first {first}, "
-            f"keeping {int(kept[row, group])}"
+            f"keeping {int(kept[row, run, group])}"
         )
 
     def parts(self, shape: tuple[int, int]) -> Iterator[tuple[int, int, Pattern]]:
-        whole = shape[1] // self.m * self.m
-        for start in range(0, whole, self.m):
-            yield start, start + self.m, self
-        if whole < shape[1]:
-            yield whole, shape[1], Unstructured(0.0)
+        width = self._width(shape[1])
+        rest = width % self.m
+        group, last = NM(self.n, self.m), Unstructured(0.0)
+        for run in range(0, shape[1], width):
+            for start in range(run, run + width - rest, self.m):
+                yield start, start + self.m, group
+            if rest:
+                filled = NM(min(self.n, rest), rest)
+                stop = run + width
+                yield stop - rest, stop, filled if self.remainder == "pad" else last
+
+    def _width(self, columns: int) -> int:
+        return columns if self.channels is None else self.channels
+
+    def _groups(
+        self, runs: Shaped[Tensor, "out runs width"], fill: float
+    ) -> Shaped[Tensor, "out runs groups m"]:
+        """Each run in groups of m; a partial one is filled up, or left out where it stays dense."""
+        if rest := runs.shape[-1] % self.m:
+            pad = self.remainder == "pad"
+            runs = F.pad(runs, (0, self.m - rest), value=fill) if pad else runs[..., :-rest]
+        groups: Tensor = runs.unflatten(-1, (-1, self.m))
+        return groups

@@ -5,7 +5,7 @@ import re
 
 from secateur.patterns.block import Block
 from secateur.patterns.channel import Channel
-from secateur.patterns.nm import NM
+from secateur.patterns.nm import NM, Remainder
 from secateur.patterns.pattern import Pattern
 from secateur.patterns.unstructured import Unstructured
 
@@ -17,7 +17,7 @@ def parse(text: str) -> Pattern:
 
     | string | pattern |
     |---|---|
-    | `2:4`, `4:8`, `2:4@dense-remainder` | `NM(n, m)`, n kept of m |
+    | `2:4`, `4:8`, `...@dense-remainder`, `...@pad-remainder` | `NM(n, m, remainder)`, n kept |
     | `unstructured:0.6`, `...@layer`, `...@group128` | `Unstructured(sparsity, scope)` |
     | `block:64x64@0.8` | `Block(rows, cols, sparsity)` |
     | `channels:0.25`, `channels:0.25@in` | `Channel(sparsity, side)` |
@@ -25,9 +25,10 @@ def parse(text: str) -> Pattern:
     Raises:
         ValueError: if the string is none of these, with the part that is wrong.
     """
-    if match := re.fullmatch(r"(\d+):(\d+)(@dense-remainder)?", text):
-        n, m, remainder = match.groups()
-        return NM(int(n), int(m), "dense" if remainder else "error")
+    if match := re.fullmatch(r"(\d+):(\d+)(?:@(dense|pad)-remainder)?(?:@channels(\d+))?", text):
+        n, m, rest, channels = match.groups()
+        remainder: Remainder = "dense" if rest == "dense" else "pad" if rest == "pad" else "error"
+        return NM(int(n), int(m), remainder, int(channels) if channels else None)
     kind, _, rest = text.partition(":")
     if kind == "unstructured":
         if match := re.fullmatch(r"([^@]+)(?:@(row|layer|group(\d+)))?", rest):

@@ -151,8 +151,11 @@ class _Rows:
 def _groups(pattern: Pattern, columns: int) -> Iterator[tuple[int, int]]:
     """`(start, stop)` of the columns among which a row's weights may be exchanged."""
     if isinstance(pattern, NM):
-        width, end = pattern.m, columns // pattern.m * pattern.m
-    elif isinstance(pattern, Unstructured):
+        for start, stop, part in pattern.parts((1, columns)):
+            if isinstance(part, NM):  # and not what a remainder leaves dense
+                yield start, stop
+        return
+    if isinstance(pattern, Unstructured):
         width, end = pattern.group_size if pattern.scope == "group" else columns, columns
     else:
         raise ValueError(

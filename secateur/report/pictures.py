@@ -68,4 +68,6 @@ def _svg(corner: Bool[Tensor, "rows columns"], lines: tuple[int, int]) -> str:
 def _lines(pattern: Pattern | None) -> tuple[int, int]:
     if isinstance(pattern, Block):
         return pattern.rows, pattern.cols
-    return (0, pattern.m) if isinstance(pattern, NM) else (0, 0)
+    if isinstance(pattern, NM) and pattern.channels is None:
+        return 0, pattern.m
+    return 0, 0  # groups that start anew at each position of a kernel are not evenly spaced

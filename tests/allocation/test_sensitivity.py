@@ -79,6 +79,16 @@ def test_each_cell_is_what_the_pruned_layer_alone_costs() -> None:
     assert found.shapes == {"0": (2, 4), "1": (3, 2)}
 
 
+def test_groups_of_a_convolution_lie_along_its_channels() -> None:
+    """2 x 2 positions of 6 channels are 24 columns, which 4 divides, but not the 6."""
+    model = nn.Sequential(nn.Conv2d(6, 1, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(1.0, 7).view(1, 6, 1, 1).expand(1, 6, 2, 2))
+    found = sense(model, ["2:4", "2:4@pad-remainder"], lambda m: -float(m[0].weight.sum()))
+    assert found.increase["0"] == {"2:4": None, "2:4@pad-remainder": 4 * (1 + 2)}
+    assert found.why_not == {"0": {"2:4": "2:4 needs in_channels divisible by 4, got 6"}}
+
+
 def test_layers_are_selected_as_everywhere() -> None:
     found = sense(Language(), ["2:4"], nll, layers=["blocks.*"], ignore=["*.1.3"])
     assert list(found.increase) == ["blocks.0.0", "blocks.0.3", "blocks.1.0"]

@@ -21,6 +21,10 @@ PATTERNS: list[Pattern] = [
     NM(4, 8),
     NM(5, 8),
     NM(8, 32),
+    NM(3, 5, "dense"),
+    NM(3, 5, "pad"),
+    NM(2, 5, "dense", 16),
+    NM(2, 5, "pad", 8),
     Block(4, 8, 0.5),
     Block(1, 4, 0.3),
     Block(16, 1, 0.75),
@@ -40,8 +44,10 @@ def scores(seed: int, levels: int = 1_000_000) -> Tensor:
 def zeros_asked(pattern: Pattern) -> int:
     """The zeros of a 16 x 64 mask, counted by hand from the pattern's definition."""
     match pattern:
-        case NM(n, m):
-            return 16 * 64 * (m - n) // m
+        case NM(n, m, remainder, channels):
+            whole, rest = divmod(channels or 64, m)
+            last = max(rest - n, 0) if remainder == "pad" else 0
+            return 16 * 64 // (channels or 64) * (whole * (m - n) + last)
         case Block(rows, cols, sparsity):
             return int(sparsity * (16 // rows) * (64 // cols) + 0.5) * rows * cols
         case Channel(sparsity, side):
@@ -109,9 +115,14 @@ def best_score(pattern: Pattern, score: Tensor) -> float:
     """The largest score a mask of this pattern can keep, from sorted units."""
     rows, columns = score.shape
     match pattern:
-        case NM(n, m):
-            units = score.view(-1, m)
-            return float(units.sort(descending=True).values[:, :n].sum())
+        case NM(n, m, remainder, channels):
+            runs = score.split(channels or columns, 1)
+            groups = [group for run in runs for group in run.split(m, 1)]
+            return sum(
+                float(group.sort(descending=True).values[:, : n if chosen else m].sum())
+                for group in groups
+                for chosen in [group.shape[1] == m or remainder == "pad"]
+            )
         case Block(r, c, sparsity):
             units = score.view(rows // r, r, columns // c, c).sum((1, 3)).view(1, -1)
         case Channel(sparsity, side):
@@ -172,6 +183,18 @@ def test_low_precision_scores_give_a_bool_mask_of_the_exact_count(
     [
         (NM(2, 4), (8, 6), "2:4 needs in_features divisible by 4, got 6"),
         (NM(2, 4, "dense"), (8, 3), "2:4@dense-remainder needs in_features of at least 4, got 3"),
+        (NM(2, 4, "pad"), (8, 0), "2:4@pad-remainder needs in_features of at least 1, got 0"),
+        (NM(2, 4, channels=6), (8, 24), "2:4 needs in_channels divisible by 4, got 6"),
+        (
+            NM(2, 4, "dense", 3),
+            (8, 48),
+            "2:4@dense-remainder needs in_channels of at least 4, got 3",
+        ),
+        (
+            NM(2, 4, "pad", 6),
+            (8, 28),
+            "2:4@pad-remainder@channels6 needs in_features divisible by 6, got 28",
+        ),
         (
             Block(4, 4, 0.5),
             (8, 6),
@@ -198,8 +221,74 @@ def test_a_dense_remainder_stays_dense() -> None:
     assert [(a, b) for a, b, _ in pattern.parts((2, 6))] == [(0, 4), (4, 6)]
 
 
+def test_a_padded_remainder_is_a_group_of_its_own() -> None:
+    pattern = NM(2, 4, "pad")
+    mask = pattern.mask(torch.arange(14.0).view(2, 7))
+    assert mask.tolist() == [[False, False, True, True, False, True, True]] * 2
+    assert list(pattern.parts((2, 7))) == [(0, 4, NM(2, 4)), (4, 7, NM(2, 3))]
+
+
+def test_a_remainder_of_at_most_n_stays_whole() -> None:
+    for width in (1, 2):
+        assert NM(2, 4, "pad").mask(torch.rand(3, width)).all()
+
+
+def test_no_group_lies_across_two_positions_of_a_kernel() -> None:
+    score = torch.tensor([[1.0, 5, 4, 3, 2, 6, 7, 8, 9]])
+    assert NM(2, 4, "pad", 3).mask(score).int().tolist() == [[0, 1, 1, 1, 0, 1, 0, 1, 1]]
+    score = torch.tensor([[1.0, 5, 4, 3, 2, 6, 7, 8, 9, 1]])
+    assert NM(2, 4, "dense", 5).mask(score).int().tolist() == [[0, 1, 1, 0, 1, 0, 0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept", "told"),
+    [
+        (NM(2, 4, "pad"), (4, 5, 6), "first columns 4..6 of row 1, keeping 3"),
+        (NM(2, 4, "pad", 3), (3, 4, 5), "first columns 3..5 of row 1, keeping 3"),
+        (NM(2, 4, "pad", 9), (6, 7, 8, 4), "first columns 4..7 of row 1, keeping 3"),
+        (NM(2, 4, "dense", 9), (13, 14, 15, 8), "first columns 13..16 of row 1, keeping 3"),
+    ],
+)
+def test_a_violation_names_the_columns_of_a_group(
+    pattern: NM, kept: tuple[int, ...], told: str
+) -> None:
+    mask = torch.zeros(2, 7 if pattern.channels is None else 18, dtype=torch.bool)
+    mask[1, list(kept)] = True
+    violation = pattern.violation(mask)
+    assert violation == f"has 1 groups of 4 keeping more than 2: {told}"
+
+
+@given(
+    channels=st.integers(1, 9),
+    positions=st.integers(1, 4),
+    m=st.integers(1, 6),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+@settings(max_examples=60)
+def test_a_padded_pattern_is_the_plain_one_on_padded_channels(
+    channels: int, positions: int, m: int, seed: int, data: st.DataObject
+) -> None:
+    """What a runtime sees that pads the channels of [out, positions, channels] with zeros."""
+    n = data.draw(st.integers(1, m))
+    pattern = NM(n, m, "pad", channels)
+    score = torch.rand(3, positions, channels, generator=torch.Generator().manual_seed(seed)) + 0.1
+    padded = torch.nn.functional.pad(score, (0, -channels % m))
+    expected = NM(n, m).mask(padded.flatten(1)).view_as(padded)[..., :channels].flatten(1)
+    mask = pattern.mask(score.flatten(1))
+    assert torch.equal(mask, expected)
+    assert pattern.violation(mask) is None
+    per_run = channels // m * (m - n) + max(channels % m - n, 0)
+    assert int((~mask).sum()) == 3 * positions * per_run
+    parts = list(pattern.parts((3, positions * channels)))
+    zeros = sum((stop - start) * part.sparsity for start, stop, part in parts)
+    assert zeros == pytest.approx(positions * per_run)
+    walked = torch.cat([part.mask(score.flatten(1)[:, a:b]) for a, b, part in parts], 1)
+    assert torch.equal(walked, mask)
+
+
 def test_masks_of_ragged_shapes_raise_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match="remainder='dense'"):
+    with pytest.raises(ValueError, match="remainder='dense' or 'pad'"):
         NM(2, 4).mask(torch.rand(4, 6))
     with pytest.raises(ValueError, match="choose a block that divides the weight"):
         Block(3, 4, 0.5).mask(torch.rand(4, 8))

@@ -11,6 +11,8 @@ from secateur.patterns import NM, Block, Channel, Pattern, Unstructured, parse
         ("2:4", NM(2, 4)),
         ("4:8", NM(4, 8)),
         ("2:4@dense-remainder", NM(2, 4, "dense")),
+        ("2:4@pad-remainder", NM(2, 4, "pad")),
+        ("2:4@pad-remainder@channels6", NM(2, 4, "pad", 6)),
         ("unstructured:0.6", Unstructured(0.6, "row")),
         ("unstructured:60%", Unstructured(0.6, "row")),
         ("unstructured:0.6@layer", Unstructured(0.6, "layer")),
@@ -37,6 +39,8 @@ def test_reads(text: str, pattern: Pattern) -> None:
         ("block:64@0.8", "cannot read '64@0.8' in the pattern 'block:64@0.8'"),
         ("5:4", "NM(n, m) keeps n of m, needs 1 <= n <= m, got 5:4"),
         ("0:4", "needs 1 <= n <= m, got 0:4"),
+        ("2:4@channels0", "channels must be at least 1, got 0"),
+        ("2:4@padded", "unknown pattern '2:4@padded'"),
         ("block:0x4@0.5", "Block needs rows and cols >= 1, got 0x4"),
         ("", "unknown pattern ''"),
     ],
@@ -52,5 +56,5 @@ def test_wrong_choices_name_the_right_ones(unchecked: None) -> None:
         Unstructured(0.5, "model")
     with pytest.raises(ValueError, match="side must be 'out' or 'in', got 'rows'"):
         Channel(0.5, "rows")
-    with pytest.raises(ValueError, match="remainder must be 'error' or 'dense', got 'skip'"):
+    with pytest.raises(ValueError, match="remainder must be 'error', 'dense' or 'pad', got 'skip'"):
         NM(2, 4, "skip")

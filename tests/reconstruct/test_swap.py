@@ -21,6 +21,8 @@ PATTERNS: list[Pattern] = [
     sc.NM(1, 4),
     sc.NM(4, 8),
     sc.NM(2, 4, remainder="dense"),
+    sc.NM(1, 4, remainder="pad"),
+    sc.NM(1, 4, remainder="pad", channels=2),
     sc.Unstructured(0.6),
     sc.Unstructured(0.5, "layer"),
     sc.Unstructured(0.5, "group", 6),
@@ -36,7 +38,10 @@ def error(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
 def group_of(pattern: Pattern, column: int, columns: int) -> object:
     """What columns have in common that may be exchanged; None for those left dense."""
     if isinstance(pattern, sc.NM):
-        return None if column >= columns // pattern.m * pattern.m else column // pattern.m
+        width = pattern.channels or columns
+        run, place = divmod(column, width)
+        dense = pattern.remainder == "dense" and place >= width // pattern.m * pattern.m
+        return None if dense else (run, place // pattern.m)
     assert isinstance(pattern, sc.Unstructured)
     return column // pattern.group_size if pattern.scope == "group" else 0
 
