@@ -57,7 +57,8 @@ def random_llama(sizes: dict[str, int | float], length: int, device: str) -> nn.
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**sizes, max_position_embeddings=length, tie_word_embeddings=False)
-    model: nn.Module = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).to(device)
+    with torch.device(device):  # which initialises it too, faster than a CPU
+        model: nn.Module = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

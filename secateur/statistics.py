@@ -51,7 +51,12 @@ class InputNorm:
 
 
 class Gram:
-    """`gram`, [in, in]: G = X^T X / tokens in float32, the Hessian of a layer's output error."""
+    """`gram`, [in, in]: G = X^T X / tokens in float32, the Hessian of a layer's output error.
+
+    Cost: 2 tokens in^2 operations; of 16-bit inputs on a GPU in its tensor cores, with in^2 more in
+        float32 memory.
+    Error: that of sums in float32. Products of 16-bit numbers are exact there.
+    """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
@@ -61,11 +66,24 @@ class Gram:
         return (self._sum,)
 
     def update(self, rows: Float[Tensor, "tokens in"]) -> None:
-        rows = rows.float()
-        self._sum.addmm_(rows.T, rows)
+        if _for_tensor_cores(rows):
+            self._sum += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        else:
+            rows = rows.float()
+            self._sum.addmm_(rows.T, rows)
 
     def value(self, tokens: int) -> Float[Tensor, "in in"]:
         return self._sum / tokens
+
+
+def _for_tensor_cores(rows: Tensor) -> bool:
+    """Whether a product of these rows can be summed in float32 without making them float32.
+
+    torch refuses it for float16 where the user lets such products be summed in float16.
+    """
+    in_float16 = torch.backends.cuda.matmul.allow_fp16_accumulation
+    exact = (torch.bfloat16,) if in_float16 else (torch.bfloat16, torch.float16)
+    return rows.is_cuda and rows.dtype in exact
 
 
 # One batch in so many is held out of what is fitted, to choose between fits.

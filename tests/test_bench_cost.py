@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import cost
 
@@ -23,3 +24,22 @@ def test_a_row_for_each_method(tmp_path: Path, streamed: bool) -> None:
     assert all(float(row["seconds"]) > 0 and 0 < float(row["error"]) < 1 for row in rows)
     assert float(rows[1]["error"]) < float(rows[0]["error"])
     assert not (tmp_path / "dense-sparse").exists()
+
+
+def test_the_model_is_made_on_its_device_with_weights_from_a_seed() -> None:
+    made: list[dict[str, torch.Tensor]] = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)  # of no consequence
+        model = cost.random_llama(cost.TINY, 16, "cpu")
+        made.append(model.state_dict())
+    buffers = dict(model.named_buffers())
+    expected = 10000.0 ** -(torch.arange(0, 16, 2) / 16)  # transformers' default base
+    torch.testing.assert_close(buffers["model.rotary_emb.inv_freq"], expected)
+    assert made[0].keys() == made[1].keys()
+    for name, weight in made[0].items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, made[1][name])
+        if weight.dim() == 1:
+            assert torch.equal(weight, torch.ones_like(weight))
+        else:
+            assert float(weight.float().std()) == pytest.approx(cost.STD, rel=0.2)

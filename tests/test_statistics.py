@@ -1,6 +1,8 @@
 """Statistics against float64, and what a function's parameters ask for."""
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,74 @@ def test_low_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
         value = statistic.value(4096)
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, torch.full_like(value, expected))
+
+
+class OnGpu(Tensor):
+    """Rows that say they are on a GPU, with torch's product for those, which CPUs lack."""
+
+    is_cuda = True
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.mm:
+            assert kwargs == {"out_dtype": torch.float32}
+            assert args[0].dtype in (torch.bfloat16, torch.float16)
+            products.append(args[0].dtype)
+            one, other = (a.as_subclass(Tensor).float() for a in args)
+            return one @ other
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+products: list[torch.dtype] = []
+
+
+@pytest.fixture(params=[False, True])
+def in_float16(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether the user lets products of float16 be summed in float16."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_fp16_accumulation = matmul.allow_fp16_accumulation, request.param
+    yield request.param
+    matmul.allow_fp16_accumulation = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_16_bit_rows_stay_16_bits_on_a_gpu(dtype: torch.dtype, in_float16: bool) -> None:
+    """But float16 where torch would refuse that product."""
+    products.clear()
+    rows = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    statistic = STATISTICS["gram"](6, torch.device("cpu"))
+    for batch in rows.split(10):
+        statistic.update(batch.as_subclass(OnGpu))
+    value = statistic.value(20)
+    torch.testing.assert_close(value.double(), rows.double().T @ rows.double() / 20)
+    as_they_are = dtype == torch.bfloat16 or (dtype == torch.float16 and not in_float16)
+    assert products == ([dtype] * 2 if as_they_are else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_rows_are_summed_in_float32_on_a_gpu(dtype: torch.dtype) -> None:
+    """Each of n additions errs by at most 2^-23 of the sum of magnitudes, rounded or cut.
+
+    Sums kept in 16 bits would miss the diagonal by 2^-9 (bfloat16) or overflow (float16).
+    """
+    n, batches = 512, 2
+    generator = torch.Generator().manual_seed(0)
+    rows = (20 * torch.randn(n, 200, generator=generator)).to(dtype).cuda()
+    statistic = STATISTICS["gram"](200, torch.device("cuda"))
+    for batch in rows.split(n // batches):
+        statistic.update(batch)
+    exact = rows.double()
+    allowed = (n + batches) * 2**-23 * (exact.abs().T @ exact.abs())
+    error = (statistic.value(1).double() - exact.T @ exact).abs()
+    assert (error <= allowed).all()
 
 
 def test_parameters_are_the_declaration() -> None:

@@ -6,21 +6,40 @@ upper Cholesky factor of its inverse, `M` the mask, `E` the columns' errors.
 The paper updates the columns to come lazily, 128 at a time. Here the columns are halved again and
 again: the left half is eliminated, one product brings the right half up to date, then it is the
 right half's turn. That is the same arithmetic in another order, without a batch size, and nearly
-all of it in products of matrices. `W` is held transposed, so that a column is contiguous.
+all of it in products of matrices. `W` is held transposed, so that a column is contiguous. What is
+left are some launches a column, which on a GPU take longer than their work: there the chunks of
+columns at the bottom of the recursion are walked over by CUDA graphs.
 Source: Frantar and Alistarh, arXiv:2301.00774, algorithm 1 and sections 3.2-3.3; with a grid,
 section 3.5, whose scales for groups of columns are GPTQ's (Frantar et al., arXiv:2210.17323).
 """
+
+import threading
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from secateur.grids import Grid
-from secateur.patterns import Pattern
+from secateur.patterns import NM, Pattern
+from secateur.patterns.keep import PAIRWISE_WIDTH
 from secateur.reconstruct.solution import Solution
+from secateur.statistics import call
 
 # Each failed factorisation multiplies the damping by ten; 1e-2 to 1e+4 of the mean diagonal.
 DAMPING_STEPS = 7
+
+# Columns that a CUDA graph walks over, at most and at least: what it works on is copied there and
+# back, which costs as much as walking over a few.
+CHUNK, LEAST = 128, 32
+
+# Columns of a weight that is walked over in graphs: to capture one costs as much as some chunks.
+FEWEST = 4 * CHUNK
+
+# Threads share the graphs, and torch allows one capture at a time.
+ONE_AT_A_TIME = threading.Lock()
 
 Part = tuple[int, int, Pattern]  # columns start..stop, whose zeros are chosen together
 
@@ -33,6 +52,7 @@ def sparsegpt(
     damping: float = 0.01,
     grid: Grid | None = None,
     dtype: torch.dtype | None = None,
+    once: Callable[..., Any] = call,
 ) -> Solution:
     """The weight with the pattern's zeros and kept weights moved so that its outputs change least.
 
@@ -47,16 +67,18 @@ def sparsegpt(
     x code, scale and product rounded to `dtype`, in which the layer will store it (by default the
     weight's own), so that packing finds the grid again and loses nothing.
 
-    Cost: O(in^3 + out in^2) time, 3 in^2 + 3 out in float32 memory; with a grid out in more, and
-        with one scale a row the walk twice.
+    Cost: O(in^3 + out in^2) time, the O(in^3) once for layers with the same input, which share the
+        factor (`once`); 3 in^2 + 3 out in float32 memory; with a grid out in more, and with one
+        scale a row the walk twice. On a GPU the walk's launches are captured for each shape of a
+        layer; the last eight captures stay, with 1152 bytes an output each.
     Raises:
         ValueError: if H has no Cholesky factor even with the damping raised a million times.
     """
     dead = gram.diagonal() == 0
-    U, note = _upper_factor(gram, dead, damping)
+    U, note = once(_upper_factor, gram, damping)
     W = weight.float().T.contiguous()
     W[dead] = 0
-    walk = _Walk(W, U, grid, dtype or weight.dtype)
+    walk = _Walk(W, U, grid, dtype or weight.dtype, _can_capture(W))
     walk.run(_runs(list(pattern.parts((weight.shape[0], weight.shape[1]))), grid))
     if dead.any():
         note = "; ".join(filter(None, [note, f"{int(dead.sum())} inputs were never active"]))
@@ -68,7 +90,7 @@ class _Walk:
     """The walk over the columns; W, E and M are transposed, so that a column is contiguous.
 
     `scales` are those of the run of columns that the walk is in, which starts at `first`; without
-    them nothing is rounded.
+    them nothing is rounded. Chunks that round nothing are walked over `in_graphs`, if it is told.
     """
 
     def __init__(
@@ -77,8 +99,9 @@ class _Walk:
         U: Float[Tensor, "in in"],
         grid: Grid | None,
         dtype: torch.dtype,
+        in_graphs: bool,
     ) -> None:
-        self.W, self.U, self.grid, self.dtype = W, U, grid, dtype
+        self.W, self.U, self.grid, self.dtype, self.in_graphs = W, U, grid, dtype, in_graphs
         self.E = torch.zeros_like(W)
         self.M = torch.ones_like(W, dtype=torch.bool)
         self.d = U.diagonal()
@@ -117,10 +140,14 @@ class _Walk:
 
     def prune(self, parts: list[Part]) -> None:
         """Choose the masks of these parts one after another, and eliminate what they drop."""
+        first, last = parts[0][0], parts[-1][1]
+        if self.is_chunk(first, last) and all(map(_is_launches_alone, parts)):
+            self.replay(first, last, tuple((a - first, b - first, own) for a, b, own in parts))
+            return
         if len(parts) > 1:
             middle = len(parts) // 2
             self.prune(parts[:middle])
-            self.make_up(parts[0][0], parts[middle][0], parts[-1][1])
+            self.make_up(first, parts[middle][0], last)
             self.prune(parts[middle:])
             return
         ((start, stop, pattern),) = parts
@@ -132,18 +159,23 @@ class _Walk:
         """Fill in the errors of these columns: what dropping or rounding costs, in units of their
         curvature.
         """
+        if self.is_chunk(start, stop):
+            self.replay(start, stop, ())
+            return
         if stop - start > 1:
             middle = (start + stop) // 2
             self.eliminate(start, middle)
             self.make_up(start, middle, stop)
             self.eliminate(middle, stop)
             return
-        lost = self.W[start].masked_fill(self.M[start], 0)
-        if self.grid is not None and self.scales is not None:
-            rounded = self.rounded(start, self.grid, self.scales)
-            lost += (self.W[start] - rounded).masked_fill_(~self.M[start], 0)
-            self.W[start] = rounded
-        torch.div(lost, self.d[start], out=self.E[start])
+        weight, kept, error = self.W[start], self.M[start], self.E[start]
+        torch.div(weight, self.d[start], out=error)
+        if self.grid is None or self.scales is None:
+            error.masked_fill_(kept, 0)
+            return
+        rounded = self.rounded(start, self.grid, self.scales)
+        torch.where(kept, (weight - rounded) / self.d[start], error, out=error)
+        self.W[start] = rounded
 
     def rounded(
         self, column: int, grid: Grid, scales: Float[Tensor, "out groups"]
@@ -160,6 +192,73 @@ class _Walk:
             self.U[start:middle, middle:stop].T, self.E[start:middle], alpha=-1
         )
 
+    def is_chunk(self, start: int, stop: int) -> bool:
+        """Whether a graph walks over these columns."""
+        return self.in_graphs and self.scales is None and LEAST <= stop - start <= CHUNK
+
+    def replay(self, start: int, stop: int, parts: tuple[Part, ...]) -> None:
+        """Prune these parts, counted from `start`, in a graph; without any, eliminate there."""
+        columns = slice(start, stop)
+        stream = torch.cuda.current_stream(self.W.device)
+        precision = torch.backends.cuda.matmul.fp32_precision
+        with ONE_AT_A_TIME:
+            own, walk_over = _chunk(stop - start, self.W.shape[1], parts, stream, precision)
+            own.W.copy_(self.W[columns])
+            own.U.copy_(self.U[columns, columns])
+            own.M.copy_(self.M[columns])
+            walk_over()
+            self.W[columns], self.E[columns], self.M[columns] = own.W, own.E, own.M
+
+
+@lru_cache(maxsize=8)  # a block of a language model has about four
+def _chunk(
+    columns: int, outputs: int, parts: tuple[Part, ...], stream: torch.cuda.Stream, precision: str
+) -> tuple[_Walk, Callable[[], None]]:
+    """A walk over buffers of its own, and the graph that prunes the parts or eliminates in them.
+
+    A graph works where it was captured: what it is to work on is copied there, and the result back,
+    in the order of one stream. It multiplies in the precision that was set when it was captured.
+    """
+    with torch.inference_mode(False):  # or these could not be written to outside of it
+        W = torch.zeros(columns, outputs, dtype=torch.float32, device=stream.device)
+        U = torch.eye(columns, dtype=torch.float32, device=stream.device).T  # a factor's layout
+        walk = _Walk(W, U, None, W.dtype, in_graphs=False)
+        run = partial(walk.prune, list(parts)) if parts else partial(walk.eliminate, 0, columns)
+        return walk, _captured(run, stream)
+
+
+def _captured(run: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+    """The call as a CUDA graph."""
+    side = _side_stream(stream.device)
+    side.wait_stream(stream)
+    with torch.cuda.stream(side):
+        run()  # libraries set themselves up at their first call, which cannot be captured
+    stream.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with (
+        torch.cuda.device(stream.device),
+        torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+    ):
+        run()
+    return graph.replay
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures, as cuBLAS keeps memory for every stream that it has been called on."""
+    return torch.cuda.Stream(device)
+
+
+def _can_capture(W: Float[Tensor, "in out"]) -> bool:
+    """Whether there is a GPU to capture on, and columns enough."""
+    return W.is_cuda and len(W) >= FEWEST
+
+
+def _is_launches_alone(part: Part) -> bool:
+    """Whether the part's mask is chosen without a synchronisation, which cannot be captured."""
+    pattern = part[2]
+    return type(pattern) is NM and pattern.m <= PAIRWISE_WIDTH
+
 
 def _runs(parts: list[Part], grid: Grid | None) -> list[list[Part]]:
     """The parts in the shortest runs that are whole groups of the grid; all in one without groups.
@@ -174,13 +273,13 @@ def _runs(parts: list[Part], grid: Grid | None) -> list[list[Part]]:
     return [run for run in runs if run]
 
 
-def _upper_factor(gram: Tensor, dead: Tensor, damping: float) -> tuple[Tensor, str]:
+def _upper_factor(gram: Tensor, damping: float) -> tuple[Tensor, str]:
     """U with U^T U = (G + damping mean(diag G) I)^-1; the damping raised until it exists.
 
     With rows and columns reversed, a lower factor of H becomes an upper R with R R^T = H, and
     U = R^-1: one factorisation and one triangular solve, without forming the inverse of H.
     """
-    mean = gram.diagonal().mean()
+    dead, mean = gram.diagonal() == 0, gram.diagonal().mean()
     for step in range(DAMPING_STEPS):
         raised = damping * 10**step
         H = gram.clone()

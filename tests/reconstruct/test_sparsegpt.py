@@ -1,12 +1,24 @@
 """SparseGPT: held to the paper's algorithm in float64, and to laws of its own."""
 
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 
 import secateur as sc
 from bench.paper import sparsegpt_algorithm_1
+from secateur.grids import Grid
 from secateur.patterns import Pattern
+from secateur.reconstruct import Solution
+from secateur.statistics import call
+from tests.models import Decoder
+
+# By name: `secateur.reconstruct.sparsegpt` is the function.
+walks = importlib.import_module("secateur.reconstruct.sparsegpt")
 
 
 def problem(rows: int = 24, columns: int = 320, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -36,8 +48,14 @@ def output_error(weight: Tensor, other: Tensor, gram: Tensor) -> float:
 )
 def test_is_the_papers_algorithm_1(pattern: Pattern, options: dict[str, float]) -> None:
     weight, gram = problem()
-    expected, mask = sparsegpt_algorithm_1(weight, gram, **options)
     solution = sc.sparsegpt(weight, gram, pattern)
+    assert_is_the_papers(solution, weight, gram, options)
+
+
+def assert_is_the_papers(
+    solution: Solution, weight: Tensor, gram: Tensor, options: dict[str, float]
+) -> None:
+    expected, mask = sparsegpt_algorithm_1(weight, gram, **options)
     agreed = float((solution.mask == mask).float().mean())
     assert agreed > 0.999  # float32 against float64 decides near-ties otherwise
     same_rows = (solution.mask == mask).all(1)
@@ -134,3 +152,175 @@ def test_arguments_are_not_changed() -> None:
     copies = weight.clone(), gram.clone()
     sc.sparsegpt(weight, gram, sc.NM(2, 4))
     assert torch.equal(weight, copies[0]) and torch.equal(gram, copies[1])
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the matrices that are factorised from now on."""
+    sizes: list[int] = []
+    cholesky = torch.linalg.cholesky_ex
+
+    def counting(H: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(H))
+        found: tuple[Tensor, Tensor] = cholesky(H)
+        return found
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", counting)
+    return sizes
+
+
+def test_queries_keys_and_values_share_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    factorised = counted(monkeypatch)
+    batch = torch.randint(20, (4, 12), generator=torch.Generator().manual_seed(0))
+    report = sc.reconstruct_(Decoder(blocks=2), "2:4", sc.sparsegpt, [batch])
+    assert len(report.layers) == 12
+    assert factorised == [16, 16, 16, 32] * 2
+
+
+def test_the_factor_is_found_once_for_layers_with_the_same_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, gram = problem(columns=64)
+    gram[:, 5] = gram[5, :] = 0
+    alone = [sc.sparsegpt(w, gram, sc.NM(2, 4)) for w in (weight, -2 * weight)]
+    factorised = counted(monkeypatch)
+    once = functools.cache(call)
+    together = [sc.sparsegpt(w, gram, sc.NM(2, 4), once=once) for w in (weight, -2 * weight)]
+    assert len(factorised) == 1
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.weight, other.weight) and one.note == other.note
+    sc.sparsegpt(weight, gram, sc.NM(2, 4), damping=0.1, once=once)
+    sc.sparsegpt(weight, gram.clone(), sc.NM(2, 4), once=once)
+    assert len(factorised) == 3
+
+
+def launched(run: Callable[[], None], stream: object) -> Callable[[], None]:
+    """Stands in for a capture: the same work on the same buffers, launch by launch."""
+    return run
+
+
+class Stream(NamedTuple):
+    device: torch.device
+
+
+@pytest.fixture
+def in_chunks(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Iterator[Callable[[], None]]:
+    """Called, it lets walks on the CPU go as those do that a GPU captures."""
+
+    def let() -> None:
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(walks, "_can_capture", lambda W: True)
+        monkeypatch.setattr(walks, "_captured", launched)
+
+    walks._chunk.cache_clear()
+    yield let
+    walks._chunk.cache_clear()
+
+
+@pytest.mark.parametrize("grid", [None, sc.Int4()], ids=repr)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        sc.NM(2, 4),
+        sc.NM(3, 5, "dense"),
+        sc.NM(8, 32, "pad"),
+        sc.NM(2, 4, channels=68),
+        sc.Unstructured(0.5),
+        sc.Unstructured(0.6, "group", 100),
+        sc.Block(4, 8, 0.5),
+        sc.Channel(0.25, "in"),
+    ],
+    ids=str,
+)
+def test_a_walk_in_chunks_is_the_walk(
+    pattern: Pattern, grid: Grid | None, in_chunks: Callable[[], None]
+) -> None:
+    """No bit differs, and no chunk sees what another left."""
+    weight, gram = problem(rows=24, columns=408)
+    expected = sc.sparsegpt(weight, gram, pattern, grid=grid)
+    in_chunks()
+    solution = sc.sparsegpt(weight, gram, pattern, grid=grid)
+    used = walks._chunk.cache_info()
+    assert torch.equal(solution.mask, expected.mask)
+    assert torch.equal(solution.weight, expected.weight)
+    assert used.misses + used.hits >= 408 // walks.CHUNK
+    assert used.hits > 0 or grid is not None  # whose columns are walked over by the group
+
+
+def test_chunks_that_were_made_in_inference_mode_serve_outside_of_it(
+    in_chunks: Callable[[], None],
+) -> None:
+    weight, gram = problem()
+    expected = sc.sparsegpt(weight, gram, sc.NM(2, 4)).weight
+    in_chunks()
+    with torch.inference_mode():
+        inside = sc.sparsegpt(weight, gram, sc.NM(2, 4)).weight
+    outside = sc.sparsegpt(weight, gram, sc.NM(2, 4)).weight
+    assert torch.equal(inside, expected) and torch.equal(outside, expected)
+
+
+def test_a_chunk_takes_the_memory_that_is_documented(in_chunks: Callable[[], None]) -> None:
+    in_chunks()
+    walk, _ = walks._chunk(walks.CHUNK, 40, (), Stream(torch.device("cpu")), "none")
+    assert sum(buffer.nbytes for buffer in (walk.W, walk.E, walk.M)) == 1152 * 40
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("columns", [96, 300, 640])
+@pytest.mark.parametrize(
+    ("pattern", "options"),
+    [
+        (sc.NM(2, 4), {"n": 2, "m": 4}),
+        (sc.NM(4, 8, "dense"), {"n": 4, "m": 8}),
+        (sc.Unstructured(0.5, "layer"), {"p": 0.5}),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_graphs_compute_what_launches_do(
+    pattern: Pattern, options: dict[str, float], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice, so that graphs are replayed on other weights than they were captured with."""
+    monkeypatch.setattr(walks, "FEWEST", 1)
+    problems = [problem(rows=160, columns=columns, seed=seed) for seed in range(2)]
+
+    def solutions() -> list[Solution]:
+        walks._chunk.cache_clear()
+        found = [sc.sparsegpt(w.cuda(), g.cuda(), pattern) for w, g in problems]
+        assert walks._chunk.cache_info().hits > 0
+        walks._chunk.cache_clear()
+        return [Solution(s.weight.cpu(), s.mask.cpu(), s.note) for s in found]
+
+    in_graphs = solutions()
+    monkeypatch.setattr(walks, "_captured", launched)
+    for (weight, gram), found, other in zip(problems, in_graphs, solutions(), strict=True):
+        assert torch.equal(found.mask, other.mask)
+        assert torch.equal(found.weight, other.weight)
+        if columns % options.get("m", 1) == 0:
+            assert_is_the_papers(found, weight, gram, options)
+    monkeypatch.setattr(walks, "_can_capture", lambda W: False)
+    weight, gram = problems[0]
+    whole = sc.sparsegpt(weight.cuda(), gram.cuda(), pattern)
+    assert (whole.mask.cpu() == in_graphs[0].mask).float().mean() > 0.999
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_graph_is_used_on_its_own_stream_and_in_any_mode() -> None:
+    weight, gram = (t.cuda() for t in problem(rows=160, columns=640))
+    walks._chunk.cache_clear()
+    with torch.inference_mode():
+        again = sc.sparsegpt(weight, gram, sc.NM(2, 4))
+    expected = sc.sparsegpt(weight, gram, sc.NM(2, 4))
+    kinds = walks._chunk.cache_info().misses
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        elsewhere = sc.sparsegpt(weight, gram, sc.NM(2, 4))
+    torch.cuda.current_stream().wait_stream(other)
+    assert torch.equal(again.weight, expected.weight)
+    assert torch.equal(elsewhere.weight, expected.weight)
+    assert walks._chunk.cache_info().misses == 2 * kinds
+    walks._chunk.cache_clear()

@@ -141,6 +141,7 @@ def test_the_frontend_block_leaves_2_4_zeros() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's sparse tensors need a GPU")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor is in prototype")
 def test_the_frontend_block_runs_whole() -> None:
     model = Model()
     exec(migrated(blocks()[4]), {"model": model})
