@@ -2,7 +2,9 @@
 
     python -m bench.accuracy ../shared/models/reference-lm --patterns 2:4 --rows 32,512
 
-`--methods` chooses some, several `--rows` are cases of their own.
+`--methods` chooses some, several `--rows` are cases of their own. Other libraries' methods are in
+`bench.peers_accuracy`: one that is not installed, or has no such pattern, has its reason in `note`,
+and so has one whose zeros do not fit the pattern.
 
 The folder holds a causal language model and `tokens.safetensors` with rows of ids `calibration` and
 `validation`. Every linear layer of the blocks is pruned; head, embeddings and norms stay dense.
@@ -25,12 +27,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import secateur as sc
+from bench.cold import reason
 from bench.paper import sparsegpt_algorithm_1
+from bench.peers_accuracy import PEERS
 from bench.rows import append
 from secateur import evaluate
 from secateur.integrations.transformers import load_folder, token_rows
 from secateur.patterns import NM, Pattern, Unstructured
 from secateur.reconstruct import CompensationReport, Solution, compensate
+from secateur.replay import Batch
 
 PAPER = "sparsegpt, algorithm 1 in float64"
 EXTRA = 0.05  # of the model's parameters, in an adapter
@@ -48,7 +53,7 @@ def paper(weight: Tensor, gram: Tensor, pattern: Pattern) -> Solution:
     return Solution(pruned.to(weight.dtype), mask)
 
 
-def compensated(model: nn.Module, plan: sc.Plan, data: list[Tensor]) -> CompensationReport:
+def compensated(model: nn.Module, plan: sc.Plan, data: list[Batch]) -> CompensationReport:
     """`sc.best`, and a low-rank adapter beside it whose parameters are at most 5 % of the model's.
 
     The factors are added by hooks, as a runtime would.
@@ -68,7 +73,7 @@ def compensated(model: nn.Module, plan: sc.Plan, data: list[Tensor]) -> Compensa
     return report
 
 
-METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Tensor]], object]] = {
+METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Batch]], object]] = {
     "magnitude": lambda model, plan, data: sc.prune_(model, plan),
     "wanda": lambda model, plan, data: sc.prune_(model, plan, sc.wanda, data),
     PAPER: lambda model, plan, data: sc.reconstruct_(model, plan, paper, data),
@@ -87,7 +92,38 @@ METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Tensor]], object]] = {
         model, plan, sc.blockwise(sc.alps), data
     ),
     "best, 5% extra": compensated,
+    **{name: peer.prune for name, peer in PEERS.items()},
 }
+
+
+def row_of(
+    name: str,
+    dense: nn.Module,
+    plan: sc.Plan,
+    data: Sequence[Batch],
+    figures: Callable[[nn.Module], dict[str, float]],
+) -> dict[str, str | float]:
+    """The method's row: the figures of its model, and in `note` what a peer did wrong, if anything.
+
+    A peer that fails has no figures. What a method of ours raises is raised, also where its zeros
+    break the plan.
+    """
+    model, peer = copy.deepcopy(dense), PEERS.get(name)
+    row: dict[str, str | float] = {"method": name, "note": ""}
+    begin = time.perf_counter()
+    try:
+        print(METHODS[name](model, plan, list(data)))
+        row["seconds"] = time.perf_counter() - begin
+        sc.check(model, plan)
+    except Exception as problem:  # other libraries raise what they like
+        if peer is None:
+            raise
+        row["note"] = reason(problem)
+    if "seconds" in row:
+        row |= {**figures(model), "library": peer.library() if peer else ""}
+    said = [f"{column} {value:.4g}" for column, value in row.items() if isinstance(value, float)]
+    print(f"{name}: {', '.join(said)} {row['note']}", flush=True)
+    return row
 
 
 def measure(
@@ -99,31 +135,18 @@ def measure(
 ) -> list[dict[str, str | float]]:
     """A row for dense and one for each method."""
     dense_nll = evaluate.perplexity(dense, validation).nll
-    rows: list[dict[str, str | float]] = [{"method": "dense", "nll": dense_nll, "dnll": 0.0}]
-    for name in methods:
-        model = copy.deepcopy(dense)
-        plan = sc.plan(model, pattern)
-        begin = time.perf_counter()
-        print(METHODS[name](model, plan, list(calibration)))
-        seconds = time.perf_counter() - begin
-        sc.check(model, plan)
+
+    def figures(model: nn.Module) -> dict[str, float]:
         agreement = evaluate.compare(model, dense, validation)
         nll = evaluate.perplexity(model, validation).nll
-        rows.append(
-            {
-                "method": name,
-                "nll": nll,
-                "dnll": nll - dense_nll,
-                "kl": agreement.kl,
-                "top1": agreement.top1,
-                "seconds": seconds,
-            }
-        )
-        print(
-            f"{pattern} {name}: nll {nll:.4f} (dense {dense_nll:.4f}), {seconds:.1f} s", flush=True
-        )
-    loss = {row["method"]: float(row["dnll"]) for row in rows}
-    for row in rows:
+        return {"nll": nll, "dnll": nll - dense_nll, "kl": agreement.kl, "top1": agreement.top1}
+
+    plan = sc.plan(dense, pattern)
+    rows: list[dict[str, str | float]] = [{"method": "dense", "nll": dense_nll, "dnll": 0.0}]
+    rows += [row_of(name, dense, plan, calibration, figures) for name in methods]
+    measured = [row for row in rows if "dnll" in row]
+    loss = {row["method"]: float(row["dnll"]) for row in measured}
+    for row in measured:
         for share, baseline in (("r_m", "magnitude"), ("r_s", PAPER)):
             known = baseline in loss
             row[share] = 1 - float(row["dnll"]) / loss[baseline] if known else ""

@@ -230,6 +230,8 @@ def _accuracy_table(rows: Rows) -> str:
     kept = [r for r in rows if int(r["calibration_rows"]) == most and r["first_row"] == "0"]
     cells: dict[str, dict[str, str]] = {}
     for row in kept:
+        if not row["nll"]:
+            continue
         perplexity = f"{math.exp(float(row['nll'])):.2f}"
         text = f"{perplexity} ({float(row['top1']):.0%})" if row["top1"] else perplexity
         cells.setdefault(row["method"], {})[row["pattern"]] = text
@@ -243,7 +245,15 @@ def _accuracy_table(rows: Rows) -> str:
         f"{first['device']}, torch {first['torch']}, {first['date']}, commit {first['commit']}, "
         "`python -m bench.accuracy`."
     )
-    return "\n".join([*lines, "", origin]) + "\n"
+    return "\n".join([*lines, "", origin, *_accuracy_notes(kept)]) + "\n"
+
+
+def _accuracy_notes(rows: Rows) -> list[str]:
+    """Which libraries' figures these are, and what was wrong with a figure or in place of it."""
+    libraries = dict.fromkeys(row.get("library", "") for row in rows)
+    notes = [f"{r['method']}, {r['pattern']}: {r['note']}" for r in rows if r.get("note")]
+    named = [f"Other libraries: {', '.join(filter(None, libraries))}."] if any(libraries) else []
+    return named + ([f"Notes: {'; '.join(notes)}."] if notes else [])
 
 
 def _vit_table(rows: Rows) -> str:
