@@ -32,6 +32,7 @@ from bench.paper import sparsegpt_algorithm_1
 from bench.peers_accuracy import PEERS
 from bench.rows import append
 from secateur import evaluate
+from secateur.decompose import decompose_
 from secateur.integrations.transformers import load_folder, token_rows
 from secateur.patterns import NM, Pattern, Unstructured
 from secateur.reconstruct import CompensationReport, Solution, compensate
@@ -54,15 +55,26 @@ def paper(weight: Tensor, gram: Tensor, pattern: Pattern) -> Solution:
 
 
 def compensated(model: nn.Module, plan: sc.Plan, data: list[Batch]) -> CompensationReport:
-    """`sc.best`, and a low-rank adapter beside it whose parameters are at most 5 % of the model's.
-
-    The factors are added by hooks, as a runtime would.
-    """
+    """`sc.best`, and a low-rank adapter beside it whose parameters are at most 5 % of the model's."""
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sc.reconstruct_(model, plan, sc.best, data)
     with TemporaryDirectory() as folder:
         report = compensate(model, dense, data, Path(folder) / "adapter", extra=EXTRA)
-        factors = load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+        attach_(model, plan, Path(folder) / "adapter")
+    return report
+
+
+def decomposed(model: nn.Module, plan: sc.Plan, data: list[Batch]) -> CompensationReport:
+    """`sc.best` on what a low-rank part leaves of each weight, with as many parameters."""
+    with TemporaryDirectory() as folder:
+        report = decompose_(model, plan, sc.best, data, Path(folder) / "adapter", extra=EXTRA)
+        attach_(model, plan, Path(folder) / "adapter")
+    return report
+
+
+def attach_(model: nn.Module, plan: sc.Plan, adapter: Path) -> None:
+    """Add the adapter's factors by hooks, as a runtime would."""
+    factors = load_file(adapter / "adapter_model.safetensors")
     for name in plan.layers:
         A, B = (factors[f"base_model.model.{name}.lora_{one}.weight"] for one in "AB")
         module = model.get_submodule(name)
@@ -70,7 +82,6 @@ def compensated(model: nn.Module, plan: sc.Plan, data: list[Batch]) -> Compensat
         module.register_forward_hook(
             lambda module, args, output, A=A, B=B: output + args[0] @ A.T @ B.T
         )
-    return report
 
 
 METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Batch]], object]] = {
@@ -92,6 +103,7 @@ METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Batch]], object]] = {
         model, plan, sc.blockwise(sc.alps), data
     ),
     "best, 5% extra": compensated,
+    "decompose(best), 5% extra": decomposed,
     **{name: peer.prune for name, peer in PEERS.items()},
 }
 

@@ -8,12 +8,12 @@ A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`; nothing ther
 
 import argparse
 import csv
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from bench.accuracy_tables import accuracy, accuracy_all
 from bench.prefill_tables import prefill, prefill_short
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,14 +65,6 @@ def linear_cpu(results: Path) -> str:
 def linear_cpu_all(results: Path) -> str:
     """For each device, the speed-ups on all layers and in all dtypes."""
     return "\n".join(map(_linear_table, newest(results, "linear")))
-
-
-def accuracy(results: Path) -> str:
-    """Perplexity and top-1 agreement with dense, a row a method and a column a pattern.
-
-    Of each file, the rows with most calibration data, and of these the first.
-    """
-    return "\n".join(map(_accuracy_table, newest(results, "accuracy")))
 
 
 def decode(results: Path) -> str:
@@ -225,37 +217,6 @@ def _decode_origin(rows: Rows) -> str:
     )
 
 
-def _accuracy_table(rows: Rows) -> str:
-    most = max(int(row["calibration_rows"]) for row in rows)
-    kept = [r for r in rows if int(r["calibration_rows"]) == most and r["first_row"] == "0"]
-    cells: dict[str, dict[str, str]] = {}
-    for row in kept:
-        if not row["nll"]:
-            continue
-        perplexity = f"{math.exp(float(row['nll'])):.2f}"
-        text = f"{perplexity} ({float(row['top1']):.0%})" if row["top1"] else perplexity
-        cells.setdefault(row["method"], {})[row["pattern"]] = text
-    patterns = list(dict.fromkeys(row["pattern"] for row in kept))
-    lines = [_line(["perplexity (top-1 as dense)", *patterns])]
-    lines += [_line(["---"] * (1 + len(patterns)))]
-    lines += [_line([name, *[by.get(key, "-") for key in patterns]]) for name, by in cells.items()]
-    first = kept[0]
-    origin = (
-        f"{first['model']}, {most} calibration and {first['validation_rows']} validation rows; "
-        f"{first['device']}, torch {first['torch']}, {first['date']}, commit {first['commit']}, "
-        "`python -m bench.accuracy`."
-    )
-    return "\n".join([*lines, "", origin, *_accuracy_notes(kept)]) + "\n"
-
-
-def _accuracy_notes(rows: Rows) -> list[str]:
-    """Which libraries' figures these are, and what was wrong with a figure or in place of it."""
-    libraries = dict.fromkeys(row.get("library", "") for row in rows)
-    notes = [f"{r['method']}, {r['pattern']}: {r['note']}" for r in rows if r.get("note")]
-    named = [f"Other libraries: {', '.join(filter(None, libraries))}."] if any(libraries) else []
-    return named + ([f"Notes: {'; '.join(notes)}."] if notes else [])
-
-
 def _vit_table(rows: Rows) -> str:
     dense = {_encoder(row): row for row in rows if row["configuration"] == DENSE and row["img_s"]}
     heads = ["model", "batch", "configuration", "img/s", "to dense", "peak MiB", "error"]
@@ -353,6 +314,7 @@ def _ratios(row: Mapping[str, str]) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
+    "accuracy-all": accuracy_all,
     "cuts": cuts,
     "cuts-short": cuts_short,
     "decode": decode,

@@ -66,24 +66,40 @@ def test_the_short_table_is_the_first_layer_in_float32(tmp_path: Path) -> None:
 
 
 ACCURACY = """\
-date,device,torch,commit,model,pattern,calibration_rows,first_row,validation_rows,method,nll,top1
-2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,dense,1.0,
-2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,wanda,2.0,0.676
-2026-11-22,a chip,2.13,abc,m,4:8,128,0,64,wanda,1.5,0.7
-2026-11-22,a chip,2.13,abc,m,2:4,128,99,64,wanda,9.0,0.1
-2026-11-22,a chip,2.13,abc,m,2:4,32,0,64,wanda,9.0,0.1
+date,device,torch,commit,model,pattern,calibration_rows,first_row,validation_rows,method,nll,top1,r_s
+2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,dense,1.0,,1.0
+2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,wanda,2.0,0.676,-0.5
+2026-11-22,a chip,2.13,abc,m,2:4,128,99,64,wanda,2.2,0.624,-0.7
+2026-11-22,a chip,2.13,abc,m,4:8,128,0,64,wanda,1.5,0.7,
+2026-11-22,a chip,2.13,abc,m,2:4,32,0,64,wanda,9.0,0.1,
 """
 
 
 def test_the_accuracy_table_has_a_column_for_each_pattern(tmp_path: Path) -> None:
     (tmp_path / "accuracy_2026-11-22_x_abc.csv").write_text(ACCURACY)
     lines = tables.accuracy(tmp_path).splitlines()
-    assert lines[0] == "| perplexity (top-1 as dense) | 2:4 | 4:8 |"
+    assert lines[0] == "| perplexity (top-1 as dense; R_S) | 2:4 | 4:8 |"
     assert lines[2] == "| dense | 2.72 | - |"
-    assert lines[3] == "| wanda | 7.39 (68%) | 4.48 (70%) |"
+    assert lines[3] == "| wanda | 8.17 (65%; -0.60, -0.70 to -0.50) | 4.48 (70%) |"
     assert lines[5].startswith(
-        "m, 128 calibration and 64 validation rows; a chip, torch 2.13, 2026"
+        "m, 128 calibration (mean of 2 sets) and 64 validation rows; a chip, torch 2.13, 2026"
     )
+    assert len(lines) == 6
+    whole = tables.TABLES["accuracy-all"](tmp_path)
+    assert whole.count("| perplexity") == 2 and "m, 32 calibration and 64" in whole
+
+
+def test_each_case_of_the_accuracy_table_is_of_its_last_run(tmp_path: Path) -> None:
+    """One pattern was measured again, and nothing else; one library could not be."""
+    (tmp_path / "accuracy_2026-11-22_x_abc.csv").write_text(ACCURACY)
+    head = ACCURACY.splitlines()[0].replace("r_s", "r_s,library,note")
+    again = ["2026-11-23,a chip,2.13,def,m,4:8,128,0,64,wanda,1.0,0.8,,,"]
+    again += ["2026-11-23,a chip,2.13,def,m,4:8,128,0,64,other,,,,lib 1.2,it has no 4:8"]
+    (tmp_path / "accuracy_2026-11-23_x_def.csv").write_text("\n".join([head, *again]) + "\n")
+    whole = tables.TABLES["accuracy-all"](tmp_path)
+    assert "| wanda | 8.17 (65%; -0.60, -0.70 to -0.50) | 2.72 (80%) |" in whole
+    assert "2026-11-22, commit abc; 2026-11-23, commit def, `python -m bench.accuracy`." in whole
+    assert "Other libraries: lib 1.2.\nNotes: other, 4:8: it has no 4:8." in whole
 
 
 def test_the_latest_rows_are_used(tmp_path: Path) -> None:
@@ -120,7 +136,7 @@ def test_a_stale_file_is_found_and_written(
 
 
 def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no table is named 'no-such': tables are accuracy, cuts"):
+    with pytest.raises(ValueError, match="no table is named 'no-such': tables are accuracy, accu"):
         tables.render("<!-- bench:no-such -->\n<!-- /bench -->", tmp_path)
 
 

@@ -1,0 +1,90 @@
+"""The tables `accuracy` and `accuracy-all` of `bench.tables`, which imports this module."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+Row = Mapping[str, str]
+Case = tuple[str, int, str]  # device, calibration rows, validation rows
+
+
+def accuracy(results: Path) -> str:
+    """Perplexity and more, a row a method and a column a pattern: of each device of the last runs.
+
+    Of each, the cases with most calibration data.
+    """
+    cases = latest(results)
+    last = max(row["date"] for rows in cases.values() for row in rows)
+    shown: dict[str, list[Row]] = {}
+    for (device, _, _), rows in sorted(cases.items(), key=lambda case: case[0][1]):
+        if max(row["date"] for row in rows) == last:
+            shown[device] = rows
+    return "\n".join(map(_table, shown.values()))
+
+
+def accuracy_all(results: Path) -> str:
+    """The same for every device, number of calibration rows and number of validation rows."""
+    return "\n".join(map(_table, latest(results).values()))
+
+
+def latest(results: Path) -> dict[Case, list[Row]]:
+    """The rows of each case, every pattern and calibration set of it from the last run that had it.
+
+    A run of all of them takes longer than a device may be had for.
+    """
+    from bench.tables import every  # here, because it imports this module
+
+    cases: dict[Case, dict[tuple[str, str], list[Row]]] = {}
+    for rows in every(results, "accuracy"):
+        run: dict[Case, dict[tuple[str, str], list[Row]]] = {}
+        for row in rows:
+            case = (row["device"], int(row["calibration_rows"]), row["validation_rows"])
+            data = (row["pattern"], row["first_row"])
+            run.setdefault(case, {}).setdefault(data, []).append(row)
+        for case, found in run.items():
+            cases.setdefault(case, {}).update(found)
+    return {case: [row for rows in cases[case].values() for row in rows] for case in sorted(cases)}
+
+
+def _table(rows: Sequence[Row]) -> str:
+    cells: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row["nll"]:
+            by_pattern = cells.setdefault(row["method"], {})
+            by_pattern.setdefault(row["pattern"], []).append(row)
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    lines = [["perplexity (top-1 as dense; R_S)", *patterns], ["---"] * (1 + len(patterns))]
+    for name, found in cells.items():
+        lines.append([name, *[_cell(found[p]) if p in found else "-" for p in patterns]])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{text}\n\n{_origin(rows)}\n"
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    """The mean over calibration sets; of R_S the range, too."""
+    text = f"{math.exp(fmean(float(row['nll']) for row in rows)):.2f}"
+    shares = [float(row["r_s"]) for row in rows if row.get("r_s")]
+    more = [f"{fmean(float(row['top1']) for row in rows):.0%}"] if rows[0]["top1"] else []
+    if more and shares:
+        spread = f", {min(shares):.2f} to {max(shares):.2f}" if len(shares) > 1 else ""
+        more.append(f"{fmean(shares):.2f}{spread}")
+    return f"{text} ({'; '.join(more)})" if more else text
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    """Where the rows come from, which libraries they are of, and what was wrong with one."""
+    first = rows[0]
+    sets = len({row["first_row"] for row in rows})
+    runs = dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in rows)
+    libraries = list(filter(None, dict.fromkeys(row.get("library", "") for row in rows)))
+    notes = [f"{r['method']}, {r['pattern']}: {r['note']}" for r in rows if r.get("note")]
+    sentences = [
+        f"{first['model']}, {first['calibration_rows']} calibration "
+        + (f"(mean of {sets} sets) " if sets > 1 else "")
+        + f"and {first['validation_rows']} validation rows; {first['device']}, torch "
+        f"{first['torch']}, {'; '.join(runs)}, `python -m bench.accuracy`.",
+        f"Other libraries: {', '.join(libraries)}." if libraries else "",
+        f"Notes: {'; '.join(dict.fromkeys(notes))}." if notes else "",
+    ]
+    return "\n".join(filter(None, sentences))
