@@ -55,7 +55,7 @@ def paper(weight: Tensor, gram: Tensor, pattern: Pattern) -> Solution:
 
 
 def compensated(model: nn.Module, plan: sc.Plan, data: list[Batch]) -> CompensationReport:
-    """`sc.best`, and a low-rank adapter beside it whose parameters are at most 5 % of the model's."""
+    """`sc.best`, and an adapter beside it with at most 5 % of the model's parameters."""
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sc.reconstruct_(model, plan, sc.best, data)
     with TemporaryDirectory() as folder:

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 import secateur as sc
-from bench.accuracy import EXTRA, compensated
+from bench.accuracy import EXTRA, METHODS
 from bench.cost import TINY, random_llama
+from secateur.reconstruct import CompensationReport
 
 pytest.importorskip("transformers")
 
 
-def test_compensated_has_zeros_few_parameters_and_less_error() -> None:
+@pytest.mark.parametrize("method", ["best, 5% extra", "decompose(best), 5% extra"])
+def test_with_an_adapter_there_are_zeros_few_parameters_and_less_error(method: str) -> None:
     """The hooks add what the adapter would: a product of its rank, and layers lose less."""
     dense = random_llama(TINY, 16, "cpu").float()
     generator = torch.Generator().manual_seed(1)
@@ -23,7 +25,8 @@ def test_compensated_has_zeros_few_parameters_and_less_error() -> None:
                 parameter.mul_(20)  # so that layers count beside the residual stream
     model = copy.deepcopy(dense)
     plan = sc.plan(model, "2:4")
-    report = compensated(model, plan, batches)
+    report = METHODS[method](model, plan, batches)
+    assert isinstance(report, CompensationReport)
     sc.check(model, plan)
     assert 0 < report.extra <= EXTRA * report.parameters
     assert all(layer.error < layer.error_before for layer in report.layers)

@@ -37,6 +37,7 @@ ROOMS = {
 MODULES = {
     "compat.torchao": "Names of torchao",
     "costs": "Costs for a budget",
+    "decompose": "Sparse plus low rank",
     "evaluate": "Evaluation",
     "free_dimensions": "Free dimensions",
     "inspection": "Inspection",

@@ -9,6 +9,7 @@ from secateur.reconstruct.lowrank import (
     compensate,
     compensation,
 )
+from secateur.reconstruct.oats import low_rank_part
 from secateur.reconstruct.refit import refit, refitted
 from secateur.reconstruct.solution import Solution
 from secateur.reconstruct.sparsegpt import sparsegpt
@@ -26,6 +27,7 @@ __all__ = [
     "compensate",
     "compensation",
     "estimate",
+    "low_rank_part",
     "refit",
     "refitted",
     "sparsegpt",

@@ -153,7 +153,7 @@ def compensate(
     layers = {name: model.get_submodule(name) for name in weights}
     parameters = sum(p.numel() for p in model.parameters())
     nonzeros = sum(int(p.count_nonzero()) for p in model.parameters())
-    rank = _rank({n: w.shape for n, w in weights.items()}, parameters, rank, extra)
+    rank = rank_within({n: w.shape for n, w in weights.items()}, parameters, rank, extra)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     results: dict[str, Compensated] = {}
     with torch.no_grad(), contextlib.ExitStack() as stack:
@@ -166,7 +166,7 @@ def compensate(
                 W = W.to(S.device)
                 B, A = (f.to(S.dtype) for f in compensation(W.double(), S, gram, rank, damping))
                 factors[name] = B, A
-                stack.callback(layers[name].register_forward_hook(_adding(B, A)).remove)
+                stack.callback(layers[name].register_forward_hook(adding(B, A)).remove)
                 before, after = _errors(W.double(), S.double(), B.double() @ A.double(), gram)
                 count = B.numel() + A.numel()
                 results[name] = Compensated(name, count, before, after, observed.tokens[name])
@@ -207,7 +207,7 @@ def _lost(
             )
         if torch.equal(before.to(now), now):
             continue
-        if reason := _why_not(module):
+        if reason := why_not_compensated(module):
             raise ValueError(f"{name} was pruned and cannot be compensated: {reason}")
         if not (before.isfinite().all() and now.isfinite().all()):
             raise ValueError(f"{name}.weight holds NaN or infinite values: repair or reload it")
@@ -217,7 +217,7 @@ def _lost(
     return lost
 
 
-def _why_not(module: nn.Module) -> str | None:
+def why_not_compensated(module: nn.Module) -> str | None:
     """Why a LoRA adapter of matrices cannot be added to this module, or None."""
     if isinstance(module, (nn.Conv2d, nn.Embedding)):
         kind = "a Conv2d" if isinstance(module, nn.Conv2d) else "an Embedding"
@@ -225,12 +225,16 @@ def _why_not(module: nn.Module) -> str | None:
     return _layers.why_not_prunable(module)
 
 
-def _rank(
+def rank_within(
     shapes: Mapping[str, torch.Size], parameters: int, rank: int | None, extra: float | None
 ) -> int:
-    """The one rank of all layers: the one given, or the largest within the share."""
+    """The one rank of all layers: the one given, or the largest within the share.
+
+    Raises:
+        ValueError: if both are given or neither, or the rank does not suit a layer.
+    """
     if rank is None and extra is None:
-        raise ValueError("compensate needs a rank, got none: pass rank=16, or extra=0.05")
+        raise ValueError("an adapter needs a rank, got none: pass rank=16, or extra=0.05")
     if rank is not None and extra is not None:
         raise ValueError(f"extra={extra:g} chooses the rank, got rank={rank} too: pass one of them")
     if extra is not None:
@@ -253,7 +257,7 @@ def _rank(
     return rank
 
 
-def _adding(B: Tensor, A: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+def adding(B: Tensor, A: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     """A forward hook that adds B A x to the layer's output, as PEFT does."""
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
