@@ -88,3 +88,62 @@ def _origin(rows: Sequence[Row]) -> str:
         f"Notes: {'; '.join(dict.fromkeys(notes))}." if notes else "",
     ]
     return "\n".join(filter(None, sentences))
+
+
+def vision_accuracy(results: Path) -> str:
+    """Top-1 of a small vision transformer, a row a method and a column a pattern, mean of seeds."""
+    from bench.tables import newest
+
+    return "\n".join(map(_vision_table, newest(results, "vision-accuracy")))
+
+
+def encoder_accuracy(results: Path) -> str:
+    """Cosine of a sentence encoder's embeddings to dense, a row a method and a column a pattern."""
+    from bench.tables import newest
+
+    return "\n".join(map(_encoder_table, newest(results, "encoder-accuracy")))
+
+
+def _vision_table(rows: Sequence[Row]) -> str:
+    first, seeds = rows[0], len({row["seed"] for row in rows})
+    origin = (
+        f"Mean and range of {seeds} seeds, on {first['left_out']} digits left out; a vision "
+        f"transformer of {first['layers']} blocks of width {first['hidden']}; {_run(first)}, "
+        "`python -m bench.vision_accuracy`."
+    )
+    return _by_pattern(rows, "top-1", "top1", "{:.1%}") + f"\n\n{origin}\n"
+
+
+def _encoder_table(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    origin = (
+        f"all-MiniLM-L6-v2, {first['calibration_sentences']} calibration and "
+        f"{first['test_sentences']} other sentences; {_run(first)}, "
+        "`python -m bench.encoder_accuracy`."
+    )
+    return _by_pattern(rows, "mean cosine to dense", "cosine", "{:.3f}") + f"\n\n{origin}\n"
+
+
+def _by_pattern(rows: Sequence[Row], head: str, column: str, form: str) -> str:
+    """A row a method that has figures, a column a pattern; of several rows the mean and range."""
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    cells: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row[column]:
+            by_pattern = cells.setdefault(row["method"], {})
+            by_pattern.setdefault(row["pattern"], []).append(float(row[column]))
+    lines = [[head, *patterns], ["---"] * (1 + len(patterns))]
+    for name, found in cells.items():
+        lines.append([name, *[_spread(found[p], form) if p in found else "-" for p in patterns]])
+    missing = dict.fromkeys(f"{r['method']}: {r['note']}" for r in rows if not r[column])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return text + (f"\n\nWithout a figure: {'; '.join(missing)}." if missing else "")
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return form.format(fmean(values)) + (f" ({low} to {high})" if low != high else "")
+
+
+def _run(row: Row) -> str:
+    return f"{row['device']}, torch {row['torch']}, {row['date']}, commit {row['commit']}"

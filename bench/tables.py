@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bench.accuracy_tables import accuracy, accuracy_all
+from bench.accuracy_tables import accuracy, accuracy_all, encoder_accuracy, vision_accuracy
 from bench.prefill_tables import prefill, prefill_short
 
 RESULTS = Path(__file__).parent / "results"
@@ -319,12 +319,14 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cuts-short": cuts_short,
     "decode": decode,
     "decode-short": decode_short,
+    "encoder-accuracy": encoder_accuracy,
     "grids": grids,
     "linear-cpu": linear_cpu,
     "linear-cpu-all": linear_cpu_all,
     "prefill": prefill,
     "prefill-short": prefill_short,
     "vision": vision,
+    "vision-accuracy": vision_accuracy,
     "vit": vit,
 }
 
