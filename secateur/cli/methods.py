@@ -28,9 +28,15 @@ def criteria_by_name() -> dict[str, Callable[..., Any]]:
 
 
 def algorithms_by_name() -> dict[str, Callable[..., Any]]:
-    """What refits the kept weights: the functions that `secateur.reconstruct` exports."""
-    found = {n: (f, inspect.signature(f).parameters) for n, f in _exported(reconstruct).items()}
-    return {n: f for n, (f, asks) in found.items() if "pattern" in asks and "mask" not in asks}
+    """What refits the kept weights: the functions of `secateur.reconstruct` that choose a mask."""
+    found = {name: inspect.signature(f) for name, f in _exported(reconstruct).items()}
+    return {
+        name: getattr(reconstruct, name)
+        for name, asks in found.items()
+        if asks.return_annotation is reconstruct.Solution
+        and "pattern" in asks.parameters
+        and "mask" not in asks.parameters
+    }
 
 
 def method_help() -> str:
