@@ -35,14 +35,17 @@ def join_activations_(model: nn.Module) -> dict[str, str]:
     A packed layer does where an implementation that it runs is able to, if it and a module that
     computes one of `ACTIVATIONS` are children of one module, whose forward calls each once, the
     latter on the result of the former and on nothing else. That is read from a trace of that
-    forward by `torch.fx`: where it cannot be traced, all stays as it is. `unpack_` undoes it, and a
-    saved model knows nothing of it.
+    forward by `torch.fx`: where it cannot be traced, all stays as it is. So does a layer that is in
+    several places, as what follows it elsewhere may differ. `unpack_` undoes it, and a saved model
+    knows nothing of it.
     """
     joined: dict[str, str] = {}
+    places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     for place, parent in list(model.named_modules()):
         children = dict(parent.named_children())
-        able = {name: _applied_by(child) for name, child in children.items()}
-        if not any(able.values()):
+        alone = {name: child for name, child in children.items() if places[id(child)] == 1}
+        able = {name: _applied_by(child) for name, child in alone.items()}
+        if not any(able.values()) or "forward" in vars(parent):  # a trace reads that of the class
             continue
         for layer, activation in _pairs(parent):
             name = _known(children[activation]) if able.get(layer) else None

@@ -185,6 +185,19 @@ def test_a_gate_applies_its_activation_and_the_product_stays() -> None:
         assert near(model["mlp"](x), wanted, 2**-7)
 
 
+def test_a_layer_of_two_places_and_a_forward_put_in_place_stay() -> None:
+    """Elsewhere no activation may follow; a trace does not see the other forward."""
+    shared = packed()
+    model = nn.ModuleList([nn.Sequential(shared, nn.GELU()), nn.Sequential(shared)])
+    x = tokens_in(3, 48, dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = model[1](x)
+        assert join_activations_(model) == {} and torch.equal(model[1](x), wanted)
+    replaced = nn.Sequential(packed(), nn.GELU())
+    replaced.forward = lambda x: replaced[0](x)  # type: ignore[method-assign]
+    assert join_activations_(replaced) == {}
+
+
 def test_hooks_and_what_cannot_apply_it_stay() -> None:
     hooked, slow = packed(), packed(runs="reference")
     hooked.register_forward_hook(lambda module, args, output: None)
