@@ -102,6 +102,7 @@ METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Batch]], object]] = {
     "blockwise(alps)": lambda model, plan, data: sc.reconstruct_(
         model, plan, sc.blockwise(sc.alps), data
     ),
+    "thorough": lambda model, plan, data: sc.reconstruct_(model, plan, sc.thorough, data),
     "best, 5% extra": compensated,
     "decompose(best), 5% extra": decomposed,
     **{name: peer.prune for name, peer in PEERS.items()},

@@ -29,22 +29,19 @@ def accuracy_all(results: Path) -> str:
 
 
 def latest(results: Path) -> dict[Case, list[Row]]:
-    """The rows of each case, every pattern and calibration set of it from the last run that had it.
+    """The rows of each case, of every method, pattern and calibration set the last that there is.
 
     A run of all of them takes longer than a device may be had for.
     """
     from bench.tables import every  # here, because it imports this module
 
-    cases: dict[Case, dict[tuple[str, str], list[Row]]] = {}
+    cases: dict[Case, dict[tuple[str, str, str], Row]] = {}
     for rows in every(results, "accuracy"):
-        run: dict[Case, dict[tuple[str, str], list[Row]]] = {}
         for row in rows:
             case = (row["device"], int(row["calibration_rows"]), row["validation_rows"])
-            data = (row["pattern"], row["first_row"])
-            run.setdefault(case, {}).setdefault(data, []).append(row)
-        for case, found in run.items():
-            cases.setdefault(case, {}).update(found)
-    return {case: [row for rows in cases[case].values() for row in rows] for case in sorted(cases)}
+            one = (row["method"], row["pattern"], row["first_row"])
+            cases.setdefault(case, {})[one] = row
+    return {case: list(cases[case].values()) for case in sorted(cases)}
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -13,7 +13,7 @@ from secateur.grids import Fp8, Int4, Int8
 from secateur.patterns import NM, Block, Channel, Unstructured
 from secateur.plan import Plan, plan, read_plan
 from secateur.prune import check, prune_, reconstruct_
-from secateur.reconstruct import alps, best, blockwise, refit, sparsegpt, swap
+from secateur.reconstruct import alps, best, blockwise, refit, sparsegpt, swap, thorough
 from secateur.save import load, save
 from secateur.train import distil_, gradual, hold
 from secateur.version import VERSION
@@ -52,6 +52,7 @@ __all__ = [
     "sense",
     "sparsegpt",
     "swap",
+    "thorough",
     "unpack_",
     "wanda",
     "warmup",

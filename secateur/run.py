@@ -1,6 +1,7 @@
 """One pass over a model: every planned layer gets a new weight, or all stay as they were."""
 
 import contextlib
+import copy
 import functools
 import inspect
 import sys
@@ -22,10 +23,11 @@ from secateur.distributed import ALONE, Team, team
 from secateur.gradients import Loss, gradients
 from secateur.layers import weight_of
 from secateur.plan import Plan, match
-from secateur.reconstruct import Blockwise, Solution, best, estimate, refit, swap
+from secateur.reconstruct import Blockwise, Solution, best, estimate, refit, swap, thorough
 from secateur.replay import Batch
 from secateur.statistics import STATISTICS, call, call_with, name_of, needed_by
 from secateur.tables import text_table
+from secateur.train.together import held_out_loss, train_together_
 from secateur.undo import all_or_nothing
 from secateur.window import Window
 
@@ -126,6 +128,11 @@ class Run:
         return bool(self.needs or self.blockwise)
 
     @property
+    def distils(self) -> bool:
+        """Whether it trains the whole model at the end."""
+        return self.blockwise is not None and self.blockwise.distil > 0
+
+    @property
     def team(self) -> Team:
         """The processes that have to be asked: without data, each does the same on its own."""
         return team() if self.asks else ALONE
@@ -155,15 +162,21 @@ class Run:
             saved = Checkpoint(checkpoint, fingerprint) if checkpoint else None
             finished = saved.finished() if saved else {}
             missing = {name: m for name, m in layers.items() if name not in finished}
-            listed = as_list(batches) if missing and self.asks and batches is not None else []
+            asks = self.asks and (missing or self.distils)
+            listed = as_list(batches) if asks and batches is not None else []
         _require_same(self.team, fingerprint | {"checkpoint": list(finished)})
-        if self.blockwise == best and missing:
-            told = estimate(self.model, missing, listed, offload=offload)
+        if self.blockwise in (best, thorough) and missing:
+            told = estimate(self.model, missing, listed, self.blockwise, offload=offload)
             tqdm.write(f"{self.method}: {told}", file=sys.stderr)
+        dense = copy.deepcopy(self.model) if self.distils else None
+        if dense is not None:
+            held_out_loss(self.model, dense, listed)  # before hours of work: is there one?
         found = gradients(self.model, missing, listed, self.needs, self.loss, self.team)
         with all_or_nothing() as undo:
             source = self._observed(layers, finished, listed, offload, None)
             results = self._walk(layers, source, saved, found, undo.remember)
+            if dense is not None:
+                results = self._distilled(dense, layers, listed, checkpoint, results)
         return PruneReport(self.method, results, time.perf_counter() - begin)
 
     def streamed(self, batches: Sequence[Batch], saved: Checkpoint, window: Window) -> PruneReport:
@@ -171,8 +184,10 @@ class Run:
 
         Activations are kept on the CPU. The model itself is left without weights.
 
-        The method may not ask for gradients, and all layers lie in one chain of blocks.
+        The method may not ask for gradients or train the whole model, and all layers lie in one
+        chain of blocks.
         """
+        assert not self.distils
         begin = time.perf_counter()
         layers = match(self.model, self.plan)
         finished = saved.finished()
@@ -184,6 +199,30 @@ class Run:
                 source = self._observed(layers, finished, batches, True, window)
                 results = self._walk(layers, source, saved, none, lambda _: None)
         return PruneReport(self.method, results, time.perf_counter() - begin)
+
+    def _distilled(
+        self,
+        dense: nn.Module,
+        layers: Mapping[str, nn.Module],
+        batches: Sequence[Batch],
+        checkpoint: str | Path | None,
+        results: Sequence[LayerResult],
+    ) -> tuple[LayerResult, ...]:
+        """The results once the weights of all layers have been trained together."""
+        assert self.blockwise is not None
+        before, after = train_together_(
+            self.model,
+            dense,
+            layers,
+            batches,
+            self.blockwise.distil,
+            Path(checkpoint) / "distil" if checkpoint else None,
+        )
+        note = f"whole model: held-out loss {before:.4g} before training, {after:.4g} after"
+        *others, last = (
+            replace(result, error=None) if after < before else result for result in results
+        )
+        return (*others, replace(last, note="; ".join(filter(None, [last.note, note]))))
 
     @torch.no_grad()
     def _walk(

@@ -74,6 +74,11 @@ def reconstruct_folder(
             f"{run.method} asks for the {asked[0]} of the whole model, which is in memory part by "
             "part: take another method, or load the model whole and call reconstruct_"
         )
+    if run.distils:
+        raise ValueError(
+            f"{run.method} trains the whole model at the end, which is in memory part by part: "
+            "take sc.best, or load the model whole and call reconstruct_"
+        )
     listed = as_list(batches)
     for layer in run.plan.layers:
         require_finite(layer, stored.read([f"{layer}.weight"])[f"{layer}.weight"])

@@ -307,8 +307,10 @@ def test_chains_take_turns_and_rotate_over_their_copies() -> None:
     }
     called.clear()
     timings = cold.in_turns(chains, torch.device("cpu"), rounds=3)
-    a = ["a0", "a1", "a0", "a1"]
-    assert called == [*a, "b", "b", *a, *a, "b", "b", *a, *a, "b"]
+    warm_up = 2
+    words = " ".join(called).replace("a0 a1 a0 a1", "a").split()
+    rounds = [words[at : at + 2] for at in range(0, len(words), 2)]
+    assert len(rounds) == warm_up + 3 and all(sorted(turns) == ["a", "b"] for turns in rounds)
     assert {name: timing.rounds for name, timing in timings.items()} == {"a": 3, "b": 3}
     assert cold.in_turns({}, torch.device("cpu")) == {}
 

@@ -192,12 +192,19 @@ def test_blockwise_is_a_method_that_trains_after_another() -> None:
         find_method("blockwise(alps)", ["damping=1"])
 
 
-def test_best_is_the_preset_and_has_no_options() -> None:
-    method = find_method("best")
-    assert method.function == sc.blockwise(sc.alps) and method.refits
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("best", sc.blockwise(sc.alps)), ("thorough", sc.blockwise(sc.alps, distil=4))],
+)
+def test_a_preset_is_a_method_and_has_no_options(name: str, function: Any) -> None:
+    method = find_method(name)
+    assert method.function == function and method.refits
     assert method.needs == ("gram", "held_gram")
-    with pytest.raises(ValueError, match="best has no option 'epochs=1': .* it has none"):
-        find_method("best", ["epochs=1"])
+    with pytest.raises(ValueError, match=f"{name} has no option 'epochs=1': .* it has none"):
+        find_method(name, ["epochs=1"])
+
+
+def test_a_preset_s_name_is_guessed() -> None:
     with pytest.raises(ValueError, match="unknown method 'bst': did you mean 'best'"):
         find_method("bst")
 

@@ -292,10 +292,11 @@ def head(source: Path) -> sc.Plan:
         ("2:5", sc.sparsegpt, batches(), "14 of 14 layers cannot have their pattern"),
         (head, sc.sparsegpt, batches(), "takes layers inside the blocks, lm_head is outside"),
         ("2:4", sc.refit(snip), batches(), "asks for the gradient of the whole model"),
+        ("2:4", sc.thorough, batches(), "trains the whole model at the end"),
         ("2:4", sc.wanda, batches(), "wanda only scores weights"),
         ("2:4", sc.sparsegpt, [], "needs at least one batch"),
     ],
-    ids=["pattern", "head", "gradients", "criterion", "no batches"],
+    ids=["pattern", "head", "gradients", "whole model", "criterion", "no batches"],
 )
 def test_a_choice_that_will_not_do_is_refused_before_anything_is_written(
     plan: Any, algorithm: Any, given: list[Any], message: str, tmp_path: Path

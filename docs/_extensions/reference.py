@@ -50,7 +50,7 @@ MODULES = {
 
 
 # Public values, which have no docstring of their own: the module that says what they are.
-VALUES = {"best": "secateur.reconstruct.best"}
+VALUES = dict.fromkeys(("best", "thorough"), "secateur.reconstruct.best")
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,17 @@ def _directive(target: str, value: object) -> str:
 
 def _value(name: str) -> str:
     """A public value under its public name, with the string that follows it in its module."""
-    said = ModuleAnalyzer.for_module(VALUES[name]).find_attr_docs()["", name]
-    body = textwrap.indent("\n".join(said), "   ").rstrip()
+    body = textwrap.indent(_said_of(name), "   ").rstrip()
     return f"```{{eval-rst}}\n.. py:data:: secateur.{name}\n\n{body}\n```"
 
 
+def _said_of(name: str) -> str:
+    return "\n".join(ModuleAnalyzer.for_module(VALUES[name]).find_attr_docs()["", name])
+
+
 def _summary(name: str) -> str:
-    value = vars(secateur)[name]
-    said = importlib.import_module(VALUES[name]) if name in VALUES else value
-    return " ".join((inspect.getdoc(said) or "").split("\n\n")[0].split())
+    said = _said_of(name) if name in VALUES else inspect.getdoc(vars(secateur)[name]) or ""
+    return " ".join(said.split("\n\n")[0].split())
 
 
 def _room(name: str) -> str:

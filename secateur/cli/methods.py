@@ -19,6 +19,7 @@ from secateur.prune import PruneReport, prune_, reconstruct_
 from secateur.replay import Batch
 from secateur.statistics import STATISTICS, needed_by
 
+PRESETS = {"best": reconstruct.best, "thorough": reconstruct.thorough}
 ALGORITHM_GIVEN = ("weight", "pattern", "dtype", "layer", "once")
 
 
@@ -45,8 +46,8 @@ def method_help() -> str:
         f"Zeros only, kept weights as they are: {', '.join(criteria_by_name())}. "
         f"Kept weights refitted: {', '.join(algorithms_by_name())}, and 'refit(METHOD)' with the "
         "mask of any of these. 'swap(METHOD)' betters a mask and moves no weight, "
-        "'blockwise(METHOD)' trains the kept weights of each half-block together, and 'best' is "
-        "'blockwise(alps)'."
+        "'blockwise(METHOD)' trains the kept weights of each half-block together, 'best' is "
+        "'blockwise(alps)', and 'thorough' trains those of the whole model after it."
     )
 
 
@@ -89,14 +90,13 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
         algorithm = wrapper(find_method(inner[2]).function, **_options(name, wrapper, options))
         each = algorithm.method if isinstance(algorithm, reconstruct.Blockwise) else algorithm
         return Method(name, algorithm, True, needed_by(each, given=ALGORITHM_GIVEN))
-    if name == "best":
+    if preset := PRESETS.get(name):
         _options(name, lambda: None, options)
-        needs = needed_by(reconstruct.best.method, given=ALGORITHM_GIVEN)
-        return Method(name, reconstruct.best, True, needs)
+        return Method(name, preset, True, needed_by(preset.method, given=ALGORITHM_GIVEN))
     algorithms = algorithms_by_name()
     known = {**criteria_by_name(), **algorithms}
     if name not in known:
-        names = [*known, "best"]
+        names = [*known, *PRESETS]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown method {name!r}: {hint}Methods are {', '.join(names)}")

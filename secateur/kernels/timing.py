@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from math import inf
+from random import Random
 from statistics import median, quantiles
 from time import perf_counter
 
@@ -157,9 +158,10 @@ def in_turns(
 ) -> dict[str, Timing]:
     """The timing of one launch of each chain.
 
-    Chains take turns within a round, and each round starts with the next one. A GPU is never waited
-    for in between, so that it is never idle; with `seconds` it is once, after the warm-up, to know
-    how many rounds that allows.
+    Chains take turns, in every round in another order, the same orders each time: at its limit of
+    power a GPU runs a chain the slower the more the one before has drawn. A GPU is never waited for
+    in between, so that it is never idle; with `seconds` it is once, after the warm-up, to know how
+    many rounds that allows.
 
     Raises: VariantFailed if one raises, with its name.
     """
@@ -172,8 +174,7 @@ def in_turns(
                 _wait_for(device)
                 one = max(1e-9, (perf_counter() - started) / WARM_UP_ROUNDS)
                 count = min(rounds, max(LEAST_ROUNDS, int(seconds / one)))
-            first = number % len(names) if names else 0
-            for name in names[first:] + names[:first]:
+            for name in Random(number).sample(names, len(names)):
                 begin = _mark(device)
                 with _blaming(name):
                     chains[name].replay()

@@ -1,7 +1,7 @@
 """Reconstruction: functions `(weight, statistic..., pattern) -> Solution` moving kept weights."""
 
 from secateur.reconstruct.alps import alps
-from secateur.reconstruct.best import Estimate, best, estimate
+from secateur.reconstruct.best import Estimate, best, estimate, thorough
 from secateur.reconstruct.block import Blockwise, blockwise
 from secateur.reconstruct.lowrank import (
     Compensated,
@@ -33,4 +33,5 @@ __all__ = [
     "sparsegpt",
     "swap",
     "swapped",
+    "thorough",
 ]

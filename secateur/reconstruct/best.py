@@ -1,4 +1,4 @@
-"""The preset that loses least without retraining, and what it takes, told before it starts."""
+"""The presets, and what they take, told before they start."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,8 +13,9 @@ from secateur import layers as _layers
 from secateur.calibrate import observe
 from secateur.halves import first_tensor
 from secateur.layers import weight_of
+from secateur.outputs import answer, eval_mode
 from secateur.reconstruct.alps import alps
-from secateur.reconstruct.block import blockwise
+from secateur.reconstruct.block import Blockwise, blockwise
 from secateur.reconstruct.refit import CHOOSING, DAMPINGS
 from secateur.replay import Batch, find_chains, hooks, tensors_of
 
@@ -24,6 +25,14 @@ best = blockwise(alps)
 `sc.reconstruct_(model, plan, sc.best, batches)`. Before it starts, a line on stderr says about how
 long it takes and how much memory: `secateur.reconstruct.estimate`. Where that is too much,
 `sc.alps` alone is the next best.
+"""
+
+thorough = blockwise(alps, distil=4)
+"""`sc.best`, and then the kept weights of the whole model trained together: what loses least.
+
+`sc.reconstruct_(model, plan, sc.thorough, batches)`, for models of which the device holds two in
+float32 and three times the planned weights. It says before it starts what it takes, as `sc.best`
+does.
 """
 
 # What is usual; ADMM stops by itself, at 300 at most, and conjugate gradients by their tolerance.
@@ -36,6 +45,9 @@ SUMS = 4  # of the squares: both Gram matrices and their sums, which outlive the
 # While a half-block is trained: weights, the best so far, gradients, two moments, two temporaries.
 TRAINED = 7
 HIDDEN_STATES = 4  # two streams and the targets of two halves
+# While the whole model is trained, in float32: gradients and two moments of what is planned, and a
+# temporary; the outputs' logarithms and gradients, of both models.
+DISTILLED, OUTPUTS = 4, 8
 
 # Sizes at which products and eigenvectors run as for real layers, for a fraction of a second.
 PROBE = {"cpu": (1024, 384), "cuda": (4096, 1024)}
@@ -43,7 +55,7 @@ PROBE = {"cpu": (1024, 384), "cuda": (4096, 1024)}
 
 @dataclass(frozen=True)
 class Estimate:
-    """About how long `best` takes, and the bytes on the device beside the model at its peak."""
+    """About how long a preset takes, and the bytes on the device beside the model at its peak."""
 
     seconds: float
     bytes: int
@@ -79,17 +91,18 @@ def estimate(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Sequence[Batch],
+    method: Blockwise = best,
     *,
     offload: bool = False,
 ) -> Estimate:
-    """What `best` will take for these layers; nothing is changed.
+    """What `best`, or `thorough`, will take for these layers; nothing is changed.
 
     The first batch says how many tokens each layer sees, which layers share an input and how large
     the hidden states are; other batches count by their size. Operations are `operations`, over the
     rate of one product of two matrices here and now, in float32 and in the model's dtype; the time
     of eigenvectors, which is far from that rate, is measured and grows with the cube. What is
     no product of a planned layer (attention, norms, Python) is not in it, so that small models take
-    longer. Bytes are `peak_bytes`, which is counted, not measured.
+    longer. Bytes are `peak_bytes` and `distilling_bytes`, which are counted, not measured.
 
     Cost: the first batch through the model about eight times, and a fraction of a second.
     Raises:
@@ -99,7 +112,8 @@ def estimate(
     times = sum(map(_size, batches)) / _size(batches[0])
     stages, hidden = _first_batch(model, layers, batches[0])
     every = [Stage(s.block, s.shapes, round(s.tokens * times)) for s in stages]
-    forwards, solving, cubes = operations(every, best.epochs)
+    forwards, solving, cubes = operations(every, method.epochs)
+    distilling = 4 * method.distil * sum(map(_forward, every))  # the dense model's forward is one
     size, cube = PROBE["cuda" if weight.is_cuda else "cpu"]
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(size, size, device=weight.device, generator=generator)
@@ -107,9 +121,15 @@ def estimate(
     z = x[:cube, :cube] @ x[:cube, :cube].T
     rate, own_rate = (2 * size**3 / _seconds(partial(torch.mm, m, m)) for m in (x, y))
     eigenvectors = _seconds(partial(torch.linalg.eigh, z)) / cube**3
+    bytes = peak_bytes(stages, 0 if offload else round(hidden * times), weight.itemsize)
+    if method.distil:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        outputs = _outputs(model, batches[0])
+        at_the_end = distilling_bytes(stages, parameters, outputs, weight.itemsize)
+        bytes = max(bytes + parameters * weight.itemsize, at_the_end)
     return Estimate(
-        forwards / own_rate + solving / rate + cubes * eigenvectors,
-        peak_bytes(stages, 0 if offload else round(hidden * times), weight.itemsize),
+        forwards / own_rate + (solving + distilling) / rate + cubes * eigenvectors,
+        bytes,
         str(weight.device),
     )
 
@@ -126,7 +146,7 @@ def operations(stages: Sequence[Stage], epochs: int) -> tuple[float, float, floa
     forwards = solving = cubes = 0.0
     for block in {stage.block for stage in stages}:
         inside = [stage for stage in stages if stage.block == block]
-        once = sum(2.0 * s.tokens * s.outputs * s.inputs for s in inside)
+        once = sum(map(_forward, inside))
         forwards += once * (3 + len(inside) + 4 * epochs)
     for stage in stages:
         cubes += float(stage.inputs) ** 3
@@ -162,6 +182,18 @@ def peak_bytes(stages: Sequence[Stage], hidden: int, itemsize: int) -> int:
     return HIDDEN_STATES * hidden + max(solving, 4 * SUMS * widest**2 + training)
 
 
+def distilling_bytes(stages: Sequence[Stage], parameters: int, outputs: int, itemsize: int) -> int:
+    """The bytes beside the model while all planned layers are trained together.
+
+    For each of the model's parameters 4 for the dense one's in float32 and what its own grows by,
+    16 for a planned weight, and for what is kept of a batch 4 tokens (in + 2 out) for each layer
+    and what follows it and 32 for each of the model's `outputs`. `stages` are those of one batch.
+    """
+    planned = sum(s.outputs * s.inputs for s in stages)
+    kept = sum(s.tokens * (s.inputs + 2 * s.outputs) for s in stages)
+    return (8 - itemsize) * parameters + 4 * (DISTILLED * planned + kept + OUTPUTS * outputs)
+
+
 def _first_batch(
     model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
 ) -> tuple[list[Stage], int]:
@@ -176,6 +208,19 @@ def _first_batch(
     with hooks(block.register_forward_hook(after) for block in blocks):
         stages = list(_stages(model, layers, batch))
     return stages, max(returned)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batch: Batch) -> int:
+    """The numbers in the largest tensor that the model returns for the batch."""
+    with eval_mode(model):
+        returned = tensors_of(answer(model, batch, "the first batch"))
+    return max((tensor.numel() for tensor in returned), default=0)
+
+
+def _forward(stage: Stage) -> float:
+    """Operations of its layers' products."""
+    return 2.0 * stage.tokens * stage.outputs * stage.inputs
 
 
 def _stages(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> Iterator[Stage]:

@@ -31,11 +31,15 @@ LEARNING_RATE = 0.01
 
 @dataclass(frozen=True)
 class Blockwise:
-    """A method for each layer, and how each half-block is trained then; made by `blockwise`."""
+    """A method for each layer, and how half-blocks and the whole model are trained then.
+
+    Made by `blockwise`.
+    """
 
     method: Callable[..., Any]
     epochs: int
     learning_rate: float
+    distil: int = 0
 
     @property
     def name(self) -> str:
@@ -43,6 +47,7 @@ class Blockwise:
         options = {
             "epochs": (self.epochs, EPOCHS),
             "learning_rate": (self.learning_rate, LEARNING_RATE),
+            "distil": (self.distil, 0),
         }
         changed = [
             f", {key}={value!r}" for key, (value, usual) in options.items() if value != usual
@@ -96,7 +101,11 @@ class Blockwise:
 
 
 def blockwise(
-    method: Callable[..., Any], *, epochs: int = EPOCHS, learning_rate: float = LEARNING_RATE
+    method: Callable[..., Any],
+    *,
+    epochs: int = EPOCHS,
+    learning_rate: float = LEARNING_RATE,
+    distil: int = 0,
 ) -> Blockwise:
     """The method layer by layer, then the kept weights of each half-block trained together.
 
@@ -108,10 +117,16 @@ def blockwise(
     square kept weight. One batch in eight is held out, and the weights that are best there are
     kept, the start among them. Kept weights do not stay on a grid that an algorithm rounded to.
 
+    After the last block `distil` epochs more train the planned weights of all blocks together, in
+    float32, towards the outputs of the dense model as `sc.distil_` does, on the same batches with
+    the same held out; where that does not make the held-out batches' loss smaller, the weights
+    stay as they were before it.
+
     Cost: that of the method; each epoch a forward and a backward of every half-block, and a forward
         of what is before it in its block. Memory: weights in float32, gradients, Adam's moments and
         activations of one half-block for one batch, and up to four copies of the hidden states of
-        all batches, on the CPU with `offload`.
+        all batches, on the CPU with `offload`. With `distil` the dense model all along, and at the
+        end both in float32, three times the planned weights and a batch's activations.
     Raises:
         ValueError: if the method is no function, or an option is out of range.
     Source: AdaPrune, arXiv:2102.08124; BRECQ, arXiv:2102.05426.
@@ -121,13 +136,13 @@ def blockwise(
             f"blockwise takes a criterion or an algorithm such as sc.alps, got {method!r}: pass "
             "the function itself"
         )
-    if epochs < 1 or not (learning_rate > 0 and math.isfinite(learning_rate)):
+    if epochs < 1 or distil < 0 or not (learning_rate > 0 and math.isfinite(learning_rate)):
         raise ValueError(
-            f"blockwise needs at least 1 epoch and a learning rate above 0, got {epochs} and "
-            f"{learning_rate:g}"
+            f"blockwise needs at least 1 epoch, a learning rate above 0 and distil at least 0, got "
+            f"{epochs}, {learning_rate:g} and {distil}"
         )
     chooses = "pattern" in inspect.signature(method).parameters
-    return Blockwise(method if chooses else refit(method), epochs, learning_rate)
+    return Blockwise(method if chooses else refit(method), epochs, learning_rate, distil)
 
 
 class _Run:

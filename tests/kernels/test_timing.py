@@ -121,6 +121,22 @@ def test_a_chains_time_is_that_of_one_launch(clock: Clock) -> None:
     assert log == ["copy0", "copy1"] * 2 * (3 + WARM_UP_ROUNDS)
 
 
+def test_chains_take_turns_and_none_always_follows_the_same(clock: Clock) -> None:
+    def logged() -> list[str]:
+        log: list[str] = []
+        chains = {name: chain([taking(clock, log, name, 1e-6)], CPU, 1) for name in "abc"}
+        log.clear()
+        in_turns(chains, CPU, rounds=20)
+        return ["".join(log[at : at + 3]) for at in range(0, len(log), 3)]
+
+    rounds = logged()
+    assert len(rounds) == WARM_UP_ROUNDS + 20
+    assert {"".join(sorted(turns)) for turns in rounds} == {"abc"}
+    followed = {pair for turns in rounds for pair in (turns[:2], turns[1:])}
+    assert followed == {"ab", "ac", "ba", "bc", "ca", "cb"}
+    assert logged() == rounds
+
+
 @pytest.mark.parametrize(("seconds", "rounds"), [(1e9, 20), (7.5, 7), (0.1, LEAST_ROUNDS)])
 def test_slow_chains_get_fewer_rounds_but_enough(clock: Clock, seconds: float, rounds: int) -> None:
     made = chain([taking(clock, [], "a", 0.5)], CPU, 2)

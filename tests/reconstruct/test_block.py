@@ -354,7 +354,7 @@ def test_it_is_named_with_its_options() -> None:
 def test_wrong_calls_are_refused_before_anything(unchecked: None) -> None:
     with pytest.raises(ValueError, match="blockwise takes a criterion or an algorithm .*'alps'"):
         blockwise("alps")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="at least 1 epoch and a learning rate above 0, got 0"):
+    with pytest.raises(ValueError, match="needs at least 1 epoch, .*got 0, 0.01 and 0"):
         blockwise(sc.alps, epochs=0)
     with pytest.raises(ValueError, match="got 4 and nan"):
         blockwise(sc.alps, epochs=4, learning_rate=float("nan"))

@@ -1,0 +1,130 @@
+"""All planned weights trained together after their blocks: the last step of `sc.thorough`."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from secateur.layers import weight_of
+from secateur.outputs import answer, eval_mode
+from secateur.replay import Batch
+from secateur.statistics import is_held_out
+from secateur.train.distil import distil_
+from secateur.train.loss import output_loss
+from secateur.undo import all_or_nothing
+
+LEARNING_RATE = 0.003  # in units of the root mean square kept weight
+
+
+def train_together_(
+    model: nn.Module,
+    teacher: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    epochs: int,
+    checkpoint: Path | None = None,
+) -> tuple[float, float]:
+    """The loss on held-out batches before and after the kept weights of all layers were trained.
+
+    `distil_` of these weights and no others, in float32, with zeros held, on the batches that are
+    not held out, each once an epoch. If the weights that it ends with, in the dtype of the model,
+    lose as much as the first ones or more, the first ones stay: the second loss is never above the
+    first.
+
+    Raises: ValueError as `distil_`; the model is left as it was.
+    """
+    trained = [batch for i, batch in enumerate(batches) if not is_held_out(i)]
+    weights = {name: weight_of(module) for name, module in layers.items()}
+    before = held_out_loss(model, teacher, batches)
+    with all_or_nothing() as undo:
+        undo.remember(weights)
+        with _in_float32(model, teacher), _requiring_gradients(model, weights.values()):
+            distil_(
+                model,
+                teacher,
+                [_float32(batch) for batch in trained],
+                steps=epochs * len(trained),
+                learning_rate=LEARNING_RATE * _kept_rms(weights),
+                checkpoint=checkpoint,
+            )
+        after = held_out_loss(model, teacher, batches)
+        if after < before:
+            return before, after
+        undo.restore()
+        return before, before
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean of `output_loss` over the held-out batches.
+
+    Raises: ValueError if there is none, or an output has no such loss.
+    """
+    held_out = {i: batch for i, batch in enumerate(batches) if is_held_out(i)}
+    if not held_out:
+        raise ValueError(
+            f"training the whole model needs a batch to hold out, the second, got {len(batches)}: "
+            "pass more batches"
+        )
+    with eval_mode(model, teacher):
+        losses = [
+            output_loss(answer(model, batch, where), answer(teacher, batch, where), batch)
+            for i, batch in held_out.items()
+            for where in [f"batch {i}"]
+        ]
+    return float(torch.stack([loss.float() for loss in losses]).mean())
+
+
+@contextlib.contextmanager
+def _in_float32(*models: nn.Module) -> Iterator[None]:
+    """Parameters and buffers of 16 bits as float32 for the while."""
+    small = {
+        tensor: tensor.dtype
+        for model in models
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.dtype in (torch.bfloat16, torch.float16)
+    }
+    try:
+        for tensor in small:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in small.items():
+            tensor.data = tensor.data.to(dtype)
+
+
+def _float32(batch: Batch) -> Batch:
+    """The batch with its numbers of 16 bits as float32."""
+
+    def raised(leaf: Any) -> Any:
+        is_small = isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16)
+        return leaf.float() if is_small else leaf
+
+    made: Batch = pytree.tree_map(raised, batch)
+    return made
+
+
+@contextlib.contextmanager
+def _requiring_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Only these weights require gradients for the while."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_()
+        yield
+    finally:
+        for parameter, wanted in required.items():
+            parameter.requires_grad_(wanted)
+
+
+def _kept_rms(weights: Mapping[str, nn.Parameter]) -> float:
+    """The root mean square of all weights that are not zero."""
+    squares = sum(float(w.detach().double().square().sum()) for w in weights.values())
+    count = sum(int(w.count_nonzero()) for w in weights.values())
+    return float((squares / max(count, 1)) ** 0.5)

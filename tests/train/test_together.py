@@ -1,0 +1,172 @@
+"""The last step of `sc.thorough`: what it trains, what it leaves, and that it never loses more."""
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur as sc
+from secateur.evaluate import compare
+from secateur.layers import select
+from secateur.plan import match
+from secateur.reconstruct import Solution, estimate
+from secateur.reconstruct.best import distilling_bytes
+from secateur.train.together import held_out_loss, train_together_
+from tests.models import ConvNet, Decoder
+
+together = importlib.import_module("secateur.train.together")
+IGNORED = ["blocks.0.*", "lm_head"]
+
+
+def decoder() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder()
+
+
+def tokens(count: int = 10, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(20, (4, 12), generator=generator) for _ in range(count)]
+
+
+def zeroed(weight: Tensor, pattern: Any) -> Solution:
+    """Large weights kept as they are: a start that leaves something to learn."""
+    mask = pattern.mask(weight.abs())
+    return Solution(weight * mask, mask)
+
+
+METHOD = sc.blockwise(zeroed, epochs=1, distil=3)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+
+
+def note(report: Any) -> tuple[float, float]:
+    """The held-out loss before and after, as the last layer's note says."""
+    text = report.layers[-1].note.split("whole model: held-out loss ")[1]
+    before, after = text.removesuffix(" after").split(" before training, ")
+    return float(before), float(after)
+
+
+def test_it_loses_less_than_the_blocks_did_on_batches_it_did_not_see() -> None:
+    dense, plan, batches = decoder(), sc.plan(decoder(), "2:4"), tokens(40)
+    blocks, whole = copy.deepcopy(dense), copy.deepcopy(dense)
+    sc.reconstruct_(blocks, plan, sc.blockwise(zeroed, epochs=1), batches)
+    report = sc.reconstruct_(whole, plan, METHOD, batches)
+    sc.check(whole, plan)
+    before, after = note(report)
+    assert after < 0.8 * before
+    held_out = batches[1::8]
+    assert after == pytest.approx(held_out_loss(whole, dense, batches), rel=1e-3)
+    assert before == pytest.approx(held_out_loss(blocks, dense, batches), rel=1e-3)
+    assert compare(whole, dense, held_out).kl < compare(blocks, dense, held_out).kl
+    assert report.method == "blockwise(zeroed, epochs=1, distil=3)"
+    assert all(row.error is None for row in report.layers)
+
+
+def test_only_planned_weights_change_and_their_zeros_stay() -> None:
+    model = decoder()
+    plan = sc.plan(model, "2:4", ignore=IGNORED)
+    sc.prune_(model, plan)
+    dense, before = decoder(), state(model)
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    layers = match(model, plan)
+    first, last = train_together_(model, dense, layers, tokens(), 2)
+    assert last < first
+    for name, tensor in model.state_dict().items():
+        planned = name.removesuffix(".weight") in plan.layers
+        assert torch.equal(tensor, before[name]) != planned, name
+        if planned:
+            assert torch.equal(tensor == 0, before[name] == 0)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == required
+    assert same(dense, state(decoder()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_model_keeps_its_dtypes_and_what_was_not_planned_to_the_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    dense = ConvNet().to(dtype)
+    model = copy.deepcopy(dense)
+    plan = sc.plan(model, "2:4")
+    sc.prune_(model, plan)
+    before = state(model)
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randn(4, 4, 8, 8, generator=generator).to(dtype) for _ in range(16)]
+    first, last = train_together_(model, dense, match(model, plan), images, 4)
+    assert last < first and last == held_out_loss(model, dense, images)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        planned = name.removesuffix(".weight") in plan.layers
+        assert planned or torch.equal(tensor, before[name]), name
+    assert same(dense, dense.state_dict())
+
+
+def test_weights_that_lose_more_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "LEARNING_RATE", 100.0)
+    model = decoder()
+    plan = sc.plan(model, "2:4")
+    sc.prune_(model, plan)
+    before = state(model)
+    first, last = train_together_(model, decoder(), match(model, plan), tokens(), 1)
+    assert first == last == held_out_loss(model, decoder(), tokens())
+    assert same(model, before)
+
+
+def test_an_interruption_leaves_the_model_and_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, batches = sc.plan(decoder(), "2:4"), tokens()
+    whole = decoder()
+    sc.reconstruct_(whole, plan, METHOD, batches)
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    model = decoder()
+    with monkeypatch.context() as patched:
+        patched.setattr("secateur.run.train_together_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sc.reconstruct_(model, plan, METHOD, batches, checkpoint=tmp_path)
+    assert same(model, state(decoder()))
+    for _ in range(2):  # the second finds all of it finished
+        model = decoder()
+        report = sc.reconstruct_(model, plan, METHOD, batches, checkpoint=tmp_path)
+        assert same(model, state(whole)) and note(report)[1] < note(report)[0]
+
+
+def test_what_cannot_be_trained_is_said_before_anything_is_changed(tmp_path: Path) -> None:
+    model = decoder()
+    with pytest.raises(ValueError, match="distil at least 0, got 4, 0.01 and -1"):
+        sc.blockwise(sc.alps, distil=-1)
+    with pytest.raises(ValueError, match="needs a batch to hold out, the second, got 1"):
+        sc.reconstruct_(model, "2:4", METHOD, tokens(1))
+    assert same(model, state(decoder()))
+
+
+def test_the_preset_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    model, batches = decoder(), tokens(4)
+    assert sc.thorough == sc.blockwise(sc.alps, distil=4)
+    assert sc.thorough.name == "blockwise(alps, distil=4)"
+    sc.reconstruct_(model, "2:4", sc.thorough, batches)
+    assert "blockwise(alps, distil=4): about" in capsys.readouterr().err
+
+
+def test_bytes_and_time_are_those_of_the_blocks_and_of_the_whole_model() -> None:
+    """A block has 8 width^2 weights, its layers keep 19 width numbers a token."""
+    model = decoder()
+    width, count = 16, 4 * 12
+    layers = {n: m for n, m in select(model).layers.items() if n.startswith("blocks")}
+    cheap, dear = (estimate(model, layers, tokens(), m) for m in (sc.best, sc.thorough))
+    size, outputs = sum(p.numel() for p in model.parameters()), count * 20
+    kept = 16 * 3 * 8 * width**2 + 4 * 3 * 19 * width * count + 32 * outputs
+    assert dear.bytes == max(cheap.bytes + 4 * size, 4 * size + kept)
+    assert distilling_bytes([], 10, 0, 2) == 60  # in 16 bits the model itself grows, too
+    assert dear.seconds > 0
