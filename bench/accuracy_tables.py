@@ -1,4 +1,4 @@
-"""The tables `accuracy` and `accuracy-all` of `bench.tables`, which imports this module."""
+"""The tables of what pruning loses and takes, for `bench.tables`, which imports this module."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -52,10 +52,17 @@ def _table(rows: Sequence[Row]) -> str:
             by_pattern.setdefault(row["pattern"], []).append(row)
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     lines = [["perplexity (top-1 as dense; R_S)", *patterns], ["---"] * (1 + len(patterns))]
-    for name, found in cells.items():
+    for name in sorted(cells, key=lambda name: _place(cells[name], patterns)):
+        found = cells[name]
         lines.append([name, *[_cell(found[p]) if p in found else "-" for p in patterns]])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{text}\n\n{_origin(rows)}\n"
+
+
+def _place(found: Mapping[str, Sequence[Row]], patterns: Sequence[str]) -> tuple[bool, float]:
+    """Dense first, then those that lose most in the first pattern that they have."""
+    rows = next(found[pattern] for pattern in patterns if pattern in found)
+    return rows[0]["method"] != "dense", -fmean(float(row["nll"]) for row in rows)
 
 
 def _cell(rows: Sequence[Row]) -> str:
@@ -85,6 +92,32 @@ def _origin(rows: Sequence[Row]) -> str:
         f"Notes: {'; '.join(dict.fromkeys(notes))}." if notes else "",
     ]
     return "\n".join(filter(None, sentences))
+
+
+def cost(results: Path) -> str:
+    """Seconds and memory of a method at real sizes, the last row of each case."""
+    from bench.tables import every
+
+    cases: dict[tuple[str, ...], Row] = {}
+    for rows in every(results, "cost"):
+        for row in rows:
+            cases[
+                tuple(row[key] for key in ("device", "model", "blocks", "streamed", "method"))
+            ] = row
+    lines = [["model", "blocks", "method", "seconds", "peak GiB"], ["---"] * 5]
+    for row in cases.values():
+        method = row["method"] + (", streamed" if row["streamed"] == "True" else "")
+        seconds, peak = float(row["seconds"]), float(row["peak_gib"])
+        lines.append([row["model"], row["blocks"], method, f"{seconds:.1f}", f"{peak:.1f}"])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    first = next(iter(cases.values()))
+    runs = dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in cases.values())
+    return (
+        f"{text}\n\nThe sizes of the model, random weights in bfloat16, every linear layer of the "
+        f"blocks made 2:4 on {first['rows']} x {first['length']} random tokens; the peak is of "
+        f"memory on the GPU, the model included; {first['device']}, torch {first['torch']}, "
+        f"{'; '.join(runs)}, `python -m bench.cost`.\n"
+    )
 
 
 def vision_accuracy(results: Path) -> str:

@@ -13,7 +13,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bench.accuracy_tables import accuracy, accuracy_all, encoder_accuracy, vision_accuracy
+from bench.accuracy_tables import (
+    accuracy,
+    accuracy_all,
+    cost,
+    encoder_accuracy,
+    vision_accuracy,
+)
 from bench.prefill_tables import prefill, prefill_short
 
 RESULTS = Path(__file__).parent / "results"
@@ -315,6 +321,7 @@ def _ratios(row: Mapping[str, str]) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "accuracy-all": accuracy_all,
+    "cost": cost,
     "cuts": cuts,
     "cuts-short": cuts_short,
     "decode": decode,

@@ -95,9 +95,13 @@ def test_each_case_of_the_accuracy_table_is_of_its_last_run(tmp_path: Path) -> N
     head = ACCURACY.splitlines()[0].replace("r_s", "r_s,library,note")
     again = ["2026-11-23,a chip,2.13,def,m,4:8,128,0,64,wanda,1.0,0.8,,,"]
     again += ["2026-11-23,a chip,2.13,def,m,4:8,128,0,64,other,,,,lib 1.2,it has no 4:8"]
+    again += ["2026-11-23,a chip,2.13,def,m,2:4,128,0,64,alps,1.5,0.7,,,"]
     (tmp_path / "accuracy_2026-11-23_x_def.csv").write_text("\n".join([head, *again]) + "\n")
     whole = tables.TABLES["accuracy-all"](tmp_path)
-    assert "| wanda | 8.17 (65%; -0.60, -0.70 to -0.50) | 2.72 (80%) |" in whole
+    lines = whole[whole.index("m, 32 calibration") :].splitlines()
+    wanda = "| wanda | 8.17 (65%; -0.60, -0.70 to -0.50) | 2.72 (80%) |"
+    order = [line for line in lines if line.startswith(("| dense", "| alps", "| wanda"))]
+    assert order == ["| dense | 2.72 | - |", wanda, "| alps | 4.48 (70%) | - |"]  # the worst first
     assert "2026-11-22, commit abc; 2026-11-23, commit def, `python -m bench.accuracy`." in whole
     assert "Other libraries: lib 1.2.\nNotes: other, 4:8: it has no 4:8." in whole
 
@@ -127,6 +131,20 @@ def test_the_encoder_table_has_a_cosine(tmp_path: Path) -> None:
     lines = tables.TABLES["encoder-accuracy"](tmp_path).splitlines()
     assert lines[0] == "| mean cosine to dense | 2:4 |" and lines[2] == "| alps | 0.876 |"
     assert lines[4].startswith("all-MiniLM-L6-v2, 256 calibration and 200 other sentences; a chip")
+
+
+def test_the_cost_table_has_the_last_row_of_each_case(tmp_path: Path) -> None:
+    head = "date,device,torch,commit,model,blocks,rows,length,streamed,method,seconds,peak_gib"
+    for day, rows in ((22, "8,128,64,False,alps,99,2.5"), (23, "8,128,64,False,alps,70.25,3")):
+        row = f"2026-11-{day},a chip,2.13,abc{day},m,{rows}"
+        streamed = f"2026-11-{day},a chip,2.13,abc{day},m,8,128,64,True,alps,80,1"
+        (tmp_path / f"cost_2026-11-{day}_x.csv").write_text(f"{head}\n{row}\n{streamed}\n")
+    lines = tables.TABLES["cost"](tmp_path).splitlines()
+    assert lines[2:4] == [
+        "| m | 8 | alps | 70.2 | 3.0 |",
+        "| m | 8 | alps, streamed | 80.0 | 1.0 |",
+    ]
+    assert "on 128 x 64 random tokens" in lines[5] and "abc22" not in lines[5]
 
 
 def test_the_latest_rows_are_used(tmp_path: Path) -> None:
