@@ -30,7 +30,8 @@ from secateur.reconstruct import (
 )
 from secateur.reconstruct.lowrank import adding, rank_within, why_not_compensated
 from secateur.replay import Batch
-from secateur.run import reconstruction, require_sound
+from secateur.run import reconstruction
+from secateur.sound import require_sound
 from secateur.undo import all_or_nothing
 
 __all__ = ["decompose_"]

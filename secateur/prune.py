@@ -11,9 +11,11 @@ from secateur.criteria import magnitude
 from secateur.gradients import Loss
 from secateur.patterns import Pattern
 from secateur.plan import Plan, as_plan, match
+from secateur.prune_report import LayerResult, PruneReport
 from secateur.reconstruct import Blockwise, Solution
 from secateur.replay import Batch
-from secateur.run import LayerResult, PruneReport, Run, reconstruction, require_kind, require_sound
+from secateur.run import Run, reconstruction
+from secateur.sound import require_kind, require_sound
 from secateur.statistics import name_of, needed_by, score
 
 __all__ = ["LayerResult", "PruneReport", "check", "prune_", "reconstruct_"]

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import inspect
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -23,63 +22,14 @@ from secateur.distributed import ALONE, Team, team
 from secateur.gradients import Loss, gradients
 from secateur.layers import weight_of
 from secateur.plan import Plan, match
-from secateur.reconstruct import Blockwise, Solution, best, estimate, refit, swap, thorough
+from secateur.prune_report import LayerResult, PruneReport
+from secateur.reconstruct import Blockwise, Solution, best, estimate, thorough
 from secateur.replay import Batch
+from secateur.sound import require_kind, require_sound
 from secateur.statistics import STATISTICS, call, call_with, name_of, needed_by
-from secateur.tables import text_table
 from secateur.train.together import held_out_loss, train_together_
 from secateur.undo import all_or_nothing
 from secateur.window import Window
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What became of one layer.
-
-    `error` is the share of the layer's output energy that is lost, ||(W - W')X||^2 / ||WX||^2 on
-    the calibration inputs; None where the method does not gather what it takes to know.
-    """
-
-    layer: str
-    pattern: str
-    sparsity_before: float
-    sparsity: float
-    error: float | None
-    tokens: int
-    note: str
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What `prune_` or `reconstruct_` did, layer by layer."""
-
-    method: str
-    layers: tuple[LayerResult, ...]
-    seconds: float
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return ("layer", "pattern", "sparsity", "output error", "tokens", "note")
-
-    def rows(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                r.layer,
-                r.pattern,
-                f"{r.sparsity:.2%}",
-                "-" if r.error is None else f"{r.error:.4f}",
-                f"{r.tokens:,}",
-                r.note,
-            )
-            for r in self.layers
-        ]
-
-    def __str__(self) -> str:
-        head = f"{self.method}: {len(self.layers)} layers in {self.seconds:.1f} s"
-        return f"{text_table(self.columns, self.rows())}\n{head}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def reconstruction(
@@ -389,51 +339,6 @@ def _require_same(members: Team, run: Mapping[str, Any]) -> None:
                 "has another: give all of them one model, plan, method and checkpoint, and "
                 "batches of their own"
             )
-
-
-def require_kind(function: Callable[..., Any], is_algorithm: bool) -> None:
-    """An algorithm asks for the pattern, a criterion does not: tell who mixes them up."""
-    if not callable(function):
-        raise ValueError(
-            f"prune_ and reconstruct_ take functions such as sc.wanda, got {function!r}: pass the "
-            "function itself"
-        )
-    if function in (refit, swap):
-        name = name_of(function)
-        raise ValueError(
-            f"{name} makes an algorithm of a criterion or another algorithm: pass "
-            f"sc.{name}(sc.wanda)"
-        )
-    if ("pattern" in inspect.signature(function).parameters) == is_algorithm:
-        return
-    name = name_of(function)
-    if is_algorithm:
-        raise ValueError(f"{name} only scores weights, reconstruct_ refits them: use prune_")
-    raise ValueError(f"{name} refits weights, prune_ changes none that it keeps: use reconstruct_")
-
-
-def require_sound(layers: Mapping[str, nn.Module]) -> None:
-    """Weights must be plain, present and finite."""
-    for name, module in layers.items():
-        if module._parameters.get("weight") is None:
-            raise ValueError(
-                f"{name}.weight must be an ordinary parameter, {type(module).__name__} computes "
-                "it: unpack_ a packed model first, or remove its parametrizations "
-                "(torch.nn.utils.parametrize.remove_parametrizations)"
-            )
-        weight = weight_of(module)
-        if weight.is_meta:
-            raise ValueError(f"{name}.weight has no data (meta device): load the weights first")
-        require_finite(name, weight)
-
-
-def require_finite(layer: str, weight: Tensor) -> None:
-    """The layer's weight must be finite."""
-    if not (finite := weight.isfinite()).all():
-        raise ValueError(
-            f"{layer}.weight holds {int((~finite).sum())} NaN or infinite values: repair or reload "
-            "it"
-        )
 
 
 def _output_error(

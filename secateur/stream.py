@@ -18,12 +18,13 @@ from secateur.distributed import team
 from secateur.integrations.transformers import copy_tokenizer, hollow
 from secateur.patterns import Pattern
 from secateur.plan import Plan, as_plan, match
-from secateur.prune import PruneReport
+from secateur.prune_report import PruneReport
 from secateur.reconstruct import Blockwise, Solution
 from secateur.replay import Batch, find_chains, tensors_of
-from secateur.run import reconstruction, require_finite
+from secateur.run import reconstruction
 from secateur.save import STEMS, write_index
 from secateur.sidecar import SIDECAR, Sidecar, fingerprint, weight_files
+from secateur.sound import require_finite
 from secateur.statistics import STATISTICS
 from secateur.tensor_files import read_tensors, save_file, shapes_in
 from secateur.version import VERSION
