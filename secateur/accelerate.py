@@ -1,21 +1,19 @@
 """`accelerate_`: measures every layer dense and packed on this machine; keeps what is faster."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import combinations
-from math import prod
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from secateur.accelerate_report import AccelerateReport, Held, LayerReport, Measured, best_dense
+from secateur.accelerate_report import AccelerateReport, Held, LayerReport
+from secateur.decision import Decision, Policy, decide
 from secateur.formats.candidates import (
     DENSE,
     OUT_OF_MEMORY,
-    PREPACKED,
     Candidate,
     admitted,
     dense_candidates,
@@ -27,7 +25,7 @@ from secateur.formats.candidates import (
 from secateur.formats.contract import DTYPES, packed_bytes
 from secateur.formats.format import Format, parse_format, weight_error
 from secateur.formats.join import join_activations_
-from secateur.formats.linear import PROBED_TOKENS, REFERENCE, SparseLinear, Table
+from secateur.formats.linear import REFERENCE, SparseLinear, Table
 from secateur.formats.pack import (
     named_linears,
     packed_linear,
@@ -45,45 +43,15 @@ from secateur.kernels.timing import (
 )
 from secateur.remembered import Found, keep, recall
 
-LEAST_GAIN = 1.05  # what a change is worth; less may be noise
-NO_LOSS = 0.97  # medians on a quiet machine repeat to about 3 %: above, a layer is as fast as dense
 DEFAULT_FORMATS = ("semi24", "block:64x64", "block:32x32", "block:16x16", "csr")
 ALIKE = 0.01  # layers of one shape whose densities agree to this are measured once
 MOST_TOKENS = 2**20  # in one call
 MOST_SPREAD = 0.5  # of a median between quartiles; on a busier machine times serve this call alone
 
-Policy = Literal["fastest", "memory"]
 Timer = Callable[[Mapping[str, Calls], torch.device], Mapping[str, Timing]]
 Likeness = tuple[
     tuple[Format, ...], tuple[int, ...], torch.Size, torch.dtype, torch.device, bool, bool
 ]
-
-
-@dataclass(frozen=True)
-class _Decision:
-    format: Format | None
-    table: Table
-    measured: tuple[Measured, ...]
-    reason: str
-    cannot: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A format and, for each number of tokens, the candidate that it would run."""
-
-    format: Format
-    names: tuple[str, ...]
-    ratios: tuple[float, ...]
-    nbytes: int
-
-    @property
-    def gains(self) -> bool:
-        """Whether it is faster somewhere and slower nowhere; dense against itself is noise."""
-        times = zip(self.names, self.ratios, strict=True)
-        faster = any(ratio >= LEAST_GAIN and not _is_dense(name) for name, ratio in times)
-        return faster and min(self.ratios) >= NO_LOSS
 
 
 def accelerate_(
@@ -146,10 +114,10 @@ def _accelerate(
     tried = [parse_format(format) for format in (DEFAULT_FORMATS if formats is None else formats)]
     linears = _linears(model) if layers is None else named_linears(model, layers)
     groups, skipped = _groups(model, linears, tried)
-    decisions: dict[str, tuple[str, _Decision]] = {}
+    decisions: dict[str, tuple[str, Decision]] = {}
     for like, names in tqdm(groups.items(), desc="measure", unit="layer", disable=None):
         with torch.no_grad():
-            decision = _decide(linears[names[0]], like, counts, timer, policy, remeasure)
+            decision = _measured_decision(linears[names[0]], like, counts, timer, policy, remeasure)
         decisions |= dict.fromkeys(names, (names[0], decision))
     packed: dict[str, SparseLinear] = {}
     for name, (measured_on, decision) in decisions.items():
@@ -231,14 +199,14 @@ def _key(like: Likeness) -> str:
     return f"{out}x{width} {str(dtype).removeprefix('torch.')} {bias}{strided}: {', '.join(stored)}"
 
 
-def _decide(
+def _measured_decision(
     linear: nn.Linear,
     like: Likeness,
     tokens: tuple[int, ...],
     timer: Timer,
     policy: Policy,
     remeasure: bool,
-) -> _Decision:
+) -> Decision:
     """The format that gains most over all numbers of tokens, or none, from measurements."""
     device, key, found = linear.weight.device, _key(like), list[Found]()
     try:
@@ -251,30 +219,8 @@ def _decide(
                     keep(device, key, count, known)
             found.append(known)
     except (RuntimeError, MemoryError) as problem:  # dense itself failed: no room, most likely
-        return _Decision(None, (), (), f"could not be measured: {first_line(problem)}")
-    cannot = tuple(dict.fromkeys(reason for one in found for reason in one.cannot.values()))
-    dropped = tuple(dict.fromkeys(reason for one in found for reason in one.dropped))
-    choices = [choice for layer in layers.values() for choice in _choices(layer, found)]
-    gaining = [choice for choice in choices if choice.gains]
-    dense_bytes, refused = linear.weight.nbytes, list[str]()
-    if policy == "memory":
-        allowed = [choice for choice in gaining if choice.nbytes < dense_bytes]
-        refused = [_refusal(one, dense_bytes) for one in gaining if one not in allowed]
-        gaining = allowed
-    dropped = (*dropped, *dict.fromkeys(refused))
-    best = max(gaining, key=lambda one: (prod(one.ratios), -one.nbytes), default=None)
-    names = [_fastest(one.microseconds) for one in found] if best is None else best.names
-    measured = tuple(
-        Measured(count, tuple(one.microseconds.items()), name, one.remembered)
-        for count, one, name in zip(tokens, found, names, strict=True)
-    )
-    if best is None:
-        bare = [f"{one} has no implementation but the reference here" for one in _bare(layers)]
-        why = dict.fromkeys([*_losses(measured), *dropped, *cannot, *bare])
-        return _Decision(None, (), measured, "; ".join(why), cannot, dropped)
-    table = _table(layers[best.format], best.names, tokens, policy)
-    reason = _gains(tokens, best.ratios)
-    return _Decision(best.format, table, measured, reason, cannot, dropped)
+        return Decision(None, (), (), f"could not be measured: {first_line(problem)}")
+    return decide(layers, tokens, found, linear.weight.nbytes, policy)
 
 
 def _times(
@@ -336,109 +282,11 @@ def _cannot(layers: Iterable[SparseLinear], tokens: int) -> dict[str, str]:
     return {name: problem for name, problem in problems if problem is not None}
 
 
-def _choices(layer: SparseLinear, found: Sequence[Found]) -> Iterator[_Choice]:
-    """For each set of the format's implementations, the fastest of it at every number of tokens."""
-    format, stored = layer.format, packed_bytes(layer.packed)
-    prefix = f"{format} "
-    times = [
-        {name: us for name, us in one.microseconds.items() if name.startswith(prefix)}
-        for one in found
-    ]
-    everything = list(dict.fromkeys(name for known in times for name in known))
-    seen = set[tuple[str, ...]]()
-    for size in range(1, len(everything) + 1):
-        for some in combinations(everything, size):
-            usable = [{name: us for name, us in known.items() if name in some} for known in times]
-            if not all(usable):
-                continue
-            names = tuple(min(known, key=known.__getitem__) for known in usable)
-            if names in seen:
-                continue
-            seen.add(names)
-            arranged = {name: one.arranged[name] for name, one in zip(names, found, strict=True)}
-            ratios = tuple(
-                best_dense(one.microseconds)[1] / known[name]
-                for name, known, one in zip(names, usable, found, strict=True)
-            )
-            yield _Choice(format, names, ratios, stored + sum(arranged.values()))
-
-
-def _table(
-    layer: SparseLinear, names: Sequence[str], tokens: tuple[int, ...], policy: Policy
-) -> Table:
-    """What was fastest at each number of tokens serves up to it.
-
-    The last serves as many more as it can run; above that an implementation that is held already,
-    else dense unless memory counts, else the reference.
-    """
-    rows = list[tuple[str, int | None]]()
-    short = [name.removeprefix(f"{layer.format} ") for name in names]
-    for name, count in zip(short, tokens, strict=True):
-        if rows and rows[-1][0] == name:
-            rows.pop()
-        rows.append((name, count))
-    problems = {
-        implementation.name: partial(implementation.why_not, layer.packed)
-        for implementation in layer.format.folder.IMPLEMENTATIONS
-    }
-    last, limit = short[-1], tokens[-1]
-    beyond = [last, *problems.keys() & short, *([DENSE] if policy == "fastest" else [])]
-    largest = max(PROBED_TOKENS[-1], limit)
-    able = [name for name in beyond if name in problems and problems[name](largest) is None]
-    tail = able[0] if able else "reference"
-    if tail == last:
-        return (*rows[:-1], (last, None))
-    more = [count for count in PROBED_TOKENS if count > limit and problems[last](count) is None]
-    return (*rows[:-1], (last, max(more, default=limit)), (tail, None))
-
-
-def _fastest(microseconds: Mapping[str, float]) -> str | None:
-    """The fastest packed candidate that does not run dense."""
-    packed = [name for name in microseconds if not _is_dense(name)]
-    return min(packed, key=lambda name: microseconds[name], default=None)
-
-
-def _is_dense(name: str) -> bool:
-    """Whether a candidate is the dense layer, or a format's implementation that runs as it does."""
-    return name in (DENSE, PREPACKED) or name.endswith(f" {DENSE}")
-
-
-def _bare(layers: Mapping[Format, SparseLinear]) -> list[Format]:
-    """Formats without anything that could be measured on any device."""
-    return [format for format, layer in layers.items() if not why_not_each(layer, 1)]
-
-
-def _gains(tokens: Sequence[int], ratios: Sequence[float]) -> str:
-    faster = [str(n) for n, ratio in zip(tokens, ratios, strict=True) if ratio >= LEAST_GAIN]
-    others = [str(n) for n, ratio in zip(tokens, ratios, strict=True) if ratio < LEAST_GAIN]
-    if not others:
-        return "faster than dense at every number of tokens"
-    return f"faster than dense at tokens {', '.join(faster)}, as fast at {', '.join(others)}"
-
-
-def _losses(measured: Sequence[Measured]) -> list[str]:
-    """Where the fastest sparse candidate does not gain enough."""
-    return [
-        f"at {entry.tokens} token{'s' * (entry.tokens != 1)} {entry.fastest_sparse} is "
-        f"{entry.ratio:.2f}x of the best dense"
-        for entry in measured
-        if entry.fastest_sparse is not None and entry.ratio < LEAST_GAIN
-    ]
-
-
-def _refusal(choice: _Choice, dense_bytes: int) -> str:
-    names = ", ".join(dict.fromkeys(choice.names))
-    return (
-        f"policy 'memory' refuses {names}: it would hold {choice.nbytes} bytes, dense holds "
-        f"{dense_bytes}"
-    )
-
-
 def _measured(
     name: str,
     linear: nn.Linear,
     measured_on: str,
-    decision: _Decision,
+    decision: Decision,
     packed: SparseLinear | None,
 ) -> LayerReport:
     before = linear.weight.nbytes

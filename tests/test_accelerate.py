@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur import accelerate, remembered
+from secateur import accelerate, decision, remembered
 from secateur.accelerate import _accelerate, accelerate_
 from secateur.accelerate_report import AccelerateReport
 from secateur.formats import SparseLinear, candidates
@@ -59,7 +59,7 @@ def run(
     layers: Sequence[str] | None = None,
     strict: bool = False,
     formats: Sequence[str | Format] = FORMATS,
-    policy: accelerate.Policy = "fastest",
+    policy: decision.Policy = "fastest",
     remeasure: bool = False,
 ) -> tuple[AccelerateReport, Clock]:
     clock = Clock(times)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bench import cold, prefill, prefill_tables, tables
 from bench.shapes import SHAPES
-from secateur import accelerate
+from secateur import decision
 from secateur.accelerate_report import LayerReport
 from secateur.formats import dynamic
 from secateur.kernels import cusparselt, quantise, timing
@@ -214,7 +214,7 @@ def test_the_table_shows_losers_gaps_and_the_choice(tmp_path: Path) -> None:
     assert lines[6] == "Without a figure, for instance: semi24 decode: takes at most 64 tokens."
     (tmp_path / "prefill_2026-11-22_x_abc.csv").write_text(PREFILL.replace("0.950", "0.971"))
     assert "than dense in 0 of 2 cases." in prefill_tables.prefill_short(tmp_path)
-    assert prefill_tables.NO_LOSS == accelerate.NO_LOSS
+    assert prefill_tables.NO_LOSS == decision.NO_LOSS
 
 
 def test_each_case_is_shown_from_its_last_run(tmp_path: Path) -> None:
