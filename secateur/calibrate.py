@@ -90,7 +90,8 @@ def observe(
     if window is not None:
         device = window.device
     inputs: list[Batch] = [to_device(batch, device) for batch in as_list(batches)]
-    if halves and len(inputs) < 2:
+    counts = team.everyones(len(inputs))
+    if halves and sum(counts) < 2:
         raise ValueError(
             "half-blocks are trained on some batches and judged on others, got 1 batch: split it, "
             "as in tokens.split(8)"
@@ -110,7 +111,7 @@ def observe(
             finished,
             team,
             window,
-            first_batch=sum(team.everyones(len(inputs))[: team.rank]),
+            first_batch=sum(counts[: team.rank]),
         )
         for chain, names in _segments(model, layers, trace):
             wanted = {name: layers[name] for name in names}

@@ -93,10 +93,10 @@ class Run:
                 f"{self.method} needs calibration data for {', '.join(self.needs)}: pass batches, "
                 "or use sc.magnitude"
             )
-        if self.blockwise and self.team.size > 1:
+        if self.distils and self.team.size > 1:
             raise ValueError(
-                f"{self.method} trains on one batch after another, which {self.team.size} "
-                "processes cannot share: run it in one process, or pass its method alone"
+                f"{self.method} trains the whole model in one process, these are {self.team.size}: "
+                "take sc.best, or start it without torchrun"
             )
 
     def __call__(
@@ -115,7 +115,7 @@ class Run:
             asks = self.asks and (missing or self.distils)
             listed = as_list(batches) if asks and batches is not None else []
         _require_same(self.team, fingerprint | {"checkpoint": list(finished)})
-        if self.blockwise in (best, thorough) and missing:
+        if self.blockwise in (best, thorough) and missing and self.team.rank == 0:
             told = estimate(self.model, missing, listed, self.blockwise, offload=offload)
             tqdm.write(f"{self.method}: {told}", file=sys.stderr)
         dense = copy.deepcopy(self.model) if self.distils else None
@@ -247,7 +247,7 @@ class Run:
             return [name for name in observed.statistics if masks.pop(name, None) is not None]
         if not all(name in masks for name in half.layers):
             return []
-        before, after = self.blockwise.train_(half, layers, masks)
+        before, after = self.blockwise.train_(half, layers, masks, self.team)
         for name in half.layers:
             del masks[name]
             if after < before:  # moved since, so that it is another now
@@ -283,9 +283,9 @@ class Run:
             for rank, (name, result) in enumerate(zip(at_once, results, strict=False)):
                 assert result is not None
                 self.team.copy_from_(rank, weight_of(stage[name]))
-                if mine and rank == self.team.rank:
+                if mine and self.team.size == 1:
                     yield mine
-                else:
+                else:  # the same everywhere, though who solved it knows which kept weights are 0
                     yield result, _layers.matrix(stage[name]) != 0
 
     def _change(

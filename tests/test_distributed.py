@@ -1,7 +1,9 @@
 """Two processes with batches of their own, against one process with all batches."""
 
 import copy
+import operator
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,7 +103,7 @@ def refused(rank: int) -> dict[str, tuple[str, bool]]:
         "not finite": (dented, "2:4", sc.sparsegpt, data),
         "bad batch": (decoder(), "2:4", sc.sparsegpt, broken),
         "failing": (decoder(), "2:4", fails_in_second, data),
-        "blockwise": (decoder(), "2:4", sc.blockwise(sc.sparsegpt), data),
+        "thorough": (decoder(), "2:4", sc.blockwise(sc.sparsegpt, distil=1), data),
     }
     found = {}
     for name, (model, plan, method, given) in calls.items():
@@ -145,6 +147,18 @@ def stopped_and_resumed(folder: Path, part: slice) -> dict[str, Tensor]:
     return {**model.state_dict(), "finished": torch.tensor(finished)}
 
 
+def half_blocks(data: list[Tensor]) -> tuple[dict[str, Tensor], Any]:
+    model = decoder()
+    report = sc.reconstruct_(model, "2:4", sc.blockwise(sc.sparsegpt, epochs=2), data)
+    return model.state_dict(), report
+
+
+def eight() -> list[Tensor]:
+    """As many as the held-out ones of the second process are counted in: the same ones then."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(20, (4, 12), generator=generator) for _ in range(8)]
+
+
 def copied(rank: int) -> Tensor:
     """The second process's tensor, in memory of another order than its own."""
     tensor = (torch.arange(6.0) + 10 * rank).view(2, 3).T
@@ -161,6 +175,8 @@ def work(rank: int, folder: Path) -> None:
         "cases": {name: (model.state_dict(), report) for name, (model, report) in found.items()},
         "refused": refused(rank),
         "resumed": stopped_and_resumed(folder / "checkpoint", part),
+        "halves": half_blocks(batches()[part]),
+        "halves of the same": half_blocks(eight()),
         "copied": copied(rank),
         "team": team(),
     }
@@ -210,6 +226,33 @@ def test_two_processes_end_with_the_model_of_one(name: str, found: list[dict[str
         )
 
 
+def errors(report: Any) -> list[float]:
+    """Held-out errors before and after, of one half-block after another."""
+    notes = "; ".join(layer.note for layer in report.layers)
+    found = re.findall(r"held-out error (\S+) before training, (\S+) after", notes)
+    return [float(error) for pair in found for error in pair]
+
+
+def test_half_blocks_follow_the_mean_gradient_of_the_processes(found: list[dict[str, Any]]) -> None:
+    """With the same batches in both processes that is each one's own: the result of one alone."""
+    expected, report = half_blocks(eight())
+    for results in found:
+        model, same_report = results["halves of the same"]
+        for key, value in expected.items():
+            assert torch.equal(value == 0, model[key] == 0), key
+            torch.testing.assert_close(model[key], value, rtol=1e-3, atol=1e-4)
+        assert errors(same_report) == pytest.approx(errors(report), rel=1e-2)
+
+
+def test_half_blocks_of_uneven_shares_end_alike_and_lose_less(found: list[dict[str, Any]]) -> None:
+    (first, report), (second, other) = (results["halves"] for results in found)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert report.layers == other.layers
+    befores, afters = errors(report)[::2], errors(report)[1::2]
+    assert len(befores) == 6 and all(map(operator.le, afters, befores))
+    assert min(map(operator.truediv, afters, befores)) < 0.95
+
+
 def test_each_layer_is_solved_by_one_process(found: list[dict[str, Any]]) -> None:
     """The layers of a stage (queries, keys, values) are dealt out: the fifth call is later."""
     expected = decoder()
@@ -256,7 +299,11 @@ def test_each_layer_is_solved_by_one_process(found: list[dict[str, Any]]) -> Non
                 "ArithmeticError: no luck",
             ),
         ),
-        ("blockwise", ("ValueError: blockwise(sparsegpt) trains on one batch after another",) * 2),
+        (
+            "thorough",
+            ("ValueError: blockwise(sparsegpt, distil=1) trains the whole model in one process",)
+            * 2,
+        ),
     ],
 )
 def test_an_error_in_one_process_is_one_in_all_and_changes_nothing(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
+from secateur.distributed import ALONE, Team
 from secateur.halves import HalfBlock
 from secateur.layers import weight_of
 from secateur.reconstruct.refit import refit
@@ -59,20 +60,24 @@ class Blockwise:
         half: HalfBlock,
         layers: Mapping[str, nn.Module],
         masks: Mapping[str, Bool[Tensor, "out in"]],
+        team: Team = ALONE,
     ) -> tuple[float, float]:
         """The half-block's error on held-out batches before and after its weights were trained.
 
         The error is the mean squared distance to the dense half-block's outputs over their
         variance. The held-out batches are looked at after every epoch, and the layers end with the
         best weights seen, the start among them: the second error is never above the first.
+        The processes of a `team` take a batch each at every step, and the mean of their gradients.
         """
-        run = _Run(half, layers, masks)
-        batches = range(len(half.targets))
-        held_out = [b for b in batches if is_held_out(b)]
-        trained = [b for b in batches if not is_held_out(b)]
+        run = _Run(half, layers, masks, team)
+        counts = team.everyones(len(half.targets))
+        first = sum(counts[: team.rank])  # as held-out Gram matrices count batches
+        held_out = [b for b in range(len(half.targets)) if is_held_out(first + b)]
+        trained = [b for b in range(len(half.targets)) if b not in held_out]
         best = {name: w.detach().clone() for name, w in run.weights.items()}
         before = after = run.held_out_error(held_out)
-        steps = self.epochs * len(trained)
+        longest = max(team.everyones(len(trained)))
+        steps = self.epochs * longest
         with (
             torch.enable_grad(),
             tqdm(total=steps, desc=half.name, leave=False, disable=None) as bar,
@@ -81,11 +86,11 @@ class Blockwise:
                 [{"params": [w], "scale": _kept_rms(w)} for w in run.weights.values()]
             )
             for epoch in range(self.epochs):
-                for step, b in enumerate(_shuffled(trained, epoch), epoch * len(trained)):
+                for step, b in enumerate(_shuffled(trained, epoch, longest), epoch * longest):
                     rate = self.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["scale"]
-                    run.error(b).backward()
+                    run.add_gradients(b)
                     optimizer.step()
                     optimizer.zero_grad()
                     bar.update()
@@ -116,6 +121,7 @@ def blockwise(
     step, the learning rate falling along a cosine to 0; it is in units of each layer's root mean
     square kept weight. One batch in eight is held out, and the weights that are best there are
     kept, the start among them. Kept weights do not stay on a grid that an algorithm rounded to.
+    Under torchrun the processes take a batch each at every step: fewer and larger steps.
 
     After the last block `distil` epochs more train the planned weights of all blocks together, in
     float32, towards the outputs of the dense model as `sc.distil_` does, on the same batches with
@@ -153,8 +159,10 @@ class _Run:
         half: HalfBlock,
         layers: Mapping[str, nn.Module],
         masks: Mapping[str, Bool[Tensor, "out in"]],
+        team: Team,
     ) -> None:
         self._half = half
+        self._team = team
         stored = {name: weight_of(layers[name]).detach() for name in half.layers}
         self._dtypes = {name: weight.dtype for name, weight in stored.items()}
         self._dropped = {
@@ -181,10 +189,31 @@ class _Run:
         squares = (output - target).square() * counts
         return squares.sum() / counts.expand_as(target).sum() / self._variance
 
+    def add_gradients(self, batch: int | None) -> None:
+        """Give the weights the mean of the processes' gradients, each of a batch if it has one."""
+        with self._team.together():
+            if batch is not None:
+                self.error(batch).backward()
+        if self._team.size == 1:
+            return
+        counted = torch.tensor(float(batch is not None), device=self._half.device)
+        for weight in self.weights.values():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        self._team.add_up_([counted, *gradients])
+        for gradient in gradients:
+            gradient /= counted
+
+    @torch.no_grad()
     def held_out_error(self, batches: Sequence[int]) -> float:
-        """The mean of the batches' errors."""
-        with torch.no_grad():
-            return float(torch.stack([self.error(b) for b in batches]).mean())
+        """The mean of the batches' errors, of those of all processes."""
+        sums = torch.zeros(2, device=self._half.device)
+        with self._team.together():
+            for b in batches:
+                sums += torch.stack([self.error(b), sums.new_ones(())])
+        self._team.add_up_([sums])
+        return float(sums[0] / sums[1])
 
     def _of_targets(self) -> Float[Tensor, ""]:
         """The variance of the targets, of all channels together."""
@@ -196,6 +225,7 @@ class _Run:
             n += counts.expand_as(y).sum()
             total += (y * counts).sum()
             squares += (y.square() * counts).sum()
+        self._team.add_up_([n, total, squares])
         variance = squares / n - (total / n).square()
         return variance.clamp(min=torch.finfo(torch.float32).tiny).float()
 
@@ -215,6 +245,7 @@ def _kept_rms(weight: Float[Tensor, "..."]) -> float:
     return float(w.norm() / w.count_nonzero().clamp(min=1).sqrt())
 
 
-def _shuffled(batches: Sequence[int], epoch: int) -> list[int]:
+def _shuffled(batches: Sequence[int], epoch: int, longest: int) -> list[int | None]:
+    """The batches in another order every epoch, and none where another process has more."""
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch))
-    return [batches[i] for i in order.tolist()]
+    return [*(batches[i] for i in order.tolist()), *[None] * (longest - len(batches))]
