@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import date
+from datetime import UTC, date, datetime
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +40,7 @@ def provenance(device: str) -> dict[str, str | int]:
     cuda = device.startswith("cuda")
     return {
         "date": f"{date.today():%Y-%m-%d}",
+        "time": f"{datetime.now(UTC):%H:%M}",
         "device": device_name(device),
         "driver": _driver() if cuda else "-",
         "threads": torch.get_num_threads(),

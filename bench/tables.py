@@ -49,10 +49,16 @@ def newest(results: Path, bench: str) -> list[Rows]:
 
 
 def _files(results: Path, bench: str) -> list[Path]:
-    files = sorted(sorted(results.glob(f"{bench}_*.csv")), key=_date)
+    files = sorted(sorted(results.glob(f"{bench}_*.csv")), key=_begun)
     if not files:
         raise ValueError(f"tables need rows of {bench}, got none in {results}: run bench.{bench}")
     return files
+
+
+def _begun(path: Path) -> tuple[str, str]:
+    """Date and time of the file's first row; older rows have no time and are the day's first."""
+    rows = _read(path)
+    return _date(path), rows[0].get("time", "") if rows else ""
 
 
 def _date(path: Path) -> str:

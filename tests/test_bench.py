@@ -133,6 +133,14 @@ def test_the_encoder_table_has_a_cosine(tmp_path: Path) -> None:
     assert lines[4].startswith("all-MiniLM-L6-v2, 256 calibration and 200 other sentences; a chip")
 
 
+def test_files_of_one_day_come_in_the_order_of_their_times(tmp_path: Path) -> None:
+    for commit, time in (("a", "13:05"), ("c", "09:30")):
+        text = f"date,time,commit\n2026-11-23,{time},{commit}\n"
+        (tmp_path / f"cost_2026-11-23_x_{commit}.csv").write_text(text)
+    (tmp_path / "cost_2026-11-23_x_b.csv").write_text("date,commit\n2026-11-23,b\n")
+    assert [rows[0]["commit"] for rows in tables.every(tmp_path, "cost")] == ["b", "c", "a"]
+
+
 def test_the_cost_table_has_the_last_row_of_each_case(tmp_path: Path) -> None:
     head = "date,device,torch,commit,model,blocks,rows,length,streamed,method,seconds,peak_gib"
     for day, rows in ((22, "8,128,64,False,alps,99,2.5"), (23, "8,128,64,False,alps,70.25,3")):
