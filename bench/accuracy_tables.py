@@ -81,14 +81,13 @@ def _origin(rows: Sequence[Row]) -> str:
     first = rows[0]
     sets = len({row["first_row"] for row in rows})
     runs = dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in rows)
-    libraries = list(filter(None, dict.fromkeys(row.get("library", "") for row in rows)))
     notes = [f"{r['method']}, {r['pattern']}: {r['note']}" for r in rows if r.get("note")]
     sentences = [
         f"{first['model']}, {first['calibration_rows']} calibration "
         + (f"(mean of {sets} sets) " if sets > 1 else "")
         + f"and {first['validation_rows']} validation rows; {first['device']}, torch "
         f"{first['torch']}, {'; '.join(runs)}, `python -m bench.accuracy`.",
-        f"Other libraries: {', '.join(libraries)}." if libraries else "",
+        _libraries(rows),
         f"Notes: {'; '.join(dict.fromkeys(notes))}." if notes else "",
     ]
     return "\n".join(filter(None, sentences))
@@ -120,6 +119,12 @@ def cost(results: Path) -> str:
     )
 
 
+def _libraries(rows: Sequence[Row]) -> str:
+    """Which versions of other libraries there are rows of."""
+    named = ", ".join(filter(None, dict.fromkeys(row.get("library", "") for row in rows)))
+    return f"Other libraries: {named}." if named else ""
+
+
 def vision_accuracy(results: Path) -> str:
     """Top-1 of a small vision transformer, a row a method and a column a pattern, mean of seeds."""
     from bench.tables import newest
@@ -139,9 +144,9 @@ def _vision_table(rows: Sequence[Row]) -> str:
     origin = (
         f"Mean and range of {seeds} seeds, on {first['left_out']} digits left out; a vision "
         f"transformer of {first['layers']} blocks of width {first['hidden']}; {_run(first)}, "
-        "`python -m bench.vision_accuracy`."
+        f"`python -m bench.vision_accuracy`. {_libraries(rows)}"
     )
-    return _by_pattern(rows, "top-1", "top1", "{:.1%}") + f"\n\n{origin}\n"
+    return _by_pattern(rows, "top-1", "top1", "{:.1%}") + f"\n\n{origin.rstrip()}\n"
 
 
 def _encoder_table(rows: Sequence[Row]) -> str:
@@ -149,9 +154,11 @@ def _encoder_table(rows: Sequence[Row]) -> str:
     origin = (
         f"all-MiniLM-L6-v2, {first['calibration_sentences']} calibration and "
         f"{first['test_sentences']} other sentences; {_run(first)}, "
-        "`python -m bench.encoder_accuracy`."
+        f"`python -m bench.encoder_accuracy`. {_libraries(rows)}"
     )
-    return _by_pattern(rows, "mean cosine to dense", "cosine", "{:.3f}") + f"\n\n{origin}\n"
+    return (
+        _by_pattern(rows, "mean cosine to dense", "cosine", "{:.3f}") + f"\n\n{origin.rstrip()}\n"
+    )
 
 
 def _by_pattern(rows: Sequence[Row], head: str, column: str, form: str) -> str:

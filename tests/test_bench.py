@@ -126,11 +126,13 @@ def test_the_vision_table_has_the_mean_and_range_of_its_seeds(tmp_path: Path) ->
 
 def test_the_encoder_table_has_a_cosine(tmp_path: Path) -> None:
     head = "date,device,torch,commit,pattern,calibration_sentences,test_sentences,method,cosine"
-    row = "2026-11-22,a chip,2.13,abc,2:4,256,200,alps,0.8765"
+    head += ",library"
+    row = "2026-11-22,a chip,2.13,abc,2:4,256,200,alps,0.8765,lib 1.2"
     (tmp_path / "encoder-accuracy_2026-11-22_x_abc.csv").write_text(f"{head}\n{row}\n")
     lines = tables.TABLES["encoder-accuracy"](tmp_path).splitlines()
     assert lines[0] == "| mean cosine to dense | 2:4 |" and lines[2] == "| alps | 0.876 |"
     assert lines[4].startswith("all-MiniLM-L6-v2, 256 calibration and 200 other sentences; a chip")
+    assert lines[4].endswith("`python -m bench.encoder_accuracy`. Other libraries: lib 1.2.")
 
 
 def test_files_of_one_day_come_in_the_order_of_their_times(tmp_path: Path) -> None:
