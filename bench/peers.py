@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bench.cold import Candidate, Run, Tuned, product
-from secateur.kernels.cusparselt import Case, Found, Setting, case_of, search
+from secateur.kernels.cusparselt import Case, Setting, case_of
+from secateur.kernels.cusparselt_search import Found, search
 
 CUBLAS = "cublas bf16"
 CUBLAS_FP16 = "cublas fp16"
@@ -44,8 +45,8 @@ def cublas(weight: Tensor, x: Tensor, name: str, bias: Tensor | None = None) -> 
 def cusparselt(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> list[Candidate]:
     """The algorithm that torch ships, 0, and the fastest right one; both on the same copies.
 
-    The search is that of `secateur.kernels.cusparselt`, since the library's own times warm weights
-    and can return wrong algorithms. It is made anew here, whatever is remembered.
+    The search is that of `secateur.kernels.cusparselt_search`, since the library's own times warm
+    weights and can return wrong algorithms. It is made anew here, whatever is remembered.
     """
     blob, out = torch._cslt_compress(weight), len(weight)
 

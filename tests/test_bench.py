@@ -15,7 +15,8 @@ from torch import Tensor
 from bench import cold, decode, linear, peers, tables, timing
 from bench.shapes import SHAPES
 from secateur.formats import parse_format
-from secateur.kernels.cusparselt import Found, Setting
+from secateur.kernels.cusparselt import Setting
+from secateur.kernels.cusparselt_search import Found
 from secateur.kernels.timing import Calls, Timing
 from tests.kernels.fake_cusparselt import Fake, forget, install
 

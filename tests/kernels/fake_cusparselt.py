@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.kernels import cusparselt
+from secateur.kernels import cusparselt_search
 from secateur.kernels.cusparselt import STEPS, Setting
 
 REFUSED = "CUDA error: operation not supported when calling `cusparseLtMatmulAlgSetAttribute`"
@@ -88,7 +88,7 @@ class Fake:
         times = []
         for calls in chains:
             calls[-1]()
-            known = self.in_turns if rounds == cusparselt.FINAL_ROUNDS else {}
+            known = self.in_turns if rounds == cusparselt_search.FINAL_ROUNDS else {}
             times.append(known.get(self.seen[-1], self.us[self.seen[-1]]))
         return times
 
@@ -97,8 +97,8 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake) -> Fake:
     """The fake in the library's place, an empty cache, and a GPU of 132 SMs to name it by."""
     monkeypatch.setattr(torch, "_cslt_compress", fake.compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", fake.sparse_mm)
-    monkeypatch.setattr(cusparselt, "_us", fake.time)
-    monkeypatch.setattr(cusparselt, "copies_on", lambda *arguments: 2)
+    monkeypatch.setattr(cusparselt_search, "_us", fake.time)
+    monkeypatch.setattr(cusparselt_search, "copies_on", lambda *arguments: 2)
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 702)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     found = SimpleNamespace(name="A GPU", multi_processor_count=132)
@@ -110,6 +110,6 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake) -> Fake:
 
 def forget() -> None:
     """Nothing is remembered in memory any more, as in a new process."""
-    cusparselt._known.cache_clear()
-    cusparselt._place.cache_clear()
-    cusparselt._warn.cache_clear()
+    cusparselt_search._known.cache_clear()
+    cusparselt_search._place.cache_clear()
+    cusparselt_search._warn.cache_clear()

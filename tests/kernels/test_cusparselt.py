@@ -9,21 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.kernels import cusparselt
+from secateur.kernels import cusparselt_search
 from secateur.kernels.cusparselt import (
     LARGEST_BUCKET,
     Case,
     Setting,
-    allowed,
     case_of,
-    chosen,
     compress,
     multiply,
-    remember,
-    search,
-    setting_for,
     why_not,
 )
+from secateur.kernels.cusparselt_search import allowed, chosen, remember, search, setting_for
 from tests.kernels.fake_cusparselt import Fake, forget, install
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -52,7 +48,7 @@ def case_in(dtype: torch.dtype = torch.bfloat16, tokens: int = 128) -> Case:
     return Case(dtype, dtype, OUT, WIDTH, tokens, None, False)
 
 
-def searched(case: Case, weight: Tensor | None = None) -> cusparselt.Found:
+def searched(case: Case, weight: Tensor | None = None) -> cusparselt_search.Found:
     weight = weight_in(case.dtype) if weight is None else weight
     return search(case, compress(weight), lambda x: x.double() @ weight.double().t())
 
@@ -280,7 +276,7 @@ def test_a_wrong_small_output_beside_large_ones_is_seen(fake: Fake) -> None:
 def test_results_are_compared_in_all_their_parts(
     fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cusparselt, "ROWS_AT_ONCE", 32)
+    monkeypatch.setattr(cusparselt_search, "ROWS_AT_ONCE", 32)
     fake.wrong.add(Setting(0))  # in the last rows
     fake.few_wrong.add(Setting(1))  # in the first one
     assert searched(case_in()).setting == Setting(2)
@@ -311,7 +307,7 @@ def test_a_failed_gpu_ends_the_search(fake: Fake, monkeypatch: pytest.MonkeyPatc
     def failed(*arguments: object) -> float:
         raise torch.AcceleratorError("CUDA error: an illegal instruction was encountered")
 
-    monkeypatch.setattr(cusparselt, "_us", failed)
+    monkeypatch.setattr(cusparselt_search, "_us", failed)
     with pytest.raises(torch.AcceleratorError, match="illegal instruction"):
         searched(case_in())
     assert {setting.algorithm for setting in fake.seen} == {0}
@@ -330,19 +326,19 @@ def test_where_there_is_no_room_for_copies_the_blob_alone_is_timed(
     def full(*arguments: object) -> int:
         raise MemoryError
 
-    monkeypatch.setattr(cusparselt, "_us", counted)
+    monkeypatch.setattr(cusparselt_search, "_us", counted)
     searched(case_in())
     assert set(counts) == {2}
     counts.clear()
-    monkeypatch.setattr(cusparselt, "copies_on", full)
+    monkeypatch.setattr(cusparselt_search, "copies_on", full)
     assert searched(case_in()).setting == Setting(0) and set(counts) == {1}
 
 
 def test_time_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     chain = [lambda: called.append(0), lambda: called.append(1)]
-    one, other = cusparselt._us([chain, [lambda: None]], CPU, cusparselt.ROUNDS)
-    assert one > 0 < other and called.count(0) >= cusparselt.ROUNDS
+    one, other = cusparselt_search._us([chain, [lambda: None]], CPU, cusparselt_search.ROUNDS)
+    assert one > 0 < other and called.count(0) >= cusparselt_search.ROUNDS
     assert abs(called.count(0) - called.count(1)) <= 1
 
 
@@ -448,7 +444,7 @@ def test_a_user_without_a_home_searches_in_every_process(
     def homeless(name: str) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(cusparselt, "own_file", homeless)
+    monkeypatch.setattr(cusparselt_search, "own_file", homeless)
     with pytest.warns(RuntimeWarning, match="Could not determine home"):
         assert setting_of(case_in()) == Setting(0)
     assert chosen(case_in(), CPU) == Setting(0)

@@ -4,7 +4,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from secateur.formats.semi24.packed import PackedSemi24, unpack
-from secateur.kernels import cusparselt
+from secateur.kernels import cusparselt, cusparselt_search
 
 
 def why_not(packed: PackedSemi24, tokens: int) -> str | None:
@@ -34,9 +34,11 @@ def linear(
     The first call for a shape and a power of two of tokens searches an algorithm, unless one is
     remembered on this machine. Repeated calls may differ in the last bits if its sums are split.
 
-    Cost: see `secateur.kernels.cusparselt.search` for the first call.
+    Cost: see `secateur.kernels.cusparselt_search.search` for the first call.
     Raises: RuntimeError if a search is needed inside a CUDA graph capture, or finds nothing right.
     """
     case = cusparselt.case_of(x, packed.shape[0], bias)
-    setting = cusparselt.setting_for(case, blob, lambda x: x.float() @ unpack(packed).float().t())
+    setting = cusparselt_search.setting_for(
+        case, blob, lambda x: x.float() @ unpack(packed).float().t()
+    )
     return cusparselt.multiply(blob, x, packed.shape[0], setting, bias)
