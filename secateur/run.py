@@ -115,9 +115,11 @@ class Run:
             asks = self.asks and (missing or self.distils)
             listed = as_list(batches) if asks and batches is not None else []
         _require_same(self.team, fingerprint | {"checkpoint": list(finished)})
-        if self.blockwise in (best, thorough) and missing and self.team.rank == 0:
-            told = estimate(self.model, missing, listed, self.blockwise, offload=offload)
-            tqdm.write(f"{self.method}: {told}", file=sys.stderr)
+        if self.blockwise in (best, thorough) and missing:
+            with self.team.together():
+                if self.team.rank == 0:
+                    told = estimate(self.model, missing, listed, self.blockwise, offload=offload)
+                    tqdm.write(f"{self.method}: {told}", file=sys.stderr)
         dense = copy.deepcopy(self.model) if self.distils else None
         if dense is not None:
             held_out_loss(self.model, dense, listed)  # before hours of work: is there one?

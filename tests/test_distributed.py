@@ -96,6 +96,7 @@ def refused(rank: int) -> dict[str, tuple[str, bool]]:
     other.blocks[0].up_proj.weight.data[0, 0] += rank
     data = batches()[mine]
     broken = [*data[:-1], data[-1] + 20 * rank]
+    broken_first = [data[0] + 20 * (1 - rank), *data[1:]]
     calls: dict[str, tuple[nn.Module, Any, Any, list[Tensor]]] = {
         "no batches": (decoder(), "2:4", sc.sparsegpt, [data, []][rank]),
         "other plan": (decoder(), other_plan, sc.sparsegpt, data),
@@ -103,6 +104,7 @@ def refused(rank: int) -> dict[str, tuple[str, bool]]:
         "not finite": (dented, "2:4", sc.sparsegpt, data),
         "bad batch": (decoder(), "2:4", sc.sparsegpt, broken),
         "failing": (decoder(), "2:4", fails_in_second, data),
+        "bad first batch": (decoder(), "2:4", sc.best, broken_first),
         "thorough": (decoder(), "2:4", sc.blockwise(sc.sparsegpt, distil=1), data),
     }
     found = {}
@@ -298,6 +300,10 @@ def test_each_layer_is_solved_by_one_process(found: list[dict[str, Any]]) -> Non
                 "ValueError: process 1 of 2 raised ArithmeticError: no luck",
                 "ArithmeticError: no luck",
             ),
+        ),
+        (
+            "bad first batch",
+            ("ValueError: Decoder cannot run", "ValueError: process 0 of 2 raised ValueError: Dec"),
         ),
         (
             "thorough",
