@@ -33,7 +33,7 @@ from bench.peers_accuracy import PEERS
 from bench.rows import append
 from secateur import evaluate
 from secateur.decompose import decompose_
-from secateur.integrations.transformers import load_folder, token_rows
+from secateur.integrations.transformers import load_folder, sampled_rows, token_rows
 from secateur.patterns import NM, Pattern, Unstructured
 from secateur.reconstruct import CompensationReport, Solution, compensate
 from secateur.replay import Batch
@@ -72,6 +72,13 @@ def decomposed(model: nn.Module, plan: sc.Plan, data: list[Batch]) -> Compensati
     return report
 
 
+def sampled(rows: int, model: nn.Module, plan: sc.Plan, data: list[Batch]) -> object:
+    """`sc.thorough` on the data and on rows that the dense model wrote beside it."""
+    ids = [batch for batch in data if isinstance(batch, Tensor)]
+    written = sampled_rows(model, ids, rows, at_once=512)
+    return sc.reconstruct_(model, plan, sc.thorough, [*data, *written])
+
+
 def attach_(model: nn.Module, plan: sc.Plan, adapter: Path) -> None:
     """Add the adapter's factors by hooks, as a runtime would."""
     factors = load_file(adapter / "adapter_model.safetensors")
@@ -106,6 +113,10 @@ METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Batch]], object]] = {
     "best, 5% extra": compensated,
     "decompose(best), 5% extra": decomposed,
     **{name: peer.prune for name, peer in PEERS.items()},
+}
+ANY_MODEL = tuple(METHODS)
+METHODS |= {
+    f"thorough, {rows} sampled rows": functools.partial(sampled, rows) for rows in (512, 2048)
 }
 
 

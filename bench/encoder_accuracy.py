@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from bench.accuracy import METHODS, row_of
+from bench.accuracy import ANY_MODEL, row_of
 from bench.rows import append
 from secateur import demo, evaluate
 from secateur.integrations.transformers import load_folder, text_batches
@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=ANY_MODEL, default=list(ANY_MODEL))
     parser.add_argument("--sentences", type=int, default=demo.CALIBRATION_SENTENCES)
     parser.add_argument("--first", type=int, default=0, help="the first calibration sentence")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

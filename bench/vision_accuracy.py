@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import nn
 
 import secateur as sc
-from bench.accuracy import METHODS, row_of
+from bench.accuracy import ANY_MODEL, row_of
 from bench.rows import Row, append
 from bench.vision import BATCH, Sizes, digits, top1, trained
 from bench.vit import EVERYTHING
@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=ANY_MODEL, default=list(ANY_MODEL))
     parser.add_argument("--tiny", action="store_true", help="a smoke test")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args(words)

@@ -4,12 +4,13 @@ The only file that imports transformers and tokenizers, and only inside function
 downloaded, and no code that a folder brings along is ever run.
 """
 
+import contextlib
 import copy
 import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from tqdm import tqdm
+
+from secateur.outputs import eval_mode
 
 # Everything that tokenizers, processors and chat templates are known to be stored in.
 TOKENIZER_FILES = (
@@ -230,6 +234,77 @@ def token_rows(source: str, rows: int, batch: int) -> list[Tensor]:
         found = f"shape {shape}" if ids is None else f"{ids.dtype} {shape}"
         raise ValueError(f"{source} needs integers of shape [at least {rows}, tokens], has {found}")
     return list(ids.long().split(batch))
+
+
+def sampled_rows(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    rows: int,
+    *,
+    prompt: int = 32,
+    at_once: int = 64,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Rows of token ids that the model writes itself, in batches such as those given.
+
+    Each starts with `prompt` tokens from a random place of the given rows and goes on, up to their
+    length, with tokens drawn from the model's own distribution; the end of a text does not end it.
+    They are more calibration data where there is little. Ask the dense model for them.
+
+    Cost: a forward pass over all rows, a token at a time for `at_once` rows, with their keys and
+        values in memory.
+    Raises:
+        ValueError: if the model does not generate text, or the batches are not rows of ids that are
+            all longer than the prompt.
+    Source: Liu et al. 2023 (LLM-QAT), arXiv:2305.17888, section 3.1.
+    """
+    writer: Any = model
+    if not (is_transformers(model) and writer.can_generate()):
+        raise ValueError(
+            "sampled_rows needs a model of transformers that generates text, got "
+            f"{type(model).__name__}"
+        )
+    for name, number in (("rows", rows), ("prompt", prompt), ("at_once", at_once)):
+        if number < 1:
+            raise ValueError(f"sampled_rows needs {name} of at least 1, got {number}")
+    lengths = {batch.shape[1] if batch.dim() == 2 else 0 for batch in batches}
+    if len(lengths) != 1 or min(lengths) <= prompt:
+        raise ValueError(
+            f"sampled_rows needs batches [rows, tokens] of one length above {prompt} tokens, the "
+            f"prompt's, got {[tuple(batch.shape) for batch in batches[:3]]}"
+        )
+    ids = torch.cat(list(batches)).to(writer.device)
+    length = ids.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randint(len(ids), (rows, 1), generator=generator)
+    place = torch.randint(length - prompt + 1, (rows, 1), generator=generator)
+    starts = ids[row.to(ids.device), (place + torch.arange(prompt)).to(ids.device)]
+    devices = [ids.device] if ids.is_cuda else []
+    with eval_mode(model), _sampling_plainly(writer), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        written = [
+            writer.generate(
+                start, attention_mask=torch.ones_like(start), max_length=length, use_cache=True
+            )
+            for start in tqdm(starts.split(at_once), desc="sample", disable=None)
+        ]
+    return list(torch.cat(written).split(len(batches[0])))
+
+
+@contextlib.contextmanager
+def _sampling_plainly(model: Any) -> Iterator[None]:
+    """`generate` draws from the model's distribution as it is for the while, and never ends early.
+
+    What the model's own configuration asks for, such as a repetition penalty, is put aside.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=True, top_k=0)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 # --- config.json ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from secateur.integrations.transformers import (
     hollow,
     is_transformers,
     load_folder,
+    sampled_rows,
     save_config,
     save_folder,
     text_batches,
@@ -311,3 +312,75 @@ def test_a_sharded_folder_with_a_real_tokenizer(tmp_path: Path) -> None:
     (copied / "model-00002-of-00004.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot be loaded as LlamaForCausalLM"):
         load_folder(copied)
+
+
+# --- sampled_rows --------------------------------------------------------------------------------
+
+
+def test_sampled_rows_begin_in_the_data_and_follow_the_model() -> None:
+    model = certain(tiny("llama"))
+    data = list(torch.randint(16, (6, 12)).split(4))
+    rows = sampled_rows(model, data, 9, prompt=3, at_once=5)
+    assert [tuple(batch.shape) for batch in rows] == [(4, 12), (4, 12), (1, 12)]
+    places = torch.cat(data).unfold(1, 3, 1).reshape(-1, 3)
+    for row in torch.cat(rows):
+        assert (places == row[:3]).all(1).any()
+        with torch.no_grad():
+            next_token = model(row[None]).logits[0].argmax(-1)
+        assert row[3:].equal(next_token[2:-1])
+
+
+def test_sampled_rows_are_drawn_from_the_models_own_distribution() -> None:
+    """Whatever its generation config would do to it; the end-of-text token ends no row."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # all 16 tokens are as likely
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False, top_k=1, repetition_penalty=5.0, eos_token_id=list(range(16))
+    )
+    own = model.generation_config.to_dict()
+    rows = torch.cat(sampled_rows(model, [torch.zeros(4, 24, dtype=torch.long)], 200, prompt=1))
+    assert rows.shape == (200, 24)
+    counts = rows[:, 1:].flatten().bincount(minlength=16)
+    # 4600 draws: 287.5 a token, standard deviation 16.4; five of them either way
+    assert counts.min() > 287.5 - 82 and counts.max() < 287.5 + 82
+    assert model.generation_config.to_dict() == own
+
+
+def test_sampled_rows_depend_on_the_seed_alone() -> None:
+    model = tiny("llama").train()
+    data = [torch.randint(16, (4, 12))]
+    torch.manual_seed(1)
+    first = torch.cat(sampled_rows(model, data, 3, prompt=2))
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.rand(1).equal(after)
+    torch.manual_seed(2)
+    assert torch.cat(sampled_rows(model, data, 3, prompt=2)).equal(first)
+    assert not torch.cat(sampled_rows(model, data, 3, prompt=2, seed=1)).equal(first)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "options", "message"),
+    [
+        ("bert", (4, 12), {}, "a model of transformers that generates text, got BertModel"),
+        ("llama", (4, 12), {"prompt": 12}, "one length above 12 tokens"),
+        ("llama", (4, 12, 1), {}, r"got \[\(4, 12, 1\)\]"),
+        ("llama", (4, 12), {"rows": 0}, "rows of at least 1, got 0"),
+        ("llama", (4, 12), {"at_once": 0}, "at_once of at least 1, got 0"),
+    ],
+)
+def test_sampled_rows_says_what_it_needs(
+    kind: str, shape: tuple[int, ...], options: dict[str, int], message: str
+) -> None:
+    data = [torch.zeros(shape, dtype=torch.long)]
+    with pytest.raises(ValueError, match=message):
+        sampled_rows(tiny(kind), data, **{"rows": 2, "prompt": 2, **options})
+
+
+def certain(model: Any) -> Any:
+    """The model, sure of its next token: what it samples is what is likeliest."""
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    return model
