@@ -72,11 +72,11 @@ def decomposed(model: nn.Module, plan: sc.Plan, data: list[Batch]) -> Compensati
     return report
 
 
-def sampled(rows: int, model: nn.Module, plan: sc.Plan, data: list[Batch]) -> object:
-    """`sc.thorough` on the data and on rows that the dense model wrote beside it."""
+def sampled(method: str, rows: int, model: nn.Module, plan: sc.Plan, data: list[Batch]) -> object:
+    """The method on the data and on rows that the dense model wrote beside it."""
     ids = [batch for batch in data if isinstance(batch, Tensor)]
     written = sampled_rows(model, ids, rows, at_once=512)
-    return sc.reconstruct_(model, plan, sc.thorough, [*data, *written])
+    return METHODS[method](model, plan, [*data, *written])
 
 
 def attach_(model: nn.Module, plan: sc.Plan, adapter: Path) -> None:
@@ -116,7 +116,9 @@ METHODS: dict[str, Callable[[nn.Module, sc.Plan, list[Batch]], object]] = {
 }
 ANY_MODEL = tuple(METHODS)
 METHODS |= {
-    f"thorough, {rows} sampled rows": functools.partial(sampled, rows) for rows in (512, 2048)
+    f"{method}, {rows} sampled rows": functools.partial(sampled, method, rows)
+    for method in ("sparsegpt", "blockwise(alps)", "thorough")
+    for rows in (512, 2048)
 }
 
 

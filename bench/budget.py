@@ -3,15 +3,18 @@
     python -m bench.budget --model llama-3-8b --tokens 16 --shares 0.6,0.7,0.8,0.9
 
 Random layers of the model's shapes, some blocks of them, whose sensitivities differ. For each share
-of the dense time: the allocation within it, the layers pruned to it and accelerated with the same
-tokens and formats, and one call of all layers one after another, timed as a whole (on a GPU in a
-CUDA graph, the weights cold because together no cache holds them). Columns: budget_ms, planned_ms
-and measured_ms, dense_ms measured in the same turns, and over = measured / budget - 1.
+of the dense time: what `costs.allocate_milliseconds` finds within it; then the layers themselves,
+pruned to it and accelerated with the same tokens and formats, and one call of all of them one after
+another, timed as a whole beside the dense ones (on a GPU in a CUDA graph, the weights cold because
+together no cache holds them). Columns: budget_ms; sum_ms, of the layers timed one by one;
+planned_ms, as the allocation measured it; measured_ms; the same three of the dense layers; and
+over = measured / budget - 1.
 """
 
 import argparse
 import copy
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +23,7 @@ import secateur as sc
 from bench.rows import append
 from bench.shapes import SHAPES, layers_of
 from secateur import costs
-from secateur.allocation import allocate
-from secateur.kernels.timing import compare
+from secateur.kernels.timing import Timing, compare
 
 PATTERNS = ("2:4", "block:64x64@0.75", "block:64x64@0.9", "unstructured:0.7", "unstructured:0.95")
 
@@ -63,7 +65,6 @@ def main() -> None:
     dense = layers(options.model, options.blocks, getattr(torch, options.dtype), options.device)
     formats = options.formats.split(",") if options.formats else None
     curves = sc.sense(dense, PATTERNS, energy)
-    table = costs.milliseconds(dense, curves, (options.tokens,), formats, remeasure=True)
     inputs = [
         torch.randn(options.tokens, linear.in_features, device=options.device).to(linear.weight)
         for linear in dense
@@ -73,22 +74,27 @@ def main() -> None:
         with torch.no_grad():
             return [layer(x) for layer, x in zip(model, inputs, strict=True)]
 
+    def measured(**models: nn.ModuleList) -> dict[str, Timing]:
+        variants = {name: [lambda one=one: call(one)] for name, one in models.items()}
+        return compare(variants, inputs[0].device)
+
+    dense_ms = measured(dense=dense)["dense"].median_us / 1e3
     for share in map(float, options.shares.split(",")):
-        budget = share * table.dense
+        budget = share * dense_ms
+        begin = perf_counter()
         try:
-            found = allocate(curves, table, budget)
+            found = costs.allocate_milliseconds(dense, curves, budget, (options.tokens,), formats)
         except ValueError as error:
-            print(error, flush=True)
+            print(f"{share}: {error}", flush=True)
             continue
+        choice_seconds = perf_counter() - begin
         print(found, flush=True)
+        table = costs.milliseconds(dense, curves, (options.tokens,), formats)
         model = copy.deepcopy(dense)
         sc.prune_(model, sc.plan(model, found.patterns))
         sc.accelerate_(model, (options.tokens,), formats)
-        timed = compare(
-            {"dense": [lambda: call(dense)], "plan": [lambda model=model: call(model)]},
-            inputs[0].device,
-        )
-        measured = timed["plan"].median_us / 1e3
+        timed = measured(dense=dense, plan=model)
+        taken = timed["plan"].median_us / 1e3
         row = {
             "model": options.model,
             "layers": len(dense),
@@ -96,17 +102,18 @@ def main() -> None:
             "tokens": options.tokens,
             "share": share,
             "budget_ms": budget,
+            "sum_ms": table.total(found.best.choices),
             "planned_ms": found.best.cost,
-            "measured_ms": measured,
+            "measured_ms": taken,
             "spread": timed["plan"].spread,
-            "planned_dense_ms": table.dense,
+            "dense_sum_ms": table.dense,
+            "planned_dense_ms": found.dense,
             "dense_ms": timed["dense"].median_us / 1e3,
-            "over": measured / budget - 1,
+            "over": taken / budget - 1,
+            "choice_seconds": choice_seconds,
         }
         append(options.output, "budget", [row], options.device)
-        print(
-            f"budget {budget:.4f} ms, measured {measured:.4f} ms ({row['over']:+.1%})", flush=True
-        )
+        print(f"budget {budget:.4f} ms, measured {taken:.4f} ms ({row['over']:+.1%})", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -10,14 +11,20 @@ from torch import Tensor, nn
 
 from secateur.accelerate import DEFAULT_FORMATS, accelerate_
 from secateur.accelerate_report import LayerReport
-from secateur.allocation import DENSE, Costs, Sensitivity
+from secateur.allocation import DENSE, Allocation, Costs, Sensitivity, allocate
+from secateur.allocation.budget import figure, front_of
 from secateur.formats.contract import packed_bytes
 from secateur.formats.format import Format, parse_format
 from secateur.formats.pack import named_linears
+from secateur.kernels.timing import compare, copies_for
 from secateur.patterns import parse
 
 # What stores any zeros in fewer bytes, fast or not.
 SMALL_FORMATS = (*DEFAULT_FORMATS, "bitmap")
+
+TRIES = 5  # allocations that `allocate_milliseconds` measures as a whole
+NEAR = 0.98  # of the budget: above, another try is worth no more
+MARGIN = 1.01  # of what was too slow: a layer is changed at least
 
 
 def parameters(sensitivity: Sensitivity) -> Costs:
@@ -98,6 +105,113 @@ def milliseconds(
     return _per_layer("ms", model, sensitivity, timed)
 
 
+def allocate_milliseconds(
+    model: nn.Module,
+    sensitivity: Sensitivity,
+    budget: float,
+    tokens: Sequence[int],
+    formats: Sequence[str | Format] | None = None,
+    *,
+    remeasure: bool = False,
+) -> Allocation:
+    """The allocation that takes at most `budget` milliseconds with its layers measured together.
+
+    Layers one after another take another time than the sum of the `milliseconds` of each by itself:
+    kernels of one kind overlap at their ends, and a GPU at its limit of power lowers its clocks.
+    So the allocation is measured as a whole, what it took for every millisecond of the sum scales
+    the table, and the next is allocated by that, a few times. The costs that it prints are scaled
+    likewise, that of the chosen one is what was measured.
+
+    Cost: that of `milliseconds`, and in each try a copy of some layers, 256 MB of each kind.
+    Raises:
+        ValueError: as `milliseconds` and `allocate`; if nothing that was tried keeps to the budget.
+    """
+    table = milliseconds(model, sensitivity, tokens, formats, remeasure=remeasure)
+    linears = named_linears(model, list(sensitivity.increase))
+
+    def together(choices: Mapping[str, str]) -> float:
+        return sum(_together(linears, choices, count, tokens, formats) for count in tokens)
+
+    dense = together(dict.fromkeys(linears, DENSE))
+    scale, fastest = 1.0, dense
+    kept: Allocation | None = None
+    seen = list[Mapping[str, str]]()
+    for _ in range(TRIES):
+        try:
+            found = allocate(sensitivity, _scaled(table, scale), budget)
+        except ValueError:
+            if not seen:
+                raise
+            break
+        if found.best.choices in seen:
+            break
+        seen.append(found.best.choices)
+        took = together(found.best.choices)
+        fastest = min(fastest, took)
+        if took <= budget and (kept is None or found.best.increase < kept.best.increase):
+            best = replace(found.best, cost=took)
+            others = [point for point in found.front if point is not found.best]
+            kept = replace(found, best=best, dense=dense, front=front_of([best, *others]))
+        if NEAR * budget <= took <= budget:
+            break
+        scale *= took / found.best.cost * (MARGIN if took > budget else 1)
+    if kept is None:
+        raise ValueError(
+            f"no choice of these patterns was measured to take {figure(budget)} ms at most: the "
+            f"least of {len(seen)} tried is {figure(fastest)}, dense is {figure(dense)}: raise the "
+            "budget, or sense sparser patterns"
+        )
+    return kept
+
+
+@torch.no_grad()
+def _together(
+    linears: Mapping[str, nn.Linear],
+    choices: Mapping[str, str],
+    count: int,
+    tokens: Sequence[int],
+    formats: Sequence[str | Format] | None,
+) -> float:
+    """Milliseconds of one call of all layers in their order with `count` tokens.
+
+    Layers alike share copies, as many as no cache holds.
+    """
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for name, linear in linears.items():
+        alike.setdefault((*_likeness(linear), choices[name]), []).append(name)
+    called: dict[str, nn.Module] = {}
+    for names in alike.values():
+        linear, choice = linears[names[0]], choices[names[0]]
+        copies = nn.ModuleList(
+            _copy(linear, choice) for _ in range(copies_for(linear.weight.nbytes, len(names)))
+        )
+        if choice != DENSE:
+            accelerate_(copies, tokens, formats)
+        called |= {name: copies[i % len(copies)] for i, name in enumerate(names)}
+    inputs = {
+        linear.in_features: torch.randn(count, linear.in_features).to(linear.weight)
+        for linear in linears.values()
+    }
+    layers = [(called[name], inputs[linear.in_features]) for name, linear in linears.items()]
+
+    device = next(iter(inputs.values())).device
+    timing = compare({"layers": [lambda: [layer(x) for layer, x in layers]]}, device)
+    return timing["layers"].median_us / 1e3
+
+
+def _scaled(table: Costs, scale: float) -> Costs:
+    return Costs(
+        table.unit,
+        {layer: {one: scale * ms for one, ms in of.items()} for layer, of in table.of.items()},
+    )
+
+
+def _likeness(linear: nn.Linear) -> tuple[object, ...]:
+    """The same for layers that cost the same."""
+    weight = linear.weight
+    return weight.shape, weight.dtype, weight.device, linear.bias is None
+
+
 def _per_layer(
     unit: str,
     model: nn.Module,
@@ -110,8 +224,7 @@ def _per_layer(
     table: dict[str, Mapping[str, float]] = {}
     for name, linear in linears.items():
         choices = _choices(sensitivity, name)
-        weight = linear.weight
-        key = (weight.shape, weight.dtype, weight.device, linear.bias is None, *choices)
+        key = (*_likeness(linear), *choices)
         if key not in known:
             with torch.no_grad():
                 known[key] = dict(zip(choices, measure(linear, choices), strict=True))

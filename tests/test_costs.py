@@ -1,7 +1,8 @@
 """Costs: exact counts of parameters and bytes, and the very times that `accelerate_` goes by."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 import secateur as sc
 from secateur import costs
 from secateur.accelerate import Timing
-from secateur.allocation import Sensitivity, allocate
+from secateur.accelerate_report import AccelerateReport
+from secateur.allocation import Sensitivity, allocate, monotone
 from secateur.formats.contract import packed_bytes
 from secateur.kernels.timing import Calls
 
@@ -118,6 +120,115 @@ def test_milliseconds_are_what_accelerate_then_runs(monkeypatch: pytest.MonkeyPa
 
     costs.milliseconds(model(), curves, (4, 16), remeasure=True)
     assert asked != []
+
+
+Whole = Callable[[Mapping[str, str]], float]
+
+
+def measured_together(monkeypatch: pytest.MonkeyPatch, whole: Whole) -> tuple[object, Sensitivity]:
+    """A model and its curves on a machine where layers together take `whole(choices)` ms."""
+    times = {"dense": 100.0, "block": 40.0, "csr": 70.0}
+    monkeypatch.setattr("secateur.accelerate.compare", timer(times, []))
+    monkeypatch.setattr("secateur.costs._together", lambda linears, choices, *rest: whole(choices))
+    found = model()
+    return found, sensed(found)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.35, 0.42, 0.5, 0.52, 2.0])
+def test_a_budget_of_milliseconds_holds_for_layers_together(
+    monkeypatch: pytest.MonkeyPatch, budget: float
+) -> None:
+    """They take 1.3 times their sum: the choice is the best of all that fit, and costs that."""
+    found, curves = measured_together(monkeypatch, lambda choices: 1.3 * table.total(choices))
+    table = costs.milliseconds(found, curves, (4,))
+    best = costs.allocate_milliseconds(found, curves, budget, (4,)).best
+    assert best.cost == pytest.approx(1.3 * table.total(best.choices))
+    assert best.cost <= budget
+    increase = monotone(curves)
+    every = [
+        dict(zip(table.of, some, strict=True)) for some in product(*map(list, table.of.values()))
+    ]
+    least = min(
+        sum(increase[layer][one] for layer, one in choices.items())
+        for choices in every
+        if 1.3 * table.total(choices) <= budget
+    )
+    assert best.increase == pytest.approx(least)
+
+
+def test_a_budget_that_layers_alone_would_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse layers take half as long again together, dense ones do not: a plan by sums is late."""
+
+    def whole(choices: Mapping[str, str]) -> float:
+        sparse = (table.of[layer][one] for layer, one in choices.items() if one != "dense")
+        return table.total(choices) + 0.5 * sum(sparse)
+
+    found, curves = measured_together(monkeypatch, whole)
+    table = costs.milliseconds(found, curves, (4,))
+    assert whole(allocate(curves, table, 0.3).best.choices) > 0.3
+    kept = costs.allocate_milliseconds(found, curves, 0.3, (4,))
+    assert kept.best.cost == pytest.approx(whole(kept.best.choices))
+    assert kept.best.cost <= 0.3
+    assert kept.dense == pytest.approx(0.4)
+    assert kept.best in kept.front
+    assert "<- chosen" in str(kept)
+
+
+def test_a_budget_of_milliseconds_that_nothing_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, curves = measured_together(monkeypatch, lambda choices: 1.3 * table.total(choices))
+    table = costs.milliseconds(found, curves, (4,))
+    with pytest.raises(
+        ValueError, match=r"budget of 0.1 ms: the least that can be reached is 0.19"
+    ):
+        costs.allocate_milliseconds(found, curves, 0.1, (4,))
+    found, curves = measured_together(
+        monkeypatch, lambda choices: 0.4 if set(choices.values()) == {"dense"} else 0.3001
+    )
+    with pytest.raises(
+        ValueError, match=r"take 0.3 ms at most: the least of \d tried is 0.3001, den"
+    ):
+        costs.allocate_milliseconds(found, curves, 0.3, (4,))
+
+
+def test_layers_together_are_copies_that_were_pruned_and_accelerated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each in its turn, on rows of its width; the model keeps its layers."""
+    times = {"dense": 100.0, "block": 40.0, "csr": 70.0}
+    monkeypatch.setattr("secateur.accelerate.compare", timer(times, []))
+    outputs = list[list[tuple[int, ...]]]()
+
+    def compare(variants: Mapping[str, Calls], device: torch.device) -> dict[str, Timing]:
+        (call,) = variants["layers"]
+        outputs.append([tuple(one.shape) for one in call()])  # type: ignore[attr-defined]
+        us = 2e3 if len(outputs) <= 4 else 0.97e3  # all dense at first, and in the first try
+        return {"layers": Timing(us, us, us, 20)}
+
+    monkeypatch.setattr("secateur.costs.compare", compare)
+    accelerated = list[list[float]]()
+
+    def spy(copies: nn.ModuleList, *rest: object, **named: object) -> AccelerateReport:
+        accelerated.append([float((one.weight == 0).double().mean()) for one in copies])
+        return sc.accelerate_(copies, *rest, **named)  # type: ignore[arg-type]
+
+    found = model()
+    curves = sensed(found)
+    table = costs.milliseconds(found, curves, (4, 16))
+    monkeypatch.setattr("secateur.costs.accelerate_", spy)
+    monkeypatch.setattr("secateur.costs.milliseconds", lambda *rest, **named: table)
+    before = copy.deepcopy(found.state_dict())
+    best = costs.allocate_milliseconds(found, curves, 1.95, (4, 16)).best
+    assert best.cost == pytest.approx(1.94)
+    shapes = [[(count, width) for width in (128, 256, 128, 6)] for count in (4, 16)]
+    assert outputs == shapes * 3
+    of = costs.parameters(curves).of
+    zeros = [1 - of[layer][one] / of[layer]["dense"] for layer, one in best.choices.items()]
+    pruned = [share for group in accelerated for share in group]
+    # at each number of tokens a copy for each pruned layer: all have room for their own here
+    assert sorted(pruned) == pytest.approx(sorted([share for share in zeros if share] * 2))
+    assert len(pruned) >= 2
+    assert all(type(one) is nn.Linear for one in found if not isinstance(one, nn.ReLU))
+    assert all(tensor.equal(before[name]) for name, tensor in found.state_dict().items())
 
 
 def test_costs_errors(monkeypatch: pytest.MonkeyPatch) -> None:
