@@ -20,6 +20,7 @@ from bench.accuracy_tables import (
     encoder_accuracy,
     vision_accuracy,
 )
+from bench.allocation_tables import allocation, budget
 from bench.prefill_tables import prefill, prefill_short
 
 RESULTS = Path(__file__).parent / "results"
@@ -327,6 +328,8 @@ def _ratios(row: Mapping[str, str]) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "accuracy-all": accuracy_all,
+    "allocation": allocation,
+    "budget": budget,
     "cost": cost,
     "cuts": cuts,
     "cuts-short": cuts_short,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import secateur as sc
-from bench.accuracy import EXTRA, METHODS
+from bench.accuracy import ANY_MODEL, EXTRA, METHODS
 from bench.cost import TINY, random_llama
 from secateur.reconstruct import CompensationReport
 
@@ -37,3 +37,16 @@ def test_with_an_adapter_there_are_zeros_few_parameters_and_less_error(method: s
             with torch.no_grad():
                 added = layer(x) - torch.nn.functional.linear(x, layer.weight)
             assert int(torch.linalg.matrix_rank(added, rtol=1e-3)) == report.rank
+
+
+def test_sampled_rows_stand_beside_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the method gets is the data, then so many rows of the same length, from the model."""
+    dense = random_llama(TINY, 16, "cpu").float()
+    batches = list(torch.randint(64, (6, 16)).split(4))
+    seen = list[list[torch.Tensor]]()
+    monkeypatch.setitem(METHODS, "sparsegpt", lambda model, plan, data: seen.append(data))
+    METHODS["sparsegpt, 512 sampled rows"](dense, sc.plan(dense, "2:4"), batches)
+    (data,) = seen
+    assert all(one is other for one, other in zip(data, batches, strict=False))
+    assert torch.cat(data[2:]).shape == (512, 16)
+    assert not set(ANY_MODEL) & {name for name in METHODS if "sampled" in name}

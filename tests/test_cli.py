@@ -21,7 +21,7 @@ from secateur import criteria, evaluate, reconstruct
 from secateur.allocation import read_sensitivity
 from secateur.cli import app
 from secateur.cli.methods import algorithms_by_name, find_method
-from secateur.integrations.transformers import load_folder, text_batches, token_rows
+from secateur.integrations.transformers import load_folder, sampled_rows, text_batches, token_rows
 from secateur.save import load
 from secateur.sidecar import read_sidecar
 from secateur.statistics import name_of
@@ -287,6 +287,24 @@ def test_prune_by_wanda_is_the_library_s_on_the_same_tokens(dense: Path, tmp_pat
     full = load_folder(dense).float()
     sc.prune_(full, sc.plan(full, "4:8"), sc.wanda, rows)
     assert not same(full, tmp_path / "out")
+
+
+def test_prune_calibrates_on_rows_that_the_dense_model_writes(dense: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", tokens(dense, "calibration")
+    said(
+        run(
+            "prune", dense, "-o", out, "-p", "2:4", "-m", "wanda", "--tokens", data, "--rows", ROWS,
+            "--batch", 4, "--sample", 6, "--dtype", "float32",
+        )
+    )  # fmt: skip
+    model = load_folder(dense, torch.float32)
+    batches = token_rows(data, ROWS, 4)
+    written = sampled_rows(model, batches, 6)
+    assert [len(batch) for batch in written] == [4, 2]
+    sc.prune_(model, "2:4", sc.wanda, [*batches, *written])
+    assert same(model, out)
+    refused_without = run("prune", dense, "-o", tmp_path / "b", "-p", "2:4", "--sample", 6)
+    assert "--sample 6 needs a method that calibrates, 'magnitude'" in refused(refused_without)
 
 
 def test_prune_by_sparsegpt_takes_text_and_options(dense: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import Tensor
 
 from secateur.cli import options as o
 from secateur.cli.console import emit, failures, working
@@ -13,6 +14,7 @@ from secateur.cli.source import AUTO, Data, Source, choose_plan, open_folder, op
 from secateur.cli.summary import Summary, summarize
 from secateur.formats import SparseLinear
 from secateur.prune import check
+from secateur.replay import Batch
 
 
 def prune(
@@ -34,6 +36,15 @@ def prune(
     rows: o.Rows = 128,
     length: o.Length = None,
     batch: o.Batch = 8,
+    sample: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Rows more that the dense language model writes itself, for methods that need "
+            "data: little text then goes far.",
+            rich_help_panel=o.DATA,
+        ),
+    ] = 0,
     eval_text: o.EvalText = None,
     eval_tokens: o.EvalTokens = None,
     eval_rows: o.EvalRows = 64,
@@ -64,12 +75,12 @@ def prune(
         chosen = find_method(method, option or ())
         data = Data(text, tokens, rows, length, batch)
         held_out = Data(eval_text, eval_tokens, eval_rows, length, batch, "--eval-")
-        _require_data(chosen, data)
+        _require_data(chosen, data, sample)
         require_writable(out, overwrite=overwrite)
         source = open_source(model, dtype, device)
         _require_runnable(source, bool(chosen.needs) or held_out.given)
         decided = choose_plan(source.model, patterns, plan, layers, ignore)
-        batches = data.read(source.path) if chosen.needs else None
+        batches = _calibration(source, data, sample) if chosen.needs else None
         test = held_out.read(source.path) if held_out.given else []
         before = quality(source.model, None, test)
         report = chosen(source.model, decided, batches, offload=offload, checkpoint=checkpoint)
@@ -89,7 +100,23 @@ def prune(
             summarize(summary)
 
 
-def _require_data(method: Method, data: Data) -> None:
+def _calibration(source: Source, data: Data, sample: int) -> list[Batch]:
+    """The batches read, and `sample` rows that the model wrote after them."""
+    from secateur.integrations.transformers import sampled_rows
+
+    batches = data.read(source.path)
+    if not sample:
+        return batches
+    ids = [batch for batch in batches if isinstance(batch, Tensor)]
+    return [*batches, *sampled_rows(source.model, ids, sample)]
+
+
+def _require_data(method: Method, data: Data, sample: int) -> None:
+    if sample and not method.needs:
+        raise ValueError(
+            f"--sample {sample} needs a method that calibrates, {method.name!r} needs no data: "
+            "leave --sample out, or use --method thorough"
+        )
     if method.needs and not data.given:
         raise ValueError(
             f"method {method.name!r} needs calibration data ({', '.join(method.needs)}): give "

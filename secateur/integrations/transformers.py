@@ -247,15 +247,16 @@ def sampled_rows(
 ) -> list[Tensor]:
     """Rows of token ids that the model writes itself, in batches such as those given.
 
-    Each starts with `prompt` tokens from a random place of the given rows and goes on, up to their
-    length, with tokens drawn from the model's own distribution; the end of a text does not end it.
-    They are more calibration data where there is little. Ask the dense model for them.
+    Each starts with `prompt` tokens, or half a row if that is less, from a random place of the
+    given rows and goes on, up to their length, with tokens drawn from the model's own distribution;
+    the end of a text does not end it. They are more calibration data where there is little. Ask the
+    dense model for them.
 
     Cost: a forward pass over all rows, a token at a time for `at_once` rows, with their keys and
         values in memory.
     Raises:
-        ValueError: if the model does not generate text, or the batches are not rows of ids that are
-            all longer than the prompt.
+        ValueError: if the model does not generate text, or the batches are not rows of ids, 2 or
+            more in each.
     Source: Liu et al. 2023 (LLM-QAT), arXiv:2305.17888, section 3.1.
     """
     writer: Any = model
@@ -268,13 +269,14 @@ def sampled_rows(
         if number < 1:
             raise ValueError(f"sampled_rows needs {name} of at least 1, got {number}")
     lengths = {batch.shape[1] if batch.dim() == 2 else 0 for batch in batches}
-    if len(lengths) != 1 or min(lengths) <= prompt:
+    if len(lengths) != 1 or min(lengths) < 2:
         raise ValueError(
-            f"sampled_rows needs batches [rows, tokens] of one length above {prompt} tokens, the "
-            f"prompt's, got {[tuple(batch.shape) for batch in batches[:3]]}"
+            "sampled_rows needs batches [rows, tokens] of token ids, all of one length, 2 tokens "
+            f"at least, got {[tuple(batch.shape) for batch in batches[:3]]}"
         )
     ids = torch.cat(list(batches)).to(writer.device)
     length = ids.shape[1]
+    prompt = min(prompt, length // 2)
     generator = torch.Generator().manual_seed(seed)
     row = torch.randint(len(ids), (rows, 1), generator=generator)
     place = torch.randint(length - prompt + 1, (rows, 1), generator=generator)

@@ -317,17 +317,20 @@ def test_a_sharded_folder_with_a_real_tokenizer(tmp_path: Path) -> None:
 # --- sampled_rows --------------------------------------------------------------------------------
 
 
-def test_sampled_rows_begin_in_the_data_and_follow_the_model() -> None:
+@pytest.mark.parametrize("prompt", [3, 32])
+def test_sampled_rows_begin_in_the_data_and_follow_the_model(prompt: int) -> None:
+    """With 3 tokens of it, or with half a row."""
     model = certain(tiny("llama"))
     data = list(torch.randint(16, (6, 12)).split(4))
-    rows = sampled_rows(model, data, 9, prompt=3, at_once=5)
+    rows = sampled_rows(model, data, 9, prompt=prompt, at_once=5)
     assert [tuple(batch.shape) for batch in rows] == [(4, 12), (4, 12), (1, 12)]
-    places = torch.cat(data).unfold(1, 3, 1).reshape(-1, 3)
+    begun = min(prompt, 6)
+    places = torch.cat(data).unfold(1, begun, 1).reshape(-1, begun)
     for row in torch.cat(rows):
-        assert (places == row[:3]).all(1).any()
+        assert (places == row[:begun]).all(1).any()
         with torch.no_grad():
             next_token = model(row[None]).logits[0].argmax(-1)
-        assert row[3:].equal(next_token[2:-1])
+        assert row[begun:].equal(next_token[begun - 1 : -1])
 
 
 def test_sampled_rows_are_drawn_from_the_models_own_distribution() -> None:
@@ -365,8 +368,8 @@ def test_sampled_rows_depend_on_the_seed_alone() -> None:
     ("kind", "shape", "options", "message"),
     [
         ("bert", (4, 12), {}, "a model of transformers that generates text, got BertModel"),
-        ("llama", (4, 12), {"prompt": 12}, "one length above 12 tokens"),
-        ("llama", (4, 12, 1), {}, r"got \[\(4, 12, 1\)\]"),
+        ("llama", (4, 1), {}, r"2 tokens at least, got \[\(4, 1\)\]"),
+        ("llama", (4, 12, 1), {}, r"2 tokens at least, got \[\(4, 12, 1\)\]"),
         ("llama", (4, 12), {"rows": 0}, "rows of at least 1, got 0"),
         ("llama", (4, 12), {"at_once": 0}, "at_once of at least 1, got 0"),
     ],

@@ -1,0 +1,66 @@
+"""The tables of what an allocation gains and how a budget of time is met, for `bench.tables`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Row = Mapping[str, str]
+
+
+def allocation(results: Path) -> str:
+    """Perplexity at one sparsity of the whole model, a row a method and a column a sparsity."""
+    from bench.tables import newest
+
+    return "\n".join(map(_allocation_table, newest(results, "allocation")))
+
+
+def budget(results: Path) -> str:
+    """For each budget of milliseconds, what the plan was measured to take, and what sums say."""
+    from bench.tables import newest
+
+    return "\n".join(map(_budget_table, newest(results, "budget")))
+
+
+def _allocation_table(rows: Sequence[Row]) -> str:
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        perplexity, gain = math.exp(float(row["nll"])), float(row["r_s"])
+        cells.setdefault(row["method"], {})[row["pattern"]] = f"{perplexity:.2f} ({gain:.2f})"
+    lines = [["perplexity (R_S to uniform)", *patterns], ["---"] * (1 + len(patterns))]
+    for method, found in cells.items():
+        lines.append([method, *[found.get(pattern, "-") for pattern in patterns]])
+    first = rows[0]
+    origin = (
+        f"{first['model']}, dense {math.exp(float(first['dense_nll'])):.2f}, "
+        f"{first['calibration_rows']} calibration rows, {first['search_rows']} others to search "
+        f"by, {first['validation_rows']} to validate; SparseGPT whatever the allocation; curves "
+        f"and weights took {float(first['shared_seconds']):.0f} s, each evolution at most "
+        f"{max(float(row['choice_seconds']) for row in rows):.0f} s; {_run(first)}, "
+        "`python -m bench.allocation`."
+    )
+    return "\n".join([*map(_line, lines), "", origin]) + "\n"
+
+
+def _budget_table(rows: Sequence[Row]) -> str:
+    heads = ["tokens", "budget ms", "measured ms", "to the budget", "sum of layers ms", "dense ms"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        figures = [f"{float(row[name]):.3f}" for name in ("budget_ms", "measured_ms")]
+        sums = [f"{float(row[name]):.3f}" for name in ("sum_ms", "dense_ms")]
+        lines.append([row["tokens"], *figures, f"{float(row['over']):+.1%}", *sums])
+    first = rows[0]
+    origin = (
+        f"{first['layers']} linear layers of {first['model']} with random weights in "
+        f"{first['dtype']}, one after another in one CUDA graph; {_run(first)}, "
+        "`python -m bench.budget`."
+    )
+    return "\n".join([*map(_line, lines), "", origin]) + "\n"
+
+
+def _run(row: Row) -> str:
+    return f"{row['device']}, torch {row['torch']}, {row['date']}, commit {row['commit']}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
