@@ -33,7 +33,8 @@ from bench.peers_accuracy import PEERS
 from bench.rows import append
 from secateur import evaluate
 from secateur.decompose import decompose_
-from secateur.integrations.transformers import load_folder, sampled_rows, token_rows
+from secateur.integrations.tokens import sampled_rows, token_rows
+from secateur.integrations.transformers import load_folder
 from secateur.patterns import NM, Pattern, Unstructured
 from secateur.reconstruct import CompensationReport, Solution, compensate
 from secateur.replay import Batch

@@ -24,7 +24,8 @@ import secateur as sc
 from bench.rows import append
 from secateur import costs, evaluate
 from secateur.allocation import Evolved, Sensitivity, allocate, erk, evolve, owl
-from secateur.integrations.transformers import load_folder, token_rows
+from secateur.integrations.tokens import token_rows
+from secateur.integrations.transformers import load_folder
 from secateur.outputs import eval_mode, logits_of
 from secateur.patterns import Pattern, parse
 from secateur.replay import Batch

@@ -22,7 +22,8 @@ import secateur as sc
 from bench.accuracy import ANY_MODEL, row_of
 from bench.rows import append
 from secateur import demo, evaluate
-from secateur.integrations.transformers import load_folder, text_batches
+from secateur.integrations.tokens import text_batches
+from secateur.integrations.transformers import load_folder
 from secateur.replay import Batch, to_device
 
 RESULTS = Path(__file__).parent / "results"

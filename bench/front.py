@@ -22,7 +22,8 @@ from torch import nn
 import secateur as sc
 from bench.rows import append
 from secateur.demo import CALIBRATION_SENTENCES, PACKAGE, manual_sentences
-from secateur.integrations.transformers import load_folder, text_batches, token_rows
+from secateur.integrations.tokens import text_batches, token_rows
+from secateur.integrations.transformers import load_folder
 from secateur.layers import select
 from secateur.patterns import parse
 

@@ -27,7 +27,8 @@ from secateur.accelerate_report import AccelerateReport
 from secateur.criteria import magnitude, wanda
 from secateur.criteria import random as random_scores
 from secateur.formats import pack_
-from secateur.integrations.transformers import load_folder, text_batches, token_rows
+from secateur.integrations.tokens import text_batches, token_rows
+from secateur.integrations.transformers import load_folder
 from secateur.patterns import Block
 from secateur.plan import Plan
 from secateur.plan import plan as make_plan

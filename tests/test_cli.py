@@ -21,7 +21,8 @@ from secateur import criteria, evaluate, reconstruct
 from secateur.allocation import read_sensitivity
 from secateur.cli import app
 from secateur.cli.methods import algorithms_by_name, find_method
-from secateur.integrations.transformers import load_folder, sampled_rows, text_batches, token_rows
+from secateur.integrations.tokens import sampled_rows, text_batches, token_rows
+from secateur.integrations.transformers import load_folder
 from secateur.save import load
 from secateur.sidecar import read_sidecar
 from secateur.statistics import name_of

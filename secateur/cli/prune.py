@@ -102,7 +102,7 @@ def prune(
 
 def _calibration(source: Source, data: Data, sample: int) -> list[Batch]:
     """The batches read, and `sample` rows that the model wrote after them."""
-    from secateur.integrations.transformers import sampled_rows
+    from secateur.integrations.tokens import sampled_rows
 
     batches = data.read(source.path)
     if not sample:

@@ -87,7 +87,7 @@ class Data:
         Raises:
             ValueError: if neither or both are given, or they cannot be read.
         """
-        from secateur.integrations.transformers import text_batches, token_rows
+        from secateur.integrations.tokens import text_batches, token_rows
 
         if (self.text is None) == (self.tokens is None):
             found = "both" if self.given else "neither"

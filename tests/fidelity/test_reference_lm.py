@@ -10,7 +10,8 @@ from torch import nn
 import secateur as sc
 from bench.accuracy import paper
 from secateur import evaluate
-from secateur.integrations.transformers import load_folder, token_rows
+from secateur.integrations.tokens import token_rows
+from secateur.integrations.transformers import load_folder
 
 FOLDER = Path(__file__).parents[3] / "shared" / "models" / "reference-lm"
 

@@ -12,16 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from secateur.integrations.tokens import sampled_rows, text_batches, token_rows
 from secateur.integrations.transformers import (
     copy_tokenizer,
     hollow,
     is_transformers,
     load_folder,
-    sampled_rows,
     save_config,
     save_folder,
-    text_batches,
-    token_rows,
     unloaded,
 )
 
