@@ -128,11 +128,7 @@ def allocate_milliseconds(
     """
     table = milliseconds(model, sensitivity, tokens, formats, remeasure=remeasure)
     linears = named_linears(model, list(sensitivity.increase))
-
-    def together(choices: Mapping[str, str]) -> float:
-        return sum(_together(linears, choices, count, tokens, formats) for count in tokens)
-
-    dense = together(dict.fromkeys(linears, DENSE))
+    dense = _together(linears, dict.fromkeys(linears, DENSE), tokens, formats)
     scale, fastest = 1.0, dense
     kept: Allocation | None = None
     seen = list[Mapping[str, str]]()
@@ -146,7 +142,7 @@ def allocate_milliseconds(
         if found.best.choices in seen:
             break
         seen.append(found.best.choices)
-        took = together(found.best.choices)
+        took = _together(linears, found.best.choices, tokens, formats)
         fastest = min(fastest, took)
         if took <= budget and (kept is None or found.best.increase < kept.best.increase):
             best = replace(found.best, cost=took)
@@ -168,11 +164,10 @@ def allocate_milliseconds(
 def _together(
     linears: Mapping[str, nn.Linear],
     choices: Mapping[str, str],
-    count: int,
     tokens: Sequence[int],
     formats: Sequence[str | Format] | None,
 ) -> float:
-    """Milliseconds of one call of all layers in their order with `count` tokens.
+    """Milliseconds of one call of all layers in their order at each number of tokens, summed.
 
     Layers alike share copies, as many as no cache holds.
     """
@@ -188,15 +183,21 @@ def _together(
         if choice != DENSE:
             accelerate_(copies, tokens, formats)
         called |= {name: copies[i % len(copies)] for i, name in enumerate(names)}
-    inputs = {
-        linear.in_features: torch.randn(count, linear.in_features).to(linear.weight)
-        for linear in linears.values()
-    }
-    layers = [(called[name], inputs[linear.in_features]) for name, linear in linears.items()]
+    weights = {linear.in_features: linear.weight for linear in linears.values()}
+    generator = torch.Generator().manual_seed(0)
+    microseconds = 0.0
+    for count in tokens:
+        x = {
+            width: torch.randn(count, width, generator=generator).to(weight)
+            for width, weight in weights.items()
+        }
 
-    device = next(iter(inputs.values())).device
-    timing = compare({"layers": [lambda: [layer(x) for layer, x in layers]]}, device)
-    return timing["layers"].median_us / 1e3
+        def call(x: Mapping[int, Tensor] = x) -> list[Tensor]:
+            return [called[name](x[linear.in_features]) for name, linear in linears.items()]
+
+        device = next(iter(weights.values())).device
+        microseconds += compare({"layers": [call]}, device)["layers"].median_us
+    return microseconds / 1e3
 
 
 def _scaled(table: Costs, scale: float) -> Costs:

@@ -224,9 +224,9 @@ def test_layers_together_are_copies_that_were_pruned_and_accelerated(
     of = costs.parameters(curves).of
     zeros = [1 - of[layer][one] / of[layer]["dense"] for layer, one in best.choices.items()]
     pruned = [share for group in accelerated for share in group]
-    # at each number of tokens a copy for each pruned layer: all have room for their own here
-    assert sorted(pruned) == pytest.approx(sorted([share for share in zeros if share] * 2))
-    assert len(pruned) >= 2
+    # a copy for each pruned layer: all have room for their own here
+    assert sorted(pruned) == pytest.approx(sorted(share for share in zeros if share))
+    assert pruned
     assert all(type(one) is nn.Linear for one in found if not isinstance(one, nn.ReLU))
     assert all(tensor.equal(before[name]) for name, tensor in found.state_dict().items())
 
