@@ -115,7 +115,7 @@ def sampled_rows(
     Raises:
         ValueError: if the model does not generate text, or the batches are not rows of ids, 2 or
             more in each.
-    Source: Liu et al. 2023 (LLM-QAT), arXiv:2305.17888, section 3.1.
+    Source: Liu et al. 2023 (LLM-QAT), arXiv:2305.17888, data-free distillation.
     """
     writer: Any = model
     if not (is_transformers(model) and writer.can_generate()):
