@@ -34,6 +34,7 @@ from bench.cold import FAILURES, REASON, error
 from bench.rows import Row, append
 from secateur.formats.candidates import first_line
 from secateur.formats.join import join_activations_
+from secateur.undo import Undo
 
 RESULTS = Path(__file__).parent / "results"
 ATTENTION = ("*.qkv", "*.proj")
@@ -175,7 +176,7 @@ def pack(model: nn.Module, configuration: Configuration, tokens: Sequence[int]) 
             layer.use(((able[0], None),))
     if configuration.tried:
         sc.accelerate_(model, tokens, configuration.tried, named(model, EVERYTHING))
-    join_activations_(model)
+    join_activations_(model, Undo())
     if packed_layers(model):
         sc.warmup(model, tokens)
 

@@ -42,6 +42,7 @@ from secateur.kernels.timing import (
     copies_on,
 )
 from secateur.remembered import Found, keep, recall
+from secateur.undo import all_or_nothing
 
 DEFAULT_FORMATS = ("semi24", "block:64x64", "block:32x32", "block:16x16", "csr")
 ALIKE = 0.01  # layers of one shape whose densities agree to this are measured once
@@ -143,8 +144,9 @@ def _accelerate(
     )
     if strict:
         _demand_gains(report, layers)
-    swap(model, packed)
-    return replace(report, joined=join_activations_(model))
+    with all_or_nothing() as undo:
+        swap(model, packed, undo)
+        return replace(report, joined=join_activations_(model, undo))
 
 
 def _groups(

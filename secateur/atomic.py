@@ -1,10 +1,48 @@
-"""A folder that appears whole or not at all, whatever happens while it is written."""
+"""Files and folders that appear whole or not at all, whatever happens while they are written.
+
+They are written under a name of their own beside the one they take, brought to the disk, and
+renamed. What a kill leaves under such a name is removed by the next call that writes there.
+"""
 
 import contextlib
+import glob
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from secateur.owned import Owned, in_use, remove_leftovers
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file in one piece: a kill leaves the old one or the new one. Text is UTF-8.
+
+    Raises: OSError where it cannot be written; then the old file is as it was.
+    """
+    remove_leftovers(path.parent, _partials(path))
+    owned = Owned(lambda: _touched(_partial(path)))
+    try:
+        owned.path.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(owned.path)
+        owned.path.replace(path)
+        owned.release()
+    except BaseException:
+        owned.remove()
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -13,29 +51,65 @@ def appearing_whole(folder: Path, replaced: Callable[[str], bool]) -> Iterator[P
 
     Of the old folder, the files whose names are `replaced` go; all others are copied over.
     """
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent, _partials(folder))
+    owned = Owned(lambda: _made(_partial(folder)))
+    partial = owned.path
     try:
         yield partial
         if folder.exists():
             _keep_others(folder, partial, replaced)
+        for path in partial.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                sync(path)
+        sync(partial)
+        if folder.exists():
             _exchange(folder, partial)
         else:
             partial.rename(folder)
+        sync(folder.parent)
+        owned.release()
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        owned.remove()
         raise
 
 
-def require_not_interrupted(folder: Path) -> None:
-    """Nothing, unless a kill between the two renames of an exchange left the old folder aside.
+def settle(folder: Path) -> None:
+    """Put the old folder back if a kill left it aside, between the two renames of an exchange.
 
     Raises:
-        ValueError: then, with the name it has.
+        ValueError: if it cannot be renamed; the name that it has is in the message.
     """
-    aside = _aside(folder.resolve())
-    if aside.exists() and not folder.exists():
-        raise ValueError(f"a save of {folder} was killed: rename {aside} back to it")
+    folder = folder.resolve()
+    aside = _aside(folder)
+    if not aside.exists() or folder.exists() or in_use(folder.parent, _partials(folder)):
+        return
+    try:
+        aside.rename(folder)
+    except OSError as error:
+        raise ValueError(
+            f"a save of {folder} was killed, its old content is {aside}, which cannot be renamed: "
+            f"{error.strerror}: rename it back"
+        ) from None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _partials(path: Path) -> str:
+    """The pattern of all names that `_partial` makes."""
+    return f".{glob.escape(path.name)}.????????.partial"
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _touched(file: Path) -> Path:
+    file.touch(exist_ok=False)
+    return file
 
 
 def _keep_others(folder: Path, partial: Path, replaced: Callable[[str], bool]) -> None:

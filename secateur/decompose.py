@@ -18,6 +18,7 @@ from secateur.adapter import require_new
 from secateur.calibrate import as_list, observe
 from secateur.distributed import team
 from secateur.gradients import Loss
+from secateur.interrupts import putting_back
 from secateur.layers import weight_of
 from secateur.patterns import Pattern
 from secateur.plan import Plan, as_plan, match
@@ -103,7 +104,7 @@ def _low_rank_parts_beside(
 ) -> Iterator[None]:
     """Take each layer's low-rank part out of its weight, and add it by a hook for the while."""
     norms = observe(model, layers, batches, ["input_norm"], sequential=False, offload=offload)
-    with contextlib.ExitStack() as stack:
+    with putting_back() as stack:
         with torch.no_grad(), contextlib.closing(norms) as seen:
             for observed in seen:
                 for name, statistics in observed.statistics.items():

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from secateur import layers as _layers
 from secateur.calibrate import as_list
 from secateur.distributed import ALONE, Team
+from secateur.interrupts import putting_back
 from secateur.layers import weight_of
 from secateur.outputs import answer, counted, eval_mode, on_device
 from secateur.replay import Batch, find_chains, hooks
@@ -233,14 +234,11 @@ def _zeros(module: nn.Module) -> Tensor:
 @contextmanager
 def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Parameters that require gradients, whether or not they did."""
-    before = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        for parameter, _ in before:
+    with putting_back() as stack:
+        for parameter in parameters:
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(True)
         yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
 
 
 def _row_count(batch: Batch, index: int) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur.interrupts import putting_back
 from secateur.replay import Batch, run_batch, to_device
 
 
@@ -20,24 +21,21 @@ from secateur.replay import Batch, run_batch, to_device
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Eval mode without key-value caches or fused paths that skip modules; restored at the end."""
     modules = [module for model in models for module in model.modules()]
-    training = [(module, module.training) for module in modules]
     found: list[Any] = [getattr(module, "config", None) for module in modules]
     configs = {id(config): config for config in found if hasattr(config, "use_cache")}
-    caching = {key: config.use_cache for key, config in configs.items()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
+    with putting_back() as stack:
+        for module in modules:
+            stack.callback(setattr, module, "training", module.training)
+        for config in configs.values():
+            stack.callback(setattr, config, "use_cache", config.use_cache)
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         for model in models:
             model.eval()
         for config in configs.values():
             config.use_cache = False
         torch.backends.mha.set_fastpath_enabled(False)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for key, config in configs.items():
-            config.use_cache = caching[key]
-        for module, mode in training:
-            module.training = mode
 
 
 def answer(model: nn.Module, batch: Batch, where: str) -> Any:

@@ -208,7 +208,7 @@ def _outputs(model: nn.Module, layer: nn.Module, batch: Batch) -> tuple[list[Ten
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
         calls.append(output)
 
-    with hooks([layer.register_forward_hook(keep)]):
+    with hooks(module.register_forward_hook(keep) for module in [layer]):
         returned = tensors_of(answer(model, batch, "batch 0"))
     return calls, [tensor for tensor in returned if tensor.is_floating_point()]
 

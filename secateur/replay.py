@@ -7,6 +7,7 @@ open, so that a replay passes on what the blocks, changed meanwhile, return.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
+
+from secateur.interrupts import held, putting_back
 
 # A batch is what the model is called with: one tensor, positional arguments, or keywords.
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -152,9 +155,9 @@ def _record(
         if len(outputs) == len(blocks):
             raise Enough
 
-    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
-    handles += [b.register_forward_hook(after) for b in blocks]
-    with hooks(handles):
+    entering = (b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks)
+    leaving = (b.register_forward_hook(after) for b in blocks)
+    with hooks(itertools.chain(entering, leaving)):
         try:
             run_batch(model, batch)
         except Enough:
@@ -203,24 +206,33 @@ def _same_calls(calls: Sequence[Call], others: Sequence[Call]) -> bool:
 @contextlib.contextmanager
 def forward_as(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
     """The module runs `run(forward, args, kwargs)` in place of its `forward`, between its hooks."""
-    before, forward = vars(module).get("forward"), module.forward
-    vars(module)["forward"] = lambda *args, **kwargs: run(forward, args, kwargs)
-    try:
+    own, forward = vars(module), module.forward
+    with putting_back() as stack:
+        if "forward" in own:
+            stack.callback(own.__setitem__, "forward", forward)
+        else:
+            stack.callback(own.pop, "forward", None)
+        own["forward"] = lambda *args, **kwargs: run(forward, args, kwargs)
         yield
-    finally:
-        del vars(module)["forward"]
-        if before is not None:
-            vars(module)["forward"] = before
 
 
 @contextlib.contextmanager
 def hooks(handles: Iterable[Any]) -> Iterator[None]:
-    registered = list(handles)
-    try:
+    """Hooks that are registered as they are listed, and removed at the end.
+
+    An interrupt may come between one and the next: pass a generator that registers them, no list.
+    """
+    registered: list[Any] = []
+    with putting_back() as stack:
+        stack.callback(_remove, registered)
+        with held():
+            registered.extend(handles)
         yield
-    finally:
-        for handle in registered:
-            handle.remove()
+
+
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def to_device(tree: Any, device: torch.device) -> Any:

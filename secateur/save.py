@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from secateur import layers as _layers
-from secateur.atomic import appearing_whole, require_not_interrupted
+from secateur.atomic import appearing_whole, settle
 from secateur.formats import SparseLinear, describe, empty_from
 from secateur.formats.pack import swap
 from secateur.integrations.transformers import (
@@ -38,6 +38,7 @@ from secateur.sidecar import (
     weight_files,
 )
 from secateur.tensor_files import load_file, save_file
+from secateur.undo import all_or_nothing
 from secateur.version import VERSION
 
 # A file of this size still copies and uploads in one go everywhere; Hugging Face's habit.
@@ -117,7 +118,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             weights are not those of `model`. Whatever is raised, `model` is left as it was.
     """
     folder = Path(folder)
-    require_not_interrupted(folder)
+    settle(folder)
     sidecar = read_sidecar(folder)
     verify(folder, sidecar)
     if model is None and not (folder / "config.json").is_file():
@@ -145,7 +146,7 @@ def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
             not write, or a saved model without `overwrite`.
     """
     folder = Path(folder).resolve()
-    require_not_interrupted(folder)
+    settle(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save needs a folder, {folder} is a file: choose another name")
     if folder.is_dir() and any(folder.iterdir()):
@@ -289,18 +290,11 @@ def _replace_weights(
     own = {n: t for n, t in model.state_dict().items() if not n.startswith(prefixes)}
     dense = {n: t for n, t in tensors.items() if not n.startswith(prefixes)}
     _require_same(own, dense, f"{folder} (a {sidecar.model_class})", type(model).__name__)
-    modules = dict(model.named_modules())
-    replaced = {name: modules[name] for name in packed}
-    before = {name: tensor.to("cpu", copy=True) for name, tensor in own.items()}
-    try:
+    with all_or_nothing() as undo:
+        undo.remember(own)
         for name, tensor in own.items():
             tensor.copy_(dense[name])
-        swap(model, packed)
-    except BaseException:
-        swap(model, replaced)
-        for name, tensor in own.items():
-            tensor.copy_(before[name])
-        raise
+        swap(model, packed, undo)
 
 
 def _packed_layer(

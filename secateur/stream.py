@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from secateur import layers as _layers
-from secateur.atomic import appearing_whole, require_not_interrupted
+from secateur.atomic import appearing_whole, settle
 from secateur.calibrate import as_list
 from secateur.checkpoint import Checkpoint
 from secateur.distributed import team
@@ -116,7 +116,7 @@ def _progress(
     batches: Sequence[Batch],
 ) -> Checkpoint:
     """The finished layers of this very run in the target folder, none in a new one."""
-    require_not_interrupted(target)
+    settle(target)
     if (target / SIDECAR).exists():
         raise ValueError(f"{target} holds a saved model: choose another folder")
     if target.exists() and not target.is_dir():

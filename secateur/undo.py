@@ -1,44 +1,107 @@
-"""Weights as they were, to be put back if a verb raises."""
+"""Everything as it was, to be put back if a verb raises."""
 
 import contextlib
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
+from secateur.interrupts import Signals
+from secateur.owned import Owned, temporary_folder
 from secateur.tensor_files import load_file, save_file
+
+PREFIX = "secateur-undo-"
+
+# Originals are copied to the CPU in pieces of this size, on their way to the disk.
+PIECE_BYTES = 256 * 2**20
 
 
 class Undo:
-    """Copies of parameters in a folder on disk: a second model would not fit in memory."""
+    """What puts a model back: calls, last first, and copies of tensors on disk.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._remembered: list[dict[str, nn.Parameter]] = []
+    A second model would not fit in memory. The copies are in files without a name, mapped into
+    memory: nobody can remove them, and the system does when the process ends.
+    """
 
-    def remember(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Keep these parameters as they are now; call it before they are changed."""
-        # Copied even on a CPU: safetensors refuses parameters that are views of one storage.
-        copies = {n: p.detach().to("cpu", copy=True).contiguous() for n, p in parameters.items()}
-        save_file(copies, self._folder / f"{len(self._remembered)}.safetensors")
-        self._remembered.append(dict(parameters))
+    def __init__(self) -> None:
+        self._calls = contextlib.ExitStack()
+        self._folder: Owned | None = None
+
+    def call(self, put_back: Callable[..., Any], *arguments: Any) -> None:
+        """Make this call to put back a change; say so before the change is made."""
+        self._calls.callback(put_back, *arguments)
+
+    def remember(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors as they are now; call it before they are changed."""
+        for piece in _pieces(tensors.values()):
+            for tensor, original in zip(piece, self._originals(piece), strict=True):
+                self._calls.callback(_copy, tensor, original)
 
     def restore(self) -> None:
-        """Put everything back that was remembered."""
-        for i, parameters in enumerate(self._remembered):
-            kept = load_file(self._folder / f"{i}.safetensors")
-            for name, parameter in parameters.items():
-                parameter.data.copy_(kept[name])
+        """Put everything back."""
+        self._calls.close()
+
+    def tidy(self) -> None:
+        """Remove the folder, which is empty; what was remembered can still be put back."""
+        if self._folder is not None:
+            self._folder.remove()
+
+    def _originals(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Copies of the tensors, bytes in files without a name."""
+        if self._folder is None:
+            self._folder = temporary_folder(PREFIX)
+        path = self._folder.path / "originals.safetensors"
+        copies = {str(i): _bytes(tensor) for i, tensor in enumerate(tensors)}
+        save_file(copies, path)
+        del copies
+        mapped = load_file(path)
+        with contextlib.suppress(PermissionError):  # Windows removes no file that is mapped
+            path.unlink()
+        return [
+            mapped[str(i)].view(tensor.dtype).view(tensor.shape) for i, tensor in enumerate(tensors)
+        ]
+
+
+def _copy(tensor: Tensor, original: Tensor) -> None:
+    tensor.data.copy_(original)  # `.data` as it is then: it may be another than it was
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A copy of the tensor's values, as bytes: safetensors does not know every dtype."""
+    return tensor.detach().to("cpu", copy=True).contiguous().flatten().view(torch.uint8)
+
+
+def _pieces(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in lists of about `PIECE_BYTES`."""
+    piece: list[Tensor] = []
+    for tensor in tensors:
+        piece.append(tensor)
+        if sum(member.nbytes for member in piece) >= PIECE_BYTES:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
 
 
 @contextlib.contextmanager
 def all_or_nothing() -> Iterator[Undo]:
-    """What was remembered is put back if the block raises, KeyboardInterrupt included."""
-    with tempfile.TemporaryDirectory(prefix="secateur-undo-") as folder:
-        undo = Undo(Path(folder))
+    """What was remembered is put back if the block raises, KeyboardInterrupt included.
+
+    To be the outermost block of a verb, with its `return` inside: then there is no line at which
+    an interrupt leaves the model changed. A second interrupt waits until the first has had its way.
+    """
+    undo, signals = Undo(), Signals()
+    try:
+        signals.watch()
+        yield undo
+        undo.tidy()
+        signals.release()
+    except BaseException:
+        signals.hold()
         try:
-            yield undo
-        except BaseException:
             undo.restore()
-            raise
+        finally:
+            undo.tidy()
+            signals.release()
+        raise

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from secateur.formats.activations import ACTIVATIONS
 from secateur.formats.linear import SparseLinear
 from secateur.formats.op import table
+from secateur.undo import Undo
 
 # What tells activations apart: all of them differ there by more than rounding.
 PROBES = torch.linspace(-6.0, 6.0, 241)
@@ -29,7 +30,7 @@ class Joined(nn.Module):
         return input
 
 
-def join_activations_(model: nn.Module) -> dict[str, str]:
+def join_activations_(model: nn.Module, undo: Undo) -> dict[str, str]:
     """The layers that apply their activation themselves from now on, and which one it is.
 
     A packed layer does where an implementation that it runs is able to, if it and a module that
@@ -50,18 +51,22 @@ def join_activations_(model: nn.Module) -> dict[str, str]:
         for layer, activation in _pairs(parent):
             name = _known(children[activation]) if able.get(layer) else None
             if name is not None and name in able[layer]:
+                undo.call(setattr, children[layer], "activation", "")
                 children[layer].activation = name
+                undo.call(parent.set_submodule, activation, children[activation])
                 parent.set_submodule(activation, Joined(children[activation]))
                 joined[f"{place}.{layer}".removeprefix(".")] = name
     return joined
 
 
-def separate_activations_(model: nn.Module) -> None:
-    """Nothing; activations stand again where they stood, and layers no longer apply them."""
+def separate_activations_(model: nn.Module, undo: Undo) -> None:
+    """Put activations back where they stood; layers no longer apply them."""
     for place, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, Joined):
+            undo.call(model.set_submodule, place, module)
             model.set_submodule(place, module.activation)
-        elif isinstance(module, SparseLinear):
+        elif isinstance(module, SparseLinear) and module.activation:
+            undo.call(setattr, module, "activation", module.activation)
             module.activation = ""
 
 

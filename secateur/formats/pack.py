@@ -10,6 +10,7 @@ from torch import nn
 from secateur.formats.format import Format, parse_format, weight_error
 from secateur.formats.join import separate_activations_
 from secateur.formats.linear import SparseLinear, Table
+from secateur.undo import Undo, all_or_nothing
 
 REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
 
@@ -83,8 +84,9 @@ def pack_(
             for name, linear in linears.items()
         )
     )
-    swap(model, packed)
-    return report
+    with all_or_nothing() as undo:
+        swap(model, packed, undo)
+        return report
 
 
 def unpack_(model: nn.Module) -> PackReport:
@@ -108,9 +110,10 @@ def unpack_(model: nn.Module) -> PackReport:
             for name, linear in found.items()
         )
     )
-    swap(model, dense)
-    separate_activations_(model)
-    return report
+    with all_or_nothing() as undo:
+        swap(model, dense, undo)
+        separate_activations_(model, undo)
+        return report
 
 
 def packed_linear(
@@ -175,16 +178,17 @@ def weight_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-    """Nothing; puts each replacement in every place where the module of that name stands."""
+def swap(model: nn.Module, replacements: Mapping[str, nn.Module], undo: Undo) -> None:
+    """Put each replacement in every place where the module of that name stands."""
     modules = dict(model.named_modules())
     new = {id(modules[name]): replacement for name, replacement in replacements.items()}
     places = [
-        (place, new[id(module)])
+        (place, module, new[id(module)])
         for place, module in model.named_modules(remove_duplicate=False)
         if id(module) in new
     ]
-    for place, replacement in places:
+    for place, module, replacement in places:
+        undo.call(model.set_submodule, place, module)
         model.set_submodule(place, replacement)
 
 

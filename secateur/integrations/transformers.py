@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from secateur.replay import hooks
+
 # Everything that tokenizers, processors and chat templates are known to be stored in.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -99,11 +101,8 @@ def hollow(folder: str | Path) -> nn.Module:
             f'{folder / "config.json"} needs a "dtype", the one in which the weights are stored: '
             "add it"
         )
-    handle = register_module_parameter_registration_hook(_without_memory)
-    try:
+    with hooks(register_module_parameter_registration_hook(h) for h in [_without_memory]):
         return unloaded(folder)
-    finally:
-        handle.remove()
 
 
 def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from secateur import layers as _layers
 from secateur.adapter import require_new, write_adapter
 from secateur.calibrate import observe
+from secateur.interrupts import putting_back
 from secateur.reconstruct.refit import require_gram
 from secateur.replay import Batch
 from secateur.tables import text_table
@@ -156,7 +157,7 @@ def compensate(
     rank = rank_within({n: w.shape for n, w in weights.items()}, parameters, rank, extra)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     results: dict[str, Compensated] = {}
-    with torch.no_grad(), contextlib.ExitStack() as stack:
+    with torch.no_grad(), putting_back() as stack:
         bar = stack.enter_context(tqdm(total=len(layers), desc="compensate", disable=None))
         seen = observe(model, layers, batches, ["gram"], sequential=True, offload=offload)
         stack.enter_context(contextlib.closing(seen))

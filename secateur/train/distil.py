@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from secateur.interrupts import putting_back
 from secateur.layers import weight_of
 from secateur.outputs import answer, eval_mode
 from secateur.replay import Batch
@@ -283,11 +284,8 @@ def _name(loss: Loss) -> str:
 @contextlib.contextmanager
 def _own_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Gradients start from none and end as they were."""
-    gradients = {name: parameter.grad for name, parameter in parameters.items()}
-    try:
+    with putting_back() as stack:
         for parameter in parameters.values():
+            stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.grad = gradients[name]

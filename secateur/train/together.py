@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from secateur.interrupts import putting_back
 from secateur.layers import weight_of
 from secateur.outputs import answer, eval_mode
 from secateur.replay import Batch
@@ -88,13 +89,15 @@ def _in_float32(*models: nn.Module) -> Iterator[None]:
         for tensor in (*model.parameters(), *model.buffers())
         if tensor.dtype in (torch.bfloat16, torch.float16)
     }
-    try:
-        for tensor in small:
+    with putting_back() as stack:
+        for tensor, dtype in small.items():
+            stack.callback(_cast_, tensor, dtype)
             tensor.data = tensor.data.float()
         yield
-    finally:
-        for tensor, dtype in small.items():
-            tensor.data = tensor.data.to(dtype)
+
+
+def _cast_(tensor: Tensor, dtype: torch.dtype) -> None:
+    tensor.data = tensor.data.to(dtype)
 
 
 def _float32(batch: Batch) -> Batch:
@@ -111,16 +114,13 @@ def _float32(batch: Batch) -> Batch:
 @contextlib.contextmanager
 def _requiring_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Only these weights require gradients for the while."""
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in required:
+    with putting_back() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_()
         yield
-    finally:
-        for parameter, wanted in required.items():
-            parameter.requires_grad_(wanted)
 
 
 def _kept_rms(weights: Mapping[str, nn.Parameter]) -> float:

@@ -12,6 +12,7 @@ from secateur.formats.linear import SparseLinear
 from secateur.formats.pack import packed_linear, swap, weight_owners, why_not_layer
 from secateur.plan import Plan, plan
 from secateur.prune import check, prune_
+from secateur.undo import all_or_nothing
 
 Filter = Callable[[nn.Module, str], bool]
 Change = Callable[[nn.Module], nn.Module]
@@ -83,8 +84,9 @@ def _apply(verb: str, model: nn.Module, config: object, filter_fn: Filter | None
             f"{verb} needs a model that holds its layers, got a bare {type(model).__name__}: "
             "wrap it in nn.Sequential"
         )
-    swap(model, replaced)
-    return model
+    with all_or_nothing() as undo:
+        swap(model, replaced, undo)
+        return model
 
 
 def _advice(config: object) -> str:

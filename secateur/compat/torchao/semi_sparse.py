@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from secateur.compat.torchao.names import closest
 from secateur.compat.torchao.swap import HOOKS
 from secateur.formats.pack import swap
+from secateur.undo import all_or_nothing
 
 TILE = 4  # rows and columns of a tile; half of each row and of each column stays
 KEPT = TILE // 2
@@ -173,7 +174,9 @@ def swap_linear_with_semi_sparse_linear(
                 "or SemiSparseActivationLinear"
             )
     made: Mapping[str, Any] = config  # each has a from_dense
-    swap(model, {name: target.from_dense(layers[name]) for name, target in made.items()})
+    replacements = {name: target.from_dense(layers[name]) for name, target in made.items()}
+    with all_or_nothing() as undo:
+        swap(model, replacements, undo)
 
 
 def swap_semi_sparse_linear_with_linear(model: nn.Module) -> None:
@@ -192,7 +195,9 @@ def swap_semi_sparse_linear_with_linear(model: nn.Module) -> None:
             f"swap needs a model that holds its layers, got a bare {type(model).__name__}: use "
             "to_dense"
         )
-    swap(model, {name: _dense(module) for name, module in found.items()})
+    replacements = {name: _dense(module) for name, module in found.items()}
+    with all_or_nothing() as undo:
+        swap(model, replacements, undo)
 
 
 def _pruned(x: Tensor) -> Tensor:

@@ -1,0 +1,86 @@
+"""Ctrl-C while something is put back: the first one is heard, those after it wait."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Handler = Callable[[int, Any], Any]
+
+
+class Signals:
+    """The signals that Python functions handle, Ctrl-C among them, while a model is changed.
+
+    A handler may raise wherever Python is, also where the model is being put back because of an
+    earlier one. So once a handler has raised, or from `hold` on, signals wait until `release`,
+    which hands them to their handlers. Only the main thread has signals: in any other nothing
+    happens.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Handler] = {}
+        self._waiting: list[int] = []
+        self._holding = False
+
+    def watch(self) -> None:
+        """From now on, signals come here first."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if callable(handler) and handler != self._arrived:
+                self._handlers[number] = handler
+                signal.signal(number, self._arrived)
+
+    def hold(self) -> None:
+        """From now on, signals wait."""
+        self._holding = True
+        self.watch()
+
+    def release(self) -> None:
+        """Every signal has its handler again, which is called for those that waited."""
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._arrived:  # nobody put another in its place
+                signal.signal(number, handler)
+        waiting, self._waiting = self._waiting, []
+        for number in dict.fromkeys(waiting):
+            signal.raise_signal(number)
+
+    def _arrived(self, number: int, frame: Any) -> None:
+        if self._holding:
+            self._waiting.append(number)
+            return
+        try:
+            self._handlers[number](number, frame)
+        except BaseException:
+            self._holding = True
+            raise
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Signals wait until the block is done."""
+    signals = Signals()
+    try:
+        signals.hold()
+        yield
+    finally:
+        signals.release()
+
+
+@contextlib.contextmanager
+def putting_back() -> Iterator[contextlib.ExitStack]:
+    """A stack of calls that put things back at the end, whatever is raised and however often.
+
+    Push a call before the change that it undoes: an interrupt may come between any two lines.
+    """
+    stack = contextlib.ExitStack()
+    try:
+        yield stack
+    finally:
+        try:
+            with held():
+                stack.close()
+        finally:
+            stack.close()  # what is left if the line before was interrupted; else nothing
