@@ -14,23 +14,34 @@ from pathlib import Path
 
 from secateur.owned import Owned, in_use, remove_leftovers
 
+ANY = ".????????.partial"  # how the names end that files and folders have while they are written
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file in one piece: a kill leaves the old one or the new one. Text is UTF-8.
 
     Raises: OSError where it cannot be written; then the old file is as it was.
     """
+    with file_appearing_whole(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def file_appearing_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its place at the end, or is gone if the block raises.
+
+    That is a folder of its own: what libraries write beside their files for a while goes with it.
+    """
     remove_leftovers(path.parent, _partials(path))
-    owned = Owned(lambda: _touched(_partial(path)))
+    owned = Owned(lambda: _made(_partial(path)))
     try:
-        owned.path.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync(owned.path)
-        owned.path.replace(path)
-        owned.release()
-    except BaseException:
+        partial = owned.path / path.name
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
         owned.remove()
-        raise
-    sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -99,17 +110,12 @@ def _partial(path: Path) -> Path:
 
 def _partials(path: Path) -> str:
     """The pattern of all names that `_partial` makes."""
-    return f".{glob.escape(path.name)}.????????.partial"
+    return f".{glob.escape(path.name)}{ANY}"
 
 
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
-
-
-def _touched(file: Path) -> Path:
-    file.touch(exist_ok=False)
-    return file
 
 
 def _keep_others(folder: Path, partial: Path, replaced: Callable[[str], bool]) -> None:

@@ -5,6 +5,8 @@ first: each weight is split in two, one part is pruned, and the other runs besid
 """
 
 import contextlib
+import functools
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -89,8 +91,9 @@ def decompose_(
         undo.remember({name: weight_of(module) for name, module in layers.items()})
         with _low_rank_parts_beside(model, plan, layers, listed, rank, offload):
             run(listed, offload, checkpoint)
+        undo.call(functools.partial(shutil.rmtree, folder, ignore_errors=True))
         report = compensate(model, dense, listed, folder, rank=rank, offload=offload)
-    return replace(report, seconds=time.perf_counter() - begin)
+        return replace(report, seconds=time.perf_counter() - begin)
 
 
 @contextlib.contextmanager

@@ -126,8 +126,8 @@ def permute_(
                 done[name] = PermutedLayer(
                     name, tuple(pair.producers), str(pair.pattern), before, kept
                 )
-    in_order = {name: left[name] for name in plan.layers if name in left}
-    return PermuteReport(tuple(done.values()), in_order, time.perf_counter() - begin)
+        in_order = {name: left[name] for name in plan.layers if name in left}
+        return PermuteReport(tuple(done.values()), in_order, time.perf_counter() - begin)
 
 
 # --- the orders, and whether they change nothing -------------------------------------------------

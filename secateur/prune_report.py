@@ -25,11 +25,16 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune_` or `reconstruct_` did, layer by layer."""
+    """What `prune_` or `reconstruct_` did, layer by layer.
+
+    `zeros` are those in the weights of these layers, `parameters` all numbers of the model.
+    """
 
     method: str
     layers: tuple[LayerResult, ...]
     seconds: float
+    zeros: int
+    parameters: int
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -49,8 +54,16 @@ class PruneReport:
         ]
 
     def __str__(self) -> str:
-        head = f"{self.method}: {len(self.layers)} layers in {self.seconds:.1f} s"
-        return f"{text_table(self.columns, self.rows())}\n{head}"
+        return f"{text_table(self.columns, self.rows())}\n{self.summary}"
+
+    @property
+    def summary(self) -> str:
+        """One sentence: what was done, and what share of the whole model it made zero."""
+        share = self.zeros / max(self.parameters, 1)
+        return (
+            f"{self.method}: {len(self.layers)} layers in {self.seconds:.1f} s; their zeros are "
+            f"{share:.1%} of all {self.parameters:,} parameters"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

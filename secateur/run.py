@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from secateur import layers as _layers
 from secateur.calibrate import Observed, as_list, observe
-from secateur.checkpoint import Checkpoint
+from secateur.checkpoint import Checkpoint, digest
 from secateur.distributed import ALONE, Team, team
 from secateur.gradients import Loss, gradients
 from secateur.layers import weight_of
@@ -103,33 +103,40 @@ class Run:
         self, batches: Iterable[Batch] | None, offload: bool, checkpoint: str | Path | None
     ) -> PruneReport:
         begin = time.perf_counter()
-        with self.team.together():
-            layers = match(self.model, self.plan)
-            require_sound(layers)
-            self._require_data(batches)
-            known = checkpoint or self.team.size > 1
-            fingerprint = self._fingerprint(layers) if known else {}
-            saved = Checkpoint(checkpoint, fingerprint) if checkpoint else None
-            finished = saved.finished() if saved else {}
-            missing = {name: m for name, m in layers.items() if name not in finished}
-            asks = self.asks and (missing or self.distils)
-            listed = as_list(batches) if asks and batches is not None else []
-        _require_same(self.team, fingerprint | {"checkpoint": list(finished)})
-        if self.blockwise in (best, thorough) and missing:
+        with all_or_nothing() as undo, contextlib.ExitStack() as stack:
             with self.team.together():
-                if self.team.rank == 0:
-                    told = estimate(self.model, missing, listed, self.blockwise, offload=offload)
-                    tqdm.write(f"{self.method}: {told}", file=sys.stderr)
-        dense = copy.deepcopy(self.model) if self.distils else None
-        if dense is not None:
-            held_out_loss(self.model, dense, listed)  # before hours of work: is there one?
-        found = gradients(self.model, missing, listed, self.needs, self.loss, self.team)
-        with all_or_nothing() as undo:
+                layers = match(self.model, self.plan)
+                require_sound(layers)
+                self._require_data(batches)
+                listed = as_list(batches) if self.asks and batches is not None else []
+                known = checkpoint or self.team.size > 1
+                fingerprint = self._fingerprint(layers) if known else {}
+            data = self.team.everyones(digest(listed) if checkpoint else "")
+            with self.team.together():
+                saved: Checkpoint | None = None
+                if checkpoint:
+                    run = fingerprint | {"batches": data}
+                    saved = Checkpoint(checkpoint, run, writes=team().rank == 0)
+                    stack.enter_context(saved)
+                finished = saved.finished() if saved else {}
+                missing = {name: m for name, m in layers.items() if name not in finished}
+            _require_same(self.team, fingerprint | {"checkpoint": list(finished)})
+            if self.blockwise in (best, thorough) and missing:
+                with self.team.together():
+                    if self.team.rank == 0:
+                        told = estimate(
+                            self.model, missing, listed, self.blockwise, offload=offload
+                        )
+                        tqdm.write(f"{self.method}: {told}", file=sys.stderr)
+            dense = copy.deepcopy(self.model) if self.distils else None
+            if dense is not None:
+                held_out_loss(self.model, dense, listed)  # before hours of work: is there one?
+            found = gradients(self.model, missing, listed, self.needs, self.loss, self.team)
             source = self._observed(layers, finished, listed, offload, None)
             results = self._walk(layers, source, saved, found, undo.remember)
             if dense is not None:
                 results = self._distilled(dense, layers, listed, checkpoint, results)
-        return PruneReport(self.method, results, time.perf_counter() - begin)
+            return self._report(layers, results, begin)
 
     def streamed(self, batches: Sequence[Batch], saved: Checkpoint, window: Window) -> PruneReport:
         """The pass over a model whose blocks are loaded one by one; `saved` gets the weights.
@@ -144,13 +151,23 @@ class Run:
         layers = match(self.model, self.plan)
         finished = saved.finished()
         if all(name in finished for name in layers):
-            results = tuple(LayerResult(**finished[name]) for name in layers)
+            results = tuple(_result(finished[name]) for name in layers)
         else:
             with window.opened():
                 none: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
                 source = self._observed(layers, finished, batches, True, window)
                 results = self._walk(layers, source, saved, none, lambda _: None)
-        return PruneReport(self.method, results, time.perf_counter() - begin)
+        return self._report(layers, results, begin)
+
+    def _report(
+        self, layers: Mapping[str, nn.Module], results: Sequence[LayerResult], begin: float
+    ) -> PruneReport:
+        zeros = sum(
+            round(result.sparsity * weight_of(layers[result.layer]).numel()) for result in results
+        )
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        seconds = time.perf_counter() - begin
+        return PruneReport(self.method, tuple(results), seconds, zeros, parameters)
 
     def _distilled(
         self,
@@ -197,7 +214,7 @@ class Run:
                 for name, weight in finished.items():
                     assert saved is not None
                     weight_of(stage.pop(name)).copy_(weight)
-                    results[name] = LayerResult(**saved.finished()[name])
+                    results[name] = _result(saved.finished()[name])
                 own = {name: gradient.pop(name) for name in stage}
                 for result, mask in self._changed(stage, observed, own):
                     results[result.layer], masks[result.layer] = result, mask
@@ -326,10 +343,22 @@ class Run:
         return result, solution.mask
 
     def _fingerprint(self, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
-        sums = {
-            name: float(weight_of(m).detach().double().abs().sum()) for name, m in layers.items()
+        return {
+            "method": self.method,
+            "plan": self.plan.to_dict()["layers"],
+            "loss": None if self.loss is None else name_of(self.loss),
+            "weights": digest([weight_of(module) for module in layers.values()]),
         }
-        return {"method": self.method, "plan": self.plan.to_dict()["layers"], "weights": sums}
+
+
+def _result(row: Mapping[str, Any]) -> LayerResult:
+    """The report row that a checkpoint kept."""
+    try:
+        return LayerResult(**row)
+    except TypeError as error:
+        raise ValueError(
+            f"the checkpoint has a report row of another version: {error}: choose another folder"
+        ) from None
 
 
 def _require_same(members: Team, run: Mapping[str, Any]) -> None:

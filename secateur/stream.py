@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from secateur import layers as _layers
 from secateur.atomic import appearing_whole, settle
 from secateur.calibrate import as_list
-from secateur.checkpoint import Checkpoint
+from secateur.checkpoint import Checkpoint, digest
 from secateur.distributed import team
 from secateur.integrations.transformers import copy_tokenizer, hollow
 from secateur.patterns import Pattern
 from secateur.plan import Plan, as_plan, match
 from secateur.prune_report import PruneReport
 from secateur.reconstruct import Blockwise, Solution
-from secateur.replay import Batch, find_chains, tensors_of
+from secateur.replay import Batch, find_chains
 from secateur.run import reconstruction
 from secateur.save import STEMS, write_index
 from secateur.sidecar import SIDECAR, Sidecar, fingerprint, weight_files
@@ -53,7 +53,7 @@ def reconstruct_folder(
     on where it stopped, and ends with the same model. The result is read by transformers and by
     `sc.load`; a tokenizer is copied.
 
-    Cost: beside the work of `reconstruct_`, six reads of the model. Memory: a part, what the
+    Cost: beside the work of `reconstruct_`, seven reads of the model. Memory: a part, what the
         algorithm takes for a layer, and the inputs of one block for all batches. Disk: the planned
         layers twice.
     Error: exactly what `reconstruct_` gives on the same device.
@@ -83,10 +83,10 @@ def reconstruct_folder(
     listed = as_list(batches)
     for layer in run.plan.layers:
         require_finite(layer, stored.read([f"{layer}.weight"])[f"{layer}.weight"])
-    saved = _progress(target, source, run.method, run.plan, stored, listed)
-    report = run.streamed(listed, saved, window)
-    with appearing_whole(target, replaced=lambda name: True) as partial:
-        _write(partial, source, model, window.parts, _Result(stored, saved, run.plan), report)
+    with _progress(target, source, run.method, run.plan, stored, listed) as saved:
+        report = run.streamed(listed, saved, window)
+        with appearing_whole(target, replaced=lambda name: True) as partial:
+            _write(partial, source, model, window.parts, _Result(stored, saved, run.plan), report)
     return report
 
 
@@ -125,18 +125,12 @@ def _progress(
         target,
         {
             "source": str(source.resolve()),
-            "files": {file.name: file.stat().st_size for file in stored.files},
+            "files": {file.name: fingerprint(file).sha256 for file in stored.files},
             "method": method,
             "plan": plan.to_dict()["layers"],
-            "batches": [[_sum(x) for x in tensors_of(batch)] for batch in batches],
+            "batches": digest(batches),
         },
     )
-
-
-def _sum(tensor: Tensor) -> tuple[list[int], float]:
-    """A tensor's shape and a sum in which order counts, by which data is known again."""
-    values = tensor.detach().to("cpu", torch.float64).flatten()
-    return list(tensor.shape), float((values * torch.arange(1, len(values) + 1)).sum())
 
 
 class _Stored:

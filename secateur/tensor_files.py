@@ -15,12 +15,20 @@ def load_file(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of these names in the file, on the CPU; no other is read."""
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of these names in the file, on the CPU, and no other; without names, all."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in names}
+        return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+
+
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """What the file says beside its tensors; no tensor is read."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def shapes_in(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -136,7 +136,10 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Page:
     model = Blocks()
     decided = plan(model, "2:4")
     report = prune_(model, decided)
-    reports = [report, PruneReport("sparsegpt", tuple(map(layer_result, decided.layers)), 2.0)]
+    reports = [
+        report,
+        PruneReport("sparsegpt", tuple(map(layer_result, decided.layers)), 2.0, 1, 4),
+    ]
     return written(
         tmp_path_factory.mktemp("report") / "report.html",
         plan=decided,
@@ -263,7 +266,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     model = nn.Sequential()
     model.add_module(HOSTILE, nn.Linear(8, 8))
     decided = plan(model, "2:4")
-    results = PruneReport(HOSTILE, (layer_result(HOSTILE),), 1.0)
+    results = PruneReport(HOSTILE, (layer_result(HOSTILE),), 1.0, 1, 4)
     page = written(
         tmp_path / "report.html",
         plan=Plan(decided.layers, decided.shapes, {HOSTILE: HOSTILE}),

@@ -1,72 +1,99 @@
 """Measured increases of a loss, on disk, so that the same call goes on where it was stopped."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from secateur.atomic import write_whole
 
 # A checkpoint's dense loss and today's may differ by what non-deterministic kernels do.
 SAME_LOSS = 1e-4
 
 
 class Kept:
-    """Increases by layer and pattern, in a JSON file where there is one."""
+    """Increases by layer and pattern, in a file where there is one.
 
-    def __init__(self, path: str | Path | None, fingerprint: dict[str, Any]) -> None:
+    The file is a line of JSON that says which call it is of, then a line for each number, added as
+    it is measured. A line that a kill cut off is measured again.
+    """
+
+    def __init__(self, path: str | Path | None, fingerprint: Mapping[str, Any]) -> None:
         self._path = None if path is None else Path(path)
-        self._state: dict[str, Any] = {"fingerprint": fingerprint, "loss": None, "increase": {}}
-        if self._path is None or not self._path.exists():
+        self._loss: float | None = None
+        self._increase: dict[tuple[str, str], float] = {}
+        if self._path is None:
             return
-        state = read_json(self._path, "checkpoint of sense")
-        if (
-            not isinstance(state, dict)
-            or state.keys() != self._state.keys()
-            or not isinstance(state["fingerprint"], dict)
-        ):
-            raise ValueError(f"{self._path} is no checkpoint of sense: choose another file")
-        different = [
-            key for key in fingerprint if state["fingerprint"].get(key) != fingerprint[key]
-        ]
-        if different:
+        if self._path.exists():
+            self._read(self._path, fingerprint)
+        else:
+            write_whole(self._path, _line({"call": fingerprint}))
+
+    def _read(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+        try:
+            whole, _, cut_off = path.read_bytes().rpartition(b"\n")
+            first, *lines = [json.loads(line) for line in whole.split(b"\n")]
+            known = dict(first["call"])
+            for line in lines:
+                if "loss" in line:
+                    self._loss = float(line["loss"])
+                else:
+                    self._increase[str(line["layer"]), str(line["pattern"])] = float(
+                        line["increase"]
+                    )
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"the checkpoint {self._path} belongs to another call, its {different[0]} differs: "
+                f"{path} is no checkpoint of sense: {error}: choose another file"
+            ) from None
+        if different := [key for key in fingerprint if known.get(key) != fingerprint[key]]:
+            raise ValueError(
+                f"the checkpoint {path} belongs to another call, its {different[0]} differs: "
                 "choose another file, or repeat the call that began it"
             )
-        self._state = state
+        if cut_off:
+            write_whole(path, whole + b"\n")
 
     def dense_loss(self, measured: float) -> float:
         """The dense loss that all increases refer to."""
-        before: float | None = self._state["loss"]
-        if before is None:
-            self._state["loss"] = before = measured
-        elif abs(before - measured) > SAME_LOSS * max(abs(before), abs(measured)):
+        if self._loss is None:
+            self._loss = measured
+            self._append({"loss": measured})
+        elif abs(self._loss - measured) > SAME_LOSS * max(abs(self._loss), abs(measured)):
             raise ValueError(
-                f"the checkpoint {self._path} has a dense loss of {before:.6g}, now it is "
+                f"the checkpoint {self._path} has a dense loss of {self._loss:.6g}, now it is "
                 f"{measured:.6g}: the data or the loss is another one: choose another file"
             )
-        return before
+        return self._loss
 
     def has(self, layer: str, pattern: str) -> bool:
         """Whether it has been measured."""
-        return self.get(layer, pattern) is not None
+        return (layer, pattern) in self._increase
 
     def get(self, layer: str, pattern: str) -> float | None:
         """The increase, or None."""
-        found: float | None = self._state["increase"].get(layer, {}).get(pattern)
-        return found
+        return self._increase.get((layer, pattern))
 
     def add(self, layer: str, pattern: str, increase: float) -> None:
         """Keep a measured increase."""
-        self._state["increase"].setdefault(layer, {})[pattern] = increase
+        self._increase[layer, pattern] = increase
+        self._append({"layer": layer, "pattern": pattern, "increase": increase})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
         if self._path is not None:
-            write_json(self._path, self._state)
+            with self._path.open("ab") as file:
+                file.write(_line(entry).encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Atomic, so that a kill leaves the state before or after."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2, allow_nan=False), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(data, indent=2, allow_nan=False))
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from secateur import layers as _layers
 from secateur.allocation.kept import Kept, read_json, write_json
 from secateur.calibrate import Observed, as_list, observe
+from secateur.checkpoint import digest
 from secateur.criteria import magnitude
 from secateur.gradients import gradients
 from secateur.layers import Selector
@@ -133,14 +134,14 @@ def sense(
         for name, found in patterns_of.items()
     }
     with eval_mode(model), torch.no_grad():
-        kept = Kept(checkpoint, _fingerprint(selection.layers, criterion))
+        listed = as_list(batches) if needs and batches is not None else []
+        kept = Kept(checkpoint, _fingerprint(selection.layers, criterion, listed))
         dense = kept.dense_loss(_measured(loss, model, "the dense model"))
         todo = {
             name: [p for p in chosen if p not in why_not[name] and not kept.has(name, p)]
             for name in shapes
         }
         missing = {name: selection.layers[name] for name in shapes if todo[name]}
-        listed = as_list(batches) if missing and needs and batches is not None else []
         found = gradients(model, missing, listed, needs)
         bar = tqdm(total=sum(map(len, todo.values())), desc="sense", disable=None)
         with bar, contextlib.closing(_observed(model, missing, needs, listed)) as source:
@@ -275,8 +276,12 @@ def _measured(loss: Callable[[nn.Module], float], model: nn.Module, what: str) -
 
 
 def _fingerprint(
-    layers: Mapping[str, nn.Module], criterion: Callable[..., Tensor]
+    layers: Mapping[str, nn.Module], criterion: Callable[..., Tensor], batches: Sequence[Batch]
 ) -> dict[str, Any]:
     """Which call it is; the loss and its data are known again by the dense loss."""
-    sums = {name: float(_layers.matrix(m).double().abs().sum()) for name, m in layers.items()}
-    return {"criterion": name_of(criterion), "weights": sums}
+    return {
+        "criterion": name_of(criterion),
+        "layers": list(layers),
+        "weights": digest([_layers.matrix(module) for module in layers.values()]),
+        "batches": digest(batches),
+    }

@@ -32,11 +32,13 @@ def recorded_reports(folder: Path) -> tuple[Plan | None, list[Recorded]]:
 def prune_reports(reports: list[Recorded]) -> list[PruneReport]:
     """Those reports that `prune_` or `reconstruct_` made."""
     names = {field.name for field in fields(LayerResult)}
+    said = {field.name for field in fields(PruneReport)}
     found = []
     for report in reports:
         layers = report.data.get("layers")
         rows = [row for row in layers if isinstance(row, dict)] if isinstance(layers, list) else []
-        if rows and all(set(row) == names for row in rows):
+        if rows and all(set(row) == names for row in rows) and said <= set(report.data):
             results = tuple(LayerResult(**row) for row in rows)
-            found.append(PruneReport(str(report.data["method"]), results, report.data["seconds"]))
+            data = {name: report.data[name] for name in said}
+            found.append(PruneReport(**data | {"layers": results}))
     return found

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from secateur.checkpoint import digest
 from secateur.interrupts import putting_back
 from secateur.layers import weight_of
 from secateur.outputs import answer, eval_mode
@@ -96,22 +96,24 @@ def distil_(
     run = _Run(model, teacher, _listed(batches), steps, learning_rate, loss or output_loss, seed)
     parameters = _trained(model, teacher)
     begin = time.perf_counter()
-    state = TrainingState(checkpoint, run.fingerprint()) if checkpoint is not None else None
-    if state is not None:
-        begin -= state.seconds
     optimizer = torch.optim.AdamW(parameters.values(), learning_rate, weight_decay=0.0)
     with (
-        hold(model, optimizer) as held,
         all_or_nothing() as undo,
+        contextlib.ExitStack() as stack,
+        hold(model, optimizer) as held,
         _own_gradients(parameters),
         eval_mode(model, teacher),
         torch.enable_grad(),
     ):
-        undo.remember(parameters)
+        state: TrainingState | None = None
         losses: list[float] = []
+        if checkpoint is not None:
+            state = stack.enter_context(TrainingState(checkpoint, run.fingerprint()))
+            begin -= state.seconds
+            losses = state.losses
+        undo.remember(parameters)
         if state is not None:
             state.restore(parameters, optimizer)
-            losses = state.losses
         kept_at = time.perf_counter()
         for loss_now in run(optimizer, held, len(losses)):
             losses.append(loss_now)
@@ -120,7 +122,7 @@ def distil_(
             if state is not None and due:
                 state.keep(parameters, optimizer, losses, now - begin)
                 kept_at = now
-    return _report(run, losses, time.perf_counter() - begin)
+        return _report(run, losses, time.perf_counter() - begin)
 
 
 @dataclass(frozen=True)
@@ -180,16 +182,15 @@ class _Run:
         return float(value.detach())
 
     def fingerprint(self) -> dict[str, Any]:
-        """Plain data and sums that tell another call, model, teacher or data apart."""
-        data = [t for t in pytree.tree_leaves(self.batches) if isinstance(t, Tensor)]
+        """Plain data that tells another call, model, teacher or data apart."""
         return {
             "steps": self.steps,
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "loss": _name(self.loss),
-            "model": {name: _sum(p) for name, p in self.model.named_parameters()},
-            "teacher": {name: _sum(p) for name, p in self.teacher.named_parameters()},
-            "data": [float(tensor.double().sum()) for tensor in data],
+            "model": digest(dict(self.model.named_parameters())),
+            "teacher": digest(dict(self.teacher.named_parameters())),
+            "data": digest(self.batches),
         }
 
 
@@ -271,10 +272,6 @@ def _report(run: _Run, losses: Sequence[float], seconds: float) -> DistilReport:
     return DistilReport(
         _name(run.loss), run.steps, seconds, first, last, run.learning_rate, run.seed
     )
-
-
-def _sum(parameter: nn.Parameter) -> float:
-    return float(parameter.detach().double().abs().sum())
 
 
 def _name(loss: Loss) -> str:

@@ -172,19 +172,17 @@ def test_a_checkpoint_of_another_call_is_refused(tmp_path: Path) -> None:
     sense(Language(), ["2:4"], nll, checkpoint=path)
     with pytest.raises(ValueError, match=r"sense.json belongs to another call, its criterion diff"):
         sense(Language(), ["2:4"], nll, criterion=sc.random, checkpoint=path)
-    with pytest.raises(ValueError, match="belongs to another call, its weights differs: choose"):
+    with pytest.raises(ValueError, match="belongs to another call, its layers differs: choose"):
         sense(hand_made(), ["2:4"], lost_energy, checkpoint=path)
     with pytest.raises(
         ValueError, match=r"has a dense loss of .*: the data or the loss is another"
     ):
         sense(Language(), ["2:4"], lambda m: 2 * nll(m), checkpoint=path)
     path.write_text("{")
-    with pytest.raises(
-        ValueError, match=r"sense.json is no file of checkpoint of sense: Expecting"
-    ):
+    with pytest.raises(ValueError, match=r"sense.json is no checkpoint of sense: Expecting"):
         sense(Language(), ["2:4"], nll, checkpoint=path)
     path.write_text('{"fingerprint": 1, "loss": 1, "increase": {}}')
-    with pytest.raises(ValueError, match=r"sense.json is no checkpoint of sense: choose another"):
+    with pytest.raises(ValueError, match=r"sense.json is no checkpoint of sense: .*choose another"):
         sense(Language(), ["2:4"], nll, checkpoint=path)
 
 
