@@ -42,7 +42,7 @@ from secateur.kernels.timing import (
     copies_on,
 )
 from secateur.remembered import Found, keep, recall
-from secateur.undo import all_or_nothing
+from secateur.undo import Undo, all_or_nothing
 
 DEFAULT_FORMATS = ("semi24", "block:64x64", "block:32x32", "block:16x16", "csr")
 ALIKE = 0.01  # layers of one shape whose densities agree to this are measured once
@@ -94,10 +94,12 @@ def accelerate_(
         one that is listed in `layers` does not. Then, and if it is interrupted, the model is
         unchanged; what was measured is kept.
     """
-    return _accelerate(model, tokens, formats, layers, strict, compare, policy, remeasure)
+    with all_or_nothing() as undo:
+        return _accelerate(undo, model, tokens, formats, layers, strict, compare, policy, remeasure)
 
 
 def _accelerate(
+    undo: Undo,
     model: nn.Module,
     tokens: Sequence[int],
     formats: Sequence[str | Format] | None,
@@ -144,9 +146,8 @@ def _accelerate(
     )
     if strict:
         _demand_gains(report, layers)
-    with all_or_nothing() as undo:
-        swap(model, packed, undo)
-        return replace(report, joined=join_activations_(model, undo))
+    swap(model, packed, undo)
+    return replace(report, joined=join_activations_(model, undo))
 
 
 def _groups(

@@ -32,7 +32,7 @@ def file_appearing_whole(path: Path) -> Iterator[Path]:
 
     That is a folder of its own: what libraries write beside their files for a while goes with it.
     """
-    remove_leftovers(path.parent, _partials(path))
+    clear(path)
     owned = Owned(lambda: _made(_partial(path)))
     try:
         partial = owned.path / path.name
@@ -42,6 +42,11 @@ def file_appearing_whole(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         owned.remove()
+
+
+def clear(path: Path) -> None:
+    """Remove what a kill left of writing this file or folder; the next write would, too."""
+    remove_leftovers(path.parent, _partials(path))
 
 
 def sync(path: Path) -> None:
@@ -63,7 +68,7 @@ def appearing_whole(folder: Path, replaced: Callable[[str], bool]) -> Iterator[P
     Of the old folder, the files whose names are `replaced` go; all others are copied over.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder.parent, _partials(folder))
+    clear(folder)
     owned = Owned(lambda: _made(_partial(folder)))
     partial = owned.path
     try:

@@ -5,7 +5,6 @@ what is said of them in one safetensors file, with a hash over both, and appears
 all: nothing that is written before is written again, and nothing damaged is believed.
 """
 
-import contextlib
 import hashlib
 import json
 import re
@@ -92,9 +91,8 @@ class RunFolder:
     def close(self) -> None:
         """Let others use the folder; one that was made and stayed empty is removed."""
         if self._lock is not None:
-            if self._is_new:
-                with contextlib.suppress(OSError):
-                    self.folder.rmdir()
+            if self._is_new and not any(self.folder.iterdir()):
+                self.folder.rmdir()
             self._lock.release()
 
     def files(self) -> list[str]:

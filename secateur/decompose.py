@@ -35,7 +35,7 @@ from secateur.reconstruct.lowrank import adding, rank_within, why_not_compensate
 from secateur.replay import Batch
 from secateur.run import reconstruction
 from secateur.sound import require_sound
-from secateur.undo import all_or_nothing
+from secateur.undo import Undo, all_or_nothing
 
 __all__ = ["decompose_"]
 
@@ -70,6 +70,25 @@ def decompose_(
             model is left as it was and nothing is written.
     Source: OATS, Zhang and Papyan 2024, arXiv:2409.13652, for the order; EoRA, arXiv:2410.21271.
     """
+    with all_or_nothing() as undo:
+        return _decompose(
+            undo, model, plan, algorithm, batches, folder, rank, extra, loss, offload, checkpoint
+        )
+
+
+def _decompose(
+    undo: Undo,
+    model: nn.Module,
+    plan: Plan | Pattern | str,
+    algorithm: Callable[..., Solution] | Blockwise,
+    batches: Iterable[Batch],
+    folder: str | Path,
+    rank: int | None,
+    extra: float | None,
+    loss: Loss | None,
+    offload: bool,
+    checkpoint: str | Path | None,
+) -> CompensationReport:
     begin = time.perf_counter()
     require_new(Path(folder))
     if team().size > 1:
@@ -87,13 +106,12 @@ def decompose_(
     listed = as_list(batches)
     weights = {f"{name}.weight": weight_of(module).detach() for name, module in layers.items()}
     dense = model.state_dict() | {n: w.to("cpu", copy=True) for n, w in weights.items()}
-    with all_or_nothing() as undo:
-        undo.remember({name: weight_of(module) for name, module in layers.items()})
-        with _low_rank_parts_beside(model, plan, layers, listed, rank, offload):
-            run(listed, offload, checkpoint)
-        undo.call(functools.partial(shutil.rmtree, folder, ignore_errors=True))
-        report = compensate(model, dense, listed, folder, rank=rank, offload=offload)
-        return replace(report, seconds=time.perf_counter() - begin)
+    undo.remember({name: weight_of(module) for name, module in layers.items()})
+    with _low_rank_parts_beside(model, plan, layers, listed, rank, offload):
+        run(listed, offload, checkpoint)
+    undo.call(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    report = compensate(model, dense, listed, folder, rank=rank, offload=offload)
+    return replace(report, seconds=time.perf_counter() - begin)
 
 
 @contextlib.contextmanager

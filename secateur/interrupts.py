@@ -8,6 +8,8 @@ from typing import Any
 
 Handler = Callable[[int, Any], Any]
 
+LATE = 0.05  # seconds; time enough for a function to return
+
 
 class Signals:
     """The signals that Python functions handle, Ctrl-C among them, while a model is changed.
@@ -20,6 +22,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._handlers: dict[int, Handler] = {}
+        self._handed_back = contextlib.ExitStack()
         self._waiting: list[int] = []
         self._holding = False
 
@@ -31,6 +34,7 @@ class Signals:
             handler = signal.getsignal(number)
             if callable(handler) and handler != self._arrived:
                 self._handlers[number] = handler
+                self._handed_back.callback(signal.signal, number, handler)
                 signal.signal(number, self._arrived)
 
     def hold(self) -> None:
@@ -40,12 +44,22 @@ class Signals:
 
     def release(self) -> None:
         """Every signal has its handler again, which is called for those that waited."""
-        for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._arrived:  # nobody put another in its place
-                signal.signal(number, handler)
+        self._handed_back.close()
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Call the handlers for the signals that waited."""
         waiting, self._waiting = self._waiting, []
         for number in dict.fromkeys(waiting):
-            signal.raise_signal(number)
+            self._handlers[number](number, None)
+
+    def release_at_the_end_of(self, stack: contextlib.ExitStack) -> None:
+        """When the stack is closed, every signal has its handler again.
+
+        What waits then came too late: it is heard a moment later, by whoever called.
+        """
+        stack.push(self._handed_back.pop_all())
+        stack.callback(list, map(_hear_later, self._waiting))  # first, as starting a thread waits
 
     def _arrived(self, number: int, frame: Any) -> None:
         if self._holding:
@@ -58,6 +72,10 @@ class Signals:
             raise
 
 
+def _hear_later(number: int) -> None:
+    threading.Timer(LATE, signal.raise_signal, [number]).start()
+
+
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Signals wait until the block is done."""
@@ -66,7 +84,10 @@ def held() -> Iterator[None]:
         signals.hold()
         yield
     finally:
-        signals.release()
+        try:
+            signals.release()
+        finally:
+            signals.release()  # what is left if the line before was interrupted; else nothing
 
 
 @contextlib.contextmanager

@@ -92,9 +92,9 @@ class Owned:
         self._lock.release()
 
 
-def temporary_folder(prefix: str) -> Owned:
-    """A folder among the temporary files; leftovers of the same prefix are removed."""
-    parent = Path(tempfile.gettempdir())
+def temporary_folder(prefix: str, parent: Path | None = None) -> Owned:
+    """A folder in `parent`, or among the temporary files; leftovers of its prefix are removed."""
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
     remove_leftovers(parent, f"{glob.escape(prefix)}*")
     return Owned(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=parent)))
 

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -224,15 +225,10 @@ def hooks(handles: Iterable[Any]) -> Iterator[None]:
     """
     registered: list[Any] = []
     with putting_back() as stack:
-        stack.callback(_remove, registered)
+        stack.callback(list, map(methodcaller("remove"), registered))  # lazy: once they are listed
         with held():
             registered.extend(handles)
         yield
-
-
-def _remove(handles: Iterable[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def to_device(tree: Any, device: torch.device) -> Any:

@@ -28,7 +28,7 @@ from secateur.replay import Batch
 from secateur.sound import require_kind, require_sound
 from secateur.statistics import STATISTICS, call, call_with, name_of, needed_by
 from secateur.train.together import held_out_loss, train_together_
-from secateur.undo import all_or_nothing
+from secateur.undo import Undo, all_or_nothing
 from secateur.window import Window
 
 
@@ -102,8 +102,18 @@ class Run:
     def __call__(
         self, batches: Iterable[Batch] | None, offload: bool, checkpoint: str | Path | None
     ) -> PruneReport:
+        with all_or_nothing() as undo:
+            return self._whole(undo, batches, offload, checkpoint)
+
+    def _whole(
+        self,
+        undo: Undo,
+        batches: Iterable[Batch] | None,
+        offload: bool,
+        checkpoint: str | Path | None,
+    ) -> PruneReport:
         begin = time.perf_counter()
-        with all_or_nothing() as undo, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             with self.team.together():
                 layers = match(self.model, self.plan)
                 require_sound(layers)

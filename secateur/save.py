@@ -7,7 +7,6 @@ under the stock name they would warn and go on with random ones. Beside either l
 """
 
 import json
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +26,7 @@ from secateur.integrations.transformers import (
     save_folder,
     unloaded,
 )
+from secateur.owned import temporary_folder
 from secateur.plan import Plan, match
 from secateur.sidecar import (
     SIDECAR,
@@ -38,7 +38,7 @@ from secateur.sidecar import (
     weight_files,
 )
 from secateur.tensor_files import load_file, save_file
-from secateur.undo import all_or_nothing
+from secateur.undo import Undo, all_or_nothing
 from secateur.version import VERSION
 
 # A file of this size still copies and uploads in one go everywhere; Hugging Face's habit.
@@ -47,6 +47,8 @@ SHARD_BYTES = 5 * 10**9
 STEMS: Mapping[Form, str] = {"dense": "model", "packed": "model.secateur"}
 
 # What a save writes beside weights; the rest of a folder that it replaces is somebody else's.
+PROBE = ".secateur-probe-"  # a folder that is made to see whether one can be
+
 WRITTEN = (SIDECAR, "config.json", "generation_config.json")
 
 
@@ -112,12 +114,17 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     instance of the same class and sizes: its weights are replaced, its packed layers exchanged, and
     it is returned.
 
-    Cost: reads the weight files twice. With `model`, up to three times its weights in memory.
+    Cost: reads the weight files twice. With `model`, up to twice its weights in memory, and a copy
+        of them on disk meanwhile.
     Raises:
         ValueError: if a file is missing, cut off, changed, foreign or of a newer version, or the
             weights are not those of `model`. Whatever is raised, `model` is left as it was.
     """
-    folder = Path(folder)
+    with all_or_nothing() as undo:
+        return _loaded(Path(folder), model, undo)
+
+
+def _loaded(folder: Path, model: nn.Module | None, undo: Undo) -> nn.Module:
     settle(folder)
     sidecar = read_sidecar(folder)
     verify(folder, sidecar)
@@ -134,8 +141,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     else:
         tensors = _read_shards(folder, sidecar)
     model = unloaded(folder) if model is None else model
-    _replace_weights(model, sidecar, tensors, folder)
-    return model
+    return _with_weights(model, sidecar, tensors, folder, undo)
 
 
 def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
@@ -160,8 +166,7 @@ def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
             )
     parent = next(p for p in folder.parents if p.exists())
     try:  # permissions alone do not tell: root has all of them, also where nothing can be written
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".secateur-"):
-            pass
+        temporary_folder(PROBE, parent).remove()
     except OSError as error:
         raise ValueError(
             f"save cannot write into {parent}: {error.strerror}: choose a folder that you may "
@@ -274,10 +279,10 @@ def _read_shards(folder: Path, sidecar: Sidecar) -> dict[str, Tensor]:
     return tensors
 
 
-def _replace_weights(
-    model: nn.Module, sidecar: Sidecar, tensors: dict[str, Tensor], folder: Path
-) -> None:
-    """Give the model these tensors and packed layers once all are known to fit, or raise."""
+def _with_weights(
+    model: nn.Module, sidecar: Sidecar, tensors: dict[str, Tensor], folder: Path, undo: Undo
+) -> nn.Module:
+    """The model, given these tensors and packed layers once all are known to fit."""
     for name, other in sidecar.tied.items():
         for one, two in ((name, other), (other, name)):
             if one not in tensors and two in tensors:
@@ -290,11 +295,11 @@ def _replace_weights(
     own = {n: t for n, t in model.state_dict().items() if not n.startswith(prefixes)}
     dense = {n: t for n, t in tensors.items() if not n.startswith(prefixes)}
     _require_same(own, dense, f"{folder} (a {sidecar.model_class})", type(model).__name__)
-    with all_or_nothing() as undo:
-        undo.remember(own)
-        for name, tensor in own.items():
-            tensor.copy_(dense[name])
-        swap(model, packed, undo)
+    undo.remember(own)
+    for name, tensor in own.items():
+        tensor.copy_(dense[name])
+    swap(model, packed, undo)
+    return model
 
 
 def _packed_layer(

@@ -42,6 +42,10 @@ class Undo:
         """Put everything back."""
         self._calls.close()
 
+    def forget_at_the_end_of(self, stack: contextlib.ExitStack) -> None:
+        """When the stack is closed, nothing can be put back any more."""
+        stack.callback(self._calls.pop_all)
+
     def tidy(self) -> None:
         """Remove the folder, which is empty; what was remembered can still be put back."""
         if self._folder is not None:
@@ -88,20 +92,26 @@ def _pieces(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def all_or_nothing() -> Iterator[Undo]:
     """What was remembered is put back if the block raises, KeyboardInterrupt included.
 
-    To be the outermost block of a verb, with its `return` inside: then there is no line at which
-    an interrupt leaves the model changed. A second interrupt waits until the first has had its way.
+    A verb is `with all_or_nothing() as undo: return _verb(undo, ...)`. Then what it held is gone,
+    which can take a while, when the block ends, and there is no line at which an interrupt leaves
+    the model changed. A second interrupt waits until the first has had its way.
     """
-    undo, signals = Undo(), Signals()
+    undo, signals, end = Undo(), Signals(), contextlib.ExitStack()
     try:
         signals.watch()
         yield undo
         undo.tidy()
-        signals.release()
+        signals.hold()
+        signals.deliver()  # the last ones that are in time
+        signals.release_at_the_end_of(end)
+        undo.forget_at_the_end_of(end)
+        end.close()
     except BaseException:
         signals.hold()
         try:
             undo.restore()
         finally:
             undo.tidy()
+            end.close()
             signals.release()
         raise

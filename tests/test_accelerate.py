@@ -18,6 +18,7 @@ from secateur.formats import SparseLinear, candidates
 from secateur.formats.candidates import Candidate
 from secateur.formats.format import FOLDERS, Format, parse_format, weight_error
 from secateur.kernels.timing import Calls, Timing, VariantFailed
+from secateur.undo import Undo
 from tests import toy
 from tests.formats.weights import fitting_weight, tokens_in
 
@@ -63,7 +64,7 @@ def run(
     remeasure: bool = False,
 ) -> tuple[AccelerateReport, Clock]:
     clock = Clock(times)
-    report = _accelerate(model, tokens, formats, layers, strict, clock, policy, remeasure)
+    report = _accelerate(Undo(), model, tokens, formats, layers, strict, clock, policy, remeasure)
     return report, clock
 
 
@@ -368,7 +369,7 @@ def test_a_quantised_layer_says_how_far_it_is_off(monkeypatch: pytest.MonkeyPatc
     model = nn.Sequential(linear("semi24"), linear("semi24", seed=1))
     weights = [layer.weight.detach().clone() for layer in model]
     times = FAST | {"semi24_int4 reference": 10.0}
-    report = _accelerate(model, (1,), ("semi24_int4",), None, False, Clock(times))
+    report = _accelerate(Undo(), model, (1,), ("semi24_int4",), None, False, Clock(times))
     assert [str(layer.format) for layer in model] == ["semi24_int4"] * 2
     errors = [layer.weight_error for layer in report.layers]
     for layer, weight, error in zip(model, weights, errors, strict=True):
@@ -563,7 +564,7 @@ def test_times_of_a_busy_machine_serve_one_call(spread: float, again: list[int])
     formats = [parse_format("block:4x8")]
     busy, quiet = Clock(FAST, spread), Clock(FAST)
     for clock in (busy, quiet):
-        report = _accelerate(nn.Sequential(linear()), (1, 16), formats, None, False, clock)
+        report = _accelerate(Undo(), nn.Sequential(linear()), (1, 16), formats, None, False, clock)
         assert [layer.format for layer in report.layers] == ["block:4x8"]
     assert [count for count, _ in quiet.asked] == again
 
@@ -670,7 +671,7 @@ def test_a_candidate_that_fails_is_dropped_alone(
     toys: None, problem: BaseException, reason: str, again: int
 ) -> None:
     model = nn.Sequential(halved())
-    report = _accelerate(model, (1, 64), ("toy",), None, False, Failing("toy few", problem))
+    report = _accelerate(Undo(), model, (1, 64), ("toy",), None, False, Failing("toy few", problem))
     assert model[0].dispatch == "many"
     assert report.layers[0].dropped == (reason,)
     assert f"0: dropped: {reason}" in str(report)
@@ -681,7 +682,7 @@ def test_a_candidate_that_fails_is_dropped_alone(
 def test_without_dense_there_is_nothing_to_compare_with(toys: None) -> None:
     model = nn.Sequential(halved())
     clock = Failing("dense", RuntimeError("status 7"))
-    report = _accelerate(model, (1,), ("toy",), None, False, clock)
+    report = _accelerate(Undo(), model, (1,), ("toy",), None, False, clock)
     assert kinds(model) == [nn.Linear]
     assert report.layers[0].reason == "could not be measured: dense failed: status 7"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.atomic import write_whole
+from secateur.atomic import clear, write_whole
 
 # A checkpoint's dense loss and today's may differ by what non-deterministic kernels do.
 SAME_LOSS = 1e-4
@@ -25,6 +25,7 @@ class Kept:
         self._increase: dict[tuple[str, str], float] = {}
         if self._path is None:
             return
+        clear(self._path)
         if self._path.exists():
             self._read(self._path, fingerprint)
         else:

@@ -67,7 +67,11 @@ def pack_(
     Raises: ValueError if a listed layer cannot be packed, or without a list no layer can; then
         nothing has changed.
     """
-    chosen = parse_format(format)
+    with all_or_nothing() as undo:
+        return _pack(model, parse_format(format), layers, undo)
+
+
+def _pack(model: nn.Module, chosen: Format, layers: Sequence[str] | None, undo: Undo) -> PackReport:
     owners = weight_owners(model)
     if layers is None:
         linears = _fitting(model, chosen, owners)
@@ -84,9 +88,8 @@ def pack_(
             for name, linear in linears.items()
         )
     )
-    with all_or_nothing() as undo:
-        swap(model, packed, undo)
-        return report
+    swap(model, packed, undo)
+    return report
 
 
 def unpack_(model: nn.Module) -> PackReport:
@@ -99,6 +102,11 @@ def unpack_(model: nn.Module) -> PackReport:
     Cost: dense and packed weights of all packed layers at once.
     Raises: ValueError if the model itself is one bare `SparseLinear`; then nothing has changed.
     """
+    with all_or_nothing() as undo:
+        return _unpack(model, undo)
+
+
+def _unpack(model: nn.Module, undo: Undo) -> PackReport:
     found = {
         name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)
     }
@@ -110,10 +118,9 @@ def unpack_(model: nn.Module) -> PackReport:
             for name, linear in found.items()
         )
     )
-    with all_or_nothing() as undo:
-        swap(model, dense, undo)
-        separate_activations_(model, undo)
-        return report
+    swap(model, dense, undo)
+    separate_activations_(model, undo)
+    return report
 
 
 def packed_linear(

@@ -22,7 +22,7 @@ from secateur.tables import text_table
 from secateur.train.hold import Held, hold
 from secateur.train.loss import Loss, output_loss
 from secateur.train.state import TrainingState
-from secateur.undo import all_or_nothing
+from secateur.undo import Undo, all_or_nothing
 
 # Of the steps until the learning rate is full: Adam's moments stem from few gradients before.
 WARMUP = 0.05
@@ -93,16 +93,22 @@ def distil_(
             float32 or are the teacher's own, or there is no batch; and if a loss is not finite
             (the step is named). Whatever is raised, also by Ctrl-C, the model is left as it was.
     """
-    run = _Run(model, teacher, _listed(batches), steps, learning_rate, loss or output_loss, seed)
-    parameters = _trained(model, teacher)
+    with all_or_nothing() as undo:
+        run = _Run(
+            model, teacher, _listed(batches), steps, learning_rate, loss or output_loss, seed
+        )
+        return _distilled(run, checkpoint, undo)
+
+
+def _distilled(run: "_Run", checkpoint: str | Path | None, undo: Undo) -> DistilReport:
+    parameters = _trained(run.model, run.teacher)
     begin = time.perf_counter()
-    optimizer = torch.optim.AdamW(parameters.values(), learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), run.learning_rate, weight_decay=0.0)
     with (
-        all_or_nothing() as undo,
         contextlib.ExitStack() as stack,
-        hold(model, optimizer) as held,
+        hold(run.model, optimizer) as held,
         _own_gradients(parameters),
-        eval_mode(model, teacher),
+        eval_mode(run.model, run.teacher),
         torch.enable_grad(),
     ):
         state: TrainingState | None = None
@@ -118,7 +124,7 @@ def distil_(
         for loss_now in run(optimizer, held, len(losses)):
             losses.append(loss_now)
             now = time.perf_counter()
-            due = now - kept_at >= CHECKPOINT_SECONDS or len(losses) == steps
+            due = now - kept_at >= CHECKPOINT_SECONDS or len(losses) == run.steps
             if state is not None and due:
                 state.keep(parameters, optimizer, losses, now - begin)
                 kept_at = now
