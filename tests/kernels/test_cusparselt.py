@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.kernels import cusparselt_search
+from secateur.kernels import cusparselt_search, cusparselt_settings
 from secateur.kernels.cusparselt import (
     LARGEST_BUCKET,
     Case,
@@ -19,7 +19,8 @@ from secateur.kernels.cusparselt import (
     multiply,
     why_not,
 )
-from secateur.kernels.cusparselt_search import allowed, chosen, remember, search, setting_for
+from secateur.kernels.cusparselt_search import allowed, search
+from secateur.kernels.cusparselt_settings import chosen, remember, setting_for
 from tests.kernels.fake_cusparselt import Fake, forget, install
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -364,8 +365,7 @@ def test_neither_gradients_nor_autocast_change_the_search(fake: Fake, mode: type
 
 
 def setting_of(case: Case) -> Setting:
-    weight = weight_in(case.dtype)
-    return setting_for(case, compress(weight), lambda x: x.double() @ weight.double().t())
+    return setting_for(case, CPU)
 
 
 def test_what_was_searched_is_remembered_for_good(fake: Fake, tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_a_user_without_a_home_searches_in_every_process(
     def homeless(name: str) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(cusparselt_search, "own_file", homeless)
+    monkeypatch.setattr(cusparselt_settings, "own_file", homeless)
     with pytest.warns(RuntimeWarning, match="Could not determine home"):
         assert setting_of(case_in()) == Setting(0)
     assert chosen(case_in(), CPU) == Setting(0)
