@@ -72,11 +72,12 @@ class Child:
 
         Raises: NoChild if it does not start, or is not ready in time.
         """
+        start = [*command(module), *words]
         self.owner = os.getpid()
         self._errors = tempfile.TemporaryFile()  # a pipe that nobody reads would fill
         try:
             self._process = subprocess.Popen(
-                [*command(module), *words],
+                start,
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -33,6 +33,7 @@ class Fake:
     unwritten: set[Setting] = field(default_factory=set)
     few_wrong: set[Setting] = field(default_factory=set)
     now_and_then: set[Setting] = field(default_factory=set)
+    wrong_at: dict[Setting, int] = field(default_factory=dict)
     seen: list[Setting] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     biases: list[Tensor | None] = field(default_factory=list)
@@ -75,6 +76,8 @@ class Fake:
         result = result.to(out_dtype or dense_B.dtype)
         if setting in self.wrong:
             result[-3:, -5:] *= 1.05
+        if self.wrong_at.get(setting) == dense_B.shape[1]:
+            result[0] += 1
         if setting in self.unwritten:
             result[2, 3] = torch.nan
         if setting in self.few_wrong and len(result) % 64:
