@@ -24,7 +24,7 @@ from secateur.kernels.cusparselt_search import Found, Past, Watch, first_line, s
 from secateur.kernels.isolated import Child, ChildEnded, Journal, Lost, NoChild, Row, Say, serve
 
 MODULE = "secateur.kernels.cusparselt_child"
-ATTEMPT_SECONDS = 60.0  # of one setting, exact results included; most take milliseconds
+ATTEMPT_SECONDS = 120.0  # without a word about a setting; most take milliseconds
 MOST_ENDED = 16  # children that one search may cost
 BETWEEN = ";"  # settings that are timed in turns
 NO_ROOM = "out of memory"  # what CUDA says, in torch's allocator and outside of it
@@ -60,7 +60,8 @@ def searched(wanted: Search, past: Past, crashed: Crashed) -> Found:
     Cost: some seconds for the first child, which imports torch and makes a CUDA context, with some
         500 MB of the GPU's memory while it lives.
     Raises: NoSearch if no child can be started, it was ended from outside, or the GPU has no room
-        for it beside this process; RuntimeError if no setting is right.
+        for it beside this process, also once torch's allocator has given back what it holds in
+        reserve here; RuntimeError if no setting is right.
     """
     with _kept.lock:
         for _ in range(MOST_ENDED):
@@ -146,20 +147,27 @@ def _child(wanted: Search) -> tuple[Child, bool]:
         _kept.child = None
     if key in _kept.impossible:
         raise NoSearch(_kept.impossible[key])
-    try:
-        child = Child(MODULE, [uuid], environment)
-        if child.ready != {"version": wanted.version}:
-            child.end()
-            raise NoChild(
-                f"it found version {child.ready.get('version')} of cuSPARSELt, not {wanted.version}"
-            )
-    except NoChild as problem:
-        _kept.impossible[key] = (
-            f"cuSPARSELt's algorithms are searched in a process of its own, but {problem}"
+    for _ in range(2):
+        try:
+            _kept.child, _kept.key = _started(wanted, uuid, environment), key
+            return _kept.child, True
+        except NoChild as problem:
+            reason = f"cuSPARSELt's algorithms are searched in a process of its own, but {problem}"
+            if NO_ROOM not in str(problem):
+                _kept.impossible[key] = reason
+                break
+            torch.cuda.empty_cache()
+    raise NoSearch(reason)
+
+
+def _started(wanted: Search, uuid: str, environment: Mapping[str, str]) -> Child:
+    child = Child(MODULE, [uuid], environment)
+    if child.ready != {"version": wanted.version}:
+        child.end()
+        raise NoChild(
+            f"it found version {child.ready.get('version')} of cuSPARSELt, not {wanted.version}"
         )
-        raise NoSearch(_kept.impossible[key]) from None
-    _kept.child, _kept.key = child, key
-    return child, True
+    return child
 
 
 def _gpu(device: torch.device) -> tuple[str, Mapping[str, str]]:
@@ -192,7 +200,7 @@ def _asked(child: Child, wanted: Search, past: Past) -> Found:
         for row in child.ask(request, wanted.title, wanted.journals, ATTEMPT_SECONDS):
             if "setting" in row:
                 _note(row, past)
-            else:
+            elif "alive" not in row:
                 last = row
         if "found" in last:
             return Found(Setting.parse(last["found"]), float(last["us"]), past.dropped)
@@ -262,11 +270,16 @@ def _answer(device: torch.device, request: Row, say: Say, journal: Journal) -> N
         else:
             say({**row, "us": past.us[setting]})
 
+    def alive() -> None:
+        journal.alive()
+        say({"alive": True})
+
+    watch = Watch(partial(_trying, journal), tell, alive)
     try:
         weight = random_weight(case, device)
         wide = torch.float64 if case.out_dtype == torch.int32 else torch.float32
         exact = partial(_exact, weight=weight, wide=wide)
-        found = search(case, compress(weight), exact, past, Watch(partial(_trying, journal), tell))
+        found = search(case, compress(weight), exact, past, watch)
         say({"found": str(found.setting), "us": found.us})
     except RuntimeError as problem:
         if isinstance(problem, torch.OutOfMemoryError) or _is_no_room(problem):

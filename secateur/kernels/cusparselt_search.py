@@ -57,10 +57,11 @@ class Past:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told before settings are tried, and of each whose time or fate is known."""
+    """Who is told before settings are tried, that they still are, and how each ended."""
 
     trying: Callable[[Sequence[Setting]], AbstractContextManager[None]] = lambda _: nullcontext()
     tell: Callable[[Setting], None] = lambda _: None
+    alive: Callable[[], None] = lambda: None
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def _search(
     trying.trials.clear()  # they are large
     for setting in trying.fastest():
         with watch.trying([setting]):
-            problem = _wrong_later(case, blob, setting, exact)
+            problem = _wrong_later(case, blob, setting, exact, watch.alive)
         if problem is None:
             return Found(setting, past.us[setting], past.dropped)
         trying.drop(setting, problem)
@@ -266,7 +267,11 @@ def _error(result: Tensor, wanted: Tensor) -> float:
 
 
 def _wrong_later(
-    case: Case, blob: Tensor, setting: Setting, exact: Callable[[Tensor], Tensor]
+    case: Case,
+    blob: Tensor,
+    setting: Setting,
+    exact: Callable[[Tensor], Tensor],
+    alive: Callable[[], None],
 ) -> str | None:
     """None if the setting is right for more inputs, again, and at every number of tokens of the
     bucket, else how it was wrong.
@@ -275,11 +280,13 @@ def _wrong_later(
         trial = _trial(case, case.tokens, 2 + seed, blob.device, exact)
         for _ in range(REPEATS):
             problem = _wrong(case, blob, setting, trial)
+            alive()
             if problem is not None:
                 return f"{problem}, but not always"
     for count in case.counts[:-1]:
         fewer = replace(trial, x=trial.x[:count], wanted=trial.wanted[:count])
         problem = _wrong(case, blob, setting, fewer)
+        alive()
         if problem is not None:
             return f"{problem} at {count} tokens"
     return None

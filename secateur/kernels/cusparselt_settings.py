@@ -94,7 +94,7 @@ def setting_for(case: Case, device: torch.device) -> Setting:
         )
     place = _place(case, device)
     try:
-        if place in _unsearched():
+        if place in _unsearched() and not in_one_child():
             raise NoSearch(_unsearched()[place])
         with one_thread():
             found = chosen(case, device)  # by a thread that was first

@@ -74,7 +74,10 @@ class Child:
         """
         start = [*command(module), *words]
         self.owner = os.getpid()
-        self._errors = tempfile.TemporaryFile()  # a pipe that nobody reads would fill
+        try:
+            self._errors = tempfile.TemporaryFile()  # a pipe that nobody reads would fill
+        except OSError as error:
+            raise NoChild(f"no temporary file can be written: {error}") from error
         try:
             self._process = subprocess.Popen(
                 start,
@@ -123,10 +126,13 @@ class Child:
             self._write({**request, "journal": str(journal), "title": title, "seconds": seconds})
             while True:
                 row = self._next(time.monotonic() + seconds)
-                if "lost" in row:
-                    raise EOFError(row["lost"])
                 if "done" in row:
                     return
+                if "failed" in row:  # its own program, not what it tried: a full disk, most likely
+                    self.end()
+                    raise ChildEnded(row["failed"], "", from_outside=False)
+                if "lost" in row:
+                    raise EOFError(row["lost"])
                 yield row
         except (queue.Empty, EOFError, BrokenPipeError) as problem:
             how = self._how(problem, seconds)
@@ -146,13 +152,17 @@ class Child:
             return
         self._process.kill()
         self._process.wait()
-        self.forget()
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # the thread that reads closes the other pipe
         self._errors.close()
 
     def forget(self) -> None:
         """Nothing; a forked process no longer holds the pipe whose end tells the child to end."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        for file in (self._process.stdin, self._process.stdout, self._errors):
+            if file is not None:
+                file.close()
+        if self._process.returncode is None:
+            self._process.returncode = 0  # for this process it has ended
 
     def _write(self, row: Row) -> None:
         data = memoryview(json.dumps(row).encode() + b"\n")
@@ -314,8 +324,7 @@ class Journal:
         self._file.write(f"{attempt}\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        # the parent ends what hangs; this is for a child without a parent, whatever lock it holds
-        faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
+        self.alive()
         try:
             yield
         except Lost:
@@ -324,6 +333,11 @@ class Journal:
             self._ended()
             raise
         self._ended()
+
+    def alive(self) -> None:
+        """Nothing; what is being tried goes on, and has its time once more."""
+        # the parent ends what hangs; this is for a child without a parent, whatever lock it holds
+        faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
 
     def close(self) -> None:
         """Nothing; the journal is gone."""
@@ -348,7 +362,8 @@ def serve(prepare: Callable[[], Row], answer: Answer) -> NoReturn:
     """Never returns; answers requests until there are none for a while, or the parent has ended.
 
     `prepare()` is what the parent gets as `Child.ready`; a RuntimeError or ValueError of it is the
-    reason of a NoChild. `answer` says rows; after `Lost` the child ends.
+    reason of a NoChild. `answer` says rows; if it raises, the child ends, and what it was trying is
+    to blame for a `Lost` alone.
     """
     rows = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print is no row
@@ -377,6 +392,9 @@ def serve(prepare: Callable[[], Row], answer: Answer) -> NoReturn:
             say({"lost": str(lost)})
             sys.stderr.flush()
             os._exit(1)  # what tears down a lost context can hang
+        except Exception as problem:
+            say({"failed": f"{type(problem).__name__}: {problem}".partition("\n")[0]})
+            raise
         journals.clear()
         journal.close()
         say({"done": True})

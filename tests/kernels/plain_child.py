@@ -57,6 +57,13 @@ def do(act: str, say: Any, module: Any, journal: Any) -> None:
     elif act == "exit":
         print("the last words", file=sys.stderr, flush=True)
         os._exit(3)
+    elif act == "fail":
+        raise OSError("No space left on device\nand more")
+    elif act == "alive":
+        for _ in range(4):
+            time.sleep(0.5)
+            journal.alive()
+            say({"alive": True})
     elif act == "lost":
         raise module.Lost("CUDA error: an illegal instruction was encountered")
     elif act == "journal":

@@ -1,10 +1,12 @@
 """A child process: what ends it ends nothing else, and is known by name."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -117,6 +119,18 @@ def test_nothing_is_to_blame_between_attempts(start: Start, tmp_path: Path) -> N
     with pytest.raises(ChildEnded, match="SIGSEGV") as ended:
         ask(start(), tmp_path, ("good", ""), (None, "SIGSEGV"))
     assert ended.value.trying == "" and not ended.value.blamed
+
+
+def test_what_the_child_s_own_program_raises_is_no_crash(start: Start, tmp_path: Path) -> None:
+    child = start()
+    with pytest.raises(ChildEnded, match="^OSError: No space left on device$") as ended:
+        ask(child, tmp_path, ("good", "fail"))
+    assert not ended.value.blamed and not child.alive
+
+
+def test_what_says_that_it_goes_on_may_take_longer(start: Start, tmp_path: Path) -> None:
+    rows = ask(start(), tmp_path, ("long", "alive"), seconds=1.5)
+    assert rows == [{"alive": True}] * 4 + [{"tried": "long"}]
 
 
 def test_an_answer_that_is_left_early_ends_the_child(start: Start, tmp_path: Path) -> None:
@@ -248,6 +262,24 @@ def test_a_fork_of_the_parent_keeps_no_child_alive(start: Start) -> None:
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_a_fork_of_the_parent_has_no_child(tmp_path: Path) -> None:
+    """It ends none, waits for none, and leaves no file open that would be warned of."""
+    child = Child(MODULE, [], {})
+    pid = os.fork()
+    if pid == 0:
+        warnings.simplefilter("error")
+        unraisable: list[object] = []
+        sys.unraisablehook = unraisable.append
+        alive = child.alive
+        child.end()
+        del child
+        gc.collect()
+        os._exit(2 if alive else bool(unraisable))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert ask(child, tmp_path, ("after", "")) == [{"tried": "after"}]
+    child.end()
 
 
 # ---- what is left over --------------------------------------------------------------------------
