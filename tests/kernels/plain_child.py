@@ -53,6 +53,7 @@ def do(act: str, say: Any, module: Any, journal: Any) -> None:
     elif act == "hang":
         time.sleep(600)
     elif act == "hang in C":  # and hold the lock that all Python waits for
+        say({"hangs": True})
         ctypes.PyDLL(None).sleep(600)
     elif act == "exit":
         print("the last words", file=sys.stderr, flush=True)

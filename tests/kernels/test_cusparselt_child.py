@@ -131,17 +131,26 @@ def test_what_is_known_before_a_crash_is_not_measured_again(library: Library) ->
     assert "not supported" in found.dropped[Setting(6)]
     first = library.calls[0][1]
     assert [setting for setting, process in library.calls if process == first][-1] == "3,1,-1"
-    later = {setting for setting, process in library.calls if process != first}
-    assert "1,1,-1" not in later and {"4,1,-1", "0,2,1"} < later
+    later = [setting for setting, process in library.calls if process != first]
+    assert "1,1,-1" not in later and {"4,1,-1", "0,2,1"} < set(later)
+    assert later.count("2,1,-1") == 1 < later.count("4,1,-1")  # in turns with the others
 
 
 def test_refusals_are_counted_over_a_crash(library: Library) -> None:
-    """Three before it and one behind it are four, and none of them is asked for twice."""
-    us = {"0,1,-1": 5.0, "9,1,-1": 1.0}
-    library.tell(us=us, faults={"0,1,-1": "SIGILL"})
+    """Four of them ended the search for algorithms, which the next child does not take up again."""
+    us = {"0,1,-1": 5.0, "0,2,1": 1.0}
+    library.tell(us=us, faults={"0,2,1": "SIGILL"})
+    assert setting_for(case_in(), CPU) == Setting(0)
+    whole = [setting for setting, _ in library.calls if setting.endswith(",1,-1")]
+    assert set(whole) == {f"{number},1,-1" for number in range(5)}
+    assert [whole.count(f"{number},1,-1") for number in range(1, 5)] == [1] * 4
+
+
+def test_without_one_that_survives_it_is_an_error(library: Library) -> None:
+    library.tell(us={"0,1,-1": 5.0}, faults={"0,1,-1": "SIGILL"})
     with pytest.raises(RuntimeError, match=r"got none of 5: .*ended the process that tried it: S"):
         setting_for(case_in(), CPU)
-    assert library.tried == {f"{number},1,-1" for number in range(5)}
+    assert chosen(case_in(), CPU) is None
 
 
 def test_one_that_crashes_only_when_it_is_timed_in_turns_is_found(library: Library) -> None:
@@ -287,6 +296,14 @@ def test_a_report_says_what_was_not_searched() -> None:
     said = failure("semi24 cusparselt", NoSearch("no process"))
     assert said == "semi24 cusparselt was not searched: no process"
     assert any(word in said for word in PASSING)  # so that it is tried again
+
+
+def test_the_child_of_the_library_itself_gets_ready_or_says_why_not(tmp_path: Path) -> None:
+    child = isolated.Child(cusparselt_child.MODULE, [""], {})
+    assert child.ready == {"version": torch.backends.cusparselt.version()}
+    child.end()
+    with pytest.raises(isolated.NoChild, match="^it does not see the GPU of-nobody$"):
+        isolated.Child(cusparselt_child.MODULE, ["of-nobody"], {})
 
 
 # ---- one child ----------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ def test_requests_are_answered_by_another_process(start: Start, tmp_path: Path) 
     child = start("some", "words", A_VARIABLE="set")
     assert child.ready["words"] == ["some", "words"] and child.ready["variable"] == "set"
     assert child.ready["pid"] != os.getpid() and child.alive
+    assert os.getpgid(child.ready["pid"]) != os.getpgid(0)  # whom an interrupt reaches
     for attempt in ("first", "second"):
         assert ask(child, tmp_path, (attempt, ""), ("more", "")) == [
             {"tried": attempt},
@@ -226,16 +227,22 @@ from pathlib import Path
 from tests.kernels.plain_child import isolated
 child = isolated().Child("tests.kernels.plain_child", [], {})
 print(child.ready["pid"], flush=True)
-for row in child.ask({"acts": [["first", ""], ["slow", sys.argv[2]]]}, "t", Path(sys.argv[1]), 600):
+acts = [["first", ""], ["slow", sys.argv[2]]]
+for row in child.ask({"acts": acts}, "t", Path(sys.argv[1]), float(sys.argv[3])):
     print(row, flush=True)
 """
 
 
-@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM"])
-def test_a_child_ends_with_its_parent(tmp_path: Path, signal_name: str) -> None:
-    """And what it was trying is not to blame."""
+@pytest.mark.parametrize(
+    ("act", "seconds", "signal_name"),
+    [("hang", 600, "SIGKILL"), ("hang", 600, "SIGTERM"), ("hang in C", 5, "SIGKILL")],
+)
+def test_a_child_ends_with_its_parent(
+    tmp_path: Path, act: str, seconds: int, signal_name: str
+) -> None:
+    """And what it was trying is not to blame, unless it hung longer than it may."""
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path), "hang"],
+        [sys.executable, "-c", PARENT, str(tmp_path), act, str(seconds)],
         stdout=subprocess.PIPE,
         cwd=ROOT,
     )
@@ -243,9 +250,13 @@ def test_a_child_ends_with_its_parent(tmp_path: Path, signal_name: str) -> None:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert parent.stdout.readline() == b"{'tried': 'first'}\n" and runs(pid)
+        if act == "hang in C":
+            assert parent.stdout.readline() == b"{'hangs': True}\n"
+            time.sleep(0.3)  # until it does
         parent.send_signal(getattr(signal, signal_name))
     assert ends(pid)
-    assert list(tmp_path.iterdir()) == []
+    left = [in_flight(path) for path in tmp_path.iterdir()]
+    assert left in ([], [("t", "slow")][: act == "hang in C"])
 
 
 def test_a_fork_of_the_parent_keeps_no_child_alive(start: Start) -> None:
