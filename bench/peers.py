@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bench.cold import Candidate, Run, Tuned, product
 from secateur.kernels.cusparselt import Case, Setting, case_of
-from secateur.kernels.cusparselt_search import Found, search
+from secateur.kernels.cusparselt_search import Found
+from secateur.kernels.cusparselt_settings import search_isolated
 
 CUBLAS = "cublas bf16"
 CUBLAS_FP16 = "cublas fp16"
@@ -71,7 +72,7 @@ def cusparselt(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> list[Ca
     def tune(runs: Sequence[Run], x: Tensor) -> Tuned:
         case = case_of(x, out, bias)
         if case not in found:
-            found[case] = search(case, blob, lambda x: x.float() @ weight.float().t())
+            found[case] = search_isolated(case, x.device)
         setting = found[case].setting
         return [partial(run, setting=setting) for run in runs], described(found[case])
 

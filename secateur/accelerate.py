@@ -13,7 +13,7 @@ from secateur.accelerate_report import AccelerateReport, Held, LayerReport
 from secateur.decision import Decision, Policy, decide
 from secateur.formats.candidates import (
     DENSE,
-    OUT_OF_MEMORY,
+    PASSING,
     Candidate,
     admitted,
     dense_candidates,
@@ -33,6 +33,7 @@ from secateur.formats.pack import (
     weight_owners,
     why_not_layer,
 )
+from secateur.kernels.cusparselt_child import one_child
 from secateur.kernels.timing import (
     Calls,
     Timing,
@@ -118,10 +119,12 @@ def _accelerate(
     linears = _linears(model) if layers is None else named_linears(model, layers)
     groups, skipped = _groups(model, linears, tried)
     decisions: dict[str, tuple[str, Decision]] = {}
-    for like, names in tqdm(groups.items(), desc="measure", unit="layer", disable=None):
-        with torch.no_grad():
-            decision = _measured_decision(linears[names[0]], like, counts, timer, policy, remeasure)
-        decisions |= dict.fromkeys(names, (names[0], decision))
+    with one_child():  # that searches what a library has, if that has to be searched
+        for like, names in tqdm(groups.items(), desc="measure", unit="layer", disable=None):
+            layer = linears[names[0]]
+            with torch.no_grad():
+                decision = _measured_decision(layer, like, counts, timer, policy, remeasure)
+            decisions |= dict.fromkeys(names, (names[0], decision))
     packed: dict[str, SparseLinear] = {}
     for name, (measured_on, decision) in decisions.items():
         if decision.format is not None:
@@ -218,7 +221,8 @@ def _measured_decision(
             known = None if remeasure else recall(device, key, count)
             if known is None or known.cannot != _cannot(layers.values(), count):
                 known = _times(linear, layers, count, timer)
-                if known.steady and not any(OUT_OF_MEMORY in why for why in known.dropped):
+                passing = any(word in why for word in PASSING for why in known.dropped)
+                if known.steady and not passing:
                     keep(device, key, count, known)
             found.append(known)
     except (RuntimeError, MemoryError) as problem:  # dense itself failed: no room, most likely

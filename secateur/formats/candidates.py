@@ -13,12 +13,15 @@ from secateur.formats.contract import Packed, packed_bytes
 from secateur.formats.format import Format, dequantised, parse_format
 from secateur.formats.linear import REFERENCE, SparseLinear
 from secateur.formats.pack import packed_linear
+from secateur.kernels.cusparselt_child import NoSearch
 
 DENSE = "dense"
 PREPACKED = "dense prepacked"
 ROWS_AT_ONCE = 4096  # of a weight in float64: a vocabulary of 128,000 x 4096 would take 4 GB whole
 TOKENS_CHECKED = 128  # spread over the input; float64 of 4096 tokens can take a GPU seconds
 OUT_OF_MEMORY = "ran out of memory"
+NOT_SEARCHED = "was not searched"
+PASSING = (OUT_OF_MEMORY, NOT_SEARCHED)  # what is no verdict for later
 NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 Run = Callable[[Tensor], Tensor]
@@ -219,8 +222,9 @@ def _prepacker(linear: nn.Linear, tokens: int) -> Callable[[], Run] | None:
 
 
 def failure(name: str, problem: BaseException) -> str:
-    """What a report says of a candidate that raised; out of memory is no verdict for later."""
+    """What a report says of a candidate that raised; see `PASSING`."""
     what = OUT_OF_MEMORY if isinstance(problem, NO_MEMORY) else "failed"
+    what = NOT_SEARCHED if isinstance(problem, NoSearch) else what
     return f"{name} {what}: {first_line(problem)}"
 
 

@@ -1,10 +1,12 @@
 """cuSPARSELt: products with a 2:4 weight at many tokens, by one of the library's algorithms.
 
 It has some dozens for a product, known by number; `cusparselt_search` finds the fastest that is
-right. No other module calls `torch._cslt_compress` and `torch._cslt_sparse_mm`.
+right, in a child process, and `cusparselt_settings` remembers it. No other module calls
+`torch._cslt_compress` and `torch._cslt_sparse_mm`.
 """
 
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -57,12 +59,36 @@ class Case:
     @property
     def product(self) -> str:
         """`bfloat16 6144x4096`, and what else there is: `int8 to float16 64x64 alpha`."""
-        dtypes = _short(self.dtype)
-        if self.out_dtype != self.dtype:
-            dtypes += f" to {_short(self.out_dtype)}"
         alpha = " alpha" if self.alpha else ""
         bias = "" if self.bias is None else f" bias {_short(self.bias)}"
-        return f"{dtypes} {self.out_features}x{self.in_features}{alpha}{bias}"
+        return f"{self.dtypes} {self.out_features}x{self.in_features}{alpha}{bias}"
+
+    @property
+    def dtypes(self) -> str:
+        """`bfloat16`, or `int8 to float16`: those whose kernels a number of an algorithm names."""
+        to = "" if self.out_dtype == self.dtype else f" to {_short(self.out_dtype)}"
+        return f"{_short(self.dtype)}{to}"
+
+    @property
+    def counts(self) -> range:
+        """The numbers of tokens of the bucket, once padded, the fewest first."""
+        step = STEPS[self.dtype]
+        return range(min(self.tokens, self.tokens // 2 + step), self.tokens + 1, step)
+
+    def written(self) -> dict[str, Any]:
+        """Plain data that `Case.read` makes the case of again."""
+        return {
+            field.name: _short(value) if isinstance(value, torch.dtype) else value
+            for field in fields(Case)
+            for value in [getattr(self, field.name)]
+        }
+
+    @staticmethod
+    def read(data: dict[str, Any]) -> "Case":
+        """The case that `written` gave."""
+        dtypes = {name: getattr(torch, data[name]) for name in ("dtype", "out_dtype")}
+        bias = None if data["bias"] is None else getattr(torch, data["bias"])
+        return Case(**{**data, **dtypes, "bias": bias})
 
 
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:

@@ -1,24 +1,24 @@
-"""The fastest right algorithm of cuSPARSELt for a product: searched, checked and remembered.
+"""The fastest right algorithm of cuSPARSELt for a product: searched and checked.
 
-Which is fastest depends on shape, tokens, device and version, and some give wrong results, a few of
-them only now and then. So each is compared with an exact result before it is timed, the fastest
-once more with several inputs, and what was found is kept on disk beside the compiled kernels.
+Which is fastest depends on shape, tokens, device and version. Some give wrong results, a few of
+them only now and then, and some have ended the process: an illegal instruction takes the CUDA
+context with it. So a search runs in a child process (`cusparselt_child`), each algorithm is
+compared with an exact result before it is timed, and the fastest once more, with several inputs and
+at every number of tokens that it will serve.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from secateur.kernels.cusparselt import STEPS, Case, Setting, multiply
-from secateur.kernels.measured import Entries, add, chip, own_file, read
+from secateur.kernels.cusparselt import Case, Setting, multiply
 from secateur.kernels.timing import chain, copies_on, in_turns
 
-FILE = "cusparselt.json"
 MOST_ALGORITHMS = 128  # more than any version has
 MOST_REFUSALS = 4  # refused numbers in a row that end the search
 SPLIT_BEST = 2  # algorithms that are tried with their sums split, too
@@ -30,8 +30,7 @@ CHECKS = 5  # inputs more that the fastest has to be right for, each of them REP
 REPEATS = 2
 REASONS = 3  # in a message; there can be as many as settings
 ROWS_AT_ONCE = 1024  # compared, so that a difference needs little memory
-
-Place = tuple[str, str, str]
+NO_MEMORY = "ran out of memory"
 
 
 @dataclass(frozen=True)
@@ -43,59 +42,37 @@ class Found:
     dropped: dict[Setting, str]
 
 
-ENTRIES = Entries("cuSPARSELt settings", Setting.parse, "delete it, it is measured again")
+@dataclass
+class Past:
+    """What a search knows, from one before that was broken off or by itself; it writes here.
 
-
-def setting_for(
-    case: Case, blob: Shaped[Tensor, "..."], exact: Callable[[Tensor], Tensor]
-) -> Setting:
-    """The remembered setting, else that of a search, which is remembered then.
-
-    Cost: microseconds where it is remembered; else see `search`.
-    Raises: RuntimeError if none is remembered and the stream is being captured into a CUDA graph,
-        or where `search` raises it; ValueError if the file of settings is broken.
+    What was `refused` was dropped, too. `together` is whether the fastest may be timed in turns.
     """
-    found = chosen(case, blob.device)
-    if found is not None:
-        return found
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"no cuSPARSELt algorithm is chosen yet for {case.product} at up to {case.tokens} "
-            "tokens, and searching inside a CUDA graph capture is not possible: call warmup(model, "
-            "tokens=...) with the number to be captured, or run the model once, before the capture"
-        )
-    found = search(case, blob, exact).setting
-    remember(case, blob.device, found)
-    return found
+
+    us: dict[Setting, float] = field(default_factory=dict)
+    dropped: dict[Setting, str] = field(default_factory=dict)
+    refused: set[Setting] = field(default_factory=set)
+    together: bool = True
 
 
-def chosen(case: Case, device: torch.device) -> Setting | None:
-    """The remembered setting, or None. The file is read once in a process.
+@dataclass(frozen=True)
+class Watch:
+    """Who is told before settings are tried, that they still are, and how each ended."""
 
-    Raises: ValueError if the file is no table of settings; it names the file.
-    """
-    return _known().get(_place(case, device))
-
-
-def remember(case: Case, device: torch.device, setting: Setting) -> None:
-    """Nothing; from now on `chosen` gives this setting, in this process and in later ones.
-
-    It holds for this chip and this version of the library. Where nothing can be written a warning
-    says so once.
-    """
-    place = _place(case, device)
-    _known()[place] = setting
-    try:
-        add(own_file(FILE), ENTRIES, place, str(setting))
-    except OSError as error:
-        _warn(error.strerror or str(error))
-    except RuntimeError as error:  # a user without a home
-        _warn(str(error))
+    trying: Callable[[Sequence[Setting]], AbstractContextManager[None]] = lambda _: nullcontext()
+    tell: Callable[[Setting], None] = lambda _: None
+    alive: Callable[[], None] = lambda: None
 
 
 @torch.no_grad()
-def search(case: Case, blob: Shaped[Tensor, "..."], exact: Callable[[Tensor], Tensor]) -> Found:
-    """The fastest setting whose results are right.
+def search(
+    case: Case,
+    blob: Shaped[Tensor, "..."],
+    exact: Callable[[Tensor], Tensor],
+    past: Past | None = None,
+    watch: Watch | None = None,
+) -> Found:
+    """The fastest setting whose results are right. Call it where a crash does no harm.
 
     `exact(x)` is `x @ W.T` for the weight of the blob, in float32, or in float64 for int32 results.
     Inputs, bias and alpha are random ones from fixed seeds; nothing of the user's is called.
@@ -104,15 +81,17 @@ def search(case: Case, blob: Shaped[Tensor, "..."], exact: Callable[[Tensor], Te
     of its largest result. All algorithms are compared at the most and at the fewest tokens of the
     bucket, into memory that held NaN, then timed on the GPU with cold weights; the fastest two are
     tried with split sums, and the fastest few timed again, in turns: the GPU's clocks change while
-    a search runs. The fastest of all has to be right for `CHECKS` more inputs, each twice, or the
-    next one is taken: some are wrong only now and then.
+    a search runs. The fastest of all has to be right for `CHECKS` more inputs, each twice, and at
+    every number of tokens of the bucket, or the next one is taken: some are wrong only now and
+    then.
 
     Cost: some dozens of launches for each of some dozens of settings, and `exact` seven times or
         more. Memory for one and a half exact results, two results, and up to 16 copies of the blob.
-    Raises: RuntimeError if no setting is right, or the GPU has failed.
+    Raises: RuntimeError if no setting is right, or the GPU has failed; OutOfMemoryError if there is
+        no room, or none is right but some had no room.
     """
     with torch.autocast(blob.device.type, enabled=False):  # it would round the exact results
-        return _search(case, blob, exact)
+        return _search(case, blob, exact, past or Past(), watch or Watch())
 
 
 def allowed(case: Case) -> float:
@@ -124,8 +103,10 @@ def allowed(case: Case) -> float:
     return torch.finfo(case.out_dtype).eps if case.out_dtype.is_floating_point else 0.0
 
 
-def _search(case: Case, blob: Tensor, exact: Callable[[Tensor], Tensor]) -> Found:
-    trying = _Trying(case, _copies(blob), _screen(case, blob.device, exact), {}, {})
+def _search(
+    case: Case, blob: Tensor, exact: Callable[[Tensor], Tensor], past: Past, watch: Watch
+) -> Found:
+    trying = _Trying(case, _copies(blob), _screen(case, blob.device, exact), past, watch)
     refused = 0
     for algorithm in range(MOST_ALGORITHMS):
         refused = 0 if trying.takes(Setting(algorithm)) else refused + 1
@@ -137,14 +118,17 @@ def _search(case: Case, blob: Tensor, exact: Callable[[Tensor], Tensor]) -> Foun
     trying.settle()
     trying.trials.clear()  # they are large
     for setting in trying.fastest():
-        problem = _wrong_later(case, blob, setting, exact)
+        with watch.trying([setting]):
+            problem = _wrong_later(case, blob, setting, exact, watch.alive)
         if problem is None:
-            return Found(setting, trying.us[setting], trying.dropped)
-        trying.dropped[setting] = problem
-    reasons = "; ".join(list(dict.fromkeys(trying.dropped.values()))[:REASONS])
+            return Found(setting, past.us[setting], past.dropped)
+        trying.drop(setting, problem)
+    reasons = "; ".join(list(dict.fromkeys(past.dropped.values()))[:REASONS])
+    if any(NO_MEMORY in reason for reason in past.dropped.values()):
+        raise torch.OutOfMemoryError(f"no algorithm for {case.product} had room: {reasons}")
     raise RuntimeError(
         f"cuSPARSELt needs a right algorithm for {case.product} at {case.tokens} tokens, got none "
-        f"of {len(trying.dropped)}: let the layer use another implementation ({reasons})"
+        f"of {len(past.dropped)}: let the layer use another implementation ({reasons})"
     )
 
 
@@ -160,29 +144,45 @@ class _Trial:
 
 @dataclass(frozen=True)
 class _Trying:
-    """A search: what was measured so far, and what was dropped."""
+    """A search: what it measures with, and what it knows."""
 
     case: Case
     blobs: Sequence[Tensor]
     trials: list[_Trial]
-    us: dict[Setting, float]
-    dropped: dict[Setting, str]
+    past: Past
+    watch: Watch
 
     def takes(self, setting: Setting) -> bool:
         """Whether the library takes the setting, which is timed if it is right."""
-        try:
-            for trial in self.trials:
-                problem = _wrong(self.case, self.blobs[0], setting, trial)
-                if problem is not None:
-                    self.dropped[setting] = problem
-                    return True
-            self.us[setting] = self.timed([setting], ROUNDS)[setting]
-        except torch.AcceleratorError:  # the GPU's own: nothing runs on it any more
-            raise
-        except RuntimeError as refusal:
-            self.dropped[setting] = str(refusal).partition("\n")[0]
-            return False
+        if setting in self.past.dropped or setting in self.past.us:
+            return setting not in self.past.refused
+        with self.watch.trying([setting]):
+            try:
+                for trial in self.trials:
+                    problem = _wrong(self.case, self.blobs[0], setting, trial)
+                    if problem is not None:
+                        self.drop(setting, problem)
+                        return True
+                self.past.us[setting] = self.timed([setting], ROUNDS)[setting]
+            except torch.AcceleratorError:  # the GPU's own: nothing runs on it any more
+                raise
+            except torch.OutOfMemoryError as problem:  # sums in parts need room of their own
+                self.drop(setting, f"{NO_MEMORY}: {first_line(problem)}")
+                return True
+            except RuntimeError as refusal:
+                if self.blobs[0].is_cuda:  # raises if it was not refused, but failed the GPU
+                    torch.cuda.synchronize(self.blobs[0].device)
+                self.past.refused.add(setting)
+                self.drop(setting, first_line(refusal))
+                return False
+        self.watch.tell(setting)
         return True
+
+    def drop(self, setting: Setting, reason: str) -> None:
+        """Nothing; the setting is out of the search."""
+        self.past.us.pop(setting, None)
+        self.past.dropped[setting] = reason
+        self.watch.tell(setting)
 
     def timed(self, settings: Sequence[Setting], rounds: int) -> dict[Setting, float]:
         """Microseconds of a launch of each, in chains that use every copy once and take turns."""
@@ -193,19 +193,28 @@ class _Trying:
         return dict(zip(settings, _us(chains, self.blobs[0].device, rounds), strict=True))
 
     def settle(self) -> None:
-        """Nothing; the fastest few are timed again, and all others come behind them."""
-        finalists = self.fastest()[:FINALISTS]
-        again = self.timed(finalists, FINAL_ROUNDS)
+        """Nothing; the fastest few are timed again, and all others come behind them.
+
+        Where that ended a process, each is timed alone, so that it is known which one does.
+        """
+        finalists, us = self.fastest()[:FINALISTS], self.past.us
+        again = dict[Setting, float]()
+        for turns in [finalists] if self.past.together else [[one] for one in finalists]:
+            if turns:
+                with self.watch.trying(turns):
+                    again |= self.timed(turns, FINAL_ROUNDS)
+                for setting in turns:
+                    self.watch.tell(setting)
         slowest = max(again.values(), default=0.0)
-        for setting, us in self.us.items():
-            self.us[setting] = again.get(setting, max(us, slowest))
+        for setting, before in us.items():
+            us[setting] = again.get(setting, max(before, slowest))
 
     def fastest(self) -> list[Setting]:
-        return sorted(self.us, key=self.us.__getitem__)
+        return sorted(self.past.us, key=self.past.us.__getitem__)
 
 
 def _screen(case: Case, device: torch.device, exact: Callable[[Tensor], Tensor]) -> list[_Trial]:
-    fewest = min(case.tokens, case.tokens // 2 + STEPS[case.dtype])  # once padded
+    fewest = case.counts[0]
     return [_trial(case, case.tokens, 0, device, exact), _trial(case, fewest, 1, device, exact)]
 
 
@@ -258,16 +267,34 @@ def _error(result: Tensor, wanted: Tensor) -> float:
 
 
 def _wrong_later(
-    case: Case, blob: Tensor, setting: Setting, exact: Callable[[Tensor], Tensor]
+    case: Case,
+    blob: Tensor,
+    setting: Setting,
+    exact: Callable[[Tensor], Tensor],
+    alive: Callable[[], None],
 ) -> str | None:
-    """None if the setting is right for more inputs and again, else how it was wrong."""
+    """None if the setting is right for more inputs, again, and at every number of tokens of the
+    bucket, else how it was wrong.
+    """
     for seed in range(CHECKS):
         trial = _trial(case, case.tokens, 2 + seed, blob.device, exact)
         for _ in range(REPEATS):
             problem = _wrong(case, blob, setting, trial)
+            alive()
             if problem is not None:
                 return f"{problem}, but not always"
+    for count in case.counts[:-1]:
+        fewer = replace(trial, x=trial.x[:count], wanted=trial.wanted[:count])
+        problem = _wrong(case, blob, setting, fewer)
+        alive()
+        if problem is not None:
+            return f"{problem} at {count} tokens"
     return None
+
+
+def first_line(problem: BaseException) -> str:
+    """What went wrong, without the trace that some messages carry."""
+    return str(problem).partition("\n")[0]
 
 
 def _copies(blob: Tensor) -> list[Tensor]:
@@ -285,35 +312,3 @@ def _us(
     """Microseconds of a launch of each chain, which makes each of its calls once, in turns."""
     made = {str(number): chain(calls, device, len(calls)) for number, calls in enumerate(chains)}
     return [timing.median_us for timing in in_turns(made, device, rounds).values()]
-
-
-@cache
-def _known() -> dict[Place, Setting]:
-    """All that is remembered here: what the file had, and what was added since."""
-    try:
-        table = read(own_file(FILE), ENTRIES)
-    except RuntimeError:  # a user without a home
-        return {}
-    return {
-        (library, product, tokens): Setting.parse(text)
-        for library, products in table.items()
-        for product, buckets in products.items()
-        for tokens, text in buckets.items()
-    }
-
-
-@lru_cache(maxsize=4096)  # a model has some dozens
-def _place(case: Case, device: torch.device) -> Place:
-    library = f"{chip(device)}, cuSPARSELt {torch.backends.cusparselt.version()}"
-    return library, case.product, str(case.tokens)
-
-
-@cache
-def _warn(reason: str) -> None:
-    """The warning, once in a process for each reason."""
-    warnings.warn(
-        f"cuSPARSELt settings cannot be kept ({reason}), so every process searches them again: "
-        "set SECATEUR_CACHE to a folder that can be written",
-        RuntimeWarning,
-        stacklevel=3,
-    )

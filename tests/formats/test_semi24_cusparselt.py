@@ -295,7 +295,7 @@ def test_a_setting_is_searched_once_and_kept(cache: Path, monkeypatch: pytest.Mo
     def never(*arguments: object) -> object:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("secateur.kernels.cusparselt_search.search", never)
+    monkeypatch.setattr("secateur.kernels.cusparselt_settings.searched", never)
     forget()
     held_to_float64(layer, x)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.kernels import cusparselt_search
+from secateur.kernels import cusparselt_child, cusparselt_search, cusparselt_settings
 from secateur.kernels.cusparselt import STEPS, Setting
+from secateur.kernels.cusparselt_search import Found, Past
 
 REFUSED = "CUDA error: operation not supported when calling `cusparseLtMatmulAlgSetAttribute`"
 
@@ -31,6 +33,7 @@ class Fake:
     unwritten: set[Setting] = field(default_factory=set)
     few_wrong: set[Setting] = field(default_factory=set)
     now_and_then: set[Setting] = field(default_factory=set)
+    wrong_at: dict[Setting, int] = field(default_factory=dict)
     seen: list[Setting] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     biases: list[Tensor | None] = field(default_factory=list)
@@ -73,6 +76,8 @@ class Fake:
         result = result.to(out_dtype or dense_B.dtype)
         if setting in self.wrong:
             result[-3:, -5:] *= 1.05
+        if self.wrong_at.get(setting) == dense_B.shape[1]:
+            result[0] += 1
         if setting in self.unwritten:
             result[2, 3] = torch.nan
         if setting in self.few_wrong and len(result) % 64:
@@ -93,8 +98,22 @@ class Fake:
         return times
 
 
-def install(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake) -> Fake:
-    """The fake in the library's place, an empty cache, and a GPU of 132 SMs to name it by."""
+def here(wanted: cusparselt_child.Search, past: Past, crashed: object) -> Found:
+    """What a child does, in this process, on weights like a child's."""
+    weight = cusparselt_child.random_weight(wanted.case, wanted.device)
+    exact = partial(cusparselt_child._exact, weight=weight, wide=torch.float64)
+    return cusparselt_search.search(wanted.case, torch._cslt_compress(weight), exact, past)
+
+
+def install(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake, isolated: bool = False
+) -> Fake:
+    """The fake in the library's place, an empty cache, and a GPU of 132 SMs to name it by.
+
+    Searches run in this process, which a child would not know of, unless `isolated`.
+    """
+    if not isolated:
+        monkeypatch.setattr(cusparselt_settings, "searched", here)
     monkeypatch.setattr(torch, "_cslt_compress", fake.compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", fake.sparse_mm)
     monkeypatch.setattr(cusparselt_search, "_us", fake.time)
@@ -110,6 +129,9 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake) -> Fake:
 
 def forget() -> None:
     """Nothing is remembered in memory any more, as in a new process."""
-    cusparselt_search._known.cache_clear()
-    cusparselt_search._place.cache_clear()
-    cusparselt_search._warn.cache_clear()
+    for remembered in (
+        *(cusparselt_settings._known, cusparselt_settings._crashed),
+        *(cusparselt_settings._unsearched, cusparselt_settings._place, cusparselt_settings._kind),
+        *(cusparselt_settings._warn, cusparselt_settings._warn_unsearched),
+    ):
+        remembered.cache_clear()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.kernels import cusparselt_search
+from secateur.kernels import cusparselt_search, cusparselt_settings
 from secateur.kernels.cusparselt import (
     LARGEST_BUCKET,
+    STEPS,
     Case,
     Setting,
     case_of,
@@ -19,7 +20,8 @@ from secateur.kernels.cusparselt import (
     multiply,
     why_not,
 )
-from secateur.kernels.cusparselt_search import allowed, chosen, remember, search, setting_for
+from secateur.kernels.cusparselt_search import allowed, search
+from secateur.kernels.cusparselt_settings import chosen, remember, search_isolated, setting_for
 from tests.kernels.fake_cusparselt import Fake, forget, install
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -177,6 +179,25 @@ def test_a_setting_is_read_as_it_was_written() -> None:
             Setting.parse(text)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_in(),
+        Case(torch.int8, torch.float16, OUT, WIDTH, 32, torch.bfloat16, True),
+        Case(torch.int8, torch.int32, OUT, WIDTH, 32, None, False),
+    ],
+    ids=str,
+)
+def test_a_case_is_read_as_it_was_written(case: Case) -> None:
+    assert Case.read(json.loads(json.dumps(case.written()))) == case
+
+
+def test_an_algorithm_is_one_of_its_dtypes() -> None:
+    assert case_in(torch.float16).dtypes == "float16"
+    case = Case(torch.int8, torch.float16, OUT, WIDTH, 32, torch.bfloat16, True)
+    assert case.dtypes == "int8 to float16"
+
+
 def test_the_allowed_error_follows_from_the_dtypes() -> None:
     assert allowed(case_in()) == 2**-7
     assert allowed(case_in(torch.float16)) == 2**-10
@@ -229,10 +250,43 @@ def test_the_two_fastest_are_tried_with_split_sums(fake: Fake) -> None:
 
 def test_algorithms_are_compared_at_both_ends_of_the_bucket(fake: Fake) -> None:
     searched(case_in(tokens=128))
-    assert set(fake.tokens) == {128, 80}
+    assert set(fake.tokens[: fake.tokens.index(96)]) == {128, 80}
     fake.tokens.clear()
     searched(case_in(tokens=16))
     assert set(fake.tokens) == {16}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "counts"),
+    [
+        (torch.bfloat16, 16, [16]),
+        (torch.bfloat16, 32, [32]),
+        (torch.float16, 64, [48, 64]),
+        (torch.bfloat16, 128, [80, 96, 112, 128]),
+        (torch.int8, 32, [32]),
+        (torch.int8, 128, [96, 128]),
+    ],
+    ids=str,
+)
+def test_the_fastest_is_right_at_every_number_of_tokens_that_it_serves(
+    fake: Fake, dtype: torch.dtype, tokens: int, counts: list[int]
+) -> None:
+    out_dtype = torch.bfloat16 if dtype == torch.int8 else dtype
+    case = Case(dtype, out_dtype, OUT, WIDTH, tokens, None, False)
+    assert list(case.counts) == counts
+    served = range(tokens // 2 + 1, tokens + 1) if tokens > STEPS[dtype] else [1, tokens]
+    step = STEPS[dtype]
+    assert {-(-count // step) * step for count in served} == set(counts)
+    searched(case)
+    assert set(fake.tokens) == set(counts)
+
+
+def test_one_that_is_wrong_in_the_middle_of_a_bucket_is_dropped(fake: Fake) -> None:
+    fake.us[Setting(5)] = 1.0
+    fake.wrong_at = {Setting(5): 96}
+    found = searched(case_in(tokens=128))
+    assert found.setting == Setting(0)
+    assert found.dropped[Setting(5)].endswith("at 96 tokens")
 
 
 @pytest.mark.parametrize("bias", [None, torch.bfloat16])
@@ -364,8 +418,7 @@ def test_neither_gradients_nor_autocast_change_the_search(fake: Fake, mode: type
 
 
 def setting_of(case: Case) -> Setting:
-    weight = weight_in(case.dtype)
-    return setting_for(case, compress(weight), lambda x: x.double() @ weight.double().t())
+    return setting_for(case, CPU)
 
 
 def test_what_was_searched_is_remembered_for_good(fake: Fake, tmp_path: Path) -> None:
@@ -444,7 +497,7 @@ def test_a_user_without_a_home_searches_in_every_process(
     def homeless(name: str) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(cusparselt_search, "own_file", homeless)
+    monkeypatch.setattr(cusparselt_settings, "own_file", homeless)
     with pytest.warns(RuntimeWarning, match="Could not determine home"):
         assert setting_of(case_in()) == Setting(0)
     assert chosen(case_in(), CPU) == Setting(0)
@@ -470,7 +523,12 @@ def test_a_user_without_a_home_searches_in_every_process(
     ids=str,
 )
 def test_codes_on_a_gpu(
-    dtype: torch.dtype, out_dtype: torch.dtype, scaled: bool, tokens: int
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    scaled: bool,
+    tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Searched, and then right for other inputs and scales than the search's own."""
     shape = (1024, 2048)
@@ -486,7 +544,8 @@ def test_codes_on_a_gpu(
     alpha = torch.rand(shape[0], device="cuda", generator=generator) / 1e4 if scaled else None
     exact = x.double() @ weight.double().t() * (1 if alpha is None else alpha)
     blob, case = compress(weight), case_of(x, shape[0], None, alpha, out_dtype)
-    found = search(case, blob, lambda x: x.double() @ weight.double().t())
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    found = search_isolated(case, x.device)
     y = multiply(blob, x, shape[0], found.setting, None, alpha, out_dtype)
     assert y.dtype == out_dtype and y.shape == exact.shape
     assert (y.double() - exact).abs().max() <= allowed(case) * exact.abs().max()

@@ -4,7 +4,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from secateur.formats.semi24.packed import PackedSemi24, unpack
-from secateur.kernels import cusparselt, cusparselt_search
+from secateur.kernels import cusparselt, cusparselt_settings
 
 
 def why_not(packed: PackedSemi24, tokens: int) -> str | None:
@@ -31,14 +31,11 @@ def linear(
 ) -> Float[Tensor, "tokens out"]:
     """`x @ W.T + bias`, summed in float32.
 
-    The first call for a shape and a power of two of tokens searches an algorithm, unless one is
-    remembered on this machine. Repeated calls may differ in the last bits if its sums are split.
+    The first call for a shape and a power of two of tokens has an algorithm searched, in a child
+    process, unless one is remembered on this machine. Repeated calls may differ in the last bits if
+    its sums are split.
 
-    Cost: see `secateur.kernels.cusparselt_search.search` for the first call.
+    Cost: see `secateur.kernels.cusparselt_child.searched` for the first call.
     Raises: RuntimeError if a search is needed inside a CUDA graph capture, or finds nothing right.
     """
-    case = cusparselt.case_of(x, packed.shape[0], bias)
-    setting = cusparselt_search.setting_for(
-        case, blob, lambda x: x.float() @ unpack(packed).float().t()
-    )
-    return cusparselt.multiply(blob, x, packed.shape[0], setting, bias)
+    return cusparselt_settings.product(blob, x, packed.shape[0], bias)

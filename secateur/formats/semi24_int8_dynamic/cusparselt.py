@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.formats import dynamic
 from secateur.formats.semi24_int8.packed import codes_of
 from secateur.formats.semi24_int8_dynamic.packed import PackedSemi24Int8Dynamic
-from secateur.kernels import cusparselt, cusparselt_search, quantise
+from secateur.kernels import cusparselt, cusparselt_settings, quantise
 
 # A power of two not below the largest code: products of codes and row scales, divided by it, are
 # y / max |x|, which fits float16 where x and y do, with room for sums.
@@ -58,17 +58,12 @@ def linear(
     Error: that of the definition and one rounding more: with u half an eps of the layer's dtype,
         u |y - bias| on top of the rounding of y. Rounding x costs some 1 % of y, u is at most
         0.4 %.
-    Cost: see `secateur.kernels.cusparselt_search.search` for the first call.
+    Cost: see `secateur.kernels.cusparselt_child.searched` for the first call.
     Raises: RuntimeError if a search is needed inside a CUDA graph capture, or finds nothing right.
     """
     step = cusparselt.STEPS[torch.int8]
     tokens, token_scales = quantise.quantise(x, torch.int8, -(-len(x) // step) * step)
     row_scales, weight, out = alpha.view(torch.float32), blob.view(torch.int8), len(packed.scales)
 
-    def exact(random: Tensor) -> Tensor:
-        return random.float() @ codes_of(packed).float().t()
-
-    case = cusparselt.case_of(tokens, out, None, row_scales, x.dtype)
-    setting = cusparselt_search.setting_for(case, weight, exact)
-    product = cusparselt.multiply(weight, tokens, out, setting, None, row_scales, x.dtype)
+    product = cusparselt_settings.product(weight, tokens, out, None, row_scales, x.dtype)
     return quantise.scale_bias(product, token_scales, None, bias, x.dtype, HEADROOM)
