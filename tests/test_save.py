@@ -438,7 +438,7 @@ def test_a_folder_without_write_permission_is_refused(
         raise PermissionError(13, "Permission denied")
 
     # Root may write anywhere, so the system's answer to another user is given here.
-    monkeypatch.setattr(save_module.tempfile, "mkdtemp", refused)
+    monkeypatch.setattr("tempfile.mkdtemp", refused)
     text = f"save cannot write into {tmp_path}: Permission denied: choose a folder that you may"
     with pytest.raises(ValueError, match=re.escape(text)):
         require_writable(tmp_path / "new" / "out")
