@@ -7,8 +7,10 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from secateur.compat.torchao.shipped import ShippedFakeSparsity
 
-class FakeSparsity(nn.Module):
+
+class FakeSparsity(ShippedFakeSparsity):
     """The weight where its mask is not 0, else 0; what is hidden stays in `original`.
 
     The mask has the weight's dtype, 1 = keep, so that `mask.mean()` is the density, it follows
@@ -23,9 +25,10 @@ class FakeSparsity(nn.Module):
     """
 
     mask: Tensor
+    state_dict = nn.Module.state_dict  # that of torch.ao.pruning leaves out the mask
 
     def __init__(self, mask: Shaped[Tensor, "..."]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.register_buffer("mask", mask)
 
     def forward(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:

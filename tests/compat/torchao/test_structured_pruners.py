@@ -51,9 +51,9 @@ def test_fpgm_drops_what_the_others_can_stand_for(dist: int | None, gone: int) -
 
 def test_fpgm_by_ones_own_distance_and_rounding_to_the_nearest() -> None:
     model = rows([0.0], [1.0], [5.0], [7.0])
-    pruner = FPGMPruner(0.4, lambda x: -torch.cdist(x, x))  # round(1.6) of four: the farthest go
-    pruner.prepare(model, FIRST)
-    pruner.step()
+    farthest = FPGMPruner(0.4, lambda x: 7 - torch.cdist(x, x))  # round(1.6) of four
+    farthest.prepare(model, FIRST)
+    farthest.step()
     assert kept(model) == [False, True, True, False]
     with pytest.raises(ValueError, match="dist to be None, 1, 2 or a function, got 3"):
         FPGMPruner(dist=3)
