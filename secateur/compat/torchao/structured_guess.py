@@ -10,6 +10,7 @@ from torch._subclasses import fake_tensor
 from torch.nn.modules.conv import _ConvNd
 
 from secateur.compat.torchao.structured_shrink import as_it_was
+from secateur.compat.torchao.structured_trace import unlogged
 from secateur.outputs import eval_mode
 
 # Sides of images that are tried: those of the usual data sets, then every other one up to here, for
@@ -154,6 +155,7 @@ def _runs(
     with (
         eval_mode(model),
         torch.no_grad(),
+        unlogged(),
         fake_tensor.FakeTensorMode(allow_non_fake_inputs=True),
     ):
         dtypes = [torch.long if isinstance(r, nn.Embedding) else like.dtype for r in readers]

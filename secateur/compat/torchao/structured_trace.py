@@ -48,7 +48,7 @@ def trace(model: nn.Module, batch: Batch) -> Trace:
     """
     args, kwargs = _call(batch)
     try:
-        with eval_mode(model), torch.no_grad(), warnings.catch_warnings(), _unlogged():
+        with eval_mode(model), torch.no_grad(), warnings.catch_warnings(), unlogged():
             # The layers of torch set attributes while they are exported.
             warnings.simplefilter("ignore")
             exported = torch.export.export(model, args, kwargs, strict=False)
@@ -107,7 +107,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
+def unlogged() -> Iterator[None]:
     """Torch logs what fails, even where it is caught."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.disabled
