@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
+import functools
 import inspect
-import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,6 +31,7 @@ from secateur.compat.torchao.groups import (
     require_usable,
     settings_to_keep,
 )
+from secateur.compat.torchao.names import in_short
 from secateur.compat.torchao.shipped import register_sparsifier
 from secateur.compat.torchao.swap import require_mapping, swap_prepared
 
@@ -38,8 +39,8 @@ from secateur.compat.torchao.swap import require_mapping, swap_prepared
 class BaseSparsifier:
     """Masks on the tensors of a model; a subclass says in `update_mask` how they are chosen.
 
-    `update_mask(self, module, tensor_name, ...)` is called by `step` for each tensor, with those
-    of the group's settings that it names, or with all of them if it takes `**kwargs`. It writes
+    `update_mask(self, module, tensor_name, ...)` is called by `step` for each tensor with the
+    group's settings. It gets those that it names, or all of them if it takes `**kwargs`. It writes
     into `module.parametrizations[tensor_name][0].mask`, or replaces the `data` of that tensor.
     `defaults` are the settings of a tensor for which the config of `prepare` has no others.
     `groups` holds the settings, `state[tensor_fqn]` the `mask` and what a subclass wants to keep
@@ -52,6 +53,11 @@ class BaseSparsifier:
 
     update_mask: Callable[..., None]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "update_mask" in vars(cls):
+            cls.update_mask = _with_any_settings(vars(cls)["update_mask"])
+
     def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
         if not callable(getattr(type(self), "update_mask", None)):
             raise TypeError(
@@ -59,8 +65,8 @@ class BaseSparsifier:
             )
         if defaults is not None and not isinstance(defaults, Mapping):
             raise ValueError(
-                f"{type(self).__name__} needs a dict of settings, got "
-                f"{type(defaults).__name__} {reprlib.repr(defaults)}: write "
+                f"{type(self).__name__} needs a dict of settings, got the "
+                f"{type(defaults).__name__} {in_short(defaults)}: write "
                 f"{type(self).__name__}({{'sparsity_level': 0.5}}) for half of each tensor"
             )
         self.defaults = dict(defaults or {})
@@ -149,7 +155,7 @@ class BaseSparsifier:
             return
         with _masks_as_they_were(self.groups):
             for group in self.groups:
-                self.update_mask(**_arguments(self.update_mask, group))
+                self.update_mask(**group)
                 mask = mask_of(group["module"], group["tensor_name"])
                 require_binary(mask, group["tensor_fqn"])
 
@@ -301,12 +307,16 @@ class BaseSparsifier:
 register_sparsifier(BaseSparsifier)
 
 
-def _arguments(function: Callable[..., None], group: Group) -> Group:
-    """The settings that the function names, or all of them if it takes any."""
+def _with_any_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """The method, with keywords that it does not name left out: a subclass hands on all it gets."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return group
-    return {name: value for name, value in group.items() if name in parameters}
+        return function
+    return functools.wraps(function)(
+        lambda self, *args, **settings: function(
+            self, *args, **{name: settings[name] for name in settings if name in parameters}
+        )
+    )
 
 
 @contextlib.contextmanager

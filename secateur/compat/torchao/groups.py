@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateur.compat.torchao.fake_sparsity import FakeSparsity, as_mask, attach, detach, has_mask
-from secateur.compat.torchao.names import closest, get_arg_info_from_tensor_fqn
+from secateur.compat.torchao.names import closest, get_arg_info_from_tensor_fqn, in_short
 from secateur.layers import why_not_prunable
 
 Group = dict[str, Any]
@@ -39,7 +39,7 @@ def make_groups(
         or not all(isinstance(e, Mapping) for e in config)
     ):
         raise ValueError(
-            f"prepare needs a config that is a list of dicts, got {config!r}: write "
+            f"prepare needs a config that is a list of dicts, got {in_short(config)}: write "
             "[{'tensor_fqn': 'layer.weight'}, ...]"
         )
     if not config:

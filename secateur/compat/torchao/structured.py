@@ -6,7 +6,6 @@ its norm, and the columns of the layers that read it.
 """
 
 import copy
-import reprlib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from secateur.compat.torchao.fake_sparsity import (
     unmasked,
 )
 from secateur.compat.torchao.groups import Group, make_groups, settings_to_keep
-from secateur.compat.torchao.names import closest
+from secateur.compat.torchao.names import closest, in_short
 from secateur.compat.torchao.structured_channels import Channels, Removed, follow, pools
 from secateur.compat.torchao.structured_constants import removable
 from secateur.compat.torchao.structured_guess import guess_inputs
@@ -72,7 +71,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
         if patterns is not None:
             raise ValueError(
                 f"{type(self).__name__} follows the model's graph and knows no patterns, got "
-                f"{reprlib.repr(patterns)}: leave them out, which layers go together is found"
+                f"{in_short(patterns)}: leave them out, which layers go together is found"
             )
         super().__init__(defaults)
         self.defaults = {"prune_bias": True, **self.defaults}

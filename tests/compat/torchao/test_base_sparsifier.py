@@ -9,7 +9,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from secateur.compat.torchao import BaseSparsifier, FakeSparsity, WeightNormSparsifier
+from secateur.compat.torchao import (
+    BaseSparsifier,
+    FakeSparsity,
+    LSTMSaliencyPruner,
+    SaliencyPruner,
+    WeightNormSparsifier,
+)
 from tests.models import Decoder
 
 
@@ -213,6 +219,44 @@ def test_a_class_without_update_mask_is_an_error() -> None:
         Nothing()
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "settings", [0.5, 0, "linear", [("test", 1)], nn.Sequential(nn.Linear(2, 2))]
+)
+@pytest.mark.parametrize("kind", [SaliencyPruner, LSTMSaliencyPruner, BaseSparsifier])
+def test_settings_that_are_no_dict_are_an_error_that_shows_one(kind: type, settings: Any) -> None:
+    class Own(kind):
+        def update_mask(self, module: nn.Module, tensor_name: str) -> None: ...
+
+    with pytest.raises(
+        ValueError, match=r"Own needs a dict of settings, got the .*: write Own\(\{'"
+    ) as e:
+        Own(settings)
+    assert "\n" not in str(e.value) and type(settings).__name__ in str(e.value)
+    Own(None)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_a_config_may_be_is_said() -> None:
+    for config in (3, nn.Linear(2, 2), "0.weight", {"tensor_fqn": "0.weight"}, [nn.Linear(2, 2)]):
+        with pytest.raises(ValueError, match="prepare needs a config that is a list of dicts, got"):
+            FirstRow().prepare(mlp(), config)
+
+
+def test_a_preparation_that_fails_leaves_nothing() -> None:
+    class Fails(FirstRow):
+        def _prepare(self, *args: Any) -> None:
+            super()._prepare()
+            raise RuntimeError("no")
+
+    model, sparsifier = mlp(), Fails()
+    before = copied(model)
+    with pytest.raises(RuntimeError, match="no"):
+        sparsifier.prepare(model)
+    assert list(before) == list(model.state_dict())
+    assert not sparsifier.groups and not sparsifier.state and sparsifier.model is None
+
+
 # --- step ----------------------------------------------------------------------------------------
 
 
@@ -337,6 +381,32 @@ def test_two_tensors_of_a_module_keep_what_they_agree_on() -> None:
     sparsifier.squash_mask(("same",))
     assert layer.sparse_params == {"same": 0}
     assert list(layer.state_dict()) == order
+
+
+def test_a_subclass_hands_on_all_settings() -> None:
+    class Own(WeightNormSparsifier):
+        def update_mask(self, module: nn.Module, tensor_name: str, **kwargs: Any) -> None:
+            assert kwargs["note"] == "mine"
+            super().update_mask(module, tensor_name, **kwargs)
+
+    model = mlp()
+    sparsifier = Own(0.5, (1, 1))
+    sparsifier.prepare(model, [{"tensor_fqn": "0.weight", "note": "mine"}])
+    sparsifier.step()
+    assert int(mask(model).sum()) == 32
+
+
+def test_state_has_the_mask_in_use_after_the_model_has_moved() -> None:
+    model = mlp()
+    sparsifier = WeightNormSparsifier(0.5, (1, 1))
+    sparsifier.prepare(model)
+    model.double()
+    sparsifier.step()
+    assert sparsifier.state["0.weight"]["mask"] is mask(model)
+    sparsifier.squash_mask()
+    last = sparsifier.state["0.weight"]["mask"]
+    assert last.dtype == torch.float64 and int(last.sum()) == 32
+    assert torch.equal(sparsifier.state_dict()["state"]["0.weight"]["mask"], last)
 
 
 # --- copies and states ---------------------------------------------------------------------------
