@@ -28,6 +28,7 @@ from secateur.compat.torchao.groups import (
     layer_weights,
     locate,
     make_groups,
+    require_model,
     require_usable,
     settings_to_keep,
 )
@@ -114,6 +115,7 @@ class BaseSparsifier:
                 f"prepare needs a sparsifier that is free, this {type(self).__name__} holds masks "
                 f"of {len(self.groups)} tensors: squash_mask them first, or make another"
             )
+        require_model("prepare", model)
         if config is None:
             self.make_config_from_model(model)
             config = self.config

@@ -75,6 +75,12 @@ def layer_weights(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[
     ]
 
 
+def require_model(verb: str, model: nn.Module) -> None:
+    """Raise unless it is a module, and no class of modules."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{verb} needs a model, an nn.Module, got {in_short(model)}")
+
+
 def attach_masks(groups: Sequence[Group]) -> None:
     """Parametrize every group's tensor, with all ones or the mask that the group came with."""
     done: list[Group] = []

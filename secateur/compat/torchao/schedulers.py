@@ -1,9 +1,11 @@
 """Schedulers: sparsity levels by a function of the epoch, and along a cubic curve."""
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 from secateur.compat.torchao.base_scheduler import BaseScheduler
 from secateur.compat.torchao.base_sparsifier import BaseSparsifier
+from secateur.compat.torchao.names import in_short
 
 
 class LambdaSL(BaseScheduler):
@@ -24,6 +26,12 @@ class LambdaSL(BaseScheduler):
     ) -> None:
         self.sparsifier = sparsifier
         self.sl_lambdas = self._make_sure_a_list(sl_lambda, "sl_lambda")
+        for function in self.sl_lambdas:
+            if not callable(function):
+                raise ValueError(
+                    f"LambdaSL needs functions of the epoch, got {in_short(function)}: write "
+                    "lambda epoch: min(epoch / 10, 1) to reach the level after ten"
+                )
         super().__init__(sparsifier, last_epoch, verbose)
 
     def get_sl(self) -> list[float]:
@@ -63,6 +71,10 @@ class CubicSL(BaseScheduler):
         self.delta_t = self._make_sure_a_list(delta_t, "delta_t")
         self.total_t = self._make_sure_a_list(total_t, "total_t")
         self.initially_zero = self._make_sure_a_list(initially_zero, "initially_zero")
+        for name in ("init_sl", "init_t", "delta_t", "total_t"):
+            for value in vars(self)[name]:
+                if not isinstance(value, Real):
+                    raise ValueError(f"CubicSL needs {name} to be a number, got {in_short(value)}")
         for delta, total in zip(self.delta_t, self.total_t, strict=True):
             if delta <= 0 or total <= 0:
                 raise ValueError(

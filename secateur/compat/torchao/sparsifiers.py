@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from secateur import layers as _layers
 from secateur.compat.torchao.base_sparsifier import BaseSparsifier
 from secateur.compat.torchao.fake_sparsity import mask_of, original_of, set_mask, unmasked
 from secateur.compat.torchao.groups import Group
+from secateur.compat.torchao.names import in_short
 from secateur.criteria import magnitude, magnitude_l2
 from secateur.patterns import keep_top
 
@@ -273,7 +274,8 @@ def _require_matrix(group: Group) -> None:
 
 
 def _require_odd(nearliness: int) -> None:
-    if nearliness > 0 and nearliness % 2 == 0:
+    if not isinstance(nearliness, Integral) or (nearliness > 0 and nearliness % 2 == 0):
         raise ValueError(
-            f"nearliness needs to be odd, got {nearliness}: a band has the diagonal in its middle"
+            f"nearliness needs to be an odd number, got {in_short(nearliness)}: a band has the "
+            "diagonal in its middle"
         )

@@ -24,9 +24,10 @@ from secateur.compat.torchao.fake_sparsity import (
     has_mask,
     mask_of,
     put_mask,
+    require_tensor,
     unmasked,
 )
-from secateur.compat.torchao.groups import Group, make_groups, settings_to_keep
+from secateur.compat.torchao.groups import Group, make_groups, require_model, settings_to_keep
 from secateur.compat.torchao.names import closest, in_short
 from secateur.compat.torchao.structured_channels import Channels, Removed, follow, pools
 from secateur.compat.torchao.structured_constants import removable
@@ -113,6 +114,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
                 f"prepare needs a sparsifier that is free, this {type(self).__name__} holds masks "
                 f"of {len(self.groups)} tensors: squash_mask or prune first, or make another"
             )
+        require_model("prepare", model)
         batch = guess_inputs(model) if example_inputs is None else example_inputs
         followed = follow(model, batch)
         channels = followed.channels
@@ -292,7 +294,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
         both = [name for name in mine if name in saved]
         masks = {n: state_dict["state"].get(n, {}).get("mask") for n in both}
         for name in both:
-            masks[name] = _initial_mask({"mask": masks[name]})
+            masks[name] = _initial_mask({"mask": masks[name], "tensor_fqn": name})
         before = self._masks()
         try:
             for name, mask in masks.items():
@@ -400,7 +402,11 @@ class BaseStructuredSparsifier(BaseSparsifier):
 
 def _initial_mask(group: Group) -> Tensor | None:
     mask = group.pop("mask", None)
-    return None if mask is None else torch.as_tensor(mask) != 0
+    if mask is None:
+        return None
+    require_tensor(mask, str(group.get("tensor_fqn", "a tensor")))
+    keep: Tensor = mask != 0
+    return keep
 
 
 def _like(batch: Batch, model: nn.Module) -> Any:

@@ -243,6 +243,19 @@ def test_what_a_config_may_be_is_said() -> None:
             FirstRow().prepare(mlp(), config)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_model_or_no_mask_is_said() -> None:
+    for kind in (FirstRow, lambda: SaliencyPruner({"sparsity_level": 0.5})):
+        for model in (None, nn.Linear, "model"):
+            with pytest.raises(ValueError, match="prepare needs a model, an nn.Module, got"):
+                kind().prepare(model, [{"tensor_fqn": "0.weight"}])
+        for given in ("x", 3, [1, 0]):
+            model = mlp()
+            with pytest.raises(ValueError, match="the mask of 0.weight needs to be a tensor, got"):
+                kind().prepare(model, [{"tensor_fqn": "0.weight", "mask": given}])
+            assert not parametrize.is_parametrized(model[0])
+
+
 def test_a_preparation_that_fails_leaves_nothing() -> None:
     class Fails(FirstRow):
         def _prepare(self, *args: Any) -> None:
