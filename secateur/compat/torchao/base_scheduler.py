@@ -2,10 +2,12 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from secateur.compat.torchao.base_sparsifier import BaseSparsifier
+
+T = TypeVar("T")
 
 
 class BaseScheduler:
@@ -45,6 +47,7 @@ class BaseScheduler:
         self.last_epoch = last_epoch
         self.verbose = verbose
         self._step_count = 0
+        self._get_sl_called_within_step = False
         self._last_sl: list[float] = []
         self.step()
 
@@ -72,6 +75,7 @@ class BaseScheduler:
                 stacklevel=2,
             )
         self.last_epoch += 1
+        self._get_sl_called_within_step = True
         try:
             levels = self.get_sl()
             groups = self.sparsifier.groups
@@ -83,12 +87,31 @@ class BaseScheduler:
         except BaseException:
             self.last_epoch -= 1
             raise
+        finally:
+            self._get_sl_called_within_step = False
         self._step_count += 1
         for i, (group, level) in enumerate(zip(groups, levels, strict=True)):
             group["sparsity_level"] = level
             self.print_sl(self.verbose, i, level, epoch)
         self._last_sl = list(levels)
         self.sparsifier.enable_mask_update = True
+
+    def _make_sure_a_list(self, var: T | Sequence[T], name: str = "the setting") -> list[T]:
+        """One value for each group: this one for all of them, or as many as there are.
+
+        Raises:
+            ValueError: if there are others than one for each.
+        """
+        # What is no sparsifier at all is told by the constructor.
+        n = len(self.sparsifier.groups) if isinstance(self.sparsifier, BaseSparsifier) else 1
+        if not isinstance(var, (list, tuple)):
+            return [var] * n  # type: ignore[list-item]  # a Sequence that is one value: none here
+        if len(var) != n:
+            raise ValueError(
+                f"{name} needs a value for each of the {n} groups, got {len(var)}: give one for "
+                "all of them, or a list as long as sparsifier.groups"
+            )
+        return list(var)
 
     def print_sl(self, is_verbose: bool, group: int, sl: float, epoch: int | None = None) -> None:
         """Print the level of a group, if asked to."""

@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,41 +25,75 @@ from secateur.compat.torchao.groups import (
     Group,
     attach_masks,
     detach_masks,
+    layer_weights,
     locate,
     make_groups,
+    require_model,
     require_usable,
     settings_to_keep,
 )
+from secateur.compat.torchao.names import in_short
+from secateur.compat.torchao.shipped import register_sparsifier
 from secateur.compat.torchao.swap import require_mapping, swap_prepared
 
 
 class BaseSparsifier:
     """Masks on the tensors of a model; a subclass says in `update_mask` how they are chosen.
 
-    `update_mask(self, module, tensor_name, ...)` is called by `step` for each tensor, with those
-    of the group's settings that it names, or with all of them if it takes `**kwargs`. It writes
+    `update_mask(self, module, tensor_name, ...)` is called by `step` for each tensor with the
+    group's settings. It gets those that it names, or all of them if it takes `**kwargs`. It writes
     into `module.parametrizations[tensor_name][0].mask`, or replaces the `data` of that tensor.
     `defaults` are the settings of a tensor for which the config of `prepare` has no others.
-    `groups` holds the settings, `state[tensor_fqn]` what a subclass wants to keep between steps.
+    `groups` holds the settings, `state[tensor_fqn]` the `mask` and what a subclass wants to keep
+    between steps.
 
     Raises:
         TypeError: if the class has no `update_mask`.
+        ValueError: if `defaults` are no dict.
     """
 
     update_mask: Callable[..., None]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "update_mask" in vars(cls):
+            cls.update_mask = _with_any_settings(vars(cls)["update_mask"])
 
     def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
         if not callable(getattr(type(self), "update_mask", None)):
             raise TypeError(
                 f"{type(self).__name__} needs a method update_mask(self, module, tensor_name, ...)"
             )
+        if defaults is not None and not isinstance(defaults, Mapping):
+            raise ValueError(
+                f"{type(self).__name__} needs a dict of settings, got the "
+                f"{type(defaults).__name__} {in_short(defaults)}: write "
+                f"{type(self).__name__}({{'sparsity_level': 0.5}}) for half of each tensor"
+            )
         self.defaults = dict(defaults or {})
         self.model: nn.Module | None = None
+        self.config: Sequence[Mapping[str, Any]] | None = None
         self.groups: list[Group] = []
-        self.state: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        self._state: defaultdict[str, dict[str, Any]] = defaultdict(dict)
         self.enable_mask_update = True
         self.step_count = 0
         self._pickled: dict[str, Any] | None = None
+
+    @property
+    def state(self) -> defaultdict[str, dict[str, Any]]:
+        """Of each tensor the mask itself, the last one after `squash_mask`, and what was put there.
+
+        The mask is looked up, so that it is the one in use after `model.to()` as well.
+        """
+        for group in self.groups:
+            if has_mask(group["module"], group["tensor_name"]):
+                mask = mask_of(group["module"], group["tensor_name"])
+                self._state[group["tensor_fqn"]]["mask"] = mask
+        return self._state
+
+    @state.setter
+    def state(self, state: Mapping[str, dict[str, Any]]) -> None:
+        self._state = defaultdict(dict, state)
 
     def complete(self, group: Group) -> Group:
         """The group with what it leaves out; subclasses raise a ValueError for what cannot be."""
@@ -80,11 +115,35 @@ class BaseSparsifier:
                 f"prepare needs a sparsifier that is free, this {type(self).__name__} holds masks "
                 f"of {len(self.groups)} tensors: squash_mask them first, or make another"
             )
+        require_model("prepare", model)
+        if config is None:
+            self.make_config_from_model(model)
+            config = self.config
         groups = [self.complete(group) for group in make_groups(model, config, self.defaults)]
-        attach_masks(groups)
-        self.model, self.groups = model, groups
-        self.state.clear()
+        before = dict(vars(self))
+        self.model, self.config, self.groups, self.state = model, config, groups, {}
         self.step_count, self._pickled = 0, None
+        try:
+            self._prepare()
+        except BaseException:
+            attached = [g for g in groups if has_mask(g["module"], g["tensor_name"])]
+            detach_masks(attached, squash=False)
+            vars(self).update(before)
+            raise
+
+    def make_config_from_model(
+        self, model: nn.Module, SUPPORTED_MODULES: Collection[type[nn.Module]] = (nn.Linear,)
+    ) -> None:
+        """Set `config` to that of None: the weights of the layers of these types.
+
+        Left out are weights that are tied to another's, computed by a parametrization, or read by a
+        module that does not call the layer (nn.MultiheadAttention).
+        """
+        self.config = layer_weights(model, tuple(SUPPORTED_MODULES))
+
+    def _prepare(self, *args: Any) -> None:
+        """Put the masks on the tensors of `groups`, which `prepare` has filled."""
+        attach_masks(self.groups)
 
     @torch.no_grad()
     def step(self, use_path: bool = True) -> None:
@@ -98,7 +157,7 @@ class BaseSparsifier:
             return
         with _masks_as_they_were(self.groups):
             for group in self.groups:
-                self.update_mask(**_arguments(self.update_mask, group))
+                self.update_mask(**group)
                 mask = mask_of(group["module"], group["tensor_name"])
                 require_binary(mask, group["tensor_fqn"])
 
@@ -119,6 +178,7 @@ class BaseSparsifier:
         """
         self._require_masks("squash_mask")
         kept = settings_to_keep(self.groups, params_to_keep or (), params_to_keep_per_layer or {})
+        self.state = self.state  # with the masks that are now removed
         detach_masks(self.groups, squash=True)
         for module, parameters in kept.items():
             # nn.Module's own setter only knows tensors and modules.
@@ -146,19 +206,12 @@ class BaseSparsifier:
     def state_dict(self) -> dict[str, Any]:
         """Copies of `{"state": {tensor_fqn: {"mask": ...}}, "groups": [...]}`: no modules.
 
-        Raises:
-            ValueError: after `squash_mask`, when there is no mask any more.
+        After `squash_mask` the masks are those that were squashed.
         """
         if self._pickled is not None:
             return copy.deepcopy(self._pickled)
-        if self.groups:
-            self._require_masks("state_dict")
-        state = {fqn: copy.deepcopy(values) for fqn, values in self.state.items()}
-        for group in self.groups:
-            mask = mask_of(group["module"], group["tensor_name"]).detach().clone()
-            state.setdefault(group["tensor_fqn"], {})["mask"] = mask
         kept = [{k: v for k, v in group.items() if k not in LOCAL} for group in self.groups]
-        return {"state": state, "groups": copy.deepcopy(kept)}
+        return copy.deepcopy({"state": dict(self.state), "groups": kept})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Have the masks, settings and state of another sparsifier, as copies.
@@ -189,10 +242,10 @@ class BaseSparsifier:
         for group, mask in zip(groups, masks, strict=True):
             mask_of(group["module"], group["tensor_name"]).data = mask
         self.groups = groups
-        self.state = defaultdict(dict)
-        for fqn, values in states.items():
-            if rest := {key: value for key, value in values.items() if key != "mask"}:
-                self.state[fqn] = copy.deepcopy(rest)
+        self.state = {
+            fqn: copy.deepcopy({key: value for key, value in values.items() if key != "mask"})
+            for fqn, values in states.items()
+        }
 
     def _loaded_groups(
         self, model: nn.Module, state_dict: Mapping[str, Any], strict: bool
@@ -242,9 +295,7 @@ class BaseSparsifier:
 
         What is unpickled has settings and `state_dict()`, and can be prepared.
         """
-        squashed = any(not has_mask(g["module"], g["tensor_name"]) for g in self.groups)
-        pickled = None if squashed else self.state_dict()
-        return {**vars(self), "model": None, "groups": [], "_pickled": pickled}
+        return {**vars(self), "model": None, "groups": [], "_pickled": self.state_dict()}
 
     def __repr__(self) -> str:
         tensors = "".join(
@@ -255,12 +306,19 @@ class BaseSparsifier:
         return f"{type(self).__name__}({tensors}\n)" if tensors else f"{type(self).__name__}()"
 
 
-def _arguments(function: Callable[..., None], group: Group) -> Group:
-    """The settings that the function names, or all of them if it takes any."""
+register_sparsifier(BaseSparsifier)
+
+
+def _with_any_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """The method, with keywords that it does not name left out: a subclass hands on all it gets."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return group
-    return {name: value for name, value in group.items() if name in parameters}
+        return function
+    return functools.wraps(function)(
+        lambda self, *args, **settings: function(
+            self, *args, **{name: settings[name] for name in settings if name in parameters}
+        )
+    )
 
 
 @contextlib.contextmanager

@@ -7,8 +7,11 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from secateur.compat.torchao.names import in_short
+from secateur.compat.torchao.shipped import ShippedFakeSparsity
 
-class FakeSparsity(nn.Module):
+
+class FakeSparsity(ShippedFakeSparsity):
     """The weight where its mask is not 0, else 0; what is hidden stays in `original`.
 
     The mask has the weight's dtype, 1 = keep, so that `mask.mean()` is the density, it follows
@@ -23,9 +26,10 @@ class FakeSparsity(nn.Module):
     """
 
     mask: Tensor
+    state_dict = nn.Module.state_dict  # that of torch.ao.pruning leaves out the mask
 
     def __init__(self, mask: Shaped[Tensor, "..."]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.register_buffer("mask", mask)
 
     def forward(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
@@ -97,6 +101,7 @@ def as_mask(mask: Tensor, tensor: Tensor, tensor_fqn: str) -> Tensor:
     Raises:
         ValueError: if it has another shape, or values other than 0 and 1.
     """
+    require_tensor(mask, tensor_fqn)
     if mask.shape != tensor.shape:
         raise ValueError(
             f"the mask of {tensor_fqn} needs the shape {tuple(tensor.shape)}, got "
@@ -104,6 +109,15 @@ def as_mask(mask: Tensor, tensor: Tensor, tensor_fqn: str) -> Tensor:
         )
     require_binary(mask, tensor_fqn)
     return mask.detach().to(tensor.device, tensor.dtype, copy=True)
+
+
+def require_tensor(mask: Tensor, tensor_fqn: str) -> None:
+    """Raise unless a mask that somebody gave is a tensor."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"the mask of {tensor_fqn} needs to be a tensor, got {in_short(mask)}: write "
+            "torch.tensor(...)"
+        )
 
 
 def require_binary(mask: Tensor, tensor_fqn: str) -> None:

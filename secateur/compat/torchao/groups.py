@@ -5,7 +5,7 @@ where the tensor is (`module`, `module_fqn`, `tensor_name`, `tensor_fqn`).
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateur.compat.torchao.fake_sparsity import FakeSparsity, as_mask, attach, detach, has_mask
-from secateur.compat.torchao.names import closest, get_arg_info_from_tensor_fqn
+from secateur.compat.torchao.names import closest, get_arg_info_from_tensor_fqn, in_short
 from secateur.layers import why_not_prunable
 
 Group = dict[str, Any]
@@ -25,10 +25,7 @@ LOCAL = ("module", "module_fqn", "tensor_name", "parametrization")
 def make_groups(
     model: nn.Module, config: Sequence[Mapping[str, Any]] | None, defaults: Mapping[str, Any]
 ) -> list[Group]:
-    """A group for each element of the config; without one, for the weight of every linear layer.
-
-    Left out of "every" are weights that are tied to another's, computed by a parametrization, or
-    read by a module that does not call the layer (nn.MultiheadAttention).
+    """A group for each element of the config.
 
     Raises:
         ValueError: naming the element, if it is no dict with `tensor_fqn`, names no parameter of
@@ -36,11 +33,13 @@ def make_groups(
             parametrized already or named twice.
     """
     holders = _holders(model)
-    if config is None:
-        config = [{"tensor_fqn": fqn} for fqn in _linear_weights(model, holders)]
-    if isinstance(config, (str, Mapping)) or not all(isinstance(e, Mapping) for e in config):
+    if (
+        isinstance(config, (str, Mapping))
+        or not isinstance(config, Iterable)
+        or not all(isinstance(e, Mapping) for e in config)
+    ):
         raise ValueError(
-            f"prepare needs a config that is a list of dicts, got {config!r}: write "
+            f"prepare needs a config that is a list of dicts, got {in_short(config)}: write "
             "[{'tensor_fqn': 'layer.weight'}, ...]"
         )
     if not config:
@@ -62,6 +61,24 @@ def make_groups(
                 "weights: untie them first"
             )
     return groups
+
+
+def layer_weights(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[Group]:
+    """The config of every layer of these types whose weight is a plain parameter of its own."""
+    holders = _holders(model)
+    return [
+        {"tensor_fqn": f"{name}.weight".removeprefix(".")}
+        for name, module in model.named_modules()
+        if isinstance(module, types)
+        and why_not_prunable(module) is None
+        and len(holders.get(id(module._parameters.get("weight")), ())) == 1
+    ]
+
+
+def require_model(verb: str, model: nn.Module) -> None:
+    """Raise unless it is a module, and no class of modules."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{verb} needs a model, an nn.Module, got {in_short(model)}")
 
 
 def attach_masks(groups: Sequence[Group]) -> None:
@@ -174,16 +191,6 @@ def _group(model: nn.Module, element: Mapping[str, Any], defaults: Mapping[str, 
     if has_mask(found["module"], found["tensor_name"]):
         raise ValueError(f"{fqn} has a mask of another sparsifier already: squash_mask that first")
     return {**copy.deepcopy(dict(defaults)), **element, **found}
-
-
-def _linear_weights(model: nn.Module, holders: Mapping[int, list[str]]) -> list[str]:
-    return [
-        f"{name}.weight".removeprefix(".")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and why_not_prunable(module) is None
-        and len(holders.get(id(module._parameters.get("weight")), ())) == 1
-    ]
 
 
 def _holders(model: nn.Module) -> dict[int, list[str]]:

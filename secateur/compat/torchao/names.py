@@ -1,6 +1,7 @@
 """Fully qualified names (FQNs) of modules and tensors, both ways."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,6 +41,11 @@ def get_arg_info_from_tensor_fqn(model: nn.Module, tensor_fqn: str) -> dict[str,
         "tensor_name": tensor_name,
         "tensor_fqn": tensor_fqn,
     }
+
+
+def in_short(value: object) -> str:
+    """What a value is, on one line: models and long lists are cut."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def closest(name: str, names: Iterable[str]) -> str:

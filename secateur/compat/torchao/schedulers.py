@@ -1,12 +1,11 @@
 """Schedulers: sparsity levels by a function of the epoch, and along a cubic curve."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from numbers import Real
 
 from secateur.compat.torchao.base_scheduler import BaseScheduler
 from secateur.compat.torchao.base_sparsifier import BaseSparsifier
-
-T = TypeVar("T")
+from secateur.compat.torchao.names import in_short
 
 
 class LambdaSL(BaseScheduler):
@@ -25,7 +24,14 @@ class LambdaSL(BaseScheduler):
         last_epoch: int = -1,
         verbose: bool = False,
     ) -> None:
-        self.sl_lambdas = _for_each_group(sparsifier, "sl_lambda", sl_lambda)
+        self.sparsifier = sparsifier
+        self.sl_lambdas = self._make_sure_a_list(sl_lambda, "sl_lambda")
+        for function in self.sl_lambdas:
+            if not callable(function):
+                raise ValueError(
+                    f"LambdaSL needs functions of the epoch, got {in_short(function)}: write "
+                    "lambda epoch: min(epoch / 10, 1) to reach the level after ten"
+                )
         super().__init__(sparsifier, last_epoch, verbose)
 
     def get_sl(self) -> list[float]:
@@ -59,11 +65,16 @@ class CubicSL(BaseScheduler):
         last_epoch: int = -1,
         verbose: bool = False,
     ) -> None:
-        self.init_sl = _for_each_group(sparsifier, "init_sl", init_sl)
-        self.init_t = _for_each_group(sparsifier, "init_t", init_t)
-        self.delta_t = _for_each_group(sparsifier, "delta_t", delta_t)
-        self.total_t = _for_each_group(sparsifier, "total_t", total_t)
-        self.initially_zero = _for_each_group(sparsifier, "initially_zero", initially_zero)
+        self.sparsifier = sparsifier
+        self.init_sl = self._make_sure_a_list(init_sl, "init_sl")
+        self.init_t = self._make_sure_a_list(init_t, "init_t")
+        self.delta_t = self._make_sure_a_list(delta_t, "delta_t")
+        self.total_t = self._make_sure_a_list(total_t, "total_t")
+        self.initially_zero = self._make_sure_a_list(initially_zero, "initially_zero")
+        for name in ("init_sl", "init_t", "delta_t", "total_t"):
+            for value in vars(self)[name]:
+                if not isinstance(value, Real):
+                    raise ValueError(f"CubicSL needs {name} to be a number, got {in_short(value)}")
         for delta, total in zip(self.delta_t, self.total_t, strict=True):
             if delta <= 0 or total <= 0:
                 raise ValueError(
@@ -74,36 +85,26 @@ class CubicSL(BaseScheduler):
 
     def get_sl(self) -> list[float]:
         settings = zip(
-            self.base_sl,
             self.init_sl,
+            self.base_sl,
             self.init_t,
             self.delta_t,
             self.total_t,
             self.initially_zero,
             strict=True,
         )
-        return [_cubic(self.last_epoch, *group) for group in settings]
+        return [
+            self.sparsity_compute_fn(s_0, s_f, self.last_epoch, *rest)
+            for s_0, s_f, *rest in settings
+        ]
 
-
-def _cubic(
-    t: int, s_f: float, s_0: float, t_0: int, dt: int, n: int, initially_zero: bool
-) -> float:
-    # Not `schedules.cubic`: a level may be 1, which no sparsity there is.
-    if t < t_0:
-        return 0.0 if initially_zero else s_0
-    left = max(1 - (t - t_0) / (n * dt), 0.0)
-    return s_f + (s_0 - s_f) * left**3
-
-
-def _for_each_group(sparsifier: BaseSparsifier, name: str, value: T | Sequence[T]) -> list[T]:
-    """One value for each group."""
-    # What is no sparsifier at all is told by the base class.
-    n = len(sparsifier.groups) if isinstance(sparsifier, BaseSparsifier) else 1
-    if not isinstance(value, (list, tuple)):
-        return [value] * n  # type: ignore[list-item]  # a Sequence that is one value: none here
-    if len(value) != n:
-        raise ValueError(
-            f"{name} needs a value for each of the {n} groups, got {len(value)}: give one for all "
-            "of them, or a list as long as sparsifier.groups"
-        )
-    return list(value)
+    @staticmethod
+    def sparsity_compute_fn(
+        s_0: float, s_f: float, t: int, t_0: int, dt: int, n: int, initially_zero: bool = False
+    ) -> float:
+        """The level at step t."""
+        # Not `schedules.cubic`: a level may be 1, which no sparsity there is.
+        if t < t_0:
+            return 0.0 if initially_zero else s_0
+        left = max(1 - (t - t_0) / (n * dt), 0.0)
+        return s_f + (s_0 - s_f) * left**3

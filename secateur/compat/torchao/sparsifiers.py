@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from secateur import layers as _layers
 from secateur.compat.torchao.base_sparsifier import BaseSparsifier
 from secateur.compat.torchao.fake_sparsity import mask_of, original_of, set_mask, unmasked
 from secateur.compat.torchao.groups import Group
+from secateur.compat.torchao.names import in_short
 from secateur.criteria import magnitude, magnitude_l2
 from secateur.patterns import keep_top
 
@@ -93,6 +94,32 @@ class WeightNormSparsifier(BaseSparsifier):
         keep = _keep(score, hidden, sparsity_level, sparse_block_shape, zeros_per_block)
         set_mask(module, tensor_name, _like_tensor(module, keep))
 
+    def norm_fn(self, weight: Tensor) -> Tensor:
+        """What each element of a weight counts."""
+        return _norm_function(self.norm)(weight)
+
+    def _make_tensor_mask(
+        self,
+        data: Float[Tensor, "out in"],
+        input_shape: Sequence[int],
+        sparsity_level: float,
+        sparse_block_shape: Sequence[int],
+        mask: Tensor | None = None,
+    ) -> Float[Tensor, "out in"]:
+        """0 in the share of whole blocks with the smallest mean, 1 elsewhere; also into `mask`."""
+        whole = math.prod(sparse_block_shape)
+        return _into(mask, _keep(data, data, sparsity_level, sparse_block_shape, whole).to(data))
+
+    def _make_block_mask(
+        self,
+        data: Float[Tensor, "out in"],
+        sparse_block_shape: Sequence[int],
+        zeros_per_block: int,
+        mask: Tensor | None = None,
+    ) -> Float[Tensor, "out in"]:
+        """0 at the smallest elements of every block, 1 elsewhere; also into `mask`."""
+        return _into(mask, _keep(data, data, 1.0, sparse_block_shape, zeros_per_block).to(data))
+
 
 class NearlyDiagonalSparsifier(BaseSparsifier):
     """Zeros everywhere but in a band around the diagonal that is `nearliness` elements wide.
@@ -161,6 +188,14 @@ def _keep(
     in_tiles: Tensor = keep.expand(*means.shape, whole).unflatten(-1, tuple(block))
     rows = in_tiles.transpose(1, 2).flatten(2).flatten(0, 1)
     return rows[: score.shape[0], : score.shape[1]]
+
+
+def _into(mask: Tensor | None, values: Tensor) -> Tensor:
+    """The values, as the data of the mask if there is one."""
+    if mask is None:
+        return values
+    mask.data = values
+    return mask
 
 
 def _in_order(score: Tensor, hidden: Tensor) -> Tensor:
@@ -239,7 +274,8 @@ def _require_matrix(group: Group) -> None:
 
 
 def _require_odd(nearliness: int) -> None:
-    if nearliness > 0 and nearliness % 2 == 0:
+    if not isinstance(nearliness, Integral) or (nearliness > 0 and nearliness % 2 == 0):
         raise ValueError(
-            f"nearliness needs to be odd, got {nearliness}: a band has the diagonal in its middle"
+            f"nearliness needs to be an odd number, got {in_short(nearliness)}: a band has the "
+            "diagonal in its middle"
         )

@@ -6,13 +6,15 @@ its norm, and the columns of the layers that read it.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from secateur.compat.torchao.base_sparsifier import BaseSparsifier
@@ -22,24 +24,27 @@ from secateur.compat.torchao.fake_sparsity import (
     has_mask,
     mask_of,
     put_mask,
+    require_tensor,
     unmasked,
 )
-from secateur.compat.torchao.groups import Group, make_groups, settings_to_keep
-from secateur.compat.torchao.names import closest
+from secateur.compat.torchao.groups import Group, make_groups, require_model, settings_to_keep
+from secateur.compat.torchao.names import closest, in_short
 from secateur.compat.torchao.structured_channels import Channels, Removed, follow, pools
-from secateur.compat.torchao.structured_constants import constants
+from secateur.compat.torchao.structured_constants import removable
+from secateur.compat.torchao.structured_guess import guess_inputs
 from secateur.compat.torchao.structured_mask import FakeStructuredSparsity, Masked
 from secateur.compat.torchao.structured_prepare import (
+    all_but_one,
     channel_dim,
-    default_config,
     key_of,
+    layer_config,
     masked_values,
     masked_with,
+    possible,
     require_channels,
-    require_constants,
 )
 from secateur.compat.torchao.structured_shrink import as_it_was, shrink_
-from secateur.compat.torchao.structured_trace import guess_inputs, named_states
+from secateur.compat.torchao.structured_trace import named_states
 from secateur.outputs import on_device
 from secateur.patterns import keep_top
 from secateur.replay import Batch
@@ -63,8 +68,14 @@ class BaseStructuredSparsifier(BaseSparsifier):
         TypeError: if the class has no `update_mask`.
     """
 
-    def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
-        super().__init__({"prune_bias": True, **(defaults or {})})
+    def __init__(self, defaults: Mapping[str, Any] | None = None, patterns: None = None) -> None:
+        if patterns is not None:
+            raise ValueError(
+                f"{type(self).__name__} follows the model's graph and knows no patterns, got "
+                f"{in_short(patterns)}: leave them out, which layers go together is found"
+            )
+        super().__init__(defaults)
+        self.defaults = {"prune_bias": True, **self.defaults}
         self.channels: Channels | None = None
         self.left: dict[str, str] = {}
         self._inputs: Batch = ()
@@ -84,11 +95,14 @@ class BaseStructuredSparsifier(BaseSparsifier):
         Give one of several samples: what is the same for all of them is taken for constant.
 
         A config of None stands for the weights of all linear layers, convolutions and recurrent
-        layers whose channels can go so that nothing else changes. `left` says of the others why
-        not. Named explicitly, channels that a LayerNorm or RMSNorm runs over can go, too: it then
-        normalises those that are left.
+        layers whose channels can go so that at most the model's outputs become fewer, of which it
+        warns. `left` says of the others why not. Named explicitly, channels that a LayerNorm or
+        RMSNorm runs over can go, too: it then normalises those that are left.
 
-        Cost: two exports of the model and a run.
+        What `prune` will have to leave as zeros, because a layer cannot take the constant of a
+        removed channel, is a warning.
+
+        Cost: an export of the model and a run.
 
         Raises:
             ValueError: before the model is changed, if the sparsifier is prepared already, torch
@@ -100,37 +114,53 @@ class BaseStructuredSparsifier(BaseSparsifier):
                 f"prepare needs a sparsifier that is free, this {type(self).__name__} holds masks "
                 f"of {len(self.groups)} tensors: squash_mask or prune first, or make another"
             )
+        require_model("prepare", model)
         batch = guess_inputs(model) if example_inputs is None else example_inputs
         followed = follow(model, batch)
         channels = followed.channels
         left: dict[str, str] = {}
         if config is None:
-            config = default_config(model, channels, left)
+            self.make_config_from_model(model)
+            config = possible(model, channels, self.config or (), left)
         groups = [self.complete(group) for group in make_groups(model, config, self.defaults)]
         dims = {group["tensor_fqn"]: channel_dim(channels, group) for group in groups}
         for group in groups:
             require_channels(channels, group, dims[group["tensor_fqn"]])
         masked = masked_with(model, channels, groups, dims)
-        require_constants(model, followed, groups, dims, masked)
+        most = all_but_one(followed, groups, dims)
+        _, _, held = removable(followed, masked_values(model, masked, channels, most), most)
         initial = {g["tensor_fqn"]: _initial_mask(g) for g in groups}
-        before = (self.groups, self.channels, self._masked, self._dims)
-        self.groups, self.channels, self._masked, self._dims = groups, channels, masked, dims
+        before = dict(vars(self))
+        self.model, self.config, self.groups, self.state = model, config, groups, {}
+        self.channels, self._masked, self._dims = channels, masked, dims
+        self.left, self._inputs = left, batch
+        self.step_count, self._pickled = 0, None
         with as_it_was(model):
             try:
-                for each in masked:
-                    tensor = unmasked(each.module, each.tensor_name)
-                    keep = torch.ones(tensor.shape[each.dim], dtype=torch.bool).to(tensor.device)
-                    attach(each.module, each.tensor_name, FakeStructuredSparsity(keep, each.dim))
+                self._prepare()
                 for fqn, mask in initial.items():
                     if mask is not None:
                         self._set(fqn, mask)
                 self._mask_all(self._removed())
+                self._tell_zeros("prepare", held)
             except BaseException:
-                self.groups, self.channels, self._masked, self._dims = before
+                vars(self).update(before)
                 raise
-        self.model, self.left, self._inputs = model, left, batch
-        self.state.clear()
-        self.step_count, self._pickled = 0, None
+
+    def make_config_from_model(
+        self,
+        model: nn.Module,
+        SUPPORTED_MODULES: Collection[type[nn.Module]] = (nn.Linear, _ConvNd, nn.RNNBase),
+    ) -> None:
+        """Set `config` to the weights of all layers of these types, from which `prepare` takes."""
+        self.config = layer_config(model, tuple(SUPPORTED_MODULES))
+
+    def _prepare(self, *args: Any) -> None:
+        """Put masks of ones on the tensors of `groups`, and on what their channels go with."""
+        for each in self._masked:
+            tensor = unmasked(each.module, each.tensor_name)
+            keep = torch.ones(tensor.shape[each.dim], dtype=torch.bool).to(tensor.device)
+            attach(each.module, each.tensor_name, FakeStructuredSparsity(keep, each.dim))
 
     @torch.no_grad()
     def step(self, use_path: bool = True) -> None:
@@ -189,21 +219,23 @@ class BaseStructuredSparsifier(BaseSparsifier):
         """Remove what is masked, and return the model: plain modules of the smaller sizes.
 
         In eval mode it computes what the masked model did, up to rounding, but that norms over
-        removed channels run over those that are left. Parameters stay the same objects; make the
-        optimizer anew, whose state has the old shapes.
+        removed channels run over those that are left. A channel that is a constant which the next
+        layer cannot take stays, as zeros, with a warning. Parameters stay the same objects; make
+        the optimizer anew, whose state has the old shapes.
 
         Cost: two exports of the model and a run.
 
         Raises:
-            ValueError: before anything is changed, if a layer cannot take the constant of a removed
-                channel, or sizes in a forward stand in the way, with the operation and layer.
+            ValueError: before anything is changed, if sizes in a forward stand in the way, with the
+                operation and layer.
         """
         self._require_masks("prune")
         model, channels, removed = self.model, self._channels(), self._removed()
         assert model is not None
         values = masked_values(model, self._masked, channels, removed)
+        self.state = self.state  # with the masks that are now removed
         with as_it_was(model):
-            self._detach(squash=False)
+            self._detach(squash=True)  # what cannot be removed stays as zeros
             # The model may have been moved since it was prepared.
             batch = _like(on_device(self._inputs, model), model)
             followed = follow(model, batch)
@@ -212,8 +244,10 @@ class BaseStructuredSparsifier(BaseSparsifier):
                     f"prune needs the {type(model).__name__} that was prepared, it has other "
                     "parameters now: squash_mask and prepare it again"
                 )
+            removed, added, held = removable(followed, values, removed)
             if removed.any():
-                shrink_(model, followed, removed, constants(followed, values, removed), batch)
+                shrink_(model, followed, removed, added, batch)
+            self._tell_zeros("prune", held)
         self._masked, self.channels = [], None
         return model
 
@@ -230,6 +264,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
         """
         self._require_masks("squash_mask")
         kept = settings_to_keep(self.groups, params_to_keep or (), params_to_keep_per_layer or {})
+        self.state = self.state  # with the masks that are now removed
         self._detach(squash=True)
         self._masked, self.channels = [], None
         for module, parameters in kept.items():
@@ -259,7 +294,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
         both = [name for name in mine if name in saved]
         masks = {n: state_dict["state"].get(n, {}).get("mask") for n in both}
         for name in both:
-            masks[name] = _initial_mask({"mask": masks[name]})
+            masks[name] = _initial_mask({"mask": masks[name], "tensor_fqn": name})
         before = self._masks()
         try:
             for name, mask in masks.items():
@@ -338,6 +373,28 @@ class BaseStructuredSparsifier(BaseSparsifier):
             mask = mask_of(each.module, each.tensor_name)
             mask.data = keep.to(mask.device)
 
+    def _tell_zeros(self, verb: str, held: Mapping[int, str]) -> None:
+        """Warn that channels cannot be removed and stay as zeros, if some do."""
+        staying = {
+            group["tensor_fqn"]: [unit for unit in units if unit in held]
+            for group in self.groups
+            if not held.keys().isdisjoint(
+                units := self._channels().states[key_of(group, self._dims)].tolist()
+            )
+        }
+        if not staying:
+            return
+        first, *others = staying
+        biases = any(not g["prune_bias"] for g in self.groups if g["tensor_fqn"] in staying)
+        warnings.warn(
+            f"{verb}: masked channels of {first}"
+            f"{f' and {len(others)} other tensors' if others else ''} cannot be removed and stay "
+            f"as zeros: {held[staying[first][0]]}: "
+            f"{'with prune_bias=True they may go' if biases else 'leave it out of the config'}",
+            UserWarning,
+            stacklevel=3,
+        )
+
     def _detach(self, *, squash: bool) -> None:
         for each in reversed(self._masked):
             detach(each.module, each.tensor_name, squash=squash)
@@ -345,7 +402,11 @@ class BaseStructuredSparsifier(BaseSparsifier):
 
 def _initial_mask(group: Group) -> Tensor | None:
     mask = group.pop("mask", None)
-    return None if mask is None else torch.as_tensor(mask) != 0
+    if mask is None:
+        return None
+    require_tensor(mask, str(group.get("tensor_fqn", "a tensor")))
+    keep: Tensor = mask != 0
+    return keep
 
 
 def _like(batch: Batch, model: nn.Module) -> Any:

@@ -28,14 +28,15 @@ Removed = Bool[np.ndarray, "units"]
 class Channels:
     """Which units the dimensions of parameters and buffers belong to, by name and dimension.
 
-    Those that are tied have the same number. `inputs` are the dimensions in which parameters meet
-    channels that others make, and make none.
+    Those that are tied have the same number. `returned` are outputs of the model. `inputs` are the
+    dimensions in which parameters meet channels that others make, and make none.
     """
 
     count: int
     states: Mapping[tuple[str, int], Ids]
     frozen: Mapping[int, str]
     normalised: Mapping[int, str]
+    returned: Mapping[int, str]
     inputs: frozenset[tuple[str, int]]
 
     def why_not(self, name: str, dim: int) -> str | None:
@@ -52,6 +53,10 @@ class Channels:
         """What computes something else of the channels that stay, or None."""
         units = self.states[name, dim].tolist()
         return next((self.normalised[u] for u in units if u in self.normalised), None)
+
+    def is_output(self, name: str, dim: int) -> bool:
+        """Whether the model returns channels of this dimension of a parameter."""
+        return any(unit in self.returned for unit in self.states[name, dim].tolist())
 
     def made_with(self, units: Ids) -> list[tuple[str, int]]:
         """Parameters and dimensions that have such units as their own channels, not as inputs."""
@@ -117,6 +122,7 @@ def follow(model: nn.Module, batch: Batch) -> Followed:
         by_state,
         units.frozen(),
         units.normalised(),
+        units.returned(),
         frozenset(flows.inputs - flows.made),
     )
     return Followed(channels, traced, settled, flows.readers)

@@ -1,11 +1,12 @@
 """What layers read of channels that are to be removed: a constant, which their biases can take."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, fx
 
 from secateur.compat.torchao.structured_channels import Followed, Removed
@@ -16,61 +17,86 @@ from secateur.compat.torchao.structured_units import Ids
 
 def constants(
     followed: Followed, values: Mapping[str, Tensor], removed: Removed
-) -> dict[str, Float[Tensor, " out"]]:
+) -> tuple[dict[str, Float[Tensor, " out"]], dict[int, str]]:
     """Bias -> what is added to it so that the layer's output is the same without the channels.
 
     The masked model, whose parameters and buffers are `values`, is run on the batch that it was
     exported with, and what arrives of the removed channels is looked at. Statistics of LayerNorm
-    and RMSNorm are those of the channels that are left.
-
-    Raises:
-        ValueError: if it is no constant, or a layer cannot take it.
+    and RMSNorm are those of the channels that are left. Then the units that have to stay, because
+    what arrives is no constant, or a layer cannot take it, with the reason; with such, the run is
+    to be repeated without their removal.
     """
     run = _Masked(followed, removed)
     with torch.no_grad():
         run.run(*followed.trace.arguments(values))
     added: dict[str, Tensor] = {}
+    held: dict[int, str] = {}
     for reader in followed.readers:
         found = run.seen.get((reader.source, reader.dim))
         if found is None:
             continue
-        index, constant = found
-        if isinstance(constant, str):
-            raise ValueError(f"{_named(reader)} {constant}")
-        addition = _addition(reader, values, index, constant)
-        if addition is None:
-            continue
-        bias = cast(str, reader.bias)
-        if bias in added and not torch.allclose(added[bias], addition):
-            raise ValueError(
-                f"{_named(reader)} reads several constants of removed channels, as it is called "
-                "several times: use prune_bias=True"
-            )
-        added[bias] = addition
-    return added
+        columns, needed = _columns(reader, values, found)
+        reason = _why_held(reader, added, columns, needed)
+        layer = reader.layer or "the model itself"
+        for i, unit in enumerate(found.units.tolist()):
+            if found.varies[i]:
+                held.setdefault(unit, f"{layer} reads them, and what it reads depends on the input")
+            elif needed[i] and reason:
+                held.setdefault(unit, f"{layer} reads them, and {reason}")
+        if needed.any() and reason is None:
+            added[cast(str, reader.bias)] = columns.sum(1)
+    return added, held
 
 
-def _addition(
-    reader: Reader, values: Mapping[str, Tensor], index: Tensor, constant: Tensor
-) -> Tensor | None:
-    if not constant.any():
+def removable(
+    followed: Followed, values: Mapping[str, Tensor], removed: Removed
+) -> tuple[Removed, dict[str, Float[Tensor, " out"]], dict[int, str]]:
+    """Of the units to be removed those that can be, the constants, and why the others stay."""
+    held: dict[int, str] = {}
+    removed = removed.copy()
+    while True:
+        added, more = constants(followed, values, removed)
+        if not more:
+            return removed, added, held
+        held |= more
+        removed[list(more)] = False
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What arrives of removed channels: their indices and units, and what they are."""
+
+    index: Int[Tensor, " removed"]
+    units: Ids
+    constant: Float[Tensor, " removed"]
+    varies: Bool[Tensor, " removed"]
+
+
+def _columns(
+    reader: Reader, values: Mapping[str, Tensor], seen: _Seen
+) -> tuple[Float[Tensor, "out removed"], Bool[Tensor, " removed"]]:
+    """What each channel adds to the layer's output, and whether that is anything."""
+    if reader.zero is not None or reader.weight is None:
+        return seen.constant[None], seen.constant != 0
+    weight = values[reader.weight].movedim(reader.columns, 1)
+    by_channel = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    columns = by_channel.index_select(1, seen.index) * seen.constant
+    return columns, (columns != 0).any(0)
+
+
+def _why_held(
+    reader: Reader, added: Mapping[str, Tensor], columns: Tensor, needed: Tensor
+) -> str | None:
+    """Why the layer cannot take the constants, or None."""
+    if not needed.any():
         return None
-    if reader.zero is None and reader.weight is not None:
-        weight = values[reader.weight].movedim(reader.columns, 1)
-        by_channel = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-        addition = by_channel.index_select(1, index) @ constant
-        if reader.bias is not None or not addition.any():
-            return addition if reader.bias is not None else None
-    reason = reader.zero or "it has no bias to take it"
-    raise ValueError(
-        f"{_named(reader)} reads the constant {float(constant[constant != 0][0]):.3g} of channels "
-        f"that are removed, and {reason}: use prune_bias=True, which makes it 0, or leave out the "
-        "layers before it"
-    )
-
-
-def _named(reader: Reader) -> str:
-    return reader.layer or "the model itself"
+    if reader.zero is not None:
+        return reader.zero
+    if reader.bias is None:
+        return "it has no bias to take the constant that they are"
+    if reader.bias in added and not torch.allclose(added[reader.bias], columns.sum(1)):
+        return "it is called several times, with other constants"
+    return None
 
 
 class _Masked(fx.Interpreter):
@@ -80,7 +106,7 @@ class _Masked(fx.Interpreter):
         super().__init__(followed.trace.graph)
         self._followed, self._removed = followed, removed
         self._wanted = {(reader.source, reader.dim) for reader in followed.readers}
-        self.seen: dict[tuple[str, int], tuple[Tensor, Tensor | str]] = {}
+        self.seen: dict[tuple[str, int], _Seen] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = self._normalised(n)
@@ -101,14 +127,8 @@ class _Masked(fx.Interpreter):
         constant = arrived[:, 0]
         # Pointwise functions round differently at the end of a vector.
         rounding = torch.finfo(value.dtype).eps ** 0.5 * (1 + constant.abs())
-        if ((arrived - constant[:, None]).abs() <= rounding[:, None]).all():
-            self.seen[name, dim] = index, constant
-        else:
-            self.seen[name, dim] = (
-                index,
-                "reads channels that are removed, and what it reads depends on the input: use "
-                "prune_bias=True, or leave out the layers before it",
-            )
+        varies = ((arrived - constant[:, None]).abs() > rounding[:, None]).any(1)
+        self.seen[name, dim] = _Seen(index, ids[gone], constant, varies)
 
     def _along(self, name: str, dim: int) -> Ids | None:
         for ids in self._followed.flows.get(name, ()):

@@ -134,7 +134,8 @@ def run(flows: Flows, nodes: Iterator[fx.Node], rules: Mapping[str, Rule]) -> No
             flows.of[node.name] = flows.states[name] if name else []
         elif node.op == "output":
             for argument in node.all_input_nodes:
-                flows.freeze(flows.of[argument.name], "it is an output of the model")
+                for ids in flows.of[argument.name]:
+                    flows.units.give_back(ids)
         else:
             flow = _apply(flows, node, rules)
             flows.of[node.name] = flows.units.settle(flow, where(node))

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
+from secateur.compat.torchao.shipped import ShippedFakeStructuredSparsity
 
-class FakeStructuredSparsity(nn.Module):
+
+class FakeStructuredSparsity(ShippedFakeStructuredSparsity):
     """A parameter without some of its channels: slices of one dimension show as 0.
 
     The mask is a bool for each slice, True = keep. It is no part of the model's state: take it from
@@ -19,7 +21,7 @@ class FakeStructuredSparsity(nn.Module):
     mask: Tensor
 
     def __init__(self, mask: Bool[Tensor, " channels"], dim: int = 0) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.register_buffer("mask", mask, persistent=False)
         self.dim = dim
 

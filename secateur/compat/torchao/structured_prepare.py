@@ -1,5 +1,6 @@
 """What the preparation of a structured pruner finds out: which tensors, and whether they can."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -10,31 +11,49 @@ from torch import Tensor, nn
 from secateur.compat.torchao.fake_sparsity import unmasked
 from secateur.compat.torchao.groups import Group
 from secateur.compat.torchao.structured_channels import Channels, Followed, Removed
-from secateur.compat.torchao.structured_constants import constants
 from secateur.compat.torchao.structured_mask import Masked
 
 
-def default_config(
-    model: nn.Module, channels: Channels, left: dict[str, str]
-) -> list[dict[str, Any]]:
-    """The weights whose channels can go without changing what is computed; `left` has the others.
+def layer_config(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[dict[str, Any]]:
+    """The weights of all layers of these types; of a recurrent layer those that make its units."""
+    return [
+        {"tensor_fqn": f"{path}.{name}".removeprefix(".")}
+        for path, module in model.named_modules()
+        if isinstance(module, types)
+        for name in module._parameters
+        if name == "weight" or (isinstance(module, nn.RNNBase) and name.startswith("weight_hh"))
+    ]
+
+
+def possible(
+    model: nn.Module,
+    channels: Channels,
+    listed: Sequence[Mapping[str, Any]],
+    left: dict[str, str],
+) -> list[Mapping[str, Any]]:
+    """Those whose channels can go so that outputs are all that changes; `left` has the others.
 
     Raises:
         ValueError: if there is none.
     """
-    config = []
-    for path, module in model.named_modules():
-        names = [n for n in module._parameters if n.startswith("weight_hh")]
-        if not isinstance(module, nn.RNNBase):
-            names = ["weight"] if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else []
-        for name in names:
-            fqn = f"{path}.{name}".removeprefix(".")
-            dim = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
-            reason = channels.why_not(fqn, dim) or channels.why_changed(fqn, dim)
-            if reason is None:
-                config.append({"tensor_fqn": fqn})
-            else:
-                left[fqn] = reason
+    config, outputs = list[Mapping[str, Any]](), []
+    for element in listed:
+        fqn = element["tensor_fqn"]
+        module = model.get_submodule(fqn.rpartition(".")[0])
+        dim = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+        reason = channels.why_not(fqn, dim) or channels.why_changed(fqn, dim)
+        if reason is None:
+            config.append(element)
+            outputs += [fqn] if channels.is_output(fqn, dim) else []
+        else:
+            left[fqn] = reason
+    if outputs:
+        warnings.warn(
+            f"prepare without a config takes {', '.join(outputs)}, too, whose channels are outputs "
+            f"of the {type(model).__name__}: name the other layers in a config to keep them all",
+            UserWarning,
+            stacklevel=3,
+        )
     if not config:
         first = next(iter(left.items()), None)
         because = f": {first[0]}: {first[1]}" if first else ""
@@ -106,14 +125,8 @@ def masked_with(
     return masked
 
 
-def require_constants(
-    model: nn.Module,
-    followed: Followed,
-    groups: Sequence[Group],
-    dims: Mapping[str, int],
-    masked: Sequence[Masked],
-) -> None:
-    """Raise now if what `prune` would find at a high level cannot be removed."""
+def all_but_one(followed: Followed, groups: Sequence[Group], dims: Mapping[str, int]) -> Removed:
+    """The units that could go at the highest level."""
     removed = np.zeros(followed.channels.count, dtype=bool)
     for group in groups:
         units = followed.channels.states[key_of(group, dims)]
@@ -121,8 +134,7 @@ def require_constants(
     for units in followed.channels.states.values():
         if removed[units].all():
             removed[units.min()] = False
-    values = masked_values(model, masked, followed.channels, removed)
-    constants(followed, values, removed)
+    return removed
 
 
 def masked_values(

@@ -90,17 +90,23 @@ class FPGMPruner(BaseStructuredSparsifier):
         self, module: nn.Module, tensor_name: str, tensor_fqn: str, sparsity_level: float
     ) -> None:
         """Choose the channels of one tensor, together with those that they depend on."""
-        keep = self.least(tensor_fqn, self._distances, lambda n: round(sparsity_level * n))
+        # In float64 distances are exact; a function may have tensors of the weight's dtype.
+        score = self._compute_distance if callable(self.dist) else self._exact_distance
+        keep = self.least(tensor_fqn, score, lambda n: round(sparsity_level * n))
         mask = mask_of(module, tensor_name)
         mask.data = keep.to(mask.device)
 
-    def _distances(self, rows: Float[Tensor, "channels weights"]) -> Float[Tensor, " channels"]:
+    def _compute_distance(self, t: Float[Tensor, "channels ..."]) -> Float[Tensor, " channels"]:
+        """The sum of the distances of each channel, the first dimension, to all of them."""
+        rows = t.flatten(1)
         if callable(self.dist):
-            return self.dist(rows).sum(1)
-        # Exact differences: by products, those of near rows would round to noise.
-        return torch.cdist(
-            rows.double(), rows.double(), float(self.dist or 2), "donot_use_mm_for_euclid_dist"
-        ).sum(1)
+            return self.dist(rows).abs().sum(1)
+        # Differences: by products, those of near rows would round to noise.
+        p = float(self.dist or 2)
+        return torch.cdist(rows, rows, p, "donot_use_mm_for_euclid_dist").sum(1)
+
+    def _exact_distance(self, t: Float[Tensor, "channels ..."]) -> Float[Tensor, " channels"]:
+        return self._compute_distance(t.double())
 
 
 def _l1(rows: Float[Tensor, "channels weights"]) -> Float[Tensor, " channels"]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,26 +21,35 @@ from secateur.replay import Batch
 
 
 @contextlib.contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """The model's modules and tensors are put back if the block raises."""
+def as_it_was(model: nn.Module, *, always: bool = False) -> Iterator[None]:
+    """The model's modules and tensors are put back if the block raises, or in any case."""
     tensors = [(tensor, tensor.data) for _, tensor in named_states(model)]
     modules = [
         (module, type(module), _properties(type(module)), _shallow(module))
         for module in model.modules()
     ]
+    done = False
     try:
         yield
-    except BaseException:
-        for module, kind, properties, attributes in modules:
-            module.__class__ = kind
-            for name, value in properties.items():
-                if name not in vars(kind):
-                    setattr(kind, name, value)
-            vars(module).clear()
-            vars(module).update(attributes)
-        for tensor, data in tensors:
-            tensor.data = data
-        raise
+        done = not always
+    finally:
+        if not done:
+            _put_back(modules, tensors)
+
+
+def _put_back(
+    modules: Sequence[tuple[nn.Module, type[nn.Module], dict[str, property], dict[str, Any]]],
+    tensors: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    for module, kind, properties, attributes in modules:
+        module.__class__ = kind
+        for name, value in properties.items():
+            if name not in vars(kind):
+                setattr(kind, name, value)
+        vars(module).clear()
+        vars(module).update(attributes)
+    for tensor, data in tensors:
+        tensor.data = data
 
 
 def shrink_(

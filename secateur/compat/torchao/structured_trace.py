@@ -1,10 +1,9 @@
 """A model as a graph of operations on tensors whose shapes are known, by `torch.export`."""
 
 import contextlib
-import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from secateur.outputs import eval_mode
-from secateur.replay import Batch, run_batch
-
-# Images that a model without example inputs is tried with: sides of the usual data sets.
-SIDES = (32, 28, 64, 96, 128, 224)
-
-# Tokens or steps in a guessed sequence, and samples in a guessed batch. They differ from each other
-# and are primes, so that no channel is taken for one of them.
-STEPS, SAMPLES = 5, 3
+from secateur.replay import Batch
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ def trace(model: nn.Module, batch: Batch) -> Trace:
     """
     args, kwargs = _call(batch)
     try:
-        with eval_mode(model), torch.no_grad(), warnings.catch_warnings(), _unlogged():
+        with eval_mode(model), torch.no_grad(), warnings.catch_warnings(), unlogged():
             # The layers of torch set attributes while they are exported.
             warnings.simplefilter("ignore")
             exported = torch.export.export(model, args, kwargs, strict=False)
@@ -114,63 +106,8 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
-def guess_inputs(model: nn.Module) -> Tensor:
-    """A batch for a model that takes one tensor, by its first layer.
-
-    Raises:
-        ValueError: if there is none that the model can run.
-    """
-    tried = []
-    for batch in _guesses(model):
-        try:
-            with eval_mode(model), torch.no_grad():
-                run_batch(model, batch)
-            return batch
-        except (IndexError, RuntimeError, TypeError, ValueError):
-            tried.append(tuple(batch.shape))
-    raise ValueError(
-        f"prepare needs example_inputs for {type(model).__name__}, it runs none of "
-        f"{tried or 'those that could be guessed'}: give a batch, prepare(model, config, "
-        "example_inputs=...)"
-    )
-
-
-def _guesses(model: nn.Module) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)  # not the user's stream of random numbers
-    required = [
-        p
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    like = next(model.parameters(), torch.zeros(0))
-    if len(required) > 1:
-        return
-    for layer in model.modules():
-        for shape in _shapes(layer):
-            yield torch.randn(shape, generator=generator).to(like)
-        if isinstance(layer, nn.Embedding):
-            top = min(layer.num_embeddings, SAMPLES * STEPS)
-            tokens = torch.arange(SAMPLES * STEPS, device=like.device) % top
-            yield tokens.view(SAMPLES, STEPS)
-        if isinstance(layer, (nn.Linear, nn.RNNBase, nn.Embedding)) or "Conv" in str(type(layer)):
-            return
-
-
-def _shapes(layer: nn.Module) -> Sequence[tuple[int, ...]]:
-    if isinstance(layer, nn.Linear):
-        width = layer.in_features
-        return [(SAMPLES, width), (SAMPLES, STEPS, width)]
-    if isinstance(layer, nn.RNNBase):
-        return [(SAMPLES, STEPS, layer.input_size)]
-    kinds = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-    for kind, spatial in kinds.items():
-        if isinstance(layer, kind):
-            return [(SAMPLES, layer.in_channels, *[side] * spatial) for side in SIDES]
-    return []
-
-
 @contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
+def unlogged() -> Iterator[None]:
     """Torch logs what fails, even where it is caught."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.disabled

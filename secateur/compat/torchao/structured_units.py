@@ -24,6 +24,7 @@ class Units:
         self._parent = np.zeros(0, dtype=np.int64)
         self._frozen: list[tuple[int, str]] = []
         self._normalised: list[tuple[int, str]] = []
+        self._returned: list[tuple[int, str]] = []
         self.ties = 0  # so many times two units became one
         self.fixed = self.new(1)
         self.freeze(self.fixed, "it is joined to channels that no layer makes")
@@ -68,6 +69,10 @@ class Units:
         """Something divides by a statistic over these units."""
         self._normalised += [(int(unit), reason) for unit in np.unique(ids)]
 
+    def give_back(self, ids: Ids) -> None:
+        """The model returns these units: fewer of them are fewer outputs."""
+        self._returned += [(int(unit), "it is an output of the model") for unit in np.unique(ids)]
+
     def settle(self, flow: Sequence[np.ndarray], where: str) -> Flow:
         """The flow with size 1 wherever arrays do not differ any more.
 
@@ -92,6 +97,10 @@ class Units:
     def normalised(self) -> dict[int, str]:
         """Unit -> what has statistics over it."""
         return self._by_root(self._normalised)
+
+    def returned(self) -> dict[int, str]:
+        """Unit -> that it is an output."""
+        return self._by_root(self._returned)
 
     def _by_root(self, marks: list[tuple[int, str]]) -> dict[int, str]:
         if not marks:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from secateur import layers as _layers
 from secateur.compat.torchao.base_sparsifier import BaseSparsifier
 from secateur.compat.torchao.fake_sparsity import original_of, set_mask, unmasked
 from secateur.compat.torchao.groups import Group
+from secateur.compat.torchao.names import in_short
 from secateur.criteria import wanda
 from secateur.patterns import NM, Pattern, Unstructured
 from secateur.statistics import InputNorm, score
@@ -148,15 +150,17 @@ def _stop_observing(modules: Iterable[nn.Module]) -> None:
 
 
 def _pattern(level: float, block_size: int | None) -> Pattern:
-    if not 0 <= level <= 1:
+    if not isinstance(level, Real) or not 0 <= level <= 1:
         raise ValueError(
-            f"Wanda needs a sparsity_level from 0 to 1, got {level:g}: 0.5 zeroes half of each row"
+            f"Wanda needs a sparsity_level from 0 to 1, got {in_short(level)}: 0.5 zeroes half of "
+            "each row"
         )
     if block_size is None:
         # A pattern's sparsity is below 1; the number next to it rounds to all of a row.
         return Unstructured(min(level, math.nextafter(1, 0)))
-    if block_size < 2:
+    if not isinstance(block_size, Integral) or block_size < 2:
         raise ValueError(
-            f"Wanda needs a semi_structured_block_size of at least 2, got {block_size}: 4 is 2:4"
+            "Wanda needs a semi_structured_block_size of at least 2, got "
+            f"{in_short(block_size)}: 4 is 2:4"
         )
     return NM(block_size - block_size // 2, block_size)

@@ -9,7 +9,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from secateur.compat.torchao import BaseSparsifier, FakeSparsity, WeightNormSparsifier
+from secateur.compat.torchao import (
+    BaseSparsifier,
+    FakeSparsity,
+    LSTMSaliencyPruner,
+    SaliencyPruner,
+    WeightNormSparsifier,
+)
 from tests.models import Decoder
 
 
@@ -200,7 +206,8 @@ def test_preparing_twice_is_an_error_until_squashed() -> None:
     sparsifier.squash_mask()
     sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
     assert len(sparsifier.groups) == 1
-    assert not sparsifier.state and sparsifier.step_count == 0
+    assert list(sparsifier.state) == ["0.weight"] and sparsifier.step_count == 0
+    assert sparsifier.state["0.weight"]["mask"].all()
     sparsifier.step()
 
 
@@ -212,6 +219,57 @@ def test_a_class_without_update_mask_is_an_error() -> None:
         Nothing()
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "settings", [0.5, 0, "linear", [("test", 1)], nn.Sequential(nn.Linear(2, 2))]
+)
+@pytest.mark.parametrize("kind", [SaliencyPruner, LSTMSaliencyPruner, BaseSparsifier])
+def test_settings_that_are_no_dict_are_an_error_that_shows_one(kind: type, settings: Any) -> None:
+    class Own(kind):
+        def update_mask(self, module: nn.Module, tensor_name: str) -> None: ...
+
+    with pytest.raises(
+        ValueError, match=r"Own needs a dict of settings, got the .*: write Own\(\{'"
+    ) as e:
+        Own(settings)
+    assert "\n" not in str(e.value) and type(settings).__name__ in str(e.value)
+    Own(None)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_a_config_may_be_is_said() -> None:
+    for config in (3, nn.Linear(2, 2), "0.weight", {"tensor_fqn": "0.weight"}, [nn.Linear(2, 2)]):
+        with pytest.raises(ValueError, match="prepare needs a config that is a list of dicts, got"):
+            FirstRow().prepare(mlp(), config)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_model_or_no_mask_is_said() -> None:
+    for kind in (FirstRow, lambda: SaliencyPruner({"sparsity_level": 0.5})):
+        for model in (None, nn.Linear, "model"):
+            with pytest.raises(ValueError, match="prepare needs a model, an nn.Module, got"):
+                kind().prepare(model, [{"tensor_fqn": "0.weight"}])
+        for given in ("x", 3, [1, 0]):
+            model = mlp()
+            with pytest.raises(ValueError, match="the mask of 0.weight needs to be a tensor, got"):
+                kind().prepare(model, [{"tensor_fqn": "0.weight", "mask": given}])
+            assert not parametrize.is_parametrized(model[0])
+
+
+def test_a_preparation_that_fails_leaves_nothing() -> None:
+    class Fails(FirstRow):
+        def _prepare(self, *args: Any) -> None:
+            super()._prepare()
+            raise RuntimeError("no")
+
+    model, sparsifier = mlp(), Fails()
+    before = copied(model)
+    with pytest.raises(RuntimeError, match="no"):
+        sparsifier.prepare(model)
+    assert list(before) == list(model.state_dict())
+    assert not sparsifier.groups and not sparsifier.state and sparsifier.model is None
+
+
 # --- step ----------------------------------------------------------------------------------------
 
 
@@ -221,7 +279,7 @@ def test_step_without_masks_is_an_error() -> None:
         sparsifier.step()
     sparsifier.prepare(mlp())
     sparsifier.squash_mask()
-    for verb in (sparsifier.step, sparsifier.squash_mask, sparsifier.state_dict):
+    for verb in (sparsifier.step, sparsifier.squash_mask):
         with pytest.raises(ValueError, match=r"0.weight has none since squash_mask"):
             verb()
 
@@ -338,6 +396,32 @@ def test_two_tensors_of_a_module_keep_what_they_agree_on() -> None:
     assert list(layer.state_dict()) == order
 
 
+def test_a_subclass_hands_on_all_settings() -> None:
+    class Own(WeightNormSparsifier):
+        def update_mask(self, module: nn.Module, tensor_name: str, **kwargs: Any) -> None:
+            assert kwargs["note"] == "mine"
+            super().update_mask(module, tensor_name, **kwargs)
+
+    model = mlp()
+    sparsifier = Own(0.5, (1, 1))
+    sparsifier.prepare(model, [{"tensor_fqn": "0.weight", "note": "mine"}])
+    sparsifier.step()
+    assert int(mask(model).sum()) == 32
+
+
+def test_state_has_the_mask_in_use_after_the_model_has_moved() -> None:
+    model = mlp()
+    sparsifier = WeightNormSparsifier(0.5, (1, 1))
+    sparsifier.prepare(model)
+    model.double()
+    sparsifier.step()
+    assert sparsifier.state["0.weight"]["mask"] is mask(model)
+    sparsifier.squash_mask()
+    last = sparsifier.state["0.weight"]["mask"]
+    assert last.dtype == torch.float64 and int(last.sum()) == 32
+    assert torch.equal(sparsifier.state_dict()["state"]["0.weight"]["mask"], last)
+
+
 # --- copies and states ---------------------------------------------------------------------------
 
 
@@ -348,13 +432,15 @@ def test_a_state_moves_masks_settings_and_state_and_shares_nothing() -> None:
     for _ in range(3):
         sparsifier0.step()
     sparsifier1.prepare(model1)
-    assert sparsifier0.state != sparsifier1.state
     state = sparsifier0.state_dict()
     assert state["state"]["0.weight"]["step_count"] == 3
     assert state["groups"] == [{"test": 3, "tensor_fqn": "0.weight"}]
     sparsifier1.load_state_dict(state)
 
-    assert sparsifier0.state == sparsifier1.state
+    (values0,), (values1,) = sparsifier0.state.values(), sparsifier1.state.values()
+    assert values0.keys() == values1.keys() == {"mask", "step_count"}
+    assert torch.equal(values0["mask"], values1["mask"])
+    assert values1["step_count"] == 3
     assert [g["tensor_fqn"] for g in sparsifier1.groups] == ["0.weight"]
     assert sparsifier1.groups[0]["test"] == 3 and sparsifier1.groups[0]["module"] is model1[0]
     assert torch.equal(model0[0].weight, model1[0].weight)
@@ -465,4 +551,5 @@ def test_a_pickle_has_the_masks_but_no_model() -> None:
     assert torch.equal(new_model[0].weight, model[0].weight)
     new.step()
     sparsifier.squash_mask()
-    assert pickle.loads(pickle.dumps(sparsifier)).state_dict() == {"state": {}, "groups": []}
+    squashed = pickle.loads(pickle.dumps(sparsifier)).state_dict()
+    assert torch.equal(squashed["state"]["0.weight"]["mask"], state["state"]["0.weight"]["mask"])

@@ -165,3 +165,16 @@ def test_what_cannot_be_scheduled_is_an_error() -> None:
     band.prepare(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match=r"a sparsity_level, that of 0.weight has none"):
         ao.CubicSL(band)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("value", ["x", None, [0.5]])
+def test_settings_of_another_kind_are_an_error_that_names_them(value: object) -> None:
+    with pytest.raises(
+        ValueError, match="LambdaSL needs functions of the epoch, got (0.5|'x'|None)"
+    ):
+        ao.LambdaSL(sparsifier(), value)
+    for name in ("init_sl", "init_t", "delta_t", "total_t"):
+        one = "x" if isinstance(value, list) else value
+        with pytest.raises(ValueError, match=f"CubicSL needs {name} to be a number, got {one!r}"):
+            ao.CubicSL(sparsifier(), **{name: one})

@@ -283,7 +283,7 @@ def test_no_band_keeps_nothing() -> None:
 
 
 def test_a_band_that_cannot_be_is_an_error_before_anything_is_changed() -> None:
-    with pytest.raises(ValueError, match="needs to be odd, got 4"):
+    with pytest.raises(ValueError, match="needs to be an odd number, got 4"):
         NearlyDiagonalSparsifier(4)
     layer = linear(torch.ones(4, 6))
     with pytest.raises(ValueError, match="needs to be odd, got 2"):
@@ -293,3 +293,10 @@ def test_a_band_that_cannot_be_is_an_error_before_anything_is_changed() -> None:
     with pytest.raises(ValueError, match=r"a band needs a matrix, weight is of shape \(2, 2, 1, 1"):
         prepared(nn.Conv2d(2, 2, 1), NearlyDiagonalSparsifier())
     prepared(layer, NearlyDiagonalSparsifier(7)).step()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("value", ["x", None, 2.5, {"nearliness": 1}])
+def test_a_width_of_another_kind_is_an_error_that_shows_it(value: object) -> None:
+    with pytest.raises(ValueError, match="nearliness needs to be an odd number, got ['N2{]"):
+        NearlyDiagonalSparsifier(value)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from secateur.compat.torchao import (
     BaseStructuredSparsifier,
     FakeStructuredSparsity,
+    LSTMSaliencyPruner,
     SaliencyPruner,
 )
 from tests.compat.torchao.structured_models import (
@@ -28,6 +29,13 @@ from tests.compat.torchao.structured_models import (
 
 def config(*names: str, **settings: Any) -> list[dict[str, Any]]:
     return [{"tensor_fqn": f"{name}.weight", **settings} for name in names]
+
+
+def all_but(model: nn.Module, output: str) -> list[dict[str, Any]]:
+    """Every linear layer and convolution but one, whose channels are what the model returns."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return config(*(name for name in layers if name != output))
 
 
 def images(count: int = 3) -> Tensor:
@@ -73,7 +81,7 @@ def pruned_as_masked(
 
 def test_a_residual_network_loses_the_same_channels_on_both_sides_of_each_addition() -> None:
     model = lively(ResNet())
-    pruned_as_masked(model, images(), None, lambda: ResNet((4, 6), (5, 3)))
+    pruned_as_masked(model, images(), all_but(model, "head"), lambda: ResNet((4, 6), (5, 3)))
     assert model.a.conv1.in_channels == 4
     assert model.bn.num_features == 4
     assert repr(model) == repr(ResNet((4, 6), (5, 3)))
@@ -94,7 +102,7 @@ def test_conv_bn_relu_conv() -> None:
             nn.Conv2d(width, 4, 3, padding=1),
         )
 
-    pruned = pruned_as_masked(lively(make()), images(), None, lambda: make(6), level=0.25)
+    pruned = pruned_as_masked(lively(make()), images(), config("0"), lambda: make(6), level=0.25)
     assert numbers(pruned) == 6 * 27 + 6 + 12 + 4 * 6 * 9 + 4
 
 
@@ -111,13 +119,14 @@ def test_heads_and_hidden_units_of_a_vision_transformer(layer: str, sizes: dict[
 def test_without_a_config_what_a_norm_runs_over_stays_and_says_why() -> None:
     model = lively(ViT())
     sparsifier = SaliencyPruner({"sparsity_level": 0.5})
-    sparsifier.prepare(model, None, images())
-    assert [g["tensor_fqn"] for g in sparsifier.groups] == ["block.qkv.weight", "block.fc1.weight"]
+    with pytest.warns(UserWarning, match="takes head.weight, too, .* outputs of the ViT: name"):
+        sparsifier.prepare(model, None, images())
+    named = ["block.qkv.weight", "block.fc1.weight", "head.weight"]
+    assert [g["tensor_fqn"] for g in sparsifier.groups] == named
     assert (
         "layer_norm.default of block.norm1 normalises over it"
         in sparsifier.left["block.fc2.weight"]
     )
-    assert sparsifier.left["head.weight"] == "it is an output of the model"
 
 
 def test_grouped_queries_go_with_the_head_whose_keys_they_read() -> None:
@@ -131,7 +140,7 @@ def test_grouped_queries_go_with_the_head_whose_keys_they_read() -> None:
 
 def test_all_gates_layers_and_directions_of_an_lstm_lose_the_same_hidden_units() -> None:
     layers = [{"tensor_fqn": "lstm.weight_ih_l0"}, {"tensor_fqn": "lstm.weight_hh_l0"}]
-    for named in (layers, None):
+    for named in (layers, [{"tensor_fqn": "lstm.weight_hh_l0"}]):
         model = lively(Recurrent())
         pruned_as_masked(model, sequences(4), named, lambda: Recurrent(3))
         assert (model.lstm.hidden_size, model.lstm.input_size) == (3, 4)
@@ -211,7 +220,7 @@ def test_a_flattened_image_takes_all_positions_of_a_channel() -> None:
             nn.Linear(9 * width, 5),
         )
 
-    pruned_as_masked(lively(make()), images(), None, lambda: make(4))
+    pruned_as_masked(lively(make()), images(), config("0"), lambda: make(4))
 
 
 def test_a_transposed_convolution_and_prelu() -> None:
@@ -224,7 +233,43 @@ def test_a_transposed_convolution_and_prelu() -> None:
             nn.Conv2d(up, 2, 1),
         )
 
-    pruned_as_masked(lively(make()), images(), None, lambda: make(4, 3))
+    pruned_as_masked(lively(make()), images(), config("0", "2"), lambda: make(4, 3))
+
+
+def test_outputs_that_are_named_become_fewer() -> None:
+    model = lively(Odd(F.relu))
+    sparsifier = SaliencyPruner({"sparsity_level": 0.34})
+    sparsifier.prepare(model, config("first", "second"), sequences(4))
+    sparsifier.step()
+    masked, keep = model(sequences(4)), model.second.parametrizations.weight[0].mask
+    assert keep.sum() == 2 and not masked[..., ~keep].any()
+    sparsifier.prune()
+    torch.testing.assert_close(model(sequences(4)), masked[..., keep], rtol=1e-9, atol=1e-9)
+    assert (model.first.out_features, model.second.out_features) == (4, 2)
+
+
+def test_hidden_units_that_are_an_output_as_well_go_from_it() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.out = nn.LSTM(4, 6, 2), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden, _ = self.lstm(x)
+            return self.out(hidden), hidden
+
+    model = lively(Both())
+    names = ("weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1")
+    sparsifier = LSTMSaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, [{"tensor_fqn": f"lstm.{name}"} for name in names])
+    sparsifier.step()
+    out, hidden = model(sequences(4))
+    keep = model.lstm.parametrizations.weight_hh_l1[0].mask.view(4, 6)
+    assert keep.sum(1).tolist() == [3] * 4 and (keep == keep[0]).all()
+    sparsifier.prune()
+    now = model(sequences(4))
+    torch.testing.assert_close(now, (out, hidden[..., keep[0]]), rtol=1e-9, atol=1e-9)
+    assert model.lstm.hidden_size == model.out.in_features == 3
 
 
 # --- biases --------------------------------------------------------------------------------------
@@ -257,24 +302,74 @@ def test_a_constant_passes_through_batch_norm_and_an_unpadded_convolution() -> N
     pruned_as_masked(lively(make()), images(), config("0", prune_bias=False), lambda: make(4))
 
 
-def test_a_constant_that_nothing_can_take_is_an_error_before_anything_is_changed() -> None:
-    padded = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
-    bare = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3, bias=False))
-    for model, why, settings in (
+class Added(nn.Module):
+    """What is added to the channels of the first layer is another one's for each input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) + x[..., :1])
+
+
+@pytest.mark.parametrize(
+    "make, layer, settings, why",
+    [
         (
-            padded,
-            "2 reads the constant .* pads it with zeros: use prune_bias",
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)),
+            "0",
             {"prune_bias": False},
+            "2 reads them, and .* pads it with zeros: with prune_bias=True they may go",
         ),
-        (bare, "2 reads the constant 0.5 .* it has no bias to take it", {}),
-    ):
-        before = copy.deepcopy(lively(model))
-        with pytest.raises(ValueError, match=why):
-            SaliencyPruner({"sparsity_level": 0.5}).prepare(
-                model, config("0", **settings), images()
-            )
-        assert repr(model) == repr(before)
-        assert model.state_dict().keys() == before.state_dict().keys()
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3, bias=False)),
+            "0",
+            {},
+            "2 reads them, and it has no bias to take the constant .*: leave it out of the config",
+        ),
+        (Added, "first", {}, "second reads them, and what it reads depends on the input"),
+    ],
+)
+def test_channels_whose_constant_nothing_can_take_stay_as_zeros(
+    make: Callable[[], nn.Module], layer: str, settings: dict[str, Any], why: str
+) -> None:
+    model = lively(make())
+    model.get_parameter(f"{layer}.bias").data.fill_(0.5)
+    batch = sequences(4) if layer == "first" else images()
+    sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5, **settings})
+    stays = f"channels of {layer}.weight cannot be removed and stay as zeros: {why}"
+    with pytest.warns(UserWarning, match=f"prepare: masked {stays}"):
+        sparsifier.prepare(model, config(layer), batch)
+    sparsifier.step()
+    keep = model.get_submodule(layer).parametrizations.weight[0].mask
+    masked = model(batch)
+    with pytest.warns(UserWarning, match=f"prune: masked {stays}"):
+        assert sparsifier.prune() is model
+    torch.testing.assert_close(model(batch), masked, rtol=1e-12, atol=1e-12)
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == sizes
+    weight = model.get_parameter(f"{layer}.weight")
+    assert not weight[~keep].any() and weight[keep].any()
+
+
+def test_of_a_padded_layer_only_channels_with_a_bias_stay_as_zeros() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    lively(model)
+    with torch.no_grad():
+        model[0].bias[:] = torch.tensor([1.0, 0, 2, 0, 3, -4, 5, 6])  # ReLU makes 0 of -4
+        model[0].weight *= torch.arange(8.0)[:, None, None, None] < 6  # 6 and 7 go first
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5, "prune_bias": False})
+    with pytest.warns(UserWarning, match="prepare: masked channels of 0.weight cannot be removed"):
+        sparsifier.prepare(
+            model, config("0", mask=torch.tensor([0, 0, 1, 1, 1, 0, 1, 0])), images()
+        )
+    masked = model(images())
+    with pytest.warns(UserWarning, match="prune: masked channels of 0.weight cannot be removed"):
+        sparsifier.prune()
+    assert model[0].bias.tolist() == [1, 2, 0, 3, 5, 6], "1 and 5 are gone, 0 and 7 are zeros"
+    assert [bool(row.any()) for row in model[0].weight] == [False, True, True, True, False, False]
+    torch.testing.assert_close(model(images()), masked, rtol=1e-12, atol=1e-12)
 
 
 # --- what cannot be right is an error ------------------------------------------------------------
@@ -308,18 +403,9 @@ def test_an_operation_that_cannot_be_pruned_is_named(
     model = lively(Odd(middle))
     with pytest.raises(ValueError, match=f"first.weight cannot be pruned: .*({why})"):
         SaliencyPruner({"sparsity_level": 0.5}).prepare(model, config("first"), sequences(4))
-    with pytest.raises(ValueError, match="found no channels .* second.weight|first.weight"):
+    model = nn.Sequential(model, nn.Softmax(-1))
+    with pytest.raises(ValueError, match=r"found no channels in Sequential .*: 0\.first\.weight: "):
         SaliencyPruner({"sparsity_level": 0.5}).prepare(model, None, sequences(4))
-
-
-def test_what_arrives_of_a_removed_channel_must_not_depend_on_the_input() -> None:
-    class Added(Odd):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.first(x) + x[..., :1])
-
-    with pytest.raises(ValueError, match="second reads channels .* depends on the input"):
-        sparsifier = SaliencyPruner({"sparsity_level": 0.5})
-        sparsifier.prepare(lively(Added(F.relu)), config("first"), sequences(4))
 
 
 def test_channels_in_reverse_are_pruned_in_reverse() -> None:
@@ -385,10 +471,8 @@ def test_positions_that_move_are_an_error(
     assert torch.equal(model(sequences(4)), masked)
 
 
-def test_inputs_of_a_layer_an_output_of_the_model_and_other_names_are_refused() -> None:
+def test_other_names_are_refused() -> None:
     model = lively(Odd(F.relu))
-    with pytest.raises(ValueError, match="second.weight cannot be pruned: it is an output"):
-        SaliencyPruner({"sparsity_level": 0.5}).prepare(model, config("second"), sequences(4))
     with pytest.raises(ValueError, match="closest are 'first.weight'"):
         SaliencyPruner({"sparsity_level": 0.5}).prepare(model, config("firts"), sequences(4))
 
@@ -492,7 +576,7 @@ def test_squash_keeps_the_shapes_and_the_order_of_parameters() -> None:
     model = lively(ResNet())
     names = list(model.state_dict())
     sparsifier = SaliencyPruner({"sparsity_level": 0.5})
-    sparsifier.prepare(model, None, images())
+    sparsifier.prepare(model, all_but(model, "head"), images())
     sparsifier.step()
     masked = model(images())
     sparsifier.squash_mask(params_to_keep=["sparsity_level"])
@@ -528,7 +612,7 @@ def test_attention_written_with_einsum_and_a_single_head() -> None:
             weights = torch.einsum("btd,bsd->bts", self.q(x), self.k(x)).softmax(-1)
             return self.o(weights @ self.v(x))
 
-    pruned_as_masked(lively(Single()), sequences(4), None, lambda: Single(3, 4))
+    pruned_as_masked(lively(Single()), sequences(4), config("q", "v"), lambda: Single(3, 4))
 
 
 def test_tables_that_stay_leave_whole_heads_and_buffers_by_head_keep_them() -> None:
@@ -562,7 +646,7 @@ def test_norms_without_parameters() -> None:
             nn.Conv2d(width, 2, 3),
         )
 
-    pruned_as_masked(lively(make()), images(), None, lambda: make(4, 2))
+    pruned_as_masked(lively(make()), images(), config("0"), lambda: make(4, 2))
 
 
 def test_a_language_model_of_transformers_reloads_by_its_configuration() -> None:
@@ -583,7 +667,9 @@ def test_a_language_model_of_transformers_reloads_by_its_configuration() -> None
 
     model, batch = lively(make()), {"input_ids": torch.arange(10).view(2, 5)}
     sparsifier = SaliencyPruner({"sparsity_level": 0.5})
-    sparsifier.prepare(model, None, batch)
+    inner = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in inner]
+    sparsifier.prepare(model, config(*names), batch)
     sparsifier.step()
     masked = model(**batch).logits
     sparsifier.prune()

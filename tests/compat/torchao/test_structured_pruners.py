@@ -1,8 +1,10 @@
 """Which channels the pruners drop."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.compat.torchao import FPGMPruner, LambdaSL, LSTMSaliencyPruner, SaliencyPruner
 from tests.compat.torchao.structured_models import Recurrent, ResNet, lively
@@ -51,9 +53,9 @@ def test_fpgm_drops_what_the_others_can_stand_for(dist: int | None, gone: int) -
 
 def test_fpgm_by_ones_own_distance_and_rounding_to_the_nearest() -> None:
     model = rows([0.0], [1.0], [5.0], [7.0])
-    pruner = FPGMPruner(0.4, lambda x: -torch.cdist(x, x))  # round(1.6) of four: the farthest go
-    pruner.prepare(model, FIRST)
-    pruner.step()
+    farthest = FPGMPruner(0.4, lambda x: 7 - torch.cdist(x, x))  # round(1.6) of four
+    farthest.prepare(model, FIRST)
+    farthest.step()
     assert kept(model) == [False, True, True, False]
     with pytest.raises(ValueError, match="dist to be None, 1, 2 or a function, got 3"):
         FPGMPruner(dist=3)
@@ -118,3 +120,34 @@ def test_a_scheduler_sets_the_level() -> None:
         counts.append(4 - sum(kept(model)))
         scheduler.step()
     assert counts == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_patterns_are_refused_and_their_default_is_taken() -> None:
+    with pytest.raises(ValueError, match="SaliencyPruner follows the model's graph .* leave them"):
+        SaliencyPruner({"sparsity_level": 0.5}, {(nn.Linear, "output"): print})
+    assert SaliencyPruner({"sparsity_level": 0.5}, None).defaults["prune_bias"]
+
+
+def test_a_subclass_hands_on_all_settings() -> None:
+    class Own(SaliencyPruner):
+        def update_mask(self, module: nn.Module, tensor_name: str, **kwargs: Any) -> None:
+            super().update_mask(module, tensor_name, **kwargs)
+
+    model = rows([1.0], [3.0], [2.0], [4.0])
+    pruner = Own({"sparsity_level": 0.5, "note": "mine"})
+    pruner.prepare(model, FIRST)
+    pruner.step()
+    assert kept(model) == [False, True, False, True]
+
+
+def test_a_distance_of_ones_own_is_what_a_subclass_overrides() -> None:
+    class Own(FPGMPruner):
+        def _compute_distance(self, t: Tensor) -> Tensor:
+            return -t.flatten(1).sum(1)
+
+    model = rows([1.0], [3.0], [2.0], [4.0])
+    pruner = Own(0.5)
+    pruner.prepare(model, FIRST)
+    pruner.step()
+    assert kept(model) == [True, False, True, False]

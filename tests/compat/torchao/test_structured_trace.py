@@ -1,4 +1,4 @@
-"""Batches that are guessed, and models that cannot be exported."""
+"""The graph of a model, and models that have none."""
 
 from typing import Any
 
@@ -6,32 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur.compat.torchao.structured_trace import guess_inputs, layer_of, trace
-
-
-@pytest.mark.parametrize(
-    "model, shape",
-    [
-        (nn.Sequential(nn.Linear(7, 2)), (3, 7)),
-        (nn.Sequential(nn.Linear(7, 2), nn.Flatten(), nn.Linear(10, 2)), (3, 5, 7)),
-        (nn.LSTM(4, 2), (3, 5, 4)),
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(1352, 2)), (3, 1, 28, 28)),
-        (nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2)), (3, 5)),
-    ],
-)
-def test_a_batch_is_guessed_by_the_first_layer(model: nn.Module, shape: tuple[int, ...]) -> None:
-    before = torch.random.get_rng_state()
-    batch = guess_inputs(model)
-    assert batch.shape == shape
-    model(batch)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_what_cannot_be_guessed_is_asked_for() -> None:
-    odd = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(7, 2))
-    for model in (odd, nn.Bilinear(2, 2, 2), nn.ReLU()):
-        with pytest.raises(ValueError, match="prepare needs example_inputs for"):
-            guess_inputs(model)
+from secateur.compat.torchao.structured_trace import layer_of, trace
 
 
 def test_a_model_that_branches_on_values_says_so_and_keeps_its_mode() -> None:

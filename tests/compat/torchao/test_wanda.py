@@ -194,3 +194,12 @@ def test_an_observer_passes_on_and_remembers_the_norm() -> None:
     assert observer(x) is x
     observer(torch.tensor([4.0, 7]))
     assert observer.norm.tolist() == pytest.approx([5, 51**0.5])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("value", ["x", None, {"sparsity_level": 0.5}, nn.Linear(2, 2)])
+def test_a_level_of_another_kind_is_an_error_that_shows_it(value: object) -> None:
+    with pytest.raises(ValueError, match="Wanda needs a sparsity_level from 0 to 1, got ['N{L]"):
+        WandaSparsifier(value)
+    with pytest.raises(ValueError, match="semi_structured_block_size of at least 2, got 2.5"):
+        WandaSparsifier(0.5, 2.5)

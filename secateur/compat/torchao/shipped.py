@@ -1,0 +1,30 @@
+"""The classes of `torch.ao.pruning` that torch still ships: `isinstance` finds ours among them.
+
+Where torch ships none any more, a parametrization is an `nn.Module`.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.nn import Module as ShippedFakeSparsity
+    from torch.nn import Module as ShippedFakeStructuredSparsity
+else:
+    try:
+        from torch.ao.pruning import FakeSparsity as ShippedFakeSparsity
+        from torch.ao.pruning._experimental.pruner import (
+            FakeStructuredSparsity as ShippedFakeStructuredSparsity,
+        )
+    except ImportError:
+        from torch.nn import Module as ShippedFakeSparsity
+        from torch.nn import Module as ShippedFakeStructuredSparsity
+
+__all__ = ["ShippedFakeSparsity", "ShippedFakeStructuredSparsity", "register_sparsifier"]
+
+
+def register_sparsifier(kind: type) -> None:
+    """Have code of torch that asks for a `torch.ao.pruning.BaseSparsifier` take this class."""
+    try:
+        from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
+    except ImportError:
+        return
+    BaseSparsifier.register(kind)
