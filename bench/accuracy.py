@@ -2,15 +2,17 @@
 
     python -m bench.accuracy ../shared/models/reference-lm --patterns 2:4 --rows 32,512
 
-`--methods` chooses some, several `--rows` are cases of their own. Other libraries' methods are in
-`bench.peers_accuracy`: one that is not installed, or has no such pattern, has its reason in `note`,
-and so has one whose zeros do not fit the pattern.
+`--methods` chooses some, several `--rows` are cases of their own, and another `--seed` is another
+choice of rows. Other libraries' methods are in `bench.peers_accuracy`: one that is not installed,
+or has no such pattern, has its reason in `note`, and so has one whose zeros do not fit the pattern.
 
 The folder holds a causal language model and `tokens.safetensors` with rows of ids `calibration` and
-`validation`. Every linear layer of the blocks is pruned; head, embeddings and norms stay dense.
-Columns: nll and its difference to dense in nats a token on the validation rows, KL(dense ||
-pruned), top-1 agreement with dense, R_M and R_S = 1 - dnll / dnll(magnitude | SparseGPT of the
-paper), where that method is among the chosen.
+`validation`, cut from documents laid end to end; rows are taken of as many documents as there are.
+Every linear layer of the blocks is pruned; head, embeddings and norms stay dense. Columns: the
+documents that calibration rows are of; nll and its difference to dense in nats a token on the
+validation rows, KL(dense || pruned), top-1 agreement with dense, R_M and R_S = 1 - dnll /
+dnll(magnitude | SparseGPT of the paper), where that method is among the chosen. R_KL, the same
+share of kl, is in the tables.
 """
 
 import argparse
@@ -27,19 +29,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import secateur as sc
+from bench.accuracy_tables import PAPER
 from bench.cold import reason
 from bench.paper import sparsegpt_algorithm_1
 from bench.peers_accuracy import PEERS
 from bench.rows import append
 from secateur import evaluate
 from secateur.decompose import decompose_
-from secateur.integrations.tokens import sampled_rows, token_rows
+from secateur.integrations.tokens import end_of_text, sampled_rows, stored_rows
 from secateur.integrations.transformers import load_folder
 from secateur.patterns import NM, Pattern, Unstructured
 from secateur.reconstruct import CompensationReport, Solution, compensate
 from secateur.replay import Batch
 
-PAPER = "sparsegpt, algorithm 1 in float64"
 EXTRA = 0.05  # of the model's parameters, in an adapter
 
 
@@ -188,7 +190,7 @@ def main() -> None:
     parser.add_argument("--patterns", default="2:4,4:8,unstructured:0.5@layer")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rows", default="128", help="calibration rows, such as 32,512")
-    parser.add_argument("--first", type=int, default=0, help="the first calibration row")
+    parser.add_argument("--seed", type=int, default=0, help="which calibration rows")
     parser.add_argument("--validation-rows", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -196,22 +198,26 @@ def main() -> None:
     options = parser.parse_args()
 
     dense = load_folder(options.model, torch.float32).to(options.device)
-    tokens = f"{options.model / 'tokens.safetensors'}:"
-    validation = [
-        rows.to(options.device)
-        for rows in token_rows(tokens + "validation", options.validation_rows, options.batch)
-    ]
+    tokens, end = f"{options.model / 'tokens.safetensors'}:", end_of_text(options.model)
+
+    def rows_of(key: str, rows: int, seed: int) -> tuple[list[Tensor], int]:
+        """Batches on the device, and of how many documents they are."""
+        dealt = stored_rows(tokens + key, rows, options.batch, end, seed)
+        on_device = [ids.to(options.device) for ids in dealt.batches if isinstance(ids, Tensor)]
+        return on_device, dealt.different
+
+    validation, _ = rows_of("validation", options.validation_rows, 0)
     for rows, pattern in itertools.product(
         map(int, options.rows.split(",")), options.patterns.split(",")
     ):
-        ids = torch.cat(token_rows(tokens + "calibration", options.first + rows, options.batch))
-        calibration = ids[options.first :].to(options.device).split(options.batch)
+        calibration, documents = rows_of("calibration", rows, options.seed)
         measured = measure(dense, pattern, options.methods, calibration, validation)
         shared = {
             "model": options.model.name,
             "pattern": pattern,
             "calibration_rows": rows,
-            "first_row": options.first,
+            "seed": options.seed,
+            "documents": documents,
             "validation_rows": options.validation_rows,
             "batch": options.batch,
         }

@@ -6,7 +6,10 @@ from pathlib import Path
 from statistics import fmean
 
 Row = Mapping[str, str]
-Case = tuple[str, int, str]  # device, calibration rows, validation rows
+# device, calibration rows, whether they are of as many documents as there are, validation rows
+Case = tuple[str, int, bool, str]
+
+PAPER = "sparsegpt, algorithm 1 in float64"
 
 
 def accuracy(results: Path) -> str:
@@ -16,9 +19,10 @@ def accuracy(results: Path) -> str:
     """
     cases = latest(results)
     last = max(row["date"] for rows in cases.values() for row in rows)
+    newest = {device for (device, *_), rows in cases.items() for r in rows if r["date"] == last}
     shown: dict[str, list[Row]] = {}
-    for (device, _, _), rows in sorted(cases.items(), key=lambda case: case[0][1]):
-        if max(row["date"] for row in rows) == last:
+    for (device, *_), rows in sorted(cases.items(), key=lambda case: case[0][1:3]):
+        if device in newest:
             shown[device] = rows
     return "\n".join(map(_table, shown.values()))
 
@@ -31,17 +35,37 @@ def accuracy_all(results: Path) -> str:
 def latest(results: Path) -> dict[Case, list[Row]]:
     """The rows of each case, of every method, pattern and calibration set the last that there is.
 
-    A run of all of them takes longer than a device may be had for.
+    A run of all of them takes longer than a device may be had for. Each row has its `r_kl` added,
+    which needs the paper's row of the same run.
     """
     from bench.tables import every  # here, because it imports this module
 
-    cases: dict[Case, dict[tuple[str, str, str], Row]] = {}
+    cases: dict[Case, dict[tuple[str, ...], Row]] = {}
     for rows in every(results, "accuracy"):
+        papers = {_run_of(row): row for row in rows if row["method"] == PAPER}
         for row in rows:
-            case = (row["device"], int(row["calibration_rows"]), row["validation_rows"])
-            one = (row["method"], row["pattern"], row["first_row"])
-            cases.setdefault(case, {})[one] = row
+            dealt = bool(row.get("documents"))
+            case = (row["device"], int(row["calibration_rows"]), dealt, row["validation_rows"])
+            one = (row["method"], row["pattern"], _set_of(row))
+            cases.setdefault(case, {})[one] = {**row, "r_kl": _r_kl(row, papers.get(_run_of(row)))}
     return {case: list(cases[case].values()) for case in sorted(cases)}
+
+
+def _set_of(row: Row) -> str:
+    """Which calibration rows: by their seed, or by the first of rows that follow one another."""
+    return row.get("seed") or row["first_row"]
+
+
+def _run_of(row: Row) -> tuple[str, ...]:
+    """What rows of one run on one calibration set share."""
+    return (row.get("command", ""), row["pattern"], row["calibration_rows"], _set_of(row))
+
+
+def _r_kl(row: Row, baseline: Row | None) -> str:
+    """The share of the baseline's KL that the row avoids."""
+    if baseline is None or not row.get("kl"):
+        return ""
+    return str(1 - float(row["kl"]) / float(baseline["kl"]))
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -51,7 +75,7 @@ def _table(rows: Sequence[Row]) -> str:
             by_pattern = cells.setdefault(row["method"], {})
             by_pattern.setdefault(row["pattern"], []).append(row)
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
-    lines = [["perplexity (top-1 as dense; R_S)", *patterns], ["---"] * (1 + len(patterns))]
+    lines = [["perplexity (top-1 as dense; R_S; R_KL)", *patterns], ["---"] * (1 + len(patterns))]
     for name in sorted(cells, key=lambda name: _place(cells[name], patterns)):
         found = cells[name]
         lines.append([name, *[_cell(found[p]) if p in found else "-" for p in patterns]])
@@ -66,31 +90,47 @@ def _place(found: Mapping[str, Sequence[Row]], patterns: Sequence[str]) -> tuple
 
 
 def _cell(rows: Sequence[Row]) -> str:
-    """The mean over calibration sets; of R_S the range, too."""
+    """The mean over calibration sets; of the shares the range, too."""
     text = f"{math.exp(fmean(float(row['nll']) for row in rows)):.2f}"
-    shares = [float(row["r_s"]) for row in rows if row.get("r_s")]
-    more = [f"{fmean(float(row['top1']) for row in rows):.0%}"] if rows[0]["top1"] else []
-    if more and shares:
-        spread = f", {min(shares):.2f} to {max(shares):.2f}" if len(shares) > 1 else ""
-        more.append(f"{fmean(shares):.2f}{spread}")
-    return f"{text} ({'; '.join(more)})" if more else text
+    if not rows[0]["top1"]:
+        return text
+    top1 = fmean(float(row["top1"]) for row in rows)
+    shares = [_share(rows, column) for column in ("r_s", "r_kl")]
+    return f"{text} ({'; '.join([f'{top1:.0%}', *filter(None, shares)])})"
+
+
+def _share(rows: Sequence[Row], column: str) -> str:
+    found = [float(row[column]) for row in rows if row.get(column)]
+    if not found:
+        return ""
+    spread = f", {min(found):.2f} to {max(found):.2f}" if len(found) > 1 else ""
+    return f"{fmean(found):.2f}{spread}"
 
 
 def _origin(rows: Sequence[Row]) -> str:
     """Where the rows come from, which libraries they are of, and what was wrong with one."""
     first = rows[0]
-    sets = len({row["first_row"] for row in rows})
+    sets = len({_set_of(row) for row in rows})
     runs = dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in rows)
     notes = [f"{r['method']}, {r['pattern']}: {r['note']}" for r in rows if r.get("note")]
     sentences = [
         f"{first['model']}, {first['calibration_rows']} calibration "
         + (f"(mean of {sets} sets) " if sets > 1 else "")
-        + f"and {first['validation_rows']} validation rows; {first['device']}, torch "
-        f"{first['torch']}, {'; '.join(runs)}, `python -m bench.accuracy`.",
+        + f"and {first['validation_rows']} validation rows, {_documents(rows)}; "
+        f"{first['device']}, torch {first['torch']}, {'; '.join(runs)}, "
+        "`python -m bench.accuracy`.",
         _libraries(rows),
         f"Notes: {'; '.join(dict.fromkeys(notes))}." if notes else "",
     ]
     return "\n".join(filter(None, sentences))
+
+
+def _documents(rows: Sequence[Row]) -> str:
+    """Of how many documents calibration rows are; older cases took the first rows of the file."""
+    numbers = dict.fromkeys(row.get("documents", "") for row in rows)
+    if not any(numbers):
+        return "the former following one another in the file"
+    return f"the former of {' or '.join(numbers)} documents"
 
 
 def cost(results: Path) -> str:
@@ -146,7 +186,8 @@ def _vision_table(rows: Sequence[Row]) -> str:
         f"transformer of {first['layers']} blocks of width {first['hidden']}; {_run(first)}, "
         f"`python -m bench.vision_accuracy`. {_libraries(rows)}"
     )
-    return _by_pattern(rows, "top-1", "top1", "{:.1%}") + f"\n\n{origin.rstrip()}\n"
+    table = _by_pattern(rows, "top-1; KL to dense", "{:.1%}", "top1", "kl")
+    return f"{table}\n\n{origin.rstrip()}\n"
 
 
 def _encoder_table(rows: Sequence[Row]) -> str:
@@ -157,21 +198,32 @@ def _encoder_table(rows: Sequence[Row]) -> str:
         f"`python -m bench.encoder_accuracy`. {_libraries(rows)}"
     )
     return (
-        _by_pattern(rows, "mean cosine to dense", "cosine", "{:.3f}") + f"\n\n{origin.rstrip()}\n"
+        _by_pattern(rows, "mean cosine to dense", "{:.3f}", "cosine") + f"\n\n{origin.rstrip()}\n"
     )
 
 
-def _by_pattern(rows: Sequence[Row], head: str, column: str, form: str) -> str:
-    """A row a method that has figures, a column a pattern; of several rows the mean and range."""
+def _by_pattern(
+    rows: Sequence[Row], head: str, form: str, column: str, divergence: str = ""
+) -> str:
+    """A row a method that has figures, a column a pattern; of several rows the mean and range.
+
+    Of the divergence, if there is a column of it, the mean.
+    """
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
-    cells: dict[str, dict[str, list[float]]] = {}
+    cells: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row[column]:
             by_pattern = cells.setdefault(row["method"], {})
-            by_pattern.setdefault(row["pattern"], []).append(float(row[column]))
+            by_pattern.setdefault(row["pattern"], []).append(row)
     lines = [[head, *patterns], ["---"] * (1 + len(patterns))]
+
+    def cell(found: Sequence[Row]) -> str:
+        text = _spread([float(row[column]) for row in found], form)
+        diverged = [float(row[divergence]) for row in found if divergence and row[divergence]]
+        return f"{text}; {fmean(diverged):.3f}" if diverged else text
+
     for name, found in cells.items():
-        lines.append([name, *[_spread(found[p], form) if p in found else "-" for p in patterns]])
+        lines.append([name, *[cell(found[p]) if p in found else "-" for p in patterns]])
     missing = dict.fromkeys(f"{r['method']}: {r['note']}" for r in rows if not r[column])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return text + (f"\n\nWithout a figure: {'; '.join(missing)}." if missing else "")

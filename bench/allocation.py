@@ -7,7 +7,8 @@ sparsity, and reconstructed by SparseGPT once the layers' sparsities are chosen:
 (uniform), by ERK, by OWL, by a budget on sensitivities, and by evolution. The last two need curves
 and weights of all levels, made once (`shared_seconds`); `choice_seconds` is what the choice itself
 took. Columns: nll and its difference to dense in nats a token on the validation rows, KL(dense ||
-pruned), and R_S = 1 - dnll / dnll(uniform).
+pruned), and R_S = 1 - dnll / dnll(uniform). Rows to search by are of documents that no calibration
+row is of. R_KL, the same share of kl, is in the tables.
 """
 
 import argparse
@@ -24,7 +25,8 @@ import secateur as sc
 from bench.rows import append
 from secateur import costs, evaluate
 from secateur.allocation import Evolved, Sensitivity, allocate, erk, evolve, owl
-from secateur.integrations.tokens import token_rows
+from secateur.integrations.deal import apart
+from secateur.integrations.tokens import end_of_text, stored_rows
 from secateur.integrations.transformers import load_folder
 from secateur.outputs import eval_mode, logits_of
 from secateur.patterns import Pattern, parse
@@ -163,14 +165,19 @@ def main() -> None:
 
     dense = load_folder(options.model, torch.float32).to(options.device)
 
-    def rows(which: str, count: int) -> Tensor:
+    def rows(which: str, count: int) -> tuple[Tensor, tuple[int, ...]]:
+        """Rows on the device, and the document of each."""
         tokens = f"{options.model / 'tokens.safetensors'}:{which}"
-        return torch.cat(token_rows(tokens, count, options.batch)).to(options.device)
+        dealt = stored_rows(tokens, count, count, end_of_text(options.model))
+        (ids,) = dealt.batches
+        assert isinstance(ids, Tensor), "rows of ids have no mask"
+        return ids.to(options.device), dealt.documents
 
-    found = rows("calibration", options.rows + options.search_rows)
-    calibration = found[: options.rows].split(options.batch)
-    search = Divergence(dense, found[options.rows :, : options.length].split(options.search_batch))
-    validation = rows("validation", options.validation_rows).split(options.batch)
+    found, documents = rows("calibration", options.rows + options.search_rows)
+    searched, calibrated = apart(documents, options.search_rows)  # by documents of their own
+    calibration = found[calibrated].split(options.batch)
+    search = Divergence(dense, found[searched, : options.length].split(options.search_batch))
+    validation = rows("validation", options.validation_rows)[0].split(options.batch)
     dense_nll = evaluate.perplexity(dense, validation).nll
     sparsities = options.sparsities.split(",")
     levels = sorted({*options.levels.split(","), *sparsities}, key=float)
@@ -209,8 +216,8 @@ def main() -> None:
                 "pattern": pattern,
                 "method": method,
                 "dense_nll": dense_nll,
-                "calibration_rows": options.rows,
-                "search_rows": options.search_rows,
+                "calibration_rows": len(calibrated),
+                "search_rows": len(searched),
                 "validation_rows": options.validation_rows,
                 "shared_seconds": shared_seconds,
             }

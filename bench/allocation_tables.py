@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 Row = Mapping[str, str]
+UNIFORM = "uniform"
 
 
 def allocation(results: Path) -> str:
@@ -24,10 +25,13 @@ def budget(results: Path) -> str:
 def _allocation_table(rows: Sequence[Row]) -> str:
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     cells: dict[str, dict[str, str]] = {}
+    uniform = {row["pattern"]: float(row["kl"]) for row in rows if row["method"] == UNIFORM}
     for row in rows:
         perplexity, gain = math.exp(float(row["nll"])), float(row["r_s"])
-        cells.setdefault(row["method"], {})[row["pattern"]] = f"{perplexity:.2f} ({gain:.2f})"
-    lines = [["perplexity (R_S to uniform)", *patterns], ["---"] * (1 + len(patterns))]
+        of_kl = 1 - float(row["kl"]) / uniform[row["pattern"]]
+        cell = f"{perplexity:.2f} ({gain:.2f}; {of_kl:.2f})"
+        cells.setdefault(row["method"], {})[row["pattern"]] = cell
+    lines = [["perplexity (R_S; R_KL to uniform)", *patterns], ["---"] * (1 + len(patterns))]
     for method, found in cells.items():
         lines.append([method, *[found.get(pattern, "-") for pattern in patterns]])
     first = rows[0]

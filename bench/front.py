@@ -22,7 +22,7 @@ from torch import nn
 import secateur as sc
 from bench.rows import append
 from secateur.demo import CALIBRATION_SENTENCES, PACKAGE, manual_sentences
-from secateur.integrations.tokens import text_batches, token_rows
+from secateur.integrations.tokens import end_of_text, text_batches, token_rows
 from secateur.integrations.transformers import load_folder
 from secateur.layers import select
 from secateur.patterns import parse
@@ -104,7 +104,8 @@ def memory(folder: Path | None) -> Iterator[Case]:
 def peak(folder: Path, rows: int = 32, batch: int = 4) -> None:
     """Print what `reconstruct_` adds to the peak, a block's weights and the activations, in MiB."""
     model = load_folder(folder, torch.float32)
-    batches = token_rows(f"{folder / 'tokens.safetensors'}:calibration", rows, batch)
+    tokens = f"{folder / 'tokens.safetensors'}:calibration"
+    batches = token_rows(tokens, rows, batch, end_of_text(folder))
     with torch.no_grad():
         model(batches[0])  # what one forward pass of a batch needs is not the library's
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now

@@ -27,7 +27,7 @@ from secateur.accelerate_report import AccelerateReport
 from secateur.criteria import magnitude, wanda
 from secateur.criteria import random as random_scores
 from secateur.formats import pack_
-from secateur.integrations.tokens import text_batches, token_rows
+from secateur.integrations.tokens import end_of_text, text_batches, token_rows
 from secateur.integrations.transformers import load_folder
 from secateur.patterns import Block
 from secateur.plan import Plan
@@ -240,8 +240,9 @@ def _language_model(folder: Path) -> Subject:
             f"the demo needs {tokens} with rows of token ids named calibration and validation: "
             "use `secateur prune` for other data"
         )
-    calibration = token_rows(f"{tokens}:calibration", CALIBRATION_ROWS, ROWS_A_BATCH)
-    test = token_rows(f"{tokens}:validation", TEST_ROWS, ROWS_A_BATCH)
+    end = end_of_text(folder)
+    calibration = token_rows(f"{tokens}:calibration", CALIBRATION_ROWS, ROWS_A_BATCH, end)
+    test = token_rows(f"{tokens}:validation", TEST_ROWS, ROWS_A_BATCH, end)
 
     def measure(model: nn.Module, dense: nn.Module) -> dict[str, float]:
         perplexity = evaluate.perplexity(model, test)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import cold, decode, linear, peers, tables, timing
+from bench.accuracy_tables import latest
 from bench.shapes import SHAPES
 from secateur.formats import parse_format
 from secateur.kernels.cusparselt import Setting
@@ -67,25 +68,29 @@ def test_the_short_table_is_the_first_layer_in_float32(tmp_path: Path) -> None:
 
 
 ACCURACY = """\
-date,device,torch,commit,model,pattern,calibration_rows,first_row,validation_rows,method,nll,top1,r_s
-2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,dense,1.0,,1.0
-2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,wanda,2.0,0.676,-0.5
-2026-11-22,a chip,2.13,abc,m,2:4,128,99,64,wanda,2.2,0.624,-0.7
-2026-11-22,a chip,2.13,abc,m,4:8,128,0,64,wanda,1.5,0.7,
-2026-11-22,a chip,2.13,abc,m,2:4,32,0,64,wanda,9.0,0.1,
+date,device,torch,commit,model,pattern,calibration_rows,first_row,validation_rows,method,nll,top1,r_s,kl
+2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,dense,1.0,,1.0,
+2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,"sparsegpt, algorithm 1 in float64",1.6,0.8,0.0,0.4
+2026-11-22,a chip,2.13,abc,m,2:4,128,0,64,wanda,2.0,0.676,-0.5,0.5
+2026-11-22,a chip,2.13,abc,m,2:4,128,99,64,"sparsegpt, algorithm 1 in float64",1.6,0.8,0.0,0.2
+2026-11-22,a chip,2.13,abc,m,2:4,128,99,64,wanda,2.2,0.624,-0.7,0.3
+2026-11-22,a chip,2.13,abc,m,4:8,128,0,64,wanda,1.5,0.7,,0.7
+2026-11-22,a chip,2.13,abc,m,2:4,32,0,64,wanda,9.0,0.1,,3.0
 """
+PAPER = "| sparsegpt, algorithm 1 in float64 | 4.95 (80%; 0.00, 0.00 to 0.00; 0.00, 0.00 to 0.00) "
+WANDA = "| wanda | 8.17 (65%; -0.60, -0.70 to -0.50; -0.37, -0.50 to -0.25) "
 
 
 def test_the_accuracy_table_has_a_column_for_each_pattern(tmp_path: Path) -> None:
     (tmp_path / "accuracy_2026-11-22_x_abc.csv").write_text(ACCURACY)
     lines = tables.accuracy(tmp_path).splitlines()
-    assert lines[0] == "| perplexity (top-1 as dense; R_S) | 2:4 | 4:8 |"
-    assert lines[2] == "| dense | 2.72 | - |"
-    assert lines[3] == "| wanda | 8.17 (65%; -0.60, -0.70 to -0.50) | 4.48 (70%) |"
-    assert lines[5].startswith(
-        "m, 128 calibration (mean of 2 sets) and 64 validation rows; a chip, torch 2.13, 2026"
+    assert lines[0] == "| perplexity (top-1 as dense; R_S; R_KL) | 2:4 | 4:8 |"
+    assert lines[2:5] == ["| dense | 2.72 | - |", WANDA + "| 4.48 (70%) |", PAPER + "| - |"]
+    assert lines[6].startswith(
+        "m, 128 calibration (mean of 2 sets) and 64 validation rows, the former following one "
+        "another in the file; a chip, torch 2.13, 2026"
     )
-    assert len(lines) == 6
+    assert len(lines) == 7
     whole = tables.TABLES["accuracy-all"](tmp_path)
     assert whole.count("| perplexity") == 2 and "m, 32 calibration and 64" in whole
 
@@ -94,33 +99,69 @@ def test_each_case_of_the_accuracy_table_is_of_its_last_run(tmp_path: Path) -> N
     """One pattern was measured again, and nothing else; one library could not be."""
     (tmp_path / "accuracy_2026-11-22_x_abc.csv").write_text(ACCURACY)
     head = ACCURACY.splitlines()[0].replace("r_s", "r_s,library,note")
-    again = ["2026-11-23,a chip,2.13,def,m,4:8,128,0,64,wanda,1.0,0.8,,,"]
-    again += ["2026-11-23,a chip,2.13,def,m,4:8,128,0,64,other,,,,lib 1.2,it has no 4:8"]
-    again += ["2026-11-23,a chip,2.13,def,m,2:4,128,0,64,alps,1.5,0.7,,,"]
+    again = ["2026-11-23,a chip,2.13,def,m,4:8,128,0,64,wanda,1.0,0.8,,,,"]
+    again += ["2026-11-23,a chip,2.13,def,m,4:8,128,0,64,other,,,,lib 1.2,it has no 4:8,"]
+    again += ["2026-11-23,a chip,2.13,def,m,2:4,128,0,64,alps,1.5,0.7,,,,0.1"]
     (tmp_path / "accuracy_2026-11-23_x_def.csv").write_text("\n".join([head, *again]) + "\n")
     whole = tables.TABLES["accuracy-all"](tmp_path)
     lines = whole[whole.index("m, 32 calibration") :].splitlines()
-    wanda = "| wanda | 8.17 (65%; -0.60, -0.70 to -0.50) | 2.72 (80%) |"
+    wanda = WANDA + "| 2.72 (80%) |"
     order = [line for line in lines if line.startswith(("| dense", "| alps", "| wanda"))]
     assert order == ["| dense | 2.72 | - |", wanda, "| alps | 4.48 (70%) | - |"]  # the worst first
     assert "2026-11-22, commit abc; 2026-11-23, commit def, `python -m bench.accuracy`." in whole
     assert "Other libraries: lib 1.2.\nNotes: other, 4:8: it has no 4:8." in whole
 
 
+def test_rows_of_many_documents_are_a_case_of_their_own(tmp_path: Path) -> None:
+    """Beside those that follow one another, and before them in the short table."""
+    (tmp_path / "accuracy_2026-11-22_x_abc.csv").write_text(ACCURACY)
+    head = ACCURACY.splitlines()[0].replace("first_row", "seed,documents")
+    rows = [
+        f"2026-11-22,a chip,2.13,def,m,2:4,128,{seed},58,64,{method},{nll},0.8,{r_s},{kl}"
+        for seed, (method, nll, r_s, kl) in [
+            (0, ('"sparsegpt, algorithm 1 in float64"', 1.5, 0.0, 0.4)),
+            (0, ("alps", 1.4, 0.2, 0.3)),
+            (1, ('"sparsegpt, algorithm 1 in float64"', 1.5, 0.0, 0.2)),
+            (1, ("alps", 1.4, 0.2, 0.18)),
+        ]
+    ]
+    (tmp_path / "accuracy_2026-11-22_x_def.csv").write_text("\n".join([head, *rows]) + "\n")
+    short = tables.accuracy(tmp_path)
+    assert "| alps | 4.06 (80%; 0.20, 0.20 to 0.20; 0.18, 0.10 to 0.25) |" in short
+    assert "(mean of 2 sets) and 64 validation rows, the former of 58 documents; a c" in short
+    assert WANDA not in short and WANDA in tables.TABLES["accuracy-all"](tmp_path)
+    assert tables.TABLES["accuracy-all"](tmp_path).count("| perplexity") == 3
+
+
+def test_r_s_flatters_in_all_rows_that_there_are() -> None:
+    """What README and the guide say of the two shares, held to the rows themselves."""
+    avoided = [
+        (float(row["r_s"]), float(row["r_kl"]))
+        for rows in latest(tables.RESULTS).values()
+        for row in rows
+        if row["r_s"] and row["r_kl"] and row["method"] != "dense"
+    ]
+    assert len(avoided) > 50
+    assert all(r_kl < r_s for r_s, r_kl in avoided if r_s > 0.01)
+
+
 VISION = """\
-date,device,torch,commit,pattern,seed,left_out,hidden,layers,method,top1,note
-2026-11-22,a chip,2.13,abc,2:4,0,597,32,4,dense,0.95,
-2026-11-22,a chip,2.13,abc,2:4,1,597,32,4,dense,0.97,
-2026-11-22,a chip,2.13,abc,4:8,0,597,32,4,theirs,,it takes no images
-2026-11-22,a chip,2.13,abc,4:8,0,597,32,4,alps,0.9,
+date,device,torch,commit,pattern,seed,left_out,hidden,layers,method,top1,note,kl
+2026-11-22,a chip,2.13,abc,2:4,0,597,32,4,dense,0.95,,0
+2026-11-22,a chip,2.13,abc,2:4,1,597,32,4,dense,0.97,,0
+2026-11-22,a chip,2.13,abc,4:8,0,597,32,4,theirs,,it takes no images,
+2026-11-22,a chip,2.13,abc,4:8,0,597,32,4,alps,0.9,,0.25
 """
 
 
 def test_the_vision_table_has_the_mean_and_range_of_its_seeds(tmp_path: Path) -> None:
     (tmp_path / "vision-accuracy_2026-11-22_x_abc.csv").write_text(VISION)
     lines = tables.TABLES["vision-accuracy"](tmp_path).splitlines()
-    assert lines[0] == "| top-1 | 2:4 | 4:8 |"
-    assert lines[2:4] == ["| dense | 96.0% (95.0% to 97.0%) | - |", "| alps | - | 90.0% |"]
+    assert lines[0] == "| top-1; KL to dense | 2:4 | 4:8 |"
+    assert lines[2:4] == [
+        "| dense | 96.0% (95.0% to 97.0%); 0.000 | - |",
+        "| alps | - | 90.0%; 0.250 |",
+    ]
     assert lines[5] == "Without a figure: theirs: it takes no images."
     assert lines[7].startswith("Mean and range of 2 seeds, on 597 digits left out; a vision")
 
@@ -138,19 +179,19 @@ def test_the_encoder_table_has_a_cosine(tmp_path: Path) -> None:
 
 def test_the_allocation_table_has_a_row_a_method_and_a_column_a_sparsity(tmp_path: Path) -> None:
     head = "date,device,torch,commit,model,pattern,method,dense_nll,calibration_rows,search_rows,"
-    head += "validation_rows,shared_seconds,nll,r_s,choice_seconds"
+    head += "validation_rows,shared_seconds,nll,r_s,choice_seconds,kl"
     rows = [
-        f"2026-11-23,a chip,2.13,abc,m,{pattern},{method},1.0,128,32,64,75.2,{nll},{r_s},{seconds}"
-        for pattern, method, nll, r_s, seconds in (
-            ("u:0.6", "uniform", 2.0, 0.0, 0), ("u:0.7", "uniform", 3.0, 0.0, 0),
-            ("u:0.7", "evolved", 2.5, 0.25, 158.4),
+        f"2026-11-23,a chip,2.13,abc,m,{pattern},{method},1.0,128,32,64,75.2,{nll},{r_s},{rest}"
+        for pattern, method, nll, r_s, rest in (
+            ("u:0.6", "uniform", 2.0, 0.0, "0,1"), ("u:0.7", "uniform", 3.0, 0.0, "0,0.5"),
+            ("u:0.7", "evolved", 2.5, 0.25, "158.4,0.4"),
         )
     ]  # fmt: skip
     (tmp_path / "allocation_2026-11-23_x_abc.csv").write_text("\n".join([head, *rows]) + "\n")
     lines = tables.TABLES["allocation"](tmp_path).splitlines()
-    assert lines[0] == "| perplexity (R_S to uniform) | u:0.6 | u:0.7 |"
-    assert lines[2] == "| uniform | 7.39 (0.00) | 20.09 (0.00) |"
-    assert lines[3] == "| evolved | - | 12.18 (0.25) |"
+    assert lines[0] == "| perplexity (R_S; R_KL to uniform) | u:0.6 | u:0.7 |"
+    assert lines[2] == "| uniform | 7.39 (0.00; 0.00) | 20.09 (0.00; 0.00) |"
+    assert lines[3] == "| evolved | - | 12.18 (0.25; 0.20) |"
     assert lines[5].startswith("m, dense 2.72, 128 calibration rows, 32 others to search by, 64 to")
     assert "took 75 s, each evolution at most 158 s; a chip, torch 2.13" in lines[5]
 

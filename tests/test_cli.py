@@ -317,7 +317,8 @@ def test_prune_by_sparsegpt_takes_text_and_options(dense: Path, tmp_path: Path) 
     assert "calibration 4 rows, 64 tokens" in said(result)
     model = load_folder(dense).float()
     algorithm = partial(sc.sparsegpt, damping=0.3)
-    batches = text_batches(dense, dense / "text.txt", 4, 16, 4)
+    with pytest.warns(UserWarning, match="the 4 rows are of 1 document"):
+        batches = text_batches(dense, dense / "text.txt", 4, 16, 4)
     sc.reconstruct_(model, sc.plan(model, "unstructured:0.5"), algorithm, batches)
     assert same(model, tmp_path / "out")
 
@@ -405,7 +406,10 @@ NO_DATA = "method 'wanda' needs calibration data (input_norm): give --text FILE 
         (["-p", "2:4", "--dtype", "int8"], "--dtype needs to be one of auto, stored, float32"),
         (["-p", "2:4", "--device", "nowhere"], "--device nowhere cannot be used here"),
         (["-p", "2:4", "-m", "wanda", "--text", "a", "--tokens", "b:c"], "FILE:KEY, got both"),
-        (["-p", "2:4", "-m", "wanda", "--text", "missing.txt"], "missing.txt cannot be read"),
+        (
+            ["-p", "2:4", "-m", "wanda", "--text", "missing.txt"],
+            "missing.txt does not exist: name a text file, a .jsonl file or",
+        ),
         (["-p", "2:4", "-m", "wanda", "--tokens", "x"], "'file.safetensors:key', got 'x'"),
         (["-p", "2:4", "--eval-text", "a", "--eval-tokens", "b:c"], "--eval-text FILE or --eval"),
     ],
@@ -546,8 +550,33 @@ def test_eval_of_an_encoder_needs_a_baseline(encoder: Path, tmp_path: Path) -> N
 
 def test_eval_needs_data(pruned: Path) -> None:
     assert "either --text FILE or --tokens FILE:KEY, got neither" in refused(run("eval", pruned))
-    line = refused(run("eval", pruned, "--text", pruned / "config.json", "--rows", 9999))
-    assert "ask for fewer or shorter rows" in line
+
+
+def test_a_short_text_is_used_as_it_is_and_that_is_said(pruned: Path, tmp_path: Path) -> None:
+    """In the words of the command line, on stderr; no error unless there is not one row."""
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d " * 21)
+    result = run("eval", pruned, "--text", text, "--rows", 9, "--length", 16)
+    assert "on 80 tokens of text.txt" in said(result)
+    short, few = result.stderr.splitlines()
+    assert short.startswith("warning: --rows 9: there are only 5 rows of 16 tokens, which are used")
+    assert short.endswith("a smaller --length") and few.startswith("warning: the 5 rows are of 1 d")
+    (tmp_path / "texts").mkdir()
+    for name in "12345678":
+        (tmp_path / "texts" / name).write_text("a b c d " * 5)
+    result = run("eval", pruned, "--text", tmp_path / "texts", "--rows", 8, "--length", 16)
+    assert "on 128 tokens of texts" in said(result) and result.stderr == ""
+    text.write_text("a b c")
+    line = refused(run("eval", pruned, "--text", text, "--length", 16))
+    assert "a row needs 16 tokens, the text has 4: give more text, or take a smaller length" in line
+
+
+def test_warnings_name_the_option_that_is_meant(dense: Path, tmp_path: Path) -> None:
+    data = ("--eval-tokens", tokens(dense, "validation"), "--eval-rows", ROWS + 1)
+    result = run("prune", dense, "-o", tmp_path / "out", "-p", "2:4", *data)
+    said(result)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"warning: --eval-rows {ROWS + 1}: there are only {ROWS} rows of")
 
 
 def test_sense_writes_curves_and_a_page(dense: Path, tmp_path: Path) -> None:

@@ -116,6 +116,12 @@ def complain(message: str) -> None:
     console(stderr=True).print(line, soft_wrap=True)
 
 
+def caution(message: str) -> None:
+    """One yellow line on stderr, after which the work goes on."""
+    line = Text.assemble(("warning: ", "bold yellow"), (message, "yellow"))
+    console(stderr=True).print(line, soft_wrap=True)
+
+
 def _one_line(error: Exception) -> str:
     """The error in words of the command line; of a very long one the beginning and the advice."""
     if isinstance(error, FileNotFoundError) and error.filename:

@@ -61,7 +61,8 @@ TextFile = Annotated[
     Path | None,
     typer.Option(
         "--text",
-        help="A text file, read with the model's tokenizer.",
+        help='A text file, a .jsonl file with a "text" a line, or a folder of files; read with the '
+        "model's tokenizer.",
         rich_help_panel=DATA,
         show_default=False,
     ),
@@ -71,13 +72,19 @@ TokenFile = Annotated[
     typer.Option(
         "--tokens",
         metavar="FILE:KEY",
-        help="Token ids [rows, length] in a safetensors file.",
+        help="Token ids [rows, length] in a safetensors file, cut from documents.",
         rich_help_panel=DATA,
         show_default=False,
     ),
 ]
 Rows = Annotated[
-    int, typer.Option(min=1, help="How many rows of tokens to read.", rich_help_panel=DATA)
+    int,
+    typer.Option(
+        min=1,
+        help="How many rows of tokens to read, of as many documents as there are; fewer where the "
+        "text is short.",
+        rich_help_panel=DATA,
+    ),
 ]
 Length = Annotated[
     int | None,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur.cli.bare import Bare, find_bare, read_bare, write_bare
-from secateur.cli.console import working
+from secateur.cli.console import caution, working
 from secateur.plan import Plan, plan, read_plan
 from secateur.replay import Batch
 from secateur.save import Report, load, save
@@ -82,12 +82,12 @@ class Data:
         return self.text.name if self.text else Path(self.tokens or "").name
 
     def read(self, folder: Path) -> list[Batch]:
-        """The batches, for the model in the folder.
+        """The batches, for the model in the folder; too few rows or documents are said on stderr.
 
         Raises:
             ValueError: if neither or both are given, or they cannot be read.
         """
-        from secateur.integrations.tokens import text_batches, token_rows
+        from secateur.integrations.tokens import end_of_text, stored_rows, text_rows
 
         if (self.text is None) == (self.tokens is None):
             found = "both" if self.given else "neither"
@@ -97,9 +97,13 @@ class Data:
             )
         if self.text is not None:
             length = self.length or min(LENGTH, _positions(folder))
-            return list(text_batches(folder, self.text, self.rows, length, self.batch))
-        rows = token_rows(str(self.tokens), self.rows, self.batch)
-        return [ids[:, : self.length] for ids in rows]
+            dealt = text_rows(folder, self.text, self.rows, length, self.batch)
+        else:
+            end = end_of_text(folder)
+            dealt = stored_rows(str(self.tokens), self.rows, self.batch, end, length=self.length)
+        for remark in dealt.remarks(f"{self.option}rows", "--length"):
+            caution(remark)
+        return list(dealt.batches)
 
 
 def open_source(name: str | Path, dtype: str = STORED, device: str = "cpu") -> Source:

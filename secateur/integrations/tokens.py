@@ -4,9 +4,9 @@ Imports transformers and tokenizers inside functions only, and downloads nothing
 """
 
 import contextlib
-import json
-import re
+import warnings
 from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from secateur.integrations.deal import Dealt, held_apart, in_turns, shuffled
+from secateur.integrations.documents import read_documents, read_passages
 from secateur.integrations.transformers import (
     CAUSAL_ENDINGS,
     class_name,
@@ -24,74 +26,165 @@ from secateur.integrations.transformers import (
 )
 from secateur.outputs import eval_mode
 
+MORE_FILES = "give 8 documents or more, as a folder of files or as lines of a .jsonl file"
+MORE_ROWS = "take rows of 8 documents or more"
+
 
 def text_batches(
-    folder: str | Path, text: str | Path | Sequence[str], rows: int, length: int, batch: int
+    folder: str | Path,
+    text: str | Path | Sequence[str],
+    rows: int,
+    length: int,
+    batch: int,
+    seed: int = 0,
 ) -> list[dict[str, Tensor]] | list[Tensor]:
-    """The first `rows` rows of text as batches of `batch` rows for the model in the folder.
+    """At most `rows` rows of text as batches of `batch` rows for the model in the folder.
 
-    For causal language models a row is `length` tokens cut from the documents laid end to end, the
-    end-of-text token between them. For other models a row is one passage, cut off at `length`
-    tokens, padded to the longest of its batch and with an `attention_mask`. `text` is a list of
-    strings, or the path of a `.jsonl` file with a "text" on each line, or of a plain text file: one
-    document, whose passages are its paragraphs.
+    `text` is a list of documents, or the path of a file or of a folder of files. A `.jsonl` file
+    has a document on each line, its "text"; any other file is one, or several with the
+    end-of-text token written between them.
+
+    For causal language models a row is `length` tokens. Documents take turns, in an order that
+    `seed` decides, and each gives a row from another place at every turn; what is shorter is laid
+    end to end, the end-of-text token after each document. For other models a row is one passage (a
+    paragraph of a plain file, else a document), cut off at `length` tokens, padded to the longest
+    of its batch and with an `attention_mask`. Batches that are held out when methods are fitted
+    (the second, and every eighth after it) share no document with the others, but for one where
+    there are few.
+
+    Fewer rows than asked for, which are then all there are, and rows of fewer than 8 documents are
+    warned of.
 
     Raises:
-        ValueError: if there is too little text (with what there is), `length` is beyond the model,
-            a file cannot be read (with the line), or tokenizers is not installed.
+        ValueError: if there is not one row, `length` is beyond the model, a file cannot be read
+            (with the line), or tokenizers is not installed.
+    """
+    return _warned(text_rows(folder, text, rows, length, batch, seed)).batches
+
+
+def text_rows(
+    folder: str | Path,
+    text: str | Path | Sequence[str],
+    rows: int,
+    length: int,
+    batch: int,
+    seed: int = 0,
+) -> Dealt:
+    """What `text_batches` returns, with the rows' documents; it warns of nothing.
+
+    Raises: ValueError as `text_batches`.
     """
     folder = Path(folder)
     config = read_config(folder)
     for name, number in (("rows", rows), ("length", length), ("batch", batch)):
         if number < 1:
-            raise ValueError(f"text_batches needs {name} of at least 1, got {number}")
+            raise ValueError(f"text needs {name} of at least 1, got {number}")
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if positions is not None and length > positions:
         raise ValueError(
-            f"text_batches needs a length of at most {positions}, the positions of the model in "
-            f"{folder}, got {length}"
+            f"the model in {folder} has {positions} positions, got a length of {length}: take a "
+            "smaller one"
         )
-    causal = class_name(config, folder).endswith(CAUSAL_ENDINGS)
-    tokenizer = _tokenizer(folder)
-    if causal:
-        documents = _documents(text, whole=True)
-        ids = _laid_end_to_end(tokenizer, documents, config.get("eos_token_id"), rows * length)
-        return list(ids.view(rows, length).split(batch))
-    passages = _documents(text, whole=False)
-    if len(passages) < rows:
-        raise ValueError(f"text_batches needs {rows} passages, the text has {len(passages)}")
+    tokenizer, generator = _tokenizer(folder), torch.Generator().manual_seed(seed)
+    if class_name(config, folder).endswith(CAUSAL_ENDINGS):
+        documents = read_documents(text)
+        cut = _Cut(length)
+        piles = _pieces(tokenizer, documents, _ends(config), length, generator)
+        for number, piece in in_turns(piles):
+            cut.add(number, piece)
+            if len(cut.rows) == rows:
+                break
+        cut.use_leftovers(rows)
+        if not cut.rows:
+            raise ValueError(
+                f"a row needs {length:,} tokens, the text has {cut.tokens:,}: give more text, or "
+                "take a smaller length"
+            )
+        order = held_apart(cut.documents, batch)
+        ids = torch.tensor([cut.rows[i] for i in order])
+        of = tuple(cut.documents[i] for i in order)
+        what = f"rows of {length:,} tokens"
+        return Dealt(list(ids.split(batch)), of, cut.different, rows, what, MORE_FILES)
+    texts = read_passages(text)
+    order = shuffled(len(texts), generator)
+    dealt = islice(in_turns([list(enumerate(texts[i])) for i in order]), rows)
+    passages = sorted((order[number], place, passage) for number, (place, passage) in dealt)
+    if not passages:
+        raise ValueError("the text is blank: give one with a passage at least")
+    passages = [passages[i] for i in held_apart([number for number, *_ in passages], batch)]
     tokenizer.enable_truncation(length)
-    encoded = [e.ids for e in tokenizer.encode_batch(passages[:rows])]
+    encoded = [e.ids for e in tokenizer.encode_batch([passage for *_, passage in passages])]
     # Where no token is named for padding any will do: the attention mask hides it.
     padding = config.get("pad_token_id") or 0
-    return [_padded(encoded[i : i + batch], padding) for i in range(0, rows, batch)]
+    batches = [_padded(encoded[i : i + batch], padding) for i in range(0, len(encoded), batch)]
+    of = tuple(number for number, *_ in passages)
+    return Dealt(batches, of, len(set(of)), rows, "passages", MORE_FILES)
 
 
-def token_rows(source: str, rows: int, batch: int) -> list[Tensor]:
-    """The first `rows` rows of token ids in `"file.safetensors:key"`, in batches of `batch` rows.
+def token_rows(
+    source: str, rows: int, batch: int, end: Sequence[int] = (), seed: int = 0
+) -> list[Tensor]:
+    """At most `rows` rows of token ids in `"file.safetensors:key"`, in batches of `batch` rows.
+
+    The rows are taken to be cut from documents laid end to end, each ended by one of the ids `end`
+    (of a model's folder: `end_of_text`); a row counts to the document that most of its tokens are
+    of. Documents take turns, as in `text_batches`. Without such ids each row is a document.
+
+    It warns as `text_batches` does.
 
     Raises:
-        ValueError: if the file or the key is missing, or there are no such rows of integers.
+        ValueError: if the file or the key is missing, or there are no rows of integers.
+    """
+    dealt = _warned(stored_rows(source, rows, batch, end, seed))
+    return [batch for batch in dealt.batches if isinstance(batch, Tensor)]
+
+
+def stored_rows(
+    source: str,
+    rows: int,
+    batch: int,
+    end: Sequence[int] = (),
+    seed: int = 0,
+    length: int | None = None,
+) -> Dealt:
+    """What `token_rows` returns, at most `length` tokens of a row, with the rows' documents.
+
+    It warns of nothing.
+
+    Raises: ValueError as `token_rows`.
     """
     file, _, key = source.rpartition(":")
     if not file.endswith(".safetensors") or not key:
         raise ValueError(f"token rows are named 'file.safetensors:key', got {source!r}")
     if rows < 1 or batch < 1:
-        raise ValueError(f"token_rows needs rows and batch of at least 1, got {rows} and {batch}")
+        raise ValueError(f"tokens need rows and batch of at least 1, got {rows} and {batch}")
     try:
         with safe_open(file, framework="pt") as tensors:
             if key not in tensors.keys():
                 listed = ", ".join(sorted(tensors.keys()))
                 raise ValueError(f"{file} has no tensor {key!r}: it has {listed}")
-            part = tensors.get_slice(key)
-            shape = part.get_shape()
-            ids = part[:rows] if len(shape) == 2 else None
+            ids = tensors.get_tensor(key)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-    if ids is None or ids.is_floating_point() or shape[0] < rows:
-        found = f"shape {shape}" if ids is None else f"{ids.dtype} {shape}"
-        raise ValueError(f"{source} needs integers of shape [at least {rows}, tokens], has {found}")
-    return list(ids.long().split(batch))
+    if ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+        found = f"{ids.dtype} {list(ids.shape)}"
+        raise ValueError(f"{source} needs integers of shape [rows, tokens], has {found}")
+    of = _documents_of(ids, end)
+    piles: dict[int, list[int]] = {}
+    for place in shuffled(len(ids), torch.Generator().manual_seed(seed)):
+        piles.setdefault(of[place], []).append(place)
+    places = [place for _, place in islice(in_turns(piles.values()), rows)]
+    places = [places[i] for i in held_apart([of[place] for place in places], batch)]
+    documents = tuple(of[place] for place in places)
+    chosen = ids[places, :length].long()
+    what = f"rows of {chosen.shape[1]:,} tokens"
+    different = len(set(documents))
+    return Dealt(list(chosen.split(batch)), documents, different, rows, what, MORE_ROWS)
+
+
+def end_of_text(folder: str | Path) -> tuple[int, ...]:
+    """The ids of the tokens that end a text, of the model in the folder, as its config says."""
+    return _ends(read_config(Path(folder)))
 
 
 def sampled_rows(
@@ -186,52 +279,110 @@ def _tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _documents(text: str | Path | Sequence[str], whole: bool) -> list[str]:
-    """Texts that are not blank; a plain text file is one, or with `whole` off its paragraphs."""
-    if not isinstance(text, (str, Path)):
-        return [document for document in text if document.strip()]
-    path = Path(text)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as text: {error}: strings are passed in a list"
-        ) from error
-    if path.suffix == ".jsonl":
-        return _json_lines(path, content)
-    parts = [content] if whole else re.split(r"\n\s*\n", content)
-    return [part.strip() for part in parts if part.strip()]
+def _ends(config: dict[str, Any]) -> tuple[int, ...]:
+    found = config.get("eos_token_id")
+    ends = found if isinstance(found, list) else [found]
+    return tuple(end for end in ends if isinstance(end, int))
 
 
-def _json_lines(path: Path, content: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            document = None
-        if not isinstance(document, str):
-            raise ValueError(f'{path}, line {number}: needs a JSON object with a string "text"')
-        if document.strip():
-            documents.append(document)
+def _warned(dealt: Dealt) -> Dealt:
+    for remark in dealt.remarks():
+        warnings.warn(remark, stacklevel=3)
+    return dealt
+
+
+def _pieces(
+    tokenizer: Any,
+    documents: Sequence[str],
+    ends: Sequence[int],
+    length: int,
+    generator: torch.Generator,
+) -> Iterator[list[list[int]]]:
+    """Each document's rows, documents and rows in a random order, and at last what remains."""
+    for number in shuffled(len(documents), generator):
+        ids: list[int] = tokenizer.encode(documents[number]).ids
+        if ends and ids and ids[-1] not in ends:
+            ids.append(ends[0])
+        inside = _split(ids, ends)
+        for which in shuffled(len(inside), generator):
+            part = inside[which]
+            places = shuffled(len(part) // length, generator)
+            rows = [part[place * length : (place + 1) * length] for place in places]
+            rest = part[len(rows) * length :]
+            yield [*rows, rest] if rest else rows
+
+
+def _split(ids: list[int], ends: Sequence[int]) -> list[list[int]]:
+    """The documents in the ids, each with the id that ends it."""
+    after = [i + 1 for i, token in enumerate(ids) if token in ends]
+    bounds = [0, *after, len(ids)]
+    return [ids[a:b] for a, b in pairwise(bounds) if a < b]
+
+
+class _Cut:
+    """Rows of one length out of pieces that are no longer; shorter ones are laid end to end.
+
+    What a row leaves of its last document waits for the end, so that a document is in as few rows
+    as there is text for.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self.rows = list[list[int]]()
+        self.documents = list[int]()
+        self._begun = list[tuple[int, list[int]]]()
+        self._left = list[tuple[int, list[int]]]()
+        self._different = set[int]()
+        self.tokens = 0
+
+    @property
+    def different(self) -> int:
+        """How many documents the rows are of."""
+        return len(self._different)
+
+    def add(self, document: int, piece: list[int]) -> None:
+        """Nothing; there may be a row more."""
+        self.tokens += len(piece)
+        if len(piece) == self._length:
+            self._complete([(document, piece)])
+        else:
+            self._lay(document, piece)
+
+    def use_leftovers(self, rows: int) -> None:
+        """Nothing; lays end to end what was left over, until there are so many rows."""
+        while self._left and len(self.rows) < rows:
+            left, self._left = self._left, []
+            before = len(self.rows)
+            for document, piece in left:
+                if len(self.rows) < rows:
+                    self._lay(document, piece)
+            if len(self.rows) == before:
+                return
+
+    def _lay(self, document: int, piece: list[int]) -> None:
+        missing = self._length - sum(len(ids) for _, ids in self._begun)
+        self._begun.append((document, piece[:missing]))
+        if len(piece) >= missing:
+            self._complete(self._begun)
+            self._begun = []
+        if len(piece) > missing:
+            self._left.append((document, piece[missing:]))
+
+    def _complete(self, pieces: Sequence[tuple[int, list[int]]]) -> None:
+        self.rows.append([token for _, ids in pieces for token in ids])
+        self.documents.append(pieces[0][0])
+        self._different |= {document for document, _ in pieces}
+
+
+def _documents_of(ids: Tensor, ends: Sequence[int]) -> list[int]:
+    """For each row of ids, laid end to end, the number of the document that most of it is of."""
+    ended = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype)) if ends else ids != ids
+    if not bool(ended.any()):
+        return list(range(len(ids)))
+    flat = ended.flatten().long()
+    number = (flat.cumsum(0) - flat).view_as(ids)
+    documents: list[int] = number.mode(1).values.tolist()
     return documents
-
-
-def _laid_end_to_end(tokenizer: Any, documents: list[str], end: Any, tokens: int) -> Tensor:
-    """Exactly so many token ids of the documents, `end` after each that does not end with it."""
-    ids: list[int] = []
-    for document in documents:
-        ids += tokenizer.encode(document).ids
-        if isinstance(end, int) and ids[-1:] != [end]:
-            ids.append(end)
-        if len(ids) >= tokens:
-            return torch.tensor(ids[:tokens])
-    raise ValueError(
-        f"text_batches needs {tokens:,} tokens, the text has {len(ids):,}: ask for fewer or "
-        "shorter rows, or give more text"
-    )
 
 
 def _padded(rows: list[list[int]], padding: int) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 import secateur as sc
 from bench.accuracy import paper
 from secateur import evaluate
-from secateur.integrations.tokens import token_rows
+from secateur.integrations.tokens import end_of_text, token_rows
 from secateur.integrations.transformers import load_folder
 
 FOLDER = Path(__file__).parents[3] / "shared" / "models" / "reference-lm"
@@ -27,12 +27,14 @@ def dense() -> nn.Module:
 
 
 def nll(model: nn.Module) -> float:
-    rows = token_rows(f"{FOLDER / 'tokens.safetensors'}:validation", 16, 4)
+    rows = token_rows(f"{FOLDER / 'tokens.safetensors'}:validation", 16, 4, end_of_text(FOLDER))
     return evaluate.perplexity(model, rows).nll
 
 
 def test_methods_come_in_the_known_order_and_sparsegpt_is_the_papers(dense: nn.Module) -> None:
-    calibration = token_rows(f"{FOLDER / 'tokens.safetensors'}:calibration", 8, 4)
+    calibration = token_rows(
+        f"{FOLDER / 'tokens.safetensors'}:calibration", 8, 4, end_of_text(FOLDER)
+    )
     found = {"dense": nll(dense)}
     for name, verb, method in (
         ("magnitude", sc.prune_, sc.magnitude),

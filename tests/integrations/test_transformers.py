@@ -1,18 +1,16 @@
-"""Hugging Face folders: what is loaded, what is refused, and text as token batches."""
+"""Hugging Face folders: what is loaded and what is refused."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from secateur.integrations.tokens import sampled_rows, text_batches, token_rows
+from secateur.integrations.tokens import text_batches
 from secateur.integrations.transformers import (
     copy_tokenizer,
     hollow,
@@ -22,53 +20,15 @@ from secateur.integrations.transformers import (
     save_folder,
     unloaded,
 )
+from tests.integrations.folders import change_config, make_folder, tiny
 
-transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
-
-WORDS = ["[PAD]", "[UNK]", "[END]", "a", "b", "c", "d"]
-
-
-def tiny(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of two layers."""
-    sizes = {
-        "vocab_size": 16,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 32,
-    }
-    torch.manual_seed(0)
-    if kind == "bert":
-        return transformers.BertModel(transformers.BertConfig(**sizes)).to(dtype).eval()
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=True)
-    config.dtype = dtype
-    return transformers.LlamaForCausalLM._from_config(config).to(dtype).eval()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tiny Llama with a tokenizer of one word a token, `[END]` its end-of-text token."""
     return make_folder(tmp_path / "model", "llama", eos_token_id=2)
-
-
-def make_folder(path: Path, kind: str, **config: Any) -> Path:
-    tiny(kind).save_pretrained(path)
-    change_config(path, **config)
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.enable_truncation(3)  # as sentence encoders' files have it: must not cut our rows
-    tokenizer.enable_padding(length=5)
-    tokenizer.save(str(path / "tokenizer.json"))
-    return path
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -208,87 +168,6 @@ def test_a_hollow_model_is_the_loaded_one_without_weights(tmp_path: Path) -> Non
         hollow(folder)
 
 
-# --- text ----------------------------------------------------------------------------------------
-
-
-def test_causal_rows_are_cut_from_documents_laid_end_to_end(folder: Path) -> None:
-    batches = text_batches(folder, ["a b c d a", " ", "b b [END]", "c d x"], 3, 4, 2)
-    # a b c d a END | b b END | c d UNK END: nothing is padded, END is not doubled
-    assert [b.tolist() for b in batches] == [[[3, 4, 5, 6], [3, 2, 4, 4]], [[2, 5, 6, 1]]]
-    assert batches[0].dtype == torch.int64
-    change_config(folder, eos_token_id=None)
-    assert text_batches(folder, ["a b", "c d"], 1, 4, 1)[0].tolist() == [[3, 4, 5, 6]]
-
-
-def test_encoder_passages_are_cut_and_padded_to_the_longest_of_their_batch(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, "bert", pad_token_id=0)
-    batches = text_batches(folder, ["a b c d a b", "b", "c d", "d"], 3, 5, 2)
-    first, second = batches
-    assert first["input_ids"].tolist() == [[3, 4, 5, 6, 3], [4, 0, 0, 0, 0]]
-    assert first["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
-    assert second["input_ids"].tolist() == [[5, 6]]
-    model = load_folder(folder)
-    with torch.no_grad():
-        assert model(**first).last_hidden_state.shape == (2, 5, 16)
-
-
-def test_text_files_are_one_document_or_its_paragraphs(folder: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("a b\n\nc\n \nd d\n")
-    assert text_batches(folder, text, 1, 6, 1)[0].tolist() == [[3, 4, 5, 6, 6, 2]]
-    encoder = make_folder(tmp_path / "bert", "bert")
-    passages = text_batches(encoder, str(text), 3, 8, 1)
-    assert [p["input_ids"].tolist() for p in passages] == [[[3, 4]], [[5]], [[6, 6]]]
-    lines = tmp_path / "text.jsonl"
-    lines.write_text('{"text": "a b"}\n\n{"text": "c", "more": 1}\n')
-    assert text_batches(folder, lines, 1, 5, 1)[0].tolist() == [[3, 4, 2, 5, 2]]
-
-
-def test_text_errors(folder: Path, tmp_path: Path) -> None:
-    def refused(message: str, text: Any = ("a b",), rows: int = 1, length: int = 2) -> None:
-        with pytest.raises(ValueError, match=message):
-            text_batches(folder, text, rows, length, 1)
-
-    refused("needs rows of at least 1, got 0", rows=0)
-    refused("length of at most 32, the positions of the model in .*, got 33", length=33)
-    refused("needs 4 tokens, the text has 3: ask for fewer or shorter rows", rows=2)
-    refused(
-        "absent.txt cannot be read as text: .*strings are passed in a list", tmp_path / "absent.txt"
-    )
-    lines = tmp_path / "text.jsonl"
-    lines.write_text('{"text": "a"}\n{"words": "b"}\n')
-    refused(r'text.jsonl, line 2: needs a JSON object with a string "text"', lines)
-    (folder / "tokenizer.json").write_text("{}")
-    refused("tokenizer.json is no tokenizer")
-    (folder / "tokenizer.json").unlink()
-    refused("has no tokenizer.json: pass token ids instead, as 'file.safetensors:key'")
-    encoder = make_folder(tmp_path / "bert", "bert")
-    with pytest.raises(ValueError, match="needs 2 passages, the text has 1"):
-        text_batches(encoder, ["a"], 2, 4, 1)
-
-
-def test_token_rows_are_the_first_rows_of_a_tensor(tmp_path: Path) -> None:
-    file = tmp_path / "tokens.safetensors"
-    ids = torch.arange(12, dtype=torch.int16).view(4, 3)
-    save_file({"train": ids, "flat": ids.flatten().clone(), "real": ids.float()}, file)
-    batches = token_rows(f"{file}:train", 3, 2)
-    assert [b.tolist() for b in batches] == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8]]]
-    assert batches[0].dtype == torch.int64
-    for source, message in [
-        (str(file), "token rows are named 'file.safetensors:key', got"),
-        (f"{file}:valid", "has no tensor 'valid': it has flat, real, train"),
-        (f"{file}:flat", r"needs integers of shape \[at least 3, tokens\], has shape \[12\]"),
-        (f"{file}:real", r"has torch.float32 \[4, 3\]"),
-        (f"{tmp_path}/absent.safetensors:train", "absent.safetensors cannot be read"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            token_rows(source, 3, 2)
-    with pytest.raises(ValueError, match=r"\[at least 5, tokens\], has torch.int16 \[4, 3\]"):
-        token_rows(f"{file}:train", 5, 2)
-    with pytest.raises(ValueError, match="rows and batch of at least 1, got 3 and 0"):
-        token_rows(f"{file}:train", 3, 0)
-
-
 # --- real folders --------------------------------------------------------------------------------
 
 REFERENCE = Path(__file__).parents[2] / ".." / "shared" / "models" / "reference-lm"
@@ -310,78 +189,3 @@ def test_a_sharded_folder_with_a_real_tokenizer(tmp_path: Path) -> None:
     (copied / "model-00002-of-00004.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot be loaded as LlamaForCausalLM"):
         load_folder(copied)
-
-
-# --- sampled_rows --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prompt", [3, 32])
-def test_sampled_rows_begin_in_the_data_and_follow_the_model(prompt: int) -> None:
-    """With 3 tokens of it, or with half a row."""
-    model = certain(tiny("llama"))
-    data = list(torch.randint(16, (6, 12)).split(4))
-    rows = sampled_rows(model, data, 9, prompt=prompt, at_once=5)
-    assert [tuple(batch.shape) for batch in rows] == [(4, 12), (4, 12), (1, 12)]
-    begun = min(prompt, 6)
-    places = torch.cat(data).unfold(1, begun, 1).reshape(-1, begun)
-    for row in torch.cat(rows):
-        assert (places == row[:begun]).all(1).any()
-        with torch.no_grad():
-            next_token = model(row[None]).logits[0].argmax(-1)
-        assert row[begun:].equal(next_token[begun - 1 : -1])
-
-
-def test_sampled_rows_are_drawn_from_the_models_own_distribution() -> None:
-    """Whatever its generation config would do to it; the end-of-text token ends no row."""
-    model = tiny("llama")
-    with torch.no_grad():
-        model.lm_head.weight.zero_()  # all 16 tokens are as likely
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=False, top_k=1, repetition_penalty=5.0, eos_token_id=list(range(16))
-    )
-    own = model.generation_config.to_dict()
-    rows = torch.cat(sampled_rows(model, [torch.zeros(4, 24, dtype=torch.long)], 200, prompt=1))
-    assert rows.shape == (200, 24)
-    counts = rows[:, 1:].flatten().bincount(minlength=16)
-    # 4600 draws: 287.5 a token, standard deviation 16.4; five of them either way
-    assert counts.min() > 287.5 - 82 and counts.max() < 287.5 + 82
-    assert model.generation_config.to_dict() == own
-
-
-def test_sampled_rows_depend_on_the_seed_alone() -> None:
-    model = tiny("llama").train()
-    data = [torch.randint(16, (4, 12))]
-    torch.manual_seed(1)
-    first = torch.cat(sampled_rows(model, data, 3, prompt=2))
-    after = torch.rand(1)
-    torch.manual_seed(1)
-    assert torch.rand(1).equal(after)
-    torch.manual_seed(2)
-    assert torch.cat(sampled_rows(model, data, 3, prompt=2)).equal(first)
-    assert not torch.cat(sampled_rows(model, data, 3, prompt=2, seed=1)).equal(first)
-    assert model.training
-
-
-@pytest.mark.parametrize(
-    ("kind", "shape", "options", "message"),
-    [
-        ("bert", (4, 12), {}, "a model of transformers that generates text, got BertModel"),
-        ("llama", (4, 1), {}, r"2 tokens at least, got \[\(4, 1\)\]"),
-        ("llama", (4, 12, 1), {}, r"2 tokens at least, got \[\(4, 12, 1\)\]"),
-        ("llama", (4, 12), {"rows": 0}, "rows of at least 1, got 0"),
-        ("llama", (4, 12), {"at_once": 0}, "at_once of at least 1, got 0"),
-    ],
-)
-def test_sampled_rows_says_what_it_needs(
-    kind: str, shape: tuple[int, ...], options: dict[str, int], message: str
-) -> None:
-    data = [torch.zeros(shape, dtype=torch.long)]
-    with pytest.raises(ValueError, match=message):
-        sampled_rows(tiny(kind), data, **{"rows": 2, "prompt": 2, **options})
-
-
-def certain(model: Any) -> Any:
-    """The model, sure of its next token: what it samples is what is likeliest."""
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e5)
-    return model

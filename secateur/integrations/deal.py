@@ -1,0 +1,109 @@
+"""Which rows are taken of which documents: of as many as there are, and some of them held out.
+
+A row of text resembles the other rows of its document. So a few rows after one another, all of one
+file, are hardly more data than one row, and a row that is held out says nothing about new text if
+its document is also trained on.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from secateur.statistics import is_held_out
+
+T = TypeVar("T")
+
+# Rows of fewer documents are warned of: by rule of thumb, one document more would change much.
+FEW = 8
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Rows in batches; for each row, in order, the number of its document, or of its first.
+
+    `different` counts all documents, `asked` the rows that were asked for; `what` is how rows are
+    called, and `remedy` what to do about too few documents.
+    """
+
+    batches: list[Tensor] | list[dict[str, Tensor]]
+    documents: tuple[int, ...]
+    different: int
+    asked: int
+    what: str
+    remedy: str
+
+    def remarks(self, rows: str = "rows", length: str = "length") -> list[str]:
+        """What is wrong with so little text, in sentences that name the options so."""
+        found, of = len(self.documents), self.different
+        remarks = []
+        if found < self.asked:
+            remarks.append(
+                f"{rows} {self.asked}: there are only {found} {self.what}, which are used: more "
+                f"text gives more, and so does a smaller {length}"
+            )
+        if of < min(FEW, found):
+            remarks.append(
+                f"the {found} rows are of {of} document{'s' if of > 1 else ''}, and what is fitted "
+                f"or measured on them may not hold for other text: {self.remedy}"
+            )
+        return remarks
+
+
+def shuffled(count: int, generator: torch.Generator) -> list[int]:
+    """The numbers below `count` in an order that the generator decides."""
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order
+
+
+def in_turns(piles: Iterable[Sequence[T]]) -> Iterator[tuple[int, T]]:
+    """One of each pile in turn, with the pile's number, until all are used up.
+
+    A pile is not asked for before its first turn.
+    """
+    seen = list[Sequence[T]]()
+    for number, pile in enumerate(piles):
+        seen.append(pile)
+        if pile:
+            yield number, pile[0]
+    for turn in range(1, max(map(len, seen), default=0)):
+        for number, pile in enumerate(seen):
+            if turn < len(pile):
+                yield number, pile[turn]
+
+
+def apart(documents: Sequence[int], rows: int) -> tuple[list[int], list[int]]:
+    """The indices of so many rows, and of the others, which share no document if possible.
+
+    `documents` has each row's. Whole documents are taken as long as they fit; what is still missing
+    comes from one document, which is then the only one on both sides.
+    """
+    counts = Counter(documents)
+    chosen, missing = set[int](), rows
+    for document, count in counts.items():
+        if count <= missing:
+            chosen.add(document)
+            missing -= count
+    split = next((document for document in counts if document not in chosen), None)
+    taken = [i for i, document in enumerate(documents) if document in chosen]
+    taken += [i for i, document in enumerate(documents) if document == split][:missing]
+    others = set(range(len(documents))) - set(taken)
+    return sorted(taken), sorted(others)
+
+
+def held_apart(documents: Sequence[int], batch: int) -> list[int]:
+    """The rows' order in which batches that are held out share no document with the others.
+
+    They stay as they are where that is so already. With too few documents, one is on both sides.
+    """
+    held = [is_held_out(i // batch) for i in range(len(documents))]
+    sides = [
+        {d for d, out in zip(documents, held, strict=True) if out is side} for side in (True, False)
+    ]
+    if not sides[0] & sides[1]:
+        return list(range(len(documents)))
+    taken, others = map(iter, apart(documents, sum(held)))
+    return [next(taken) if out else next(others) for out in held]
