@@ -671,7 +671,7 @@ def test_weights_that_are_computed_are_refused_with_what_makes_them_plain(
     way: str, kind: str, tmp_path: Path
 ) -> None:
     model: Any = tiny("llama") if kind == "llama" else Net()
-    name = "model.layers.1.mlp.up_proj" if kind == "llama" else "inner"
+    name = "model.layers.1.mlp.up_proj" if kind == "llama" else "outer"
     if way == "prune":
         torch.nn.utils.prune.l1_unstructured(model.get_submodule(name), "weight", 0.5)
     else:
