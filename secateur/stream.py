@@ -21,7 +21,7 @@ from secateur.reconstruct import Blockwise, Solution
 from secateur.replay import Batch, find_chains
 from secateur.run import reconstruction
 from secateur.save import STEMS, write_index
-from secateur.sidecar import SIDECAR, Sidecar, fingerprints, verify_if_saved
+from secateur.sidecar import SIDECAR, Sidecar, fingerprint, fingerprints, verify_if_saved
 from secateur.sound import require_finite
 from secateur.statistics import STATISTICS
 from secateur.tensor_files import read_tensors, save_file, shapes_in
