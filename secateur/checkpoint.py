@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from secateur.atomic import ANY, file_appearing_whole, write_whole
+from secateur.data_files import read_json
 from secateur.owned import Lock, Taken, remove_leftovers
 from secateur.tensor_files import read_metadata, read_tensors, save_file
 
@@ -122,17 +122,15 @@ class RunFolder:
         Raises:
             ValueError: if the file is damaged.
         """
-        try:
-            if file not in self._verified:
-                metadata = self._metadata(file)
-                every = read_tensors(self.folder / file)
-                if metadata.get("sha256") != _hash(every, metadata.get("said", "")):
-                    raise self._damaged(file, "its hash is another")
-                self._verified.add(file)
-                return every if names is None else {name: every[name] for name in names}
-            return read_tensors(self.folder / file, names)
-        except (OSError, SafetensorError, KeyError) as error:
-            raise self._damaged(file, str(error)) from error
+        if file in self._verified:
+            return self._tensors(file, names)
+        metadata, every = self._metadata(file), self._tensors(file)
+        if metadata.get("sha256") != _hash(every, metadata.get("said", "")):
+            raise self._damaged(file, "its hash is another")
+        if names is not None and (lacking := [name for name in names if name not in every]):
+            raise self._damaged(file, f"it lacks {lacking[0]!r}")
+        self._verified.add(file)
+        return every if names is None else {name: every[name] for name in names}
 
     def write(self, file: str, tensors: Mapping[str, Tensor], said: Any) -> None:
         """Write a file of the run; a kill leaves it whole or away."""
@@ -162,11 +160,11 @@ class RunFolder:
 
     def _require_same(self) -> None:
         try:
-            state = json.loads(self._progress.read_text(encoding="utf-8"))
+            state = read_json(self._progress)
             if set(state) != {"version", "fingerprint"} or state["version"] != VERSION:
                 raise ValueError("it is of another form or version")
             known = dict(state["fingerprint"])
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{self._progress} is not a checkpoint: {error}: choose another folder"
             ) from None
@@ -180,7 +178,13 @@ class RunFolder:
     def _metadata(self, file: str) -> Mapping[str, str]:
         try:
             return read_metadata(self.folder / file)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
+            raise self._damaged(file, str(error)) from error
+
+    def _tensors(self, file: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        try:
+            return read_tensors(self.folder / file, names)
+        except (OSError, ValueError) as error:
             raise self._damaged(file, str(error)) from error
 
     def _damaged(self, file: str, why: str) -> ValueError:

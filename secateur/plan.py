@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from secateur import layers as _layers
+from secateur.atomic import write_whole
+from secateur.data_files import read_yaml
 from secateur.layers import Selector
 from secateur.patterns import NM, Pattern, parse
 from secateur.tables import text_table
@@ -68,11 +70,11 @@ class Plan:
         path = Path(path)
         data = self.to_dict()
         if path.suffix == ".json":
-            path.write_text(json.dumps(data, indent=2))
+            write_whole(path, json.dumps(data, indent=2))
         else:
-            import yaml  # here and below: files are rare, and importing it costs 15 ms
+            import yaml  # files are rare, and importing it costs 15 ms
 
-            path.write_text(yaml.safe_dump(data, sort_keys=False))
+            write_whole(path, yaml.safe_dump(data, sort_keys=False))
 
 
 def plan(
@@ -118,14 +120,8 @@ def read_plan(path: str | Path) -> Plan:
     Raises:
         ValueError: if it is not a plan, with the file and the place.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a plan: {error}") from None
-    return plan_from_dict(data, str(path))
+    return plan_from_dict(read_yaml(path), str(path))
 
 
 def plan_from_dict(data: object, where: str) -> Plan:

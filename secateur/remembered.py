@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from secateur.data_files import parse_json
 from secateur.formats.candidates import DENSE, PREPACKED
 from secateur.kernels.cubins import FOLDER_VARIABLE
 from secateur.kernels.measured import Entries, add, chip, own_file, read
@@ -47,7 +48,7 @@ def parse(text: str) -> Found:
 
     Raises: ValueError if the text is none.
     """
-    entry = json.loads(text)
+    entry = parse_json(text, "a measurement")
     try:
         times, arranged = dict(entry["microseconds"]), dict(entry["arranged"])
         cannot, dropped = dict(entry["cannot"]), tuple(entry["dropped"])

@@ -7,13 +7,15 @@ under the stock name they would warn and go on with random ones. Beside either l
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from secateur import layers as _layers
 from secateur.atomic import appearing_whole, settle
@@ -25,6 +27,7 @@ from secateur.integrations.transformers import (
     save_config,
     save_folder,
     unloaded,
+    without_weights,
 )
 from secateur.owned import temporary_folder
 from secateur.plan import Plan, match
@@ -32,24 +35,25 @@ from secateur.sidecar import (
     SIDECAR,
     Form,
     Sidecar,
-    fingerprint,
+    fingerprints,
+    is_read_by_loaders,
     read_sidecar,
     verify,
-    weight_files,
 )
-from secateur.tensor_files import load_file, save_file
+from secateur.tensor_files import SUFFIX, load_files, save_file
 from secateur.undo import Undo, all_or_nothing
 from secateur.version import VERSION
+from secateur.wrappers import unwrapped, unwrapped_name
 
 # A file of this size still copies and uploads in one go everywhere; Hugging Face's habit.
 SHARD_BYTES = 5 * 10**9
 
-STEMS: Mapping[Form, str] = {"dense": "model", "packed": "model.secateur"}
+# Parametrizations that belong to an architecture, as a weight norm does; a mask does not.
+TORCH_NORMS = parametrizations.__name__
 
-# What a save writes beside weights; the rest of a folder that it replaces is somebody else's.
 PROBE = ".secateur-probe-"  # a folder that is made to see whether one can be
 
-WRITTEN = (SIDECAR, "config.json", "generation_config.json")
+STEMS: Mapping[Form, str] = {"dense": "model", "packed": "model.secateur"}
 
 
 @runtime_checkable
@@ -70,25 +74,46 @@ def save(
     """Write the model's weights, and beside them where their zeros came from.
 
     A transformers model is written by its own `save_pretrained`. A model that holds `SparseLinear`s
-    is written packed. The folder appears whole or not at all; with `overwrite` it may replace one
-    that `save` wrote, of which files that are not the model's (a tokenizer) are kept.
+    is written packed. Of a model inside `torch.compile` or a data-parallel wrapper it is the model
+    that is written. The folder appears whole or not at all; with `overwrite` it may replace one
+    that `save` wrote, of which all that `save` did not write is kept.
 
     Cost: a copy of one shard, 5 GB at most; reads the files once more for their hashes.
     Raises:
         ValueError: before anything is written, if the folder cannot be, or the model has weights
-            that are no plain tensors, or the plan is for another model.
+            that are no plain tensors or are computed from others, or the plan is for another model;
+            before anything is replaced, if a file that is not the model's would be.
+        OSError: if a file cannot be written; then nothing has changed.
+    """
+    write_model(model, folder, plan=plan, reports=reports, overwrite=overwrite)
+
+
+def write_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    plan: Plan | None,
+    reports: Iterable[Report],
+    overwrite: bool,
+    beside: Mapping[str, Path] | None = None,
+) -> None:
+    """As `save`, and copies of the files `beside` (name -> file), such as a tokenizer's.
+
+    Raises:
+        ValueError, OSError: as `save`.
     """
     folder = Path(folder).resolve()
     require_writable(folder, overwrite=overwrite)
+    model = unwrapped(model)
     _require_plain(model)
     if plan is not None:
         match(model, plan)
     plain_reports = tuple(_plain(report) for report in reports)
     packed = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     form: Form = "packed" if packed else "dense"
-    with appearing_whole(folder, replaced=_is_written) as partial:
+    with replacing(folder, beside) as partial:
         if is_transformers(model) and form == "dense":
-            save_folder(model, partial)
+            save_folder(model, partial, _state(model))
         else:
             if is_transformers(model):
                 save_config(model, partial)
@@ -96,10 +121,10 @@ def save(
         Sidecar(
             form=form,
             model_class=type(model).__name__,
-            weights={path.name: fingerprint(path) for path in weight_files(partial)},
+            files=fingerprints(partial),
             sparsity=_sparsity(model),
             tied=_tied(model),
-            packed={name: describe(linear) for name, linear in packed.items()},
+            packed={unwrapped_name(model, n): describe(linear) for n, linear in packed.items()},
             plan=plan,
             reports=plain_reports,
             library_version=VERSION,
@@ -108,14 +133,14 @@ def save(
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The model that `save` wrote, its weights verified by their hashes.
+    """The model that `save` wrote, all of its files verified by their hashes.
 
     A transformers model is made from the folder alone, in eval mode. Any other needs `model`, an
     instance of the same class and sizes: its weights are replaced, its packed layers exchanged, and
     it is returned.
 
-    Cost: reads the weight files twice. With `model`, up to twice its weights in memory, and a copy
-        of them on disk meanwhile.
+    Cost: reads the files twice. With `model`, up to twice its weights in memory, and a copy of
+        them on disk meanwhile.
     Raises:
         ValueError: if a file is missing, cut off, changed, foreign or of a newer version, or the
             weights are not those of `model`. Whatever is raised, `model` is left as it was.
@@ -128,12 +153,12 @@ def _loaded(folder: Path, model: nn.Module | None, undo: Undo) -> nn.Module:
     settle(folder)
     sidecar = read_sidecar(folder)
     verify(folder, sidecar)
-    if model is None and not (folder / "config.json").is_file():
+    if model is None and "config.json" not in sidecar.files:
         raise ValueError(
             f"{folder} holds the weights of a {sidecar.model_class} and no config.json to make it "
             "from: make one and pass it as model="
         )
-    if sidecar.form == "dense" and (model is None or _is_stock(model)):
+    if sidecar.form == "dense" and (model is None or _is_stock(unwrapped(model))):
         loaded = load_folder(folder)
         if model is None:
             return loaded
@@ -141,7 +166,8 @@ def _loaded(folder: Path, model: nn.Module | None, undo: Undo) -> nn.Module:
     else:
         tensors = _read_shards(folder, sidecar)
     model = unloaded(folder) if model is None else model
-    return _with_weights(model, sidecar, tensors, folder, undo)
+    _replace_weights(unwrapped(model), sidecar, tensors, folder, undo)
+    return model
 
 
 def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
@@ -149,7 +175,8 @@ def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
 
     Raises:
         ValueError: if it is a file, lies where nothing can be written, holds files that `save` did
-            not write, or a saved model without `overwrite`.
+            not write and no saved model, files that a loader would take for parts of a model, or a
+            saved model without `overwrite`.
     """
     folder = Path(folder).resolve()
     settle(folder)
@@ -164,6 +191,7 @@ def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
             raise ValueError(
                 f"{folder} holds a saved model: choose another folder, or pass overwrite=True"
             )
+        _require_none_taken(folder, filter(is_read_by_loaders, _names(folder)))
     parent = next(p for p in folder.parents if p.exists())
     try:  # permissions alone do not tell: root has all of them, also where nothing can be written
         temporary_folder(PROBE, parent).remove()
@@ -174,17 +202,53 @@ def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
         ) from None
 
 
+@contextmanager
+def replacing(folder: Path, beside: Mapping[str, Path] | None = None) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` at the end, or is gone if the block raises.
+
+    `beside` are files to be copied into it. Of an old folder, what its sidecar lists goes, and all
+    else is kept.
+
+    Raises:
+        ValueError: at the end, if a file of the new folder has the name of one that is kept.
+    """
+    written = {SIDECAR, *read_sidecar(folder).files} if (folder / SIDECAR).is_file() else set()
+    with appearing_whole(folder, replaced=written.__contains__) as partial:
+        for name, file in (beside or {}).items():
+            if file.resolve() != (folder / name).resolve() or name in written:
+                shutil.copyfile(file, partial / name)
+        yield partial
+        _require_none_taken(folder, _names(partial))
+
+
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _is_written(name: str) -> bool:
-    """Whether a file of this name is part of a saved model."""
-    return name in WRITTEN or Path(name).match("*.safetensors*")
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _require_none_taken(folder: Path, names: Iterable[str]) -> None:
+    """No file of these names, which a save writes, is in the folder without being its model's."""
+    if not (folder / SIDECAR).is_file():
+        return
+    foreign = _names(folder) - read_sidecar(folder).files.keys() - {SIDECAR}
+    if taken := sorted(foreign.intersection(names)):
+        raise ValueError(
+            f"{folder / taken[0]} is none of the saved model's files and would be replaced: move "
+            "it elsewhere first"
+        )
 
 
 def _require_plain(model: nn.Module) -> None:
     if isinstance(model, SparseLinear):
         raise ValueError("save needs a model, got a bare SparseLinear: wrap it in nn.Sequential")
+    for name, module in model.named_modules():
+        if remedy := _makes_plain(model, name, module):
+            raise ValueError(
+                f"save needs plain weights, those of {name or 'the model'} are computed from "
+                f"others at each call, which no loader would know: call {remedy} first"
+            )
     for name, tensor in model.state_dict().items():
         plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter)
         if not plain or tensor.layout != torch.strided:
@@ -196,10 +260,36 @@ def _require_plain(model: nn.Module) -> None:
             raise ValueError(f"{name} has no data (meta device): load the weights first")
 
 
+def _makes_plain(model: nn.Module, name: str, module: nn.Module) -> str:
+    """What makes the weights of this module plain; empty if they are, or are the class's own."""
+    layer = f"model.get_submodule({name!r})"
+    masked = [n.removesuffix("_mask") for n in module._buffers if n.endswith("_mask")]
+    if names := [n for n in masked if f"{n}_orig" in module._parameters]:
+        return f"torch.nn.utils.prune.remove({layer}, {names[0]!r})"
+    if not parametrize.is_parametrized(module):
+        return ""
+    chains = dict(module.parametrizations.items())  # type: ignore[operator, union-attr]
+    if is_transformers(model):
+        # A speech model has a weight norm from its very class, which makes it again on loading.
+        fresh = dict(without_weights(model).named_modules()).get(name)
+        if fresh is not None and parametrize.is_parametrized(fresh):
+            return ""
+    elif all(
+        type(one).__module__ == parametrizations.__name__ for c in chains.values() for one in c
+    ):
+        return ""  # torch's norms belong to an architecture, a mask does not
+    return f"torch.nn.utils.parametrize.remove_parametrizations({layer}, {next(iter(chains))!r})"
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by the names that they have where no part of it is wrapped."""
+    return {unwrapped_name(model, name): t for name, t in model.state_dict().items()}
+
+
 def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
     """The state dict in files of at most `SHARD_BYTES`, tied tensors once; an index if several."""
     tied = _tied(model)
-    state = {name: t for name, t in model.state_dict().items() if name not in tied}
+    state = {name: t for name, t in _state(model).items() if name not in tied}
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():
@@ -232,7 +322,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
     """Every further name of a tensor -> its first name in the state dict."""
     first: dict[tuple[Any, ...], str] = {}
     tied: dict[str, str] = {}
-    for name, t in model.state_dict().items():
+    for name, t in _state(model).items():
         if t.numel():
             place = (t.data_ptr(), t.device, t.dtype, tuple(t.shape), t.stride())
             if first.setdefault(place, name) != name:
@@ -246,7 +336,9 @@ def _sparsity(model: nn.Module) -> dict[str, float]:
         for name, module in model.named_modules():
             if _layers.is_prunable(module):
                 weight = _layers.matrix(module)
-                zeros[name] = int((weight == 0).sum()) / max(weight.numel(), 1)
+                zeros[unwrapped_name(model, name)] = int((weight == 0).sum()) / max(
+                    weight.numel(), 1
+                )
     return zeros
 
 
@@ -269,20 +361,14 @@ def _is_stock(model: nn.Module) -> bool:
 
 
 def _read_shards(folder: Path, sidecar: Sidecar) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in sidecar.weights:
-        if file.endswith(".safetensors"):
-            try:
-                tensors |= load_file(folder / file)
-            except SafetensorError as error:
-                raise ValueError(f"{folder / file} is no safetensors file: {error}") from error
-    return tensors
+    """The tensors in the files that the sidecar lists, which `verify` has found to be those."""
+    return load_files(folder / name for name in sidecar.files if name.endswith(SUFFIX))
 
 
-def _with_weights(
+def _replace_weights(
     model: nn.Module, sidecar: Sidecar, tensors: dict[str, Tensor], folder: Path, undo: Undo
-) -> nn.Module:
-    """The model, given these tensors and packed layers once all are known to fit."""
+) -> None:
+    """Give the model these tensors and packed layers once all are known to fit."""
     for name, other in sidecar.tied.items():
         for one, two in ((name, other), (other, name)):
             if one not in tensors and two in tensors:
@@ -292,14 +378,13 @@ def _with_weights(
         for name, entry in sidecar.packed.items()
     }
     prefixes = tuple(f"{name}." for name in packed)
-    own = {n: t for n, t in model.state_dict().items() if not n.startswith(prefixes)}
+    own = {n: t for n, t in _state(model).items() if not n.startswith(prefixes)}
     dense = {n: t for n, t in tensors.items() if not n.startswith(prefixes)}
     _require_same(own, dense, f"{folder} (a {sidecar.model_class})", type(model).__name__)
     undo.remember(own)
     for name, tensor in own.items():
         tensor.copy_(dense[name])
     swap(model, packed, undo)
-    return model
 
 
 def _packed_layer(

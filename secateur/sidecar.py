@@ -1,4 +1,4 @@
-"""`secateur.json`: what a saved model's folder says about its weights. Data only.
+"""`secateur.json`: what a saved model's folder says about its files. Data only.
 
 It is written last and read first. Reading checks every key and every enumerated value, so that a
 file from elsewhere can name layers, formats and files of its own folder and nothing else.
@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from secateur.data_files import read_json
 from secateur.plan import Plan, plan_from_dict
+from secateur.tensor_files import SUFFIX, is_plain_name
 
 SIDECAR = "secateur.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had hashes of the weight files alone
 
 Form = Literal["dense", "packed"]
 
 
 @dataclass(frozen=True)
-class WeightFile:
-    """What a weight file has to be to be the one that was saved."""
+class Fingerprint:
+    """What a file has to be to be the one that was saved."""
 
     bytes: int
     sha256: str
@@ -29,15 +31,16 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """How a folder's weights are stored, where their zeros came from, and how to know them again.
+    """How a folder's weights are stored, where their zeros came from, and how to know it again.
 
-    `tied` maps a tensor's name to another name of the same tensor; `packed` a packed layer to the
+    `files` are all that were written with it, by name, the config and a tokenizer included. `tied`
+    maps a tensor's name to another name of the same tensor; `packed` a packed layer to the
     description it is made again from. `model_class` is for people: no code is found by it.
     """
 
     form: Form
     model_class: str
-    weights: Mapping[str, WeightFile]
+    files: Mapping[str, Fingerprint]
     sparsity: Mapping[str, float]
     tied: Mapping[str, str]
     packed: Mapping[str, Mapping[str, int | str | bool]]
@@ -48,14 +51,14 @@ class Sidecar:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in the file."""
-        weights = {n: {"bytes": w.bytes, "sha256": w.sha256} for n, w in self.weights.items()}
+        files = {n: {"bytes": f.bytes, "sha256": f.sha256} for n, f in self.files.items()}
         return {
             "version": FORMAT_VERSION,
             "library_version": self.library_version,
             "torch_version": self.torch_version,
             "form": self.form,
             "model_class": self.model_class,
-            "weights": weights,
+            "files": files,
             "tied": dict(self.tied),
             "packed": {name: dict(entry) for name, entry in self.packed.items()},
             "sparsity": dict(self.sparsity),
@@ -81,7 +84,7 @@ def read_sidecar(folder: str | Path) -> Sidecar:
     # pydantic is imported here because reading files is rare and importing it costs 0.1 s.
     from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-    class Weights(BaseModel):
+    class Entry(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)
         bytes: int = Field(ge=0)
         sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -93,7 +96,7 @@ def read_sidecar(folder: str | Path) -> Sidecar:
         torch_version: str
         form: Form
         model_class: str
-        weights: dict[str, Weights] = Field(min_length=1)
+        files: dict[str, Entry] = Field(min_length=1)
         tied: dict[str, str]
         packed: dict[str, dict[str, int | str | bool]]
         sparsity: dict[str, float]
@@ -105,21 +108,19 @@ def read_sidecar(folder: str | Path) -> Sidecar:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the top level"
-        raise ValueError(f"{path} is damaged: at {place}: {first['msg']}: {_AGAIN}") from None
-    for name in file.weights:
-        if Path(name).name != name or Path(name).suffix not in (".safetensors", ".json"):
-            raise ValueError(
-                f"{path} names the file {name!r}, which is no weight file of its folder"
-            )
+        raise ValueError(f"{path} is damaged: at {place}: {first['msg']}: {AGAIN}") from None
+    for name in file.files:
+        if not is_plain_name(name) or name == SIDECAR:
+            raise ValueError(f"{path} names the file {name!r}, which is none of its folder")
     if bool(file.packed) != (file.form == "packed"):
         raise ValueError(
             f"{path} is damaged: its form is {file.form} with {len(file.packed)} packed layers: "
-            f"{_AGAIN}"
+            f"{AGAIN}"
         )
     return Sidecar(
         form=file.form,
         model_class=file.model_class,
-        weights={n: WeightFile(w.bytes, w.sha256) for n, w in file.weights.items()},
+        files={n: Fingerprint(f.bytes, f.sha256) for n, f in file.files.items()},
         sparsity=file.sparsity,
         tied=file.tied,
         packed=file.packed,
@@ -130,43 +131,59 @@ def read_sidecar(folder: str | Path) -> Sidecar:
     )
 
 
-def fingerprint(path: Path) -> WeightFile:
+def fingerprint(path: Path) -> Fingerprint:
     """The size and the hash of a file as it is."""
     with path.open("rb") as file:
-        return WeightFile(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return Fingerprint(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that a loader may read weights from: safetensors and their indexes."""
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index*.json")])
+def fingerprints(folder: Path) -> dict[str, Fingerprint]:
+    """The size and the hash of every file in a folder that was written for a model, by name."""
+    return {path.name: fingerprint(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def verify(folder: Path, sidecar: Sidecar) -> None:
-    """Nothing, if the folder's weight files are those that were saved, each and no other.
+    """Nothing, if the folder's files are those that were saved, and none is taken for one of them.
 
-    Cost: reads every weight file once.
+    Cost: reads every file once.
     Raises:
         ValueError: with the first file that is missing, cut off, changed or foreign.
     """
-    for name, saved in sidecar.weights.items():
+    for name, saved in sidecar.files.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{folder} lacks its weight file {name}: {_AGAIN}")
+            raise ValueError(f"{folder} lacks its file {name}: {AGAIN}")
         if (size := path.stat().st_size) != saved.bytes:
             raise ValueError(
                 f"{path} has {size:,} bytes, {saved.bytes:,} were saved: it was cut off or "
-                f"changed: {_AGAIN}"
+                f"changed: {AGAIN}"
             )
         if fingerprint(path) != saved:
-            raise ValueError(f"{path} was changed after it was saved, its sha256 differs: {_AGAIN}")
-    for path in weight_files(folder):
-        if path.name not in sidecar.weights:
-            raise ValueError(
-                f"{path} was not saved with this model: move it out of the folder, or save it again"
-            )
+            raise ValueError(f"{path} was changed after it was saved, its sha256 differs: {AGAIN}")
+    foreign = {path.name for path in folder.iterdir()} - sidecar.files.keys()
+    if taken := sorted(filter(is_read_by_loaders, foreign)):
+        raise ValueError(
+            f"{folder / taken[0]} was not saved with this model, and loaders would read it: move "
+            "it out of the folder, or save the model again"
+        )
 
 
-_AGAIN = "copy the folder again from where it was saved, or save the model again"
+def verify_if_saved(folder: Path) -> None:
+    """As `verify`, for a folder with a sidecar; nothing for any other."""
+    if (folder / SIDECAR).is_file():
+        verify(folder, read_sidecar(folder))
+
+
+def is_read_by_loaders(name: str) -> bool:
+    """Whether loaders take a file of this name for a part of a model, whoever wrote it.
+
+    Other files may lie beside a model: adapters, token rows, notes.
+    """
+    weights = name.startswith("model") and name.endswith((SUFFIX, ".json")) and SUFFIX in name
+    return weights or name == "generation_config.json"
+
+
+AGAIN = "copy the folder again from where it was saved, or save the model again"
 
 
 def _read_json(folder: Path, path: Path) -> dict[str, Any]:
@@ -178,15 +195,17 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
             "is read by its class's from_pretrained"
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}: {_AGAIN}") from None
-    version = data.get("version") if isinstance(data, dict) else None
-    if not isinstance(data, dict) or not isinstance(version, int):
-        raise ValueError(f"{path} is damaged: it has no version: {_AGAIN}")
+        raise ValueError(f"{error}: {AGAIN}") from None
+    version = data.get("version")
+    if type(version) is not int:
+        raise ValueError(f"{path} is damaged: it has no version: {AGAIN}")
     if version != FORMAT_VERSION:
+        newer = version > FORMAT_VERSION
         raise ValueError(
             f"{path} has format version {version}, by secateur {data.get('library_version')}; this "
-            f"secateur reads version {FORMAT_VERSION}: pip install -U secateur"
+            f"secateur reads version {FORMAT_VERSION}: "
+            + ("pip install -U secateur" if newer else "save the model again")
         )
     return data

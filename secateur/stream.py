@@ -1,13 +1,11 @@
 """Reconstruction of a model folder that is larger than memory, block by block."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from secateur import layers as _layers
@@ -15,7 +13,7 @@ from secateur.atomic import appearing_whole, settle
 from secateur.calibrate import as_list
 from secateur.checkpoint import Checkpoint, digest
 from secateur.distributed import team
-from secateur.integrations.transformers import copy_tokenizer, hollow
+from secateur.integrations.transformers import hollow, tokenizer_files, weight_files
 from secateur.patterns import Pattern
 from secateur.plan import Plan, as_plan, match
 from secateur.prune_report import PruneReport
@@ -23,7 +21,7 @@ from secateur.reconstruct import Blockwise, Solution
 from secateur.replay import Batch, find_chains
 from secateur.run import reconstruction
 from secateur.save import STEMS, write_index
-from secateur.sidecar import SIDECAR, Sidecar, fingerprint, weight_files
+from secateur.sidecar import SIDECAR, Sidecar, fingerprint, fingerprints, verify_if_saved
 from secateur.sound import require_finite
 from secateur.statistics import STATISTICS
 from secateur.tensor_files import read_tensors, save_file, shapes_in
@@ -31,7 +29,6 @@ from secateur.version import VERSION
 from secateur.window import Window
 
 CONFIGS = ("config.json", "generation_config.json")
-INDEX = "model.safetensors.index.json"
 
 
 def reconstruct_folder(
@@ -65,6 +62,7 @@ def reconstruct_folder(
     source, target = Path(source), Path(target).resolve()
     if team().size > 1:
         raise ValueError("reconstruct_folder runs in one process: start it without torchrun")
+    verify_if_saved(source)
     model = hollow(source)
     run = reconstruction(model, as_plan(model, plan), algorithm)
     chain = _chain(model, match(model, run.plan))
@@ -141,14 +139,11 @@ class _Stored:
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
         self._folder = folder
-        self.files = _files(folder)
+        self.files = weight_files(folder)
         self._where: dict[str, Path] = {}
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for file in self.files:
-            try:
-                of_file = shapes_in(file)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} is no safetensors file: {error}") from error
+            of_file = shapes_in(file)
             self._where |= dict.fromkeys(of_file, file)
             found |= of_file
         own = model.state_dict(keep_vars=True)
@@ -196,22 +191,6 @@ class _Stored:
         return found
 
 
-def _files(folder: Path) -> list[Path]:
-    """The weight files that transformers would read."""
-    index = folder / INDEX
-    names = ["model.safetensors"]
-    if index.is_file() and not (folder / names[0]).is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged: {error!r}: copy it again") from error
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks its weight file {missing[0]}: copy it again")
-    return [folder / name for name in names]
-
-
 @dataclass(frozen=True)
 class _Result:
     """The finished model, tensor by tensor: what is stored, and the new weights in their places."""
@@ -256,14 +235,13 @@ def _write(
             files |= dict.fromkeys(kept, file)
             total += sum(tensor.nbytes for tensor in kept.values())
     write_index(folder, STEMS["dense"], files, total)
-    for name in CONFIGS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    copy_tokenizer(source, folder)
+    configs = {name: source / name for name in CONFIGS if (source / name).is_file()}
+    for name, copied in {**configs, **tokenizer_files(source)}.items():
+        shutil.copyfile(copied, folder / name)
     Sidecar(
         form="dense",
         model_class=type(model).__name__,
-        weights={path.name: fingerprint(path) for path in weight_files(folder)},
+        files=fingerprints(folder),
         sparsity=sparsity,
         tied=result.stored.tied,
         packed={},

@@ -1,14 +1,19 @@
 """Saving and loading: the same weights bit for bit, or a clear error and nothing changed."""
 
+import errno
 import hashlib
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrizations
+import torch.nn.utils.prune
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -124,7 +129,8 @@ def test_the_sidecar_tells_plan_report_sparsity_versions_and_hashes(tmp_path: Pa
     assert found.torch_version == torch.__version__
     assert found.library_version == sc.__version__
     content = (tmp_path / "model.safetensors").read_bytes()
-    weights = found.weights["model.safetensors"]
+    weights = found.files["model.safetensors"]
+    assert found.files.keys() == {"model.safetensors"}
     assert (weights.bytes, weights.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -282,7 +288,7 @@ def test_damaged_weight_files_are_refused(saved: Path) -> None:
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     refused(saved, r"model.safetensors was changed after it was saved, its sha256 differs: copy")
     path.unlink()
-    refused(saved, r"saved lacks its weight file model.safetensors: copy the folder again")
+    refused(saved, r"saved lacks its file model.safetensors: copy the folder again")
     path.write_bytes(whole)
     load(saved, Net())
 
@@ -293,7 +299,10 @@ def test_a_missing_shard_and_a_foreign_one_are_refused(
     monkeypatch.setattr(save_module, "SHARD_BYTES", 600)
     save(pruned(), tmp_path)
     save_file({"inner.weight": torch.zeros(16, 8)}, tmp_path / "model.safetensors")
-    refused(tmp_path, r"model.safetensors was not saved with this model: move it out of the folder")
+    refused(
+        tmp_path,
+        r"model.safetensors was not saved with this model, and loaders would read it: move",
+    )
     (tmp_path / "model.safetensors").unlink()
     index = tmp_path / "model.safetensors.index.json"
     content = index.read_text()
@@ -301,7 +310,7 @@ def test_a_missing_shard_and_a_foreign_one_are_refused(
     refused(tmp_path, "index.json was changed after it was saved")
     index.write_text(content)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    refused(tmp_path, "lacks its weight file model-00002-of-00003.safetensors")
+    refused(tmp_path, "lacks its file model-00002-of-00003.safetensors")
 
 
 def test_a_damaged_foreign_or_newer_sidecar_is_refused(saved: Path) -> None:
@@ -309,8 +318,12 @@ def test_a_damaged_foreign_or_newer_sidecar_is_refused(saved: Path) -> None:
     whole = path.read_text()
     cases: list[tuple[dict[str, Any], str]] = [
         (
-            {"version": 2, "library_version": "9.1"},
-            "has format version 2, by secateur 9.1; this .* -U",
+            {"version": 3, "library_version": "9.1"},
+            "has format version 3, by secateur 9.1; this .* reads version 2: pip install -U",
+        ),
+        (
+            {"version": 1, "library_version": "0.1"},
+            "has format version 1, by secateur 0.1; this .* reads version 2: save the model again",
         ),
         ({"version": None}, "is damaged: it has no version"),
         ({"form": "zip"}, "is damaged: at form: Input should be 'dense' or 'packed'"),
@@ -320,12 +333,11 @@ def test_a_damaged_foreign_or_newer_sidecar_is_refused(saved: Path) -> None:
             r"is damaged: at sparsity.inner: Input should be a valid",
         ),
         ({"form": "packed"}, "its form is packed with 0 packed layers"),
-        ({"weights": {}}, "is damaged: at weights: Dictionary should have at least 1 item"),
-        (
-            {"weights": {"../x.safetensors": {"bytes": 0, "sha256": "0" * 64}}},
-            "names the file '../x",
+        ({"files": {}}, "is damaged: at files: Dictionary should have at least 1 item"),
+        *(
+            ({"files": {name: {"bytes": 0, "sha256": "0" * 64}}}, "names the file .* none of its")
+            for name in ("../x.safetensors", "/x", "a/b", "..", "", "secateur.json", "a\\b")
         ),
-        ({"weights": {"x.bin": {"bytes": 0, "sha256": "0" * 64}}}, "'x.bin', which is no weight"),
         (
             {"plan": {"version": 1}},
             "the plan in .*secateur.json is not a plan: at layers: Field req",
@@ -336,7 +348,9 @@ def test_a_damaged_foreign_or_newer_sidecar_is_refused(saved: Path) -> None:
         refused(saved, message)
         path.write_text(whole)
     path.write_text(whole[:100])
-    refused(saved, r"secateur.json is damaged: .*: copy the folder again from where it was saved")
+    refused(saved, r"secateur.json cannot be read as JSON: .*: copy the folder again from where")
+    path.write_text('{"version": 2, "version": 2}')
+    refused(saved, r"secateur.json cannot be read as JSON: it has the key 'version' twice: copy")
     path.unlink()
     refused(saved, r"has no secateur.json: sc.load reads what sc.save wrote; a Hugging Face folder")
     refused(saved / "nowhere", "there is no folder .*nowhere")
@@ -434,7 +448,7 @@ def test_a_folder_with_other_files_is_never_written(tmp_path: Path) -> None:
 def test_a_folder_without_write_permission_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*args: object) -> None:
+    def refused(*args: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     # Root may write anywhere, so the system's answer to another user is given here.
@@ -469,11 +483,233 @@ def test_a_save_that_fails_leaves_the_old_folder(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(save_module, "fingerprint", interrupted)  # the weights are written by then
+    monkeypatch.setattr(save_module, "fingerprints", interrupted)  # the weights are written by then
     with pytest.raises(KeyboardInterrupt):
         save(pruned(seed=4), saved, overwrite=True)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [p.name for p in saved.parent.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed", "llama"])
+def test_overwriting_removes_what_was_saved_and_nothing_else(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save_module, "SHARD_BYTES", 600)
+    folder = tmp_path / "m"
+    model = tiny("llama") if kind == "llama" else pruned()
+    if kind == "packed":
+        pack_(model, "semi24", ["inner"])
+    save(model, folder)
+    written = {path.name for path in folder.iterdir()}
+    mine = {
+        "adapter_model.safetensors": "a",
+        "adapter_config.json": "{}",
+        "tokens.safetensors": "b",
+        "pytorch_model.bin": "c",
+        "tokenizer.json": "{}",
+        "notes/a.txt": "d",
+    }
+    (folder / "notes").mkdir()
+    for name, content in mine.items():
+        (folder / name).write_text(content)
+    load(folder, type(model)(model.config) if kind == "llama" else Net())  # they are no hurdle
+    save(Net(), folder, overwrite=True)
+    assert {name: (folder / name).read_text() for name in mine} == mine
+    after = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert after - mine.keys() == {*read_sidecar(folder).files, "secateur.json"}
+    if kind != "plain":
+        assert not (written - {"secateur.json", *read_sidecar(folder).files}) & after
+    assert_same(load(folder, Net(seed=3)), state(Net()))
+
+
+@pytest.mark.parametrize(
+    "name, early",
+    [
+        ("model-00009-of-00009.safetensors", True),
+        ("model.safetensors.index.json", True),
+        ("model.secateur.safetensors", True),
+        ("generation_config.json", True),
+        ("config.json", False),  # a model of no transformers may have one
+    ],
+)
+def test_a_file_that_is_not_the_models_is_never_replaced(
+    name: str, early: bool, saved: Path
+) -> None:
+    (saved / name).write_text("mine")
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    said = re.escape(f"{saved / name} is none of the saved model's files and would be replaced")
+    with pytest.raises(ValueError, match=said):
+        save(tiny("llama"), saved, overwrite=True)
+    if early:
+        with pytest.raises(ValueError, match=said):
+            require_writable(saved, overwrite=True)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_a_full_disk_is_an_oserror_that_names_the_file_and_changes_nothing(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    models = [pruned(seed=4), pack_and_return(pruned()), tiny("llama")]
+
+    def full(*args: object, **kwargs: object) -> None:
+        text = "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise SafetensorError(text)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    for model in models:
+        with pytest.raises(OSError, match="No space left on device: '.*partial") as raised:
+            save(model, saved, overwrite=True)
+        assert raised.value.errno == errno.ENOSPC
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_files_and_folder_have_the_mode_of_other_new_ones(tmp_path: Path) -> None:
+    for umask, file, folder in ((0o022, 0o644, 0o755), (0o027, 0o640, 0o750), (0, 0o666, 0o777)):
+        before = os.umask(umask)
+        try:
+            for i, model in enumerate((pruned(), pack_and_return(pruned()), tiny("llama"))):
+                out = tmp_path / f"{umask}-{i}"
+                save(model, out)
+                assert {p.stat().st_mode & 0o777 for p in out.iterdir()} == {file}
+                assert out.stat().st_mode & 0o777 == folder
+        finally:
+            os.umask(before)
+
+
+# --- every file is verified ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_every_file_that_a_loader_reads_is_verified(
+    name: str, is_packed: bool, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    sc.prune_(model, sc.plan(model, "2:4"))
+    if is_packed:
+        pack_(model, "semi24")
+    save(model, tmp_path)
+    assert read_sidecar(tmp_path).files.keys() == {p.name for p in tmp_path.iterdir()} - {
+        "secateur.json"
+    }
+    assert torch.equal(first_output(load(tmp_path)), first_output(model))
+    path = tmp_path / name
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"hidden_act": "relu", "rms_norm_eps": 0.5}))
+    with pytest.raises(ValueError, match=rf"{name} has .* it was cut off or changed: copy the fol"):
+        load(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"lacks its file {name}: copy the folder again"):
+        load(tmp_path)
+
+
+def test_a_config_that_was_not_saved_makes_no_model(saved: Path) -> None:
+    tiny("llama").config.save_pretrained(saved)
+    with pytest.raises(ValueError, match="weights of a Net and no config.json to make it from"):
+        load(saved)
+    assert_same(load(saved, Net(seed=2)), state(pruned()))
+
+
+# --- models inside others ------------------------------------------------------------------------
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    wrapped: Any = torch.compile(model, backend="eager")
+    return wrapped  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel])
+@pytest.mark.parametrize("kind", ["plain", "packed", "llama", "packed llama"])
+def test_of_a_wrapped_model_it_is_the_model_that_is_saved(
+    wrap: Any, kind: str, tmp_path: Path
+) -> None:
+    model = tiny("llama") if "llama" in kind else Net()
+    plan = sc.plan(model, "2:4", layers=["*q_proj", "inner"][:1] if "llama" in kind else ["inner"])
+    sc.prune_(model, plan)
+    if "packed" in kind:
+        pack_(model, "semi24", list(plan.layers))
+    save(model, tmp_path / "plain", plan=plan)
+    save(wrap(model), tmp_path / "wrapped", plan=plan)
+    files = {p.name for p in (tmp_path / "plain").iterdir()}
+    assert files == {p.name for p in (tmp_path / "wrapped").iterdir()}
+    for name in files:
+        assert (tmp_path / "plain" / name).read_bytes() == (
+            tmp_path / "wrapped" / name
+        ).read_bytes()
+    fresh = type(model)(model.config) if "llama" in kind else Net(seed=2)
+    given = wrap(fresh)
+    assert load(tmp_path / "plain", given) is given
+    assert_same(fresh, state(model))
+
+
+def test_a_part_that_is_compiled_is_saved_under_its_plain_name(tmp_path: Path) -> None:
+    for model, part in ((pruned(), "inner"), (tiny("llama"), "model")):
+        expected = state(model)
+        setattr(model, part, compiled(getattr(model, part)))
+        save(model, tmp_path / part)
+        stored = load_file(tmp_path / part / "model.safetensors")
+        assert stored and all(torch.equal(t, expected[name]) for name, t in stored.items())
+        assert not any("_orig_mod" in name for name in read_sidecar(tmp_path / part).sparsity)
+    assert_same(load(tmp_path / "inner", Net(seed=2)), state(pruned()))
+
+
+# --- weights that are computed -------------------------------------------------------------------
+
+
+class Mask(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * (weight > 0)
+
+
+@pytest.mark.parametrize("kind", ["net", "llama"])
+@pytest.mark.parametrize("way", ["prune", "parametrize"])
+def test_weights_that_are_computed_are_refused_with_what_makes_them_plain(
+    way: str, kind: str, tmp_path: Path
+) -> None:
+    model: Any = tiny("llama") if kind == "llama" else Net()
+    name = "model.layers.1.mlp.up_proj" if kind == "llama" else "outer"
+    if way == "prune":
+        torch.nn.utils.prune.l1_unstructured(model.get_submodule(name), "weight", 0.5)
+    else:
+        torch.nn.utils.parametrize.register_parametrization(
+            model.get_submodule(name), "weight", Mask()
+        )
+    with pytest.raises(ValueError, match=f"those of {name} are computed from others") as raised:
+        save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    remedy = re.search(r"call (\S+\(.*\)) first", str(raised.value))
+    assert remedy is not None
+    eval(remedy[1], {"torch": torch, "model": model})
+    save(model, tmp_path / "out")
+    given = type(model)(model.config) if kind == "llama" else Net(seed=2)
+    expected = state(model)  # in the order of a model that never had a mask
+    assert_same(load(tmp_path / "out", given), {n: expected[n] for n in given.state_dict()})
+    assert bool((model.get_submodule(name).weight == 0).any())
+
+
+def test_a_norm_of_the_weights_belongs_to_its_architecture(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "conv_dim": [16], "conv_stride": [2], "conv_kernel": [3],
+        "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 8,
+        "num_feat_extract_layers": 1,
+    }  # fmt: skip
+    speech = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes)).eval()
+    save(speech, tmp_path / "speech")
+    assert_same(load(tmp_path / "speech"), state(speech))
+    plain = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    save(plain, tmp_path / "plain")
+    other = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    assert_same(load(tmp_path / "plain", other), state(plain))
+    normed = tiny("llama")
+    torch.nn.utils.parametrizations.weight_norm(normed.model.layers[0].mlp.up_proj)
+    with pytest.raises(ValueError, match=r"those of model.layers.0.mlp.up_proj are computed"):
+        save(normed, tmp_path / "normed")
 
 
 class Endless:

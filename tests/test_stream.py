@@ -256,7 +256,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda s: tensors(s, lambda t: t.update({UP: t[UP].half()})),
         rf"has {UP} as \(24, 16\) of torch.float16",
     ),
-    "no file": (lambda s: (s / "model.safetensors").unlink(), "lacks its weight file model.safet"),
+    "no file": (lambda s: (s / "model.safetensors").unlink(), "has no model.safetensors"),
     "no safetensors": (
         lambda s: (s / "model.safetensors").write_bytes(b"none"),
         "model.safetensors is no safetensors file",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.atomic import clear, write_whole
+from secateur.data_files import parse_json
 
 # A checkpoint's dense loss and today's may differ by what non-deterministic kernels do.
 SAME_LOSS = 1e-4
@@ -34,7 +35,7 @@ class Kept:
     def _read(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
         try:
             whole, _, cut_off = path.read_bytes().rpartition(b"\n")
-            first, *lines = [json.loads(line) for line in whole.split(b"\n")]
+            first, *lines = [parse_json(line, "a line") for line in whole.split(b"\n")]
             known = dict(first["call"])
             for line in lines:
                 if "loss" in line:
@@ -43,7 +44,7 @@ class Kept:
                     self._increase[str(line["layer"]), str(line["pattern"])] = float(
                         line["increase"]
                     )
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} is no checkpoint of sense: {error}: choose another file"
             ) from None
@@ -95,15 +96,3 @@ def _line(entry: Mapping[str, Any]) -> str:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Atomic, so that a kill leaves the state before or after."""
     write_whole(path, json.dumps(data, indent=2, allow_nan=False))
-
-
-def read_json(path: Path, what: str) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        ValueError: if it cannot be read; `what` says what it should have been.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no file of {what}: {error}") from None

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
-from secateur.allocation.kept import Kept, read_json, write_json
+from secateur.allocation.kept import Kept, write_json
 from secateur.calibrate import Observed, as_list, observe
 from secateur.checkpoint import digest
 from secateur.criteria import magnitude
+from secateur.data_files import read_json
 from secateur.gradients import gradients
 from secateur.layers import Selector
 from secateur.outputs import eval_mode
@@ -190,9 +191,8 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
         skipped: dict[str, str] = {}
 
     path = Path(path)
-    data = read_json(path, "sensitivities")
     try:
-        file = File.model_validate(data)
+        file = File.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the top level"

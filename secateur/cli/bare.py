@@ -5,32 +5,37 @@ an nn.Linear for each two-dimensional weight and an nn.Conv2d for each four-dime
 not pruned is written again as it was read.
 """
 
-import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from secateur import __version__
-from secateur.atomic import appearing_whole
 from secateur.plan import Plan
-from secateur.save import Report
-from secateur.sidecar import SIDECAR, Sidecar, fingerprint, weight_files
-from secateur.tensor_files import save_file
+from secateur.save import Report, replacing
+from secateur.sidecar import Sidecar, fingerprints, verify_if_saved
+from secateur.tensor_files import (
+    INDEX_SUFFIX,
+    SUFFIX,
+    load_file,
+    read_metadata,
+    read_tensors,
+    save_file,
+    shapes_in,
+    shards,
+)
 
-INDEX = ".safetensors.index.json"
 # Embeddings and output heads, by the names that language models give them.
 LOOKUPS = re.compile(r"embed|\bwte\b|\bwpe\b|lm_head")
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Shape and dtype by key.
-Shapes = Mapping[str, tuple[tuple[int, ...], str]]
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class StateDict(nn.Module):
@@ -54,10 +59,10 @@ def find_bare(path: Path) -> Path | None:
         ValueError: if a folder holds several and no index.
     """
     if path.is_file():
-        return path if path.suffix == ".safetensors" or path.name.endswith(INDEX) else None
+        return path if path.name.endswith((SUFFIX, INDEX_SUFFIX)) else None
     if (path / "config.json").exists():
         return None
-    found = sorted(path.glob("*" + INDEX)) or sorted(path.glob("*.safetensors"))
+    found = sorted(path.glob("*" + INDEX_SUFFIX)) or sorted(path.glob("*" + SUFFIX))
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise ValueError(f"{path} holds several state dicts, {names}: name one of them")
@@ -68,16 +73,19 @@ def read_bare(path: Path) -> tuple[nn.Module, Bare]:
     """The skeleton model of a state dict, and what it takes to write it again.
 
     Raises:
-        ValueError: if a file is missing or damaged, or no tensor is the weight of a layer.
+        ValueError: if a file is missing, damaged or not the one that was saved, or no tensor is the
+            weight of a layer.
+        OSError: if a file cannot be read.
     """
-    index = path if path.name.endswith(INDEX) else None
-    shapes = {file: _shapes(file) for file in (_shards(path) if index else [path])}
+    verify_if_saved(path.parent)
+    index = path if path.name.endswith(INDEX_SUFFIX) else None
+    shapes = {file: shapes_in(file) for file in (shards(path) if index else [path])}
     everything = {key: found for keys in shapes.values() for key, found in keys.items()}
     left_alone = _left_alone(everything)
     layers = {
         name: _layer(weight)
         for file, keys in shapes.items()
-        for name, weight in _weights(file, [n for n in _names(keys) if n not in left_alone])
+        for name, weight in _weights(file, keys, left_alone).items()
     }
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left_alone.items())[:3])
@@ -95,8 +103,8 @@ def linear_shapes(path: Path) -> tuple[tuple[int, int], ...]:
     Raises:
         ValueError: if there are none, or a file is damaged.
     """
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    everything = {key: found for file in files for key, found in _shapes(file).items()}
+    files = sorted(path.glob("*" + SUFFIX)) if path.is_dir() else [path]
+    everything = {key: found for file in files for key, found in shapes_in(file).items()}
     left_alone = _left_alone(everything)
     named = [
         everything[f"{name}.weight"][0] for name in _names(everything) if name not in left_alone
@@ -121,22 +129,20 @@ def write_bare(
     not at all.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    with appearing_whole(folder.resolve(), replaced=_is_written) as partial:
+    with replacing(folder.resolve()) as partial:
         for file, keys in bare.files.items():
-            with safe_open(file, framework="pt") as tensors:
-                content = {key: tensors.get_tensor(key) for key in keys}
-                metadata = tensors.metadata()
+            content = load_file(file)
             for key in keys:
                 layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
                 if layer is not None:
                     content[key] = layer.weight.detach().cpu().contiguous()
-            save_file(content, partial / file.name, metadata)
+            save_file(content, partial / file.name, read_metadata(file) or None)
         if bare.index:
             shutil.copyfile(bare.index, partial / bare.index.name)
         Sidecar(
             form="dense",
             model_class=type(model).__name__,
-            weights={path.name: fingerprint(path) for path in weight_files(partial)},
+            files=fingerprints(partial),
             sparsity={n: float((m.weight == 0).float().mean()) for n, m in layers.items()},
             tied={},
             packed={},
@@ -145,30 +151,6 @@ def write_bare(
             library_version=__version__,
             torch_version=str(torch.__version__),
         ).write(partial)
-
-
-def _is_written(name: str) -> bool:
-    """Whether a file of this name is part of a state dict that was written here."""
-    return name == SIDECAR or Path(name).match("*.safetensors*")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [index.parent / file for file in dict.fromkeys(weights.values())]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is no index of safetensors: it needs a weight_map") from None
-
-
-def _shapes(file: Path) -> Shapes:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            slices = {key: tensors.get_slice(key) for key in tensors.keys()}
-            return {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-    except FileNotFoundError:
-        raise ValueError(f"{file} does not exist") from None
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
 
 
 def _names(shapes: Shapes) -> list[str]:
@@ -205,12 +187,10 @@ def _stored_transposed(shapes: Shapes) -> set[str]:
     return found
 
 
-def _weights(file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt") as tensors:
-        present = set(tensors.keys())
-        for name in names:
-            if f"{name}.weight" in present:
-                yield name, tensors.get_tensor(f"{name}.weight")
+def _weights(file: Path, keys: Shapes, left_alone: Mapping[str, str]) -> dict[str, Tensor]:
+    names = [name for name in _names(keys) if name not in left_alone]
+    read = read_tensors(file, [f"{name}.weight" for name in names])
+    return {name: read[f"{name}.weight"] for name in names}
 
 
 def _layer(weight: Tensor) -> nn.Module:

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
-import yaml
 from torch import nn
 
 from secateur import criteria, reconstruct
+from secateur.data_files import parse_yaml
 from secateur.plan import Plan
 from secateur.prune import PruneReport, prune_, reconstruct_
 from secateur.replay import Batch
@@ -141,7 +141,7 @@ def _options(name: str, function: Callable[..., Any], options: Sequence[str]) ->
             has = ", ".join(f"{k}={v}" for k, (v, _) in defaults.items()) or "none"
             raise ValueError(f"{name} has no option {option!r}: write NAME=VALUE, it has {has}")
         default, kind = defaults[key]
-        read = yaml.safe_load(value)
+        read = parse_yaml(value, f"--option {option}")
         if kind is float and isinstance(read, int):
             read = float(read)
         if kind is not type(None) and type(read) is not kind:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from secateur.atomic import file_appearing_whole
 from secateur.cli import options as o
 from secateur.cli.console import emit, failures, say, table
 from secateur.report.rows import Row
@@ -130,10 +131,6 @@ def _diff(file: Path, before: bytes, after: bytes) -> list[str]:
 def _write(file: Path, source: bytes) -> None:
     """The file whole or as it was, with its permissions; of a link, the file that it names."""
     file = file.resolve()
-    partial = file.with_name(f".{file.name}.partial")
-    try:
+    with file_appearing_whole(file) as partial:
         partial.write_bytes(source)
         shutil.copymode(file, partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """Opening what a command names: a model, its data, its plan, and the place where results go."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from secateur.cli.bare import Bare, find_bare, read_bare, write_bare
 from secateur.cli.console import caution, working
 from secateur.plan import Plan, plan, read_plan
 from secateur.replay import Batch
-from secateur.save import Report, load, save
+from secateur.save import Report, load, write_model
+from secateur.sidecar import verify_if_saved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO, STORED = "auto", "stored"
@@ -46,7 +46,7 @@ class Source:
 
         The model keeps the dtypes that it has, and has the weights that were written, rounded.
         """
-        from secateur.integrations.transformers import copy_tokenizer
+        from secateur.integrations.transformers import tokenizer_files
 
         if self.bare:
             write_bare(self.bare, self.model, out, plan=plan, reports=reports)
@@ -55,10 +55,12 @@ class Source:
         dtypes = {name: parameter.dtype for name, parameter in held.items()}
         for name, parameter in held.items():
             parameter.data = parameter.data.to(self.stored[name])
-        save(self.model, out, plan=plan, reports=reports, overwrite=overwrite)
+        write_model(
+            self.model, out, plan=plan, reports=reports, overwrite=overwrite,
+            beside=tokenizer_files(self.path),
+        )  # fmt: skip
         for name, parameter in held.items():
             parameter.data = parameter.data.to(dtypes[name])
-        copy_tokenizer(self.path, out)
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,16 @@ def open_source(name: str | Path, dtype: str = STORED, device: str = "cpu") -> S
         ValueError: if it is neither a Hugging Face folder nor a state dict, or an option does not
             apply.
     """
+    from secateur.integrations.transformers import PICKLED, converted, no_folder
+
     path = Path(name)
     if not path.exists():
-        raise ValueError(f"there is no {path}: models are read from local folders and files only")
+        raise ValueError(no_folder(path))
     file = find_bare(path)
     if file is None and path.is_file():
         raise ValueError(
             f"{path} is no model: name a Hugging Face folder, a .safetensors file or its index.json"
+            + (f"; {converted(path)}" if path.suffix in PICKLED else "")
         )
     if file is None:
         return open_folder(path, dtype, device)
@@ -148,6 +153,7 @@ def open_folder(folder: Path, dtype: str = STORED, device: str = "cpu") -> Sourc
             model = load(folder)
         else:
             without_progress_bars()
+            verify_if_saved(folder)
             model = load_folder(folder)
         if dtype == AUTO and where.type == "cpu" and _in_16_bits(model):
             wanted = torch.float32
@@ -225,8 +231,9 @@ def find_dtype(name: str) -> torch.dtype | None:
 
 def _positions(folder: Path) -> int:
     """How many positions the model in the folder has; `LENGTH` where it does not say."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    from secateur.integrations.transformers import read_config
+
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
     found = config.get("max_position_embeddings") or config.get("n_positions")
     return found if isinstance(found, int) else LENGTH
 

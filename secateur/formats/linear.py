@@ -1,5 +1,6 @@
 """`SparseLinear`: an `nn.Linear` whose weight is stored packed and multiplied as it is stored."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -229,22 +230,57 @@ class SparseLinear(nn.Linear):
             self.use(REFERENCE if from_meta else self._default())
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        error_messages: list[str] = rest[-1]
-        errors_before = len(error_messages)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if f"{prefix}weight" in state_dict:
-            error_messages.append(
-                f"{self._title()} is packed, but the checkpoint holds a dense {prefix}weight: "
-                "load it into unpack_(model), then pack_ again"
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take tensors that are right in every respect, or none: a kernel trusts its indices."""
+        given = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
+        own = [*self._stored, *([] if self.bias is None else ["bias"])]
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        problem = self._why_not_loaded({k: given[k] for k in own if k in given}, assign)
+        if "weight" in given:
+            problem = (
+                f"it holds a dense {prefix}weight: load it into unpack_(model), then pack_ again"
             )
-        if len(error_messages) > errors_before or any(tensor.is_meta for tensor in self._parts()):
+        if problem is not None:
+            error_msgs.append(f"{self._title()} cannot use the checkpoint: {problem}")
             return
-        problem = self.format.folder.broken(self.packed)
-        if problem is None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not any(tensor.is_meta for tensor in self._parts()):
             self.use(self._default())
-        else:
-            error_messages.append(f"{self._title()} cannot use the checkpoint's tensors: {problem}")
+
+    def _why_not_loaded(self, given: Mapping[str, Any], assign: bool) -> str | None:
+        """None if these tensors may take the places of this layer's own, else what is wrong."""
+        if (parts := given.keys() & set(self._stored)) and len(parts) < len(self._stored):
+            lacking = next(key for key in self._stored if key not in parts)
+            return f"it has {min(parts)} and lacks {lacking}, of one packed weight"
+        tensors = {**self._buffers, "bias": self.bias}
+        for key, new in given.items():
+            own = tensors[key]
+            assert own is not None
+            if not isinstance(new, Tensor) or new.layout != torch.strided:
+                return f"{key} needs to be a plain tensor, got {type(new).__name__}"
+            if new.shape != own.shape:
+                return f"{key} needs shape {tuple(own.shape)}, got {tuple(new.shape)}"
+            casts = key in (self._typed, "bias") and not assign
+            if new.dtype != own.dtype and not (casts and new.dtype in DTYPES):
+                return f"{key} needs {_short(own.dtype)}, got {_short(new.dtype)}"
+            if new.is_meta and not own.is_meta:
+                return f"{key} has no data (meta device)"
+        if not parts or any(given[key].is_meta for key in self._stored):
+            return None
+        packed = [given[key].detach().to(self.get_buffer(key).dtype) for key in self._stored]
+        sizes = (self.out_features, self.in_features)
+        return self.format.folder.broken(self.format.folder.packed_type(sizes, *packed))
 
 
 def describe(linear: SparseLinear) -> dict[str, int | str | bool]:

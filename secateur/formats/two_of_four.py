@@ -107,6 +107,8 @@ def broken(metadata: UInt8[Tensor, "out bytes"], groups: int) -> str | None:
     if bool(wrong.any()):
         row, group = first_true(wrong)
         return f"metadata of row {row} columns {4 * group}..{4 * group + 3} are not two ascending"
+    if groups % 2 and bool((metadata[:, -1] >> 4).any()):
+        return f"metadata name columns from {4 * groups} on, which the weight lacks"
     return None
 
 

@@ -4,19 +4,21 @@ Imports transformers inside functions only. Nothing is downloaded, and no code t
 along is ever run.
 """
 
+import contextlib
 import copy
-import json
-import shutil
+import re
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from secateur.data_files import read_json
 from secateur.replay import hooks
+from secateur.tensor_files import load_files, shards, writing
 
 # Everything that tokenizers, processors and chat templates are known to be stored in.
 TOKENIZER_FILES = (
@@ -29,59 +31,92 @@ TOKENIZER_FILES = (
 # The variant of packed weight files; a loader that does not know it finds no weights at all.
 PACKED_FILES = "model.secateur*.safetensors"
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+UNTRUSTED = "a pickle may hold code, so it is never read: convert it, if you trust it"
+
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
 def load_folder(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model in a Hugging Face folder, in eval mode, in the dtype it is stored in or another.
 
-    Its class is the one that `config.json` names, which must be transformers' own. Weights are read
-    from safetensors files only.
+    Its class is the one that `config.json` names, which must be transformers' own. transformers is
+    given the tensors and opens no weight file itself: whatever a folder names or holds, nothing is
+    read but safetensors files of that very folder.
 
     Raises:
         ValueError: if the folder, its config or its weights are missing, damaged, packed, quantized
             or incomplete, or transformers is not installed.
+        OSError: if a file cannot be read.
     """
     folder = Path(folder)
     architecture = _dense_architecture(folder)
-    try:
+    config = _config(architecture, folder)
+    tensors = load_files(weight_files(folder, architecture))
+    with _naming(folder, architecture):
         model, found = architecture.from_pretrained(
-            folder,
+            None,
+            config=config,
+            state_dict=tensors,
             dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{folder} cannot be loaded as {architecture.__name__}: {error}"
-        ) from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{folder} lacks {len(missing)} weights of {architecture.__name__}, first "
             f"{missing[0]!r}, which would be random: complete the folder, or name another class in "
             "config.json"
         )
+    _complete(model, folder)
     loaded: nn.Module = model
     return loaded
 
 
+def weight_files(folder: Path, architecture: Any = None) -> list[Path]:
+    """The files with the weights of a Hugging Face folder, in its own words: one, or an index's.
+
+    Raises:
+        ValueError: if there are none, one is missing, or the index names what is no safetensors
+            file of the folder.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not whole.is_file() and not index.is_file():
+        raise ValueError(_no_weights(folder))
+    found = [whole] if whole.is_file() else shards(index)
+    # A few classes keep a head in a file of its own.
+    extra = getattr(getattr(architecture, "config_class", None), "extra_files", ())
+    return [*found, *(folder / name for name in extra if (folder / name).is_file())]
+
+
 def unloaded(folder: str | Path) -> nn.Module:
-    """The model that `config.json` describes, in its dtype, with weights that mean nothing yet."""
+    """The model that `config.json` describes, in its dtype, with weights that mean nothing yet.
+
+    Raises:
+        ValueError: if the config is missing or damaged, or describes no model of transformers.
+    """
     folder = Path(folder)
     architecture = _architecture(read_config(folder), folder)
-    config = architecture.config_class.from_pretrained(folder)
+    config = _config(architecture, folder)
     before = torch.get_default_dtype()
-    try:
-        # As from_pretrained does: `.to(dtype)` would round buffers that have to stay in float32.
-        torch.set_default_dtype(config.dtype or torch.float32)
-        model: Any = architecture(config)
-    finally:
-        torch.set_default_dtype(before)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    with _naming(folder, architecture):
+        try:
+            # As from_pretrained does: `.to(dtype)` would round buffers that have to stay float32.
+            torch.set_default_dtype(config.dtype or torch.float32)
+            model: Any = architecture(config)
+        finally:
+            torch.set_default_dtype(before)
+    _complete(model, folder)
     built: nn.Module = model.eval()
     return built
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A new model of this transformers model's class and config, on the meta device."""
+    stock: Any = model
+    with torch.device("meta"):
+        fresh: nn.Module = type(stock)(copy.deepcopy(stock.config))
+    return fresh
 
 
 def hollow(folder: str | Path) -> nn.Module:
@@ -125,11 +160,14 @@ def without_progress_bars() -> None:
     logging.disable_progress_bar()
 
 
-def save_folder(model: nn.Module, folder: Path) -> None:
+def save_folder(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write the model as transformers itself does: config.json and stock safetensors.
+
+    `state` are its tensors, by the names that they have in the model that is read back.
 
     Raises:
         ValueError: if the model is quantized: its weights are not those that would be read back.
+        OSError: if a file cannot be written.
     """
     stock: Any = model
     if getattr(stock.config, "quantization_config", None) is not None:
@@ -137,7 +175,10 @@ def save_folder(model: nn.Module, folder: Path) -> None:
             f"save needs a dense model, this {type(model).__name__} is quantized: load it without "
             "quantization_config"
         )
-    stock.save_pretrained(folder)
+    with writing(folder):
+        stock.save_pretrained(folder, state_dict=dict(state))
+    for path in folder.glob("*.safetensors"):  # which safetensors leaves to their owner alone
+        path.chmod((folder / "config.json").stat().st_mode)
 
 
 def save_config(model: nn.Module, folder: Path) -> None:
@@ -151,13 +192,9 @@ def save_config(model: nn.Module, folder: Path) -> None:
         stock.generation_config.save_pretrained(folder)
 
 
-def copy_tokenizer(source: str | Path, folder: str | Path) -> tuple[str, ...]:
-    """The names of the tokenizer's and processor's files, now copied from `source` to `folder`."""
-    source, folder = Path(source), Path(folder)
-    names = tuple(name for name in TOKENIZER_FILES if (source / name).is_file())
-    for name in names:
-        shutil.copyfile(source / name, folder / name)
-    return names
+def tokenizer_files(folder: str | Path) -> dict[str, Path]:
+    """The files of the tokenizer and the processor in a folder, by their names."""
+    return {name: Path(folder, name) for name in TOKENIZER_FILES if Path(folder, name).is_file()}
 
 
 # --- config.json ---------------------------------------------------------------------------------
@@ -182,20 +219,77 @@ def _dense_architecture(folder: Path) -> Any:
 def read_config(folder: Path) -> dict[str, Any]:
     """What `config.json` says.
 
-    Raises: ValueError if there is none, or it is no JSON object.
+    Raises:
+        ValueError: if there is none, it is no JSON object, or it sends a reader to files or code
+            elsewhere.
     """
     path = folder / "config.json"
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: models are read from local folders only")
+        raise ValueError(no_folder(folder))
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: it is no Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} needs a JSON object, got {type(config).__name__}")
+    config = read_json(path, infinite=True)  # state-space models limit a time step by infinity
+    if "configuration_files" in config:
+        raise ValueError(
+            f"{path} names other files under configuration_files: keep the one that is meant, as "
+            "config.json"
+        )
+    if (elsewhere := _kernels_from_a_hub(config)) is not None:
+        raise ValueError(
+            f"{path} asks for the code of {elsewhere!r}, which is never run: remove that entry"
+        )
     return config
+
+
+def _kernels_from_a_hub(config: Any) -> str | None:
+    """A repository that the config, or one inside it, takes an implementation from."""
+    if isinstance(config, list):
+        return next(filter(None, map(_kernels_from_a_hub, config)), None)
+    if not isinstance(config, dict):
+        return None
+    for key, value in config.items():
+        named = list(value.values()) if isinstance(value, dict) else [value]
+        for name in named if "_implementation" in key else ():
+            if isinstance(name, str) and "/" in name:
+                return name
+        if (found := _kernels_from_a_hub(value)) is not None:
+            return found
+    return None
+
+
+def no_folder(path: str | Path) -> str:
+    """What to say where there is no model at a path; a hub's name of one is recognised."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        local = str(path).rpartition("/")[2]
+        return (
+            f"there is no folder {path}: models are read from local folders only; a model of the "
+            f"Hugging Face hub is downloaded first: hf download {path} --local-dir {local}"
+        )
+    return f"there is no folder {path}: models are read from local folders only"
+
+
+def _no_weights(folder: Path) -> str:
+    """What to say of a folder without safetensors; pickled weights have a way out."""
+    pickled = sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
+    missing = f"{folder} has no model.safetensors, nor the index of several files"
+    if not pickled:
+        return f"{missing}: copy the folder again"
+    name = class_name(read_config(folder), folder)
+    made = f"transformers.{name}.from_pretrained({str(folder)!r}, dtype='auto')"
+    return (
+        f"{missing}, only {pickled[0].name}, and {UNTRUSTED}: "
+        f"python -c \"import transformers; {made}.save_pretrained('converted')\""
+    )
+
+
+def converted(path: Path) -> str:
+    """What to do with a file of pickled weights."""
+    to = str(path.with_suffix(".safetensors"))
+    return (
+        f'{UNTRUSTED}: python -c "import torch, safetensors.torch as st; '
+        f"w = torch.load({str(path)!r}, weights_only=True, map_location='cpu'); "
+        f'st.save_file({{k: v.clone() for k, v in w.items()}}, {to!r})"'
+    )
 
 
 def class_name(config: dict[str, Any], folder: Path) -> str:
@@ -219,7 +313,8 @@ def _architecture(config: dict[str, Any], folder: Path) -> Any:
         raise ValueError(not_installed("transformers")) from error
     name = class_name(config, folder)
     found = getattr(transformers, name, None) if name.isidentifier() else None
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+    base = transformers.PreTrainedModel  # which is no model itself, and has no config class
+    if not (isinstance(found, type) and issubclass(found, base) and found is not base):
         own = " (its own code, under auto_map, is never run)" if "auto_map" in config else ""
         raise ValueError(
             f"{folder / 'config.json'} names the class {name!r}, which is no model of transformers "
@@ -227,6 +322,49 @@ def _architecture(config: dict[str, Any], folder: Path) -> Any:
             "model="
         )
     return found
+
+
+def _config(architecture: Any, folder: Path) -> Any:
+    """The config of this class in the folder."""
+    with _naming(folder, architecture):
+        return architecture.config_class.from_pretrained(folder, local_files_only=True)
+
+
+def _complete(model: Any, folder: Path) -> None:
+    """Give the model its origin and settings of generation: the folder's, or its config's."""
+    model.config.name_or_path = str(folder)
+    if not model.can_generate():
+        return
+    path = folder / "generation_config.json"
+    own = path.is_file()
+    if own:
+        read_json(path, infinite=True)
+    kind = type(model.generation_config)
+    with _naming(folder, type(model), path if own else None):
+        model.generation_config = kind.from_pretrained(
+            folder,
+            config_file_name=path.name if own else "config.json",
+            local_files_only=True,
+            **({} if own else {"_from_model_config": True}),
+        )
+
+
+@contextlib.contextmanager
+def _naming(folder: Path, architecture: Any, path: Path | None = None) -> Iterator[None]:
+    """Whatever transformers raises over the content of a file becomes a ValueError that names it.
+
+    It raises nothing narrower: a wrong value ends in an error of any kind, wherever it is used.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) or "no reason"
+        raise ValueError(
+            f"{path or folder / 'config.json'} does not make a {architecture.__name__} with the "
+            f"files beside it, transformers says: {type(error).__name__}: {said}"
+        ) from error
 
 
 def not_installed(package: str) -> str:

@@ -6,11 +6,11 @@ own and renames it, so a reader sees a whole entry or none, and the last of equa
 
 import hashlib
 import os
-import uuid
 import warnings
 from functools import cache
 from pathlib import Path
 
+from secateur.atomic import write_whole
 from secateur.kernels.nvrtc import Source, compile_cubin, nvrtc_version, options
 
 FOLDER_VARIABLE = "SECATEUR_CACHE"
@@ -85,12 +85,7 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, code: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem[:16]}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        partial.write_bytes(code + hashlib.sha256(code).digest())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, code + hashlib.sha256(code).digest())
 
 
 @cache

@@ -4,13 +4,14 @@ A table has three levels above its entries, such as chip -> weight -> largest nu
 """
 
 import json
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from secateur.atomic import write_whole
+from secateur.data_files import read_json
 from secateur.kernels.cubins import folder
 
 Table = dict[str, dict[str, dict[str, str]]]
@@ -48,20 +49,23 @@ def read(path: Path, entries: Entries) -> Table:
     Raises: ValueError if the file is no such table; it names the file.
     """
     try:
-        data = path.read_bytes()
+        table = read_json(path)
     except OSError:
         return {}
+    except ValueError as error:
+        raise ValueError(f"{error}: {entries.remedy}") from None
     try:
-        table = json.loads(data)
         for second in table.values():
             for third in second.values():
                 for text in third.values():
-                    entries.parse(str(text))
+                    if not isinstance(text, str):
+                        raise ValueError(f"{text!r} is no text")
+                    entries.parse(text)
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} needs to be a table of {entries.title}, got: {error}: {entries.remedy}"
         ) from error
-    return table  # type: ignore[no-any-return]
+    return table
 
 
 def add(path: Path, entries: Entries, place: tuple[str, str, str], text: str) -> None:
@@ -76,9 +80,4 @@ def add(path: Path, entries: Entries, place: tuple[str, str, str], text: str) ->
     first, second, third = place
     table.setdefault(first, {}).setdefault(second, {})[third] = text
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, json.dumps(table, indent=1, sort_keys=True) + "\n")

@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.accelerate_report import AccelerateReport
 from secateur.allocation import Allocation, Sensitivity
+from secateur.atomic import write_whole
 from secateur.inspection import Inspection, inspect
 from secateur.plan import Plan
 from secateur.prune import PruneReport
@@ -66,7 +67,7 @@ def write_html(
         sections=shown,
         provenance=provenance(),
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_whole(Path(path), page)
 
 
 def _template() -> Any:

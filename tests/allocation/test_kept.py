@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.allocation.kept import Kept, read_json, write_json
+from secateur.allocation.kept import Kept, write_json
+from secateur.data_files import read_json
 
 
 def test_what_is_added_is_there_again(tmp_path: Path) -> None:
@@ -36,4 +37,4 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="Out of range float values"):
         write_json(path, {"a": float("nan")})
-    assert read_json(path, "numbers") == {"a": 1}
+    assert read_json(path) == {"a": 1}

@@ -89,7 +89,8 @@ def migrate_source(source: bytes) -> Migration:
     mark, body = (BOM, source[len(BOM) :]) if source.startswith(BOM) else (b"", source)
     try:
         tree = ast.parse(body.decode("utf-8"))
-    except (SyntaxError, ValueError) as error:  # no UTF-8 or null bytes: ValueError
+    # no UTF-8 or null bytes: ValueError; nested too deep: either of the last
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"it cannot be parsed ({error}): it is left as it is") from None
     rules = MOVED | (WITH_SPARSE if _is_sparse(tree) else {})
     edits = [edit for node in ast.walk(tree) if (edit := _edit(node, tree, rules)) is not None]

@@ -90,7 +90,10 @@ def empty(shape: tuple[int, int], stored: int, dtype: torch.dtype) -> PackedBitm
 
 
 def broken(packed: PackedBitmap) -> str | None:
-    """None if there is a value for every bit, else the two counts."""
+    """None if there is a value for every bit, and no bit for no weight, else what is wrong."""
+    used = packed.shape[1] % 8
+    if used and bool((packed.bitmask[:, -1] >> used).any()):
+        return f"bitmask keeps columns from {packed.shape[1]} on, which the weight lacks"
     bits = int(_split(packed).sum())
     if bits != len(packed.values):
         return f"bitmask keeps {bits} weights, but {len(packed.values)} values are stored"

@@ -125,7 +125,7 @@ def empty(
 
 def broken(packed: PackedBlock) -> str | None:
     """None if the indices are those of a weight of this shape, else what is wrong with them."""
-    crow, col = packed.crow_indices, packed.col_indices
+    crow, col = packed.crow_indices.long(), packed.col_indices  # differences may not overflow
     if int(crow[0]) != 0 or int(crow[-1]) != len(col) or bool((crow.diff() < 0).any()):
         return f"crow_indices do not rise from 0 to {len(col)}"
     column_blocks = packed.shape[1] // packed.block[1]

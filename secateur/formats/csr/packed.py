@@ -102,7 +102,7 @@ def empty(shape: tuple[int, int], stored: int, dtype: torch.dtype) -> PackedCsr:
 
 def broken(packed: PackedCsr) -> str | None:
     """None if the indices are those of a weight of this shape, else what is wrong with them."""
-    crow, col = packed.crow_indices, packed.col_indices
+    crow, col = packed.crow_indices.long(), packed.col_indices  # differences may not overflow
     if int(crow[0]) != 0 or int(crow[-1]) != len(col) or bool((crow.diff() < 0).any()):
         return f"crow_indices do not rise from 0 to {len(col)}"
     if bool(((col < 0) | (col >= packed.shape[1])).any()):
