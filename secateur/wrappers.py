@@ -1,0 +1,45 @@
+"""Wrappers around a whole model: what they wrap, and the names that its parts have without them.
+
+`torch.compile` and the data-parallel modules of torch hold a model as a child of their own, so that
+names begin with `_orig_mod.` or `module.`; a plan, a file or a report is about the model inside.
+"""
+
+import sys
+
+from torch import nn
+
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of `torch.compile`, `DataParallel` and `DistributedDataParallel`, or itself.
+
+    It is the same object, not a copy: what is changed in it is changed in the wrapped model.
+    """
+    while child := wrapping(model):
+        model = model.get_submodule(child)
+    return model
+
+
+def unwrapped_name(model: nn.Module, name: str) -> str:
+    """The name that a module or tensor of the model has where neither it nor a part is wrapped.
+
+    `_orig_mod.layers.0._orig_mod.weight` is `layers.0.weight`. A name that the model lacks comes
+    back as it is.
+    """
+    kept: list[str] = []
+    module: nn.Module | None = model
+    for part in name.split("."):
+        if module is None or part != wrapping(module):
+            kept.append(part)
+        module = None if module is None else module._modules.get(part)
+    return ".".join(kept)
+
+
+def wrapping(module: nn.Module) -> str:
+    """The name of the child that the module only wraps; empty for a module of any other kind."""
+    if isinstance(module, PARALLEL):
+        return "module"
+    # Asked for without an import, which costs seconds: a model is compiled only once it is there.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return "_orig_mod" if dynamo and isinstance(module, dynamo.OptimizedModule) else ""
