@@ -34,6 +34,7 @@ from secateur.replay import (
     record_all,
     run_batch,
     to_device,
+    usable,
 )
 from secateur.statistics import STATISTICS, HeldGram, Statistic
 from secateur.window import Window
@@ -393,7 +394,7 @@ def as_list(batches: Iterable[Batch]) -> list[Batch]:
             f"batches must be an iterable of batches, got one {type(batches).__name__}: wrap it in "
             "a list, or split it, as in tokens.split(8)"
         )
-    listed = list(batches)
+    listed = [usable(batch, i) for i, batch in enumerate(batches)]
     if not listed:
         raise ValueError("calibration needs at least one batch, got none")
     return listed

@@ -20,7 +20,7 @@ from secateur import layers as _layers
 from secateur.calibrate import as_list
 from secateur.distributed import ALONE, Team
 from secateur.interrupts import putting_back
-from secateur.layers import weight_of
+from secateur.layers import weight_of, weights_of
 from secateur.outputs import answer, counted, eval_mode, on_device
 from secateur.replay import Batch, find_chains, hooks
 from secateur.statistics import GRADIENTS
@@ -62,8 +62,9 @@ def gradients(
     if not wanted or not layers:
         return found
     listed = [on_device(batch, model) for batch in as_list(batches)]
-    weights = {name: weight_of(module) for name, module in layers.items()}
+    weights = weights_of(layers)
     with (
+        torch.inference_mode(False),
         team.together(),
         eval_mode(model),
         torch.enable_grad(),
