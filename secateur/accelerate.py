@@ -240,7 +240,9 @@ def _times(
     """
     weight = linear.weight
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(tokens, linear.in_features, generator=generator, device=weight.device)
+    x = torch.randn(
+        tokens, linear.in_features, generator=generator, device=weight.device, dtype=torch.float32
+    )
     x = x.to(weight.dtype)
     sparse, dropped = list[Candidate](), list[str]()
     for layer in layers.values():

@@ -30,7 +30,7 @@ def run_batch(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(*batch)
 
 
-def usable(batch: Batch, index: int) -> Batch:
+def usable(batch: object, index: int) -> Batch:
     """The batch, with copies that autograd can keep of what was made in inference mode.
 
     Raises:

@@ -99,6 +99,7 @@ class Run:
                 "take sc.best, or start it without torchrun"
             )
 
+    @torch.inference_mode(False)  # the user's own would forbid training, and writing to weights
     def __call__(
         self, batches: Iterable[Batch] | None, offload: bool, checkpoint: str | Path | None
     ) -> PruneReport:
@@ -128,7 +129,7 @@ class Run:
                             self.model, missing, listed, self.blockwise, offload=offload
                         )
                         tqdm.write(f"{self.method}: {told}", file=sys.stderr)
-            dense = copy.deepcopy(self.model) if self.distils else None
+            dense = self._dense_copy() if self.distils else None
             if dense is not None:
                 held_out_loss(self.model, dense, listed)  # before hours of work: is there one?
             found = gradients(self.model, missing, listed, self.needs, self.loss, self.team)
@@ -138,6 +139,7 @@ class Run:
                 results = self._distilled(dense, layers, listed, checkpoint, results)
             return self._report(layers, results, begin)
 
+    @torch.inference_mode(False)
     def streamed(self, batches: Sequence[Batch], saved: Checkpoint, window: Window) -> PruneReport:
         """The pass over a model whose blocks are loaded one by one; `saved` gets the weights.
 
@@ -168,6 +170,16 @@ class Run:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         seconds = time.perf_counter() - begin
         return PruneReport(self.method, tuple(results), seconds, zeros, parameters)
+
+    def _dense_copy(self) -> nn.Module:
+        try:
+            return copy.deepcopy(self.model)
+        except Exception as error:  # whatever the modules' own copying raises
+            raise ValueError(
+                f"{self.method} trains towards a copy of the dense model, and this "
+                f"{type(self.model).__name__} cannot be copied ({error}): take sc.best, or "
+                "make copy.deepcopy(model) work"
+            ) from error
 
     def _distilled(
         self,
@@ -311,7 +323,8 @@ class Run:
         self, name: str, module: nn.Module, statistics: Mapping[str, Any], tokens: int
     ) -> tuple[LayerResult, Tensor]:
         pattern = self.plan.layers[name]
-        before = _layers.matrix(module).to(torch.float32, copy=True)
+        stored = _layers.matrix(module)
+        before = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
         available = {
             "weight": before.clone(),
             "pattern": pattern,
@@ -323,14 +336,16 @@ class Run:
             raise ValueError(
                 f"{self.method} needs to give {name} a mask of {pattern}, its mask {violation}"
             )
-        new = solution.weight.masked_fill(~solution.mask, 0)
+        # What a method leaves as it was, in float32 too, stays to the bit.
+        same = (solution.weight == before) | (solution.weight == before.float())
+        new = torch.where(same, before, solution.weight).masked_fill(~solution.mask, 0)
         if not new.isfinite().all():
             raise ValueError(
                 f"{self.method} gave layer {name} weights that are not finite: add calibration "
                 "data or raise the damping"
             )
         weight_of(module).copy_(_layers.like_weight(module, new))
-        after = _layers.matrix(module).float()
+        after = _layers.matrix(module)
         result = LayerResult(
             name,
             str(pattern),
@@ -377,5 +392,5 @@ def _output_error(
 ) -> float | None:
     if gram is None:
         return None
-    lost, energy = (((w @ gram) * w).sum() for w in (before - after, before))
+    lost, energy = (((w @ gram) * w).sum() for w in ((before - after).float(), before.float()))
     return float(lost / energy) if energy > 0 else 0.0

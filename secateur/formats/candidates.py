@@ -118,7 +118,14 @@ def admitted(
     """
     kept, reasons = list[Candidate](), list[str]()
     targets: dict[int | None, tuple[Tensor, float]] = {}
-    rows = torch.linspace(0, len(x) - 1, min(len(x), TOKENS_CHECKED)).round().long().to(x.device)
+    rows = (
+        torch.linspace(
+            0, len(x) - 1, min(len(x), TOKENS_CHECKED), dtype=torch.float32, device="cpu"
+        )
+        .round()
+        .long()
+        .to(x.device)
+    )
     for candidate in candidates:
         of = None if candidate.quantised is None else id(candidate.quantised)
         if of not in targets:

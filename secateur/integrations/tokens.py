@@ -136,9 +136,9 @@ def sampled_rows(
     length = ids.shape[1]
     prompt = min(prompt, length // 2)
     generator = torch.Generator().manual_seed(seed)
-    row = torch.randint(len(ids), (rows, 1), generator=generator)
-    place = torch.randint(length - prompt + 1, (rows, 1), generator=generator)
-    starts = ids[row.to(ids.device), (place + torch.arange(prompt)).to(ids.device)]
+    row = torch.randint(len(ids), (rows, 1), generator=generator, device="cpu")
+    place = torch.randint(length - prompt + 1, (rows, 1), generator=generator, device="cpu")
+    starts = ids[row.to(ids.device), (place + torch.arange(prompt, device="cpu")).to(ids.device)]
     devices = [ids.device] if ids.is_cuda else []
     with eval_mode(model), _sampling_plainly(writer), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -227,7 +227,7 @@ def _laid_end_to_end(tokenizer: Any, documents: list[str], end: Any, tokens: int
         if isinstance(end, int) and ids[-1:] != [end]:
             ids.append(end)
         if len(ids) >= tokens:
-            return torch.tensor(ids[:tokens])
+            return torch.tensor(ids[:tokens], device="cpu")
     raise ValueError(
         f"text_batches needs {tokens:,} tokens, the text has {len(ids):,}: ask for fewer or "
         "shorter rows, or give more text"
@@ -238,4 +238,7 @@ def _padded(rows: list[list[int]], padding: int) -> dict[str, Tensor]:
     width = max(map(len, rows))
     ids = [row + [padding] * (width - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    return {
+        "input_ids": torch.tensor(ids, device="cpu"),
+        "attention_mask": torch.tensor(mask, device="cpu"),
+    }

@@ -227,7 +227,10 @@ def _rate(step: int, steps: int) -> float:
 def _shuffled(batches: int, steps: int, seed: int) -> list[int]:
     """The batch of every step: each batch once in every round, rounds in another order each."""
     generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(batches, generator=generator) for _ in range(-(-steps // batches))]
+    rounds = [
+        torch.randperm(batches, generator=generator, device="cpu")
+        for _ in range(-(-steps // batches))
+    ]
     order: list[int] = torch.cat(rounds)[:steps].tolist()
     return order
 
