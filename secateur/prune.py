@@ -52,6 +52,8 @@ def prune_(
         ValueError: before anything is changed, if the plan is for another model, weights are not
             finite or parametrized, or data is needed and missing. Whatever is raised, also by
             Ctrl-C, the model is left as it was.
+        MemoryError: if there is no room for what a layer, which is named, needs; on a GPU it is a
+            torch.OutOfMemoryError.
     """
     require_kind(criterion, is_algorithm=False)
     needs = needed_by(criterion, given=("weight", "layer_seed"))

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
-from secateur.calibrate import Observed, as_list, observe
+from secateur.calibrate import LESS, Observed, as_list, observe
 from secateur.checkpoint import Checkpoint, digest
 from secateur.distributed import ALONE, Team, team
 from secateur.gradients import Loss, gradients
 from secateur.layers import weight_of
+from secateur.memory import room_for
 from secateur.plan import Plan, match
 from secateur.prune_report import LayerResult, PruneReport
 from secateur.reconstruct import Blockwise, Solution, best, estimate, thorough
@@ -278,7 +279,9 @@ class Run:
             return [name for name in observed.statistics if masks.pop(name, None) is not None]
         if not all(name in masks for name in half.layers):
             return []
-        before, after = self.blockwise.train_(half, layers, masks, self.team)
+        less = f"pass shorter batches, or take sc.{name_of(self.blockwise.method)} alone"
+        with room_for(half.layers, f"training {half.name}", less):
+            before, after = self.blockwise.train_(half, layers, masks, self.team)
         for name in half.layers:
             del masks[name]
             if after < before:  # moved since, so that it is another now
@@ -309,7 +312,8 @@ class Run:
                     name = at_once[self.team.rank]
                     statistics = {**observed.statistics[name], **gradient[name], "once": once}
                     tokens = observed.tokens[name]
-                    mine = self._change(name, stage[name], statistics, tokens)
+                    with room_for([name], f"what {self.method} computes", LESS):
+                        mine = self._change(name, stage[name], statistics, tokens)
             results = self.team.everyones(mine and mine[0])
             for rank, (name, result) in enumerate(zip(at_once, results, strict=False)):
                 assert result is not None

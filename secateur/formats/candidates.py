@@ -13,13 +13,13 @@ from secateur.formats.contract import Packed, packed_bytes
 from secateur.formats.format import Format, dequantised, parse_format
 from secateur.formats.linear import REFERENCE, SparseLinear
 from secateur.formats.pack import packed_linear
+from secateur.memory import is_out_of_memory
 
 DENSE = "dense"
 PREPACKED = "dense prepacked"
 ROWS_AT_ONCE = 4096  # of a weight in float64: a vocabulary of 128,000 x 4096 would take 4 GB whole
 TOKENS_CHECKED = 128  # spread over the input; float64 of 4096 tokens can take a GPU seconds
 OUT_OF_MEMORY = "ran out of memory"
-NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 Run = Callable[[Tensor], Tensor]
 
@@ -227,7 +227,7 @@ def _prepacker(linear: nn.Linear, tokens: int) -> Callable[[], Run] | None:
 
 def failure(name: str, problem: BaseException) -> str:
     """What a report says of a candidate that raised; out of memory is no verdict for later."""
-    what = OUT_OF_MEMORY if isinstance(problem, NO_MEMORY) else "failed"
+    what = OUT_OF_MEMORY if is_out_of_memory(problem) else "failed"
     return f"{name} {what}: {first_line(problem)}"
 
 

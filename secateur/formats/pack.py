@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from secateur.formats.format import Format, parse_format, weight_error
 from secateur.formats.join import separate_activations_
 from secateur.formats.linear import SparseLinear, Table
+from secateur.memory import room_for
 from secateur.undo import Undo, all_or_nothing
 from secateur.weights import require_data, require_module, tied_weights, why_computed
 from secateur.wrappers import unwrapped
@@ -87,7 +88,10 @@ def pack_(
             problem = why_not_layer(name, linear, tied)
             if problem is not None:
                 raise ValueError(f"pack_ cannot take layer {name!r}: {problem}")
-    packed = {name: packed_linear(name, linear, chosen) for name, linear in linears.items()}
+    packed = dict[str, SparseLinear]()
+    for name, linear in linears.items():
+        with room_for([name], f"its weight in {chosen}", "pack fewer layers at once (layers=)"):
+            packed[name] = packed_linear(name, linear, chosen)
     report = PackReport(
         tuple(
             (name, str(chosen), linear.weight.nbytes, *_size_and_error(linear, packed[name]))
@@ -116,7 +120,10 @@ def unpack_(model: nn.Module) -> PackReport:
         name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)
     }
     _refuse_bare(model, found, "unpack_")
-    dense = {name: _dense_linear(linear) for name, linear in found.items()}
+    dense = dict[str, nn.Linear]()
+    for name, layer in found.items():
+        with room_for([name], "its dense weight", "unpack_ on a machine with more memory"):
+            dense[name] = _dense_linear(layer)
     report = PackReport(
         tuple(
             (name, str(linear.format), linear.nbytes, dense[name].weight.nbytes, 0.0)
