@@ -27,10 +27,10 @@ from secateur.formats.format import Format, parse_format, weight_error
 from secateur.formats.join import join_activations_
 from secateur.formats.linear import REFERENCE, SparseLinear, Table
 from secateur.formats.pack import (
+    linears_of,
     named_linears,
     packed_linear,
     swap,
-    weight_owners,
     why_not_layer,
 )
 from secateur.kernels.cusparselt_child import one_child
@@ -44,6 +44,8 @@ from secateur.kernels.timing import (
 )
 from secateur.remembered import Found, keep, recall
 from secateur.undo import Undo, all_or_nothing
+from secateur.weights import require_module, tied_weights
+from secateur.wrappers import unwrapped
 
 DEFAULT_FORMATS = ("semi24", "block:64x64", "block:32x32", "block:16x16", "csr")
 ALIKE = 0.01  # layers of one shape whose densities agree to this are measured once
@@ -91,14 +93,16 @@ def accelerate_(
 
     Cost: seconds per distinct layer, once; 256 MB of copies on a CPU, or one of each candidate if
         that is more; on a GPU as much for each candidate.
-    Raises: ValueError for unknown layers, formats or policies; with `strict`, if no layer gains, or
-        one that is listed in `layers` does not. Then, and if it is interrupted, the model is
-        unchanged; what was measured is kept.
+    Raises: ValueError for unknown layers, formats or policies, and weights that are computed (a
+        mask of torch.nn.utils.prune, a parametrization) or have no data; with `strict`, if no layer
+        gains, or one that is listed in `layers` does not. Then, and if it is interrupted, the model
+        is unchanged; what was measured is kept.
     """
     with all_or_nothing() as undo:
         return _accelerate(undo, model, tokens, formats, layers, strict, compare, policy, remeasure)
 
 
+@torch.inference_mode(False)  # or the packed tensors could not be trained around
 def _accelerate(
     undo: Undo,
     model: nn.Module,
@@ -111,6 +115,8 @@ def _accelerate(
     remeasure: bool = False,
 ) -> AccelerateReport:
     counts = _checked_tokens(tokens)
+    require_module(model)
+    model = unwrapped(model)
     if policy not in get_args(Policy):
         raise ValueError(
             f"accelerate_ needs the policy 'fastest' or 'memory', got {policy!r}: name one of them"
@@ -161,12 +167,12 @@ def _groups(
     Alike are layers of one shape, dtype, device and bias that fit the same formats with the same
     density.
     """
-    owners = weight_owners(model)
+    tied = tied_weights(model)
     groups: dict[Likeness, list[str]] = {}
     skipped: dict[str, str] = {}
     for name, linear in tqdm(linears.items(), desc="look", unit="layer", disable=None):
         weight = linear.weight.detach()
-        problem = why_not_layer(name, linear, owners) or _unmeasurable(weight)
+        problem = why_not_layer(name, linear, tied) or _unmeasurable(weight)
         if problem is not None:
             skipped[name] = problem
             continue
@@ -239,7 +245,9 @@ def _times(
     """
     weight = linear.weight
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(tokens, linear.in_features, generator=generator, device=weight.device)
+    x = torch.randn(
+        tokens, linear.in_features, generator=generator, device=weight.device, dtype=torch.float32
+    )
     x = x.to(weight.dtype)
     sparse, dropped = list[Candidate](), list[str]()
     for layer in layers.values():
@@ -335,10 +343,10 @@ def _skipped(name: str, linear: nn.Linear, reason: str) -> LayerReport:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    linears = linears_of(model)
     if not linears:
         raise ValueError("accelerate_ needs a model with nn.Linear layers, got none: nothing to do")
-    return named_linears(model, linears)
+    return named_linears(model, list(linears))
 
 
 def _unmeasurable(weight: Tensor) -> str | None:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from secateur import layers as _layers
 from secateur.distributed import ALONE, Team
 from secateur.halves import DenseStream, HalfBlock
+from secateur.memory import room_for
 from secateur.outputs import eval_mode
 from secateur.replay import (
     Batch,
@@ -34,6 +35,7 @@ from secateur.replay import (
     record_all,
     run_batch,
     to_device,
+    usable,
 )
 from secateur.statistics import STATISTICS, HeldGram, Statistic
 from secateur.window import Window
@@ -194,6 +196,12 @@ def _merged(traces: Sequence[_Trace], layers: Collection[str]) -> _Trace:
     return _Trace(calls, leader)
 
 
+# What takes the room is in^2 for a Gram matrix, whatever the data.
+LESS = (
+    "leave the layer out of the plan (ignore=), pass shorter batches, or take a method that needs "
+    "no Gram matrix, such as sc.wanda"
+)
+
 # Layers that share an input run close to one another; keys and values of many decoder layers that
 # all read the encoder's output need more than a few.
 RECENT_INPUTS = 64
@@ -280,17 +288,23 @@ class _Walk:
             stage = {name: layers[name] for name in names if name not in self.finished}
             if not stage:
                 continue
-            sums = self._sum(block, stage, runs, share=True)
-            if any(s.broken for s in sums.values()):
-                sums = self._sum(block, stage, runs, share=False)
+            with room_for(list(stage), f"the {self._told(stage)} of its inputs", LESS):
+                sums = self._sum(block, stage, runs, share=True)
+                if any(s.broken for s in sums.values()):
+                    sums = self._sum(block, stage, runs, share=False)
             if unseen := [name for name in stage if sums[name].tokens == 0]:
                 raise ValueError(_received_nothing(unseen))
-            values = {id(s): s.values(name) for name, s in sums.items()}
+            with room_for(list(stage), f"the {self._told(stage)} of its inputs", LESS):
+                values = {id(s): s.values(name) for name, s in sums.items()}
             yield Observed(
                 block,
                 {name: values[id(s)] for name, s in sums.items()},
                 {name: s.tokens for name, s in sums.items()},
             )
+
+    def _told(self, layers: Mapping[str, nn.Module]) -> str:
+        widest = max(_layers.matrix(module).shape[1] for module in layers.values())
+        return f"{' and '.join(self.statistics) or 'activations'} (width {widest:,})"
 
     def _sum(
         self,
@@ -393,7 +407,7 @@ def as_list(batches: Iterable[Batch]) -> list[Batch]:
             f"batches must be an iterable of batches, got one {type(batches).__name__}: wrap it in "
             "a list, or split it, as in tokens.split(8)"
         )
-    listed = list(batches)
+    listed = [usable(batch, i) for i, batch in enumerate(batches)]
     if not listed:
         raise ValueError("calibration needs at least one batch, got none")
     return listed

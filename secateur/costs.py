@@ -33,7 +33,11 @@ def parameters(sensitivity: Sensitivity) -> Costs:
 
     def counted(shape: tuple[int, int], choice: str) -> float:
         if (shape, choice) not in kept:
-            kept[shape, choice] = float(_pruned(torch.ones(shape), choice).count_nonzero())
+            kept[shape, choice] = float(
+                _pruned(
+                    torch.ones(shape, dtype=torch.float32, device="cpu"), choice
+                ).count_nonzero()
+            )
         return kept[shape, choice]
 
     return Costs(
@@ -188,7 +192,9 @@ def _together(
     microseconds = 0.0
     for count in tokens:
         x = {
-            width: torch.randn(count, width, generator=generator).to(weight)
+            width: torch.randn(
+                count, width, generator=generator, dtype=torch.float32, device="cpu"
+            ).to(weight)
             for width, weight in weights.items()
         }
 

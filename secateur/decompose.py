@@ -36,10 +36,12 @@ from secateur.replay import Batch
 from secateur.run import reconstruction
 from secateur.sound import require_sound
 from secateur.undo import Undo, all_or_nothing
+from secateur.wrappers import unwrapped
 
 __all__ = ["decompose_"]
 
 
+@torch.inference_mode(False)
 def decompose_(
     model: nn.Module,
     plan: Plan | Pattern | str,
@@ -93,6 +95,7 @@ def _decompose(
     require_new(Path(folder))
     if team().size > 1:
         raise ValueError("decompose_ runs in one process: start it without torchrun")
+    model = unwrapped(model)
     plan = as_plan(model, plan)
     run = reconstruction(model, plan, algorithm, loss)
     layers = match(model, plan)
@@ -134,5 +137,6 @@ def _low_rank_parts_beside(
                     B, A = low_rank_part(W, statistics["input_norm"], plan.layers[name], rank)
                     rest = W.float() - B.float() @ A.float()
                     weight_of(module).copy_(_layers.like_weight(module, rest))
-                    stack.callback(module.register_forward_hook(adding(B, A)).remove)
+                    hook = module.register_forward_hook(adding(B, A), with_kwargs=True)
+                    stack.callback(hook.remove)
         yield

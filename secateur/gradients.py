@@ -20,7 +20,8 @@ from secateur import layers as _layers
 from secateur.calibrate import as_list
 from secateur.distributed import ALONE, Team
 from secateur.interrupts import putting_back
-from secateur.layers import weight_of
+from secateur.layers import weight_of, weights_of
+from secateur.memory import room_for
 from secateur.outputs import answer, counted, eval_mode, on_device
 from secateur.replay import Batch, find_chains, hooks
 from secateur.statistics import GRADIENTS
@@ -58,12 +59,27 @@ def gradients(
             finite number that was made from the output, or a gradient is not finite.
     """
     wanted = [name for name in names if name in GRADIENTS]
-    found = {name: {key: _zeros(module) for key in wanted} for name, module in layers.items()}
     if not wanted or not layers:
-        return found
+        return {name: {} for name in layers}
+    less = "leave layers out of the plan (ignore=), pass shorter batches, or take a criterion that "
+    less += "needs no gradients, such as sc.wanda"
+    with room_for(list(layers), f"the {' and '.join(wanted)} of all layers", less):
+        return _gradients(model, layers, batches, wanted, loss, team)
+
+
+def _gradients(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    wanted: Sequence[str],
+    loss: Loss | None,
+    team: Team,
+) -> dict[str, dict[str, Float[Tensor, "out in"]]]:
+    found = {name: {key: _zeros(module) for key in wanted} for name, module in layers.items()}
     listed = [on_device(batch, model) for batch in as_list(batches)]
-    weights = {name: weight_of(module) for name, module in layers.items()}
+    weights = weights_of(layers)
     with (
+        torch.inference_mode(False),
         team.together(),
         eval_mode(model),
         torch.enable_grad(),

@@ -183,7 +183,7 @@ def _nearest_fp8(ratios: Tensor) -> Tensor:
 
 def _fp8_levels() -> tuple[float, ...]:
     """Every positive magnitude of e4m3fn, the largest first; 0x7F is NaN."""
-    bits = torch.arange(0x7E, 0, -1, dtype=torch.uint8)
+    bits = torch.arange(0x7E, 0, -1, dtype=torch.uint8, device="cpu")
     return tuple(bits.view(torch.float8_e4m3fn).float().tolist())
 
 
@@ -283,7 +283,9 @@ def _equal(groups: Tensor, scales: Tensor, nearest: Nearest) -> Tensor:
 def _neighbour(scales: Tensor, step: int) -> Tensor:
     """The positive finite number `step` places up; never zero, never infinite."""
     bits = scales.view(BITS[scales.dtype])
-    largest = torch.tensor(torch.finfo(scales.dtype).max, dtype=scales.dtype).view(bits.dtype)
+    largest = torch.tensor(torch.finfo(scales.dtype).max, dtype=scales.dtype, device="cpu").view(
+        bits.dtype
+    )
     return (bits + step).clamp_(1, int(largest)).view(scales.dtype)
 
 

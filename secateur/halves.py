@@ -240,7 +240,9 @@ def _traced(
 def _cut_test(x: Tensor, output: Tensor) -> Callable[[Tensor], bool]:
     """Whether all of the output's gradient at x comes through a tensor."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(output.shape, generator=generator).to(output)
+    direction = torch.randn(
+        output.shape, generator=generator, dtype=torch.float32, device="cpu"
+    ).to(output)
 
     def gradient(of: Tensor, at: Tensor, along: Tensor) -> Tensor:
         (found,) = torch.autograd.grad(of, at, along, retain_graph=True, materialize_grads=True)

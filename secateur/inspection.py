@@ -12,6 +12,8 @@ from secateur import layers as _layers
 from secateur.formats import SparseLinear
 from secateur.patterns import NM, Block, Pattern
 from secateur.tables import text_table
+from secateur.weights import require_data, require_module, why_computed, why_not_ordinary
+from secateur.wrappers import unwrapped
 
 # What hardware or a kernel here can use, and so what somebody's zeros are tested for.
 GROUPS = (NM(1, 4), NM(2, 4), NM(4, 8))
@@ -25,8 +27,11 @@ class LayerInspection:
     `holds` are the patterns of `GROUPS` that its zeros satisfy already, with `@pad-remainder` where
     they do not divide its inputs (a convolution's channels); `fits` those, and the tile sizes, that
     its shape allows. `zero_tiles` is the share of tiles that are zero as a whole, by size.
-    `skipped` says why `plan` would leave the layer alone, and is empty where it would not; `packed`
-    layers hold their zeros in a format, and are unpacked before they can be pruned.
+    `skipped` says why `plan` would leave the layer alone or no verb can change it, and is empty
+    where neither is so; `named` layers are of a kind that is pruned by name only. `packed` layers
+    hold their zeros in a format, and are unpacked before they can be pruned; the weight of
+    `computed` ones, such as those with a mask of torch.nn.utils.prune, is made by something that is
+    taken off before.
     """
 
     layer: str
@@ -40,12 +45,14 @@ class LayerInspection:
     zero_rows: int
     zero_columns: int
     skipped: str
+    named: bool
     packed: bool
+    computed: bool
 
     @property
     def counted(self) -> bool:
-        """Whether its zeros are what pruning is about: it can be pruned, or it is packed."""
-        return self.packed or not self.skipped
+        """Whether its zeros are what pruning is about: those of its kind that can be, or were."""
+        return self.packed or self.computed or not self.skipped
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Inspection:
 
     @property
     def zeros(self) -> float:
-        """The share of zeros among the weights of the layers that can be pruned or are packed."""
+        """The share of zeros among the weights that can be pruned, are packed or computed."""
         sizes = [r.shape[0] * r.shape[1] for r in self.layers if r.counted]
         zeros = [r.zeros for r in self.layers if r.counted]
         return sum(n * z for n, z in zip(sizes, zeros, strict=True)) / max(sum(sizes), 1)
@@ -89,9 +96,11 @@ class Inspection:
     def summary(self) -> str:
         """The totals: layers that can be pruned, their weights and zeros, and what they hold."""
         chosen = [r for r in self.layers if r.counted]
-        packed = sum(r.packed for r in chosen)
-        many = f"{len(chosen) - packed} of {len(self.layers)} layers can be pruned"
+        packed, computed = sum(r.packed for r in chosen), sum(r.computed for r in chosen)
+        of = sum(r.counted or not r.named for r in self.layers)
+        many = f"{len(chosen) - packed - computed} of {of} layers can be pruned"
         many += f", {packed} are packed" if packed else ""
+        many += f", {computed} compute their weight" if computed else ""
         weights = sum(r.shape[0] * r.shape[1] for r in chosen)
         held = [name for name in _names() if chosen and all(name in r.holds for r in chosen)]
         fitting = [name for name in _names() if chosen and all(name in r.fits for r in chosen)]
@@ -116,9 +125,12 @@ def inspect(model: nn.Module) -> Inspection:
     Raises:
         ValueError: if the model has no layer to prune, or weights without data.
     """
+    require_module(model)
+    model = unwrapped(model)
     modules = {n: m for n, m in model.named_modules() if _layers.is_prunable(m)}
     if not modules:
         raise ValueError(f"{type(model).__name__} has no linear, convolution or embedding layer")
+    require_data({n: m for n, m in modules.items() if not why_computed(m)})
     skipped = _skipped(model, modules)
     with torch.no_grad():
         return Inspection(tuple(_inspect(n, m, skipped.get(n, "")) for n, m in modules.items()))
@@ -126,18 +138,17 @@ def inspect(model: nn.Module) -> Inspection:
 
 def _inspect(name: str, module: nn.Module, skipped: str) -> LayerInspection:
     weight = _layers.matrix(module)
-    if weight.is_meta:
-        raise ValueError(f"{name}.weight has no data (meta device): load the weights first")
     mask = weight != 0
     rows, columns = mask.shape
     shape = (rows, columns)
+    packed = isinstance(module, SparseLinear)
     return LayerInspection(
         layer=name,
         kind=type(module).__name__,
         shape=shape,
         dtype=str(weight.dtype).removeprefix("torch."),
         zeros=int((~mask).sum()) / max(mask.numel(), 1),
-        holds=tuple(_held(module, mask)),
+        holds=tuple(_held(module, mask)) if mask.numel() else (),
         fits=tuple(
             name
             for name, pattern in _named_patterns()
@@ -146,12 +157,14 @@ def _inspect(name: str, module: nn.Module, skipped: str) -> LayerInspection:
         zero_tiles={
             f"{size}x{size}": _zero_tiles(mask, size)
             for size in TILES
-            if Block(size, size, 0.0).why_not(shape) is None
+            if mask.numel() and Block(size, size, 0.0).why_not(shape) is None
         },
         zero_rows=int((~mask.any(1)).sum()),
         zero_columns=int((~mask.any(0)).sum()),
         skipped=skipped,
-        packed=isinstance(module, SparseLinear),
+        named=not isinstance(module, _layers.DEFAULT_TYPES),
+        packed=packed,
+        computed=not packed and why_computed(module) is not None,
     )
 
 
@@ -168,18 +181,15 @@ def _held(module: nn.Module, mask: Bool[Tensor, "out in"]) -> Iterator[str]:
 
 
 def _skipped(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Why `plan` would leave a layer alone by default, by name."""
+    """Why `plan` would leave a layer alone by default or no verb can change it, by name."""
     reasons = {
         name: "packed: unpack_ it first"
         if isinstance(module, SparseLinear)
-        else "its weight is computed: remove its parametrizations first"
+        else f"its weight {reason}"
         for name, module in modules.items()
-        if module._parameters.get("weight") is None
+        if (reason := why_not_ordinary(module))
     }
-    try:
-        selection = _layers.select(model, [lambda name, module: True])
-    except ValueError:  # nothing is left to prune, which is an answer here
-        return dict.fromkeys(modules, "tied, an output head, or of no kind to prune") | reasons
+    selection = _layers.sorted_out(model, [lambda name, module: True])
     for name, module in selection.layers.items():
         if not isinstance(module, _layers.DEFAULT_TYPES):
             reasons.setdefault(name, f"{type(module).__name__}: name it to prune it")

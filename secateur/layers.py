@@ -7,15 +7,19 @@ and GPT-2's transposed Conv1D store them, and how an input becomes rows that mee
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from secateur.patterns import NM, Pattern
+from secateur.weights import require_module, require_ordinary, tied_weights
+from secateur.wrappers import unwrapped
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -33,10 +37,20 @@ def is_prunable(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
-    """The module's weight, which is an ordinary parameter of its own."""
+    """The module's weight, which is an ordinary parameter of its own: see `weights_of`."""
     parameter = module._parameters["weight"]
     assert parameter is not None
     return parameter
+
+
+def weights_of(layers: Mapping[str, nn.Module], *, written: bool = True) -> dict[str, nn.Parameter]:
+    """The layers' weights, once all of them are known to be ordinary parameters with data.
+
+    Raises:
+        ValueError: if one is not, with the layer, the reason and the remedy.
+    """
+    require_ordinary(layers, written=written)
+    return {name: weight_of(module) for name, module in layers.items()}
 
 
 def matrix(
@@ -79,6 +93,11 @@ def input_rows(module: nn.Module, x: Float[Tensor, "..."]) -> Float[Tensor, "tok
     return x.reshape(-1, x.shape[-1])
 
 
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer is called with, by position or by a keyword of whatever name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def reading(module: nn.Module) -> Hashable:
     """What makes one input other rows: modules for which it is equal have the same `input_rows`."""
     if not isinstance(module, nn.Conv2d):
@@ -98,6 +117,8 @@ def pattern_for(module: nn.Module, pattern: Pattern) -> Pattern:
 
 def why_not_prunable(module: nn.Module) -> str | None:
     """Why this module is left alone by default although it has a weight, or None."""
+    if _is_scripted(module):
+        return "a ScriptModule, which cannot be changed: use the module that it was made of"
     if isinstance(module, OTHER_CONVOLUTIONS):
         transposed = isinstance(module, TRANSPOSED)
         kind = "transposed convolution" if transposed else type(module).__name__
@@ -129,20 +150,44 @@ def select(
     """The prunable layers that the selectors choose, minus `ignore`; the first match wins.
 
     A selector is a full name, a glob (`*.mlp.*`), a regular expression after `re:`, a module type
-    or a callable `(name, module) -> bool`. `None` means every Linear and Conv2d. Weights that two
-    modules share and the output head are skipped, with the reason, unless named in full; so are
-    convolutions that cannot be pruned, which are an error if they are named.
+    or a callable `(name, module) -> bool`. `None` means every Linear and Conv2d. A name or glob may
+    be the weight's, `blocks.0.up_proj.weight`. Names are those of the model inside of
+    `torch.compile`, `DataParallel` and `DistributedDataParallel`. The output head and the weights
+    of adapters (PEFT's) are skipped, with the reason, unless named in full; so are weights that
+    share memory with another, and convolutions that cannot be pruned, which are an error if they
+    are named.
 
     Raises:
-        ValueError: if a selector or an ignore matches nothing (with the closest names), or names a
-            layer whose weight cannot be pruned.
+        ValueError: if the model is no ordinary module, or a selector or an ignore matches nothing
+            (with the closest names), or names a layer whose weight cannot be pruned, or no layer is
+            left.
     """
+    selection = sorted_out(model, selectors, ignore)
+    if not selection.layers:
+        raise ValueError(
+            f"no layer is left to prune in {type(model).__name__}: {_why_none(selection.skipped)}"
+        )
+    return selection
+
+
+def sorted_out(
+    model: nn.Module,
+    selectors: Selector | Sequence[Selector] | None = None,
+    ignore: Selector | Iterable[Selector] = (),
+) -> Selection:
+    """What `select` returns, also where no layer is left.
+
+    Raises:
+        ValueError: as `select`, but for that.
+    """
+    require_module(model)
+    model = unwrapped(model)
     modules = {
         name: module
         for name, module in model.named_modules()
-        if is_prunable(module) or isinstance(module, OTHER_CONVOLUTIONS)
+        if is_prunable(module) or isinstance(module, OTHER_CONVOLUTIONS) or _is_scripted(module)
     }
-    default = [*DEFAULT_TYPES, *OTHER_CONVOLUTIONS]
+    default = [*DEFAULT_TYPES, *OTHER_CONVOLUTIONS, torch.jit.ScriptModule]
     chosen = default if selectors is None else _listed(selectors)
     ignored = _listed(ignore)
     if selectors is not None:
@@ -151,7 +196,8 @@ def select(
     for selector in ignored:
         _require_match(model, modules, selector)
 
-    shared, heads = _shared_weights(model), _output_heads(model)
+    shared = tied_weights(model)
+    optional = dict.fromkeys(_output_heads(model), "output head") | _adapters(model)
     layers: dict[str, nn.Module] = {}
     matched_by: dict[str, int] = {}
     skipped: dict[str, str] = {}
@@ -159,7 +205,7 @@ def select(
         index = next((i for i, s in enumerate(chosen) if _matches(s, name, module)), None)
         if index is None:
             continue
-        named = chosen[index] == name
+        named = _names(chosen[index], name)
         if any(_matches(selector, name, module) for selector in ignored):
             skipped[name] = "ignored"
         elif reason := why_not_prunable(module):
@@ -170,17 +216,14 @@ def select(
             if named:
                 raise ValueError(
                     f"{name} cannot be pruned: its weight is tied to {shared[name]}, which would "
-                    "be pruned with it: untie them first"
+                    "be pruned with it: untie them first, layer.weight = "
+                    "torch.nn.Parameter(layer.weight.detach().clone())"
                 )
             skipped[name] = f"its weight is tied to {shared[name]}"
-        elif name in heads and not named:
-            skipped[name] = "output head: name it to prune it"
+        elif name in optional and not named:
+            skipped[name] = f"{optional[name]}: name it to prune it"
         else:
             layers[name], matched_by[name] = module, index
-    if not layers:
-        raise ValueError(
-            f"no layer is left to prune in {type(model).__name__}: {_why_none(skipped)}"
-        )
     return Selection(layers, matched_by, skipped)
 
 
@@ -198,7 +241,14 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
         return bool(selector(name, module))
     if selector.startswith("re:"):
         return re.search(selector[3:], name) is not None
-    return name == selector or fnmatch.fnmatchcase(name, selector)
+    if _names(selector, name) or fnmatch.fnmatchcase(name, selector):
+        return True
+    return selector.endswith(".weight") and fnmatch.fnmatchcase(f"{name}.weight", selector)
+
+
+def _names(selector: Selector, name: str) -> bool:
+    """Whether it is the full name of the layer, or that of its weight."""
+    return selector in (name, f"{name}.weight" if name else "weight")
 
 
 def _require_match(model: nn.Module, modules: Mapping[str, nn.Module], selector: Selector) -> None:
@@ -216,6 +266,8 @@ def _require_match(model: nn.Module, modules: Mapping[str, nn.Module], selector:
 
 
 def _no_match(selector: str, modules: Mapping[str, nn.Module]) -> str:
+    if (corrected := _corrected(selector, modules)) is not None:
+        return f"No module matches {selector!r}. Did you mean {corrected!r}?"
     close = difflib.get_close_matches(selector, modules, n=3, cutoff=0.5) or list(modules)[:3]
     names = ", ".join(repr(name) for name in close) or "none: the model has no prunable layer"
     return (
@@ -224,32 +276,73 @@ def _no_match(selector: str, modules: Mapping[str, nn.Module]) -> str:
     )
 
 
+def _corrected(selector: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The glob or expression with the word that is in no name replaced by one that makes it match.
+
+    None for a full name, and where no word is like one of the names'.
+    """
+    if not re.search(r"[*?\[]|^re:", selector):
+        return None
+    known = dict.fromkeys(word for name in modules for word in re.findall(r"\w+", name))
+    for word in re.findall(r"\w+", selector.removeprefix("re:")):
+        for close in difflib.get_close_matches(word, known, n=3) if word not in known else ():
+            corrected = re.sub(rf"\b{word}\b", close, selector)
+            if any(_matches(corrected, name, module) for name, module in modules.items()):
+                return corrected
+    return None
+
+
 def _why_none(skipped: Mapping[str, str]) -> str:
     if not skipped:
         return "it has no Linear or Conv2d that was selected"
     return "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
 
 
-def _shared_weights(model: nn.Module) -> dict[str, str]:
-    """Prunable module name -> name of another module that holds the same weight."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            holders.setdefault(id(weight), []).append(name)
-    return {
-        name: next(other for other in names if other != name)
-        for names in holders.values()
-        if len(names) > 1
-        for name in names
-    }
-
-
 def _output_heads(model: nn.Module) -> set[str]:
-    """The projection to the vocabulary, by the name that language models give it."""
+    """The projection to the vocabulary, by the name that language models give it.
+
+    Also inside of an adapter that PEFT has put around it.
+    """
     return {
-        name for name, _ in model.named_modules() if name.split(".")[-1] in ("lm_head", "embed_out")
+        name
+        for name, _ in model.named_modules()
+        if name.removesuffix(".base_layer").split(".")[-1] in ("lm_head", "embed_out")
     }
+
+
+def _adapters(model: nn.Module) -> dict[str, str]:
+    """The modules that belong to an adapter and not to the model that it adapts, and what they are.
+
+    PEFT's layers say which of their children do. Where those are a whole copy of a module that runs
+    in its place, the original is dormant.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        own = getattr(module, "adapter_layer_names", ())
+        for child in own if isinstance(own, (tuple, list)) else ():
+            what = f"an adapter's weight ({child})"
+            found |= dict.fromkeys(_inside(module, name, child), what)
+            if child == "modules_to_save":
+                what = "the adapter's copy in modules_to_save runs in its place"
+                found |= dict.fromkeys(_inside(module, name, "original_module"), what)
+        if any(part.startswith("lora_") for part in name.split(".")):  # so named without PEFT, too
+            found.setdefault(name, "an adapter's weight (LoRA)")
+    return found
+
+
+def _inside(module: nn.Module, prefix: str, child: str) -> Iterator[str]:
+    """The names of the module's child and all that is in it."""
+    if isinstance(inner := getattr(module, child, None), nn.Module):
+        for name, _ in inner.named_modules(prefix=f"{prefix}.{child}" if prefix else child):
+            yield name
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    """Whether it is a layer of TorchScript with a matrix as its weight, which has no other type."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    own = dict(module.named_parameters(recurse=False))
+    return "weight" in own and own["weight"].dim() > 1
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -26,9 +26,11 @@ from secateur.patterns import Pattern
 from secateur.permutation import find_permutation, kept_score
 from secateur.plan import Plan, as_plan, match
 from secateur.replay import Batch, hooks, tensors_of
+from secateur.sound import require_sound
 from secateur.statistics import STATISTICS, needed_by, score
 from secateur.tables import text_table
 from secateur.undo import all_or_nothing
+from secateur.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class PermuteReport:
         return asdict(self)
 
 
+@torch.inference_mode(False)
 def permute_(
     model: nn.Module,
     plan: Plan | Pattern | str,
@@ -100,10 +103,11 @@ def permute_(
             missing. Whatever is raised, also by Ctrl-C, the model is left as it was.
     """
     begin = time.perf_counter()
+    model = unwrapped(model)
     plan = as_plan(model, plan)
     needs = needed_by(criterion, given=("weight", "layer_seed"))
     listed = as_list(batches)
-    match(model, plan)
+    require_sound(match(model, plan))
     pairs, left = find_pairs(model, plan.layers, free)
     if not pairs:
         name, reason = next(iter(left.items()))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from secateur import layers as _layers
 from secateur.atomic import write_whole
@@ -15,6 +16,8 @@ from secateur.data_files import read_yaml
 from secateur.layers import Selector
 from secateur.patterns import NM, Pattern, parse
 from secateur.tables import text_table
+from secateur.weights import require_module, why_not_ordinary
+from secateur.wrappers import unwrapped
 
 PLAN_VERSION = 1
 
@@ -88,12 +91,13 @@ def plan(
 
     `pattern` is one pattern for all (`"2:4"`, `NM(2, 4)`), or a mapping from selectors to patterns
     in which the first match wins. `layers` and `ignore` take names, globs, `re:` expressions,
-    module types and callables; by default every Linear and Conv2d but tied weights and the output
-    head.
+    module types and callables; by default every Linear and Conv2d but tied weights, adapters and
+    the output head. Then layers whose shape cannot have the pattern, such as the first convolution
+    of a CNN, which has three input channels, are skipped with the reason.
 
     Raises:
-        ValueError: if a selector matches nothing, or a layer's shape cannot have its pattern; all
-            such layers are listed.
+        ValueError: if a selector matches nothing, or the shape of a layer that one selects cannot
+            have its pattern, or of no layer can; all such layers are listed.
     """
     if isinstance(pattern, Mapping):
         if layers is not None:
@@ -109,9 +113,15 @@ def plan(
         name: _layers.pattern_for(selection.layers[name], patterns[0 if one else index])
         for name, index in selection.matched_by.items()
     }
-    shapes = {name: _shape(module) for name, module in selection.layers.items()}
-    _require_fit(chosen, shapes)
-    return Plan(chosen, shapes, selection.skipped)
+    shapes = {name: _shape(name, module) for name, module in selection.layers.items()}
+    misfits = _misfits(chosen, shapes)
+    if misfits and (selectors is not None or len(misfits) == len(chosen)):
+        raise ValueError(_cannot_have(misfits, len(chosen)))
+    return Plan(
+        {name: fitting for name, fitting in chosen.items() if name not in misfits},
+        {name: shape for name, shape in shapes.items() if name not in misfits},
+        {**selection.skipped, **misfits},
+    )
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -170,12 +180,14 @@ def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
         ValueError: if the plan was made for another model: layers missing, of another shape, or
             convolutions of other input channels.
     """
+    require_module(model)
+    model = unwrapped(model)
     modules = {name: m for name, m in model.named_modules() if _layers.is_prunable(m)}
     missing = [name for name in plan.layers if name not in modules]
     other = [
-        f"{name} is {_shape(modules[name])}, planned {tuple(shape)}"
+        f"{name} is {_shape(name, modules[name])}, planned {tuple(shape)}"
         for name, shape in plan.shapes.items()
-        if name in modules and _shape(modules[name]) != tuple(shape)
+        if name in modules and _shape(name, modules[name]) != tuple(shape)
     ] or [
         f"{name} takes {taken}, planned {pattern}"
         for name, pattern in plan.layers.items()
@@ -196,7 +208,10 @@ def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if name in plan.layers}
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def _shape(name: str, module: nn.Module) -> tuple[int, int]:
+    weight = module._parameters.get("weight")
+    if weight is not None and is_lazy(weight):
+        raise ValueError(f"{name}.weight {why_not_ordinary(module)}")
     rows, columns = _layers.matrix(module).shape
     return rows, columns
 
@@ -209,16 +224,21 @@ def _sparsity(pattern: Pattern, shape: tuple[int, int]) -> float:
     return zeros / shape[1]
 
 
-def _require_fit(patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]) -> None:
-    misfits = {
+def _misfits(
+    patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, str]:
+    """Why a layer's shape cannot have its pattern, for those of which that is so."""
+    return {
         name: reason
         for name, pattern in patterns.items()
         if (reason := pattern.why_not(shapes[name])) is not None
     }
-    if misfits:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in misfits.items())
-        raise ValueError(
-            f"{len(misfits)} of {len(patterns)} layers cannot have their pattern: {listed}. Ignore "
-            "them, choose another pattern, or for N:M write '2:4@dense-remainder' to leave the "
-            "last columns dense, '2:4@pad-remainder' to count them as a group filled up with zeros."
-        )
+
+
+def _cannot_have(misfits: Mapping[str, str], planned: int) -> str:
+    listed = "; ".join(f"{name}: {reason}" for name, reason in misfits.items())
+    return (
+        f"{len(misfits)} of {planned} layers cannot have their pattern: {listed}. Ignore them, "
+        "choose another pattern, or for N:M write '2:4@dense-remainder' to leave the last columns "
+        "dense, '2:4@pad-remainder' to count them as a group filled up with zeros."
+    )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur import layers as _layers
@@ -17,6 +18,7 @@ from secateur.replay import Batch
 from secateur.run import Run, reconstruction
 from secateur.sound import require_kind, require_sound
 from secateur.statistics import name_of, needed_by, score
+from secateur.wrappers import unwrapped
 
 __all__ = ["LayerResult", "PruneReport", "check", "prune_", "reconstruct_"]
 
@@ -50,6 +52,8 @@ def prune_(
         ValueError: before anything is changed, if the plan is for another model, weights are not
             finite or parametrized, or data is needed and missing. Whatever is raised, also by
             Ctrl-C, the model is left as it was.
+        MemoryError: if there is no room for what a layer, which is named, needs; on a GPU it is a
+            torch.OutOfMemoryError.
     """
     require_kind(criterion, is_algorithm=False)
     needs = needed_by(criterion, given=("weight", "layer_seed"))
@@ -59,6 +63,7 @@ def prune_(
         mask = available["pattern"].mask(score(criterion, name, weight, available))
         return Solution(weight.masked_fill(~mask, 0), mask)
 
+    model = unwrapped(model)
     run = Run(model, as_plan(model, plan), name_of(criterion), needs, solve, loss, False)
     return run(batches, offload, checkpoint)
 
@@ -84,10 +89,12 @@ def reconstruct_(
         ValueError: as `prune_`, and if the algorithm cannot solve a layer. Whatever is raised, also
             by Ctrl-C, the model is left as it was.
     """
+    model = unwrapped(model)
     run = reconstruction(model, as_plan(model, plan), algorithm, loss)
     return run(batches, offload, checkpoint)
 
 
+@torch.no_grad()
 def check(model: nn.Module, plan: Plan | Pattern | str) -> dict[str, float]:
     """The sparsity of every planned layer, once the contract is verified on the model as it is.
 
@@ -100,7 +107,7 @@ def check(model: nn.Module, plan: Plan | Pattern | str) -> dict[str, float]:
     """
     plan = as_plan(model, plan)
     layers = match(model, plan)
-    require_sound(layers)
+    require_sound(layers, written=False)
     masks = {name: _layers.matrix(module) != 0 for name, module in layers.items()}
     broken = {
         name: violation

@@ -31,6 +31,28 @@ def run_batch(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(*batch)
 
 
+def usable(batch: object, index: int) -> Batch:
+    """The batch, with copies that autograd can keep of what was made in inference mode.
+
+    Raises:
+        ValueError: if it is none of what a batch may be, or its tensors have no data.
+    """
+    if not isinstance(batch, (Tensor, tuple, list, Mapping)):
+        raise ValueError(
+            f"batch {index} is {type(batch).__name__}: a batch is a tensor, a tuple of arguments "
+            "or a dict of keywords"
+        )
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    if any(tensor.is_meta for tensor in tensors_of(batch)):
+        raise ValueError(
+            f"batch {index} has a tensor without data (meta device): make it on a real device"
+        )
+    if not any(tensor.is_inference() for tensor in tensors_of(batch)):
+        return batch
+    copied: Batch = pytree.tree_map_only(Tensor, torch.clone, batch)
+    return copied
+
+
 def find_chains(
     model: nn.Module, layers: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, nn.Module]]:

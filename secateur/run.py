@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
-from secateur.calibrate import Observed, as_list, observe
+from secateur.calibrate import LESS, Observed, as_list, observe
 from secateur.checkpoint import Checkpoint, digest
 from secateur.distributed import ALONE, Team, team
 from secateur.gradients import Loss, gradients
 from secateur.layers import weight_of
+from secateur.memory import room_for
 from secateur.plan import Plan, match
 from secateur.prune_report import LayerResult, PruneReport
 from secateur.reconstruct import Blockwise, Solution, best, estimate, thorough
@@ -99,6 +100,7 @@ class Run:
                 "take sc.best, or start it without torchrun"
             )
 
+    @torch.inference_mode(False)  # the user's own would forbid training, and writing to weights
     def __call__(
         self, batches: Iterable[Batch] | None, offload: bool, checkpoint: str | Path | None
     ) -> PruneReport:
@@ -138,7 +140,7 @@ class Run:
                             self.model, missing, listed, self.blockwise, offload=offload
                         )
                         tqdm.write(f"{self.method}: {told}", file=sys.stderr)
-            dense = copy.deepcopy(self.model) if self.distils else None
+            dense = self._dense_copy() if self.distils else None
             if dense is not None:
                 held_out_loss(self.model, dense, listed)  # before hours of work: is there one?
             found = gradients(self.model, missing, listed, self.needs, self.loss, self.team)
@@ -148,6 +150,7 @@ class Run:
                 results = self._distilled(dense, layers, listed, checkpoint, results)
             return self._report(layers, results, begin)
 
+    @torch.inference_mode(False)
     def streamed(self, batches: Sequence[Batch], saved: Checkpoint, window: Window) -> PruneReport:
         """The pass over a model whose blocks are loaded one by one; `saved` gets the weights.
 
@@ -178,6 +181,16 @@ class Run:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         seconds = time.perf_counter() - begin
         return PruneReport(self.method, tuple(results), seconds, zeros, parameters)
+
+    def _dense_copy(self) -> nn.Module:
+        try:
+            return copy.deepcopy(self.model)
+        except Exception as error:  # whatever the modules' own copying raises
+            raise ValueError(
+                f"{self.method} trains towards a copy of the dense model, and this "
+                f"{type(self.model).__name__} cannot be copied ({error}): take sc.best, or "
+                "make copy.deepcopy(model) work"
+            ) from error
 
     def _distilled(
         self,
@@ -276,7 +289,9 @@ class Run:
             return [name for name in observed.statistics if masks.pop(name, None) is not None]
         if not all(name in masks for name in half.layers):
             return []
-        before, after = self.blockwise.train_(half, layers, masks, self.team)
+        less = f"pass shorter batches, or take sc.{name_of(self.blockwise.method)} alone"
+        with room_for(half.layers, f"training {half.name}", less):
+            before, after = self.blockwise.train_(half, layers, masks, self.team)
         for name in half.layers:
             del masks[name]
             if after < before:  # moved since, so that it is another now
@@ -307,7 +322,8 @@ class Run:
                     name = at_once[self.team.rank]
                     statistics = {**observed.statistics[name], **gradient[name], "once": once}
                     tokens = observed.tokens[name]
-                    mine = self._change(name, stage[name], statistics, tokens)
+                    with room_for([name], f"what {self.method} computes", LESS):
+                        mine = self._change(name, stage[name], statistics, tokens)
             results = self.team.everyones(mine and mine[0])
             for rank, (name, result) in enumerate(zip(at_once, results, strict=False)):
                 assert result is not None
@@ -321,7 +337,8 @@ class Run:
         self, name: str, module: nn.Module, statistics: Mapping[str, Any], tokens: int
     ) -> tuple[LayerResult, Tensor]:
         pattern = self.plan.layers[name]
-        before = _layers.matrix(module).to(torch.float32, copy=True)
+        stored = _layers.matrix(module)
+        before = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
         available = {
             "weight": before.clone(),
             "pattern": pattern,
@@ -333,14 +350,16 @@ class Run:
             raise ValueError(
                 f"{self.method} needs to give {name} a mask of {pattern}, its mask {violation}"
             )
-        new = solution.weight.masked_fill(~solution.mask, 0)
+        # What a method leaves as it was, in float32 too, stays to the bit.
+        same = (solution.weight == before) | (solution.weight == before.float())
+        new = torch.where(same, before, solution.weight).masked_fill(~solution.mask, 0)
         if not new.isfinite().all():
             raise ValueError(
                 f"{self.method} gave layer {name} weights that are not finite: add calibration "
                 "data or raise the damping"
             )
         weight_of(module).copy_(_layers.like_weight(module, new))
-        after = _layers.matrix(module).float()
+        after = _layers.matrix(module)
         result = LayerResult(
             name,
             str(pattern),
@@ -387,5 +406,5 @@ def _output_error(
 ) -> float | None:
     if gram is None:
         return None
-    lost, energy = (((w @ gram) * w).sum() for w in (before - after, before))
+    lost, energy = (((w @ gram) * w).sum() for w in ((before - after).float(), before.float()))
     return float(lost / energy) if energy > 0 else 0.0

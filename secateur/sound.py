@@ -4,9 +4,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from secateur.layers import weight_of
+from secateur.layers import weights_of
 from secateur.reconstruct.refit import refit
 from secateur.reconstruct.swap import swap
 from secateur.statistics import name_of
@@ -33,21 +34,13 @@ def require_kind(function: Callable[..., Any], is_algorithm: bool) -> None:
     raise ValueError(f"{name} refits weights, prune_ changes none that it keeps: use reconstruct_")
 
 
-def require_sound(layers: Mapping[str, nn.Module]) -> None:
-    """Weights must be plain, present and finite."""
-    for name, module in layers.items():
-        if module._parameters.get("weight") is None:
-            raise ValueError(
-                f"{name}.weight must be an ordinary parameter, {type(module).__name__} computes "
-                "it: unpack_ a packed model first, or remove its parametrizations "
-                "(torch.nn.utils.parametrize.remove_parametrizations)"
-            )
-        weight = weight_of(module)
-        if weight.is_meta:
-            raise ValueError(f"{name}.weight has no data (meta device): load the weights first")
+def require_sound(layers: Mapping[str, nn.Module], *, written: bool = True) -> None:
+    """Weights must be ordinary parameters, present and finite."""
+    for name, weight in weights_of(layers, written=written).items():
         require_finite(name, weight)
 
 
+@torch.no_grad()
 def require_finite(layer: str, weight: Tensor) -> None:
     """The layer's weight must be finite."""
     if not (finite := weight.isfinite()).all():

@@ -713,13 +713,17 @@ def test_what_cannot_be_measured_says_why() -> None:
     broken, empty = linear("semi24"), nn.Linear(24, 1)
     empty.weight = nn.Parameter(torch.empty(0, 24))
     broken.weight.data[0, 0] = torch.nan
-    model = nn.Sequential(broken, empty, linear("csr").to(torch.float8_e4m3fn), linear("csr"))
-    model[3].to("meta")
+    model = nn.Sequential(broken, empty, linear("csr").to(torch.float8_e4m3fn))
     report, clock = run(model, FAST)
     assert clock.asked == []
     assert [layer.reason for layer in report.layers] == [
         "its weight is not finite",
         "its weight is empty",
         "its weight is torch.float8_e4m3fn, which no format stores",
-        "it is on meta, where nothing can be measured",
     ]
+
+
+def test_a_weight_without_data_is_refused() -> None:
+    model = nn.Sequential(linear("csr"), linear("csr").to("meta"))
+    with pytest.raises(ValueError, match=r"1.weight has no data \(meta device\): load the weights"):
+        accelerate_(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.calibrate import observe
 from secateur.layers import input_rows, select
-from secateur.replay import run_batch
+from secateur.replay import run_batch, usable
 from tests.models import Caching, ConvNet, Decoder, Experts, Unchained
 
 
@@ -243,3 +243,9 @@ def test_activations_that_are_not_finite_are_named(bad: float) -> None:
     model.blocks[1].norm2.bias.data[3] = bad
     with pytest.raises(ValueError, match=r"layer blocks.1.up_proj received NaN or infinite"):
         list(observe(model, select(model).layers, tokens(), ["gram"], sequential=True))
+
+
+@pytest.mark.parametrize("batch", [None, 3.0, "text", {1, 2}], ids=repr)
+def test_what_is_no_batch_is_named(batch: object) -> None:
+    with pytest.raises(ValueError, match="batch 2 is .*: a batch is a tensor, a tuple of arg"):
+        usable(batch, 2)

@@ -103,3 +103,27 @@ def test_no_binary_or_large_file_is_tracked() -> None:
         if f and (ROOT / f).is_file() and (ROOT / f).stat().st_size > 2**20
     ]
     assert large == []
+
+
+# What torch makes in the default dtype or on the default device unless it is told.
+MADE = {"zeros", "ones", "empty", "full", "rand", "randn", "linspace", "logspace", "eye"}
+MADE_OF_INTEGERS = {"arange", "randint", "randperm", "tensor", "as_tensor", "asarray"}
+
+
+# What stands in for torch.ao makes tensors as its users' defaults say.
+OWN = [path for path in SOURCES if "compat" not in path.parts]
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_tensor_is_made_by_default(path: Path) -> None:
+    """Model scripts set both defaults, and results have to be the same."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        if not (isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"):
+            continue
+        told = {keyword.arg for keyword in node.keywords}
+        if node.func.attr in MADE | MADE_OF_INTEGERS:
+            assert "device" in told, f"line {node.lineno}: say on which device"
+        if node.func.attr in MADE:
+            assert "dtype" in told, f"line {node.lineno}: say in which dtype"

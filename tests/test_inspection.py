@@ -112,7 +112,7 @@ def test_totals_count_only_what_would_be_pruned() -> None:
         model.other.weight.zero_()
     inspection = inspect(model)
     assert inspection.zeros == 0.25
-    assert inspection.summary.startswith("1 of 5 layers can be pruned: 64 weights, 25.0% zeros")
+    assert inspection.summary.startswith("1 of 3 layers can be pruned: 64 weights, 25.0% zeros")
 
 
 def test_packed_layers_are_read_as_what_they_hold() -> None:
@@ -133,7 +133,39 @@ def test_a_parametrized_weight_is_told_apart_from_a_packed_one() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     torch.nn.utils.parametrizations.weight_norm(model[0])
     found = inspect(model).layers[0]
-    assert not found.packed and "parametrizations" in found.skipped
+    assert found.computed and not found.packed and "remove_parametrizations" in found.skipped
+
+
+def test_a_mask_of_torch_prune_is_told_with_its_zeros() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Embedding(4, 4))
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    inspection = inspect(model)
+    assert inspection.layers[0].zeros == 0.5
+    assert "torch.nn.utils.prune.remove(layer, 'weight')" in inspection.layers[0].skipped
+    assert inspection.summary.startswith(
+        "1 of 2 layers can be pruned, 1 compute their weight: 512 weights, 25.0% zeros"
+    )
+
+
+def test_empty_layers_have_no_zeros() -> None:
+    with pytest.warns(UserWarning, match="zero-element"):
+        found = inspect(nn.Sequential(nn.Linear(8, 0), nn.Linear(0, 8))).layers
+    assert [(r.shape, r.zeros, r.holds) for r in found] == [((0, 8), 0.0, ()), ((8, 0), 0.0, ())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int8], ids=str)
+def test_weights_of_other_dtypes_are_read_and_their_remedy_is_told(dtype: torch.dtype) -> None:
+    weight = torch.eye(4).repeat(1, 2).to(dtype)
+    model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    found = only(inspect(model))
+    assert found.zeros == 0.75 and found.holds == ("1:4", "2:4", "4:8")
+    assert found.skipped.startswith(f"its weight is {str(dtype).removeprefix('torch.')}: ")
+
+
+def test_a_layer_without_a_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="0.weight has no shape yet .* run the model once"):
+        inspect(nn.Sequential(nn.LazyLinear(4)))
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -191,3 +191,127 @@ def test_nothing_left_is_an_error() -> None:
         select(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match=r"no layer is left to prune in Linear: .* \(ignored\)"):
         select(nn.Linear(2, 2), ignore=[nn.Linear])
+
+
+def numbered() -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "layers": nn.ModuleList(
+                nn.ModuleDict(
+                    {"mlp": nn.ModuleDict({"up": nn.Linear(8, 8)}), "attn": nn.Linear(8, 8)}
+                )
+                for _ in range(3)
+            )
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("*.mpl.*", "*.mlp.*"),
+        ("layer.*.mlp.up", "layers.*.mlp.up"),
+        ("*.attention", "*.attn"),
+        (r"re:\.mpl\.up$", r"re:\.mlp\.up$"),
+        ("*.upp", "*.up"),
+    ],
+)
+def test_a_glob_that_matches_nothing_is_corrected_where_it_failed(wrong: str, meant: str) -> None:
+    with pytest.raises(ValueError) as error:
+        select(numbered(), wrong)
+    assert str(error.value) == f"No module matches {wrong!r}. Did you mean {meant!r}?"
+    assert select(numbered(), meant).layers
+
+
+def test_a_glob_that_is_like_no_name_gets_the_first_names() -> None:
+    with pytest.raises(
+        ValueError, match=r"'\*.xyz.\*'. Closest: 'layers.0.mlp.up', 'layers.0.attn'"
+    ):
+        select(numbered(), "*.xyz.*")
+
+
+@pytest.mark.parametrize(
+    ("selector", "chosen"),
+    [
+        ("layers.1.attn.weight", ["layers.1.attn"]),
+        ("*.attn.weight", ["layers.0.attn", "layers.1.attn", "layers.2.attn"]),
+        ("layers.0.*.weight", ["layers.0.mlp.up", "layers.0.attn"]),
+    ],
+)
+def test_the_name_of_a_weight_is_that_of_its_layer(selector: str, chosen: list[str]) -> None:
+    assert list(select(numbered(), selector).layers) == chosen
+    assert list(select(numbered(), ignore=selector).skipped) == chosen
+
+
+def test_a_head_is_named_by_its_weight_too() -> None:
+    assert list(select(Model(), "lm_head.weight").layers) == ["lm_head"]
+    assert list(select(nn.Linear(8, 8), "weight").layers) == [""]
+
+
+def test_wrapped_models_have_the_names_of_what_they_wrap() -> None:
+    model = Model()
+    compiled = torch.compile(model, backend="eager")
+    for wrapped in (nn.DataParallel(model), compiled, nn.DataParallel(compiled)):
+        assert select(wrapped) == select(model)
+        assert list(select(wrapped, "lm_head").layers) == ["lm_head"]
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter as PEFT writes it down: the children that are its own, by name."""
+
+    adapter_layer_names = ("left", "right")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(8, 8)
+        self.left = nn.ModuleDict({"default": nn.Linear(8, 4)})
+        self.right = nn.ModuleDict({"default": nn.Linear(4, 8)})
+
+
+class Copied(nn.Module):
+    adapter_layer_names = ("modules_to_save",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.original_module = nn.Linear(8, 8)
+        self.modules_to_save = nn.ModuleDict({"default": nn.Linear(8, 8)})
+
+
+def test_adapters_are_left_alone_and_said_unless_named() -> None:
+    model = nn.ModuleDict(
+        {"q": Adapted(), "k": Copied(), "v": nn.ModuleDict({"lora_A": nn.Linear(8, 4)})}
+    )
+    selection = select(model)
+    assert list(selection.layers) == ["q.base_layer"]
+    assert selection.skipped == {
+        "q.left.default": "an adapter's weight (left): name it to prune it",
+        "q.right.default": "an adapter's weight (right): name it to prune it",
+        "k.original_module": (
+            "the adapter's copy in modules_to_save runs in its place: name it to prune it"
+        ),
+        "k.modules_to_save.default": "an adapter's weight (modules_to_save): name it to prune it",
+        "v.lora_A": "an adapter's weight (LoRA): name it to prune it",
+    }
+    assert list(select(model, ["q.left.default"]).layers) == ["q.left.default"]
+    assert list(select(model, "*").layers) == ["q.base_layer"], "a glob names nothing in full"
+
+
+def test_peft_says_which_weights_are_its_adapters() -> None:
+    peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
+    model = nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 8), "lm_head": nn.Linear(8, 8)})
+    config = peft.LoraConfig(target_modules=["q", "lm_head"], modules_to_save=["k"])
+    selection = select(peft.get_peft_model(model, config))
+    assert list(selection.layers) == ["base_model.model.q.base_layer"]
+    assert {
+        name.removeprefix("base_model.model."): why for name, why in selection.skipped.items()
+    } == {
+        "q.lora_A.default": "an adapter's weight (lora_A): name it to prune it",
+        "q.lora_B.default": "an adapter's weight (lora_B): name it to prune it",
+        "k.original_module": (
+            "the adapter's copy in modules_to_save runs in its place: name it to prune it"
+        ),
+        "k.modules_to_save.default": "an adapter's weight (modules_to_save): name it to prune it",
+        "lm_head.base_layer": "output head: name it to prune it",
+        "lm_head.lora_A.default": "an adapter's weight (lora_A): name it to prune it",
+        "lm_head.lora_B.default": "an adapter's weight (lora_B): name it to prune it",
+    }

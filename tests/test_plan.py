@@ -35,13 +35,51 @@ def test_a_mapping_gives_each_layer_the_first_that_matches() -> None:
 
 def test_layers_that_do_not_fit_are_all_listed() -> None:
     with pytest.raises(ValueError) as error:
-        sc.plan(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 10), nn.Linear(10, 2)), "2:4")
+        sc.plan(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 10), nn.Linear(10, 2)), {"*": "2:4"})
     assert "2 of 3 layers cannot have their pattern" in str(error.value)
     assert "0: 2:4 needs in_features divisible by 4, got 6" in str(error.value)
     assert "2: 2:4 needs in_features divisible by 4, got 10" in str(error.value)
     assert "Ignore them, choose another pattern, or for N:M write '2:4@dense-remainder'" in str(
         error.value
     )
+
+
+def test_by_default_layers_that_do_not_fit_are_left_alone_and_said() -> None:
+    """The first convolution of a network for images in three colours cannot have 2:4."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+    plan = sc.plan(net, "2:4")
+    assert list(plan.layers) == list(plan.shapes) == ["1", "3"]
+    assert plan.skipped == {"0": "2:4 needs in_channels of at least 4, got 3"}
+    assert "0: 2:4 needs in_channels of at least 4, got 3" in str(plan)
+    stem = net[0].weight.detach().clone()
+    sc.prune_(net, "2:4")
+    assert torch.equal(net[0].weight, stem)
+    assert sc.check(net, "2:4") == {"1": 0.5, "3": 0.5}
+
+
+@pytest.mark.parametrize("selected", [{"layers": "0"}, {"layers": ["*"]}, {"layers": nn.Conv2d}])
+def test_layers_that_are_selected_and_do_not_fit_are_an_error(selected) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(ValueError, match=r"1 of \d layers cannot have their pattern: 0: 2:4 needs"):
+        sc.plan(net, "2:4", **selected)
+
+
+def test_a_default_that_no_layer_can_have_is_an_error() -> None:
+    with pytest.raises(ValueError, match="2 of 2 layers cannot have their pattern: 0: 2:4 .* 1: 2"):
+        sc.plan(nn.Sequential(nn.Linear(6, 4), nn.Linear(7, 2)), "2:4")
+
+
+def test_the_names_of_weights_are_names_of_layers() -> None:
+    plan = sc.plan(model(), {"0.weight": "2:4", "2.weight": "4:8@dense-remainder"})
+    assert {name: str(p) for name, p in plan.layers.items()} == {
+        "0": "2:4",
+        "2": "4:8@dense-remainder",
+    }
+
+
+def test_a_layer_without_a_shape_is_named() -> None:
+    with pytest.raises(ValueError, match="0.weight has no shape yet in this LazyLinear: run the"):
+        sc.plan(nn.Sequential(nn.LazyLinear(8)), "2:4")
 
 
 def test_a_dense_remainder_makes_ragged_layers_fit() -> None:

@@ -307,7 +307,9 @@ def test_parametrized_and_empty_weights_are_named() -> None:
     model = decoder()
     plan = sc.plan(model, "2:4")
     parametrize.register_parametrization(model.blocks[0].up_proj, "weight", nn.Identity())
-    with pytest.raises(ValueError, match=r"blocks.0.up_proj.weight must be an ordinary parameter"):
+    with pytest.raises(
+        ValueError, match=r"blocks.0.up_proj.weight is computed by a parametrization"
+    ):
         sc.prune_(model, plan)
     with torch.device("meta"):
         empty = Decoder()
@@ -396,3 +398,125 @@ def test_check_takes_anybodys_zeros_and_a_pattern_for_a_plan() -> None:
     assert sc.check(model, "2:4") == {"0": 5 / 8}
     with pytest.raises(ValueError, match="layers break the plan"):
         sc.check(model, "1:4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("criterion", [sc.magnitude, sc.wanda, sc.ria, sc.random])
+def test_a_kept_weight_is_the_same_to_the_bit_in_every_dtype(criterion, dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Conv2d(4, 8, 3), nn.Embedding(8, 4)).to(dtype)
+    model.forward = lambda x: model[0](x)
+    weight = model[0].weight.detach().clone()
+    batches = [torch.randn(8, 16, dtype=dtype)]
+    sc.prune_(model, sc.plan(model, "2:4", layers=["0"]), criterion, batches)
+    kept = model[0].weight != 0
+    assert (kept.view(8, 4, 4).sum(-1) == 2).all()
+    assert model[0].weight.dtype == dtype
+    assert torch.equal(model[0].weight[kept], weight[kept])
+
+
+def test_float64_weights_that_float32_cannot_tell_apart_are_told_apart() -> None:
+    model = nn.Sequential(nn.Linear(4, 3, bias=False, dtype=torch.float64))
+    rows = [
+        [1 + 3e-16, 1 + 9e-16, 1.0, 1 + 6e-16],
+        [1e-60, 3e-60, 2e-60, 0.0],
+        [1e200, 2, 3, 1e201],
+    ]
+    model[0].weight.data.copy_(torch.tensor(rows, dtype=torch.float64))
+    report = sc.prune_(model, "2:4")
+    wanted = [[0, rows[0][1], 0, rows[0][3]], [0, 3e-60, 2e-60, 0], [1e200, 0, 0, 1e201]]
+    assert model[0].weight.tolist() == wanted
+    assert report.layers[0].sparsity_before == pytest.approx(1 / 12)
+    assert sc.check(model, "2:4") == {"0": 0.5}
+
+
+@pytest.mark.parametrize(
+    "algorithm", [sc.sparsegpt, sc.alps, sc.refit(sc.wanda), sc.swap(sc.wanda), sc.best], ids=str
+)
+def test_what_an_algorithm_leaves_as_it_was_stays_to_the_bit_in_float64(algorithm) -> None:
+    """A row that drops nothing has nothing to make up for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8, dtype=torch.float64))
+    with torch.no_grad():
+        model[0].weight[3].view(4, 4)[:, :2] = 0
+    before = model[0].weight.detach().clone()
+    batches = [torch.randn(32, 16, dtype=torch.float64) for _ in range(4)]
+    sc.reconstruct_(model, "2:4", algorithm, batches)
+    assert torch.equal(model[0].weight[3], before[3])
+    assert not torch.equal(model[0].weight[0], before[0])
+    assert sc.check(model, "2:4") == {"0": 0.5}
+    dense, masked, found = (
+        sum(float((x @ w.T).square().sum()) for x in batches)
+        for w in (before, before * (model[0].weight == 0), before - model[0].weight.detach())
+    )
+    assert 0 < found <= masked < dense
+
+
+class Uncopyable(nn.Sequential):
+    def __deepcopy__(self, memo: object) -> None:
+        raise TypeError("cannot pickle '_thread.lock' object")
+
+
+def test_a_model_that_cannot_be_copied_is_told_to_take_best() -> None:
+    torch.manual_seed(0)
+    model = Uncopyable(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    batches = [torch.randn(8, 16) for _ in range(4)]
+    before = state(model)
+    with pytest.raises(ValueError) as error:
+        sc.reconstruct_(model, "2:4", sc.thorough, batches)
+    assert "copy of the dense model, and this Uncopyable cannot be copied (cannot pickle" in str(
+        error.value
+    )
+    assert "take sc.best" in str(error.value)
+    assert_unchanged(model, before)
+    sc.reconstruct_(model, "2:4", sc.best, batches)
+    assert sc.check(model, "2:4") == {"0": 0.5, "2": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.ones(2, 16, device="meta"), r"batch 1 has a tensor without data \(meta device\)"),
+        ((torch.ones(2, 16, device="meta"),), r"batch 1 has a tensor without data"),
+        ({"input": torch.ones(2, 16, device="meta")}, r"batch 1 has a tensor without data"),
+    ],
+)
+def test_batches_without_data_are_named(batch, message: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    before = state(model)
+    for verb in (
+        lambda: sc.prune_(model, "2:4", sc.wanda, [torch.ones(2, 16), batch]),
+        lambda: sc.reconstruct_(model, "2:4", sc.sparsegpt, [torch.ones(2, 16), batch]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            verb()
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("method", [sc.wanda, sc.sparsegpt, sc.best])
+def test_batches_made_in_inference_mode_are_as_good(method) -> None:
+    results = []
+    for made in (torch.no_grad(), torch.inference_mode()):
+        with made:
+            generator = torch.Generator().manual_seed(0)
+            batches = [(torch.randn(8, 16, generator=generator),) for _ in range(4)]
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        if method is sc.wanda:
+            sc.prune_(model, "2:4", method, batches)
+        else:
+            sc.reconstruct_(model, "2:4", method, batches)
+        results.append(state(model))
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+
+
+def test_a_wrapped_model_is_pruned_inside() -> None:
+    batches = [torch.randint(20, (2, 6)) for _ in range(3)]
+    plain = decoder()
+    expected = sc.reconstruct_(plain, "2:4", sc.sparsegpt, batches)
+    for wrap in (nn.DataParallel, lambda m: torch.compile(m, backend="eager")):
+        model = decoder()
+        report = sc.reconstruct_(wrap(model), "2:4", sc.sparsegpt, batches)
+        assert report.layers == expected.layers
+        assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())
+        assert sc.check(wrap(model), "2:4") == sc.check(model, "2:4")

@@ -19,6 +19,8 @@ from secateur.layers import weight_of
 from secateur.outputs import eval_mode
 from secateur.patterns import Pattern, parse
 from secateur.replay import Batch
+from secateur.weights import require_ordinary
+from secateur.wrappers import unwrapped
 
 # (batches, survivors) of each round of a generation: fewer and fewer, judged on more and more.
 ROUNDS = ((1, 8), (4, 2), (16, 1))
@@ -86,7 +88,9 @@ def evolve(
     Source: after Sieberling et al. 2024 (EvoPress), arXiv:2410.14649, algorithm 1, whose switches
         are between layers of one size.
     """
+    model = unwrapped(model)
     layers = {name: model.get_submodule(name) for name in costs.of}
+    require_ordinary(layers)
     levels = {name: _levels(name, module, weights, costs) for name, module in layers.items()}
     best = {name: str(start.get(name, DENSE)) for name in layers}
     _require(start, best, levels, rounds, len(batches))

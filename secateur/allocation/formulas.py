@@ -34,7 +34,7 @@ def erk(
     """
     chosen = _free(pattern, "erk")
     modules = _layers.select(model, _listed(layers), ignore).layers
-    weights = {name: _layers.weight_of(module) for name, module in modules.items()}
+    weights = _layers.weights_of(modules, written=False)
     sizes = {name: weight.numel() for name, weight in weights.items()}
     sides = {name: sum(weight.shape) for name, weight in weights.items()}
     kept = (1 - chosen.sparsity) * sum(sizes.values())
@@ -80,7 +80,8 @@ def owl(
     """
     chosen = _free(pattern, "owl")
     modules = _layers.select(model, _listed(layers), ignore).layers
-    sizes = {name: _layers.weight_of(module).numel() for name, module in modules.items()}
+    weights = _layers.weights_of(modules, written=False)
+    sizes = {name: weight.numel() for name, weight in weights.items()}
     share = _outliers(model, modules, batches, outlier)
     low, high = min(share.values()), max(share.values())
     slope = 2 * width / (high - low) if high > low else 0.0

@@ -25,6 +25,8 @@ from secateur.patterns import Pattern, parse
 from secateur.replay import Batch
 from secateur.statistics import STATISTICS, name_of, needed_by, score
 from secateur.tables import text_table
+from secateur.weights import require_ordinary
+from secateur.wrappers import unwrapped
 
 SENSITIVITY_VERSION = 1
 
@@ -93,6 +95,7 @@ class Sensitivity:
         write_json(Path(path), self.to_dict())
 
 
+@torch.inference_mode(False)
 def sense(
     model: nn.Module,
     patterns: Sequence[str | Pattern],
@@ -125,7 +128,9 @@ def sense(
             "use sc.magnitude"
         )
     selection = _layers.select(model, layers, ignore)
-    shapes = {name: _shape(name, module) for name, module in selection.layers.items()}
+    model = unwrapped(model)
+    require_ordinary(selection.layers)
+    shapes = {name: _shape(module) for name, module in selection.layers.items()}
     patterns_of = {
         name: {key: _layers.pattern_for(module, pattern) for key, pattern in chosen.items()}
         for name, module in selection.layers.items()
@@ -228,13 +233,7 @@ def _parsed(patterns: Sequence[str | Pattern]) -> dict[str, Pattern]:
     return {str(pattern): pattern for pattern in chosen}
 
 
-def _shape(name: str, module: nn.Module) -> tuple[int, int]:
-    weight = module._parameters.get("weight")
-    if weight is None or weight.is_meta:
-        raise ValueError(
-            f"{name}.weight must be an ordinary parameter with data: load the weights first, and "
-            "remove parametrizations or unpack_ it"
-        )
+def _shape(module: nn.Module) -> tuple[int, int]:
     rows, columns = _layers.matrix(module).shape
     return rows, columns
 

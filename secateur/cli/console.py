@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from secateur.memory import is_out_of_memory
 from secateur.report.rows import Row, fold, numeric_columns
 
 FAILED_CHECK, FAILED, INTERRUPTED = 1, 2, 130
@@ -20,6 +22,9 @@ FAILED_CHECK, FAILED, INTERRUPTED = 1, 2, 130
 UNWRAPPED = 10_000
 # Characters of an error; one that lists every layer of a large model would hide its advice.
 LONGEST = 800
+
+# What errors of the library call by its Python name, and the command line otherwise.
+OWN_WORDS = {"pass overwrite=True": "give --overwrite", "(ignore=)": "(--ignore)", " sc.": " "}
 
 # Cells of so many characters are not broken where a terminal is narrow.
 SHORT = 14
@@ -101,12 +106,13 @@ def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
             raise
         complain(_one_line(error))
         raise typer.Exit(FAILED) from None
-    except RuntimeError as error:
-        if debug or not _is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if debug or not is_out_of_memory(error):
             raise
-        complain(
-            f"out of memory: {_one_line(error)}: use a smaller --batch or --length, or --device cpu"
-        )
+        elsewhere = ", or --device cpu" if isinstance(error, torch.OutOfMemoryError) else ""
+        told = error.__cause__ is not None  # by layer, with what needs less
+        less = "" if told else f": use a smaller --batch or --length{elsewhere}"
+        complain(f"out of memory: {_one_line(error)}{less}")
         raise typer.Exit(FAILED) from None
 
 
@@ -127,14 +133,11 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename} does not exist"
     line = " ".join(str(error).split()) or type(error).__name__
-    line = line.replace("pass overwrite=True", "give --overwrite")
+    for word, own in OWN_WORDS.items():
+        line = line.replace(word, own)
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]} (--debug shows all)"
     return line
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"
 
 
 def _finite(data: object) -> Any:

@@ -12,6 +12,7 @@ from secateur.cli.console import emit, failures, say, table, working
 from secateur.cli.quality import quality
 from secateur.cli.recorded import recorded_reports
 from secateur.cli.source import Data, model_files, open_folder
+from secateur.formats.pack import is_linear
 from secateur.patterns import NM, Block, Pattern
 from secateur.plan import Plan
 from secateur.prune import check
@@ -152,7 +153,7 @@ def _formats(
     modules = dict(model.named_modules())
     chosen: dict[str, list[str] | None] = {}
     for name, pattern in plan.layers.items():
-        if type(modules.get(name)) is nn.Linear:
+        if name in modules and is_linear(modules[name]):
             layers = chosen.setdefault(_format_of(pattern), [])
             assert layers is not None
             layers.append(name)

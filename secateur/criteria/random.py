@@ -11,4 +11,6 @@ def random(weight: Float[Tensor, "out in"], layer_seed: int) -> Float[Tensor, "o
     Drawn on the CPU, so that a mask does not depend on the device.
     """
     generator = torch.Generator().manual_seed(layer_seed)
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
+    return torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+        weight.device
+    )

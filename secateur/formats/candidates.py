@@ -14,6 +14,7 @@ from secateur.formats.format import Format, dequantised, parse_format
 from secateur.formats.linear import REFERENCE, SparseLinear
 from secateur.formats.pack import packed_linear
 from secateur.kernels.cusparselt_child import NoSearch
+from secateur.memory import is_out_of_memory
 
 DENSE = "dense"
 PREPACKED = "dense prepacked"
@@ -22,7 +23,6 @@ TOKENS_CHECKED = 128  # spread over the input; float64 of 4096 tokens can take a
 OUT_OF_MEMORY = "ran out of memory"
 NOT_SEARCHED = "was not searched"
 PASSING = (OUT_OF_MEMORY, NOT_SEARCHED)  # what is no verdict for later
-NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 Run = Callable[[Tensor], Tensor]
 
@@ -121,7 +121,14 @@ def admitted(
     """
     kept, reasons = list[Candidate](), list[str]()
     targets: dict[int | None, tuple[Tensor, float]] = {}
-    rows = torch.linspace(0, len(x) - 1, min(len(x), TOKENS_CHECKED)).round().long().to(x.device)
+    rows = (
+        torch.linspace(
+            0, len(x) - 1, min(len(x), TOKENS_CHECKED), dtype=torch.float32, device="cpu"
+        )
+        .round()
+        .long()
+        .to(x.device)
+    )
     for candidate in candidates:
         of = None if candidate.quantised is None else id(candidate.quantised)
         if of not in targets:
@@ -223,7 +230,7 @@ def _prepacker(linear: nn.Linear, tokens: int) -> Callable[[], Run] | None:
 
 def failure(name: str, problem: BaseException) -> str:
     """What a report says of a candidate that raised; see `PASSING`."""
-    what = OUT_OF_MEMORY if isinstance(problem, NO_MEMORY) else "failed"
+    what = OUT_OF_MEMORY if is_out_of_memory(problem) else "failed"
     what = NOT_SEARCHED if isinstance(problem, NoSearch) else what
     return f"{name} {what}: {first_line(problem)}"
 

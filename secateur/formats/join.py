@@ -16,7 +16,7 @@ from secateur.formats.op import table
 from secateur.undo import Undo
 
 # What tells activations apart: all of them differ there by more than rounding.
-PROBES = torch.linspace(-6.0, 6.0, 241)
+PROBES = torch.linspace(-6.0, 6.0, 241, dtype=torch.float32, device="cpu")
 
 
 class Joined(nn.Module):

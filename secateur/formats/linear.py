@@ -39,6 +39,11 @@ class SparseLinear(nn.Linear):
     `.to(dtype)` casts the values as it would cast a dense weight, or the scales of a quantised one;
     indices and codes keep their type. After `.to` another dtype or device, and after
     `load_state_dict`, implementations are chosen afresh, because what was measured no longer holds.
+
+    Under `torch.autocast` inputs may be of any dtype that `nn.Linear` takes there, and results have
+    autocast's. A float32 weight is multiplied in float32, by what was measured for it, and the
+    result rounded; a 16-bit weight of another dtype is cast to autocast's, as a dense one is, and
+    multiplied by the reference.
     """
 
     def __init__(
@@ -143,6 +148,35 @@ class SparseLinear(nn.Linear):
 
         Raises: ValueError for an input of another dtype or width.
         """
+        typed = self._buffers[self._typed]
+        assert typed is not None
+        if (lower := _autocast_dtype(typed.device)) is not None:
+            # Of float64 autocast keeps its hands off, and so of what is no number to be rounded.
+            dtypes = (input.dtype, typed.dtype)
+            if all(d.is_floating_point and d is not torch.float64 for d in dtypes):
+                with torch.autocast(typed.device.type, enabled=False):
+                    return self._under_autocast(input, typed.dtype, lower)
+        return self._multiplied(input)
+
+    def _under_autocast(
+        self, input: Float[Tensor, "*tokens in"], own: torch.dtype, lower: torch.dtype
+    ) -> Float[Tensor, "*tokens out"]:
+        if own in (torch.float32, lower):
+            return self._multiplied(input.to(own)).to(lower)
+        parts = [
+            part.to(lower) if key == self._typed else part
+            for key, part in zip(self._stored, self._parts(), strict=True)
+        ]
+        result: Tensor = self.format.folder.LINEAR(
+            input.to(lower),
+            *parts,
+            None if self.bias is None else self.bias.to(lower),
+            *(self.out_features, self.in_features),
+            *([], "reference", ""),
+        )
+        return ACTIVATIONS[self.activation](result) if self.activation else result
+
+    def _multiplied(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         typed = self._buffers[self._typed]
         assert typed is not None
         if input.dtype != typed.dtype:
@@ -323,8 +357,21 @@ def empty_from(description: dict[str, Any], name: str = "") -> SparseLinear:
     dtype = dtypes[description["dtype"]]
     shape = description["out_features"], description["in_features"]
     packed = parse_format(description["format"]).empty(shape, description["stored"], dtype)
-    bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype)) if description["bias"] else None
+    bias = (
+        nn.Parameter(torch.zeros(shape[0], dtype=dtype, device="cpu"))
+        if description["bias"]
+        else None
+    )
     return SparseLinear(packed, bias, name, REFERENCE)  # zeros are no indices to arrange
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast rounds to on this device, None outside of it."""
+    if not torch.amp.autocast_mode.is_autocast_available(device.type):
+        return None
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _short(dtype: torch.dtype) -> str:

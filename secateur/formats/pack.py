@@ -3,14 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from secateur.formats.format import Format, parse_format, weight_error
 from secateur.formats.join import separate_activations_
 from secateur.formats.linear import SparseLinear, Table
+from secateur.memory import room_for
 from secateur.undo import Undo, all_or_nothing
+from secateur.weights import require_data, require_module, tied_weights, why_computed
+from secateur.wrappers import unwrapped
 
 REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
 
@@ -51,10 +56,13 @@ class PackReport:
         )
 
 
+@torch.inference_mode(False)  # or the packed tensors could not be trained around
 def pack_(
     model: nn.Module, format: str | Format = "semi24", layers: Sequence[str] | None = None
 ) -> PackReport:
     """Which layers now hold a packed weight; each listed `nn.Linear` becomes a `SparseLinear`.
+
+    So does a subclass that has the forward and the tensors of `nn.Linear` and no others.
 
     Without `layers`: every `nn.Linear` whose weight fits the format and is smaller for it, which
     takes zeros, but for `int8_dynamic` and `fp8_dynamic`. This saves room on disk, and memory
@@ -64,24 +72,29 @@ def pack_(
     reconstructed on that grid is not changed by it. Those that end in `_dynamic` round inputs, too.
 
     Cost: dense and packed weights of all listed layers at once, until all are known to pack.
-    Raises: ValueError if a listed layer cannot be packed, or without a list no layer can; then
-        nothing has changed.
+    Raises: ValueError if a listed layer cannot be packed, without a list no layer can, or a weight
+        is computed (a mask of torch.nn.utils.prune, a parametrization) or has no data; then nothing
+        has changed.
     """
+    require_module(model)
     with all_or_nothing() as undo:
-        return _pack(model, parse_format(format), layers, undo)
+        return _pack(unwrapped(model), parse_format(format), layers, undo)
 
 
 def _pack(model: nn.Module, chosen: Format, layers: Sequence[str] | None, undo: Undo) -> PackReport:
-    owners = weight_owners(model)
+    tied = tied_weights(model)
     if layers is None:
-        linears = _fitting(model, chosen, owners)
+        linears = _fitting(model, chosen, tied)
     else:
         linears = named_linears(model, layers)
         for name, linear in linears.items():
-            problem = why_not_layer(name, linear, owners)
+            problem = why_not_layer(name, linear, tied)
             if problem is not None:
                 raise ValueError(f"pack_ cannot take layer {name!r}: {problem}")
-    packed = {name: packed_linear(name, linear, chosen) for name, linear in linears.items()}
+    packed = dict[str, SparseLinear]()
+    for name, linear in linears.items():
+        with room_for([name], f"its weight in {chosen}", "pack fewer layers at once (layers=)"):
+            packed[name] = packed_linear(name, linear, chosen)
     report = PackReport(
         tuple(
             (name, str(chosen), linear.weight.nbytes, *_size_and_error(linear, packed[name]))
@@ -92,6 +105,7 @@ def _pack(model: nn.Module, chosen: Format, layers: Sequence[str] | None, undo: 
     return report
 
 
+@torch.inference_mode(False)
 def unpack_(model: nn.Module) -> PackReport:
     """Which layers are plain again: every `SparseLinear` becomes an `nn.Linear`, weights exact.
 
@@ -102,8 +116,9 @@ def unpack_(model: nn.Module) -> PackReport:
     Cost: dense and packed weights of all packed layers at once.
     Raises: ValueError if the model itself is one bare `SparseLinear`; then nothing has changed.
     """
+    require_module(model)
     with all_or_nothing() as undo:
-        return _unpack(model, undo)
+        return _unpack(unwrapped(model), undo)
 
 
 def _unpack(model: nn.Module, undo: Undo) -> PackReport:
@@ -111,7 +126,10 @@ def _unpack(model: nn.Module, undo: Undo) -> PackReport:
         name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)
     }
     _refuse_bare(model, found, "unpack_")
-    dense = {name: _dense_linear(linear) for name, linear in found.items()}
+    dense = dict[str, nn.Linear]()
+    for name, layer in found.items():
+        with room_for([name], "its dense weight", "unpack_ on a machine with more memory"):
+            dense[name] = _dense_linear(layer)
     report = PackReport(
         tuple(
             (name, str(linear.format), linear.nbytes, dense[name].weight.nbytes, 0.0)
@@ -143,7 +161,8 @@ def packed_linear(
 def named_linears(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Linear]:
     """The listed layers of the model.
 
-    Raises: ValueError for a name that the model does not have, or a module that is no `nn.Linear`.
+    Raises: ValueError for a name that the model does not have, a module that is no `nn.Linear`, or
+        a weight that is computed or has no data.
     """
     modules = dict(model.named_modules())
     found: dict[str, nn.Linear] = {}
@@ -153,36 +172,54 @@ def named_linears(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Linea
             hint = f"closest: {close[0]!r}" if close else "the model has no name like it"
             raise ValueError(f"no layer is named {name!r}: {hint}")
         module = modules[name]
-        if type(module) is not nn.Linear:
+        if not is_linear(module):
             raise ValueError(
                 f"layer {name!r} needs to be an nn.Linear, got {type(module).__name__}: "
                 "leave it out of layers"
             )
         found[name] = module
     _refuse_bare(model, found, "pack_")
+    require_data(found)
     return found
 
 
-def why_not_layer(name: str, linear: nn.Linear, owners: Mapping[int, list[str]]) -> str | None:
-    """None if replacing this layer loses nothing but its dense weight, else what would be lost."""
-    others = [owner for owner in owners[id(linear.weight)] if owner != name]
-    if others:
-        return f"its weight is tied to {others[0]!r}, and packing would untie them"
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every `nn.Linear` of the model, and what is one but for its type.
+
+    Raises: ValueError if the weight of one is computed or has no data.
+    """
+    found = {name: module for name, module in model.named_modules() if is_linear(module)}
+    require_data(found)
+    return found
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is an `nn.Linear`, or a subclass that computes the same from the same tensors.
+
+    Attention reads the weight of its output projection without calling it.
+    """
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    if type(module) is nn.Linear or why_computed(module):
+        return not isinstance(module, SparseLinear)
+    others = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    return type(module).forward is nn.Linear.forward and not others
+
+
+def why_not_layer(name: str, linear: nn.Linear, tied: Mapping[str, str]) -> str | None:
+    """None if replacing this layer loses nothing but its dense weight, else what would be lost.
+
+    `tied` is what `secateur.weights.tied_weights` says of the model.
+    """
+    if name in tied:
+        return f"its weight is tied to {tied[name]!r}, and packing would untie them"
+    if reason := why_computed(linear, "bias"):
+        return f"its bias {reason}"
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
         return "it has hooks, which packing would drop: remove them first"
     if "forward" in vars(linear):
         return "its forward has been replaced, which packing would undo: restore it first"
     return None
-
-
-def weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """For each parameter, by identity, the names of the modules that hold it."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    return owners
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module], undo: Undo) -> None:
@@ -199,14 +236,10 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], undo: Undo) ->
         model.set_submodule(place, replacement)
 
 
-def _fitting(
-    model: nn.Module, format: Format, owners: Mapping[int, list[str]]
-) -> dict[str, nn.Linear]:
+def _fitting(model: nn.Module, format: Format, tied: Mapping[str, str]) -> dict[str, nn.Linear]:
     fitting, reasons = dict[str, nn.Linear](), list[str]()
-    for name, module in model.named_modules():
-        if type(module) is not nn.Linear:
-            continue
-        problem = why_not_layer(name, module, owners) or format.why_not(module.weight.detach())
+    for name, module in linears_of(model).items():
+        problem = why_not_layer(name, module, tied) or format.why_not(module.weight.detach())
         if problem is None:
             fitting[name] = module
         else:

@@ -97,7 +97,7 @@ def empty_metadata(shape: tuple[int, int], stored: int, format: str) -> UInt8[Te
             f"{format} needs {shape[0]} rows of a multiple of 4 inputs, got {stored} x {shape[1]}: "
             "the description is damaged, save the model again"
         )
-    return torch.zeros(shape[0], (shape[1] // 4 + 1) // 2, dtype=torch.uint8)
+    return torch.zeros(shape[0], (shape[1] // 4 + 1) // 2, dtype=torch.uint8, device="cpu")
 
 
 def broken(metadata: UInt8[Tensor, "out bytes"], groups: int) -> str | None:

@@ -229,9 +229,9 @@ def sampled_rows(
     length = ids.shape[1]
     prompt = min(prompt, length // 2)
     generator = torch.Generator().manual_seed(seed)
-    row = torch.randint(len(ids), (rows, 1), generator=generator)
-    place = torch.randint(length - prompt + 1, (rows, 1), generator=generator)
-    starts = ids[row.to(ids.device), (place + torch.arange(prompt)).to(ids.device)]
+    row = torch.randint(len(ids), (rows, 1), generator=generator, device="cpu")
+    place = torch.randint(length - prompt + 1, (rows, 1), generator=generator, device="cpu")
+    starts = ids[row.to(ids.device), (place + torch.arange(prompt, device="cpu")).to(ids.device)]
     devices = [ids.device] if ids.is_cuda else []
     with eval_mode(model), _sampling_plainly(writer), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -389,4 +389,7 @@ def _padded(rows: list[list[int]], padding: int) -> dict[str, Tensor]:
     width = max(map(len, rows))
     ids = [row + [padding] * (width - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    return {
+        "input_ids": torch.tensor(ids, device="cpu"),
+        "attention_mask": torch.tensor(mask, device="cpu"),
+    }

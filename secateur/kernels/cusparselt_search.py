@@ -226,7 +226,9 @@ def _trial(
     if case.dtype == torch.int8:
         x = (random(tokens, case.in_features) * 255 - 127).floor().to(torch.int8)
     else:
-        x = torch.randn(tokens, case.in_features, device=device, generator=generator).to(case.dtype)
+        x = torch.randn(
+            tokens, case.in_features, device=device, generator=generator, dtype=torch.float32
+        ).to(case.dtype)
     wanted, alpha, bias = exact(x), None, None
     size = float(wanted.abs().max()) or 1.0
     if case.alpha:  # so that sums of codes fit into float16

@@ -236,7 +236,7 @@ def _recover(device: torch.device, stream: torch.cuda.Stream) -> None:
     """
     torch.cuda.synchronize(device)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device, dtype=torch.float32)
 
 
 def _called(calls: Calls, launches: int) -> Chain:

@@ -116,7 +116,7 @@ def estimate(
     distilling = 4 * method.distil * sum(map(_forward, every))  # the dense model's forward is one
     size, cube = PROBE["cuda" if weight.is_cuda else "cpu"]
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(size, size, device=weight.device, generator=generator)
+    x = torch.randn(size, size, device=weight.device, generator=generator, dtype=torch.float32)
     y = x.to(weight.dtype)
     z = x[:cube, :cube] @ x[:cube, :cube].T
     rate, own_rate = (2 * size**3 / _seconds(partial(torch.mm, m, m)) for m in (x, y))

@@ -196,7 +196,8 @@ class _Run:
                 self.error(batch).backward()
         if self._team.size == 1:
             return
-        counted = torch.tensor(float(batch is not None), device=self._half.device)
+        had_one = float(batch is not None)
+        counted = torch.tensor(had_one, dtype=torch.float32, device=self._half.device)
         for weight in self.weights.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -208,7 +209,7 @@ class _Run:
     @torch.no_grad()
     def held_out_error(self, batches: Sequence[int]) -> float:
         """The mean of the batches' errors, of those of all processes."""
-        sums = torch.zeros(2, device=self._half.device)
+        sums = torch.zeros(2, device=self._half.device, dtype=torch.float32)
         with self._team.together():
             for b in batches:
                 sums += torch.stack([self.error(b), sums.new_ones(())])
@@ -242,10 +243,12 @@ def _counts(
 def _kept_rms(weight: Float[Tensor, "..."]) -> float:
     """The root mean square of the weights that are not zero."""
     w = weight.detach()
-    return float(w.norm() / w.count_nonzero().clamp(min=1).sqrt())
+    return float(w.norm() / w.count_nonzero().clamp(min=1).float().sqrt())
 
 
 def _shuffled(batches: Sequence[int], epoch: int, longest: int) -> list[int | None]:
     """The batches in another order every epoch, and none where another process has more."""
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch))
+    order = torch.randperm(
+        len(batches), generator=torch.Generator().manual_seed(epoch), device="cpu"
+    )
     return [*(batches[i] for i in order.tolist()), *[None] * (longest - len(batches))]

@@ -30,6 +30,7 @@ from secateur.interrupts import putting_back
 from secateur.reconstruct.refit import require_gram
 from secateur.replay import Batch
 from secateur.tables import text_table
+from secateur.wrappers import unwrapped
 
 
 def compensation(
@@ -121,6 +122,7 @@ class CompensationReport:
         return asdict(self) | {"extra": self.extra}
 
 
+@torch.inference_mode(False)
 def compensate(
     model: nn.Module,
     dense: nn.Module | Mapping[str, Tensor],
@@ -150,6 +152,8 @@ def compensate(
     """
     begin = time.perf_counter()
     require_new(Path(folder))
+    model = unwrapped(model)
+    dense = unwrapped(dense) if isinstance(dense, nn.Module) else dense
     weights = _lost(model, dense)
     layers = {name: model.get_submodule(name) for name in weights}
     parameters = sum(p.numel() for p in model.parameters())
@@ -167,7 +171,8 @@ def compensate(
                 W = W.to(S.device)
                 B, A = (f.to(S.dtype) for f in compensation(W.double(), S, gram, rank, damping))
                 factors[name] = B, A
-                stack.callback(layers[name].register_forward_hook(adding(B, A)).remove)
+                hook = layers[name].register_forward_hook(adding(B, A), with_kwargs=True)
+                stack.callback(hook.remove)
                 before, after = _errors(W.double(), S.double(), B.double() @ A.double(), gram)
                 count = B.numel() + A.numel()
                 results[name] = Compensated(name, count, before, after, observed.tokens[name])
@@ -192,13 +197,7 @@ def _lost(
     for name, module in model.named_modules():
         if not _layers.is_prunable(module):
             continue
-        now = module._parameters.get("weight")
-        if now is None:
-            raise ValueError(
-                f"{name}.weight must be an ordinary parameter, {type(module).__name__} computes "
-                "it: unpack_ a packed model first, or remove its parametrizations, and pack it "
-                "after"
-            )
+        now = _layers.weights_of({name: module}, written=False)[name]
         before = weights.get(f"{name}.weight")
         if before is None or before.shape != now.shape:
             found = "none" if before is None else f"one of {tuple(before.shape)}"
@@ -258,11 +257,11 @@ def rank_within(
     return rank
 
 
-def adding(B: Tensor, A: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """A forward hook that adds B A x to the layer's output, as PEFT does."""
+def adding(B: Tensor, A: Tensor) -> Callable[[nn.Module, Any, Any, Tensor], Tensor]:
+    """A forward hook `with_kwargs` that adds B A x to the layer's output, as PEFT does."""
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + F.linear(F.linear(args[0], A), B)
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        return output + F.linear(F.linear(_layers.input_of(args, kwargs), A), B)
 
     return after
 

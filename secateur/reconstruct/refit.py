@@ -166,7 +166,7 @@ def normalised(
     require_gram(gram)
     mean = gram.diagonal().to(dtype).mean()
     H = gram.to(dtype) / mean.masked_fill(mean == 0, 1)
-    H.diagonal().add_(damping * (mean > 0))
+    H.diagonal().add_(damping * (mean > 0).to(dtype))
     n = H.diagonal().sqrt()
     inverse = n.masked_fill(n == 0, 1).reciprocal()
     return H.mul_(inverse[:, None]).mul_(inverse), n

@@ -17,12 +17,14 @@ from secateur.checkpoint import digest
 from secateur.interrupts import putting_back
 from secateur.layers import weight_of
 from secateur.outputs import answer, eval_mode
-from secateur.replay import Batch
+from secateur.replay import Batch, usable
 from secateur.tables import text_table
 from secateur.train.hold import Held, hold
 from secateur.train.loss import Loss, output_loss
 from secateur.train.state import TrainingState
 from secateur.undo import Undo, all_or_nothing
+from secateur.weights import sharing
+from secateur.wrappers import unwrapped
 
 # Of the steps until the learning rate is full: Adam's moments stem from few gradients before.
 WARMUP = 0.05
@@ -65,6 +67,7 @@ class DistilReport:
         return asdict(self)
 
 
+@torch.inference_mode(False)
 def distil_(
     model: nn.Module,
     teacher: nn.Module,
@@ -93,6 +96,7 @@ def distil_(
             float32 or are the teacher's own, or there is no batch; and if a loss is not finite
             (the step is named). Whatever is raised, also by Ctrl-C, the model is left as it was.
     """
+    model, teacher = unwrapped(model), unwrapped(teacher)
     with all_or_nothing() as undo:
         run = _Run(
             model, teacher, _listed(batches), steps, learning_rate, loss or output_loss, seed
@@ -229,7 +233,10 @@ def _rate(step: int, steps: int) -> float:
 def _shuffled(batches: int, steps: int, seed: int) -> list[int]:
     """The batch of every step: each batch once in every round, rounds in another order each."""
     generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(batches, generator=generator) for _ in range(-(-steps // batches))]
+    rounds = [
+        torch.randperm(batches, generator=generator, device="cpu")
+        for _ in range(-(-steps // batches))
+    ]
     order: list[int] = torch.cat(rounds)[:steps].tolist()
     return order
 
@@ -243,7 +250,7 @@ def _listed(batches: Iterable[Batch]) -> list[Batch]:
             "distil_ needs an iterable of batches, got one batch: wrap it in a list, or split it, "
             "as in tokens.split(8)"
         )
-    listed = list(batches)
+    listed = [usable(batch, i) for i, batch in enumerate(batches)]
     if not listed:
         raise ValueError("distil_ needs at least one batch, got none")
     return listed
@@ -251,7 +258,9 @@ def _listed(batches: Iterable[Batch]) -> list[Batch]:
 
 def _trained(model: nn.Module, teacher: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name."""
-    taught = {p.data_ptr() for p in teacher.parameters() if p.numel()}
+    named = {f"model {name}": p for name, p in model.named_parameters()}
+    taught = {f"teacher {name}": p for name, p in teacher.named_parameters()}
+    shared = {one for one, two in sharing({**named, **taught}) if two in taught}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
@@ -259,7 +268,7 @@ def _trained(model: nn.Module, teacher: nn.Module) -> dict[str, nn.Parameter]:
             "none: call model.requires_grad_()"
         )
     for name, parameter in parameters.items():
-        if parameter.data_ptr() in taught:
+        if f"model {name}" in shared:
             raise ValueError(
                 f"distil_ needs a teacher of its own, {name} is the teacher's too: pass a copy "
                 "that was made before pruning, copy.deepcopy(model)"

@@ -5,10 +5,13 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from secateur import layers as _layers
 from secateur.layers import weight_of
 from secateur.train.releasing import Releasing
+from secateur.weights import require_data, require_module, require_ordinary
+from secateur.wrappers import unwrapped
 
 # How masks move: (layer name, weight [out, in], mask [out, in], step) -> mask, after every step.
 Rule = Callable[[str, Tensor, Tensor, int], Tensor]
@@ -56,19 +59,23 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
     `gradual`, moves the masks.
 
     Raises:
-        ValueError: if without a rule no weight is zero, or the optimizer updates none of them.
+        ValueError: if without a rule no weight is zero, the optimizer updates none of them, or a
+            weight is computed (a mask of torch.nn.utils.prune, a parametrization) or has no data.
     """
+    require_module(model)
+    model = unwrapped(model)
     layers = {
         name: module
         for name, module in model.named_modules()
         if _layers.is_prunable(module)
-        and module._parameters.get("weight") is not None
-        and (rule is not None or bool((weight_of(module) == 0).any()))
+        and not hasattr(module, "packed")  # frozen, with its zeros
+        and (rule is not None or _may_have_zeros(module))
     }
     if not layers:
         raise ValueError(
             f"hold needs a model with zeros, this {type(model).__name__} has none: prune_ it first"
         )
+    require_data(layers)
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     held = {name: module for name, module in layers.items() if id(weight_of(module)) in updated}
     if not held:
@@ -76,4 +83,13 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
             f"the optimizer updates none of the {len(layers)} sparse weights: make it from the "
             "parameters of this model"
         )
+    require_ordinary(held)
     return Held(held, optimizer, rule)
+
+
+@torch.no_grad()
+def _may_have_zeros(module: nn.Module) -> bool:
+    """Whether the weight has zeros, or none that can be looked at."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return is_lazy(weight) or weight.is_meta or bool((weight == 0).any())

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from secateur import layers as _layers
-from secateur.layers import weight_of
+from secateur.layers import weight_of, weights_of
 from secateur.plan import Plan, match
 from secateur.schedules import Schedule
 from secateur.train.gradual import at_sparsity
@@ -127,7 +127,7 @@ def movement(
     Cost: the scores in float32 and the dropped weights beside the model; a step reads each once.
     Raises:
         ValueError: if `every` is less than 1, a planned layer is not there or not updated by the
-            optimizer, or its pattern has no sparsity to raise.
+            optimizer, its weight is no ordinary parameter, or its pattern has no sparsity to raise.
     Source: Sanh, Wolf and Rush, arXiv:2005.07683, section 3, equation 2, and the cubic schedule of
         section 4.
     """
@@ -165,7 +165,7 @@ def soft_movement(
     Cost: as `movement`.
     Raises:
         ValueError: if the penalty is negative, the rate is not positive, or a planned layer is not
-            there or not updated by the optimizer.
+            there, not updated by the optimizer, or its weight no ordinary parameter.
     Source: Sanh, Wolf and Rush, arXiv:2005.07683, section 4, soft movement pruning.
     """
     if penalty < 0 or rate <= 0:
@@ -190,8 +190,9 @@ def _updated(
 ) -> dict[str, nn.Module]:
     """The planned layers, all of which the optimizer updates."""
     layers = match(model, plan)
+    weights = weights_of(layers)
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if left := [name for name, module in layers.items() if id(weight_of(module)) not in updated]:
+    if left := [name for name, weight in weights.items() if id(weight) not in updated]:
         raise ValueError(
             f"the optimizer does not update {left[0]}: make it from the parameters of this model, "
             "or leave the layer out of the plan"

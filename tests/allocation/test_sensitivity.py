@@ -179,7 +179,9 @@ def test_a_checkpoint_of_another_call_is_refused(tmp_path: Path) -> None:
     ):
         sense(Language(), ["2:4"], lambda m: 2 * nll(m), checkpoint=path)
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"sense.json is no checkpoint of sense: Expecting"):
+    with pytest.raises(
+        ValueError, match=r"sense.json is no checkpoint of sense: a line cannot be read as JSON"
+    ):
         sense(Language(), ["2:4"], nll, checkpoint=path)
     path.write_text('{"fingerprint": 1, "loss": 1, "increase": {}}')
     with pytest.raises(ValueError, match=r"sense.json is no checkpoint of sense: .*choose another"):
@@ -210,7 +212,7 @@ def test_sense_errors() -> None:
         sense(model, ["2:4"], lost_energy, criterion=scoreless)
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"0.weight must be an ordinary parameter with data"):
+    with pytest.raises(ValueError, match=r"0.weight has no data \(meta device\)"):
         sense(empty, ["2:4"], lost_energy)
 
 
@@ -240,9 +242,7 @@ def test_it_can_be_written_and_read(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(ValueError, match="needs an object in braces, got a list"):
         read_sensitivity(path)
-    with pytest.raises(
-        ValueError, match=r"absent.json is no file of sensitivities: .*No such file"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         read_sensitivity(tmp_path / "absent.json")
 
 

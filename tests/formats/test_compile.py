@@ -57,6 +57,24 @@ def check_fullgraph() -> None:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, format
 
 
+def check_autocast() -> None:
+    """One graph under autocast too, with its dtype; a 16-bit weight of another dtype included."""
+    for format in FORMATS:
+        for dtype in (torch.float32, torch.float16):
+            model = Block(format).to(dtype)
+            torch._dynamo.reset()
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            x = tokens_in(5, 24).requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                results = [run(x) for run in (model, compiled)]
+            assert torch.allclose(*results, atol=1e-1, rtol=2e-2)  # fused, it rounds elsewhere
+            assert all(result.dtype == torch.float32 for result in results)  # x + ...
+            grads = [torch.autograd.grad(r.square().sum(), (x, model.up.bias)) for r in results]
+            for one, other in zip(*grads, strict=True):
+                assert one.dtype == other.dtype
+                assert torch.allclose(one, other, atol=1.0, rtol=5e-2)
+
+
 def check_inductor() -> None:
     """The default compiler, once; it needs a C++ compiler, and so does whoever calls it."""
     model = Block("block:4x8").eval()
@@ -169,6 +187,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         check_import_is_cheap,  # first: what the others import is no concern of it
         check_fullgraph,
         check_export,
+        check_autocast,
         check_dispatch_is_not_baked_in,
         check_a_weight_can_be_asked_for_its_dtype,
         check_inductor,

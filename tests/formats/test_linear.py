@@ -481,3 +481,76 @@ def test_nbytes_of_a_layer_with_units_for_a_kernel(monkeypatch: pytest.MonkeyPat
     layer = SparseLinear(parse_format("semi24").pack(weight))
     assert layer.dispatch == "decode"
     assert layer.nbytes == 2 * 0.5625 * weight.nbytes
+
+
+# --- autocast ------------------------------------------------------------------------------------
+
+
+def dense_of(layer: SparseLinear) -> nn.Linear:
+    dense = nn.Linear(layer.in_features, layer.out_features, dtype=layer.packed.dtype)
+    dense.weight = nn.Parameter(layer.weight.clone())
+    dense.bias = copy.deepcopy(layer.bias)
+    return dense
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("given", (torch.float32, *HALVES), ids=str)
+@pytest.mark.parametrize("lower", HALVES, ids=str)
+@pytest.mark.parametrize("own", (torch.float32, *HALVES), ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_under_autocast_it_is_the_linear_that_it_stands_for(
+    format: str, own: torch.dtype, lower: torch.dtype, given: torch.dtype
+) -> None:
+    """Whatever the weight is stored in and the input comes in: dtypes, results and gradients."""
+    layer = sparse_linear(format, dtype=own)
+    dense, x = dense_of(layer), tokens_in(5, 24, dtype=given)
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=lower):
+        found, expected = layer(one), dense(other)
+        assert torch.equal(layer(input=x), found), "called by keyword"
+    assert found.dtype == expected.dtype == lower
+    flat = used_inputs(format, x.float())
+    exact = exact_linear(flat, layer.weight.float(), layer.bias)
+    eps = max(torch.finfo(d).eps for d in {own, lower, given})
+    magnitude = flat.abs() @ layer.weight.float().abs().T + layer.bias.abs().float()
+    rounding = 0.1 if format in DYNAMIC else 0.0  # of inputs of another dtype, to other codes
+    assert bool(((found - exact).abs() <= (4 * eps + rounding) * magnitude).all())
+    found.sum().backward()
+    expected.sum().backward()
+    assert one.grad is not None and other.grad is not None and one.grad.dtype == other.grad.dtype
+    torch.testing.assert_close(one.grad, other.grad, rtol=4 * eps, atol=16 * eps)
+    assert layer.bias.grad.dtype == dense.bias.grad.dtype == own
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=4 * eps, atol=0)
+
+
+@pytest.mark.parametrize("format", EXACT)
+def test_autocast_leaves_float64_alone(format: str) -> None:
+    layer, x = sparse_linear(format, dtype=torch.float64), tokens_in(5, 24, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), dense_of(layer)(x)) or is_right(layer, x)
+        assert layer(x).dtype == torch.float64
+        with pytest.raises(ValueError, match="needs float64 input, got float32"):
+            layer(x.float())
+
+
+def test_a_joined_activation_is_applied_under_autocast() -> None:
+    layer, x = sparse_linear("semi24"), tokens_in(5, 24)
+    plain = copy.deepcopy(layer)
+    layer.activation = "relu"
+    for own in (torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = layer.to(own)(x)
+            assert torch.equal(result, plain.to(own)(x).relu())
+            assert result.dtype == torch.bfloat16
+
+
+def test_outside_of_a_disabled_autocast_nothing_is_cast() -> None:
+    layer = sparse_linear("csr")
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autocast("cpu", enabled=False),
+        pytest.raises(ValueError, match="needs float32 input, got bfloat16"),
+    ):
+        layer(tokens_in(5, 24, dtype=torch.bfloat16))

@@ -1,5 +1,7 @@
 """`pack_` and `unpack_`: which layers change, and that a refusal changes none."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -189,3 +191,64 @@ def test_a_frozen_bias_stays_frozen() -> None:
     model = Model().requires_grad_(False)
     pack_(model)
     assert not model.up.bias.requires_grad
+
+
+class Projection(nn.Linear):
+    """Another initialisation, the same forward."""
+
+
+class Scaled(nn.Linear):
+    """What it computes it computes with a tensor of its own."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("scale", torch.ones(()))
+
+
+class Squared(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).square()
+
+
+def test_a_subclass_with_the_same_forward_and_tensors_is_packed() -> None:
+    model = nn.Sequential(Projection(24, 16), Scaled(24, 16), Squared(24, 16))
+    for layer in model:
+        layer.weight = linear("semi24", 16, 24).weight
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    x = torch.randn(5, 24)
+    expected = model[0](x)
+    assert [row[0] for row in pack_(model).layers] == ["0"]
+    assert type(model[1]) is Scaled and type(model[2]) is Squared
+    torch.testing.assert_close(model[0](x), expected)
+    with pytest.raises(ValueError, match="layer '1' needs to be an nn.Linear, got Scaled"):
+        pack_(model, layers=["1"])
+    unpack_(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_output_projection_of_attention_is_none() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(24, 2), linear("semi24", 16, 24))
+    model[0].out_proj.weight = nn.Parameter(linear("semi24", 24, 24).weight.detach())
+    assert [row[0] for row in pack_(model).layers] == ["1"]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, partial(torch.compile, backend="eager")])
+def test_a_wrapped_model_is_packed_inside(wrap) -> None:
+    model = Model()
+    assert [row[0] for row in pack_(wrap(model)).layers] == ["up", "block.1"]
+    assert type(model.up) is SparseLinear
+    assert [row[0] for row in unpack_(wrap(model)).layers] == ["up", "block.1"]
+    assert type(model.up) is nn.Linear
+
+
+def test_packed_in_inference_mode_gradients_flow_through_it_all_the_same() -> None:
+    model = Model()
+    with torch.inference_mode():
+        pack_(model)
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+    x = torch.randn(3, model.up.in_features, requires_grad=True)
+    model.up(x).sum().backward()
+    torch.testing.assert_close(x.grad, model.up.weight.sum(0).expand(3, -1).clone())
+    with torch.inference_mode():
+        unpack_(model)
+    assert not model.up.weight.is_inference()

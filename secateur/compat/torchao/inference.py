@@ -9,10 +9,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from secateur.compat.torchao.configs import TWO_OF_FOUR, Config
 from secateur.formats.candidates import why_not_each
 from secateur.formats.linear import SparseLinear
-from secateur.formats.pack import packed_linear, swap, weight_owners, why_not_layer
+from secateur.formats.pack import packed_linear, swap, why_not_layer
 from secateur.plan import Plan, plan
 from secateur.prune import check, prune_
 from secateur.undo import all_or_nothing
+from secateur.weights import tied_weights
 
 Filter = Callable[[nn.Module, str], bool]
 Change = Callable[[nn.Module], nn.Module]
@@ -127,15 +128,14 @@ def _matching(module: nn.Module, name: str, wanted: Filter) -> Iterator[nn.Modul
 
 def _by_default(model: nn.Module) -> Filter:
     """Linear layers whose weight is theirs alone, is not packed yet, and is read by calling."""
-    owners = weight_owners(model)
+    tied = tied_weights(model)
 
     def wanted(module: nn.Module, name: str) -> bool:
         if not isinstance(module, nn.Linear):
             return False
         if isinstance(module, (SparseLinear, NonDynamicallyQuantizableLinear)):
             return False
-        weight = module._parameters.get("weight")
-        return weight is None or len(owners[id(weight)]) == 1
+        return name not in tied
 
     return wanted
 
@@ -146,11 +146,11 @@ def _packed(
     """Every chosen layer packed; the model is not touched."""
     linears = {name: _linear(verb, name, module) for name, module in chosen.items()}
     shapes = {name: (each.out_features, each.in_features) for name, each in linears.items()}
-    owners, format = weight_owners(model), config.format
+    tied, format = tied_weights(model), config.format
     try:
         check(model, Plan(dict.fromkeys(linears, config.pattern), shapes, {}))
         for name, linear in linears.items():
-            problem = why_not_layer(name, linear, owners) or format.why_not(linear.weight.detach())
+            problem = why_not_layer(name, linear, tied) or format.why_not(linear.weight.detach())
             if problem is not None:
                 raise ValueError(f"layer {name!r}: {problem}")
     except ValueError as error:

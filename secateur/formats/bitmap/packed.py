@@ -84,8 +84,8 @@ def empty(shape: tuple[int, int], stored: int, dtype: torch.dtype) -> PackedBitm
         )
     return PackedBitmap(
         shape=shape,
-        values=torch.zeros(stored, dtype=dtype),
-        bitmask=torch.zeros(shape[0], (shape[1] + 7) // 8, dtype=torch.uint8),
+        values=torch.zeros(stored, dtype=dtype, device="cpu"),
+        bitmask=torch.zeros(shape[0], (shape[1] + 7) // 8, dtype=torch.uint8, device="cpu"),
     )
 
 

@@ -117,9 +117,9 @@ def empty(
         )
     return PackedBlock(
         shape=shape,
-        values=torch.zeros(stored, rows, cols, dtype=dtype),
-        crow_indices=torch.zeros(shape[0] // rows + 1, dtype=torch.int32),
-        col_indices=torch.zeros(stored, dtype=torch.int32),
+        values=torch.zeros(stored, rows, cols, dtype=dtype, device="cpu"),
+        crow_indices=torch.zeros(shape[0] // rows + 1, dtype=torch.int32, device="cpu"),
+        col_indices=torch.zeros(stored, dtype=torch.int32, device="cpu"),
     )
 
 

@@ -94,9 +94,9 @@ def empty(shape: tuple[int, int], stored: int, dtype: torch.dtype) -> PackedCsr:
         )
     return PackedCsr(
         shape=shape,
-        values=torch.zeros(stored, dtype=dtype),
-        crow_indices=torch.zeros(shape[0] + 1, dtype=torch.int32),
-        col_indices=torch.zeros(stored, dtype=torch.int32),
+        values=torch.zeros(stored, dtype=dtype, device="cpu"),
+        crow_indices=torch.zeros(shape[0] + 1, dtype=torch.int32, device="cpu"),
+        col_indices=torch.zeros(stored, dtype=torch.int32, device="cpu"),
     )
 
 

@@ -184,7 +184,9 @@ def problem(case: Case, device: torch.device, cold_bytes: int = COLD_BYTES) -> P
     nibbles = torch.tensor(NIBBLES, device=device, dtype=torch.uint8)[picks]
     metadata = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
     if case.kind is Kind.W16:
-        codes = torch.randn(shape, device=device, generator=generator).to(case.dtype)
+        codes = torch.randn(shape, device=device, generator=generator, dtype=torch.float32).to(
+            case.dtype
+        )
         numbers = codes
     elif case.kind is Kind.FP8:
         codes = torch.randint(256, shape, device=device, generator=generator).to(torch.uint8)
@@ -197,13 +199,15 @@ def problem(case: Case, device: torch.device, cold_bytes: int = COLD_BYTES) -> P
         )
         numbers = codes
     groups = ceil(case.columns / UNIT_COLUMNS) if case.grouped else 1
-    scales = (0.5 + torch.rand(case.rows, groups, device=device, generator=generator)).to(
-        case.dtype
-    ) / 64
+    scales = (
+        0.5 + torch.rand(case.rows, groups, device=device, generator=generator, dtype=torch.float32)
+    ).to(case.dtype) / 64
     units = arrange(case.kind, codes, metadata, scales if case.grouped else None, case.dtype)
     copies = max(2, ceil(cold_bytes / units.nbytes))
     weights = units.expand(copies, *units.shape).contiguous()
-    x = torch.randn(case.tokens, case.columns, device=device, generator=generator).to(case.dtype)
+    x = torch.randn(
+        case.tokens, case.columns, device=device, generator=generator, dtype=torch.float32
+    ).to(case.dtype)
     row_scales = None
     if not case.grouped and case.kind is not Kind.W16:
         row_scales = scales[:, 0].expand(copies, -1).contiguous()

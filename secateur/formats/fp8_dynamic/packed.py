@@ -92,8 +92,8 @@ def empty(shape: tuple[int, int], stored: int, dtype: torch.dtype) -> PackedFp8D
             f"fp8_dynamic needs {shape[0]} rows of codes, got {stored}: "
             "the description is damaged, save the model again"
         )
-    values = torch.zeros(shape, dtype=torch.uint8)
-    return PackedFp8Dynamic(shape, values, torch.zeros(shape[0], 1, dtype=dtype))
+    values = torch.zeros(shape, dtype=torch.uint8, device="cpu")
+    return PackedFp8Dynamic(shape, values, torch.zeros(shape[0], 1, dtype=dtype, device="cpu"))
 
 
 def broken(packed: PackedFp8Dynamic) -> str | None:

@@ -90,8 +90,8 @@ def empty(shape: tuple[int, int], stored: int, dtype: torch.dtype) -> PackedInt8
             f"int8_dynamic needs {shape[0]} rows of codes, got {stored}: "
             "the description is damaged, save the model again"
         )
-    values = torch.zeros(shape, dtype=torch.int8)
-    return PackedInt8Dynamic(shape, values, torch.zeros(shape[0], 1, dtype=dtype))
+    values = torch.zeros(shape, dtype=torch.int8, device="cpu")
+    return PackedInt8Dynamic(shape, values, torch.zeros(shape[0], 1, dtype=dtype, device="cpu"))
 
 
 def broken(packed: PackedInt8Dynamic) -> str | None:

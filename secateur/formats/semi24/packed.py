@@ -83,7 +83,9 @@ def empty(shape: tuple[int, int], stored: int, dtype: torch.dtype) -> PackedSemi
     Raises: ValueError if the description is of another shape.
     """
     metadata = two_of_four.empty_metadata(shape, stored, "semi24")
-    return PackedSemi24(shape, torch.zeros(shape[0], shape[1] // 2, dtype=dtype), metadata)
+    return PackedSemi24(
+        shape, torch.zeros(shape[0], shape[1] // 2, dtype=dtype, device="cpu"), metadata
+    )
 
 
 def broken(packed: PackedSemi24) -> str | None:

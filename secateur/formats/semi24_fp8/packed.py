@@ -108,8 +108,8 @@ def empty(shape: tuple[int, int], stored: int, dtype: torch.dtype) -> PackedSemi
     return PackedSemi24Fp8(
         shape=shape,
         metadata=two_of_four.empty_metadata(shape, stored, "semi24_fp8"),
-        values=torch.zeros(shape[0], shape[1] // 2, dtype=torch.uint8),
-        scales=torch.zeros(shape[0], 1, dtype=dtype),
+        values=torch.zeros(shape[0], shape[1] // 2, dtype=torch.uint8, device="cpu"),
+        scales=torch.zeros(shape[0], 1, dtype=dtype, device="cpu"),
     )
 
 

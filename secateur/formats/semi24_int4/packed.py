@@ -122,8 +122,8 @@ def empty(
     return PackedSemi24Int4(
         shape=shape,
         metadata=two_of_four.empty_metadata(shape, stored, "semi24_int4"),
-        values=torch.zeros(shape[0], shape[1] // 4, dtype=torch.uint8),
-        scales=torch.zeros(shape[0], groups, dtype=dtype),
+        values=torch.zeros(shape[0], shape[1] // 4, dtype=torch.uint8, device="cpu"),
+        scales=torch.zeros(shape[0], groups, dtype=dtype, device="cpu"),
     )
 
 

@@ -1,0 +1,267 @@
+"""Whether a module's weight is an ordinary parameter with data of its own, and the remedy if not.
+
+Both halves ask here, before a weight is read or written.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+# What weights are pruned and trained in: of all others steps and sums are lost.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require_module(model: object) -> None:
+    """Raise unless it is a module whose layers can be changed.
+
+    Raises:
+        ValueError: if it is something else, or a ScriptModule.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"a model needs to be an ordinary nn.Module, {type(model).__name__} is TorchScript, "
+            "whose layers cannot be changed: use the module that it was made of, and script that "
+            "afterwards"
+        )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"a model needs to be an nn.Module, got {type(model).__name__}: load it")
+
+
+# --- ordinary ------------------------------------------------------------------------------------
+
+
+def why_computed(module: nn.Module, name: str = "weight") -> str | None:
+    """What computes the tensor of this name, and how to make it a parameter; None for parameters.
+
+    A tensor that the module does not have counts as a parameter.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
+            return (
+                "has a mask of torch.nn.utils.prune attached: make it permanent with "
+                f"torch.nn.utils.prune.remove(layer, {name!r})"
+            )
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            return (
+                "is computed by weight_norm: make it a parameter with "
+                f"torch.nn.utils.remove_weight_norm(layer, {name!r})"
+            )
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            return (
+                "is computed by spectral_norm: make it a parameter with "
+                f"torch.nn.utils.remove_spectral_norm(layer, {name!r})"
+            )
+    if parametrize.is_parametrized(module, name):
+        return (
+            "is computed by a parametrization: make it a parameter with "
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
+        )
+    if name in module._parameters or not hasattr(module, name):
+        return None
+    if hasattr(module, "packed"):
+        return "is packed: unpack_(model) first"
+    return (
+        f"is no parameter of its own, {type(module).__name__} computes it: make it one, "
+        f"layer.{name} = torch.nn.Parameter(...)"
+    )
+
+
+def why_no_data(module: nn.Module) -> str | None:
+    """Why the module has no weight of its own to read, and the remedy; None where it has one.
+
+    The words follow the name of the weight.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return "belongs to a ScriptModule: use the module that it was made of"
+    if reason := why_computed(module):
+        return reason
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return f"is missing from this {type(module).__name__}: leave the layer out"
+    if is_lazy(weight):
+        return f"has no shape yet in this {type(module).__name__}: run the model once on a batch"
+    if weight.is_meta and hasattr(module, "_hf_hook"):
+        return (
+            "has no data (meta device), accelerate has offloaded it: load the model without "
+            "offloading, or take its hooks off with "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
+    if weight.is_meta:
+        return "has no data (meta device): load the weights first"
+    return None
+
+
+def why_not_ordinary(module: nn.Module, *, written: bool = True) -> str | None:
+    """Why the module's weight is no ordinary parameter with data, and the remedy; None if it is.
+
+    The words follow the name of the weight. What is only read may be an inference tensor.
+    """
+    if reason := why_no_data(module):
+        return reason
+    weight = module._parameters["weight"]
+    assert weight is not None
+    if weight.layout is not torch.strided:
+        return (
+            f"is stored as {weight.layout}: make it dense, "
+            "layer.weight = torch.nn.Parameter(layer.weight.to_dense())"
+        )
+    if weight.dtype not in DTYPES:
+        return f"is {_short(weight.dtype)}: {_remedy_for_dtype(weight)}"
+    if written and weight.is_inference():
+        return (
+            "was made in torch.inference_mode, outside of which it cannot be changed: go on with a "
+            "copy.deepcopy(model) that is made outside"
+        )
+    if written and _shares_elements(weight):
+        return (
+            f"has elements that share memory (strides {tuple(weight.stride())}, as expand makes "
+            "them): give it its own, layer.weight = torch.nn.Parameter(layer.weight.contiguous())"
+        )
+    return None
+
+
+def require_ordinary(layers: Mapping[str, nn.Module], *, written: bool = True) -> None:
+    """Raise unless the weights of these layers are ordinary parameters with data.
+
+    Raises:
+        ValueError: if one is not, with its name, the reason and the remedy.
+    """
+    for name, module in layers.items():
+        if reason := why_not_ordinary(module, written=written):
+            raise ValueError(f"{name}.weight {reason}")
+
+
+def require_data(layers: Mapping[str, nn.Module]) -> None:
+    """Raise unless these layers have weights of their own to read, of whatever kind.
+
+    Raises:
+        ValueError: if one has not, with its name, the reason and the remedy.
+    """
+    for name, module in layers.items():
+        if reason := why_no_data(module):
+            raise ValueError(f"{name}.weight {reason}")
+
+
+def _remedy_for_dtype(weight: Tensor) -> str:
+    if weight.is_complex():
+        return "complex weights have no pattern here, leave the layer out"
+    if weight.is_floating_point():
+        return (
+            "cast it to bfloat16 or a wider dtype, layer.weight = "
+            "torch.nn.Parameter(layer.weight.to(torch.bfloat16)), and quantise it afterwards"
+        )
+    return "leave the layer out, or prune the floating-point model that it was quantised from"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shares_elements(tensor: Tensor) -> bool:
+    """Whether two places of the tensor are, or may be, one element in memory.
+
+    From the smallest stride on, each has to step over everything that the smaller ones reach.
+    """
+    reached = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and tensor.numel():
+            if stride < reached:
+                return True
+            reached += (size - 1) * stride
+    return False
+
+
+# --- of one storage ------------------------------------------------------------------------------
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """The modules whose weight shares memory with another parameter of the model, and with which.
+
+    Two modules with one parameter are tied, and so are views of one storage that overlap, such as
+    `weight` and `weight.T`, whoever holds them. The other is named by its module where it is a
+    weight too, and in full where it is not.
+    """
+    tensors = dict(_parameters(model))
+    tied: dict[str, str] = {}
+    for name, other in sharing(tensors):
+        for one, two in ((name, other), (other, name)):
+            module, _, key = one.rpartition(".")
+            if key == "weight":
+                tied.setdefault(module, _owner(two))
+    return tied
+
+
+def _owner(name: str) -> str:
+    module, _, key = name.rpartition(".")
+    return module if module and key == "weight" else name
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of every module, shared ones for each module that holds them."""
+    for prefix, module in model.named_modules():
+        yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+
+
+def sharing(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """The pairs of names whose tensors share an element of memory, in their order."""
+    order = {name: i for i, name in enumerate(tensors)}
+    places: dict[Any, list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        if (found := _place(tensor)) is not None:
+            memory, begin, end = found
+            places.setdefault(memory, []).append((begin, end, name))
+    pairs = []
+    for inside in places.values():
+        open_: list[tuple[int, int, str]] = []
+        for begin, end, name in sorted(inside):
+            open_ = [before for before in open_ if before[1] > begin]
+            for _, _, other in open_:
+                if _share_an_element(tensors[other], tensors[name]):
+                    pairs.append((other, name))
+            open_.append((begin, end, name))
+    in_order = [pair if order[pair[0]] < order[pair[1]] else pair[::-1] for pair in pairs]
+    yield from sorted(in_order, key=lambda pair: (order[pair[0]], order[pair[1]]))
+
+
+def _place(tensor: Tensor) -> tuple[Any, int, int] | None:
+    """Which memory the tensor lies in, and its first byte and the one after its last.
+
+    Tensors without an address, such as those on the meta device, lie in their storage; those
+    without a storage, such as sparse ones, are places of their own. None for an empty tensor.
+    """
+    if is_lazy(tensor) or not tensor.numel():
+        return None
+    try:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return id(tensor), 0, 1
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    begin = address + int(tensor.storage_offset()) * tensor.itemsize
+    memory: Any = tensor.device if address else storage._cdata
+    return memory, begin, begin + (int(reach) + 1) * tensor.itemsize
+
+
+def _share_an_element(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors share an element, of which the second begins within the first's place.
+
+    Columns beside columns do not, though their places overlap.
+    """
+    place, other = _place(one), _place(two)
+    assert place is not None and other is not None
+    (_, first, end), (_, begin, until) = place, other
+    size = one.itemsize
+    if begin == first or one.is_contiguous() or two.itemsize != size or (begin - first) % size:
+        return True
+    seen = torch.zeros((max(end, until) - first) // size, dtype=torch.bool, device="cpu")
+    seen.as_strided(one.shape, one.stride()).fill_(True)
+    return bool(seen.as_strided(two.shape, two.stride(), (begin - first) // size).any())
