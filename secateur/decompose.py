@@ -134,5 +134,6 @@ def _low_rank_parts_beside(
                     B, A = low_rank_part(W, statistics["input_norm"], plan.layers[name], rank)
                     rest = W.float() - B.float() @ A.float()
                     weight_of(module).copy_(_layers.like_weight(module, rest))
-                    stack.callback(module.register_forward_hook(adding(B, A)).remove)
+                    hook = module.register_forward_hook(adding(B, A), with_kwargs=True)
+                    stack.callback(hook.remove)
         yield

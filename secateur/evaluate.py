@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from secateur.outputs import answer, counted, divergence, eval_mode, hidden_of, logits_of, pooled
+from secateur.padding import by_name
 from secateur.replay import Batch
 
 # Logits turned to float32 at once, 256 MiB: a batch of a large vocabulary would not fit twice.
@@ -104,7 +105,7 @@ def perplexity(
 def compare(model: nn.Module, dense: nn.Module, batches: Iterable[Batch]) -> Agreement:
     """How far the model's logits are from the dense model's: KL(dense || model), same top-1.
 
-    Every position is one count, and padding, where a batch has an `attention_mask`, is none.
+    Every position is one count, and padding, as the mask or labels of a batch tell, is none.
 
     Raises:
         ValueError: if there is no batch, or logits are NaN or of two shapes (the batch is named).
@@ -112,8 +113,7 @@ def compare(model: nn.Module, dense: nn.Module, batches: Iterable[Batch]) -> Agr
     kl, same, tokens = 0.0, 0, 0
     with eval_mode(model, dense), torch.no_grad():
         for where, batch in _named(batches, "compare"):
-            p, q = _pair(model, dense, batch, where, logits_of)
-            mask = counted(batch, p.shape[:-1], p.device, where)
+            p, q, mask = _pair(model, dense, batch, where, logits_of)
             for one, other in zip(_chunks(p[mask]), _chunks(q[mask]), strict=True):
                 kl += float(divergence(one, other).double().sum())
                 same += int((one.argmax(-1) == other.argmax(-1)).sum())
@@ -136,8 +136,7 @@ def embedding_cosine(model: nn.Module, dense: nn.Module, batches: Iterable[Batch
     cosines: list[Tensor] = []
     with eval_mode(model, dense), torch.no_grad():
         for where, batch in _named(batches, "embedding_cosine"):
-            one, other = _pair(model, dense, batch, where, hidden_of)
-            mask = counted(batch, one.shape[:-1], one.device, where)
+            one, other, mask = _pair(model, dense, batch, where, hidden_of)
             if not bool(mask.flatten(1).any(1).all() if mask.dim() > 1 else True):
                 raise ValueError(
                     f"embedding_cosine needs a token in every row, {where} has a row that is all "
@@ -260,16 +259,18 @@ def _pair(
     batch: Batch,
     where: str,
     tensor_of: Callable[[Any, str], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The dense model's tensor and the model's, of one shape and on one device."""
-    reference = tensor_of(answer(dense, batch, where), f"{where} of the dense model")
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The dense model's tensor and the model's, of one shape and device, and where they count."""
+    output = answer(dense, batch, where)
+    reference = tensor_of(output, f"{where} of the dense model")
     found = tensor_of(answer(model, batch, where), where)
     if found.shape != reference.shape:
         raise ValueError(
             f"the models need outputs of one shape, got {tuple(found.shape)} and for the dense "
             f"model {tuple(reference.shape)} in {where}: compare a model with its own dense form"
         )
-    return reference.to(found.device), found
+    mask = counted(by_name(dense, batch), output, found.shape[:-1], found.device)
+    return reference.to(found.device), found, mask
 
 
 def _labelled(batch: Any, where: str) -> tuple[Batch, Tensor]:

@@ -28,7 +28,7 @@ from secateur.adapter import require_new, write_adapter
 from secateur.calibrate import observe
 from secateur.interrupts import putting_back
 from secateur.reconstruct.refit import require_gram
-from secateur.replay import Batch
+from secateur.replay import Batch, input_of
 from secateur.tables import text_table
 
 
@@ -167,7 +167,9 @@ def compensate(
                 W = W.to(S.device)
                 B, A = (f.to(S.dtype) for f in compensation(W.double(), S, gram, rank, damping))
                 factors[name] = B, A
-                stack.callback(layers[name].register_forward_hook(adding(B, A)).remove)
+                stack.callback(
+                    layers[name].register_forward_hook(adding(B, A), with_kwargs=True).remove
+                )
                 before, after = _errors(W.double(), S.double(), B.double() @ A.double(), gram)
                 count = B.numel() + A.numel()
                 results[name] = Compensated(name, count, before, after, observed.tokens[name])
@@ -258,11 +260,11 @@ def rank_within(
     return rank
 
 
-def adding(B: Tensor, A: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """A forward hook that adds B A x to the layer's output, as PEFT does."""
+def adding(B: Tensor, A: Tensor) -> Callable[[nn.Module, Any, Any, Tensor], Tensor]:
+    """A forward hook with keywords that adds B A x to the layer's output, as PEFT does."""
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + F.linear(F.linear(args[0], A), B)
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        return output + F.linear(F.linear(input_of(args, kwargs), A), B)
 
     return after
 
