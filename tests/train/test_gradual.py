@@ -112,7 +112,7 @@ def test_the_plan_is_met_when_the_schedule_ends_also_between_two_choices() -> No
     model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 40))
     plan = sc.plan(model, "unstructured:0.8", layers=["0"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rule = sc.gradual(plan, cubic(0.8, 0, 20), every=8)
+    rule = sc.gradual(plan, cubic(0.8, 0, 20), every=14)
     assert steps(model, optimizer, rule, 20) == pytest.approx(0.8)
 
 
