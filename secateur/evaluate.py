@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from secateur.float64 import in_float64
 from secateur.outputs import answer, counted, divergence, eval_mode, hidden_of, logits_of, pooled
 from secateur.padding import by_name
 from secateur.replay import Batch
@@ -115,7 +116,7 @@ def compare(model: nn.Module, dense: nn.Module, batches: Iterable[Batch]) -> Agr
         for where, batch in _named(batches, "compare"):
             p, q, mask = _pair(model, dense, batch, where, logits_of)
             for one, other in zip(_chunks(p[mask]), _chunks(q[mask]), strict=True):
-                kl += float(divergence(one, other).double().sum())
+                kl += float(in_float64(divergence(one, other)).sum())
                 same += int((one.argmax(-1) == other.argmax(-1)).sum())
             tokens += int(mask.sum())
     if tokens == 0:
@@ -142,7 +143,7 @@ def embedding_cosine(model: nn.Module, dense: nn.Module, batches: Iterable[Batch
                     f"embedding_cosine needs a token in every row, {where} has a row that is all "
                     "padding: leave it out"
                 )
-            product = pooled(one, mask).double() * pooled(other, mask).double()
+            product = in_float64(pooled(one, mask)) * in_float64(pooled(other, mask))
             cosines.append(product.sum(-1).cpu())
     every = torch.cat(cosines)
     return Cosine(float(every.mean()), float(every.quantile(0.1)), len(every))
@@ -241,7 +242,7 @@ def _nll(logits: Float[Tensor, "tokens classes"], targets: Int[Tensor, " tokens"
     total, done = 0.0, 0
     for chunk in _chunks(logits):
         losses = F.cross_entropy(chunk.float(), targets[done : done + len(chunk)], reduction="none")
-        total += float(losses.double().sum())
+        total += float(in_float64(losses).sum())
         done += len(chunk)
     return total
 

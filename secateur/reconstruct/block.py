@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from secateur import layers as _layers
 from secateur.distributed import ALONE, Team
+from secateur.float64 import float64_device, in_float64
 from secateur.halves import HalfBlock
 from secateur.layers import weight_of
 from secateur.reconstruct.refit import refit
@@ -216,15 +217,16 @@ class _Run:
     def _of_targets(self) -> Float[Tensor, ""]:
         """The variance of the targets, of all channels together."""
         device = self._half.device
-        n, total, squares = (torch.zeros((), device=device, dtype=torch.float64) for _ in range(3))
+        there = float64_device(device)
+        n, total, squares = (torch.zeros((), device=there, dtype=torch.float64) for _ in range(3))
         for target in self._half.targets:
             y = target.to(device).float()
             n += y.numel()
-            total += y.sum()
-            squares += y.square().sum()
+            total += in_float64(y.sum())
+            squares += in_float64(y.square().sum())
         self._team.add_up_([n, total, squares])
         variance = squares / n - (total / n).square()
-        return variance.clamp(min=torch.finfo(torch.float32).tiny).float()
+        return variance.clamp(min=torch.finfo(torch.float32).tiny).float().to(device)
 
 
 def _kept_rms(weight: Float[Tensor, "..."]) -> float:

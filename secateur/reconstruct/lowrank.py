@@ -26,6 +26,7 @@ from tqdm import tqdm
 from secateur import layers as _layers
 from secateur.adapter import require_new, write_adapter
 from secateur.calibrate import observe
+from secateur.float64 import in_float64
 from secateur.interrupts import putting_back
 from secateur.reconstruct.refit import require_gram
 from secateur.replay import Batch, input_of
@@ -57,12 +58,12 @@ def compensation(
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be a number of at least 0, got {damping:g}: 0.01 is usual")
     require_gram(gram)
-    H = gram.to(torch.float64, copy=True)
+    H = in_float64(gram).clone()
     H.diagonal().add_(damping * H.diagonal().mean())
-    Q, R = torch.linalg.qr(weight.double() - sparse.double())
+    Q, R = torch.linalg.qr(in_float64(weight) - in_float64(sparse))
     _, V = torch.linalg.eigh(R @ H @ R.T)  # ascending
     V = V[:, -rank:].flip(1)
-    return (Q @ V).to(weight.dtype), (V.T @ R).to(weight.dtype)
+    return (Q @ V).to(weight), (V.T @ R).to(weight)
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,13 @@ def compensate(
             for name, statistics in observed.statistics.items():
                 W, S, gram = weights[name], _layers.matrix(layers[name]), statistics["gram"]
                 W = W.to(S.device)
-                B, A = (f.to(S.dtype) for f in compensation(W.double(), S, gram, rank, damping))
+                B, A = (f.to(S) for f in compensation(in_float64(W), S, gram, rank, damping))
                 factors[name] = B, A
                 stack.callback(
                     layers[name].register_forward_hook(adding(B, A), with_kwargs=True).remove
                 )
-                before, after = _errors(W.double(), S.double(), B.double() @ A.double(), gram)
+                both = in_float64(B) @ in_float64(A)
+                before, after = _errors(in_float64(W), in_float64(S), both, gram)
                 count = B.numel() + A.numel()
                 results[name] = Compensated(name, count, before, after, observed.tokens[name])
                 bar.update()
@@ -276,7 +278,7 @@ def _errors(
     gram: Float[Tensor, "in in"],
 ) -> tuple[float, float]:
     """The share of the output energy that is lost without and with the correction."""
-    G = gram.double()
+    G = in_float64(gram)
     energy, before, after = (float(((X @ G) * X).sum()) for X in (W, W - S, W - S - BA))
     return (before / energy, after / energy) if energy > 0 else (0.0, 0.0)
 
