@@ -9,6 +9,7 @@ For half-blocks the blocks are replayed on a second stream too, that of the dens
 """
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,16 +27,20 @@ from secateur.distributed import ALONE, Team
 from secateur.halves import DenseStream, HalfBlock
 from secateur.memory import room_for
 from secateur.outputs import eval_mode
+from secateur.padding import DECODER, ENCODER, unpadded
 from secateur.replay import (
     Batch,
     Call,
     Enough,
     find_chains,
+    has_labels_beside,
     hooks,
+    input_of,
     record_all,
     run_batch,
     to_device,
     usable,
+    why_not,
 )
 from secateur.statistics import STATISTICS, HeldGram, Statistic
 from secateur.window import Window
@@ -72,7 +77,7 @@ def observe(
     With `sequential`, the layers of a block come in the order in which they run, those that share
     an input together, and each sees inputs made by the layers already changed (SparseGPT's "true
     sequential"). Without, a block comes as a whole. `offload` keeps activations between blocks on
-    the CPU. Padding, where a batch has a two-dimensional `attention_mask`, does not count. With
+    the CPU. Padding, where a batch has an attention mask, is not run: see `secateur.padding`. With
     `halves`, layers of blocks come half by half, each with the dense half-block's outputs to train
     towards. Layers that are `finished` come in their turn without statistics, to be put in place.
     The processes of a `team` get the statistics of all their batches, laid end to end by rank. With
@@ -92,20 +97,26 @@ def observe(
     if window is not None:
         device = window.device
     inputs: list[Batch] = [to_device(batch, device) for batch in as_list(batches)]
-    counts = team.everyones(len(inputs))
+    parts = _unpadded(model, inputs)
+    counts = team.everyones(len({part.of for part in parts}))
+    if any(has_labels_beside(model, batch) for batch in inputs):
+        warnings.warn(
+            f"batches are pairs and {type(model).__name__} takes one argument: it runs on the "
+            "first of each, the labels are not read",
+            stacklevel=2,
+        )
     if halves and sum(counts) < 2:
         raise ValueError(
             "half-blocks are trained on some batches and judged on others, got 1 batch: split it, "
             "as in tokens.split(8)"
         )
-    padding = [_padding(b) for b in inputs]
     with eval_mode(model), torch.no_grad():
         with team.together():
-            trace = _trace(model, layers, inputs)
+            trace, parts = _trace_unpadded(model, layers, inputs, parts)
         trace = _merged(team.everyones(trace), layers)
         walk = _Walk(
             trace,
-            padding,
+            [part.of for part in parts],
             tuple(statistics),
             sequential,
             device,
@@ -119,7 +130,9 @@ def observe(
             wanted = {name: layers[name] for name in names}
             with team.together():
                 recorded = (
-                    record_all(model, chain, inputs, offload, once=window is not None)
+                    record_all(
+                        model, chain, [p.batch for p in parts], offload, once=window is not None
+                    )
                     if chain
                     else None
                 )
@@ -133,8 +146,65 @@ def observe(
                     "load the model whole and call reconstruct_"
                 )
             else:
-                runs = [partial(run_batch, model, batch) for batch in inputs]
+                runs = [partial(run_batch, model, part.batch) for part in parts]
                 yield from walk.observe("the model", wanted, runs)
+
+
+# --- batches without their padding ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is run of a batch at once, and which batch that is."""
+
+    batch: Batch
+    of: int
+
+
+# What is tried in turn: batches without any padding; with the inputs' but not that of what is to
+# come out of a decoder, for models that take inputs of one length only, such as Whisper; whole.
+SIDES: tuple[tuple[str, ...], ...] = (("", ENCODER, DECODER), (DECODER,), ())
+
+
+def _unpadded(
+    model: nn.Module, batches: Sequence[Batch], sides: Collection[str] = SIDES[0]
+) -> Sequence[_Part]:
+    """The batches in parts without padding; a batch of nothing else is left out and not counted."""
+    holding = [batch for batch in batches if unpadded(model, batch)]
+    if not holding:
+        raise ValueError(
+            f"calibration needs a token that is no padding, the {len(batches)} batches hold none: "
+            "check their attention_mask, which is 1 at tokens"
+        )
+    every = [unpadded(model, batch, sides) for batch in holding]
+    return [_Part(part, i) for i, parts in enumerate(every) for part in parts]
+
+
+def _trace_unpadded(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    parts: Sequence[_Part],
+) -> tuple["_Trace", Sequence[_Part]]:
+    """The trace of the parts, and these; of parts with padding if the model can run only those."""
+    try:
+        return _trace(model, layers, parts), parts
+    except ValueError as error:
+        if all(any(part.batch is batch for batch in batches) for part in parts):
+            raise
+        first = error
+    for sides in SIDES[1:]:
+        parts = _unpadded(model, batches, sides)
+        with contextlib.suppress(ValueError):
+            trace = _trace(model, layers, parts)
+            warnings.warn(
+                f"{first}. So it runs with the padding that attention_mask marks, and the "
+                f"{len(layers)} planned layers, {next(iter(layers))} first, count it where they "
+                "see it: give rows without padding where the model can run them",
+                stacklevel=3,
+            )
+            return trace, parts
+    raise first
 
 
 # --- which layers run when, and which share an input ---------------------------------------------
@@ -148,36 +218,37 @@ class _Trace:
     leader: Mapping[str, str]
 
 
-def _trace(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]) -> _Trace:
-    """The trace of the first batch, and of as many more as it takes until every layer has run."""
+def _trace(model: nn.Module, layers: Mapping[str, nn.Module], parts: Sequence[_Part]) -> _Trace:
+    """The trace of the first part, and of as many more as it takes until every layer has run."""
     calls: dict[str, int] = {}
     leader: dict[str, str] = {}
     recent: list[tuple[weakref.ref[Tensor], str]] = []
     earlier: set[str] = set()
 
-    def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if name not in calls:
+            x = input_of(args, kwargs)
             # Convolutions that read one input by other kernels or strides see other rows.
             same = [
                 first
                 for input_, first in recent
-                if input_() is args[0] and _layers.reading(layers[first]) == _layers.reading(module)
+                if input_() is x and _layers.reading(layers[first]) == _layers.reading(module)
             ]
             leader[name] = same[0] if same else name
-            recent.append((weakref.ref(args[0]), leader[name]))
+            recent.append((weakref.ref(x), leader[name]))
             del recent[:-RECENT_INPUTS]
         if name not in earlier:
             calls[name] = calls.get(name, 0) + 1
 
-    with hooks(m.register_forward_pre_hook(partial(before, n)) for n, m in layers.items()):
-        for i, batch in enumerate(batches):
+    with hooks(
+        m.register_forward_pre_hook(partial(before, n), with_kwargs=True) for n, m in layers.items()
+    ):
+        for part in parts:
             try:
-                run_batch(model, batch)
+                run_batch(model, part.batch)
             except Exception as error:
-                raise ValueError(
-                    f"{type(model).__name__} cannot run calibration batch {i}, {_describe(batch)}: "
-                    f"{error}. A batch is a tensor, a tuple of arguments or a dict of keywords"
-                ) from error
+                where = f"calibration batch {part.of}"
+                raise ValueError(why_not(model, part.batch, where, error)) from error
             if len(calls) == len(layers):
                 break
             earlier.update(calls)
@@ -229,7 +300,7 @@ def _replay_chain(
         for block in chain
     }
     last = max(i for i, block in enumerate(chain) if held[block])
-    dense = DenseStream(walk.padding, walk.device) if walk.halves else None
+    dense = DenseStream(walk.batch_of, walk.device) if walk.halves else None
     previous: list[list[Tensor | None]] = [[] for _ in recorded]
     for i, (name, block) in enumerate(chain.items()):
         if walk.window:
@@ -264,7 +335,7 @@ class _Walk:
     """What stays the same from block to block."""
 
     trace: _Trace
-    padding: Sequence[Bool[Tensor, "batch tokens"] | None]
+    batch_of: Sequence[int]
     statistics: tuple[str, ...]
     sequential: bool
     device: torch.device
@@ -277,7 +348,7 @@ class _Walk:
     def observe(
         self, block: str, layers: Mapping[str, nn.Module], runs: Sequence[Callable[[], Any]]
     ) -> Iterator[Observed]:
-        """Yields a block's layers, all together or by shared input; `runs` are its batches."""
+        """Yields a block's layers, all together or by shared input; `runs` are its parts."""
         in_order = [name for name in self.trace.calls if name in layers]
         stages: dict[str, list[str]] = {}
         for name in in_order:
@@ -318,26 +389,27 @@ class _Walk:
         for name, module in layers.items():
             key = self.trace.leader[name] if share else name
             columns = _layers.matrix(module).shape[1]
-            shared = by_input.setdefault(
-                key, _Sums(self.statistics, columns, self.device, self.first_batch)
-            )
+            shared = by_input.setdefault(key, _Sums(self.statistics, columns, self.device))
             shared.members += 1
             sums[name] = shared
         once = all(self.trace.calls[name] == 1 for name in layers)
         current = {"batch": 0, "calls": 0}
 
-        def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums[name].add(module, args[0], self.padding[current["batch"]])
+        def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            sums[name].add(module, input_of(args, kwargs), self.first_batch + current["batch"])
             current["calls"] += 1
             if once and current["calls"] == len(layers):
                 raise Enough  # nothing behind the last of these layers is needed
 
         with (
             self.team.together(),
-            hooks(m.register_forward_pre_hook(partial(before, n)) for n, m in layers.items()),
+            hooks(
+                m.register_forward_pre_hook(partial(before, n), with_kwargs=True)
+                for n, m in layers.items()
+            ),
         ):
             for i, run in enumerate(tqdm(runs, desc=block, leave=False, disable=None)):
-                current.update(batch=i, calls=0)
+                current.update(batch=self.batch_of[i], calls=0)
                 with contextlib.suppress(Enough):
                     run()
         for of_input in by_input.values():
@@ -348,30 +420,22 @@ class _Walk:
 class _Sums:
     """The statistics of one input, whichever layers read it."""
 
-    def __init__(
-        self, names: tuple[str, ...], columns: int, device: torch.device, first_batch: int
-    ) -> None:
+    def __init__(self, names: tuple[str, ...], columns: int, device: torch.device) -> None:
         self.statistics: dict[str, Statistic] = {n: STATISTICS[n](columns, device) for n in names}
-        for statistic in self.statistics.values():
-            if isinstance(statistic, HeldGram):
-                statistic.batches = first_batch
         self.members = self.tokens = self._calls = self._inputs = 0
         self._last: weakref.ref[Tensor] | None = None
 
-    def add(
-        self, module: nn.Module, x: Float[Tensor, "..."], padding: Bool[Tensor, "..."] | None
-    ) -> None:
+    def add(self, module: nn.Module, x: Float[Tensor, "..."], batch: int) -> None:
         self._calls += 1
         if self.members > 1 and self._last is not None and self._last() is x:
             return
         self._last = weakref.ref(x)
         self._inputs += 1
-        if padding is not None and x.dim() == 3 and x.shape[:2] == padding.shape:
-            rows = x[padding]
-        else:
-            rows = _layers.input_rows(module, x)
+        rows = _layers.input_rows(module, x)
         self.tokens += rows.shape[0]
         for statistic in self.statistics.values():
+            if isinstance(statistic, HeldGram):
+                statistic.batch = batch
             statistic.update(rows)
 
     def add_up_(self, team: Team) -> None:
@@ -407,16 +471,10 @@ def as_list(batches: Iterable[Batch]) -> list[Batch]:
             f"batches must be an iterable of batches, got one {type(batches).__name__}: wrap it in "
             "a list, or split it, as in tokens.split(8)"
         )
-    listed = [usable(batch, i) for i, batch in enumerate(batches)]
+    listed = [usable(batch, f"calibration batch {i}") for i, batch in enumerate(batches)]
     if not listed:
         raise ValueError("calibration needs at least one batch, got none")
     return listed
-
-
-def _padding(batch: Batch) -> Bool[Tensor, "batch tokens"] | None:
-    """True where there is a token, from a batch's two-dimensional attention mask."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _received_nothing(layers: Sequence[str]) -> str:
@@ -425,14 +483,3 @@ def _received_nothing(layers: Sequence[str]) -> str:
         f"layer {layers[0]}{more} received 0 tokens: its scores would be noise: add calibration "
         "data that reaches it, or ignore it in the plan"
     )
-
-
-def _describe(batch: Batch) -> str:
-    def one(x: Any) -> str:
-        return f"{type(x).__name__} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-
-    if isinstance(batch, Tensor):
-        return one(batch)
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key}: {one(x)}" for key, x in batch.items()) + "}"
-    return "(" + ", ".join(map(one, batch)) + ")"

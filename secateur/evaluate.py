@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from secateur.float64 import in_float64
 from secateur.outputs import answer, counted, divergence, eval_mode, hidden_of, logits_of, pooled
+from secateur.padding import by_name
 from secateur.replay import Batch
 
 # Logits turned to float32 at once, 256 MiB: a batch of a large vocabulary would not fit twice.
@@ -104,7 +106,7 @@ def perplexity(
 def compare(model: nn.Module, dense: nn.Module, batches: Iterable[Batch]) -> Agreement:
     """How far the model's logits are from the dense model's: KL(dense || model), same top-1.
 
-    Every position is one count, and padding, where a batch has an `attention_mask`, is none.
+    Every position is one count, and padding, as the mask or labels of a batch tell, is none.
 
     Raises:
         ValueError: if there is no batch, or logits are NaN or of two shapes (the batch is named).
@@ -112,10 +114,9 @@ def compare(model: nn.Module, dense: nn.Module, batches: Iterable[Batch]) -> Agr
     kl, same, tokens = 0.0, 0, 0
     with eval_mode(model, dense), torch.no_grad():
         for where, batch in _named(batches, "compare"):
-            p, q = _pair(model, dense, batch, where, logits_of)
-            mask = counted(batch, p.shape[:-1], p.device, where)
+            p, q, mask = _pair(model, dense, batch, where, logits_of)
             for one, other in zip(_chunks(p[mask]), _chunks(q[mask]), strict=True):
-                kl += float(divergence(one, other).double().sum())
+                kl += float(in_float64(divergence(one, other)).sum())
                 same += int((one.argmax(-1) == other.argmax(-1)).sum())
             tokens += int(mask.sum())
     if tokens == 0:
@@ -136,14 +137,13 @@ def embedding_cosine(model: nn.Module, dense: nn.Module, batches: Iterable[Batch
     cosines: list[Tensor] = []
     with eval_mode(model, dense), torch.no_grad():
         for where, batch in _named(batches, "embedding_cosine"):
-            one, other = _pair(model, dense, batch, where, hidden_of)
-            mask = counted(batch, one.shape[:-1], one.device, where)
+            one, other, mask = _pair(model, dense, batch, where, hidden_of)
             if not bool(mask.flatten(1).any(1).all() if mask.dim() > 1 else True):
                 raise ValueError(
                     f"embedding_cosine needs a token in every row, {where} has a row that is all "
                     "padding: leave it out"
                 )
-            product = pooled(one, mask).double() * pooled(other, mask).double()
+            product = in_float64(pooled(one, mask)) * in_float64(pooled(other, mask))
             cosines.append(product.sum(-1).cpu())
     every = torch.cat(cosines)
     return Cosine(float(every.mean()), float(every.quantile(0.1)), len(every))
@@ -242,7 +242,7 @@ def _nll(logits: Float[Tensor, "tokens classes"], targets: Int[Tensor, " tokens"
     total, done = 0.0, 0
     for chunk in _chunks(logits):
         losses = F.cross_entropy(chunk.float(), targets[done : done + len(chunk)], reduction="none")
-        total += float(losses.double().sum())
+        total += float(in_float64(losses).sum())
         done += len(chunk)
     return total
 
@@ -260,16 +260,18 @@ def _pair(
     batch: Batch,
     where: str,
     tensor_of: Callable[[Any, str], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The dense model's tensor and the model's, of one shape and on one device."""
-    reference = tensor_of(answer(dense, batch, where), f"{where} of the dense model")
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The dense model's tensor and the model's, of one shape and device, and where they count."""
+    output = answer(dense, batch, where)
+    reference = tensor_of(output, f"{where} of the dense model")
     found = tensor_of(answer(model, batch, where), where)
     if found.shape != reference.shape:
         raise ValueError(
             f"the models need outputs of one shape, got {tuple(found.shape)} and for the dense "
             f"model {tuple(reference.shape)} in {where}: compare a model with its own dense form"
         )
-    return reference.to(found.device), found
+    mask = counted(by_name(dense, batch), output, found.shape[:-1], found.device)
+    return reference.to(found.device), found, mask
 
 
 def _labelled(batch: Any, where: str) -> tuple[Batch, Tensor]:

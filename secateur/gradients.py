@@ -128,7 +128,7 @@ def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
             f"gradients need a loss, and {type(output).__name__} has none: give the batches "
             "labels, or pass loss=, a function (output, batch) -> a number"
         )
-    mask = counted(batch, ids.shape, logits.device, "this batch")[:, 1:]
+    mask = counted(batch, output, ids.shape, logits.device)[:, 1:]
     return F.cross_entropy(logits[:, :-1][mask].float(), ids[:, 1:].to(logits.device)[mask])
 
 

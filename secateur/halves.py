@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -49,32 +49,32 @@ class HalfBlock:
     name: str
     layers: tuple[str, ...]
     targets: Sequence[Float[Tensor, "batch ..."]]
-    padding: Sequence[Bool[Tensor, "batch tokens"] | None]
     device: torch.device
     block: str
     end: Cut | None
     module: nn.Module
-    arguments: Sequence[Callable[[], Arguments]]
+    arguments: Sequence[Sequence[Callable[[], Arguments]]]
 
     def output(self, batch: int, weights: Mapping[str, Tensor]) -> Float[Tensor, "batch ..."]:
         """The half-block's output for a batch with these weights; gradients reach them alone."""
         inside = {f"{name}.weight"[len(self.block) + 1 :]: w for name, w in weights.items()}
         fixed = {name: p.detach() for name, p in self.module.named_parameters()}
-        args, kwargs = self.arguments[batch]()
-        run = partial(functional_call, self.module, fixed | inside, tuple(args), dict(kwargs))
-        (output,), _ = outputs(self.module, [self.end], run)
-        return output
+        found: list[Tensor] = []
+        for of_part in self.arguments[batch]:
+            args, kwargs = of_part()
+            run = partial(functional_call, self.module, fixed | inside, tuple(args), dict(kwargs))
+            (output,), _ = outputs(self.module, [self.end], run)
+            found.append(output)
+        return _together(found)
 
 
 class DenseStream:
     """The dense model's hidden states, carried along a chain of blocks beside the pruned ones."""
 
-    def __init__(
-        self, padding: Sequence[Bool[Tensor, "batch tokens"] | None], device: torch.device
-    ) -> None:
-        self._padding = padding
+    def __init__(self, batch_of: Sequence[int], device: torch.device) -> None:
+        self._batch_of = batch_of
         self._device = device
-        self._previous: list[list[Tensor | None]] = [[] for _ in padding]
+        self._previous: list[list[Tensor | None]] = [[] for _ in batch_of]
 
     def halves(
         self,
@@ -87,8 +87,9 @@ class DenseStream:
     ) -> list[HalfBlock]:
         """The half-blocks of a block that is still dense; then the stream goes on to the next one.
 
-        `layers` are the planned ones in the order in which they run, `pruned` what the pruned
-        block before gave each of the calls, `wanted` what the next block wants, nothing if empty.
+        `layers` are the planned ones in the order in which they run, `calls` those of all parts of
+        batches, `pruned` what the pruned block before gave each of them, `wanted` what the next
+        block wants, nothing if empty.
         """
         inside = [layer[len(name) + 1 :] for layer in layers]
         groups: list[tuple[tuple[str, ...], Cut | None]] = []
@@ -108,18 +109,20 @@ class DenseStream:
             partial(call.arguments, before, self._device)
             for call, before in zip(calls, pruned, strict=True)
         ]
+        parts: dict[int, list[int]] = {}
+        for part, batch in enumerate(self._batch_of):
+            parts.setdefault(batch, []).append(part)
         full = dict(zip(inside, layers, strict=True))
         return [
             HalfBlock(
                 f"{name} ({i} of {len(groups)})" if len(groups) > 1 else name,
                 tuple(full[layer] for layer in of_half),
-                targets[i - 1],
-                self._padding,
+                [_together([targets[i - 1][p] for p in of_batch]) for of_batch in parts.values()],
                 self._device,
                 name,
                 end,
                 block,
-                arguments,
+                [[arguments[p] for p in of_batch] for of_batch in parts.values()],
             )
             for i, (of_half, end) in enumerate(groups, 1)
         ]
@@ -191,6 +194,11 @@ def outputs(
     return [found[cut] for cut in cuts], returned
 
 
+def _together(parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
+    """The outputs for the parts of a batch as one tensor, by rows where there are several."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, -2) for part in parts])
+
+
 def first_tensor(tree: Any) -> Float[Tensor, "batch ..."]:
     """The first tensor of floating-point numbers: the hidden state, where blocks return more."""
     return next(_floats(tree))[1]
@@ -251,9 +259,10 @@ def _cut_test(x: Tensor, output: Tensor) -> Callable[[Tensor], bool]:
     whole = gradient(output, x, direction)
 
     def is_cut(tensor: Tensor) -> bool:
+        """Token by token: where x is 0 a norm has so large a gradient that it would hide others."""
         if tensor.shape != output.shape or tensor is x:
             return False
         through = gradient(tensor, x, gradient(output, tensor, direction))
-        return bool((through - whole).norm() <= SAME * whole.norm())
+        return bool(((through - whole).norm(dim=-1) <= SAME * whole.norm(dim=-1)).all())
 
     return is_cut

@@ -9,7 +9,6 @@ import fnmatch
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -91,11 +90,6 @@ def input_rows(module: nn.Module, x: Float[Tensor, "..."]) -> Float[Tensor, "tok
         by_position: Tensor = columns.unflatten(1, (module.in_channels, -1)).transpose(1, 2)
         return by_position.flatten(1, 2).transpose(1, 2).flatten(0, 1)
     return x.reshape(-1, x.shape[-1])
-
-
-def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a layer is called with, by position or by a keyword of whatever name."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def reading(module: nn.Module) -> Hashable:

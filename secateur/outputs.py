@@ -5,6 +5,7 @@ models answer are understood in one place.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.interrupts import putting_back
-from secateur.replay import Batch, run_batch, to_device
+from secateur.padding import DECODER, has_decoder, tokens_kept
+from secateur.replay import Batch, require_batch, run_batch, to_device, why_not
 
 
 @contextlib.contextmanager
@@ -44,15 +46,13 @@ def answer(model: nn.Module, batch: Batch, where: str) -> Any:
     Raises:
         ValueError: if the model cannot run it; `where` says which batch it was.
     """
+    require_batch(batch, where)
     try:
         return run_batch(model, on_device(batch, model))
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(
-            f"{type(model).__name__} cannot run {where}: {error}: a batch is a tensor, a tuple of "
-            "positional or a dict of keyword arguments"
-        ) from error
+        raise ValueError(why_not(model, batch, where, error)) from error
 
 
 def on_device(batch: Batch, model: nn.Module) -> Batch:
@@ -81,22 +81,29 @@ def hidden_of(output: Any, where: str) -> Float[Tensor, "batch *tokens hidden"]:
 
 
 def counted(
-    batch: Batch, positions: torch.Size, device: torch.device, where: str
+    batch: Batch, output: Any, positions: torch.Size, device: torch.device
 ) -> Bool[Tensor, "..."]:
-    """True at the positions that are no padding, by the batch's two-dimensional attention mask.
+    """True at the positions of the output that are no padding, as far as the batch tells.
 
-    Raises:
-        ValueError: if the output has tokens but not those of the mask.
+    What a decoder behind an encoder gives goes by `decoder_attention_mask`, else by the labels:
+    none counts behind the last that is not -100. Other models' goes by `attention_mask`. Where
+    there is none, or the output is no longer one position for a token, all count; the latter, if
+    there is padding, with a warning.
     """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(positions) != 2:
-        return torch.ones(positions, dtype=torch.bool, device=device)
-    if mask.shape != positions:
-        raise ValueError(
-            f"attention_mask needs the shape of the output's positions, {tuple(positions)}, got "
-            f"{tuple(mask.shape)} in {where}: pad both alike"
+    everywhere = torch.ones(positions, dtype=torch.bool, device=device)
+    if not isinstance(batch, Mapping) or len(positions) != 2:
+        return everywhere
+    decodes = has_decoder(batch) or getattr(output, "encoder_last_hidden_state", None) is not None
+    mask = tokens_kept(batch, decodes).get(DECODER if decodes else "")
+    if mask is None or mask.shape == positions:
+        return everywhere if mask is None else mask.to(device)
+    if not bool(mask.all()):
+        warnings.warn(
+            f"the output has positions {tuple(positions)} and attention_mask {tuple(mask.shape)}: "
+            "which of them are padding cannot be known, and all count: give rows without padding",
+            stacklevel=3,
         )
-    return mask.to(device).bool()
+    return everywhere
 
 
 def divergence(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.float64 import in_float64
 from secateur.patterns import NM
 
 # Groups that exchange columns among themselves; an assignment takes time by the cube of them.
@@ -58,7 +59,7 @@ def find_permutation(score: Float[Tensor, "out in"], pattern: NM) -> Int[Tensor,
 
 def kept_score(score: Float[Tensor, "out in"], pattern: NM) -> float:
     """The sum of the scores that the pattern keeps, summed in float64."""
-    return float(score.masked_fill(~pattern.mask(score), 0).sum(dtype=torch.float64))
+    return float(in_float64(score.masked_fill(~pattern.mask(score), 0)).sum())
 
 
 def _dealt(columns: Float[Tensor, "in out"], m: int) -> Int[Tensor, "groups {m}"]:
@@ -104,7 +105,7 @@ def _reassigned(
 
 
 def _kept(columns: Float[Tensor, "in out"], groups: Int[Tensor, "groups m"], n: int) -> float:
-    return float(columns[groups].topk(n, dim=1).values.sum(dtype=torch.float64))
+    return float(in_float64(columns[groups].topk(n, dim=1).values).sum())
 
 
 def _scipy() -> Any:

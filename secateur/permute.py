@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur import layers as _layers
 from secateur.calibrate import as_list, observe
+from secateur.float64 import in_float64
 from secateur.free_dimensions import FREE, Free, Pair, find_pairs
 from secateur.gradients import Loss, gradients
 from secateur.layers import weight_of
@@ -174,7 +175,7 @@ def _order(
             "the data"
         )
     # Of all zeros nothing is kept; a negative sum must not turn more into less.
-    total = abs(float(scores.sum(dtype=torch.float64))) or 1.0
+    total = abs(float(in_float64(scores).sum())) or 1.0
     orders, before, after = [], 0.0, 0.0
     for head in pair.columns():
         # Runs that share an order are more rows of the same columns.

@@ -7,6 +7,7 @@ open, so that a replay passes on what the blocks, changed meanwhile, return.
 """
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,31 +26,106 @@ Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
 def run_batch(model: nn.Module, batch: Batch) -> Any:
-    """Call the model with a batch: a tensor, positional arguments or keywords."""
+    """Call the model with a batch: a tensor, positional arguments or keywords.
+
+    Labels beside the one input of a model that takes no more are left out.
+    """
     if isinstance(batch, Tensor):
         return model(batch)
-    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch[:1]) if has_labels_beside(model, batch) else model(*batch)
 
 
-def usable(batch: object, index: int) -> Batch:
+def has_labels_beside(model: nn.Module, batch: Batch) -> bool:
+    """Whether it is a pair of tensors of one length, as data sets give, for a model that takes one.
+
+    The second is then what the first should become, which losses read and the model does not.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return False
+    inputs, labels = batch
+    if not all(isinstance(x, Tensor) and x.dim() > 0 for x in (inputs, labels)):
+        return False
+    takes_one = _takes(model, inputs) and not _takes(model, inputs, labels)
+    return takes_one and len(inputs) == len(labels)
+
+
+def _takes(model: nn.Module, *arguments: Any) -> bool:
+    try:
+        inspect.signature(model.forward).bind(*arguments)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def require_batch(batch: Any, where: str) -> None:
+    """Raise what is wrong with a batch before a model is asked to run it.
+
+    Raises:
+        ValueError: if it is no batch, or holds tensors without values.
+    """
+    if not isinstance(batch, (Tensor, tuple, list, Mapping)):
+        raise ValueError(f"{where} is {_one(batch)}: {_BATCH}")
+    if any(
+        tensor.is_meta
+        for tensor in tensors_of(dict(batch) if isinstance(batch, Mapping) else batch)
+    ):
+        raise ValueError(
+            f"{where}, {described(batch)}, is on the meta device, which holds no values: give "
+            "batches of real data"
+        )
+
+
+def why_not(model: nn.Module, batch: Batch, where: str, error: Exception) -> str:
+    """One line for a batch that the model raised an error on, with what can be done."""
+    reason = " ".join(str(error).split()).rstrip(".")
+    remedy = _BATCH
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters.values()
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        other = [] if anything else [k for k in batch if k not in {p.name for p in parameters}]
+        raw = [key for key, x in batch.items() if isinstance(x, (str, list))]
+        if other:
+            remedy = f"leave out {', '.join(map(repr, other))}, which its forward does not take"
+        elif raw:
+            remedy = f"{raw[0]!r} is {_one(batch[raw[0]])}: make it a tensor, or leave it out"
+    return f"{type(model).__name__} cannot run {where}, {described(batch)}: {reason}: {remedy}"
+
+
+_BATCH = "a batch is a tensor, a tuple of positional or a dict of keyword arguments"
+
+
+def described(batch: Batch) -> str:
+    """The batch's types and shapes."""
+    if isinstance(batch, Tensor):
+        return _one(batch)
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {_one(x)}" for key, x in batch.items()) + "}"
+    return "(" + ", ".join(map(_one, batch)) + ")"
+
+
+def _one(x: Any) -> str:
+    return f"{type(x).__name__} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with, `layer(x)` or `layer(input=x)`."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
+
+
+def usable(batch: Any, where: str) -> Batch:
     """The batch, with copies that autograd can keep of what was made in inference mode.
 
     Raises:
         ValueError: if it is none of what a batch may be, or its tensors have no data.
     """
-    if not isinstance(batch, (Tensor, tuple, list, Mapping)):
-        raise ValueError(
-            f"batch {index} is {type(batch).__name__}: a batch is a tensor, a tuple of arguments "
-            "or a dict of keywords"
-        )
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    if any(tensor.is_meta for tensor in tensors_of(batch)):
-        raise ValueError(
-            f"batch {index} has a tensor without data (meta device): make it on a real device"
-        )
-    if not any(tensor.is_inference() for tensor in tensors_of(batch)):
-        return batch
-    copied: Batch = pytree.tree_map_only(Tensor, torch.clone, batch)
+    require_batch(batch, where)
+    plain: Batch = dict(batch) if isinstance(batch, Mapping) else batch
+    if not any(tensor.is_inference() for tensor in tensors_of(plain)):
+        return plain
+    copied: Batch = pytree.tree_map_only(Tensor, torch.clone, plain)
     return copied
 
 

@@ -21,7 +21,6 @@ T = TypeVar("T")
 @runtime_checkable
 class Statistic(Protocol):
     """A running sum: made for a number of inputs, updated with rows, read once at the end.
-
     `sums` are added up over processes, where several calibrate together, before it is read.
     """
 
@@ -98,22 +97,21 @@ def is_held_out(batch: int) -> bool:
 class HeldGram:
     """`held_gram`, [in, in]: the part of `gram` that comes from held-out batches, in its units.
 
-    `gram - held_gram` is what the other batches give. A batch is a call of the layer; with one
-    batch nothing is held out, and all is zero.
+    `gram - held_gram` is what the other batches give. With one batch nothing is held out, and all
+    is zero.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._gram = Gram(in_features, device)
-        self.batches = 0  # so far; those of other processes that come before count too
+        self.batch = 0  # whose rows come now, counted over all processes
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
         return self._gram.sums
 
     def update(self, rows: Float[Tensor, "tokens in"]) -> None:
-        if is_held_out(self.batches):
+        if is_held_out(self.batch):
             self._gram.update(rows)
-        self.batches += 1
 
     def value(self, tokens: int) -> Float[Tensor, "in in"]:
         return self._gram.value(tokens)

@@ -179,6 +179,79 @@ def test_batches_may_be_tensors_tuples_and_dicts() -> None:
     assert all(torch.equal(seen[0], other) for other in seen[1:])
 
 
+class ByKeyword(nn.Module):
+    """Gives its layers their input by name, two of them the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.conv = nn.Conv2d(2, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(input=x) + self.second(input=x)
+        out: Tensor = self.conv(input=y.view(-1, 2, 2, 2).repeat(1, 1, 2, 2))
+        return out
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_layers_that_are_called_by_keyword_are_seen(sequential: bool) -> None:
+    torch.manual_seed(0)
+    model, batches = ByKeyword(), vectors()
+    rows = torch.cat(batches)
+    seen: dict[str, Tensor] = {}
+    stages = []
+    for observed in observe(model, select(model).layers, batches, ["gram"], sequential=sequential):
+        stages.append(set(observed.statistics))
+        seen |= {name: values["gram"] for name, values in observed.statistics.items()}
+    torch.testing.assert_close(seen["first"], rows.T @ rows / len(rows))
+    assert seen["second"] is seen["first"]
+    y = (model.first(rows) + model.second(rows)).detach()
+    windows = input_rows(model.conv, y.view(-1, 2, 2, 2).repeat(1, 1, 2, 2))
+    torch.testing.assert_close(seen["conv"], windows.T @ windows / len(windows))
+    assert stages == ([{"first", "second"}, {"conv"}] if sequential else [{*seen}])
+
+
+def test_labels_beside_the_input_of_a_model_that_takes_one_are_left_out_with_a_warning() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 8))
+    rows = [x.unflatten(1, (2, 4)) for x in vectors()]
+    labels = torch.zeros(5, dtype=torch.long)
+    with pytest.warns(UserWarning, match="Sequential takes one argument: it runs on the first"):
+        (observed,) = observe(
+            model, select(model).layers, [(x, labels) for x in rows], ["gram"], sequential=False
+        )
+    assert torch.equal(observed.statistics["1"]["gram"], grams_of_one(model, rows))
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.cat(rows), torch.zeros(15)), batch_size=5
+    )
+    with pytest.warns(UserWarning, match="the labels are not read"):
+        report = sc.prune_(model, "2:4", sc.wanda, loader)
+    assert report.layers[0].tokens == 15
+
+
+def grams_of_one(model: nn.Module, batches: Sequence[Any]) -> Tensor:
+    (observed,) = observe(model, select(model).layers, batches, ["gram"], sequential=False)
+    return observed.statistics["1"]["gram"]
+
+
+def test_two_arguments_of_a_model_that_takes_two_are_no_labels() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            out: Tensor = self.layer(x * scale[:, None])
+            return out
+
+    model, x = Product(), vectors()[0]
+    (observed,) = observe(
+        model, select(model).layers, [(x, torch.full((5,), 2.0))], ["gram"], sequential=False
+    )
+    torch.testing.assert_close(observed.statistics["layer"]["gram"], 4 * x.T @ x / 5)
+    with pytest.raises(ValueError, match="cannot run calibration batch 0, Tensor .5, 8.: .*scale"):
+        list(observe(model, select(model).layers, [x], ["gram"], sequential=False))
+
+
 def test_the_model_is_left_in_its_mode_also_when_the_walk_is_abandoned() -> None:
     model = Decoder().train()
     model.blocks[1].eval()
@@ -217,10 +290,24 @@ def test_wrong_data_says_what_is_wrong(unchecked: None) -> None:
         run({"input_ids": tokens(1)[0]})
     with pytest.raises(ValueError, match=r"Decoder cannot run calibration batch 0, Tensor \[2\]: "):
         run([torch.zeros(2, dtype=torch.long)])
+    ids = tokens(1)[0]
     with pytest.raises(
-        ValueError, match=r"cannot run calibration batch 0, \{ids: Tensor \[2, 6\]\}"
+        ValueError,
+        match=r"run calibration batch 0, \{ids: Tensor \[2, 6\]\}: .*: leave out 'ids', which",
     ):
-        run([{"ids": tokens(1)[0]}])
+        run([{"ids": ids}])
+    with pytest.raises(ValueError, match="leave out 'text', 'labels', which its forward does not"):
+        run([{"input_ids": ids, "text": ["a", "b"], "labels": ids}])
+    with pytest.raises(ValueError, match="'input_ids' is list: make it a tensor, or leave it out"):
+        run([{"input_ids": ids.tolist()}])
+    with pytest.raises(ValueError, match="calibration batch 1 is None.*: a batch is a tensor, a"):
+        run([ids, None])
+    with pytest.raises(ValueError, match="calibration batch 0 is str: a batch is a tensor, a tup"):
+        run(["text"])
+    with pytest.raises(ValueError, match="batch 0, Tensor .2, 6., is on the meta device, which ho"):
+        run([ids.to("meta")])
+    with pytest.raises(ValueError, match=r"\(Tensor .2, 6., NoneType\), is on the meta device"):
+        run([(ids.to("meta"), None)])
 
 
 def test_a_layer_that_sees_nothing_is_named() -> None:

@@ -27,7 +27,7 @@ def test_eval_mode_puts_every_mode_and_cache_flag_back() -> None:
 
 
 def test_answer_says_which_batch_the_model_could_not_run() -> None:
-    with pytest.raises(ValueError, match=r"Linear cannot run batch 3: .*mat1 and mat2"):
+    with pytest.raises(ValueError, match=r"run batch 3, Tensor \[1, 3\]: mat1 and mat2"):
         answer(nn.Linear(4, 2), torch.ones(1, 3), "batch 3")
 
 
@@ -58,15 +58,38 @@ def test_nan_is_counted_and_the_batch_named() -> None:
         logits_of(bad, "batch 2")
 
 
-def test_counted_is_the_attention_mask_where_the_output_has_tokens() -> None:
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    batch = {"attention_mask": mask}
-    cpu = torch.device("cpu")
-    assert counted(batch, torch.Size([2, 3]), cpu, "batch 0").tolist() == mask.bool().tolist()
-    assert counted(batch, torch.Size([2]), cpu, "batch 0").tolist() == [True, True]
-    assert counted(mask, torch.Size([2, 3]), cpu, "batch 0").all()
-    with pytest.raises(ValueError, match=r"positions, \(2, 4\), got \(2, 3\) in batch 1"):
-        counted(batch, torch.Size([2, 4]), cpu, "batch 1")
+CPU = torch.device("cpu")
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+
+
+def test_counted_is_the_attention_mask_where_the_output_has_its_tokens() -> None:
+    batch = {"attention_mask": MASK}
+    assert counted(batch, None, torch.Size([2, 3]), CPU).tolist() == MASK.bool().tolist()
+    assert counted(batch, None, torch.Size([2]), CPU).tolist() == [True, True]
+    assert counted(MASK, None, torch.Size([2, 3]), CPU).all()
+
+
+def test_what_a_decoder_gives_counts_by_its_own_mask_or_the_labels() -> None:
+    """Although the encoder's mask is of the same shape; by the batch's names, or the output's."""
+    behind_an_encoder = SimpleNamespace(encoder_last_hidden_state=torch.zeros(1))
+    ids, positions = torch.ones_like(MASK), torch.Size([2, 3])
+    by_mask = {"attention_mask": ids, "decoder_input_ids": ids, "decoder_attention_mask": MASK}
+    assert counted(by_mask, None, positions, CPU).tolist() == MASK.bool().tolist()
+    unsaid = {"attention_mask": MASK, "decoder_input_ids": ids}
+    assert counted(unsaid, None, positions, CPU).all()
+    assert counted({"attention_mask": MASK}, behind_an_encoder, positions, CPU).all()
+    labels = torch.tensor([[-100, 4, -100], [4, 5, 6]])
+    found = counted({"attention_mask": MASK, "labels": labels}, behind_an_encoder, positions, CPU)
+    assert found.tolist() == [[True, True, False], [True, True, True]]
+    # Those of a language model leave out prompts too, and say nothing of padding.
+    assert counted({"labels": labels}, None, positions, CPU).all()
+
+
+def test_where_the_mask_is_of_other_positions_all_count_and_padding_is_warned_of() -> None:
+    positions = torch.Size([2, 2])
+    assert counted({"attention_mask": torch.ones_like(MASK)}, None, positions, CPU).all()
+    with pytest.warns(UserWarning, match=r"positions \(2, 2\) and attention_mask \(2, 3\): which"):
+        assert counted({"attention_mask": MASK}, None, positions, CPU).all()
 
 
 def test_divergence_is_that_of_a_hand_worked_pair() -> None:

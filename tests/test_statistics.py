@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import secateur as sc
-from secateur.statistics import STATISTICS, call_with, is_held_out, name_of, needed_by
+from secateur.statistics import STATISTICS, HeldGram, call_with, is_held_out, name_of, needed_by
 
 
 def test_sums_over_batches_equal_float64() -> None:
@@ -24,7 +24,9 @@ def test_sums_over_batches_equal_float64() -> None:
     assert STATISTICS.keys() == expected.keys()
     for name, make in STATISTICS.items():
         statistic = make(12, torch.device("cpu"))
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            if isinstance(statistic, HeldGram):
+                statistic.batch = i
             statistic.update(batch)
         torch.testing.assert_close(
             statistic.value(36).double(), expected[name], rtol=1e-5, atol=1e-6
@@ -34,7 +36,8 @@ def test_sums_over_batches_equal_float64() -> None:
 def test_of_one_batch_nothing_is_held_out_and_of_many_one_in_eight() -> None:
     for batches, held in ((1, []), (2, [1]), (9, [1]), (18, [1, 9, 17])):
         statistic = STATISTICS["held_gram"](batches, torch.device("cpu"))
-        for row in torch.eye(batches):
+        assert isinstance(statistic, HeldGram)
+        for statistic.batch, row in enumerate(torch.eye(batches)):
             statistic.update(row[None])
         expected = torch.zeros(batches).index_fill(0, torch.tensor(held, dtype=torch.int64), 1.0)
         assert torch.equal(statistic.value(1), expected.diag())

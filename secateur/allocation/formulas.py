@@ -9,6 +9,7 @@ from torch import nn
 from secateur import layers as _layers
 from secateur.calibrate import observe
 from secateur.criteria import wanda
+from secateur.float64 import in_float64
 from secateur.layers import Selector
 from secateur.patterns import Block, Channel, Pattern, Unstructured, parse
 from secateur.replay import Batch, find_chains
@@ -131,6 +132,6 @@ def _outliers(
             inside = [name for name in layers if home[name] == block]
             scores = [wanda(_layers.matrix(layers[name]), norms[name]).flatten() for name in inside]
             whole = torch.cat(scores)
-            above = whole > factor * whole.mean(dtype=torch.float64)
-            share[block] = float(above.double().mean())
+            above = whole > factor * float(in_float64(whole).mean())
+            share[block] = int(above.sum()) / above.numel()
     return {name: share[home[name]] for name in layers}

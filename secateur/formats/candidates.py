@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.float64 import in_float64
 from secateur.formats.contract import Packed, packed_bytes
 from secateur.formats.format import Format, dequantised, parse_format
 from secateur.formats.linear import REFERENCE, SparseLinear
@@ -136,7 +137,7 @@ def admitted(
         exact, allowed = targets[of]
         try:
             result = candidate.make()(x)
-            error = float((result[rows] - exact).abs().max())
+            error = float((in_float64(result[rows]) - exact).abs().max())
             finite = bool(result.isfinite().all())
         except (RuntimeError, ValueError, MemoryError) as problem:
             reasons.append(failure(candidate.name, problem))
@@ -167,7 +168,7 @@ def _target(
     else:
         exact, magnitude = _exact(dequantised(quantised), linear.bias, x)
         usual = _reference(quantised)(x, quantised, linear.bias)
-    error = float((usual - exact).abs().max())
+    error = float((in_float64(usual) - exact).abs().max())
     return exact, 2 * (error + _rounding(x.dtype, exact, magnitude))
 
 
@@ -181,13 +182,13 @@ def _exact(
     weight: Tensor, bias: Tensor | None, x: Tensor
 ) -> tuple[Float[Tensor, "tokens out"], float]:
     """The result in float64, and the largest sum of magnitudes behind it, some rows at a time."""
-    wide, results, magnitude = x.double(), list[Tensor](), 0.0
+    wide, results, magnitude = in_float64(x), list[Tensor](), 0.0
     for part in weight.split(ROWS_AT_ONCE):
-        rows = part.double().t()
+        rows = in_float64(part).t()
         results.append(wide @ rows)
         magnitude = max(magnitude, float((wide.abs() @ rows.abs()).max()))
     result = torch.cat(results, dim=1)
-    return result if bias is None else result + bias.detach().double(), magnitude
+    return result if bias is None else result + in_float64(bias.detach()), magnitude
 
 
 def _rounding(dtype: torch.dtype, exact: Tensor, magnitude: float) -> float:

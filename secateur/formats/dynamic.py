@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from secateur.float64 import float64_device
 from secateur.kernels import quantise
 from secateur.kernels.quantise import LARGEST, LEAST_SCALE
 
@@ -48,7 +49,8 @@ def linear(
     tokens, token_scales = quantised(x, codes.dtype)
     wide = _wide(x)
     summed = torch.float64 if codes.dtype == torch.int8 else wide
-    sums = (tokens.to(summed) @ codes.to(summed).t()).to(wide)
+    at = float64_device(x.device) if summed == torch.float64 else x.device
+    sums = (tokens.to(at).to(summed) @ codes.to(at).to(summed).t()).to(x.device, wide)
     result = sums * token_scales * scales.to(wide).t()
     return (result if bias is None else result + bias.to(wide)).to(x.dtype)
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.float64 import float64_device
 from secateur.formats import (
     bitmap,
     block,
@@ -142,8 +143,9 @@ def weight_error(weight: Float[Tensor, "out in"], packed: Packed) -> float:
     """
     if parse_format(packed.format).is_exact:
         return 0.0
-    lost = dequantised(packed).sub_(weight).norm(dtype=torch.float64)
-    size = weight.norm(dtype=torch.float64)
+    there = float64_device(weight.device)
+    lost = dequantised(packed).sub_(weight).to(there).norm(dtype=torch.float64)
+    size = weight.to(there).norm(dtype=torch.float64)
     return float(lost / size) if float(size) > 0 else 0.0
 
 

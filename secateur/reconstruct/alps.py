@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.float64 import float64_device
 from secateur.patterns import Pattern
 from secateur.reconstruct.refit import DAMPING, normalised, refitted
 from secateur.reconstruct.solution import Solution
@@ -76,8 +77,9 @@ def _eigenvectors(
         L, Q = torch.linalg.eigh(A)
         if (Q * L @ Q.T).sub_(A).norm() <= MISSED * A.norm():
             return L, Q
-    L, Q = torch.linalg.eigh(normalised(gram, damping, torch.float64)[0])
-    return L.float(), Q.float()
+    wide = gram.to(float64_device(gram.device))
+    L, Q = torch.linalg.eigh(normalised(wide, damping, torch.float64)[0])
+    return L.to(gram), Q.to(gram)
 
 
 def _admm(

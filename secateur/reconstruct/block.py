@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from secateur import layers as _layers
 from secateur.distributed import ALONE, Team
+from secateur.float64 import float64_device, in_float64
 from secateur.halves import HalfBlock
 from secateur.layers import weight_of
 from secateur.reconstruct.refit import refit
@@ -185,15 +186,13 @@ class _Run:
         """The mean squared error of a batch over the variance of the targets."""
         output = self._half.output(batch, self.stored(self.weights)).float()
         target = self._half.targets[batch].to(output.device, non_blocking=True).float()
-        counts = _counts(target, self._half.padding[batch])
-        squares = (output - target).square() * counts
-        return squares.sum() / counts.expand_as(target).sum() / self._variance
+        return (output - target).square().mean() / self._variance
 
     def add_gradients(self, batch: int | None) -> None:
         """Give the weights the mean of the processes' gradients, each of a batch if it has one."""
         with self._team.together():
-            if batch is not None:
-                self.error(batch).backward()
+            if batch is not None and (error := self.error(batch)).requires_grad:
+                error.backward()  # else nothing of the batch came through a trained weight
         if self._team.size == 1:
             return
         had_one = float(batch is not None)
@@ -219,25 +218,16 @@ class _Run:
     def _of_targets(self) -> Float[Tensor, ""]:
         """The variance of the targets, of all channels together."""
         device = self._half.device
-        n, total, squares = (torch.zeros((), device=device, dtype=torch.float64) for _ in range(3))
-        for target, padding in zip(self._half.targets, self._half.padding, strict=True):
+        there = float64_device(device)
+        n, total, squares = (torch.zeros((), device=there, dtype=torch.float64) for _ in range(3))
+        for target in self._half.targets:
             y = target.to(device).float()
-            counts = _counts(y, padding)
-            n += counts.expand_as(y).sum()
-            total += (y * counts).sum()
-            squares += (y.square() * counts).sum()
+            n += y.numel()
+            total += in_float64(y.sum())
+            squares += in_float64(y.square().sum())
         self._team.add_up_([n, total, squares])
         variance = squares / n - (total / n).square()
-        return variance.clamp(min=torch.finfo(torch.float32).tiny).float()
-
-
-def _counts(
-    x: Float[Tensor, "batch ..."], padding: Bool[Tensor, "batch tokens"] | None
-) -> Float[Tensor, "..."]:
-    """What x is multiplied with so that padding does not count: ones, or zeros there."""
-    if padding is not None and x.dim() == 3 and x.shape[:2] == padding.shape:
-        return padding.to(x)[..., None]
-    return x.new_ones(())
+        return variance.clamp(min=torch.finfo(torch.float32).tiny).float().to(device)
 
 
 def _kept_rms(weight: Float[Tensor, "..."]) -> float:

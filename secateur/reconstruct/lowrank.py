@@ -26,9 +26,10 @@ from tqdm import tqdm
 from secateur import layers as _layers
 from secateur.adapter import require_new, write_adapter
 from secateur.calibrate import observe
+from secateur.float64 import in_float64
 from secateur.interrupts import putting_back
 from secateur.reconstruct.refit import require_gram
-from secateur.replay import Batch
+from secateur.replay import Batch, input_of
 from secateur.tables import text_table
 from secateur.wrappers import unwrapped
 
@@ -58,12 +59,12 @@ def compensation(
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be a number of at least 0, got {damping:g}: 0.01 is usual")
     require_gram(gram)
-    H = gram.to(torch.float64, copy=True)
+    H = in_float64(gram).clone()
     H.diagonal().add_(damping * H.diagonal().mean())
-    Q, R = torch.linalg.qr(weight.double() - sparse.double())
+    Q, R = torch.linalg.qr(in_float64(weight) - in_float64(sparse))
     _, V = torch.linalg.eigh(R @ H @ R.T)  # ascending
     V = V[:, -rank:].flip(1)
-    return (Q @ V).to(weight.dtype), (V.T @ R).to(weight.dtype)
+    return (Q @ V).to(weight), (V.T @ R).to(weight)
 
 
 @dataclass(frozen=True)
@@ -169,11 +170,12 @@ def compensate(
             for name, statistics in observed.statistics.items():
                 W, S, gram = weights[name], _layers.matrix(layers[name]), statistics["gram"]
                 W = W.to(S.device)
-                B, A = (f.to(S.dtype) for f in compensation(W.double(), S, gram, rank, damping))
+                B, A = (f.to(S) for f in compensation(in_float64(W), S, gram, rank, damping))
                 factors[name] = B, A
                 hook = layers[name].register_forward_hook(adding(B, A), with_kwargs=True)
                 stack.callback(hook.remove)
-                before, after = _errors(W.double(), S.double(), B.double() @ A.double(), gram)
+                both = in_float64(B) @ in_float64(A)
+                before, after = _errors(in_float64(W), in_float64(S), both, gram)
                 count = B.numel() + A.numel()
                 results[name] = Compensated(name, count, before, after, observed.tokens[name])
                 bar.update()
@@ -258,10 +260,10 @@ def rank_within(
 
 
 def adding(B: Tensor, A: Tensor) -> Callable[[nn.Module, Any, Any, Tensor], Tensor]:
-    """A forward hook `with_kwargs` that adds B A x to the layer's output, as PEFT does."""
+    """A forward hook with keywords that adds B A x to the layer's output, as PEFT does."""
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        return output + F.linear(F.linear(_layers.input_of(args, kwargs), A), B)
+        return output + F.linear(F.linear(input_of(args, kwargs), A), B)
 
     return after
 
@@ -273,7 +275,7 @@ def _errors(
     gram: Float[Tensor, "in in"],
 ) -> tuple[float, float]:
     """The share of the output energy that is lost without and with the correction."""
-    G = gram.double()
+    G = in_float64(gram)
     energy, before, after = (float(((X @ G) * X).sum()) for X in (W, W - S, W - S - BA))
     return (before / energy, after / energy) if energy > 0 else (0.0, 0.0)
 

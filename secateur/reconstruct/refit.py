@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.float64 import float64_device, in_float64
 from secateur.reconstruct.masked import on_mask_of
 from secateur.reconstruct.solution import Solution
 
@@ -96,8 +97,15 @@ def refitted(
         notes += [f"damping {damping:g}"] if damping != DAMPING else []
     X, rough = _solved(gram, damping, W, mask, torch.zeros_like(W))
     if rough.any():
-        better, still = _solved(gram, damping, W[rough].double(), mask[rough], X[rough].double())
-        X[rough] = better.float()
+        there = float64_device(W.device)
+        better, still = _solved(
+            gram.to(there),
+            damping,
+            in_float64(W[rough]),
+            mask[rough].to(there),
+            in_float64(X[rough]),
+        )
+        X[rough] = better.to(X)
         if still.any():
             notes.append(
                 f"the refit of {int(still.sum())} outputs did not converge, raise the damping"

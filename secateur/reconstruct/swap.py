@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.float64 import float64_device, in_float64
 from secateur.patterns import NM, Pattern, Unstructured
 from secateur.reconstruct.masked import on_mask_of
 from secateur.reconstruct.refit import require_gram
@@ -69,15 +70,13 @@ def swapped(
     """
     require_gram(gram)
     groups = list(_groups(pattern, weight.shape[1]))
-    G = gram.double()
-    mask = mask.clone()
+    there = float64_device(weight.device)
+    G, W, mask = in_float64(gram), weight.to(there), mask.to(there, copy=True)
     open_rows = 0
-    for part in torch.arange(len(weight), device=weight.device).split(
-        max(1, ELEMENTS // weight.shape[1])
-    ):
+    for part in torch.arange(len(weight), device=there).split(max(1, ELEMENTS // weight.shape[1])):
         rows = part
         for _ in range(SWEEPS):
-            state = _Rows(weight[rows].double(), mask[rows], G)
+            state = _Rows(W[rows].double(), mask[rows], G)
             moved = state.sweep(groups)
             mask[rows] = state.mask
             rows = rows[moved]
@@ -85,6 +84,7 @@ def swapped(
                 break
         open_rows += len(rows)
     note = f"{open_rows} outputs could still gain by swaps" if open_rows else ""
+    mask = mask.to(weight.device)
     return Solution(weight.masked_fill(~mask, 0), mask, note)
 
 
@@ -107,7 +107,8 @@ class _Rows:
                 step = max(1, PAIRS // (stop - start))
                 for first in range(start, stop, step):
                     moved |= self._swap(near, columns, (start, stop), first, first + step)
-            change = self.W[:, columns] * (before.double() - self.mask[:, columns].double())
+            now = self.mask[:, columns]
+            change = self.W[:, columns] * (before.to(C.dtype) - now.to(C.dtype))
             C.addmm_(change, self.G[columns])
         return moved
 

@@ -250,7 +250,7 @@ def _listed(batches: Iterable[Batch]) -> list[Batch]:
             "distil_ needs an iterable of batches, got one batch: wrap it in a list, or split it, "
             "as in tokens.split(8)"
         )
-    listed = [usable(batch, i) for i, batch in enumerate(batches)]
+    listed = [usable(batch, f"batch {i}") for i, batch in enumerate(batches)]
     if not listed:
         raise ValueError("distil_ needs at least one batch, got none")
     return listed

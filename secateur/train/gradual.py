@@ -22,7 +22,11 @@ def gradual(
     """A rule for `hold`: the planned layers' masks, chosen anew every `every` steps.
 
     At step t a layer has the sparsity `schedule(t)`, but never more than its plan asks; an N:M
-    layer keeps m - floor(sparsity * m) of m. Zeros stay zeros, because held weights cannot grow.
+    layer keeps m - floor(sparsity * m) of m. Where the schedule ends the plan is met, whatever
+    `every` is. Zeros stay zeros, because held weights cannot grow.
+
+    The schedule, which must not fall, goes on from the zeros that a layer has: training that was
+    stopped and is held again with the same schedule meets the plan within the steps that were left.
 
     Source: Zhu and Gupta, arXiv:1710.01878, sec. 3.
     Raises:
@@ -30,13 +34,48 @@ def gradual(
     """
     if every < 1:
         raise ValueError(f"gradual needs every >= 1 step, got {every}")
+    taken: dict[str, int] = {}
 
     def rule(name: str, weight: Tensor, mask: Tensor, step: int) -> Tensor:
-        if name not in plan.layers or step % every:
+        if name not in plan.layers:
             return mask
-        return mask & at_sparsity(plan.layers[name], schedule(step)).mask(criterion(weight))
+        pattern = plan.layers[name]
+
+        def at(step: int) -> Pattern:
+            return at_sparsity(pattern, schedule(step))
+
+        if step == 1:  # of this hold
+            scores = criterion(weight)
+            before = _steps_before(int((~mask).sum()), lambda t: int((~at(t).mask(scores)).sum()))
+            taken[name] = before and before + every - 1  # the next choice was due within so many
+        now = step + taken[name]
+        if now % every and not at(now - 1) != at(now) == pattern:
+            return mask
+        return mask & at(now).mask(criterion(weight))
 
     return rule
+
+
+# Beyond it a schedule is at its end.
+LONGEST = 2**31
+
+
+def _steps_before(zeros: int, asked: Callable[[int], int]) -> int:
+    """The last step that asks for no more zeros than these; 0 where it asks for no more than 0 did.
+
+    Cost: the zeros of twice log2 of that step masks; one, where there are none beyond the first.
+    """
+    first = asked(0)
+    if zeros <= first:
+        return 0
+    high = 1
+    while high < LONGEST and asked(high) <= zeros:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if asked(middle) <= zeros else (low, middle)
+    return low if asked(low) > first else 0
 
 
 def at_sparsity(pattern: Pattern, sparsity: float) -> Pattern:

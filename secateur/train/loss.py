@@ -56,4 +56,4 @@ def _aligned(
             f"distil_ needs outputs of the teacher's shape {tuple(teacher.shape)}, got "
             f"{tuple(student.shape)}: give the model that this one was pruned from"
         )
-    return student, teacher, counted(batch, student.shape[:-1], student.device, "this batch")
+    return student, teacher, counted(batch, target, student.shape[:-1], student.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from secateur.float64 import in_float64
 from secateur.interrupts import putting_back
 from secateur.layers import weight_of
 from secateur.outputs import answer, eval_mode
@@ -125,6 +126,6 @@ def _requiring_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> I
 
 def _kept_rms(weights: Mapping[str, nn.Parameter]) -> float:
     """The root mean square of all weights that are not zero."""
-    squares = sum(float(w.detach().double().square().sum()) for w in weights.values())
+    squares = sum(float(in_float64(w.detach()).square().sum()) for w in weights.values())
     count = sum(int(w.count_nonzero()) for w in weights.values())
     return float((squares / max(count, 1)) ** 0.5)

@@ -73,6 +73,15 @@ def test_a_transformer_block_is_cut_at_the_residual_stream() -> None:
     assert found == [(("attention.o_proj",), "norm2"), (("down_proj",), None)]
 
 
+def test_a_token_of_zeros_hides_no_other_path() -> None:
+    """A norm of zeros has a gradient of 1 / sqrt(eps): class tokens often start as zeros."""
+    layer, mlp = Block(16), ("up_proj", "down_proj")
+    layer.norm1.eps = 1e-12
+    x = torch.randn(2, 5, 16)
+    x[:, 0] = 0
+    assert cuts(layer, [*ATTENTION, *mlp], x) == [(ATTENTION, "norm2"), (mlp, None)]
+
+
 class Parallel(Block):
     """Attention and MLP read the same norm: what enters the MLP is no cut."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secateur.compat.torchao.fake_sparsity import mask_of
 from secateur.compat.torchao.groups import Group
 from secateur.compat.torchao.structured import BaseStructuredSparsifier
+from secateur.float64 import in_float64
 
 # How far apart the channels of a layer are: [channels, weights] -> [channels, channels].
 Distance = Callable[[Tensor], Tensor]
@@ -106,11 +107,11 @@ class FPGMPruner(BaseStructuredSparsifier):
         return torch.cdist(rows, rows, p, "donot_use_mm_for_euclid_dist").sum(1)
 
     def _exact_distance(self, t: Float[Tensor, "channels ..."]) -> Float[Tensor, " channels"]:
-        return self._compute_distance(t.double())
+        return self._compute_distance(in_float64(t))
 
 
 def _l1(rows: Float[Tensor, "channels weights"]) -> Float[Tensor, " channels"]:
-    return rows.double().abs().sum(1)
+    return in_float64(rows).abs().sum(1)
 
 
 def _with_level(group: Group) -> Group:
