@@ -5,6 +5,8 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,49 @@ def test_no_binary_or_large_file_is_tracked() -> None:
         if f and (ROOT / f).is_file() and (ROOT / f).stat().st_size > 2**20
     ]
     assert large == []
+
+
+def installed_by_make_test() -> set[str]:
+    """The distributions that the extra `dev` names, with those of the extras it takes in."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked, found = ["dev"], list(project["dependencies"])
+    for extra in asked:
+        for requirement in extras[extra]:
+            if own := re.fullmatch(r"secateur\[(.*)\]", requirement):
+                asked += own[1].split(",")
+            else:
+                found.append(requirement)
+    return {re.match(r"[\w-]+", requirement)[0].lower() for requirement in found}  # type: ignore[index]
+
+
+def imported(path: Path) -> set[str]:
+    """The packages that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_make_test_installs_what_the_tests_and_the_pages_import() -> None:
+    folders = ("tests", "bench", "docs", "examples")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    own = {path.stem for path in (ROOT / "docs" / "_extensions").glob("*.py")}
+    own |= {"secateur", "tests", "bench"}
+    wanted = {name for file in files for name in imported(file)} - sys.stdlib_module_names - own
+    given = installed_by_make_test()
+    homes = packages_distributions()  # of what is here: peers that are only compared with are not
+    missing = {
+        name
+        for name in wanted
+        if name in homes and not given & {home.lower() for home in homes[name]}
+    }
+    assert missing == set()
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\n.venv/.dev: .venv/.demo\n\t$(PIP) -e '.[dev]'\n" in makefile
+    for target in ("test", "docs", "lint", "types"):
+        (needs,) = re.findall(rf"^{target}:(.*?)(?:##.*)?$", makefile, re.MULTILINE)
+        assert needs.split() == [".venv/.dev"], f"make {target} needs what it installs"
