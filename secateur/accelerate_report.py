@@ -82,7 +82,7 @@ class AccelerateReport:
 
     `dense_formats` are those tried that store every weight, rounded: a sparse format that rounds
     has to beat them, too. `joined` are the layers that now apply the activation after them, and
-    which one it is.
+    which one it is. `advice` is what would be faster on this machine, where nothing is.
     """
 
     device: str
@@ -92,6 +92,7 @@ class AccelerateReport:
     policy: str = "fastest"
     dense_formats: tuple[str, ...] = ()
     joined: Mapping[str, str] = field(default_factory=dict)
+    advice: str = ""
 
     @property
     def changed(self) -> tuple[LayerReport, ...]:
@@ -163,6 +164,8 @@ class AccelerateReport:
         ]
         if len(reasons) > REASONS_SHOWN:
             lines.append(f"... and {len(reasons) - REASONS_SHOWN} more reasons, in .layers")
+        if self.advice:
+            lines.append(self.advice)
         return "\n".join(lines)
 
     def _row(self, layer: LayerReport, measured: Measured) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,10 @@ def test_the_summary_says_what_was_done_and_what_was_not_measured(
     assert "left alone: lm_head: its weight is tied to model.embed_tokens" in text
     lines = {line[:13].strip(): line[13:].split() for line in text.splitlines()}
     assert lines["zeros in plan"] == "0.0% 50.0% every group of 4 checked".split()
+    model = load_folder(tmp_path / "out")  # tied embeddings, counted once
+    everything = sum(p.numel() for p in model.parameters())
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    assert lines["zeros of all"][:3] == ["0.0%", f"{zeros / everything:.1%}", f"{everything:,}"]
     size = f"{(dense / 'model.safetensors').stat().st_size / 1000:.1f}"
     assert lines["file size"][:4] == [size, "kB", size, "kB"]
     assert lines["speed"][:4] == ["-", "-", "not", "measured:"]
@@ -343,6 +348,46 @@ def test_prune_measures_before_and_after_what_it_wrote(dense: Path, tmp_path: Pa
     (line,) = [line for line in text.splitlines() if line.startswith("perplexity")]
     assert line.split()[1] == f"{expected:.3f}"
     assert "(tokens.safetensors:validation, 96 tokens)" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--text", "missing.txt", "--text missing.txt does not exist"),
+        ("--tokens", "missing.safetensors:x", "missing.safetensors cannot be read"),
+        ("--tokens", "text.txt", "--tokens needs FILE:KEY, 'file.safetensors:key', got 'text.txt'"),
+    ],
+)
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_data_that_no_method_reads_is_checked_all_the_same(
+    dense: Path, tmp_path: Path, option: str, value: str, told: str, method: str
+) -> None:
+    command = ("prune", dense, "-o", tmp_path / "out", "-p", "2:4", "-m", method)
+    assert told in refused(run(*command, option, value))
+    assert not (tmp_path / "out").exists()
+    here = dense / "text.txt" if option == "--text" else tokens(dense, "calibration")
+    result = run(*command, option, here)
+    assert "no calibration data" in said(result)
+    assert (
+        result.stderr == f"warning: {option} {here} is not read: method '{method}' needs no data\n"
+    )
+
+
+def test_warnings_of_the_library_are_one_line_in_words_of_the_shell(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warned(*arguments: object, **options: object) -> None:
+        warnings.warn("something is odd: pass overwrite=True\nor not", stacklevel=1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("secateur.cli.methods.prune_", warned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = run("prune", dense, "-o", tmp_path / "out", "-p", "2:4")
+    said(result, 2)
+    assert result.stderr.splitlines() == [
+        "warning: something is odd: give --overwrite or not", "error: enough",
+    ]  # fmt: skip
 
 
 def test_selectors_choose_layers_and_patterns(dense: Path, tmp_path: Path) -> None:
@@ -688,7 +733,8 @@ def test_what_export_refuses(dense: Path, pruned: Path, tmp_path: Path) -> None:
     line = refused(run("export", pruned, "--to", "packed", "--format", "semi42", *out))
     assert "unknown format 'semi42': did you mean 'semi24'?" in line
     line = refused(run("export", dense, "--to", "packed", *out))
-    assert "pack_ needs a layer that fits semi24, got none" in line
+    assert "packing needs a layer that fits semi24, got none" in line
+    assert "name another --format" in line
     assert not (tmp_path / "x").exists()
 
 

@@ -12,6 +12,7 @@ from secateur.cli.console import emit, failures, say, table
 from secateur.cli.methods import criteria_by_name, find_criterion
 from secateur.cli.quality import gives_hidden_states, is_causal, quality, tokens_in
 from secateur.cli.source import AUTO, STORED, Data, open_folder
+from secateur.cli.wording import in_options
 from secateur.layers import select
 from secateur.replay import Batch
 from secateur.report.content import metric
@@ -185,6 +186,8 @@ def bench(
         rows = [(runs, str(len(names)), reason) for (runs, reason), names in why.items()]
         table(("runs", "layers", "why"), rows)
         say(f"measured on {report.device}, {report.threads} threads", report.headline)
+        if report.advice:
+            say(in_options(report.advice))
 
 
 def token_counts(text: str) -> tuple[int, ...]:

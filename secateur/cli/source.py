@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from secateur.cli.bare import Bare, find_bare, read_bare, write_bare
@@ -82,6 +84,26 @@ class Data:
     def name(self) -> str:
         """How a summary calls it."""
         return self.text.name if self.text else Path(self.tokens or "").name
+
+    @property
+    def named(self) -> str:
+        """The option that names it, with its value."""
+        return (
+            f"{self.option}text {self.text}" if self.text else f"{self.option}tokens {self.tokens}"
+        )
+
+    def require(self) -> None:
+        """Nothing is read but whether it could be, for data that nothing will use.
+
+        Raises:
+            ValueError: if it is not there.
+        """
+        from secateur.integrations.tokens import token_rows
+
+        if self.text is not None and not self.text.exists():
+            raise ValueError(f"{self.named} does not exist: correct the name, or leave it out")
+        if self.tokens is not None:
+            token_rows(self.tokens, 1, 1)
 
     def read(self, folder: Path) -> list[Batch]:
         """The batches, for the model in the folder; too few rows or documents are said on stderr.
@@ -162,6 +184,15 @@ def open_folder(folder: Path, dtype: str = STORED, device: str = "cpu") -> Sourc
             stored = {name: p.dtype for name, p in model.named_parameters() if p.dtype != wanted}
             model = model.to(wanted)
         return Source(folder, model.to(where), None, stored)
+
+
+def parameters_in(files: Iterable[Path]) -> int:
+    """How many numbers the safetensors files hold, from their headers alone."""
+    total = 0
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
+    return total
 
 
 def model_files(folder: Path) -> list[Path]:

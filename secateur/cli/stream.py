@@ -7,7 +7,8 @@ import typer
 from secateur.cli import options as o
 from secateur.cli.console import emit, failures, say, table
 from secateur.cli.methods import find_method
-from secateur.cli.source import Data, choose_plan, find_device
+from secateur.cli.source import Data, choose_plan, find_device, model_files, parameters_in
+from secateur.cli.summary import zeros_in
 
 
 def stream(
@@ -46,6 +47,11 @@ def stream(
         from secateur.stream import reconstruct_folder
 
         chosen = find_method(method, option or ())
+        if not chosen.refits:
+            raise ValueError(
+                f"stream takes a method that refits, {method!r} only scores weights: use `secateur "
+                "prune`, or --method sparsegpt"
+            )
         decided = choose_plan(hollow(folder), patterns, plan, layers, ignore)
         batches = Data(text, tokens, rows, length, batch).read(folder)
         report = reconstruct_folder(
@@ -55,4 +61,10 @@ def stream(
             emit(report.to_dict())
         else:
             table(report.columns, report.rows(), full=full)
-            say(f"{report.method}: {len(report.layers)} layers, written to {out}")
+            _, zeros, weights = zeros_in(decided, report)
+            parameters = parameters_in(model_files(out))
+            say(
+                f"{report.method}: {len(report.layers)} layers, {zeros / weights:.1%} of their "
+                f"weights and {zeros / parameters:.1%} of all {parameters:,} parameters are zero; "
+                f"written to {out}"
+            )

@@ -157,7 +157,8 @@ def dispatch(report: AccelerateReport) -> Section:
         "dispatch",
         "Speed",
         f"{report.headline[:1].upper()}{report.headline[1:]}. Measured on {report.device}, "
-        f"{report.threads} threads; every layer against dense, and dense stays where dense wins.",
+        f"{report.threads} threads; every layer against dense, and dense stays where dense wins."
+        + (f" {report.advice[:1].upper()}{report.advice[1:]}." if report.advice else ""),
         figures,
         tables=[
             Table(("runs", "layers", "why"), reasons),
