@@ -299,9 +299,10 @@ def test_the_printed_report() -> None:
     heads = "layer shape tokens runs eager us prepacked us sparse us fastest sparse vs eager"
     assert lines[2].split() == f"{heads} vs prepacked others us measured".split()
     runs = ["block:4x8", "cpu"]
-    cells = ["0", "16x24", "1", *runs, "100", "90.0", "30.0", *runs, "3.33x", "3.00x"]
-    assert lines[3].split() == [*cells, "csr", "torch_csr", "200", "now"]
-    assert lines[4].split()[2] == "16" and len(lines) == 8
+    cells = ["16x24", "1", *runs, "100", "90.0", "30.0", *runs, "3.33x", "3.00x"]
+    assert lines[3].split() == ["0", "and", "1", "more", *cells, "csr", "torch_csr", "200", "now"]
+    assert lines[4].split()[5] == "16" and len(lines) == 8
+    assert len(report.rows()) == 2 * len(report.distinct_rows()) == 4
     assert lines[5] == "0 and 1 more: block:4x8: faster than dense at every number of tokens"
     held = report.layers[0].holds
     assert lines[6] == (

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import warnings
@@ -628,11 +629,37 @@ def test_warnings_name_the_option_that_is_meant(dense: Path, tmp_path: Path) -> 
     assert line.startswith(f"warning: --eval-rows {ROWS + 1}: there are only {ROWS} rows of")
 
 
+def test_eval_compares_folders_on_one_text(dense: Path, pruned: Path, tmp_path: Path) -> None:
+    other = tmp_path / "pruned"
+    said(run("prune", dense, "-o", other, "-p", "unstructured:0.25"))
+    data = ("--tokens", tokens(dense, "validation"), "--rows", ROWS, "--baseline", dense, "--json")
+    both = json.loads(said(run("eval", pruned, other, *data)))
+    assert list(both) == ["tokens", "data", "dense", str(pruned), str(other)]  # of one name
+    for folder in (pruned, other):
+        alone = json.loads(said(run("eval", folder, *data)))
+        assert alone["pruned"] == both[str(folder)] and alone["dense"] == both["dense"]
+    assert both[str(other)]["KL to dense"] < both[str(pruned)]["KL to dense"]
+    assert "is named twice" in refused(run("eval", pruned, pruned, *data))
+
+
+def test_folders_of_two_tokenizers_are_not_compared_on_a_text(pruned: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pruned, other)
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w7"', '"x7"'))
+    text = ("--text", pruned.with_name("dense") / "text.txt", "--rows", 1, "--length", 8)
+    for verb in ("eval", "report"):
+        line = refused(run(verb, pruned, other, *text))
+        assert f"{file} is another tokenizer than {pruned / 'tokenizer.json'}" in line
+    data = ("--tokens", tokens(pruned.with_name("dense"), "validation"), "--rows", 2)
+    assert said(run("eval", pruned, other, *data))
+
+
 def test_sense_writes_curves_and_a_page(dense: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "sense.json", tmp_path / "sense.html"
     text = said(
         run(
-            "sense", dense, "--patterns", "2:4, unstructured:0.9", "--layers", "*.1.mlp.*",
+            "sense", dense, "-p", "2:4", "--pattern", "unstructured:0.9", "--layers", "*.1.mlp.*",
             "--tokens",
             tokens(dense, "validation"), "--rows", 2, "-o", out, "--html", page,
         )
@@ -655,7 +682,7 @@ def test_what_sense_refuses(dense: Path, tmp_path: Path) -> None:
     data = ("--tokens", tokens(dense, "validation"), "--rows", 1)
     line = refused(run("sense", dense, *data, "-m", "sparsegpt"))
     assert "needs a criterion, 'sparsegpt' refits the kept weights" in line
-    assert "unknown pattern 'foo'" in refused(run("sense", dense, *data, "--patterns", "2:4,foo"))
+    assert "unknown pattern 'foo'" in refused(run("sense", dense, *data, "-p", "2:4", "-p", "foo"))
     line = refused(run("sense", dense, *data, "-o", tmp_path / "no" / "sense.json"))
     assert "name a file in a folder that exists" in line
 
@@ -699,6 +726,27 @@ def test_export_packs_and_unpacks_exactly(pruned: Path, tmp_path: Path) -> None:
     assert [dict(r) for r in saved.reports] == [dict(r) for r in read_sidecar(pruned).reports]
     line = refused(run("prune", packed, "-o", tmp_path / "x", "-p", "2:4"))
     assert "is in packed form, whose weights are frozen" in line
+
+
+def test_export_says_where_packed_is_slower(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = said(run("export", pruned, "--to", "packed", "-o", tmp_path / "a"))
+    assert (
+        "slower than dense on this machine: 14 of 14 layers, for nothing here multiplies semi24"
+        in text
+    )
+    assert "bench" not in text
+    said(
+        run("prune", dense, "-o", tmp_path / "x", "-p", "*.up_proj=block:16x16@0.5", "-p", "*=2:4")
+    )
+    text = said(run("export", tmp_path / "x", "--to", "packed", "-o", tmp_path / "b"))
+    assert "slower than dense on this machine: 12 of 14 layers" in text
+    assert "whether the other 2 layers are faster is for `secateur bench`" in text
+    assert "slower" not in said(
+        run("export", tmp_path / "b", "--to", "dense", "-o", tmp_path / "c")
+    )
 
 
 def test_export_that_rounds_says_how_far(pruned: Path, tmp_path: Path) -> None:
@@ -784,6 +832,56 @@ def test_report_shows_what_the_folder_and_the_measures_tell(
     rows = token_rows(tokens(dense, "validation"), 2, 2)
     perplexity = evaluate.perplexity(load_folder(pruned).float(), rows).perplexity
     assert f">{perplexity:.3f}<" in page and "bfloat16" in page
+
+
+def test_report_says_what_packing_would_give(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr("secateur.report.write_html", lambda *_, **given: shown.append(given))
+    page = ("-o", tmp_path / "report.html")
+    said(run("export", pruned, "--to", "packed", "-o", tmp_path / "packed"))
+    said(run("report", pruned, "--baseline", dense, *page))
+    written = (tmp_path / "packed" / "model.secateur.safetensors").stat().st_size
+    sizes = shown[0]["sizes"]
+    size = (dense / "model.safetensors").stat().st_size
+    assert list(sizes) == ["dense", "pruned", "pruned, if packed"]
+    assert sizes["dense"] == sizes["pruned"] == size
+    headers = 14 * 200  # names and shapes of more tensors
+    assert sizes["pruned, if packed"] == pytest.approx(written, abs=headers)
+    assert written < size - 2 * headers
+    for folder in (dense, tmp_path / "packed"):  # nothing to pack
+        said(run("report", folder, *page))
+        assert list(shown[-1]["sizes"]) == [folder.name]
+
+
+def test_report_compares_folders(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr("secateur.report.write_html", lambda *_, **given: shown.append(given))
+    other, page = tmp_path / "other", ("-o", tmp_path / "report.html")
+    data = ("--tokens", tokens(dense, "validation"), "--rows", 2)
+    said(run("prune", dense, "-o", other, "-p", "2:4", "-m", "random"))
+    said(run("report", pruned, other, "--baseline", dense, *data, *page))
+    assert list(shown[0]["evaluations"]) == ["dense", "pruned", "other"]
+    assert [r.method for r in shown[0]["prune"]] == ["pruned: magnitude", "other: random"]
+    assert shown[0]["plan"] == read_sidecar(pruned).plan and shown[0]["model"] is None
+    assert shown[0]["title"] == "pruned and other"
+    found = json.loads(said(run("eval", other, "--baseline", dense, *data, "--json")))
+    assert shown[0]["evaluations"]["other"] == found["other"]
+    line = refused(run("report", pruned, other, "--tokens-per-call", "1", *page))
+    assert "--tokens-per-call needs one folder, got 2" in line
+
+
+@pytest.mark.parametrize("name", ["rep.pdf", "report", "a.html.png", "report.json"])
+def test_a_page_is_called_what_it_is(pruned: Path, tmp_path: Path, name: str) -> None:
+    line = refused(run("report", pruned, "-o", tmp_path / name))
+    assert line.endswith("give it a name that ends in .html") and not (tmp_path / name).exists()
+    data = ("--tokens", tokens(pruned.with_name("dense"), "validation"), "--rows", 1)
+    assert "ends in .html" in refused(run("sense", pruned, *data, "--html", tmp_path / name))
+    name = name.replace(".json", ".html")
+    assert "ends in .json" in refused(run("sense", pruned, *data, "-o", tmp_path / name))
 
 
 def test_report_measures_speed_where_it_is_asked_to(pruned: Path, tmp_path: Path) -> None:
