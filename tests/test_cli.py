@@ -939,6 +939,10 @@ def test_a_bare_state_dict_is_pruned_where_it_may_be(bare: Path, tmp_path: Path)
     with safe_open(tmp_path / "out" / "weights.safetensors", framework="pt") as tensors:
         assert tensors.metadata() == {"format": "pt", "made": "by hand"}
     assert "2 of 8 layers" in text
+    zeros = sum(int((t == 0).sum()) for n, t in after.items() if n in changed)
+    everything = sum(t.numel() for t in after.values())
+    (line,) = [line for line in text.splitlines() if line.startswith("zeros of all")]
+    assert line.split()[4:6] == [f"{zeros / everything:.1%}", f"{everything:,}"]
     for reason in ("embed and 1 more: an embedding or output head", "dw: a convolution over one",
                    "gpt.a.c_fc and 1 more: stored as [in, out]",
                    "ids: stored as torch.int8"):  # fmt: skip

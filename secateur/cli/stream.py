@@ -7,8 +7,7 @@ import typer
 from secateur.cli import options as o
 from secateur.cli.console import emit, failures, say, table
 from secateur.cli.methods import find_method
-from secateur.cli.source import Data, choose_plan, find_device, model_files, parameters_in
-from secateur.cli.summary import zeros_in
+from secateur.cli.source import Data, choose_plan, find_device
 
 
 def stream(
@@ -61,10 +60,4 @@ def stream(
             emit(report.to_dict())
         else:
             table(report.columns, report.rows(), full=full)
-            _, zeros, weights = zeros_in(decided, report)
-            parameters = parameters_in(model_files(out))
-            say(
-                f"{report.method}: {len(report.layers)} layers, {zeros / weights:.1%} of their "
-                f"weights and {zeros / parameters:.1%} of all {parameters:,} parameters are zero; "
-                f"written to {out}"
-            )
+            say(f"{report.summary}; written to {out}")

@@ -43,13 +43,13 @@ class Summary:
     @property
     def zeros_of_all(self) -> tuple[float, float]:
         """Those zeros as a share of all parameters of the model, before and after."""
-        before, after, _ = zeros_in(self.plan, self.report)
-        return before / self.parameters, after / self.parameters
+        before, _, _ = zeros_in(self.plan, self.report)
+        return before / self.parameters, self.report.zeros / self.parameters
 
     @property
     def parameters(self) -> int:
-        """How many the files hold, of planned layers and of all else."""
-        return parameters_in(self.files)
+        """All of the model; a bare state dict has more than its layers, which are in its files."""
+        return parameters_in(self.files) if self.source.bare else self.report.parameters
 
     @property
     def files(self) -> list[Path]:
