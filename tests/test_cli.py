@@ -354,7 +354,7 @@ def test_prune_measures_before_and_after_what_it_wrote(dense: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
-        ("--text", "missing.txt", "--text missing.txt does not exist"),
+        ("--text", "missing.txt", "missing.txt does not exist: name a text file"),
         ("--tokens", "missing.safetensors:x", "missing.safetensors cannot be read"),
         ("--tokens", "text.txt", "--tokens needs FILE:KEY, 'file.safetensors:key', got 'text.txt'"),
     ],
@@ -623,7 +623,9 @@ def test_a_short_text_is_used_as_it_is_and_that_is_said(pruned: Path, tmp_path: 
     assert "on 128 tokens of texts" in said(result) and result.stderr == ""
     text.write_text("a b c")
     line = refused(run("eval", pruned, "--text", text, "--length", 16))
-    assert "a row needs 16 tokens, the text has 4: give more text, or take a smaller length" in line
+    assert (
+        "a row needs 16 tokens, the text has 4: give more text, or give a smaller --length" in line
+    )
 
 
 def test_warnings_name_the_option_that_is_meant(dense: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur.cli.bare import Bare, find_bare, read_bare, write_bare
 from secateur.cli.console import caution, working
+from secateur.cli.wording import in_options
 from secateur.plan import Plan, plan, read_plan
 from secateur.replay import Batch
 from secateur.save import Report, load, write_model
@@ -93,17 +94,18 @@ class Data:
         )
 
     def require(self) -> None:
-        """Nothing is read but whether it could be, for data that nothing will use.
+        """Nothing comes of it but an error: for data that nothing will use.
 
         Raises:
-            ValueError: if it is not there.
+            ValueError: if it cannot be read.
         """
-        from secateur.integrations.tokens import token_rows
+        from secateur.integrations.documents import read_documents
+        from secateur.integrations.tokens import stored_rows
 
-        if self.text is not None and not self.text.exists():
-            raise ValueError(f"{self.named} does not exist: correct the name, or leave it out")
+        if self.text is not None:
+            read_documents(self.text)
         if self.tokens is not None:
-            token_rows(self.tokens, 1, 1)
+            stored_rows(self.tokens, 1, 1)
 
     def read(self, folder: Path) -> list[Batch]:
         """The batches, for the model in the folder; too few rows or documents are said on stderr.
@@ -119,12 +121,17 @@ class Data:
                 f"data needs either {self.option}text FILE or {self.option}tokens FILE:KEY, got "
                 f"{found}"
             )
-        if self.text is not None:
-            length = self.length or min(LENGTH, _positions(folder))
-            dealt = text_rows(folder, self.text, self.rows, length, self.batch)
-        else:
-            end = end_of_text(folder)
-            dealt = stored_rows(str(self.tokens), self.rows, self.batch, end, length=self.length)
+        try:
+            if self.text is not None:
+                length = self.length or min(LENGTH, _positions(folder))
+                dealt = text_rows(folder, self.text, self.rows, length, self.batch)
+            else:
+                end = end_of_text(folder)
+                dealt = stored_rows(
+                    str(self.tokens), self.rows, self.batch, end, length=self.length
+                )
+        except ValueError as error:
+            raise ValueError(in_options(str(error), self.option)) from error
         for remark in dealt.remarks(f"{self.option}rows", "--length"):
             caution(remark)
         return list(dealt.batches)

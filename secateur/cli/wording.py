@@ -38,16 +38,14 @@ IN_OPTIONS = {
     r"give the batches labels, or pass loss=, a function \(output, batch\) -> a number": (
         "use a --method that reads no gradients"
     ),
-    r"\btext_batches needs a length of at most": "--length needs to be at most",
-    r"\btext_batches\b": "{data}text",
+    r"got a length of (\S+): take a smaller one": r"got --length \1: give a smaller one",
     r"\btoken rows are named 'file\.safetensors:key', got": (
         "{data}tokens needs FILE:KEY, 'file.safetensors:key', got"
     ),
     r"pass token ids instead, as 'file\.safetensors:key'": "give {data}tokens FILE:KEY instead",
-    r"\btoken_rows\b": "{data}tokens",
     r"\bsampled_rows needs batches\b": "--sample needs data",
     r"\bsampled_rows\b": "--sample",
-    r"\bask for fewer or shorter rows\b": "give a smaller {data}rows or --length",
+    r"\btake a smaller length\b": "give a smaller --length",
     # methods
     r"\bor sc\.refit\b": "or --method 'refit(METHOD)'",
     r"\b(use|take) sc\.(?=[a-z])": r"\1 --method ",
