@@ -649,17 +649,16 @@ def test_eval_compares_folders_on_one_text(dense: Path, pruned: Path, tmp_path: 
     assert "is named twice" in refused(run("eval", pruned, pruned, *data))
 
 
-def test_folders_of_two_tokenizers_are_not_compared_on_a_text(pruned: Path, tmp_path: Path) -> None:
+def test_folders_of_two_tokenizers_are_not_compared_on_a_text(dense: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    shutil.copytree(pruned, other)
+    shutil.copytree(dense, other)
     file = other / "tokenizer.json"
     file.write_text(file.read_text().replace('"w7"', '"x7"'))
-    text = ("--text", pruned.with_name("dense") / "text.txt", "--rows", 1, "--length", 8)
+    text = ("--text", dense / "text.txt", "--rows", 1, "--length", 8)
     for verb in ("eval", "report"):
-        line = refused(run(verb, pruned, other, *text))
-        assert f"{file} is another tokenizer than {pruned / 'tokenizer.json'}" in line
-    data = ("--tokens", tokens(pruned.with_name("dense"), "validation"), "--rows", 2)
-    assert said(run("eval", pruned, other, *data))
+        line = refused(run(verb, dense, other, *text))
+        assert f"{file} is another tokenizer than {dense / 'tokenizer.json'}" in line
+    assert said(run("eval", dense, other, "--tokens", tokens(dense, "validation"), "--rows", 2))
 
 
 def test_sense_writes_curves_and_a_page(dense: Path, tmp_path: Path) -> None:

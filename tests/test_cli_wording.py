@@ -21,7 +21,9 @@ PYTHON = re.compile(
     r"|\b(?:text_batches|token_rows|sampled_rows)\b"
 )
 # What is written for a shell, and what says that it is for Python.
-SHELL = re.compile(r"`[^`]*`|--[a-z-]+(?: '[^']*'| [a-z]+=[\w.]+)?|\bpip install '[^']*'")
+SHELL = re.compile(
+    r"`[^`]*`|--[a-z-]+(?: '[^']*'| [a-z]+=[\w.]+)?|\bpip install '[^']*'|\bpython -c \"[^\"]*\""
+)
 
 # Modules of verbs that no command has, and of what runs on a GPU only under them.
 NO_COMMAND = (
@@ -60,6 +62,9 @@ BY_PROGRAMS = (
     "….weight must be an ordinary parameter",
     "save needs a model, got a bare SparseLinear",
     "… of this … has no memory (meta device)",
+    "it holds a dense …weight",
+    "torch.nn.utils.p",
+    "transformers.….from_pretrained(…, dtype='auto')",  # a part of what `python -c` is given
 )
 
 
