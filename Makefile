@@ -43,7 +43,7 @@ bench: .venv/.dev  ## speed and memory on this machine; rows go to bench/results
 tables: .venv/.dev  ## the tables of README and docs from bench/results
 	$(BIN)/python -m bench.tables
 
-docs: .venv/.docs  ## docs/_build/index.html
+docs: .venv/.dev  ## docs/_build/index.html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
 fix: .venv/.dev
@@ -65,8 +65,4 @@ clean:
 
 .venv/.dev: .venv/.demo
 	$(PIP) -e '.[dev]'
-	touch $@
-
-.venv/.docs: .venv/.dev
-	$(PIP) -e '.[docs]'
 	touch $@

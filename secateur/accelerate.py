@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur.accelerate_report import AccelerateReport, Held, LayerReport
+from secateur.advice import blocks_that_gain
 from secateur.decision import Decision, Policy, decide
 from secateur.formats.candidates import (
     DENSE,
@@ -88,6 +89,9 @@ def accelerate_(
     Where what a layer runs can apply the activation that follows it (`fc1`, then `gelu`), the layer
     does so from then on, which saves a pass over its results.
 
+    Where no layer gains on a CPU, a random layer with blocks of zeros is measured beside them, and
+    the report's `advice` says what would be faster here.
+
     Measurements are kept on disk beside the compiled kernels, unless the machine was too busy, and
     a like layer on a like device is not measured again; `remeasure` does.
 
@@ -99,7 +103,10 @@ def accelerate_(
         is unchanged; what was measured is kept.
     """
     with all_or_nothing() as undo:
-        return _accelerate(undo, model, tokens, formats, layers, strict, compare, policy, remeasure)
+        report = _accelerate(
+            undo, model, tokens, formats, layers, strict, compare, policy, remeasure
+        )
+    return replace(report, advice=_advice(model, report))
 
 
 @torch.inference_mode(False)  # or the packed tensors could not be trained around
@@ -157,6 +164,26 @@ def _accelerate(
         _demand_gains(report, layers)
     swap(model, packed, undo)
     return replace(report, joined=join_activations_(model, undo))
+
+
+def _advice(model: nn.Module, report: AccelerateReport) -> str:
+    """What would be faster on this CPU; nothing where something is, or nothing was measured."""
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    weights = [linears[layer.layer].weight for layer in report.layers if layer.layer in linears]
+    usable = [weight for weight in weights if _unmeasurable(weight) is None]
+    if report.changed or not usable or any(weight.is_cuda for weight in usable):
+        return ""
+    return blocks_that_gain(
+        [(weight.shape[0], weight.shape[1]) for weight in usable],
+        usable[0].dtype,
+        report.tokens,
+        lambda layer, format: _tried(layer, format, report.tokens),
+    )
+
+
+def _tried(layer: nn.Module, format: str, tokens: Sequence[int]) -> AccelerateReport:
+    with all_or_nothing() as undo:
+        return _accelerate(undo, layer, tokens, [format], None, False, compare)
 
 
 def _groups(

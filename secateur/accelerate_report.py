@@ -1,5 +1,6 @@
 """What `accelerate_` measured and decided, as data and as a table."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -82,7 +83,7 @@ class AccelerateReport:
 
     `dense_formats` are those tried that store every weight, rounded: a sparse format that rounds
     has to beat them, too. `joined` are the layers that now apply the activation after them, and
-    which one it is.
+    which one it is. `advice` is what would be faster on this machine, where nothing is.
     """
 
     device: str
@@ -92,6 +93,7 @@ class AccelerateReport:
     policy: str = "fastest"
     dense_formats: tuple[str, ...] = ()
     joined: Mapping[str, str] = field(default_factory=dict)
+    advice: str = ""
 
     @property
     def changed(self) -> tuple[LayerReport, ...]:
@@ -139,6 +141,17 @@ class AccelerateReport:
         """One row of text for each measured layer and number of tokens."""
         return [self._row(layer, one) for layer in self.layers for one in layer.measured]
 
+    def distinct_rows(self) -> list[tuple[str, ...]]:
+        """The rows of the layers that were timed, with how many more each of them stands for."""
+        stands_for = Counter(layer.measured_on for layer in self.layers)
+        rows = []
+        for layer in self.layers:
+            more = stands_for[layer.layer] - 1
+            name = f"{layer.layer} and {more} more" if more > 0 else layer.layer
+            if layer.layer == layer.measured_on:
+                rows += [(name, *self._row(layer, one)[1:]) for one in layer.measured]
+        return rows
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
         return {"headline": self.headline, **asdict(self)}
@@ -150,7 +163,7 @@ class AccelerateReport:
         if earlier:
             what = "all" if earlier == len(measured) else f"{earlier} of {len(measured)} rows"
             lines[-1] += f"; {what} remembered from earlier calls, remeasure=True measures afresh"
-        shown = [self._row(one, entry) for one, entry in measured if one.layer == one.measured_on]
+        shown = self.distinct_rows()
         lines += _aligned([self.columns, *shown]) if shown else []
         reasons: dict[str, list[str]] = {}
         for layer in self.layers:
@@ -163,6 +176,8 @@ class AccelerateReport:
         ]
         if len(reasons) > REASONS_SHOWN:
             lines.append(f"... and {len(reasons) - REASONS_SHOWN} more reasons, in .layers")
+        if self.advice:
+            lines.append(self.advice)
         return "\n".join(lines)
 
     def _row(self, layer: LayerReport, measured: Measured) -> tuple[str, ...]:

@@ -18,6 +18,15 @@ OPTIONAL = {  # module to look for -> what it would give; looked up, never impor
     "triton": "block-sparse and quantising kernels on a GPU",
     "cuda.bindings.nvrtc": "compiling the CUDA kernels at first use",
 }
+# What to prune to for a format that has something to run it, to be faster than dense.
+PRUNE_TO = {"semi24": "2:4", "block:64x64": "block:64x64@0.8", "csr": "unstructured:0.9"}
+# Extras of the package -> the module by which it is missed, and what it is for.
+EXTRAS = {
+    "hf": ("transformers", "models in Hugging Face folders"),
+    "report": ("matplotlib", "pages of results"),
+    "budget": ("scipy", "budgets of size and time"),
+    "cuda": ("cuda.bindings.nvrtc", "the kernels for a GPU"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,54 @@ def doctor() -> list[Finding]:
     return [*_machine(), *_packages(), *_implementations(_device())]
 
 
+def digest(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+    """The four lines that matter first: machine, what it multiplies, what not, what to install."""
+    told = {finding.capability: finding for finding in findings}
+    gpu = told["cuda"]
+    machine = f"torch {told['torch'].detail}; a CPU with {told['cpu'].detail}; "
+    machine += gpu.detail if gpu.state == "yes" else "no CUDA GPU"
+    able, unable = _by_format(findings)
+    wanted = [pattern for format, pattern in PRUNE_TO.items() if format in able]
+    here = f"{', '.join(able) or 'nothing'}"
+    if wanted:
+        here += f"; prune to {' or '.join(wanted)}, and `secateur bench FOLDER` measures what gains"
+    reasons: dict[str, list[str]] = {}
+    for format, reason in unable.items():
+        reasons.setdefault(reason, []).append(format)
+    elsewhere = "; ".join(f"{', '.join(formats)}: {why}" for why, formats in reasons.items())
+    missing = [
+        f"pip install 'secateur[{extra}]' for {purpose}"
+        for extra, (module, purpose) in EXTRAS.items()
+        if not _installed(module) and (extra != "cuda" or gpu.state == "yes")
+    ]
+    return [
+        ("this machine", machine),
+        ("sparse here", here),
+        ("not here", elsewhere or "nothing: every format has something that runs it"),
+        (
+            "to install",
+            "; ".join(missing) or "nothing: all extras that this machine can use are here",
+        ),
+    ]
+
+
+def _by_format(findings: Sequence[Finding]) -> tuple[list[str], dict[str, str]]:
+    """Formats that more than a reference multiplies here, and why the others have nothing."""
+    rows: dict[str, list[Finding]] = {str(format): [] for format in _formats()}
+    for finding in findings:
+        format, _, implementation = finding.capability.rpartition(" ")
+        if format in rows and implementation != "reference":
+            rows[format].append(finding)
+    able, unable = list[str](), dict[str, str]()
+    for format, found in rows.items():
+        runs = [one for one in found if one.state == "yes"]
+        if runs:
+            able.append(format)
+        elif ":channel" not in format:  # as the same format without it
+            unable[format] = found[0].detail if found else "it saves room, and is fast nowhere yet"
+    return able, unable
+
+
 def _machine() -> list[Finding]:
     cpu = torch.backends.cpu.get_cpu_capability()
     found = [
@@ -47,7 +104,7 @@ def _machine() -> list[Finding]:
         Finding("cpu", "info", f"{torch.get_num_threads()} threads, {cpu}"),
     ]
     if not torch.cuda.is_available():
-        return [*found, Finding("cuda", "no", "torch sees no CUDA device: kernels run on the CPU")]
+        return [*found, Finding("cuda", "no", "torch sees no CUDA device: layers run on the CPU")]
     major, minor = torch.cuda.get_device_capability()
     detail = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
     return [*found, Finding("cuda", "yes", detail)]
@@ -95,7 +152,10 @@ def _examined(
         tokens: [implementation.why_not(one, tokens) for one in packed] for tokens in TOKENS
     }
     if all(all(found) for found in problems.values()):
-        return Finding(name, "no", str(problems[TOKENS[0]][0]))
+        reasons = [str(no) for no in problems[TOKENS[0]]]
+        # one that holds for a dtype that it takes is what is really in the way
+        other = (no for one, no in zip(packed, reasons, strict=True) if str(one.dtype) not in no)
+        return Finding(name, "no", next(other, reasons[0]))
     said = dict[str, list[str]]()
     for tokens, found in problems.items():
         runs = [_short(one.dtype) for one, no in zip(packed, found, strict=True) if no is None]

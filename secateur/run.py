@@ -148,7 +148,7 @@ class Run:
             results = self._walk(layers, source, saved, found, undo.remember)
             if dense is not None:
                 results = self._distilled(dense, layers, listed, checkpoint, results)
-            return self._report(layers, results, begin)
+            return self._report(layers, results, begin, self._parameters())
 
     @torch.inference_mode(False)
     def streamed(self, batches: Sequence[Batch], saved: Checkpoint, window: Window) -> PruneReport:
@@ -160,7 +160,10 @@ class Run:
         chain of blocks.
         """
         assert not self.distils
-        begin = time.perf_counter()
+        begin, parameters = (
+            time.perf_counter(),
+            self._parameters(),
+        )  # tied ones are one until it runs
         layers = match(self.model, self.plan)
         finished = saved.finished()
         if all(name in finished for name in layers):
@@ -170,15 +173,21 @@ class Run:
                 none: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
                 source = self._observed(layers, finished, batches, True, window)
                 results = self._walk(layers, source, saved, none, lambda _: None)
-        return self._report(layers, results, begin)
+        return self._report(layers, results, begin, parameters)
+
+    def _parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def _report(
-        self, layers: Mapping[str, nn.Module], results: Sequence[LayerResult], begin: float
+        self,
+        layers: Mapping[str, nn.Module],
+        results: Sequence[LayerResult],
+        begin: float,
+        parameters: int,
     ) -> PruneReport:
         zeros = sum(
             round(result.sparsity * weight_of(layers[result.layer]).numel()) for result in results
         )
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         seconds = time.perf_counter() - begin
         return PruneReport(self.method, tuple(results), seconds, zeros, parameters)
 

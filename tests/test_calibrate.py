@@ -334,5 +334,5 @@ def test_activations_that_are_not_finite_are_named(bad: float) -> None:
 
 @pytest.mark.parametrize("batch", [None, 3.0, "text", {1, 2}], ids=repr)
 def test_what_is_no_batch_is_named(batch: object) -> None:
-    with pytest.raises(ValueError, match="batch 2 is .*: a batch is a tensor, a tuple of arg"):
-        usable(batch, 2)
+    with pytest.raises(ValueError, match="batch 2 is .*: a batch is a tensor, a tuple of pos"):
+        usable(batch, "batch 2")

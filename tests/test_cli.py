@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -268,6 +270,10 @@ def test_the_summary_says_what_was_done_and_what_was_not_measured(
     assert "left alone: lm_head: its weight is tied to model.embed_tokens" in text
     lines = {line[:13].strip(): line[13:].split() for line in text.splitlines()}
     assert lines["zeros in plan"] == "0.0% 50.0% every group of 4 checked".split()
+    model = load_folder(tmp_path / "out")  # tied embeddings, counted once
+    everything = sum(p.numel() for p in model.parameters())
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    assert lines["zeros of all"][:3] == ["0.0%", f"{zeros / everything:.1%}", f"{everything:,}"]
     size = f"{(dense / 'model.safetensors').stat().st_size / 1000:.1f}"
     assert lines["file size"][:4] == [size, "kB", size, "kB"]
     assert lines["speed"][:4] == ["-", "-", "not", "measured:"]
@@ -343,6 +349,46 @@ def test_prune_measures_before_and_after_what_it_wrote(dense: Path, tmp_path: Pa
     (line,) = [line for line in text.splitlines() if line.startswith("perplexity")]
     assert line.split()[1] == f"{expected:.3f}"
     assert "(tokens.safetensors:validation, 96 tokens)" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--text", "missing.txt", "missing.txt does not exist: name a text file"),
+        ("--tokens", "missing.safetensors:x", "missing.safetensors cannot be read"),
+        ("--tokens", "text.txt", "--tokens needs FILE:KEY, 'file.safetensors:key', got 'text.txt'"),
+    ],
+)
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_data_that_no_method_reads_is_checked_all_the_same(
+    dense: Path, tmp_path: Path, option: str, value: str, told: str, method: str
+) -> None:
+    command = ("prune", dense, "-o", tmp_path / "out", "-p", "2:4", "-m", method)
+    assert told in refused(run(*command, option, value))
+    assert not (tmp_path / "out").exists()
+    here = dense / "text.txt" if option == "--text" else tokens(dense, "calibration")
+    result = run(*command, option, here)
+    assert "no calibration data" in said(result)
+    assert (
+        result.stderr == f"warning: {option} {here} is not read: method '{method}' needs no data\n"
+    )
+
+
+def test_warnings_of_the_library_are_one_line_in_words_of_the_shell(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warned(*arguments: object, **options: object) -> None:
+        warnings.warn("something is odd: pass overwrite=True\nor not", stacklevel=1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("secateur.cli.methods.prune_", warned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = run("prune", dense, "-o", tmp_path / "out", "-p", "2:4")
+    said(result, 2)
+    assert result.stderr.splitlines() == [
+        "warning: something is odd: give --overwrite or not", "error: enough",
+    ]  # fmt: skip
 
 
 def test_selectors_choose_layers_and_patterns(dense: Path, tmp_path: Path) -> None:
@@ -511,7 +557,12 @@ def test_doctor_lists_every_format() -> None:
     found = json.loads(said(run("doctor", "--json")))
     told = {entry["capability"]: entry["state"] for entry in found}
     assert told["torch"] == "info" and told["semi24 reference"] == "yes"
-    assert "csr reference" in said(run("doctor"))
+    assert "csr reference" in said(run("doctor", "--all"))
+    lines = said(run("doctor")).splitlines()
+    assert len(lines) == 5 and "secateur doctor --all" in lines[-1]
+    assert [line.partition(":")[0] for line in lines[:4]] == [
+        "this machine", "sparse here", "not here", "to install",
+    ]  # fmt: skip
 
 
 # --- the verbs that measure ----------------------------------------------------------------------
@@ -572,7 +623,9 @@ def test_a_short_text_is_used_as_it_is_and_that_is_said(pruned: Path, tmp_path: 
     assert "on 128 tokens of texts" in said(result) and result.stderr == ""
     text.write_text("a b c")
     line = refused(run("eval", pruned, "--text", text, "--length", 16))
-    assert "a row needs 16 tokens, the text has 4: give more text, or take a smaller length" in line
+    assert (
+        "a row needs 16 tokens, the text has 4: give more text, or give a smaller --length" in line
+    )
 
 
 def test_warnings_name_the_option_that_is_meant(dense: Path, tmp_path: Path) -> None:
@@ -583,11 +636,36 @@ def test_warnings_name_the_option_that_is_meant(dense: Path, tmp_path: Path) -> 
     assert line.startswith(f"warning: --eval-rows {ROWS + 1}: there are only {ROWS} rows of")
 
 
+def test_eval_compares_folders_on_one_text(dense: Path, pruned: Path, tmp_path: Path) -> None:
+    other = tmp_path / "pruned"
+    said(run("prune", dense, "-o", other, "-p", "unstructured:0.25"))
+    data = ("--tokens", tokens(dense, "validation"), "--rows", ROWS, "--baseline", dense, "--json")
+    both = json.loads(said(run("eval", pruned, other, *data)))
+    assert list(both) == ["tokens", "data", "dense", str(pruned), str(other)]  # of one name
+    for folder in (pruned, other):
+        alone = json.loads(said(run("eval", folder, *data)))
+        assert alone["pruned"] == both[str(folder)] and alone["dense"] == both["dense"]
+    assert both[str(other)]["KL to dense"] < both[str(pruned)]["KL to dense"]
+    assert "is named twice" in refused(run("eval", pruned, pruned, *data))
+
+
+def test_folders_of_two_tokenizers_are_not_compared_on_a_text(dense: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(dense, other)
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w7"', '"x7"'))
+    text = ("--text", dense / "text.txt", "--rows", 1, "--length", 8)
+    for verb in ("eval", "report"):
+        line = refused(run(verb, dense, other, *text))
+        assert f"{file} is another tokenizer than {dense / 'tokenizer.json'}" in line
+    assert said(run("eval", dense, other, "--tokens", tokens(dense, "validation"), "--rows", 2))
+
+
 def test_sense_writes_curves_and_a_page(dense: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "sense.json", tmp_path / "sense.html"
     text = said(
         run(
-            "sense", dense, "--patterns", "2:4, unstructured:0.9", "--layers", "*.1.mlp.*",
+            "sense", dense, "-p", "2:4", "--pattern", "unstructured:0.9", "--layers", "*.1.mlp.*",
             "--tokens",
             tokens(dense, "validation"), "--rows", 2, "-o", out, "--html", page,
         )
@@ -610,7 +688,7 @@ def test_what_sense_refuses(dense: Path, tmp_path: Path) -> None:
     data = ("--tokens", tokens(dense, "validation"), "--rows", 1)
     line = refused(run("sense", dense, *data, "-m", "sparsegpt"))
     assert "needs a criterion, 'sparsegpt' refits the kept weights" in line
-    assert "unknown pattern 'foo'" in refused(run("sense", dense, *data, "--patterns", "2:4,foo"))
+    assert "unknown pattern 'foo'" in refused(run("sense", dense, *data, "-p", "2:4", "-p", "foo"))
     line = refused(run("sense", dense, *data, "-o", tmp_path / "no" / "sense.json"))
     assert "name a file in a folder that exists" in line
 
@@ -656,6 +734,27 @@ def test_export_packs_and_unpacks_exactly(pruned: Path, tmp_path: Path) -> None:
     assert "is in packed form, whose weights are frozen" in line
 
 
+def test_export_says_where_packed_is_slower(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = said(run("export", pruned, "--to", "packed", "-o", tmp_path / "a"))
+    assert (
+        "slower than dense on this machine: 14 of 14 layers, for nothing here multiplies semi24"
+        in text
+    )
+    assert "bench" not in text
+    said(
+        run("prune", dense, "-o", tmp_path / "x", "-p", "*.up_proj=block:16x16@0.5", "-p", "*=2:4")
+    )
+    text = said(run("export", tmp_path / "x", "--to", "packed", "-o", tmp_path / "b"))
+    assert "slower than dense on this machine: 12 of 14 layers" in text
+    assert "whether the other 2 layers are faster is for `secateur bench`" in text
+    assert "slower" not in said(
+        run("export", tmp_path / "b", "--to", "dense", "-o", tmp_path / "c")
+    )
+
+
 def test_export_that_rounds_says_how_far(pruned: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     text = said(run("export", pruned, "--to", "packed", "--format", "semi24_int4", "-o", packed))
@@ -688,7 +787,8 @@ def test_what_export_refuses(dense: Path, pruned: Path, tmp_path: Path) -> None:
     line = refused(run("export", pruned, "--to", "packed", "--format", "semi42", *out))
     assert "unknown format 'semi42': did you mean 'semi24'?" in line
     line = refused(run("export", dense, "--to", "packed", *out))
-    assert "pack_ needs a layer that fits semi24, got none" in line
+    assert "packing needs a layer that fits semi24, got none" in line
+    assert "name another --format" in line
     assert not (tmp_path / "x").exists()
 
 
@@ -738,6 +838,56 @@ def test_report_shows_what_the_folder_and_the_measures_tell(
     rows = token_rows(tokens(dense, "validation"), 2, 2)
     perplexity = evaluate.perplexity(load_folder(pruned).float(), rows).perplexity
     assert f">{perplexity:.3f}<" in page and "bfloat16" in page
+
+
+def test_report_says_what_packing_would_give(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr("secateur.report.write_html", lambda *_, **given: shown.append(given))
+    page = ("-o", tmp_path / "report.html")
+    said(run("export", pruned, "--to", "packed", "-o", tmp_path / "packed"))
+    said(run("report", pruned, "--baseline", dense, *page))
+    written = (tmp_path / "packed" / "model.secateur.safetensors").stat().st_size
+    sizes = shown[0]["sizes"]
+    size = (dense / "model.safetensors").stat().st_size
+    assert list(sizes) == ["dense", "pruned", "pruned, if packed"]
+    assert sizes["dense"] == sizes["pruned"] == size
+    headers = 14 * 200  # names and shapes of more tensors
+    assert sizes["pruned, if packed"] == pytest.approx(written, abs=headers)
+    assert written < size - 2 * headers
+    for folder in (dense, tmp_path / "packed"):  # nothing to pack
+        said(run("report", folder, *page))
+        assert list(shown[-1]["sizes"]) == [folder.name]
+
+
+def test_report_compares_folders(
+    dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr("secateur.report.write_html", lambda *_, **given: shown.append(given))
+    other, page = tmp_path / "other", ("-o", tmp_path / "report.html")
+    data = ("--tokens", tokens(dense, "validation"), "--rows", 2)
+    said(run("prune", dense, "-o", other, "-p", "2:4", "-m", "random"))
+    said(run("report", pruned, other, "--baseline", dense, *data, *page))
+    assert list(shown[0]["evaluations"]) == ["dense", "pruned", "other"]
+    assert [r.method for r in shown[0]["prune"]] == ["pruned: magnitude", "other: random"]
+    assert shown[0]["plan"] == read_sidecar(pruned).plan and shown[0]["model"] is None
+    assert shown[0]["title"] == "pruned and other"
+    found = json.loads(said(run("eval", other, "--baseline", dense, *data, "--json")))
+    assert shown[0]["evaluations"]["other"] == found["other"]
+    line = refused(run("report", pruned, other, "--tokens-per-call", "1", *page))
+    assert "--tokens-per-call needs one folder, got 2" in line
+
+
+@pytest.mark.parametrize("name", ["rep.pdf", "report", "a.html.png", "report.json"])
+def test_a_page_is_called_what_it_is(pruned: Path, tmp_path: Path, name: str) -> None:
+    line = refused(run("report", pruned, "-o", tmp_path / name))
+    assert line.endswith("give it a name that ends in .html") and not (tmp_path / name).exists()
+    data = ("--tokens", tokens(pruned.with_name("dense"), "validation"), "--rows", 1)
+    assert "ends in .html" in refused(run("sense", pruned, *data, "--html", tmp_path / name))
+    name = name.replace(".json", ".html")
+    assert "ends in .json" in refused(run("sense", pruned, *data, "-o", tmp_path / name))
 
 
 def test_report_measures_speed_where_it_is_asked_to(pruned: Path, tmp_path: Path) -> None:
@@ -790,6 +940,10 @@ def test_a_bare_state_dict_is_pruned_where_it_may_be(bare: Path, tmp_path: Path)
     with safe_open(tmp_path / "out" / "weights.safetensors", framework="pt") as tensors:
         assert tensors.metadata() == {"format": "pt", "made": "by hand"}
     assert "2 of 8 layers" in text
+    zeros = sum(int((t == 0).sum()) for n, t in after.items() if n in changed)
+    everything = sum(t.numel() for t in after.values())
+    (line,) = [line for line in text.splitlines() if line.startswith("zeros of all")]
+    assert line.split()[4:6] == [f"{zeros / everything:.1%}", f"{everything:,}"]
     for reason in ("embed and 1 more: an embedding or output head", "dw: a convolution over one",
                    "gpt.a.c_fc and 1 more: stored as [in, out]",
                    "ids: stored as torch.int8"):  # fmt: skip

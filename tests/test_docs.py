@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ PAGES = sorted(
 EXECUTED = [page for page in PAGES if "```{code-cell}" in page.read_text(encoding="utf-8")]
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Characters of code that the theme shows without a scroll bar.
+FRONT_WIDTH = 72
 FENCE = re.compile(r"^(```+|~~~+).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(?::[^\n]*\n)*(.*?)^```", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -71,13 +75,48 @@ def test_relative_links_resolve(page: Path) -> None:
             assert anchor in anchors(linked), f"{target}: no heading of that name"
 
 
+def contents(page: Path) -> list[str]:
+    """The entries of the page's tables of contents, from docs/ on."""
+    tables = TOCTREE.findall(page.read_text(encoding="utf-8"))
+    lines = [line for table in tables for line in table.split("\n") if re.match(r"[\w/*-]+$", line)]
+    return [(page.parent.relative_to(ROOT / "docs") / line).as_posix() for line in lines]
+
+
 def test_every_guide_and_page_is_in_the_table_of_contents() -> None:
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    entries = re.findall(r"^[\w/*-]+$", index, re.MULTILINE)
-    for page in PAGES:
-        if page.is_relative_to(ROOT / "docs") and page.name != "index.md":
-            name = page.relative_to(ROOT / "docs").with_suffix("")
-            assert any(name.match(entry) for entry in entries), f"{name} cannot be found"
+    pages = [page for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    entries = [entry for page in pages for entry in contents(page)]
+    for page in pages:
+        name = page.relative_to(ROOT / "docs").with_suffix("")
+        assert name.name == "index" == str(name) or any(name.match(e) for e in entries), name
+
+
+def test_the_front_page_is_not_cut_and_lists_no_log_of_experiments() -> None:
+    page = ROOT / "docs" / "index.md"
+    text = page.read_text(encoding="utf-8")
+    code = [line for block in FENCE.finditer(text) for line in block[0].split("\n")]
+    assert max(map(len, code)) <= FRONT_WIDTH
+    assert all(":hidden:" in table for table in TOCTREE.findall(text)), "the sidebar has them"
+    assert [entry for entry in contents(page) if entry.startswith("log")] == ["log/index"]
+
+
+def test_the_contract_is_drawn_as_it_is() -> None:
+    assert "](contract.svg)" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    drawing = ElementTree.parse(ROOT / "docs" / "contract.svg").getroot()
+    width, height = map(float, drawing.attrib["viewBox"].split()[2:])
+    cells: dict[float, dict[float, str]] = {}
+    for cell in drawing.iter("{http://www.w3.org/2000/svg}rect"):
+        x, y = float(cell.attrib["x"]), float(cell.attrib["y"])
+        assert x + float(cell.attrib["width"]) <= width
+        assert y + float(cell.attrib["height"]) <= height
+        if cell.attrib["class"] != "frame":
+            cells.setdefault(y, {})[x] = cell.attrib["class"]
+    assert len(cells) == 4
+    for row in cells.values():
+        kinds = [row[x] for x in sorted(row)]
+        assert kinds[:8] == ["dense"] * 8 and kinds[16:] == ["packed"] * 4
+        mask = torch.tensor([kind == "kept" for kind in kinds[8:16]])[None]
+        assert set(kinds[8:16]) == {"kept", "zero"} and parse("2:4").violation(mask) is None
+        assert int(mask.sum()) == 4
 
 
 @pytest.mark.parametrize("name", sc.__all__)

@@ -5,6 +5,8 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,10 @@ PUBLIC = {
     *("accelerate_", "pack_", "unpack_", "SparseLinear", "warmup"),
     *("save", "load"),
 }
+
+
+# Imported by comparisons with other libraries alone, where those are installed.
+PEERS = {"llmcompressor", "modelopt"}
 
 
 def test_the_public_names_are_these() -> None:
@@ -127,3 +133,45 @@ def test_no_tensor_is_made_by_default(path: Path) -> None:
             assert "device" in told, f"line {node.lineno}: say on which device"
         if node.func.attr in MADE:
             assert "dtype" in told, f"line {node.lineno}: say in which dtype"
+
+
+def installed_by_make_test() -> set[str]:
+    """The distributions that the extra `dev` names, with those of the extras it takes in."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked, found = ["dev"], list(project["dependencies"])
+    for extra in asked:
+        for requirement in extras[extra]:
+            if own := re.fullmatch(r"secateur\[(.*)\]", requirement):
+                asked += own[1].split(",")
+            else:
+                found.append(requirement)
+    return {re.match(r"[\w-]+", requirement)[0].lower() for requirement in found}  # type: ignore[index]
+
+
+def imported(path: Path) -> set[str]:
+    """The packages that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_make_test_installs_what_the_tests_and_the_pages_import() -> None:
+    folders = ("tests", "bench", "docs", "examples")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    own = {path.stem for path in (ROOT / "docs" / "_extensions").glob("*.py")}
+    own |= {"secateur", "tests", "bench"}
+    wanted = {name for file in files for name in imported(file)} - sys.stdlib_module_names - own
+    given = installed_by_make_test()
+    homes = packages_distributions()
+    missing = {n for n in wanted if not given & {home.lower() for home in homes.get(n, [n])}}
+    assert missing == PEERS
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\n.venv/.dev: .venv/.demo\n\t$(PIP) -e '.[dev]'\n" in makefile
+    for target in ("test", "docs", "lint", "types"):
+        (needs,) = re.findall(rf"^{target}:(.*?)(?:##.*)?$", makefile, re.MULTILINE)
+        assert needs.split() == [".venv/.dev"], f"make {target} needs what it installs"

@@ -4,7 +4,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -208,6 +208,24 @@ def test_the_layers_that_are_alike_share_a_line(everything: Page) -> None:
     ]
 
 
+def test_zeros_that_are_equal_are_a_sentence_and_not_bars(everything: Page) -> None:
+    section = everything.source.split('<section id="sparsity">')[1].split("</section>")[0]
+    assert "Each of the 6 layers has 50.0% zeros." in section and "<svg" not in section
+
+
+def test_kinds_of_equal_zeros_share_a_strip(tmp_path: Path) -> None:
+    model = Blocks()
+    prune_(model, plan(model, {"*.up": "unstructured:0.5", "*.down": "2:4"}))
+    prune_(model, plan(model, {"layers.1.*": "unstructured:0.75"}))
+    page = written(tmp_path / "report.html", model=model)
+    section = page.source.split('<section id="sparsity">')[1].split("</section>")[0]
+    assert "Each of" not in section and ">up, down<" in section
+    prune_(model, plan(model, {"layers.2.up": "unstructured:0.9"}))
+    page = written(tmp_path / "report.html", model=model)
+    section = page.source.split('<section id="sparsity">')[1].split("</section>")[0]
+    assert ">up<" in section and ">down<" in section
+
+
 def test_the_front_has_its_points_and_the_choice(everything: Page) -> None:
     table = next(t for t in everything.tables if "of dense" in t[0])
     assert [row[:3] for row in table[1:]] == [
@@ -226,6 +244,19 @@ def test_why_a_layer_stays_dense_is_told(everything: Page) -> None:
     assert table[2] == ["dense", "1", "csr is 0.50x of dense"]
     measured = next(t for t in everything.tables if "vs eager" in t[0])
     assert measured[1][measured[0].index("vs eager")] == "2.50x"
+
+
+def test_layers_timed_once_share_a_line(tmp_path: Path) -> None:
+    report = speed()
+    alike = replace(report.layers[1], layer="slow too")
+    page = written(tmp_path / "r.html", accelerate=replace(report, layers=(*report.layers, alike)))
+    measured = next(t for t in page.tables if "vs eager" in t[0])
+    assert [row[0] for row in measured[1:]] == ["fast", "fast", "slow and 1 more"]
+    assert "no layer would" not in page.text
+    advised = replace(report, advice="what would be faster here: tiles")
+    assert (
+        "What would be faster here: tiles." in written(tmp_path / "a.html", accelerate=advised).text
+    )
 
 
 def test_speed_is_drawn_against_the_faster_dense(everything: Page) -> None:

@@ -360,3 +360,22 @@ def test_the_command_writes_the_same(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["layers"] == [vars(row) for row in report.layers]
     again = CliRunner().invoke(app, [str(argument) for argument in command])
     assert again.exit_code == 2 and "holds a saved model: choose another folder" in again.stderr
+
+
+def test_the_command_says_the_share_of_zeros_and_refuses_criteria(tmp_path: Path) -> None:
+    source, target = make_source(tmp_path / "source"), tmp_path / "target"
+    save_file({"ids": torch.cat(batches()[:2])}, tmp_path / "ids.safetensors")
+    command = ["stream", str(source), "-o", str(target), "-p", "2:4", "--device", "cpu"]
+    command += ["--tokens", f"{tmp_path / 'ids.safetensors'}:ids", "--rows", "8", "--batch", "4"]
+    refused = CliRunner().invoke(app, [*command, "-m", "wanda"])
+    assert refused.exit_code == 2 and not target.exists()
+    assert refused.stderr.startswith(
+        "error: stream takes a method that refits, 'wanda' only scores"
+    )
+    done = CliRunner().invoke(app, [*command, "-m", "refit(wanda)"])
+    assert done.exit_code == 0, done.output
+    stored = [t for path in target.glob("*.safetensors") for t in load_file(path).values()]
+    zeros, numbers = sum(int((t == 0).sum()) for t in stored), sum(t.numel() for t in stored)
+    assert f"their zeros are {zeros / numbers:.1%} of all {numbers:,} parameters; written to" in (
+        done.stdout
+    )

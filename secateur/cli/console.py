@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from secateur.cli.wording import in_options
 from secateur.memory import is_out_of_memory
 from secateur.report.rows import Row, fold, numeric_columns
 
@@ -22,9 +24,6 @@ FAILED_CHECK, FAILED, INTERRUPTED = 1, 2, 130
 UNWRAPPED = 10_000
 # Characters of an error; one that lists every layer of a large model would hide its advice.
 LONGEST = 800
-
-# What errors of the library call by its Python name, and the command line otherwise.
-OWN_WORDS = {"pass overwrite=True": "give --overwrite", "(ignore=)": "(--ignore)", " sc.": " "}
 
 # Cells of so many characters are not broken where a terminal is narrow.
 SHORT = 14
@@ -92,10 +91,14 @@ def working(what: str) -> Iterator[None]:
 def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
     """Errors of the user's making become one line on stderr and exit code 2; Ctrl-C exits 130.
 
-    `checkpoint` is where what is finished remains when the work is interrupted.
+    `checkpoint` is where what is finished remains when the work is interrupted. Warnings become one
+    line on stderr, too.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", module=r"secateur\b")
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            yield
     except KeyboardInterrupt:
         kept = f": what is finished is kept in {checkpoint}, the same command goes on from there"
         left = kept if checkpoint is not None and checkpoint.exists() else ": nothing was changed"
@@ -116,6 +119,11 @@ def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
         raise typer.Exit(FAILED) from None
 
 
+def _warn(message: Warning | str, *_: object) -> None:
+    """A warning of the library as one line, as `warnings.showwarning` is called."""
+    caution(in_options(" ".join(str(message).split())))
+
+
 def complain(message: str) -> None:
     """One red line on stderr."""
     line = Text.assemble(("error: ", "bold red"), (message, "red"))
@@ -133,8 +141,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename} does not exist"
     line = " ".join(str(error).split()) or type(error).__name__
-    for word, own in OWN_WORDS.items():
-        line = line.replace(word, own)
+    line = in_options(line)
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]} (--debug shows all)"
     return line

@@ -23,17 +23,27 @@ from secateur.prune import check as check_model
 from secateur.report.rows import Row
 
 
-def doctor(json: o.Json = False, debug: o.Debug = False) -> None:
-    """What this machine offers, and which format can be multiplied by what on it."""
+def doctor(
+    everything: Annotated[
+        bool, typer.Option("--all", help="A line for every format and what can multiply it.")
+    ] = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """What this machine offers: what runs here, what does not, and what to install for more."""
     with failures(debug):
+        from secateur.doctor import digest
         from secateur.doctor import doctor as examine
 
         findings = examine()
         if json:
             emit([asdict(finding) for finding in findings])
-        else:
+        elif everything:
             rows = [(f.capability, f.state, f.detail) for f in findings]
             table(("capability", "state", "detail"), rows)
+        else:
+            say(*(f"{what + ':':14}{told}" for what, told in digest(findings)))
+            say("`secateur doctor --all` has a line for every format and what can multiply it")
 
 
 def inspect(

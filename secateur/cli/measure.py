@@ -12,9 +12,14 @@ from secateur.cli.console import emit, failures, say, table
 from secateur.cli.methods import criteria_by_name, find_criterion
 from secateur.cli.quality import gives_hidden_states, is_causal, quality, tokens_in
 from secateur.cli.source import AUTO, STORED, Data, open_folder
+from secateur.cli.wording import in_options
 from secateur.layers import select
 from secateur.replay import Batch
 from secateur.report.content import metric
+
+# Patterns that `sense` tries unless others are named, and the endings of a page's name.
+TRIED = ["unstructured:0.3", "unstructured:0.5", "unstructured:0.7", "2:4"]
+HTML = (".html", ".htm")
 
 Baseline = Annotated[
     Path | None,
@@ -28,7 +33,7 @@ TokensPerCall = Annotated[
 
 
 def evaluate(
-    folder: o.Folder,
+    folders: o.Folders,
     text: o.TextFile = None,
     tokens: o.TokenFile = None,
     baseline: Baseline = None,
@@ -42,37 +47,42 @@ def evaluate(
 ) -> None:
     """What pruning cost: perplexity, and beside a baseline KL and the same top-1.
 
-    An encoder is compared with its baseline by the cosine of their embeddings.
+    Several folders are compared on the same data. An encoder is compared with its baseline by the
+    cosine of their embeddings.
     """
     with failures(debug):
         data = Data(text, tokens, rows, length, batch)
-        batches = data.read(folder)
-        model = open_folder(folder, dtype, device).model
+        names = names_of(folders)
+        require_one_tokenizer([*folders, *([] if baseline is None else [baseline])], data)
+        batches = data.read(folders[0])
         dense = None if baseline is None else open_folder(baseline, dtype, device).model
-        if dense is None and not is_causal(model):
-            raise ValueError(
-                f"{type(model).__name__} has no perplexity: compare it by --baseline DENSE"
-            )
-        measured = {folder.name: quality(model, dense, batches)}
-        if dense is not None and not gives_hidden_states(model):
-            measured = {"dense": quality(dense, None, batches), **measured}
+        measured: dict[str, dict[str, float]] = {}
+        for folder, name in names.items():
+            model = open_folder(folder, dtype, device).model
+            if dense is None and not is_causal(model):
+                raise ValueError(
+                    f"{type(model).__name__} has no perplexity: compare it by --baseline DENSE"
+                )
+            if dense is not None and not measured and not gives_hidden_states(model):
+                measured["dense"] = quality(dense, None, batches)
+            measured[name] = quality(model, dense, batches)
         if json:
             emit({"tokens": tokens_in(batches), "data": data.name, **measured})
             return
-        names = list(measured[folder.name])
+        columns = list(dict.fromkeys(what for found in measured.values() for what in found))
         shown = [
-            (who, *(metric(n).text.format(found[n]) if n in found else "-" for n in names))
+            (who, *(metric(n).text.format(found[n]) if n in found else "-" for n in columns))
             for who, found in measured.items()
         ]
-        table(("weights", *names), shown)
+        table(("weights", *columns), shown)
         say(f"on {tokens_in(batches):,} tokens of {data.name}")
 
 
 def sense(
     folder: o.Folder,
     patterns: Annotated[
-        str, typer.Option("--patterns", help="Patterns to try, separated by commas.")
-    ] = "unstructured:0.3,unstructured:0.5,unstructured:0.7,2:4",
+        list[str], typer.Option("--pattern", "-p", help="A pattern to try; repeat it for more.")
+    ] = TRIED,
     out: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write the curves as JSON.", show_default=False),
@@ -112,14 +122,14 @@ def sense(
         chosen = find_criterion(method)
         data = Data(text, tokens, rows, length, batch)
         batches = data.read(folder)
-        for target in filter(None, (out, html)):
-            require_place(target)
+        require_place(out, ".json")
+        require_place(html, *HTML)
         model = open_folder(folder, dtype, device).model
         if not is_causal(model):
             raise ValueError(f"sense needs a language model, got a {type(model).__name__}")
         found = measure(
             model,
-            [pattern.strip() for pattern in patterns.split(",")],
+            patterns,
             lambda pruned: _loss(pruned, batches),
             layers=layers or None,
             ignore=ignore or (),
@@ -178,13 +188,15 @@ def bench(
         if json:
             emit(report.to_dict())
             return
-        table(report.columns, report.rows(), full=full)
+        table(report.columns, report.rows() if full else report.distinct_rows(), full=full)
         why: dict[tuple[str, str], list[str]] = {}
         for layer in report.layers:
             why.setdefault((layer.format, layer.reason), []).append(layer.layer)
         rows = [(runs, str(len(names)), reason) for (runs, reason), names in why.items()]
         table(("runs", "layers", "why"), rows)
         say(f"measured on {report.device}, {report.threads} threads", report.headline)
+        if report.advice:
+            say(in_options(report.advice))
 
 
 def token_counts(text: str) -> tuple[int, ...]:
@@ -207,7 +219,48 @@ def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     return perplexity(model, [batch for batch in batches if isinstance(batch, Tensor)]).nll
 
 
-def require_place(target: Path) -> None:
-    """The file can be written, to be known before the work."""
+def require_place(target: Path | None, *endings: str) -> None:
+    """The file can be written, and is what its name says, to be known before the work.
+
+    Raises:
+        ValueError: if it cannot, or its name ends in something else.
+    """
+    if target is None:
+        return
+    if target.suffix.lower() not in endings:
+        raise ValueError(
+            f"{target} would not be what its name says, {endings[0]} is written: give it a name "
+            f"that ends in {endings[0]}"
+        )
     if target.is_dir() or not target.resolve().parent.is_dir():
         raise ValueError(f"{target} cannot be written: name a file in a folder that exists")
+
+
+def names_of(folders: Sequence[Path]) -> dict[Path, str]:
+    """What each folder is called beside the others: its own name, or its path where two have one.
+
+    Raises:
+        ValueError: if a folder is named twice.
+    """
+    twice = [folder for i, folder in enumerate(folders) if folder in folders[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice: name each folder once")
+    own = [folder.resolve().name for folder in folders]
+    return {f: str(f) if own.count(n) > 1 else n for f, n in zip(folders, own, strict=True)}
+
+
+def require_one_tokenizer(folders: Sequence[Path], data: Data) -> None:
+    """The folders read a text as the same tokens, so that what is measured on it compares.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if data.text is None:
+        return
+    files = [file for folder in folders if (file := folder / "tokenizer.json").is_file()]
+    others = [file for file in files if file.read_bytes() != files[0].read_bytes()]
+    if others:
+        raise ValueError(
+            f"{others[0]} is another tokenizer than {files[0]}, so a text is other tokens to them: "
+            "compare models of one tokenizer"
+        )

@@ -19,6 +19,13 @@ Model = Annotated[
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder.", show_default=False)
 ]
+Folders = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FOLDER...", help="Hugging Face folders: one, or several to compare.",
+        show_default=False,
+    ),
+]  # fmt: skip
 Patterns = Annotated[
     list[str] | None,
     typer.Option(

@@ -7,7 +7,7 @@ import typer
 from torch import Tensor
 
 from secateur.cli import options as o
-from secateur.cli.console import emit, failures, working
+from secateur.cli.console import caution, emit, failures, working
 from secateur.cli.methods import Method, find_method, method_help
 from secateur.cli.quality import quality
 from secateur.cli.source import AUTO, Data, Source, choose_plan, open_folder, open_source
@@ -76,6 +76,9 @@ def prune(
         data = Data(text, tokens, rows, length, batch)
         held_out = Data(eval_text, eval_tokens, eval_rows, length, batch, "--eval-")
         _require_data(chosen, data, sample)
+        if data.given and not chosen.needs:
+            data.require()
+            caution(f"{data.named} is not read: method {chosen.name!r} needs no data")
         require_writable(out, overwrite=overwrite)
         source = open_source(model, dtype, device)
         _require_runnable(source, bool(chosen.needs) or held_out.given)

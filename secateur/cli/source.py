@@ -2,14 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from secateur.cli.bare import Bare, find_bare, read_bare, write_bare
 from secateur.cli.console import caution, working
+from secateur.cli.wording import in_options
 from secateur.plan import Plan, plan, read_plan
 from secateur.replay import Batch
 from secateur.save import Report, load, write_model
@@ -83,6 +86,27 @@ class Data:
         """How a summary calls it."""
         return self.text.name if self.text else Path(self.tokens or "").name
 
+    @property
+    def named(self) -> str:
+        """The option that names it, with its value."""
+        return (
+            f"{self.option}text {self.text}" if self.text else f"{self.option}tokens {self.tokens}"
+        )
+
+    def require(self) -> None:
+        """Nothing comes of it but an error: for data that nothing will use.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        from secateur.integrations.documents import read_documents
+        from secateur.integrations.tokens import stored_rows
+
+        if self.text is not None:
+            read_documents(self.text)
+        if self.tokens is not None:
+            stored_rows(self.tokens, 1, 1)
+
     def read(self, folder: Path) -> list[Batch]:
         """The batches, for the model in the folder; too few rows or documents are said on stderr.
 
@@ -97,12 +121,17 @@ class Data:
                 f"data needs either {self.option}text FILE or {self.option}tokens FILE:KEY, got "
                 f"{found}"
             )
-        if self.text is not None:
-            length = self.length or min(LENGTH, _positions(folder))
-            dealt = text_rows(folder, self.text, self.rows, length, self.batch)
-        else:
-            end = end_of_text(folder)
-            dealt = stored_rows(str(self.tokens), self.rows, self.batch, end, length=self.length)
+        try:
+            if self.text is not None:
+                length = self.length or min(LENGTH, _positions(folder))
+                dealt = text_rows(folder, self.text, self.rows, length, self.batch)
+            else:
+                end = end_of_text(folder)
+                dealt = stored_rows(
+                    str(self.tokens), self.rows, self.batch, end, length=self.length
+                )
+        except ValueError as error:
+            raise ValueError(in_options(str(error), self.option)) from error
         for remark in dealt.remarks(f"{self.option}rows", "--length"):
             caution(remark)
         return list(dealt.batches)
@@ -162,6 +191,15 @@ def open_folder(folder: Path, dtype: str = STORED, device: str = "cpu") -> Sourc
             stored = {name: p.dtype for name, p in model.named_parameters() if p.dtype != wanted}
             model = model.to(wanted)
         return Source(folder, model.to(where), None, stored)
+
+
+def parameters_in(files: Iterable[Path]) -> int:
+    """How many numbers the safetensors files hold, from their headers alone."""
+    total = 0
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
+    return total
 
 
 def model_files(folder: Path) -> list[Path]:

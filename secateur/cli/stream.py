@@ -46,6 +46,11 @@ def stream(
         from secateur.stream import reconstruct_folder
 
         chosen = find_method(method, option or ())
+        if not chosen.refits:
+            raise ValueError(
+                f"stream takes a method that refits, {method!r} only scores weights: use `secateur "
+                "prune`, or --method sparsegpt"
+            )
         decided = choose_plan(hollow(folder), patterns, plan, layers, ignore)
         batches = Data(text, tokens, rows, length, batch).read(folder)
         report = reconstruct_folder(
@@ -55,4 +60,4 @@ def stream(
             emit(report.to_dict())
         else:
             table(report.columns, report.rows(), full=full)
-            say(f"{report.method}: {len(report.layers)} layers, written to {out}")
+            say(f"{report.summary}; written to {out}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.cli.console import console, left_alone, say
 from secateur.cli.quality import tokens_in
-from secateur.cli.source import Data, Source
+from secateur.cli.source import Data, Source, model_files, parameters_in
 from secateur.layers import DEFAULT_TYPES
 from secateur.patterns import NM
 from secateur.plan import Plan
@@ -37,18 +37,31 @@ class Summary:
     @property
     def zeros(self) -> tuple[float, float]:
         """The share of zeros in the planned layers, before and after."""
-        sizes = [
-            self.plan.shapes[r.layer][0] * self.plan.shapes[r.layer][1] for r in self.report.layers
-        ]
-        before = sum(r.sparsity_before * n for r, n in zip(self.report.layers, sizes, strict=True))
-        after = sum(r.sparsity * n for r, n in zip(self.report.layers, sizes, strict=True))
-        return before / sum(sizes), after / sum(sizes)
+        before, after, weights = zeros_in(self.plan, self.report)
+        return before / weights, after / weights
+
+    @property
+    def zeros_of_all(self) -> tuple[float, float]:
+        """Those zeros as a share of all parameters of the model, before and after."""
+        before, _, _ = zeros_in(self.plan, self.report)
+        return before / self.parameters, self.report.zeros / self.parameters
+
+    @property
+    def parameters(self) -> int:
+        """All of the model; a bare state dict has more than its layers, which are in its files."""
+        return parameters_in(self.files) if self.source.bare else self.report.parameters
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files that were written."""
+        if self.source.bare is None:
+            return model_files(self.out)
+        return sorted(self.out.glob("*.safetensors"))
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of the weight files, before and after."""
-        pattern = "*.safetensors" if self.source.bare else "model*.safetensors"
-        return self.source.size, sum(f.stat().st_size for f in self.out.glob(pattern))
+        return self.source.size, sum(file.stat().st_size for file in self.files)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -57,11 +70,20 @@ class Summary:
             "plan": self.plan.to_dict(),
             "report": self.report.to_dict(),
             "zeros": self.zeros,
+            "zeros_of_all": self.zeros_of_all,
             "before": dict(self.before),
             "after": dict(self.after),
             "bytes": self.sizes,
             "speed": None,
         }
+
+
+def zeros_in(plan: Plan, report: PruneReport) -> tuple[float, float, int]:
+    """Zeros in the planned layers before and after, and how many weights they have."""
+    sizes = [plan.shapes[r.layer][0] * plan.shapes[r.layer][1] for r in report.layers]
+    before = sum(r.sparsity_before * n for r, n in zip(report.layers, sizes, strict=True))
+    after = sum(r.sparsity * n for r, n in zip(report.layers, sizes, strict=True))
+    return before, after, sum(sizes)
 
 
 def summarize(summary: Summary) -> None:
@@ -87,8 +109,11 @@ def summarize(summary: Summary) -> None:
 
 
 def _lines(summary: Summary) -> list[tuple[str, str, str, str]]:
-    zeros, sizes = summary.zeros, summary.sizes
-    lines = [("zeros in plan", f"{zeros[0]:.1%}", f"{zeros[1]:.1%}", _checked(summary.plan))]
+    sizes, (was, now) = summary.sizes, summary.zeros
+    lines = [("zeros in plan", f"{was:.1%}", f"{now:.1%}", _checked(summary.plan))]
+    was, now = summary.zeros_of_all
+    everything = f"{summary.parameters:,} parameters, embeddings and all"
+    lines.append(("zeros of all", f"{was:.1%}", f"{now:.1%}", everything))
     where = f"({summary.held_out.name}, {tokens_in(summary.test):,} tokens)"
     for name, value in summary.after.items():
         text, before = metric(name).text, summary.before.get(name)

@@ -1,20 +1,16 @@
 """The verbs that write a model again: `recover` and `export`."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from torch import nn
 
 from secateur.cli import options as o
 from secateur.cli.console import emit, failures, say, table, working
+from secateur.cli.packing import formats_for, slower_here
 from secateur.cli.quality import quality
 from secateur.cli.recorded import recorded_reports
 from secateur.cli.source import Data, model_files, open_folder
-from secateur.formats.pack import is_linear
-from secateur.patterns import NM, Block, Pattern
-from secateur.plan import Plan
 from secateur.prune import check
 from secateur.report.content import as_bytes, metric
 
@@ -123,11 +119,12 @@ def export(
         source = open_folder(folder)
         plan, reports = recorded_reports(folder)
         unpack_(source.model)
-        rounded = 0.0
+        rounded, slower = 0.0, list[str]()
         if to == "packed":
-            for name, layers in _formats(source.model, plan, format).items():
+            for name, layers in formats_for(source.model, plan, format).items():
                 report = pack_(source.model, name, layers=layers)
                 rounded = max(rounded, report.weight_error)
+            slower = slower_here(source.model)
         with working(f"writing {out}"):
             source.write(out, plan=plan, reports=reports, overwrite=overwrite)
         written = sum(file.stat().st_size for file in model_files(out))
@@ -139,29 +136,4 @@ def export(
             if rounded:
                 say(f"{format} rounds weights: those of a layer are off by up to {rounded:.1%}")
             if to == "packed":
-                say(
-                    "it loads with sc.load; whether it is faster is for `secateur bench` to measure"
-                )
-
-
-def _formats(
-    model: nn.Module, plan: Plan | None, format: str | None
-) -> Mapping[str, list[str] | None]:
-    """Format -> layers to pack in it; None for all that fit."""
-    if format is not None or plan is None:
-        return {format or "semi24": None}
-    modules = dict(model.named_modules())
-    chosen: dict[str, list[str] | None] = {}
-    for name, pattern in plan.layers.items():
-        if name in modules and is_linear(modules[name]):
-            layers = chosen.setdefault(_format_of(pattern), [])
-            assert layers is not None
-            layers.append(name)
-    return chosen
-
-
-def _format_of(pattern: Pattern) -> str:
-    """The format that stores this pattern's zeros in the least room."""
-    if isinstance(pattern, Block):
-        return f"block:{pattern.rows}x{pattern.cols}"
-    return "semi24" if isinstance(pattern, NM) and (pattern.n, pattern.m) == (2, 4) else "bitmap"
+                say(*slower, "it loads with sc.load")

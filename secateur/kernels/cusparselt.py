@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from secateur.kernels.gpu import why_no_gpu
+
 # Weights are given in whole steps along both sides, tokens are padded to them with zeros.
 # Source: torch.sparse.SparseSemiStructuredTensorCUSPARSELT, which also takes 8 or 16 tokens.
 STEPS = {torch.bfloat16: 16, torch.float16: 16, torch.int8: 32}
@@ -96,8 +98,8 @@ def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
 
     Whether it has a right algorithm for this GPU only a search can tell.
     """
-    if device.type != "cuda":
-        return f"cuSPARSELt needs a CUDA GPU, the weight is on {device.type}: move it there"
+    if (problem := why_no_gpu(device)) is not None:
+        return problem
     if not torch.backends.cusparselt.is_available():
         return (
             f"cuSPARSELt needs a torch that was built with it, got {torch.__version__}: "

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from secateur.kernels.gpu import why_no_gpu
+
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # magnitude of a code
 LEAST_SCALE = 2.0**-126  # the least normal float32: a token of zeros divides by it
 HELD = 16384  # inputs of a token that fit into the registers of one program
@@ -22,8 +24,8 @@ VALUES_A_WARP = 1024  # 32 in each thread
 
 def why_not(device: torch.device) -> str | None:
     """None if the kernels can run on this device, else the reason."""
-    if device.type != "cuda":
-        return f"quantising tokens needs a CUDA GPU, the weight is on {device.type}: move it there"
+    if (problem := why_no_gpu(device)) is not None:
+        return problem
     if find_spec("triton") is None:
         return "quantising tokens needs Triton, got a Python without it: pip install triton"
     return None

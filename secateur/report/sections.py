@@ -62,11 +62,15 @@ def accuracy(evaluations: Evaluations) -> Section:
 def sparsity(inspection: Inspection) -> Section:
     """Where the zeros are."""
     values = {r.layer: r.zeros for r in inspection.layers if r.counted}
+    shown = {f"{value:.1%}" for value in values.values()}
+    drawn, wide = _per_layer({"zeros": values}, "zeros in the weight", "sparsity", 1.0)
+    alike = f" Each of the {len(values)} layers has {min(shown, default='')} zeros."
     return Section(
         "sparsity",
         "Sparsity per layer",
-        f"{inspection.summary}.",
-        *_per_layer({"zeros": values}, "zeros in the weight", "sparsity", 1.0),
+        f"{inspection.summary}." + (alike if len(shown) == 1 < len(values) else ""),
+        drawn if len(shown) > 1 else (),
+        wide,
         tables=layer_tables(inspection.columns, inspection.rows(), "Layers"),
     )
 
@@ -157,11 +161,14 @@ def dispatch(report: AccelerateReport) -> Section:
         "dispatch",
         "Speed",
         f"{report.headline[:1].upper()}{report.headline[1:]}. Measured on {report.device}, "
-        f"{report.threads} threads; every layer against dense, and dense stays where dense wins.",
+        f"{report.threads} threads; every layer against dense, and dense stays where dense wins."
+        + (f" {report.advice[:1].upper()}{report.advice[1:]}." if report.advice else ""),
         figures,
         tables=[
             Table(("runs", "layers", "why"), reasons),
-            *layer_tables(report.columns, report.rows(), "Measurements, microseconds a call"),
+            *layer_tables(
+                report.columns, report.distinct_rows(), "Measurements, microseconds a call"
+            ),
         ],
     )
 
@@ -282,12 +289,10 @@ def _per_layer(
     prefix = next((p for _, p in by_method.values() if p), "")
     figures = []
     if kinds:
-        drawn = {
-            kind: [named.get(kind, {}) for named, _ in by_method.values()]
-            for kind in kinds[:KINDS_DRAWN]
-        }
+        every = _alike({k: [named.get(k, {}) for named, _ in by_method.values()] for k in kinds})
+        drawn = dict(list(every.items())[:KINDS_DRAWN])
         under = f"One strip for each kind of layer in {prefix}" if prefix else "One strip a kind"
-        more = f", the first {KINDS_DRAWN} of {len(kinds)}" if len(kinds) > KINDS_DRAWN else ""
+        more = f", the first {KINDS_DRAWN} of {len(every)}" if len(every) > KINDS_DRAWN else ""
         svg = plots.strips(drawn, f"block number (bars: {label})", key=key, top=top)
         figures.append(
             Figure(svg, f"{under}{more}; one bar a block, from the first (left) to the last.")
@@ -301,6 +306,22 @@ def _per_layer(
         svg = plots.bars(shown, label, key=f"{key}{i}", unit="{:.1%}")
         figures.append(Figure(svg, more, method if len(series) > 1 else ""))
     return figures, False
+
+
+def _alike(
+    kinds: Mapping[str, list[dict[int, float]]],
+) -> dict[str, list[dict[int, float]]]:
+    """The kinds, those whose values look the same in one under all their names."""
+    named: dict[str, list[str]] = {}
+    for kind, values in kinds.items():
+        look = repr([{block: f"{v:.3g}" for block, v in found.items()} for found in values])
+        named.setdefault(look, []).append(kind)
+    return {
+        ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more": kinds[
+            names[0]
+        ]
+        for names in named.values()
+    }
 
 
 def _one_of_each_kind(names: Sequence[str]) -> list[str]:

@@ -30,6 +30,7 @@ from secateur.formats.int8_dynamic import torch_scaled as int8_torch
 from secateur.formats.semi24_int8_dynamic import cusparselt as int8_cusparselt
 from secateur.kernels import cusparselt, quantise
 from secateur.kernels.cusparselt import Setting
+from secateur.kernels.gpu import why_no_gpu
 from tests.formats.weights import (
     DYNAMIC,
     exact_linear,
@@ -416,7 +417,7 @@ def test_what_torchs_products_need() -> None:
     said = fp8_torch.why_not(fp8_dynamic.pack(whole), 1)
     assert said == "fp8_dynamic torch needs bfloat16, got torch.float32: cast the layer"
     said = int8_torch.why_not(int8_dynamic.pack(whole), 1)
-    assert said == "quantising tokens needs a CUDA GPU, the weight is on cpu: move it there"
+    assert said == why_no_gpu(torch.device("cpu"))
 
 
 def test_what_the_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from secateur.formats import SparseLinear, parse_format, semi24
 from secateur.formats.pack import packed_linear
 from secateur.formats.semi24 import cusparselt, dense
 from secateur.kernels.cusparselt import Setting
+from secateur.kernels.gpu import why_no_gpu
 from tests.formats.weights import allowed_error, exact_linear, fitting_weight, tokens_in
 from tests.kernels.fake_cusparselt import Fake, forget, install
 
@@ -176,12 +177,13 @@ def test_reasons_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_a_cpu_neither_runs() -> None:
     packed = parse_format("semi24").pack(fitting_weight("semi24", OUT, WIDTH, torch.bfloat16))
-    assert "the weight is on cpu: move it there" in str(cusparselt.why_not(packed, 100))
-    assert "the weight is on cpu: leave it unpacked" in str(dense.why_not(packed, 100))
+    told = why_no_gpu(torch.device("cpu"))
+    assert told is not None and cusparselt.why_not(packed, 100) == told
+    assert dense.why_not(packed, 100) == told
     layer = SparseLinear(packed)
     assert layer.dispatch == "reference"
     for name in ("cusparselt", "dense"):
-        with pytest.raises(ValueError, match=f"cannot run {name} here: .*the weight is on cpu"):
+        with pytest.raises(ValueError, match=f"cannot run {name} here: .*needs a CUDA GPU"):
             layer.use(((name, None),))
 
 

@@ -22,6 +22,7 @@ from secateur.kernels.cusparselt import (
 )
 from secateur.kernels.cusparselt_search import allowed, search
 from secateur.kernels.cusparselt_settings import chosen, remember, search_isolated, setting_for
+from secateur.kernels.gpu import why_no_gpu
 from tests.kernels.fake_cusparselt import Fake, forget, install
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -95,8 +96,7 @@ def test_where_it_can_run(
 
 
 def test_without_a_gpu_or_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = "cuSPARSELt needs a CUDA GPU, the weight is on cpu: move it there"
-    assert why_not((64, 64), torch.bfloat16, CPU) == expected
+    assert why_not((64, 64), torch.bfloat16, CPU) == why_no_gpu(CPU)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     problem = why_not((64, 64), torch.bfloat16, GPU)
     assert problem is not None and f"built with it, got {torch.__version__}: install" in problem

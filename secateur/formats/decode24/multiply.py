@@ -19,6 +19,7 @@ from secateur.formats.decode24.config import (
     Config,
     bucket,
 )
+from secateur.kernels.gpu import why_no_gpu
 from secateur.kernels.launch import Launch, load, on, prepare, readable
 from secateur.kernels.nvrtc import Source
 
@@ -32,8 +33,8 @@ def why_not(
 ) -> str | None:
     """None if the kernel can run this layer here, else the reason and what to do."""
     rows, columns = shape
-    if device.type != "cuda":
-        return f"the decode kernel needs a CUDA GPU, the weight is on {device.type}: move it there"
+    if (problem := why_no_gpu(device)) is not None:
+        return problem
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the decode kernel needs bfloat16 or float16, got {dtype}: cast the layer"
     if rows % UNIT_ROWS or columns % MULTIPLE:

@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from secateur.formats.prefill24.arrange import COLUMNS, ROWS
+from secateur.kernels.gpu import why_no_gpu
 from secateur.kernels.launch import Launch, load, on, prepare, readable, tensor_map
 from secateur.kernels.nvrtc import Source
 
@@ -37,8 +38,8 @@ SHARED_BYTES = 1023 + STAGES * STAGE_BYTES + RESULT_BYTES
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
     """None if the kernels can run this layer here, else the reason and what to do."""
     rows, columns = shape
-    if device.type != "cuda":
-        return f"the prefill kernel needs a CUDA GPU, the weight is on {device.type}: move it there"
+    if (problem := why_no_gpu(device)) is not None:
+        return problem
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the prefill kernel needs bfloat16 or float16, got {dtype}: cast the layer"
     if rows % STEP or columns % STEP or not rows or not columns:

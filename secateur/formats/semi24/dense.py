@@ -6,13 +6,14 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from secateur.formats.semi24.packed import PackedSemi24, unpack
+from secateur.kernels.gpu import why_no_gpu
 
 
 def why_not(packed: PackedSemi24, tokens: int) -> str | None:
     """None on a GPU in 16 bits, where sparse implementations take the other numbers of tokens."""
     device, dtype = packed.values.device, packed.dtype
-    if device.type != "cuda":
-        return f"running dense needs a CUDA GPU, the weight is on {device.type}: leave it unpacked"
+    if (problem := why_no_gpu(device)) is not None:
+        return problem
     if dtype not in (torch.bfloat16, torch.float16):
         return (
             f"running dense needs bfloat16 or float16, got {dtype}: leave the layer unpacked, "

@@ -1,0 +1,78 @@
+"""What `export` packs, what that would save, and where it is known to be slower."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from secateur.formats import SparseLinear
+from secateur.formats.candidates import why_not_each
+from secateur.formats.contract import packed_bytes
+from secateur.formats.format import parse_format
+from secateur.formats.pack import is_linear
+from secateur.patterns import NM, Block, Pattern
+from secateur.plan import Plan
+
+
+def formats_for(
+    model: nn.Module, plan: Plan | None, format: str | None
+) -> Mapping[str, list[str] | None]:
+    """Format -> layers to pack in it; None for all that fit."""
+    if format is not None or plan is None:
+        return {format or "semi24": None}
+    modules = dict(model.named_modules())
+    chosen: dict[str, list[str] | None] = {}
+    for name, pattern in plan.layers.items():
+        if name in modules and is_linear(modules[name]):
+            layers = chosen.setdefault(_format_of(pattern), [])
+            assert layers is not None
+            layers.append(name)
+    return chosen
+
+
+def packed_size(model: nn.Module, plan: Plan | None, stored: int) -> int | None:
+    """Bytes of the weights as `export --to packed` would write them; None if nothing fits.
+
+    `stored` are the bytes that they take now, of which the packed layers' are exchanged.
+    """
+    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    saved = 0
+    for format, layers in formats_for(model, plan, None).items():
+        chosen = parse_format(format)
+        for name in linears if layers is None else layers:
+            weight = linears[name].weight.detach()
+            if chosen.why_not(weight) is None:
+                saved += weight.nbytes - packed_bytes(chosen.pack(weight))
+    return stored - saved if saved else None
+
+
+def slower_here(model: nn.Module) -> list[str]:
+    """What is known of the speed of a model's packed layers on this machine, in sentences.
+
+    On a CPU a layer that nothing but its format's reference can multiply is slower than dense. Of
+    the others only a measurement can tell, and of all where there is a GPU.
+    """
+    packed = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    on_cpu = not torch.cuda.is_available()
+    slow = [layer for layer in packed if on_cpu and all(why_not_each(layer, 1).values())]
+    lines = []
+    if slow:
+        formats = ", ".join(dict.fromkeys(str(layer.format) for layer in slow))
+        lines.append(
+            f"slower than dense on this machine: {len(slow)} of {len(packed)} layers, for nothing "
+            f"here multiplies {formats} but a reference; it saves room, or use it where `secateur "
+            "doctor` says that it runs"
+        )
+    if len(slow) < len(packed):
+        lines.append(
+            f"whether {'the other' if slow else 'its'} {len(packed) - len(slow)} layers are faster "
+            "is for `secateur bench` to measure, on the dense form"
+        )
+    return lines
+
+
+def _format_of(pattern: Pattern) -> str:
+    """The format that stores this pattern's zeros in the least room."""
+    if isinstance(pattern, Block):
+        return f"block:{pattern.rows}x{pattern.cols}"
+    return "semi24" if isinstance(pattern, NM) and (pattern.n, pattern.m) == (2, 4) else "bitmap"

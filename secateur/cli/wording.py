@@ -1,0 +1,97 @@
+"""The library's messages in the words of the command line: its options and its verbs.
+
+A message of the library names its remedy as a Python program would write it. The table below is the
+only place that says how the same remedy is written in a shell; `tests/test_cli_wording.py` reads
+every message of the library and fails on one that the table leaves in Python.
+"""
+
+import re
+from functools import cache
+
+# What stands in the shell for what a message of the library says; an expression comes before those
+# that would match a part of it. `{data}` is `--`, or `--eval-` where the message is of the data to
+# measure on.
+IN_OPTIONS = {
+    # arguments
+    r"pass overwrite=True": "give --overwrite",
+    r"\bsave needs (?=an? )": "--output needs ",
+    r"\bsave cannot write into": "--output cannot be written into",
+    r"\bcheckpoint needs an empty folder": "--checkpoint needs an empty folder",
+    r"repeat the call that began it": "repeat the command that began it",
+    r"\bbelongs to another call\b": "belongs to another command",
+    r"either a mapping of selectors to patterns, or layers=": (
+        "either several --pattern SELECTOR=PATTERN, or --layers"
+    ),
+    r"measure a loss that has a bound, such as \S+, or ignore the layer": (
+        "leave the layer out with --ignore"
+    ),
+    r"\bIgnore them\b": "Leave them out with --ignore",
+    r"\bignore it\b": "leave it out with --ignore",
+    r"remainder='dense' or 'pad'": "'2:4@dense-remainder' or '2:4@pad-remainder'",
+    r"\braise the damping\b": "raise the damping with --option damping=0.1",
+    r"\blower the learning rate\b": "lower --learning-rate",
+    # data
+    r"pass batches\b": "give {data}text FILE or {data}tokens FILE:KEY",
+    r"pass more batches\b": "give more --rows, or a smaller --batch",
+    r"split it, as in tokens\.split\(8\)": "give a smaller --batch",
+    r"\bgive batches of one row\b": "give --batch 1",
+    r"give the batches labels, or pass loss=, a function \(output, batch\) -> a number": (
+        "use a --method that reads no gradients"
+    ),
+    r"got a length of (\S+): take a smaller one": r"got --length \1: give a smaller one",
+    r"\btoken rows are named 'file\.safetensors:key', got": (
+        "{data}tokens needs FILE:KEY, 'file.safetensors:key', got"
+    ),
+    r"pass token ids instead, as 'file\.safetensors:key'": "give {data}tokens FILE:KEY instead",
+    r"\bsampled_rows needs batches\b": "--sample needs data",
+    r"\bsampled_rows\b": "--sample",
+    r"\btake a smaller length\b": "give a smaller --length",
+    # methods
+    r"\bor sc\.refit\b": "or --method 'refit(METHOD)'",
+    r"\b(use|take) sc\.(?=[a-z])": r"\1 --method ",
+    # verbs
+    r"load the model whole and call reconstruct_": "use `secateur prune`, which loads it whole",
+    r"load the model whole, save it and stream that": (
+        "write it again with `secateur export --to dense`, and stream that"
+    ),
+    r"\breconstruct_folder (?=takes|needs|runs)": "`secateur stream` ",
+    r"\bprune_ it first\b": "prune it first, with `secateur prune`",
+    r"\brun prune_ with NM\(2, 4\) first": "prune it to 2:4 first, with `secateur prune`",
+    r"\bunpack_ (?:a packed model first|it)(?= |$)": (
+        "write it with `secateur export --to dense` first"
+    ),
+    r"load it with sc\.load\([^)]*\)": "write it with `secateur export --to dense` first",
+    r"\bsc\.load reads what sc\.save wrote": (
+        "the packed form is read with the secateur.json that was written beside it"
+    ),
+    r"make one and pass it as model=": "make one in Python, where sc.load takes it as model=",
+    r"make the model yourself, and pass it to sc\.load as model=": (
+        "make the model in Python, where sc.load takes it as model="
+    ),
+    r"\bname another format\b": "name another --format",
+    r"\bpack_ (?=needs|cannot)": "packing ",
+    r"\bdistil_ (?=needs)": "`secateur recover` ",
+    r"\baccelerate_ with strict needs\b": "--strict needs",
+    r"\baccelerate_ needs (?=numbers of tokens)": "--tokens-per-call needs ",
+    r"\bsuch as \(1, 16\)": "such as 1,16",
+    r"\baccelerate_ needs\b": "`secateur bench` needs",
+    r"training without sc\.hold": "training that does not hold them",
+    r"sc\.plan\(model, '([^']*)'\)": r"`secateur prune MODEL --pattern \1`",
+    # what is left of an argument
+    r"\bpass (?=\w)(?!\w+=)": "give ",
+}
+
+
+def in_options(message: str, data: str = "--") -> str:
+    """The message as someone at a shell can act on it.
+
+    `data` is what the options of the data begin with that the message is about.
+    """
+    for expression, words in _table():
+        message = expression.sub(words.replace("{data}", data), message)
+    return message
+
+
+@cache
+def _table() -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple((re.compile(expression), words) for expression, words in IN_OPTIONS.items())
