@@ -81,13 +81,13 @@ def held() -> Iterator[None]:
     """Signals wait until the block is done."""
     signals = Signals()
     try:
-        signals.hold()
-        yield
-    finally:
         try:
-            signals.release()
+            signals.hold()
+            yield
         finally:
-            signals.release()  # what is left if the line before was interrupted; else nothing
+            signals.release()
+    finally:
+        signals.release()  # what is left if the line before was interrupted; else nothing
 
 
 @contextlib.contextmanager
@@ -98,10 +98,10 @@ def putting_back() -> Iterator[contextlib.ExitStack]:
     """
     stack = contextlib.ExitStack()
     try:
-        yield stack
-    finally:
         try:
+            yield stack
+        finally:
             with held():
                 stack.close()
-        finally:
-            stack.close()  # what is left if the line before was interrupted; else nothing
+    finally:
+        stack.close()  # what is left if the lines before were interrupted; else nothing
