@@ -10,6 +10,7 @@ Row = Mapping[str, str]
 Case = tuple[str, int, bool, str]
 
 PAPER = "sparsegpt, algorithm 1 in float64"
+TIMED = ("sparsegpt", "refit(sparsegpt)", "alps", "blockwise(alps)", "thorough")
 
 
 def accuracy(results: Path) -> str:
@@ -133,13 +134,82 @@ def _documents(rows: Sequence[Row]) -> str:
     return f"the former of {' or '.join(numbers)} documents"
 
 
+def seconds(results: Path) -> str:
+    """What the methods take at 2:4, a row a model and machine, in seconds and times SparseGPT's.
+
+    Of several calibration sets the fastest run, since others may have run beside it.
+    """
+    from bench.tables import every, newest
+
+    found: dict[str, list[Row]] = {}
+    for rows in latest(results).values():
+        for row in rows:
+            data = f"{row['calibration_rows']} rows"
+            found.setdefault(f"{row['model']}, {data} | {row['device']}", []).append(row)
+    for rows in newest(results, "encoder-accuracy"):
+        for row in rows:
+            data = f"{row['calibration_sentences']} sentences"
+            found.setdefault(f"all-MiniLM-L6-v2, {data} | {row['device']}", []).append(row)
+    for rows in every(results, "cost"):
+        for row in rows:
+            if row["streamed"] == "False" and row["peak_gib"]:
+                data = (
+                    f"{row['blocks']} blocks, {row['rows']} rows of {int(row['length']):,} tokens"
+                )
+                found.setdefault(f"{row['model']}, {data} | {row['device']}", []).append(row)
+    lines = [["model and data", "device", *TIMED], ["---"] * (2 + len(TIMED))]
+    for case, rows in found.items():
+        taken = {
+            method: min(
+                float(row["seconds"])
+                for row in rows
+                if row["method"] == method and row.get("pattern", "2:4") == "2:4"
+            )
+            for method in {row["method"] for row in rows if row.get("pattern", "2:4") == "2:4"}
+            if method in TIMED
+        }
+        base = taken.get(TIMED[0])
+        if base is not None and len(taken) > 1:
+            cells = [
+                f"{taken[m]:.0f} s, {taken[m] / base:.1f}" if m in taken else "-" for m in TIMED
+            ]
+            lines.append([case, *cells])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{text}\n\nSeconds for the whole verb at 2:4, and how many times SparseGPT's: rows of "
+        "`bench.accuracy`, `bench.encoder_accuracy` and `bench.cost`; on the CPU with 2 threads.\n"
+    )
+
+
+def announced(results: Path) -> str:
+    """What `best` and `thorough` said that they would take, and what they took."""
+    from bench.tables import every
+
+    told: dict[tuple[str, ...], Row] = {}
+    for rows in every(results, "cost"):
+        for row in rows:
+            if row.get("announced"):
+                told[tuple(row[key] for key in ("device", "model", "blocks", "method"))] = row
+    lines = [["model", "method", "announced", "taken", "ratio"], ["---"] * 5]
+    for row in told.values():
+        said, taken = float(row["announced"]), float(row["seconds"])
+        one = f"{row['model']}, {row['blocks']} blocks, {row['rows']} x {row['length']} tokens"
+        figures = [f"{said:.1f} s", f"{taken:.1f} s", f"{taken / said:.2f}"]
+        lines.append([one, row["method"], *figures])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    runs = dict.fromkeys(f"{_run(row)}, {row['threads']} threads" for row in told.values())
+    return (
+        f"{text}\n\nLlamas of random weights, at 2:4; {'; '.join(runs)}, `python -m bench.cost`.\n"
+    )
+
+
 def cost(results: Path) -> str:
     """Seconds and memory of a method at real sizes, the last row of each case."""
     from bench.tables import every
 
     cases: dict[tuple[str, ...], Row] = {}
     for rows in every(results, "cost"):
-        for row in rows:
+        for row in (row for row in rows if row["peak_gib"]):
             cases[
                 tuple(row[key] for key in ("device", "model", "blocks", "streamed", "method"))
             ] = row

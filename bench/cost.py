@@ -4,7 +4,8 @@
     python -m bench.cost --model llama-3-8b --methods alps --stream FOLDER
 
 transformers' Llama at the model's sizes with random weights in bfloat16, and random tokens; every
-linear layer of the blocks is made 2:4. Columns: seconds of the whole verb; peak_gib, the most
+linear layer of the blocks is made 2:4. Columns: seconds of the whole verb; announced, what `best`
+and `thorough` say before that they will take; peak_gib, the most
 memory allocated on the GPU while it ran, the model included; error, the mean share of the layers'
 output energy that is lost, which on random weights says only that it ran. `--offload` keeps
 activations on the host. `--stream` writes the dense model into that folder first and reconstructs
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 import secateur as sc
 from bench.rows import append
+from secateur.plan import match
+from secateur.reconstruct import Blockwise, estimate
 from secateur.stream import reconstruct_folder
 
 METHODS = {
@@ -30,6 +33,7 @@ METHODS = {
     "refit(sparsegpt)": sc.refit(sc.sparsegpt),
     "alps": sc.alps,
     "best": sc.best,
+    "thorough": sc.thorough,
 }
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -48,7 +52,23 @@ TINY = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-MODELS = {"llama-3-8b": LLAMA_3_8B, "tiny": TINY}
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+WIDE = {  # where solving layers is most of the work
+    "vocab_size": 512,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+MODELS = {"llama-3-8b": LLAMA_3_8B, "wide": WIDE, "small": SMALL, "tiny": TINY}
 STD = 0.02
 
 
@@ -84,6 +104,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--stream", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -95,6 +116,7 @@ def main(words: Sequence[str] | None = None) -> None:
     data = (int(sizes["vocab_size"]), options.rows, options.length, options.batch)
     for method in options.methods:
         model = random_llama(sizes, options.length, options.device)
+        model.to(getattr(torch, options.dtype))
         plan = sc.plan(model, "2:4")
         if options.stream is not None:
             model.save_pretrained(options.stream)  # type: ignore[operator]
@@ -102,6 +124,11 @@ def main(words: Sequence[str] | None = None) -> None:
         if options.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        announced: float | str = ""
+        algorithm = METHODS[method]
+        if isinstance(algorithm, Blockwise) and options.stream is None:
+            layers, batches = match(model, plan), tokens(*data, options.device)
+            announced = estimate(model, layers, plan.layers, batches, algorithm).seconds
         begin = perf_counter()
         if options.stream is None:
             batches = tokens(*data, options.device)
@@ -125,6 +152,8 @@ def main(words: Sequence[str] | None = None) -> None:
             "offload": options.offload,
             "streamed": options.stream is not None,
             "method": method,
+            "dtype": options.dtype,
+            "announced": announced,
             "seconds": seconds,
             "peak_gib": peak,
             "error": fmean(layer.error or 0.0 for layer in report.layers),

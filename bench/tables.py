@@ -16,8 +16,10 @@ from pathlib import Path
 from bench.accuracy_tables import (
     accuracy,
     accuracy_all,
+    announced,
     cost,
     encoder_accuracy,
+    seconds,
     vision_accuracy,
 )
 from bench.allocation_tables import allocation, budget
@@ -329,6 +331,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "accuracy-all": accuracy_all,
     "allocation": allocation,
+    "announced": announced,
     "budget": budget,
     "cost": cost,
     "cuts": cuts,
@@ -341,6 +344,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "linear-cpu-all": linear_cpu_all,
     "prefill": prefill,
     "prefill-short": prefill_short,
+    "seconds": seconds,
     "vision": vision,
     "vision-accuracy": vision_accuracy,
     "vit": vit,

@@ -48,7 +48,7 @@ class HalfBlock:
 
     name: str
     layers: tuple[str, ...]
-    targets: Sequence[Float[Tensor, "batch ..."]]
+    targets: Sequence[Float[Tensor, "..."]]
     device: torch.device
     block: str
     end: Cut | None

@@ -136,8 +136,9 @@ class Run:
             if self.blockwise in (best, thorough) and missing:
                 with self.team.together():
                     if self.team.rank == 0:
+                        patterns = self.plan.layers
                         told = estimate(
-                            self.model, missing, listed, self.blockwise, offload=offload
+                            self.model, missing, patterns, listed, self.blockwise, offload=offload
                         )
                         tqdm.write(f"{self.method}: {told}", file=sys.stderr)
             dense = self._dense_copy() if self.distils else None

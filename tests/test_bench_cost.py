@@ -26,6 +26,16 @@ def test_a_row_for_each_method(tmp_path: Path, streamed: bool) -> None:
     assert not (tmp_path / "dense-sparse").exists()
 
 
+def test_what_the_presets_announce_is_in_their_rows(tmp_path: Path) -> None:
+    words = ["--model", "tiny", "--rows", "4", "--length", "16", "--batch", "2", "--device", "cpu"]
+    words += ["--dtype", "float32", "--methods", "sparsegpt", "best", "--output", str(tmp_path)]
+    cost.main(words)
+    (path,) = tmp_path.glob("cost_*.csv")
+    plain, best = csv.DictReader(path.read_text().splitlines())
+    assert plain["announced"] == "" and float(best["announced"]) > 0
+    assert {row["dtype"] for row in (plain, best)} == {"float32"}
+
+
 def test_the_model_is_made_on_its_device_with_weights_from_a_seed() -> None:
     made: list[dict[str, torch.Tensor]] = []
     for seed in (1, 2):

@@ -1,23 +1,29 @@
 """The presets, and what they take, told before they start."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur import layers as _layers
-from secateur.calibrate import observe
 from secateur.halves import first_tensor
 from secateur.layers import weight_of
 from secateur.outputs import answer, eval_mode
+from secateur.patterns import Pattern
 from secateur.reconstruct.alps import alps
 from secateur.reconstruct.block import Blockwise, blockwise
-from secateur.reconstruct.refit import CHOOSING, DAMPINGS
+from secateur.reconstruct.rehearsal import (
+    GIVEN,
+    Stage,
+    rehearse,
+    seconds_of_a_forward,
+    seconds_of_a_step,
+    slower_in_float32,
+    stages_of,
+)
 from secateur.replay import Batch, find_chains, hooks, tensors_of
+from secateur.statistics import STATISTICS, is_held_out, needed_by
 
 best = blockwise(alps)
 """`sc.blockwise(sc.alps)` by its short name: what loses least without retraining.
@@ -35,10 +41,6 @@ float32 and three times the planned weights. It says before it starts what it ta
 does.
 """
 
-# What is usual; ADMM stops by itself, at 300 at most, and conjugate gradients by their tolerance.
-ADMM_ITERATIONS = 100
-REFIT_STEPS = 50
-
 # Matrices in float32 that are alive at once while a layer is solved, counted in `alps`.
 SQUARES, WEIGHTS = 9, 14
 SUMS = 4  # of the squares: both Gram matrices and their sums, which outlive the solution
@@ -48,9 +50,6 @@ HIDDEN_STATES = 4  # two streams and the targets of two halves
 # While the whole model is trained, in float32: gradients and two moments of what is planned, and a
 # temporary; the outputs' logarithms and gradients, of both models.
 DISTILLED, OUTPUTS = 4, 8
-
-# Sizes at which products and eigenvectors run as for real layers, for a fraction of a second.
-PROBE = {"cpu": (1024, 384), "cuda": (4096, 1024)}
 
 
 @dataclass(frozen=True)
@@ -70,26 +69,10 @@ class Estimate:
         return f"about {duration} on {self.device}, and {memory} of memory beside the model"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Layers of a block that share an input: their shapes, and how many tokens reach them."""
-
-    block: str
-    shapes: tuple[tuple[int, int], ...]  # [out, in]
-    tokens: int
-
-    @property
-    def inputs(self) -> int:
-        return self.shapes[0][1]
-
-    @property
-    def outputs(self) -> int:
-        return sum(out for out, _ in self.shapes)
-
-
 def estimate(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
+    patterns: Mapping[str, Pattern],
     batches: Sequence[Batch],
     method: Blockwise = best,
     *,
@@ -98,64 +81,42 @@ def estimate(
     """What `best`, or `thorough`, will take for these layers; nothing is changed.
 
     The first batch says how many tokens each layer sees, which layers share an input and how large
-    the hidden states are; other batches count by their size. Operations are `operations`, over the
-    rate of one product of two matrices here and now, in float32 and in the model's dtype; the time
-    of eigenvectors, which is far from that rate, is measured and grows with the cube. What is
-    no product of a planned layer (attention, norms, Python) is not in it, so that small models take
-    longer. Bytes are `peak_bytes` and `distilling_bytes`, which are counted, not measured.
+    the hidden states are; other batches count by their size. The time is that of a rehearsal on one
+    block of each kind, four kinds at most: the block runs on the first batch, its layers are solved
+    on the first few, and its half-blocks take steps of their training, on copies. Other blocks take
+    as long in proportion to their operations, and so does a layer with more than 1,024 inputs or
+    outputs (on a GPU 4,096), of which so much is solved. Bytes are `peak_bytes` and
+    `distilling_bytes`, which are counted, not measured.
 
-    Cost: the first batch through the model about eight times, and a fraction of a second.
+    Cost: some batches through the model, some steps of training, and one block's layers solved.
     Raises:
-        ValueError: as `reconstruct_`, if the model cannot run the first batch.
+        ValueError: as `reconstruct_`, if the model cannot run the first batch; if the method asks
+            for gradients.
     """
+    needs = needed_by(method.method, given=GIVEN)
+    if gradients := [name for name in needs if name not in STATISTICS]:
+        raise ValueError(f"estimate has no gradients, {method.name} needs {gradients[0]}: use alps")
     weight = weight_of(next(iter(layers.values())))
     times = sum(map(_size, batches)) / _size(batches[0])
+    held = times * sum(is_held_out(b) for b in range(len(batches))) / len(batches)
     stages, hidden = _first_batch(model, layers, batches[0])
-    every = [Stage(s.block, s.shapes, round(s.tokens * times)) for s in stages]
-    forwards, solving, cubes = operations(every, method.epochs)
-    distilling = 4 * method.distil * sum(map(_forward, every))  # the dense model's forward is one
-    size, cube = PROBE["cuda" if weight.is_cuda else "cpu"]
-    generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(size, size, device=weight.device, generator=generator, dtype=torch.float32)
-    y = x.to(weight.dtype)
-    z = x[:cube, :cube] @ x[:cube, :cube].T
-    rate, own_rate = (2 * size**3 / _seconds(partial(torch.mm, m, m)) for m in (x, y))
-    eigenvectors = _seconds(partial(torch.linalg.eigh, z)) / cube**3
+    passes, seconds = rehearse(model, layers, patterns, batches, method, stages)
+    step, look = sum(one.step for one in passes), sum(one.look for one in passes)
+    seconds += times * sum(one.batch for one in passes)
+    seconds += method.epochs * (times - held) * step + (method.epochs + 1) * held * look
     bytes = peak_bytes(stages, 0 if offload else round(hidden * times), weight.itemsize)
     if method.distil:
+        forward = seconds_of_a_forward(model, batches[0])
+        together = forward + seconds_of_a_step(model, layers, batches[0])
+        judged = 6 * held * forward  # by both models, three times
+        seconds += slower_in_float32(stages, weight.dtype, weight.device) * (
+            method.distil * (times - held) * together + judged
+        )
         parameters = sum(parameter.numel() for parameter in model.parameters())
         outputs = _outputs(model, batches[0])
         at_the_end = distilling_bytes(stages, parameters, outputs, weight.itemsize)
         bytes = max(bytes + parameters * weight.itemsize, at_the_end)
-    return Estimate(
-        forwards / own_rate + (solving + distilling) / rate + cubes * eigenvectors,
-        bytes,
-        str(weight.device),
-    )
-
-
-def operations(stages: Sequence[Stage], epochs: int) -> tuple[float, float, float]:
-    """Operations of the blocks' forwards and backwards, of solving, and the sum of in^3.
-
-    A forward of a block is F = 2 tokens out in, summed over its layers. It runs to be recorded, for
-    the dense stream, to pass on, and once for each distinct input; in training an epoch takes 3 F
-    for forward and backward, and at most F for what is before a half in its block.
-    A Gram matrix takes 2 tokens in^2, a layer 2 out in^2 for each product: two in an iteration of
-    ADMM, one in a step of the refit, with few outputs where the damping is chosen.
-    """
-    forwards = solving = cubes = 0.0
-    for block in {stage.block for stage in stages}:
-        inside = [stage for stage in stages if stage.block == block]
-        once = sum(map(_forward, inside))
-        forwards += once * (3 + len(inside) + 4 * epochs)
-    for stage in stages:
-        cubes += float(stage.inputs) ** 3
-        solving += 2.0 * stage.tokens * stage.inputs**2
-        for out, columns in stage.shapes:
-            rows = out * (2 * ADMM_ITERATIONS + REFIT_STEPS)
-            rows += min(out, CHOOSING) * len(DAMPINGS) * REFIT_STEPS
-            solving += 2.0 * rows * columns**2
-    return forwards, solving, cubes
+    return Estimate(seconds, bytes, str(weight.device))
 
 
 def peak_bytes(stages: Sequence[Stage], hidden: int, itemsize: int) -> int:
@@ -206,7 +167,7 @@ def _first_batch(
 
     blocks = [block for chain in find_chains(model, layers).values() for block in chain.values()]
     with hooks(block.register_forward_hook(after) for block in blocks):
-        stages = list(_stages(model, layers, batch))
+        stages = list(stages_of(model, layers, batch))
     return stages, max(returned)
 
 
@@ -218,36 +179,5 @@ def _outputs(model: nn.Module, batch: Batch) -> int:
     return max((tensor.numel() for tensor in returned), default=0)
 
 
-def _forward(stage: Stage) -> float:
-    """Operations of its layers' products."""
-    return 2.0 * stage.tokens * stage.outputs * stage.inputs
-
-
-def _stages(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> Iterator[Stage]:
-    for observed in observe(model, layers, [batch], [], sequential=True):
-        names = list(observed.tokens)
-        shapes = [_layers.matrix(layers[name]).shape for name in names]
-        yield Stage(
-            observed.block,
-            tuple((out, columns) for out, columns in shapes),
-            observed.tokens[names[0]],
-        )
-
-
 def _size(batch: Batch) -> int:
     return max(1, sum(tensor.numel() for tensor in tensors_of(batch)))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """How long a call takes, once warm."""
-    run()
-    _wait()
-    begin = time.perf_counter()
-    run()
-    _wait()
-    return time.perf_counter() - begin
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

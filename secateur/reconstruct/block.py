@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,20 @@ class Blockwise:
         ]
         return f"blockwise({name_of(self.method)}{''.join(changed)})"
 
+    def rehearsal(
+        self,
+        half: HalfBlock,
+        layers: Mapping[str, nn.Module],
+        masks: Mapping[str, Bool[Tensor, "out in"]],
+    ) -> tuple[Callable[[], object], Callable[[], object]]:
+        """A step of the training on the first batch, and a look at its error, both to be timed.
+
+        They are those of `train_`, on copies of the weights: the layers stay as they are.
+        """
+        run = _Run(half, layers, masks, ALONE)
+        optimizer = run.optimizer()
+        return partial(run.step, optimizer, 0), partial(run.held_out_error, [0])
+
     def train_(
         self,
         half: HalfBlock,
@@ -79,21 +94,14 @@ class Blockwise:
         before = after = run.held_out_error(held_out)
         longest = max(team.everyones(len(trained)))
         steps = self.epochs * longest
-        with (
-            torch.enable_grad(),
-            tqdm(total=steps, desc=half.name, leave=False, disable=None) as bar,
-        ):
-            optimizer = torch.optim.Adam(
-                [{"params": [w], "scale": _kept_rms(w)} for w in run.weights.values()]
-            )
+        with tqdm(total=steps, desc=half.name, leave=False, disable=None) as bar:
+            optimizer = run.optimizer()
             for epoch in range(self.epochs):
                 for step, b in enumerate(_shuffled(trained, epoch, longest), epoch * longest):
                     rate = self.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["scale"]
-                    run.add_gradients(b)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    run.step(optimizer, b)
                     bar.update()
                 now = run.held_out_error(held_out)
                 if now < after:
@@ -174,6 +182,19 @@ class _Run:
             for name, weight in stored.items()
         }
         self._variance = self._of_targets()
+
+    def optimizer(self) -> torch.optim.Adam:
+        """Adam for the weights; `scale` is what each one's learning rate is in units of."""
+        return torch.optim.Adam(
+            [{"params": [w], "scale": _kept_rms(w)} for w in self.weights.values()]
+        )
+
+    @torch.enable_grad()
+    def step(self, optimizer: torch.optim.Adam, batch: int | None) -> None:
+        """Train the weights on the batch, if there is one: other processes may have theirs."""
+        self.add_gradients(batch)
+        optimizer.step()
+        optimizer.zero_grad()
 
     def stored(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights as the layers will hold them: exact zeros, in the dtype of the model."""

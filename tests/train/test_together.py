@@ -164,7 +164,8 @@ def test_bytes_and_time_are_those_of_the_blocks_and_of_the_whole_model() -> None
     model = decoder()
     width, count = 16, 4 * 12
     layers = {n: m for n, m in select(model).layers.items() if n.startswith("blocks")}
-    cheap, dear = (estimate(model, layers, tokens(), m) for m in (sc.best, sc.thorough))
+    patterns = {name: sc.NM(2, 4) for name in layers}
+    cheap, dear = (estimate(model, layers, patterns, tokens(), m) for m in (sc.best, sc.thorough))
     size, outputs = sum(p.numel() for p in model.parameters()), count * 20
     kept = 16 * 3 * 8 * width**2 + 4 * 3 * 19 * width * count + 32 * outputs
     assert dear.bytes == max(cheap.bytes + 4 * size, 4 * size + kept)
