@@ -15,6 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from secateur.patterns import NM, Pattern
 from secateur.weights import require_module, require_ordinary, tied_weights
@@ -113,6 +114,9 @@ def why_not_prunable(module: nn.Module) -> str | None:
     """Why this module is left alone by default although it has a weight, or None."""
     if _is_scripted(module):
         return "a ScriptModule, which cannot be changed: use the module that it was made of"
+    weight = module._parameters.get("weight")
+    if weight is not None and not is_lazy(weight) and not weight.numel():
+        return "its weight is empty"
     if isinstance(module, OTHER_CONVOLUTIONS):
         transposed = isinstance(module, TRANSPOSED)
         kind = "transposed convolution" if transposed else type(module).__name__

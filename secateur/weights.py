@@ -74,7 +74,7 @@ def why_computed(module: nn.Module, name: str = "weight") -> str | None:
 
 
 def why_no_data(module: nn.Module) -> str | None:
-    """Why the module has no weight of its own to read, and the remedy; None where it has one.
+    """Why the module has no dense weight of its own to read, and the remedy; None where it has one.
 
     The words follow the name of the weight.
     """
@@ -95,6 +95,11 @@ def why_no_data(module: nn.Module) -> str | None:
         )
     if weight.is_meta:
         return "has no data (meta device): load the weights first"
+    if weight.layout is not torch.strided:
+        return (
+            f"is stored as {weight.layout}: make it dense, "
+            "layer.weight = torch.nn.Parameter(layer.weight.to_dense())"
+        )
     return None
 
 
@@ -107,11 +112,6 @@ def why_not_ordinary(module: nn.Module, *, written: bool = True) -> str | None:
         return reason
     weight = module._parameters["weight"]
     assert weight is not None
-    if weight.layout is not torch.strided:
-        return (
-            f"is stored as {weight.layout}: make it dense, "
-            "layer.weight = torch.nn.Parameter(layer.weight.to_dense())"
-        )
     if weight.dtype not in DTYPES:
         return f"is {_short(weight.dtype)}: {_remedy_for_dtype(weight)}"
     if written and weight.is_inference():

@@ -75,9 +75,20 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
         raise ValueError(
             f"hold needs a model with zeros, this {type(model).__name__} has none: prune_ it first"
         )
-    require_data(layers)
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    held = {name: module for name, module in layers.items() if id(weight_of(module)) in updated}
+    # Of a computed weight the optimizer updates what it is computed from.
+    require_data(
+        {
+            name: module
+            for name, module in layers.items()
+            if any(id(parameter) in updated for parameter in module.parameters())
+        }
+    )
+    held = {
+        name: module
+        for name, module in layers.items()
+        if id(module._parameters.get("weight")) in updated
+    }
     if not held:
         raise ValueError(
             f"the optimizer updates none of the {len(layers)} sparse weights: make it from the "
@@ -92,4 +103,6 @@ def _may_have_zeros(module: nn.Module) -> bool:
     """Whether the weight has zeros, or none that can be looked at."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return is_lazy(weight) or weight.is_meta or bool((weight == 0).any())
+    if is_lazy(weight) or weight.is_meta or weight.layout is not torch.strided:
+        return True
+    return bool((weight == 0).any())
