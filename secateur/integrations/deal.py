@@ -55,7 +55,7 @@ class Dealt:
 
 def shuffled(count: int, generator: torch.Generator) -> list[int]:
     """The numbers below `count` in an order that the generator decides."""
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    order: list[int] = torch.randperm(count, generator=generator, device="cpu").tolist()
     return order
 
 

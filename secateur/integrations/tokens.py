@@ -101,7 +101,7 @@ def text_rows(
                 "take a smaller length"
             )
         order = held_apart(cut.documents, batch)
-        ids = torch.tensor([cut.rows[i] for i in order])
+        ids = torch.tensor([cut.rows[i] for i in order], device="cpu")
         of = tuple(cut.documents[i] for i in order)
         what = f"rows of {length:,} tokens"
         return Dealt(list(ids.split(batch)), of, cut.different, rows, what, MORE_FILES)
@@ -376,7 +376,11 @@ class _Cut:
 
 def _documents_of(ids: Tensor, ends: Sequence[int]) -> list[int]:
     """For each row of ids, laid end to end, the number of the document that most of it is of."""
-    ended = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype)) if ends else ids != ids
+    ended = (
+        torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device))
+        if ends
+        else ids != ids
+    )
     if not bool(ended.any()):
         return list(range(len(ids)))
     flat = ended.flatten().long()
