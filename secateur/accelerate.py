@@ -45,7 +45,7 @@ from secateur.kernels.timing import (
 )
 from secateur.remembered import Found, keep, recall
 from secateur.undo import Undo, all_or_nothing
-from secateur.weights import require_module, tied_weights
+from secateur.weights import adapters, require_module, tied_weights
 from secateur.wrappers import unwrapped
 
 DEFAULT_FORMATS = ("semi24", "block:64x64", "block:32x32", "block:16x16", "csr")
@@ -130,7 +130,8 @@ def _accelerate(
         )
     tried = [parse_format(format) for format in (DEFAULT_FORMATS if formats is None else formats)]
     linears = _linears(model) if layers is None else named_linears(model, layers)
-    groups, skipped = _groups(model, linears, tried)
+    left = adapters(model) if layers is None else {}
+    groups, skipped = _groups(model, linears, tried, left)
     decisions: dict[str, tuple[str, Decision]] = {}
     with one_child():  # that searches what a library has, if that has to be searched
         for like, names in tqdm(groups.items(), desc="measure", unit="layer", disable=None):
@@ -187,7 +188,10 @@ def _tried(layer: nn.Module, format: str, tokens: Sequence[int]) -> AccelerateRe
 
 
 def _groups(
-    model: nn.Module, linears: Mapping[str, nn.Linear], formats: Sequence[Format]
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    formats: Sequence[Format],
+    left: Mapping[str, str],
 ) -> tuple[dict[Likeness, list[str]], dict[str, str]]:
     """Layers that one measurement stands for, and why the others are not measured at all.
 
@@ -199,7 +203,7 @@ def _groups(
     skipped: dict[str, str] = {}
     for name, linear in tqdm(linears.items(), desc="look", unit="layer", disable=None):
         weight = linear.weight.detach()
-        problem = why_not_layer(name, linear, tied) or _unmeasurable(weight)
+        problem = left.get(name) or why_not_layer(name, linear, tied) or _unmeasurable(weight)
         if problem is not None:
             skipped[name] = problem
             continue

@@ -1,4 +1,4 @@
-"""Whether a module's weight is an ordinary parameter with data of its own, and the remedy if not.
+"""Whether a weight is an ordinary parameter with data, and the model's own, and the remedy if not.
 
 Both halves ask here, before a weight is read or written.
 """
@@ -176,6 +176,35 @@ def _shares_elements(tensor: Tensor) -> bool:
                 return True
             reached += (size - 1) * stride
     return False
+
+
+# --- of an adapter -------------------------------------------------------------------------------
+
+
+def adapters(model: nn.Module) -> dict[str, str]:
+    """The modules that belong to an adapter and not to the model that it adapts, and what they are.
+
+    PEFT's layers say which of their children do. Where those are a whole copy of a module that runs
+    in its place, the original is dormant.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        own = getattr(module, "adapter_layer_names", ())
+        for child in own if isinstance(own, (tuple, list)) else ():
+            found |= dict.fromkeys(_inside(module, name, child), f"an adapter's weight ({child})")
+            if child == "modules_to_save":
+                what = "the adapter's copy in modules_to_save runs in its place"
+                found |= dict.fromkeys(_inside(module, name, "original_module"), what)
+        if any(part.startswith("lora_") for part in name.split(".")):  # so named without PEFT, too
+            found.setdefault(name, "an adapter's weight (LoRA)")
+    return found
+
+
+def _inside(module: nn.Module, prefix: str, child: str) -> Iterator[str]:
+    """The names of the module's child and all that is in it."""
+    if isinstance(inner := getattr(module, child, None), nn.Module):
+        for name, _ in inner.named_modules(prefix=f"{prefix}.{child}" if prefix else child):
+            yield name
 
 
 # --- of one storage ------------------------------------------------------------------------------

@@ -726,6 +726,17 @@ def test_what_cannot_be_measured_says_why() -> None:
     ]
 
 
+def test_an_adapter_is_measured_by_name_only() -> None:
+    model = nn.ModuleDict({"base": linear("csr"), "lora_B": linear("csr")})
+    report, _ = run(model, FAST)
+    assert [(layer.layer, layer.reason) for layer in report.layers if not layer.measured] == [
+        ("lora_B", "an adapter's weight (LoRA)")
+    ]
+    assert kinds(model)[1] is nn.Linear
+    report, _ = run(model, FAST, layers=["lora_B"])
+    assert report.layers[0].measured
+
+
 def test_a_weight_without_data_is_refused() -> None:
     model = nn.Sequential(linear("csr"), linear("csr").to("meta"))
     with pytest.raises(ValueError, match=r"1.weight has no data \(meta device\): load the weights"):

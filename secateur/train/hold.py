@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from secateur import layers as _layers
 from secateur.layers import weight_of
 from secateur.train.releasing import Releasing
-from secateur.weights import require_data, require_module, require_ordinary
+from secateur.weights import adapters, require_data, require_module, require_ordinary
 from secateur.wrappers import unwrapped
 
 # How masks move: (layer name, weight [out, in], mask [out, in], step) -> mask, after every step.
@@ -53,10 +53,11 @@ class Held(Releasing):
 def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None = None) -> Held:
     """Keeps every zero of the model's layers at zero through training with this optimizer.
 
-    The masks are the exact zeros that the weights have now. Nothing is attached to the model: its
-    parameters stay ordinary, so it can be copied, pickled, sharded and saved at any time. Moments
-    and weight decay of held weights run on in the optimizer and have no effect. A `rule`, such as
-    `gradual`, moves the masks.
+    The masks are the exact zeros that the weights have now; an adapter's weight that is zero as a
+    whole, as LoRA's begin, is left free. Nothing is attached to the model: its parameters stay
+    ordinary, so it can be copied, pickled, sharded and saved at any time. Moments and weight decay
+    of held weights run on in the optimizer and have no effect. A `rule`, such as `gradual`, moves
+    the masks.
 
     Raises:
         ValueError: if without a rule no weight is zero, the optimizer updates none of them, or a
@@ -64,12 +65,14 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
     """
     require_module(model)
     model = unwrapped(model)
+    fresh = adapters(model)  # that begin at zero, to be trained away from there
     layers = {
         name: module
         for name, module in model.named_modules()
         if _layers.is_prunable(module)
         and not hasattr(module, "packed")  # frozen, with its zeros
         and (rule is not None or _may_have_zeros(module))
+        and not (name in fresh and _is_zero(module))
     }
     if not layers:
         raise ValueError(
@@ -96,6 +99,12 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
         )
     require_ordinary(held)
     return Held(held, optimizer, rule)
+
+
+def _is_zero(module: nn.Module) -> bool:
+    """Whether the weight is a parameter that is zero as a whole."""
+    weight = module._parameters.get("weight")
+    return weight is not None and not (is_lazy(weight) or weight.is_meta or bool(weight.any()))
 
 
 @torch.no_grad()
