@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from secateur.accelerate_report import AccelerateReport, Held, LayerReport
 from secateur.advice import blocks_that_gain
+from secateur.autocast import without_autocast
 from secateur.decision import Decision, Policy, decide
 from secateur.formats.candidates import (
     DENSE,
@@ -106,7 +107,7 @@ def accelerate_(
         report = _accelerate(
             undo, model, tokens, formats, layers, strict, compare, policy, remeasure
         )
-    return replace(report, advice=_advice(model, report))
+    return replace(report, advice=_advice(unwrapped(model), report))
 
 
 @torch.inference_mode(False)  # or the packed tensors could not be trained around
@@ -136,7 +137,7 @@ def _accelerate(
     with one_child():  # that searches what a library has, if that has to be searched
         for like, names in tqdm(groups.items(), desc="measure", unit="layer", disable=None):
             layer = linears[names[0]]
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(layer.weight.device):
                 decision = _measured_decision(layer, like, counts, timer, policy, remeasure)
             decisions |= dict.fromkeys(names, (names[0], decision))
     packed: dict[str, SparseLinear] = {}
@@ -170,7 +171,8 @@ def _accelerate(
 def _advice(model: nn.Module, report: AccelerateReport) -> str:
     """What would be faster on this CPU; nothing where something is, or nothing was measured."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    weights = [linears[layer.layer].weight for layer in report.layers if layer.layer in linears]
+    dense = [linears[layer.layer] for layer in report.layers if layer.layer in linears]
+    weights = [linear.weight.detach() for linear in dense]
     usable = [weight for weight in weights if _unmeasurable(weight) is None]
     if report.changed or not usable or any(weight.is_cuda for weight in usable):
         return ""

@@ -232,6 +232,7 @@ def test_a_model_made_in_inference_mode_can_be_read() -> None:
     with pytest.raises(ValueError, match="2 of 2 layers break the plan"):
         sc.check(model, "2:4")
     assert inspect(model).zeros == 0
+    assert sc.accelerate_(model, (1,), formats=["csr"]).changed == ()
 
 
 def test_an_offloaded_model_is_told_how_to_be_loaded() -> None:
