@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
+from secateur.autocast import without_autocast
 from secateur.distributed import ALONE, Team
 from secateur.halves import DenseStream, HalfBlock
 from secateur.memory import room_for
@@ -433,10 +434,11 @@ class _Sums:
         self._inputs += 1
         rows = _layers.input_rows(module, x)
         self.tokens += rows.shape[0]
-        for statistic in self.statistics.values():
-            if isinstance(statistic, HeldGram):
-                statistic.batch = batch
-            statistic.update(rows)
+        with without_autocast(rows.device):
+            for statistic in self.statistics.values():
+                if isinstance(statistic, HeldGram):
+                    statistic.batch = batch
+                statistic.update(rows)
 
     def add_up_(self, team: Team) -> None:
         """Take in what the other processes have summed."""

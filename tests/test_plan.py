@@ -143,7 +143,7 @@ def test_written_and_read_back(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not a plan: "),
+        ("{", "cannot be read as YAML: "),
         ("layers: 3\nversion: 1", "is not a plan: at layers: "),
         ("version: 1", "is not a plan: at layers: Field required"),
         ("version: 9\nlayers: {}", "is a plan of version 9, this library reads 1"),
@@ -156,7 +156,7 @@ def test_written_and_read_back(name: str, tmp_path: Path) -> None:
             "is not a plan: at layers.a.shape",
         ),
         ("version: 1\nlayers: {}\nimport: os", "is not a plan: at import: Extra inputs"),
-        ("!!python/object/apply:os.system ['true']", "is not a plan: "),
+        ("!!python/object/apply:os.system ['true']", "cannot be read as YAML: "),
     ],
 )
 def test_files_that_are_no_plan_say_where(text: str, message: str, tmp_path: Path) -> None:
