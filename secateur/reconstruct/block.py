@@ -26,6 +26,7 @@ from secateur.halves import HalfBlock
 from secateur.layers import weight_of
 from secateur.reconstruct.refit import refit
 from secateur.statistics import is_held_out, name_of
+from secateur.tables import printable
 
 EPOCHS = 4
 LEARNING_RATE = 0.01
@@ -81,7 +82,7 @@ class Blockwise:
         steps = self.epochs * longest
         with (
             torch.enable_grad(),
-            tqdm(total=steps, desc=half.name, leave=False, disable=None) as bar,
+            tqdm(total=steps, desc=printable(half.name), leave=False, disable=None) as bar,
         ):
             optimizer = torch.optim.Adam(
                 [{"params": [w], "scale": _kept_rms(w)} for w in run.weights.values()]
