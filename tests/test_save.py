@@ -1,8 +1,10 @@
 """Saving and loading: the same weights bit for bit, or a clear error and nothing changed."""
 
+import copy
 import errno
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -250,6 +252,72 @@ def test_a_packed_transformers_folder_fails_loudly_elsewhere_and_loads_here(
     given = type(model)(model.config).eval()
     load(tmp_path, given)
     assert torch.equal(first_output(given), expected)
+
+
+def packed_llama() -> tuple[Any, sc.Plan]:
+    model = tiny("llama")
+    plan = sc.plan(model, "2:4")
+    sc.prune_(model, plan)
+    pack_(model, "semi24")
+    return model, plan
+
+
+def test_a_packed_model_does_not_write_what_stock_would_read_as_random(tmp_path: Path) -> None:
+    model, _ = packed_llama()
+    save(model, tmp_path / "ours")
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    others = [
+        copy.deepcopy(model),
+        torch.load(buffer, weights_only=False),
+        load(tmp_path / "ours"),
+        torch.compile(model, backend="eager"),
+    ]
+    said = (
+        r"no other loader knows: write them with sc.save\(model, folder\), or call unpack_\(model"
+    )
+    for packed in (model, model.model, *others):
+        for call in (
+            lambda packed=packed: packed.save_pretrained(tmp_path / "stock"),
+            lambda packed=packed: packed.save_pretrained(
+                save_directory=str(tmp_path / "stock"), max_shard_size="1GB"
+            ),
+        ):
+            with pytest.raises(ValueError, match=said):
+                call()
+        assert any(name.endswith("0.mlp.up_proj.values") for name in packed.state_dict())
+    assert {path.name for path in tmp_path.iterdir()} == {"ours"}
+    assert all(torch.equal(first_output(other), first_output(model)) for other in others[:3])
+    copied = copy.deepcopy(model)
+    sc.unpack_(model)
+    for plain, folder in ((model, "plain"), (model.model, "inner")):
+        assert "save_pretrained" not in vars(plain)
+        plain.save_pretrained(tmp_path / folder)
+    assert_same(load_folder(tmp_path / "plain"), state(model))
+    assert "save_pretrained" in vars(copied)
+
+
+def test_a_model_with_one_packed_layer_left_still_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    sc.prune_(model, sc.plan(model, "2:4"))
+    names = [name for name, m in model.named_modules() if name.endswith("up_proj")]
+    pack_(model, "semi24", names[:1])
+    pack_(model, "bitmap", names[1:])
+    with pytest.raises(ValueError, match="no other loader knows"):
+        model.save_pretrained(tmp_path)
+    sc.unpack_(model)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secateur.formats.pack.PackReport", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack_(model, "semi24")
+    model.save_pretrained(tmp_path)
+    assert_same(load_folder(tmp_path), state(model))
 
 
 # --- what is refused before it is read into a model ----------------------------------------------

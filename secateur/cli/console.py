@@ -129,7 +129,9 @@ def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def _warning(message: Warning | str, *where: Any, **line: Any) -> str:
+def _warning(
+    message: Warning | str, category: object, file: str, number: int, line: str | None = None
+) -> str:
     """A warning as a line of the command line, which has no line of code to name."""
     return f"warning: {printable(' '.join(str(message).split()))}\n"
 
