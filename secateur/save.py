@@ -43,6 +43,7 @@ from secateur.sidecar import (
 from secateur.tensor_files import SUFFIX, load_files, save_file
 from secateur.undo import Undo, all_or_nothing
 from secateur.version import VERSION
+from secateur.weights import why_computed
 from secateur.wrappers import unwrapped, unwrapped_name
 
 # A file of this size still copies and uploads in one go everywhere; Hugging Face's habit.
@@ -244,10 +245,10 @@ def _require_plain(model: nn.Module) -> None:
     if isinstance(model, SparseLinear):
         raise ValueError("save needs a model, got a bare SparseLinear: wrap it in nn.Sequential")
     for name, module in model.named_modules():
-        if remedy := _makes_plain(model, name, module):
+        for tensor in _computed(model, name, module):
             raise ValueError(
-                f"save needs plain weights, those of {name or 'the model'} are computed from "
-                f"others at each call, which no loader would know: call {remedy} first"
+                f"save needs weights that loaders know, {f'{name}.{tensor}'.lstrip('.')} "
+                f"{why_computed(module, tensor)}"
             )
     for name, tensor in model.state_dict().items():
         plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter)
@@ -260,25 +261,21 @@ def _require_plain(model: nn.Module) -> None:
             raise ValueError(f"{name} has no data (meta device): load the weights first")
 
 
-def _makes_plain(model: nn.Module, name: str, module: nn.Module) -> str:
-    """What makes the weights of this module plain; empty if they are, or are the class's own."""
-    layer = f"model.get_submodule({name!r})"
+def _computed(model: nn.Module, name: str, module: nn.Module) -> list[str]:
+    """The tensors of this module that are computed from others, but for its class's own."""
     masked = [n.removesuffix("_mask") for n in module._buffers if n.endswith("_mask")]
     if names := [n for n in masked if f"{n}_orig" in module._parameters]:
-        return f"torch.nn.utils.prune.remove({layer}, {names[0]!r})"
+        return names
     if not parametrize.is_parametrized(module):
-        return ""
+        return []
     chains = dict(module.parametrizations.items())  # type: ignore[operator, union-attr]
     if is_transformers(model):
         # A speech model has a weight norm from its very class, which makes it again on loading.
         fresh = dict(without_weights(model).named_modules()).get(name)
-        if fresh is not None and parametrize.is_parametrized(fresh):
-            return ""
-    elif all(
-        type(one).__module__ == parametrizations.__name__ for c in chains.values() for one in c
-    ):
-        return ""  # torch's norms belong to an architecture, a mask does not
-    return f"torch.nn.utils.parametrize.remove_parametrizations({layer}, {next(iter(chains))!r})"
+        return [] if fresh is not None and parametrize.is_parametrized(fresh) else list(chains)
+    return [
+        n for n, chain in chains.items() if {type(p).__module__ for p in chain} != {TORCH_NORMS}
+    ]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -1113,7 +1113,7 @@ def test_a_page_or_table_that_cannot_be_written_is_one_line(
         "plan": ("plan", dense, "-p", "2:4", "-o", out),
         "report": ("report", pruned, "-o", out),
         "sense": ("sense", dense, "--tokens", tokens(dense, "calibration"), "--rows", "1",
-                  "--patterns", "2:4", "--layers", "*q_proj", "-o", out),
+                  "-p", "2:4", "--layers", "*q_proj", "-o", out),
     }  # fmt: skip
     out.write_text("before")
 

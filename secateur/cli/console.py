@@ -100,7 +100,6 @@ def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
     `checkpoint` is where what is finished remains when the work is interrupted. Warnings become one
     line on stderr, too.
     """
-    before, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("always", module=r"secateur\b")
@@ -109,8 +108,8 @@ def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
     except KeyboardInterrupt:
         kept = f": what is finished is kept in {checkpoint}, the same command goes on from there"
         left = kept if checkpoint is not None and checkpoint.exists() else ": nothing was changed"
-        told = plain(f"interrupted{left}", "yellow")
-        console(stderr=True).print("\n", told, sep="", soft_wrap=True)
+        line = plain(f"interrupted{left}", "yellow")
+        console(stderr=True).print("\n", line, sep="", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError) as error:
         if debug:
@@ -125,15 +124,6 @@ def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
         less = "" if told else f": use a smaller --batch or --length{elsewhere}"
         complain(f"out of memory: {_one_line(error)}{less}")
         raise typer.Exit(FAILED) from None
-    finally:
-        warnings.formatwarning = before
-
-
-def _warning(
-    message: Warning | str, category: object, file: str, number: int, line: str | None = None
-) -> str:
-    """A warning as a line of the command line, which has no line of code to name."""
-    return f"warning: {printable(' '.join(str(message).split()))}\n"
 
 
 def _warn(message: Warning | str, *_: object) -> None:
@@ -149,7 +139,7 @@ def complain(message: str) -> None:
 
 def caution(message: str) -> None:
     """One yellow line on stderr, after which the work goes on."""
-    line = Text.assemble(("warning: ", "bold yellow"), (message, "yellow"))
+    line = Text.assemble(("warning: ", "bold yellow"), plain(message, "yellow"))
     console(stderr=True).print(line, soft_wrap=True)
 
 
