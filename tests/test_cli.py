@@ -1108,7 +1108,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(
 def test_a_page_or_table_that_cannot_be_written_is_one_line(
     verb: str, dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out.html"
+    out = tmp_path / ("out.json" if verb == "sense" else "out.html")
     calls = {
         "plan": ("plan", dense, "-p", "2:4", "-o", out),
         "report": ("report", pruned, "-o", out),
@@ -1121,9 +1121,9 @@ def test_a_page_or_table_that_cannot_be_written_is_one_line(
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert refused(run(*calls[verb])).endswith("out.html: No space left on device")
+    assert refused(run(*calls[verb])).endswith(f"{out.name}: No space left on device")
     assert out.read_text() == "before"
-    assert {path.name for path in tmp_path.iterdir()} == {"out.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {out.name}
     monkeypatch.undo()
     said(run(*calls[verb]))
     assert out.read_text() != "before"

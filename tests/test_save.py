@@ -725,6 +725,43 @@ def test_a_part_that_is_compiled_is_saved_under_its_plain_name(tmp_path: Path) -
     assert_same(load(tmp_path / "inner", Net(seed=2)), state(pruned()))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is depre:FutureWarning")  # PEFT's
+@pytest.mark.parametrize("way", ["around", "inside"])
+@pytest.mark.parametrize("packs", [False, True])
+def test_of_an_adapted_model_it_is_the_model_that_is_saved(
+    way: str, packs: bool, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny("llama")
+    plan = sc.plan(model, "2:4", layers=["*_proj"])
+    sc.prune_(model, plan)
+    if packs:
+        pack_(model, "semi24", list(plan.layers)[-1:])  # a down_proj, which is not adapted
+    save(model, tmp_path / "plain", plan=plan)
+    copies = ["o_proj"] if way == "around" else None
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=copies)
+    given: Any = model
+    if way == "around":
+        given = peft.get_peft_model(model, config)
+    else:
+        model.add_adapter(config)
+    adapted = sc.plan(given, "2:4", layers=["*q_proj.base_layer", "*up_proj"])
+    with pytest.warns(UserWarning, match="save writes the model without the adapters that PEFT"):
+        save(given, tmp_path / "adapted", plan=adapted)
+    one, two = tmp_path / "plain", tmp_path / "adapted"
+    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+    found, expected = read_sidecar(two), read_sidecar(one)
+    assert (found.files, found.packed) == (expected.files, expected.packed)
+    assert (found.tied, found.sparsity) == (expected.tied, expected.sparsity)
+    names = {name for name in plan.layers if name.endswith(("q_proj", "up_proj"))}
+    assert found.plan is not None and found.plan.layers.keys() == names
+    loaded = load(two)
+    sc.unpack_(loaded)
+    assert sc.check(loaded, found.plan)
+    if way == "inside":
+        assert model._hf_peft_config_loaded
+
+
 # --- weights that are computed -------------------------------------------------------------------
 
 
