@@ -44,6 +44,7 @@ from secateur.replay import (
     why_not,
 )
 from secateur.statistics import STATISTICS, HeldGram, Statistic
+from secateur.tables import printable
 from secateur.window import Window
 
 
@@ -409,7 +410,7 @@ class _Walk:
                 for n, m in layers.items()
             ),
         ):
-            for i, run in enumerate(tqdm(runs, desc=block, leave=False, disable=None)):
+            for i, run in enumerate(tqdm(runs, desc=printable(block), leave=False, disable=None)):
                 current.update(batch=self.batch_of[i], calls=0)
                 with contextlib.suppress(Enough):
                     run()

@@ -235,6 +235,33 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], undo: Undo) ->
     for place, module, replacement in places:
         undo.call(model.set_submodule, place, module)
         model.set_submodule(place, replacement)
+    _guard(model, undo)
+
+
+def refuse_save_pretrained(*arguments: object, **ignored: object) -> None:
+    """Nothing is written: in the place of a transformers model's method while layers are packed.
+
+    Stock transformers finds none of the packed tensors, and would go on with random weights.
+    """
+    raise ValueError(
+        "save_pretrained would write packed weights that no other loader knows: write them with "
+        "sc.save(model, folder), or call unpack_(model) first"
+    )
+
+
+def _guard(model: nn.Module, undo: Undo) -> None:
+    """Have models that write themselves refuse it while they hold packed layers, no longer."""
+    for module in model.modules():
+        if not hasattr(type(module), "save_pretrained"):
+            continue
+        own = vars(module).get("save_pretrained")
+        packed = any(isinstance(inner, SparseLinear) for inner in module.modules())
+        if packed and own is None:
+            undo.call(delattr, module, "save_pretrained")
+            setattr(module, "save_pretrained", refuse_save_pretrained)  # noqa: B010
+        elif own is refuse_save_pretrained and not packed:
+            undo.call(setattr, module, "save_pretrained", own)
+            del module.save_pretrained
 
 
 def _fitting(model: nn.Module, format: Format, tied: Mapping[str, str]) -> dict[str, nn.Linear]:
