@@ -104,7 +104,7 @@ def estimate(
     no product of a planned layer (attention, norms, Python) is not in it, so that small models take
     longer. Bytes are `peak_bytes` and `distilling_bytes`, which are counted, not measured.
 
-    Cost: the first batch through the model about eight times, and a fraction of a second.
+    Cost: the first batch through the model about nine times, and a fraction of a second.
     Raises:
         ValueError: as `reconstruct_`, if the model cannot run the first batch.
     """
@@ -206,8 +206,26 @@ def _first_batch(
 
     blocks = [block for chain in find_chains(model, layers).values() for block in chain.values()]
     with hooks(block.register_forward_hook(after) for block in blocks):
-        stages = list(_stages(model, layers, batch))
+        stages = list(_stages(model, _reached(model, layers, batch), batch))
     return stages, max(returned)
+
+
+@torch.no_grad()
+def _reached(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
+) -> Mapping[str, nn.Module]:
+    """The layers that this batch runs; all if it runs none. It may leave experts out."""
+    seen: set[str] = set()
+
+    def before(name: str, module: nn.Module, args: Any) -> None:
+        seen.add(name)
+
+    with (
+        eval_mode(model),
+        hooks(m.register_forward_pre_hook(partial(before, n)) for n, m in layers.items()),
+    ):
+        answer(model, batch, "calibration batch 0")
+    return {name: m for name, m in layers.items() if name in seen} or layers
 
 
 @torch.no_grad()
