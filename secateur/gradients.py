@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -105,7 +105,8 @@ def _gradients(
 def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
     """The output's own `loss` where it has one, as with labels; else that of the next token.
 
-    The latter, in nats, is the mean over the tokens that are no padding, for logits
+    Of a classifier and a pair (inputs, labels) it is the cross-entropy of the labels. That of the
+    next token, in nats, is the mean over the tokens that are no padding, for logits
     [rows, tokens, vocabulary] of a batch of token ids. Of a model that is no causal language model
     it would mean nothing: give such a batch labels.
 
@@ -117,6 +118,9 @@ def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
         return own
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     logits = getattr(output, "logits", output)
+    labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    if isinstance(labels, Tensor) and _are_classes(labels, logits):
+        return F.cross_entropy(logits.float(), labels.to(logits.device))
     if (
         not isinstance(ids, Tensor)
         or not isinstance(logits, Tensor)
@@ -128,8 +132,15 @@ def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
             f"gradients need a loss, and {type(output).__name__} has none: give the batches "
             "labels, or pass loss=, a function (output, batch) -> a number"
         )
-    mask = counted(batch, output, ids.shape, logits.device)[:, 1:]
+    tokens = counted(batch, output, ids.shape, logits.device)
+    mask = tokens[:, :-1] & tokens[:, 1:]  # padding may be on the left, and foretells nothing
     return F.cross_entropy(logits[:, :-1][mask].float(), ids[:, 1:].to(logits.device)[mask])
+
+
+def _are_classes(labels: Shaped[Tensor, "..."], logits: Any) -> bool:
+    """Whether they are one integer for each row of logits [rows, classes]."""
+    rows = logits.shape[:1] if isinstance(logits, Tensor) and logits.dim() == 2 else None
+    return labels.shape == rows and not labels.is_floating_point()
 
 
 # --- of the whole model --------------------------------------------------------------------------

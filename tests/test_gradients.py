@@ -184,6 +184,31 @@ def test_padding_is_not_predicted() -> None:
     expected = -(p[0, 0, 2] + p[0, 1, 3] + p[0, 2, 4] + p[1, 0, 3]) / 4
     torch.testing.assert_close(found, expected)
     assert not torch.equal(found, model_loss(logits, {"input_ids": ids}))
+    left = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # what stands before it foretells no token
+    found = model_loss(logits, {"input_ids": ids, "attention_mask": left})
+    expected = -(p[0, 0, 2] + p[0, 1, 3] + p[0, 2, 4] + p[1, 2, 0]) / 4
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_pair_of_inputs_and_labels_gives_the_cross_entropy_of_a_model_of_one_argument() -> None:
+    """As a DataLoader of pictures gives them; the labels never reach the model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    rows, labels = torch.randn(5, 2, 2), torch.tensor([0, 2, 1, 1, 0])
+    loss = F.cross_entropy(model(rows), labels)
+    (expected,) = torch.autograd.grad(loss, [model[1].weight])
+    found = gradients(model, {"1": model[1]}, [(rows, labels)], ["gradient"])["1"]["gradient"]
+    torch.testing.assert_close(found, expected)
+    squared = gradients(model, {"1": model[1]}, [[rows, labels]], ["squared_gradient"])
+    singles = [
+        torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), [model[1].weight])[0]
+        for x, y in zip(rows, labels, strict=True)
+    ]
+    torch.testing.assert_close(
+        squared["1"]["squared_gradient"], torch.stack(singles).square().mean(0)
+    )
+    report = sc.prune_(model, "2:4", snip, [(rows, labels)])
+    assert report.layers[0].sparsity == 0.5
 
 
 def test_a_tensor_with_one_row_for_all_goes_to_every_row() -> None:
