@@ -73,6 +73,23 @@ def test_regional_gradients_are_those_of_a_blocks_own_output_norm() -> None:
             torch.testing.assert_close(found[name]["regional_gradient"], (total / 8).sqrt())
 
 
+def test_padding_is_in_no_regional_gradient() -> None:
+    torch.manual_seed(0)
+    model = Decoder(blocks=2)
+    layers = {"blocks.0.up_proj": model.blocks[0].up_proj}
+    ids = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+
+    def found(batches: Any) -> Tensor:
+        (of_layer,) = gradients(model, layers, batches, ["regional_gradient"]).values()
+        return of_layer["regional_gradient"]
+
+    expected = found([ids[:1, :3], ids[1:]])
+    padded = found([{"input_ids": ids, "attention_mask": mask}])
+    torch.testing.assert_close(padded, expected)
+    assert not torch.allclose(found([ids]), expected)
+
+
 def test_a_layer_outside_blocks_is_a_region_of_its_own() -> None:
     layer = nn.Linear(3, 2, bias=False)
     model = nn.Sequential(layer, nn.ReLU(inplace=True))
