@@ -272,6 +272,61 @@ def test_hidden_units_that_are_an_output_as_well_go_from_it() -> None:
     assert model.lstm.hidden_size == model.out.in_features == 3
 
 
+ACTIVATIONS = (
+    "ReLU RReLU Hardtanh ReLU6 Sigmoid Hardsigmoid Tanh SiLU Mish Hardswish ELU CELU SELU "
+    "Hardshrink LeakyReLU LogSigmoid Softplus PReLU Softsign Tanhshrink GELU Dropout Dropout2d "
+    "AlphaDropout FeatureAlphaDropout Softshrink Identity"
+)
+
+
+@pytest.mark.parametrize(
+    "names", [ACTIVATIONS.split()[start::4] for start in range(4)], ids=lambda names: names[0]
+)
+def test_every_activation_between_layers(names: list[str]) -> None:
+    def make(width: int = 6) -> nn.Module:
+        stages: list[nn.Module] = [nn.Conv2d(3, width, 1)]
+        for name in names:
+            stages += [getattr(nn, name)(), nn.Conv2d(width, width, 1)]
+        stages[-1] = nn.Conv2d(width, 5, 1)
+        return nn.Sequential(*stages)
+
+    model = lively(make())
+    pruned_as_masked(model, images(), all_but(model, str(len(model) - 1)), lambda: make(3))
+
+
+@pytest.mark.parametrize(
+    "pools",
+    [
+        (nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(2), nn.AdaptiveAvgPool2d(1)),
+        (nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.Upsample(scale_factor=2)),
+        (nn.LPPool2d(2, 2), nn.ReplicationPad2d(1), nn.MaxPool2d(3, padding=1)),
+    ],
+)
+def test_every_pooling_and_padding_between_layers(pools: tuple[nn.Module, ...]) -> None:
+    def make(width: int = 6) -> nn.Module:
+        stages: list[nn.Module] = [nn.Conv2d(3, width, 1)]
+        for pool in pools:
+            stages += [copy.deepcopy(pool), nn.Conv2d(width, width, 1)]
+        stages[-1] = nn.Conv2d(width, 5, 1)
+        return nn.Sequential(*stages)
+
+    model = lively(make())
+    pruned_as_masked(model, images(), all_but(model, str(len(model) - 1)), lambda: make(3))
+
+
+def test_positions_of_maxima_go_with_their_channels() -> None:
+    class Unpooled(nn.Module):
+        def __init__(self, width: int = 6) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, width, 1), nn.Conv2d(width, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            largest, where = F.max_pool2d(self.first(x), 2, return_indices=True)
+            return self.second(largest * (where % 2))
+
+    pruned_as_masked(lively(Unpooled()), images(), config("first"), lambda: Unpooled(3))
+
+
 # --- biases --------------------------------------------------------------------------------------
 
 
