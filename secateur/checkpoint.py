@@ -205,6 +205,11 @@ def _hash(tensors: Mapping[str, Tensor], said: str) -> str:
 # --- finished layers -----------------------------------------------------------------------------
 
 
+def is_of_checkpoint(name: str) -> bool:
+    """Whether a `Checkpoint` has a file of this name."""
+    return name == PROGRESS or re.fullmatch(LAYERS, name) is not None
+
+
 class Checkpoint:
     """Finished layers in a folder: weights and report rows, those of one stage in one file."""
 

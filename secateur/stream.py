@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateur import layers as _layers
 from secateur.atomic import appearing_whole, settle
 from secateur.calibrate import as_list
-from secateur.checkpoint import Checkpoint, digest
+from secateur.checkpoint import Checkpoint, digest, is_of_checkpoint
 from secateur.distributed import team
 from secateur.integrations.transformers import hollow, tokenizer_files, weight_files
 from secateur.patterns import Pattern
@@ -83,8 +83,14 @@ def reconstruct_folder(
         require_finite(layer, stored.read([f"{layer}.weight"])[f"{layer}.weight"])
     with _progress(target, source, run.method, run.plan, stored, listed) as saved:
         report = run.streamed(listed, saved, window)
-        with appearing_whole(target, replaced=lambda name: True) as partial:
+        with appearing_whole(target, replaced=is_of_checkpoint) as partial:
             _write(partial, source, model, window.parts, _Result(stored, saved, run.plan), report)
+            for path in partial.iterdir():
+                if (target / path.name).exists() and not is_of_checkpoint(path.name):
+                    raise ValueError(
+                        f"{target / path.name} would be replaced by the model's: move it elsewhere "
+                        "and repeat the call, which has no layer left to solve"
+                    )
     return report
 
 

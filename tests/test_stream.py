@@ -210,6 +210,28 @@ def test_what_stops_while_the_result_is_written_loses_no_layer(
     assert_same(whole(source, sc.sparsegpt, batches())[0], sc.load(target))
 
 
+def test_files_that_were_put_beside_finished_layers_stay(tmp_path: Path) -> None:
+    source, target = make_source(tmp_path / "source"), tmp_path / "target"
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct_folder(source, target, "2:4", stopping(4, stop)[0], batches())
+    for name in ("notes.txt", "config.json"):
+        (target / name).write_text("mine")
+    algorithm, solved = stopping(100, stop)
+    with pytest.raises(ValueError, match="config.json would be replaced by the model's: move it"):
+        reconstruct_folder(source, target, "2:4", algorithm, batches())
+    assert (target / "config.json").read_text() == "mine"
+    (target / "config.json").unlink()
+    solved.clear()
+    reconstruct_folder(source, target, "2:4", algorithm, batches())
+    assert not solved and (target / "notes.txt").read_text() == "mine"
+    assert not list(target.glob("layers-*")) and not (target / "progress.json").exists()
+    assert_same(whole(source, sc.sparsegpt, batches())[0], sc.load(target))
+
+
 def test_another_run_does_not_go_on_in_its_folder(tmp_path: Path) -> None:
     source, target = make_source(tmp_path / "source"), tmp_path / "target"
 

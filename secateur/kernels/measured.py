@@ -28,6 +28,12 @@ class Entries:
     parse: Callable[[str], object]
     remedy: str
 
+    def damaged(self, path: Path, error: Exception) -> ValueError:
+        """What to raise for a file that is none."""
+        return ValueError(
+            f"{path} needs to be a table of {self.title}, got: {error}: {self.remedy}"
+        )
+
 
 def own_file(name: str) -> Path:
     """The file of this name beside the compiled kernels.
@@ -53,7 +59,7 @@ def read(path: Path, entries: Entries) -> Table:
     except OSError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{error}: {entries.remedy}") from None
+        raise entries.damaged(path, error) from None
     try:
         for second in table.values():
             for third in second.values():
@@ -62,9 +68,7 @@ def read(path: Path, entries: Entries) -> Table:
                         raise ValueError(f"{text!r} is no text")
                     entries.parse(text)
     except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} needs to be a table of {entries.title}, got: {error}: {entries.remedy}"
-        ) from error
+        raise entries.damaged(path, error) from error
     return table
 
 

@@ -27,7 +27,8 @@ def test_another_file_is_named_and_left_alone(text: str, tmp_path: Path) -> None
     path = tmp_path / "table.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(
-        ValueError, match="needs to be a table of numbers, got: .*: write them"
+        ValueError,
+        match="(needs to be a table of numbers, got|cannot be read as JSON): .*: write them",
     ) as e:
         add(path, NUMBERS, ("a", "b", "8"), "1")
     assert str(path) in str(e.value)
