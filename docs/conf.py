@@ -26,6 +26,7 @@ exclude_patterns = ["_build", "_extensions", "jupyter_execute"]
 
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # torch writes its own in another markup
 autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
