@@ -26,7 +26,6 @@ exclude_patterns = ["_build", "_extensions", "jupyter_execute"]
 
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-autodoc_inherit_docstrings = False  # torch writes its own in another markup
 autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
@@ -55,6 +54,14 @@ def _drop_empty_globs(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = "\n".join(line for line in lines if line not in empty)
 
 
+def _skip_torch(
+    app: Sphinx, what: str, name: str, member: object, skip: bool, options: object
+) -> bool | None:
+    """Leave out what a class has from torch, whose docstrings are in another markup."""
+    return True if str(getattr(member, "__module__", "")).startswith("torch.") else None
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-skip-member", _skip_torch)
     app.connect("source-read", _drop_empty_globs)
