@@ -71,7 +71,7 @@ BY_PROGRAMS = (
     "save needs a model, got a bare SparseLinear",
     "… of this … has no memory (meta device)",
     "it holds a dense …weight",
-    "torch.nn.utils.p",
+    "save_pretrained would write packed weights",
     "transformers.….from_pretrained(…, dtype='auto')",  # a part of what `python -c` is given
 )
 
