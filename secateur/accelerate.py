@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from secateur.accelerate_report import AccelerateReport, Held, LayerReport
 from secateur.advice import blocks_that_gain
+from secateur.autocast import without_autocast
 from secateur.decision import Decision, Policy, decide
 from secateur.formats.candidates import (
     DENSE,
@@ -45,7 +46,7 @@ from secateur.kernels.timing import (
 )
 from secateur.remembered import Found, keep, recall
 from secateur.undo import Undo, all_or_nothing
-from secateur.weights import require_module, tied_weights
+from secateur.weights import adapters, require_module, tied_weights
 from secateur.wrappers import unwrapped
 
 DEFAULT_FORMATS = ("semi24", "block:64x64", "block:32x32", "block:16x16", "csr")
@@ -106,7 +107,7 @@ def accelerate_(
         report = _accelerate(
             undo, model, tokens, formats, layers, strict, compare, policy, remeasure
         )
-    return replace(report, advice=_advice(model, report))
+    return replace(report, advice=_advice(unwrapped(model), report))
 
 
 @torch.inference_mode(False)  # or the packed tensors could not be trained around
@@ -130,12 +131,13 @@ def _accelerate(
         )
     tried = [parse_format(format) for format in (DEFAULT_FORMATS if formats is None else formats)]
     linears = _linears(model) if layers is None else named_linears(model, layers)
-    groups, skipped = _groups(model, linears, tried)
+    left = adapters(model) if layers is None else {}
+    groups, skipped = _groups(model, linears, tried, left)
     decisions: dict[str, tuple[str, Decision]] = {}
     with one_child():  # that searches what a library has, if that has to be searched
         for like, names in tqdm(groups.items(), desc="measure", unit="layer", disable=None):
             layer = linears[names[0]]
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(layer.weight.device):
                 decision = _measured_decision(layer, like, counts, timer, policy, remeasure)
             decisions |= dict.fromkeys(names, (names[0], decision))
     packed: dict[str, SparseLinear] = {}
@@ -169,7 +171,8 @@ def _accelerate(
 def _advice(model: nn.Module, report: AccelerateReport) -> str:
     """What would be faster on this CPU; nothing where something is, or nothing was measured."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    weights = [linears[layer.layer].weight for layer in report.layers if layer.layer in linears]
+    dense = [linears[layer.layer] for layer in report.layers if layer.layer in linears]
+    weights = [linear.weight.detach() for linear in dense]
     usable = [weight for weight in weights if _unmeasurable(weight) is None]
     if report.changed or not usable or any(weight.is_cuda for weight in usable):
         return ""
@@ -187,7 +190,10 @@ def _tried(layer: nn.Module, format: str, tokens: Sequence[int]) -> AccelerateRe
 
 
 def _groups(
-    model: nn.Module, linears: Mapping[str, nn.Linear], formats: Sequence[Format]
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    formats: Sequence[Format],
+    left: Mapping[str, str],
 ) -> tuple[dict[Likeness, list[str]], dict[str, str]]:
     """Layers that one measurement stands for, and why the others are not measured at all.
 
@@ -199,7 +205,7 @@ def _groups(
     skipped: dict[str, str] = {}
     for name, linear in tqdm(linears.items(), desc="look", unit="layer", disable=None):
         weight = linear.weight.detach()
-        problem = why_not_layer(name, linear, tied) or _unmeasurable(weight)
+        problem = left.get(name) or why_not_layer(name, linear, tied) or _unmeasurable(weight)
         if problem is not None:
             skipped[name] = problem
             continue

@@ -49,12 +49,12 @@ def _gain(shape: tuple[int, int], dtype: torch.dtype, measure: Measure) -> float
     """How many times faster such a layer is at the number of tokens where it gains least, if so."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = shape[0] // TILE, shape[1] // TILE
-    kept = torch.ones(rows * columns)
-    order = torch.randperm(rows * columns, generator=generator)
+    kept = torch.ones(rows * columns, dtype=torch.float32, device="cpu")
+    order = torch.randperm(rows * columns, generator=generator, device="cpu")
     kept[order[: round(SPARSITY * rows * columns)]] = 0
     mask = kept.view(rows, columns).repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
     layer = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-    weight = torch.randn(shape, generator=generator) * mask
+    weight = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * mask
     layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     found = measure(nn.Sequential(layer), FORMAT)
     return min((one.ratio for layer in found.changed for one in layer.measured), default=None)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
+from secateur.autocast import without_autocast
 from secateur.distributed import ALONE, Team
 from secateur.halves import DenseStream, HalfBlock
 from secateur.memory import room_for
@@ -43,6 +44,7 @@ from secateur.replay import (
     why_not,
 )
 from secateur.statistics import STATISTICS, HeldGram, Statistic
+from secateur.tables import printable
 from secateur.window import Window
 
 
@@ -408,7 +410,7 @@ class _Walk:
                 for n, m in layers.items()
             ),
         ):
-            for i, run in enumerate(tqdm(runs, desc=block, leave=False, disable=None)):
+            for i, run in enumerate(tqdm(runs, desc=printable(block), leave=False, disable=None)):
                 current.update(batch=self.batch_of[i], calls=0)
                 with contextlib.suppress(Enough):
                     run()
@@ -433,10 +435,11 @@ class _Sums:
         self._inputs += 1
         rows = _layers.input_rows(module, x)
         self.tokens += rows.shape[0]
-        for statistic in self.statistics.values():
-            if isinstance(statistic, HeldGram):
-                statistic.batch = batch
-            statistic.update(rows)
+        with without_autocast(rows.device):
+            for statistic in self.statistics.values():
+                if isinstance(statistic, HeldGram):
+                    statistic.batch = batch
+                statistic.update(rows)
 
     def add_up_(self, team: Team) -> None:
         """Take in what the other processes have summed."""

@@ -54,6 +54,7 @@ def parse_json(content: str | bytes, where: str, *, infinite: bool = False) -> d
         if not isinstance(data, dict):
             raise ValueError(f"it needs an object in braces, got {_kind(data)}")
         _require_shallow(data)
+        _require_whole_characters(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} cannot be read as JSON: {_reason(error)}") from None
     return data
@@ -83,7 +84,9 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
         # Nodes are turned into data here and not by a constructor, which would make dates, sets
         # and what tags name, and drop all but the last of equal keys.
         node = yaml.compose(_text(content), yaml.SafeLoader)
-        return None if node is None else _data(node, set(), 1)
+        data = None if node is None else _data(node, set(), 1)
+        _require_whole_characters(data)
+        return data
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{where} cannot be read as YAML: {_reason(error)}") from None
 
@@ -149,6 +152,11 @@ def _require_shallow(data: Any) -> None:
         if not level:
             return
     raise RecursionError
+
+
+def _require_whole_characters(data: Any) -> None:
+    """An escape may name half of a character, which can be written nowhere."""
+    json.dumps(data, ensure_ascii=False).encode()
 
 
 def _text(content: str | bytes) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 
 from secateur import layers as _layers
 from secateur.adapter import require_new
+from secateur.autocast import without_autocast
 from secateur.calibrate import as_list, observe
 from secateur.distributed import team
 from secateur.gradients import Loss
@@ -135,7 +136,8 @@ def _low_rank_parts_beside(
                     module = layers[name]
                     W = _layers.matrix(module)
                     B, A = low_rank_part(W, statistics["input_norm"], plan.layers[name], rank)
-                    rest = W.float() - B.float() @ A.float()
+                    with without_autocast(W.device):
+                        rest = W.float() - B.float() @ A.float()
                     weight_of(module).copy_(_layers.like_weight(module, rest))
                     hook = module.register_forward_hook(adding(B, A), with_kwargs=True)
                     stack.callback(hook.remove)

@@ -74,7 +74,7 @@ def run(output: Path, model: Path | None = None) -> None:
     Raises:
         ValueError: if the model, its text or the folder cannot be had.
     """
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are printed as they are
     begin = time.perf_counter()
     folder = output / "out"
     shutil.rmtree(folder, ignore_errors=True)

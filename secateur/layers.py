@@ -7,7 +7,7 @@ and GPT-2's transposed Conv1D store them, and how an input becomes rows that mee
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +15,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from secateur.patterns import NM, Pattern
-from secateur.weights import require_module, require_ordinary, tied_weights
+from secateur.weights import adapters, require_module, require_ordinary, tied_weights
 from secateur.wrappers import unwrapped
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -113,6 +114,9 @@ def why_not_prunable(module: nn.Module) -> str | None:
     """Why this module is left alone by default although it has a weight, or None."""
     if _is_scripted(module):
         return "a ScriptModule, which cannot be changed: use the module that it was made of"
+    weight = module._parameters.get("weight")
+    if weight is not None and not is_lazy(weight) and not weight.numel():
+        return "its weight is empty"
     if isinstance(module, OTHER_CONVOLUTIONS):
         transposed = isinstance(module, TRANSPOSED)
         kind = "transposed convolution" if transposed else type(module).__name__
@@ -191,7 +195,7 @@ def sorted_out(
         _require_match(model, modules, selector)
 
     shared = tied_weights(model)
-    optional = dict.fromkeys(_output_heads(model), "output head") | _adapters(model)
+    optional = dict.fromkeys(_output_heads(model), "output head") | adapters(model)
     layers: dict[str, nn.Module] = {}
     matched_by: dict[str, int] = {}
     skipped: dict[str, str] = {}
@@ -302,33 +306,6 @@ def _output_heads(model: nn.Module) -> set[str]:
         for name, _ in model.named_modules()
         if name.removesuffix(".base_layer").split(".")[-1] in ("lm_head", "embed_out")
     }
-
-
-def _adapters(model: nn.Module) -> dict[str, str]:
-    """The modules that belong to an adapter and not to the model that it adapts, and what they are.
-
-    PEFT's layers say which of their children do. Where those are a whole copy of a module that runs
-    in its place, the original is dormant.
-    """
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        own = getattr(module, "adapter_layer_names", ())
-        for child in own if isinstance(own, (tuple, list)) else ():
-            what = f"an adapter's weight ({child})"
-            found |= dict.fromkeys(_inside(module, name, child), what)
-            if child == "modules_to_save":
-                what = "the adapter's copy in modules_to_save runs in its place"
-                found |= dict.fromkeys(_inside(module, name, "original_module"), what)
-        if any(part.startswith("lora_") for part in name.split(".")):  # so named without PEFT, too
-            found.setdefault(name, "an adapter's weight (LoRA)")
-    return found
-
-
-def _inside(module: nn.Module, prefix: str, child: str) -> Iterator[str]:
-    """The names of the module's child and all that is in it."""
-    if isinstance(inner := getattr(module, child, None), nn.Module):
-        for name, _ in inner.named_modules(prefix=f"{prefix}.{child}" if prefix else child):
-            yield name
 
 
 def _is_scripted(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur import layers as _layers
+from secateur.autocast import without_autocast
 from secateur.calibrate import LESS, Observed, as_list, observe
 from secateur.checkpoint import Checkpoint, digest
 from secateur.distributed import ALONE, Team, team
@@ -332,7 +333,11 @@ class Run:
                     name = at_once[self.team.rank]
                     statistics = {**observed.statistics[name], **gradient[name], "once": once}
                     tokens = observed.tokens[name]
-                    with room_for([name], f"what {self.method} computes", LESS):
+                    device = weight_of(stage[name]).device
+                    with (
+                        room_for([name], f"what {self.method} computes", LESS),
+                        without_autocast(device),
+                    ):
                         mine = self._change(name, stage[name], statistics, tokens)
             results = self.team.everyones(mine and mine[0])
             for rank, (name, result) in enumerate(zip(at_once, results, strict=False)):

@@ -8,6 +8,7 @@ under the stock name they would warn and go on with random ones. Beside either l
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,8 @@ from secateur.sidecar import (
 from secateur.tensor_files import SUFFIX, load_files, save_file
 from secateur.undo import Undo, all_or_nothing
 from secateur.version import VERSION
-from secateur.wrappers import unwrapped, unwrapped_name
+from secateur.weights import why_computed
+from secateur.wrappers import adapted, base_name, unwrapped
 
 # A file of this size still copies and uploads in one go everywhere; Hugging Face's habit.
 SHARD_BYTES = 5 * 10**9
@@ -74,9 +76,9 @@ def save(
     """Write the model's weights, and beside them where their zeros came from.
 
     A transformers model is written by its own `save_pretrained`. A model that holds `SparseLinear`s
-    is written packed. Of a model inside `torch.compile` or a data-parallel wrapper it is the model
-    that is written. The folder appears whole or not at all; with `overwrite` it may replace one
-    that `save` wrote, of which all that `save` did not write is kept.
+    is written packed. Of a model inside `torch.compile`, a data-parallel wrapper or PEFT's adapters
+    it is the model that is written. The folder appears whole or not at all; with `overwrite` it may
+    replace one that `save` wrote, of which all that `save` did not write is kept.
 
     Cost: a copy of one shard, 5 GB at most; reads the files once more for their hashes.
     Raises:
@@ -108,8 +110,17 @@ def write_model(
     _require_plain(model)
     if plan is not None:
         match(model, plan)
+        plan = _in_saved_names(plan, model)
+    model = adapted(model)
+    if any(base_name(model, name) is None for name in model.state_dict()):
+        warnings.warn(
+            "save writes the model without the adapters that PEFT has put around its layers: write "
+            "those with their own save_pretrained",
+            stacklevel=3,
+        )
     plain_reports = tuple(_plain(report) for report in reports)
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    named = ((base_name(model, name), module) for name, module in model.named_modules())
+    packed = {n: m for n, m in named if isinstance(m, SparseLinear) and n is not None}
     form: Form = "packed" if packed else "dense"
     with replacing(folder, beside) as partial:
         if is_transformers(model) and form == "dense":
@@ -124,7 +135,7 @@ def write_model(
             files=fingerprints(partial),
             sparsity=_sparsity(model),
             tied=_tied(model),
-            packed={unwrapped_name(model, n): describe(linear) for n, linear in packed.items()},
+            packed={name: describe(linear) for name, linear in packed.items()},
             plan=plan,
             reports=plain_reports,
             library_version=VERSION,
@@ -158,7 +169,7 @@ def _loaded(folder: Path, model: nn.Module | None, undo: Undo) -> nn.Module:
             f"{folder} holds the weights of a {sidecar.model_class} and no config.json to make it "
             "from: make one and pass it as model="
         )
-    if sidecar.form == "dense" and (model is None or _is_stock(unwrapped(model))):
+    if sidecar.form == "dense" and (model is None or _is_stock(adapted(unwrapped(model)))):
         loaded = load_folder(folder)
         if model is None:
             return loaded
@@ -166,7 +177,7 @@ def _loaded(folder: Path, model: nn.Module | None, undo: Undo) -> nn.Module:
     else:
         tensors = _read_shards(folder, sidecar)
     model = unloaded(folder) if model is None else model
-    _replace_weights(unwrapped(model), sidecar, tensors, folder, undo)
+    _replace_weights(adapted(unwrapped(model)), sidecar, tensors, folder, undo)
     return model
 
 
@@ -244,10 +255,10 @@ def _require_plain(model: nn.Module) -> None:
     if isinstance(model, SparseLinear):
         raise ValueError("save needs a model, got a bare SparseLinear: wrap it in nn.Sequential")
     for name, module in model.named_modules():
-        if remedy := _makes_plain(model, name, module):
+        for tensor in _computed(model, name, module):
             raise ValueError(
-                f"save needs plain weights, those of {name or 'the model'} are computed from "
-                f"others at each call, which no loader would know: call {remedy} first"
+                f"save needs weights that loaders know, {f'{name}.{tensor}'.lstrip('.')} "
+                f"{why_computed(module, tensor)}"
             )
     for name, tensor in model.state_dict().items():
         plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter)
@@ -260,30 +271,44 @@ def _require_plain(model: nn.Module) -> None:
             raise ValueError(f"{name} has no data (meta device): load the weights first")
 
 
-def _makes_plain(model: nn.Module, name: str, module: nn.Module) -> str:
-    """What makes the weights of this module plain; empty if they are, or are the class's own."""
-    layer = f"model.get_submodule({name!r})"
+def _computed(model: nn.Module, name: str, module: nn.Module) -> list[str]:
+    """The tensors of this module that are computed from others, but for its class's own."""
     masked = [n.removesuffix("_mask") for n in module._buffers if n.endswith("_mask")]
     if names := [n for n in masked if f"{n}_orig" in module._parameters]:
-        return f"torch.nn.utils.prune.remove({layer}, {names[0]!r})"
+        return names
     if not parametrize.is_parametrized(module):
-        return ""
+        return []
     chains = dict(module.parametrizations.items())  # type: ignore[operator, union-attr]
     if is_transformers(model):
         # A speech model has a weight norm from its very class, which makes it again on loading.
         fresh = dict(without_weights(model).named_modules()).get(name)
-        if fresh is not None and parametrize.is_parametrized(fresh):
-            return ""
-    elif all(
-        type(one).__module__ == parametrizations.__name__ for c in chains.values() for one in c
-    ):
-        return ""  # torch's norms belong to an architecture, a mask does not
-    return f"torch.nn.utils.parametrize.remove_parametrizations({layer}, {next(iter(chains))!r})"
+        return [] if fresh is not None and parametrize.is_parametrized(fresh) else list(chains)
+    return [
+        n for n, chain in chains.items() if {type(p).__module__ for p in chain} != {TORCH_NORMS}
+    ]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by the names that they have where no part of it is wrapped."""
-    return {unwrapped_name(model, name): t for name, t in model.state_dict().items()}
+    """The model's tensors by the names that they have where no part is wrapped or adapted."""
+    named = ((base_name(model, name), t) for name, t in model.state_dict().items())
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def _in_saved_names(plan: Plan, model: nn.Module) -> Plan:
+    """The plan with its layers' names as they are saved."""
+    base = adapted(model)
+    inside = {module: name for name, module in base.named_modules()}
+    modules = dict(model.named_modules())
+
+    def saved(name: str) -> str | None:
+        module = modules.get(name)
+        return base_name(base, inside[module]) if module in inside else None
+
+    return Plan(
+        {saved(name) or name: pattern for name, pattern in plan.layers.items()},
+        {saved(name) or name: shape for name, shape in plan.shapes.items()},
+        {new: why for name, why in plan.skipped.items() if (new := saved(name)) is not None},
+    )
 
 
 def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
@@ -334,11 +359,10 @@ def _sparsity(model: nn.Module) -> dict[str, float]:
     zeros: dict[str, float] = {}
     with torch.no_grad():
         for name, module in model.named_modules():
-            if _layers.is_prunable(module):
+            saved = base_name(model, name)
+            if saved is not None and _layers.is_prunable(module):
                 weight = _layers.matrix(module)
-                zeros[unwrapped_name(model, name)] = int((weight == 0).sum()) / max(
-                    weight.numel(), 1
-                )
+                zeros[saved] = int((weight == 0).sum()) / max(weight.numel(), 1)
     return zeros
 
 

@@ -1,10 +1,31 @@
-"""Plain text tables, for everything that a report prints."""
+"""Plain text and tables of it, for everything that a report prints."""
 
+import unicodedata
 from collections.abc import Sequence
+
+# Categories of what a terminal obeys or a reader cannot see: controls, marks of direction and of
+# lines, halves of characters. Names in files from elsewhere may hold them.
+OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with what a terminal would obey spelt out as Python does, but for `keep`.
+
+    A name with escape sequences then cannot clear a screen, set a title or forge a line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in OBEYED and c not in keep
+        else c
+        for c in text
+    )
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned table; columns of numbers are set right, the others left."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
 

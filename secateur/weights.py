@@ -1,4 +1,4 @@
-"""Whether a module's weight is an ordinary parameter with data of its own, and the remedy if not.
+"""Whether a weight is an ordinary parameter with data, and the model's own, and the remedy if not.
 
 Both halves ask here, before a weight is read or written.
 """
@@ -74,7 +74,7 @@ def why_computed(module: nn.Module, name: str = "weight") -> str | None:
 
 
 def why_no_data(module: nn.Module) -> str | None:
-    """Why the module has no weight of its own to read, and the remedy; None where it has one.
+    """Why the module has no dense weight of its own to read, and the remedy; None where it has one.
 
     The words follow the name of the weight.
     """
@@ -95,6 +95,11 @@ def why_no_data(module: nn.Module) -> str | None:
         )
     if weight.is_meta:
         return "has no data (meta device): load the weights first"
+    if weight.layout is not torch.strided:
+        return (
+            f"is stored as {weight.layout}: make it dense, "
+            "layer.weight = torch.nn.Parameter(layer.weight.to_dense())"
+        )
     return None
 
 
@@ -107,11 +112,6 @@ def why_not_ordinary(module: nn.Module, *, written: bool = True) -> str | None:
         return reason
     weight = module._parameters["weight"]
     assert weight is not None
-    if weight.layout is not torch.strided:
-        return (
-            f"is stored as {weight.layout}: make it dense, "
-            "layer.weight = torch.nn.Parameter(layer.weight.to_dense())"
-        )
     if weight.dtype not in DTYPES:
         return f"is {_short(weight.dtype)}: {_remedy_for_dtype(weight)}"
     if written and weight.is_inference():
@@ -176,6 +176,35 @@ def _shares_elements(tensor: Tensor) -> bool:
                 return True
             reached += (size - 1) * stride
     return False
+
+
+# --- of an adapter -------------------------------------------------------------------------------
+
+
+def adapters(model: nn.Module) -> dict[str, str]:
+    """The modules that belong to an adapter and not to the model that it adapts, and what they are.
+
+    PEFT's layers say which of their children do. Where those are a whole copy of a module that runs
+    in its place, the original is dormant.
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        own = getattr(module, "adapter_layer_names", ())
+        for child in own if isinstance(own, (tuple, list)) else ():
+            found |= dict.fromkeys(_inside(module, name, child), f"an adapter's weight ({child})")
+            if child == "modules_to_save":
+                what = "the adapter's copy in modules_to_save runs in its place"
+                found |= dict.fromkeys(_inside(module, name, "original_module"), what)
+        if any(part.startswith("lora_") for part in name.split(".")):  # so named without PEFT, too
+            found.setdefault(name, "an adapter's weight (LoRA)")
+    return found
+
+
+def _inside(module: nn.Module, prefix: str, child: str) -> Iterator[str]:
+    """The names of the module's child and all that is in it."""
+    if isinstance(inner := getattr(module, child, None), nn.Module):
+        for name, _ in inner.named_modules(prefix=f"{prefix}.{child}" if prefix else child):
+            yield name
 
 
 # --- of one storage ------------------------------------------------------------------------------

@@ -36,6 +36,40 @@ def unwrapped_name(model: nn.Module, name: str) -> str:
     return ".".join(kept)
 
 
+def adapted(model: nn.Module) -> nn.Module:
+    """The model that PEFT has put adapters around, without PEFT's own modules, or itself."""
+    peft = sys.modules.get("peft.peft_model")
+    if not (peft and isinstance(model, peft.PeftModel)):
+        return model
+    base: nn.Module = model.get_base_model()
+    return base
+
+
+def base_name(model: nn.Module, name: str) -> str | None:
+    """As `unwrapped_name`, and as if there were no adapters; None for what belongs to an adapter.
+
+    `layers.0.base_layer.weight` is `layers.0.weight`.
+    """
+    kept: list[str] = []
+    module: nn.Module | None = model
+    for part in name.split("."):
+        inner = "" if module is None else wrapping(module)
+        if module is not None and not inner and (inner := _under_adapter(module)):
+            if part != inner:
+                return None
+        if part != inner:
+            kept.append(part)
+        module = None if module is None else module._modules.get(part)
+    return ".".join(kept)
+
+
+def _under_adapter(module: nn.Module) -> str:
+    """The name of the child that one of PEFT's layers adapts; empty for other modules."""
+    if not isinstance(getattr(module, "adapter_layer_names", None), tuple | list):
+        return ""
+    return next((n for n in ("base_layer", "original_module") if n in module._modules), "")
+
+
 def wrapping(module: nn.Module) -> str:
     """The name of the child that the module only wraps; empty for a module of any other kind."""
     if isinstance(module, PARALLEL):

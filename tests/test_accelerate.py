@@ -611,7 +611,7 @@ def test_another_device_version_or_set_of_implementations_measures(
 def test_a_damaged_file_is_an_error_that_names_it(toys: None, tmp_path: Path, text: str) -> None:
     (tmp_path / "measured.json").write_text(text)
     model = nn.Sequential(halved())
-    message = r"measured\.json needs to be a table of measurements, got: .*: delete it, and accel"
+    message = r"measured\.json (needs to be a table|cannot be read as JSON).*: delete it, and accel"
     with pytest.raises(ValueError, match=message):
         run_toy(model, bucketed())
     assert kinds(model) == [nn.Linear]
@@ -723,6 +723,17 @@ def test_what_cannot_be_measured_says_why() -> None:
         "its weight is empty",
         "its weight is torch.float8_e4m3fn, which no format stores",
     ]
+
+
+def test_an_adapter_is_measured_by_name_only() -> None:
+    model = nn.ModuleDict({"base": linear("csr"), "lora_B": linear("csr")})
+    report, _ = run(model, FAST)
+    assert [(layer.layer, layer.reason) for layer in report.layers if not layer.measured] == [
+        ("lora_B", "an adapter's weight (LoRA)")
+    ]
+    assert kinds(model)[1] is nn.Linear
+    report, _ = run(model, FAST, layers=["lora_B"])
+    assert report.layers[0].measured
 
 
 def test_a_weight_without_data_is_refused() -> None:

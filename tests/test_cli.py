@@ -1,7 +1,9 @@
 """The command line on tiny models: what it writes, what it prints, and how it refuses."""
 
+import errno
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -25,6 +27,7 @@ from secateur.cli import app
 from secateur.cli.methods import algorithms_by_name, find_method
 from secateur.integrations.tokens import sampled_rows, text_batches, token_rows
 from secateur.integrations.transformers import load_folder
+from secateur.report import write_html
 from secateur.save import load
 from secateur.sidecar import read_sidecar
 from secateur.statistics import name_of
@@ -527,7 +530,7 @@ def test_check_ends_with_0_or_1(dense: Path, pruned: Path) -> None:
     assert not found["ok"] and "break the plan" in found["error"]
 
 
-def test_check_finds_one_lost_zero(pruned: Path, tmp_path: Path) -> None:
+def test_check_finds_one_lost_zero(dense: Path, pruned: Path, tmp_path: Path) -> None:
     changed = weights(pruned)
     name = "model.layers.1.mlp.down_proj.weight"
     changed[name][3, :4] = 1
@@ -536,9 +539,13 @@ def test_check_finds_one_lost_zero(pruned: Path, tmp_path: Path) -> None:
     for file in pruned.iterdir():
         (out / file.name).write_bytes(file.read_bytes())
     save_file(changed, out / "model.safetensors", {"format": "pt"})
-    for verb in (["check"], ["inspect"], ["eval", "--tokens", "a.safetensors:ids"]):
-        line = refused(run(verb[0], out, *verb[1:])) if verb[0] != "eval" else ""
-        assert not line or "model.safetensors was changed after it was saved" in line
+    for verb in (
+        ("check",),
+        ("inspect",),
+        ("eval", "--rows", "8", "--tokens", tokens(dense, "validation")),
+    ):
+        line = refused(run(verb[0], out, *verb[1:]))
+        assert "model.safetensors was changed after it was saved, its sha256 differs" in line
     (out / "secateur.json").unlink()  # which vouches for the files; without it the zeros count
     result = run("check", out, "-p", "2:4")
     assert refused(result, 1) == "error: 1 of 14 layers break the plan"
@@ -1008,3 +1015,174 @@ REFERENCE = Path(__file__).parents[2] / "shared" / "models" / "reference-lm"
 def test_the_reference_model_is_planned_with_its_tied_head_left_alone() -> None:
     found = json.loads(said(run("plan", REFERENCE, "-p", "2:4", "--json")))
     assert len(found["layers"]) == 56 and list(found["skipped"]) == ["lm_head"]
+
+
+# --- files that refuse, and names that lie -------------------------------------------------------
+
+
+EVIL = "a\x1b[2J\x1b]0;owned\x07\n[bold red]error: x[/bold red][/]\r\u202e<b>"
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> Path:
+    """A state dict with keys that would clear a screen, forge a line, and end a markup."""
+    tensors = {f"{EVIL}.{i}.weight": torch.randn(8, 8) for i in range(2)}
+    tensors |= {f"{EVIL}.bad.weight": torch.randn(8, 7)}
+    tensors |= {f"lm_head{EVIL}.weight": torch.randn(8, 8)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    return tmp_path / "m.safetensors"
+
+
+def test_names_from_files_are_never_obeyed(evil: Path, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    ignore = ("--ignore", "*bad")
+    verbs: list[tuple[object, ...]] = [
+        ("inspect", evil),
+        ("inspect", evil, "--full"),
+        ("inspect", evil, "--json"),
+        ("plan", evil, "-p", "2:4", *ignore, "-o", plan),
+        ("plan", evil, "-p", "2:4"),
+        ("prune", evil, "-p", "2:4", *ignore, "-o", out),
+        ("prune", evil, "--plan", plan, "-o", tmp_path / "out2"),
+        ("prune", evil, "-p", "2:4", "--layers", "nothing", "-o", tmp_path / "out3"),
+        ("check", out),
+        ("check", evil, "--plan", plan),
+    ]
+    for verb in verbs:
+        result = run(*verb)
+        told = result.stdout + result.stderr
+        assert not isinstance(result.exception, Exception) or isinstance(
+            result.exception, SystemExit
+        ), verb
+        assert not set(told) & set("\x1b\x07\r\u202e"), verb
+        assert not any(line.startswith(("[bold red]", "error: x")) for line in told.splitlines())
+    assert (
+        "a\\x1b[2J\\x1b]0;owned\\x07\\n[bold red]error: x[/bold red][/]"
+        in run("inspect", evil).stdout
+    )
+    assert read_sidecar(out).plan == sc.read_plan(plan)
+    assert all("\x1b" in name for name in load_file(out / "m.safetensors"))
+
+
+def test_names_in_a_report_are_text(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    name = EVIL.replace(".", "")
+    model._modules[name] = nn.Linear(8, 8)
+    plan = sc.plan(model, "2:4")
+    report = sc.prune_(model, plan)
+    write_html(tmp_path / "r.html", title=EVIL, plan=plan, prune=[report], model=model)
+    page = (tmp_path / "r.html").read_text()
+    assert not set(page) & set("\x1b\x07\r\u202e") and "<b>" not in page
+    assert "owned\\x07" in page and "&lt;b&gt;" in page
+    for shown in (str(plan), str(report)):
+        assert not set(shown) & set("\x1b\x07\r\u202e")
+
+
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+@pytest.mark.parametrize("where", ["", "secateur-undo", "ck", "out"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(
+    where: str, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch as st
+
+    write = st.save_file
+
+    def full(tensors: Any, path: Any, *rest: Any) -> None:
+        if where in str(path):
+            raise SafetensorError(FULL)
+        write(tensors, path, *rest)
+
+    monkeypatch.setattr(st, "save_file", full)
+    out, kept = tmp_path / "out", tmp_path / "ck"
+    line = refused(run("prune", bare, "-p", "2:4", "-o", out, "--checkpoint", kept))
+    assert "No space left on device" in line and "os error" not in line
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    said(run("prune", bare, "-p", "2:4", "-o", out, "--checkpoint", kept))
+    assert said(run("check", out))
+
+
+@pytest.mark.parametrize("verb", ["plan", "report", "sense"])
+def test_a_page_or_table_that_cannot_be_written_is_one_line(
+    verb: str, dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / ("out.json" if verb == "sense" else "out.html")
+    calls = {
+        "plan": ("plan", dense, "-p", "2:4", "-o", out),
+        "report": ("report", pruned, "-o", out),
+        "sense": ("sense", dense, "--tokens", tokens(dense, "calibration"), "--rows", "1",
+                  "-p", "2:4", "--layers", "*q_proj", "-o", out),
+    }  # fmt: skip
+    out.write_text("before")
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert refused(run(*calls[verb])).endswith(f"{out.name}: No space left on device")
+    assert out.read_text() == "before"
+    assert {path.name for path in tmp_path.iterdir()} == {out.name}
+    monkeypatch.undo()
+    said(run(*calls[verb]))
+    assert out.read_text() != "before"
+
+
+def test_the_output_may_be_the_input_and_holds_all_that_it_held(
+    dense: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "m"
+    said(run("prune", dense, "-p", "unstructured:0.25", "-o", folder))
+    mine = {"notes.txt": b"mine", "adapter_model.safetensors": b"mine"}
+    for name, content in mine.items():
+        (folder / name).write_bytes(content)
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    assert "holds a saved model" in refused(run("prune", folder, "-p", "2:4", "-o", folder))
+    for _ in range(2):
+        said(run("prune", folder, "-p", "2:4", "-o", folder, "--overwrite"))
+        assert all((folder / name).read_bytes() == content for name, content in mine.items())
+        assert (folder / "tokenizer.json").read_bytes() == tokenizer
+        assert "tokenizer.json" in read_sidecar(folder).files
+        assert "all 14 layers hold their pattern" in said(run("check", folder))
+    said(run("export", folder, "--to", "packed", "-o", folder, "--overwrite"))
+    assert {p.name for p in folder.glob("model*")} == {"model.secateur.safetensors"}
+    assert "all 14 layers hold their pattern" in said(run("check", folder))
+
+
+def test_the_output_may_be_a_state_dict_of_its_own_folder(bare: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said(run("prune", bare, "-p", "unstructured:0.25", "-o", out))
+    said(run("prune", out, "-p", "2:4", "-o", out, "--overwrite"))
+    assert said(run("check", out))
+    assert {p.name for p in out.iterdir()} == {"weights.safetensors", "secateur.json"}
+    (out / "weights.safetensors").write_bytes((bare).read_bytes())
+    assert "it was cut off or changed" in refused(run("check", out, "-p", "2:4")) or "sha256" in (
+        refused(run("check", out, "-p", "2:4"))
+    )
+
+
+def test_a_tokenizer_of_somebody_else_is_not_replaced(dense: Path, tmp_path: Path) -> None:
+    sc.save(load_folder(dense), tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("mine")
+    line = refused(run("prune", dense, "-p", "2:4", "-o", tmp_path / "m", "--overwrite"))
+    assert "tokenizer.json is none of the saved model's files and would be replaced" in line
+    assert (tmp_path / "m" / "tokenizer.json").read_text() == "mine"
+    assert float((weights(tmp_path / "m")["model.layers.0.mlp.up_proj.weight"] == 0).sum()) == 0
+
+
+@pytest.mark.parametrize("name", ["w.bin", "w.pt"])
+def test_a_pickle_says_how_to_convert_it(
+    name: str, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(load_file(bare), tmp_path / name)
+    line = refused(run("inspect", tmp_path / name))
+    command = re.search(r'python -c "(.*)"', line)
+    assert command is not None and "a pickle may hold code, so it is never read" in line
+    exec(command[1])
+    assert same_tensors(load_file(tmp_path / "w.safetensors"), load_file(bare))
+    assert "hf download a/b-c --local-dir b-c" in refused(run("inspect", "a/b-c"))
+
+
+def same_tensors(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -159,3 +159,27 @@ def test_defaults_change_no_result(verb: str) -> None:
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             assert same(value, found[key]), f"{key} under {name}"
+
+
+# Of a model of one layer, which sees its inputs before autocast rounds anything.
+OF_ONE_LAYER: dict[str, Callable[[nn.Module, list[Tensor]], Any]] = {
+    "wanda": lambda m, x: sc.prune_(m, "2:4", sc.wanda, x),
+    "sparsegpt": lambda m, x: sc.reconstruct_(m, "2:4", sc.sparsegpt, x),
+    "alps": lambda m, x: sc.reconstruct_(m, "2:4", sc.alps, x),
+    "refit": lambda m, x: sc.reconstruct_(m, "2:4", sc.refit(sc.magnitude), x),
+    "swap": lambda m, x: sc.reconstruct_(m, "2:4", sc.swap(sc.wanda), x),
+}
+
+
+@pytest.mark.parametrize("verb", OF_ONE_LAYER)
+def test_autocast_rounds_nothing_that_is_the_library_s_own(verb: str) -> None:
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 16))
+        batches = [torch.randn(64, 32) for _ in range(4)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            report = OF_ONE_LAYER[verb](model, batches)
+        results.append((model[0].weight.detach(), report.layers))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]

@@ -143,7 +143,11 @@ def test_written_and_read_back(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not a plan: "),
+        ("{", "cannot be read as YAML: while parsing"),
+        ("[" * 9999, "cannot be read as YAML: it is nested more than 100 levels deep"),
+        ("version: 1\nlayers: {a: 1, a: 2}", "cannot be read as YAML: it has the key 'a' twice"),
+        ("version: 1\nlayers: !!timestamp x", "cannot be read as YAML: line 2 has the tag"),
+        ("3", "is not a plan: at the top level"),
         ("layers: 3\nversion: 1", "is not a plan: at layers: "),
         ("version: 1", "is not a plan: at layers: Field required"),
         ("version: 9\nlayers: {}", "is a plan of version 9, this library reads 1"),
@@ -156,7 +160,7 @@ def test_written_and_read_back(name: str, tmp_path: Path) -> None:
             "is not a plan: at layers.a.shape",
         ),
         ("version: 1\nlayers: {}\nimport: os", "is not a plan: at import: Extra inputs"),
-        ("!!python/object/apply:os.system ['true']", "is not a plan: "),
+        ("!!python/object/apply:os.system ['true']", "cannot be read as YAML: line 1 has the tag"),
     ],
 )
 def test_files_that_are_no_plan_say_where(text: str, message: str, tmp_path: Path) -> None:

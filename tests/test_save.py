@@ -1,8 +1,10 @@
 """Saving and loading: the same weights bit for bit, or a clear error and nothing changed."""
 
+import copy
 import errno
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -250,6 +252,72 @@ def test_a_packed_transformers_folder_fails_loudly_elsewhere_and_loads_here(
     given = type(model)(model.config).eval()
     load(tmp_path, given)
     assert torch.equal(first_output(given), expected)
+
+
+def packed_llama() -> tuple[Any, sc.Plan]:
+    model = tiny("llama")
+    plan = sc.plan(model, "2:4")
+    sc.prune_(model, plan)
+    pack_(model, "semi24")
+    return model, plan
+
+
+def test_a_packed_model_does_not_write_what_stock_would_read_as_random(tmp_path: Path) -> None:
+    model, _ = packed_llama()
+    save(model, tmp_path / "ours")
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    others = [
+        copy.deepcopy(model),
+        torch.load(buffer, weights_only=False),
+        load(tmp_path / "ours"),
+        torch.compile(model, backend="eager"),
+    ]
+    said = (
+        r"no other loader knows: write them with sc.save\(model, folder\), or call unpack_\(model"
+    )
+    for packed in (model, model.model, *others):
+        for call in (
+            lambda packed=packed: packed.save_pretrained(tmp_path / "stock"),
+            lambda packed=packed: packed.save_pretrained(
+                save_directory=str(tmp_path / "stock"), max_shard_size="1GB"
+            ),
+        ):
+            with pytest.raises(ValueError, match=said):
+                call()
+        assert any(name.endswith("0.mlp.up_proj.values") for name in packed.state_dict())
+    assert {path.name for path in tmp_path.iterdir()} == {"ours"}
+    assert all(torch.equal(first_output(other), first_output(model)) for other in others[:3])
+    copied = copy.deepcopy(model)
+    sc.unpack_(model)
+    for plain, folder in ((model, "plain"), (model.model, "inner")):
+        assert "save_pretrained" not in vars(plain)
+        plain.save_pretrained(tmp_path / folder)
+    assert_same(load_folder(tmp_path / "plain"), state(model))
+    assert "save_pretrained" in vars(copied)
+
+
+def test_a_model_with_one_packed_layer_left_still_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    sc.prune_(model, sc.plan(model, "2:4"))
+    names = [name for name, m in model.named_modules() if name.endswith("up_proj")]
+    pack_(model, "semi24", names[:1])
+    pack_(model, "bitmap", names[1:])
+    with pytest.raises(ValueError, match="no other loader knows"):
+        model.save_pretrained(tmp_path)
+    sc.unpack_(model)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secateur.formats.pack.PackReport", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack_(model, "semi24")
+    model.save_pretrained(tmp_path)
+    assert_same(load_folder(tmp_path), state(model))
 
 
 # --- what is refused before it is read into a model ----------------------------------------------
@@ -657,6 +725,43 @@ def test_a_part_that_is_compiled_is_saved_under_its_plain_name(tmp_path: Path) -
     assert_same(load(tmp_path / "inner", Net(seed=2)), state(pruned()))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is depre:FutureWarning")  # PEFT's
+@pytest.mark.parametrize("way", ["around", "inside"])
+@pytest.mark.parametrize("packs", [False, True])
+def test_of_an_adapted_model_it_is_the_model_that_is_saved(
+    way: str, packs: bool, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny("llama")
+    plan = sc.plan(model, "2:4", layers=["*_proj"])
+    sc.prune_(model, plan)
+    if packs:
+        pack_(model, "semi24", list(plan.layers)[-1:])  # a down_proj, which is not adapted
+    save(model, tmp_path / "plain", plan=plan)
+    copies = ["o_proj"] if way == "around" else None
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=copies)
+    given: Any = model
+    if way == "around":
+        given = peft.get_peft_model(model, config)
+    else:
+        model.add_adapter(config)
+    adapted = sc.plan(given, "2:4", layers=["*q_proj.base_layer", "*up_proj"])
+    with pytest.warns(UserWarning, match="save writes the model without the adapters that PEFT"):
+        save(given, tmp_path / "adapted", plan=adapted)
+    one, two = tmp_path / "plain", tmp_path / "adapted"
+    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+    found, expected = read_sidecar(two), read_sidecar(one)
+    assert (found.files, found.packed) == (expected.files, expected.packed)
+    assert (found.tied, found.sparsity) == (expected.tied, expected.sparsity)
+    names = {name for name in plan.layers if name.endswith(("q_proj", "up_proj"))}
+    assert found.plan is not None and found.plan.layers.keys() == names
+    loaded = load(two)
+    sc.unpack_(loaded)
+    assert sc.check(loaded, found.plan)
+    if way == "inside":
+        assert model._hf_peft_config_loaded
+
+
 # --- weights that are computed -------------------------------------------------------------------
 
 
@@ -678,12 +783,12 @@ def test_weights_that_are_computed_are_refused_with_what_makes_them_plain(
         torch.nn.utils.parametrize.register_parametrization(
             model.get_submodule(name), "weight", Mask()
         )
-    with pytest.raises(ValueError, match=f"those of {name} are computed from others") as raised:
+    with pytest.raises(ValueError, match=f"weights that loaders know, {name}.weight ") as raised:
         save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    remedy = re.search(r"call (\S+\(.*\)) first", str(raised.value))
+    remedy = re.search(r"with (torch\S+\(.*\))$", str(raised.value))
     assert remedy is not None
-    eval(remedy[1], {"torch": torch, "model": model})
+    eval(remedy[1], {"torch": torch, "layer": model.get_submodule(name)})
     save(model, tmp_path / "out")
     given = type(model)(model.config) if kind == "llama" else Net(seed=2)
     expected = state(model)  # in the order of a model that never had a mask
@@ -708,7 +813,7 @@ def test_a_norm_of_the_weights_belongs_to_its_architecture(tmp_path: Path) -> No
     assert_same(load(tmp_path / "plain", other), state(plain))
     normed = tiny("llama")
     torch.nn.utils.parametrizations.weight_norm(normed.model.layers[0].mlp.up_proj)
-    with pytest.raises(ValueError, match=r"those of model.layers.0.mlp.up_proj are computed"):
+    with pytest.raises(ValueError, match=r"know, model.layers.0.mlp.up_proj.weight is computed by"):
         save(normed, tmp_path / "normed")
 
 

@@ -117,6 +117,16 @@ def test_hold_refuses_a_mask_and_passes_over_what_has_no_zeros() -> None:
         sc.hold(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+def test_thorough_minds_no_mask_on_a_layer_that_it_does_not_train() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 16))
+    prune.l1_unstructured(model[3], "weight", 0.9)
+    masked = model[3].weight.clone()
+    plan = sc.plan(model, "2:4", ignore=["3"])
+    sc.reconstruct_(model, plan, sc.thorough, [torch.randn(8, 16) for _ in range(4)])
+    assert sc.check(model, plan) == {"0": 0.5, "2": 0.5}
+    assert torch.equal(model[3].weight, masked)
+
+
 def test_a_mask_on_the_bias_is_no_matter_but_for_packing() -> None:
     model = net()
     prune.l1_unstructured(model[0], "bias", 0.5)
@@ -176,6 +186,33 @@ def test_weights_that_cannot_be_pruned_are_named_with_the_remedy(make, message: 
         assert str(error.value).startswith("0.weight ")
 
 
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+def test_a_weight_in_a_sparse_layout_is_refused_by_what_reads_it(layout: str) -> None:
+    def made() -> nn.Sequential:
+        return with_weight(getattr(torch.randn(16, 16).relu(), layout)())
+
+    for verb in (inspect, sc.pack_, lambda m: sc.accelerate_(m, (1,))):
+        with pytest.raises(
+            ValueError, match=r"0.weight is stored as .*: make it dense, .*to_dense"
+        ):
+            verb(made())
+    model = made()
+    with pytest.raises(ValueError, match=r"0.weight is stored as"):
+        sc.hold(model, torch.optim.SGD(model.parameters()))
+
+
+def test_an_empty_weight_is_left_alone_and_said() -> None:
+    model = net()
+    with pytest.warns(UserWarning, match="zero-element"):
+        model.extend([nn.Linear(0, 8), nn.Linear(8, 0)])
+    plan = sc.plan(model, "2:4")
+    assert plan.skipped == {"3": "its weight is empty", "4": "its weight is empty"}
+    with pytest.raises(ValueError, match="3 cannot be pruned: its weight is empty"):
+        sc.plan(model, "2:4", layers=["3"])
+
+
 def test_the_remedies_are_enough() -> None:
     for made in (
         torch.randn(1, 16).expand(16, 16).contiguous(),
@@ -195,6 +232,7 @@ def test_a_model_made_in_inference_mode_can_be_read() -> None:
     with pytest.raises(ValueError, match="2 of 2 layers break the plan"):
         sc.check(model, "2:4")
     assert inspect(model).zeros == 0
+    assert sc.accelerate_(model, (1,), formats=["csr"]).changed == ()
 
 
 def test_an_offloaded_model_is_told_how_to_be_loaded() -> None:

@@ -18,6 +18,7 @@ from rich.text import Text
 from secateur.cli.wording import in_options
 from secateur.memory import is_out_of_memory
 from secateur.report.rows import Row, fold, numeric_columns
+from secateur.tables import printable
 
 FAILED_CHECK, FAILED, INTERRUPTED = 1, 2, 130
 # Output that is no terminal is not wrapped: a file or a pipe has no width.
@@ -33,16 +34,21 @@ REASONS_SHOWN = 6
 
 def console(stderr: bool = False) -> Console:
     """A console on the stream as it is now; wide where that is no terminal."""
-    found = Console(stderr=stderr, highlight=False)
+    found = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not found.is_terminal:
-        found = Console(stderr=stderr, highlight=False, width=UNWRAPPED)
+        found = Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=UNWRAPPED)
     return found
+
+
+def plain(text: str, style: str = "") -> Text:
+    """The text as it is shown: no markup, and nothing that a terminal would obey."""
+    return Text(printable(text), style=style)
 
 
 def say(*lines: str, style: str = "") -> None:
     """Print lines as they are, without markup, on stdout."""
     for line in lines:
-        console().print(Text(line, style=style), soft_wrap=True)
+        console().print(plain(line, style), soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Row], *, full: bool = False) -> None:
@@ -56,7 +62,7 @@ def table(columns: Sequence[str], rows: Sequence[Row], *, full: bool = False) ->
         side: Literal["left", "right"] = "right" if right[i] else "left"
         drawn.add_column(name, justify=side, overflow="fold", no_wrap=whole)
     for row in shown:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*map(plain, row))
     console().print(drawn)
 
 
@@ -83,7 +89,7 @@ def emit(data: object) -> None:
 def working(what: str) -> Iterator[None]:
     """Show on stderr that something takes its time; silent where that is no terminal."""
     shown = console(stderr=True)
-    with shown.status(Text(what)) if shown.is_terminal else contextlib.nullcontext():
+    with shown.status(plain(what)) if shown.is_terminal else contextlib.nullcontext():
         yield
 
 
@@ -102,7 +108,8 @@ def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
     except KeyboardInterrupt:
         kept = f": what is finished is kept in {checkpoint}, the same command goes on from there"
         left = kept if checkpoint is not None and checkpoint.exists() else ": nothing was changed"
-        console(stderr=True).print(Text(f"\ninterrupted{left}", style="yellow"), soft_wrap=True)
+        line = plain(f"interrupted{left}", "yellow")
+        console(stderr=True).print("\n", line, sep="", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError) as error:
         if debug:
@@ -126,13 +133,13 @@ def _warn(message: Warning | str, *_: object) -> None:
 
 def complain(message: str) -> None:
     """One red line on stderr."""
-    line = Text.assemble(("error: ", "bold red"), (message, "red"))
+    line = Text.assemble(("error: ", "bold red"), plain(message, "red"))
     console(stderr=True).print(line, soft_wrap=True)
 
 
 def caution(message: str) -> None:
     """One yellow line on stderr, after which the work goes on."""
-    line = Text.assemble(("warning: ", "bold yellow"), (message, "yellow"))
+    line = Text.assemble(("warning: ", "bold yellow"), plain(message, "yellow"))
     console(stderr=True).print(line, soft_wrap=True)
 
 
@@ -140,6 +147,8 @@ def _one_line(error: Exception) -> str:
     """The error in words of the command line; of a very long one the beginning and the advice."""
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename} does not exist"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     line = " ".join(str(error).split()) or type(error).__name__
     line = in_options(line)
     if len(line) > LONGEST:

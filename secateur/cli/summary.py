@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 from torch import nn
 
-from secateur.cli.console import console, left_alone, say
+from secateur.cli.console import console, left_alone, plain, say
 from secateur.cli.quality import tokens_in
 from secateur.cli.source import Data, Source, model_files, parameters_in
 from secateur.layers import DEFAULT_TYPES
@@ -103,7 +102,7 @@ def summarize(summary: Summary) -> None:
     for name, right in (("", False), ("before", True), ("after", True), ("", False)):
         drawn.add_column(name, justify="right" if right else "left")
     for row in _lines(summary):
-        drawn.add_row(*map(Text, row))
+        drawn.add_row(*map(plain, row))
     console().print(drawn)
     say("", *_next(summary))
 

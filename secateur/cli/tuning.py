@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.text import Text
 
 from secateur.cli import options as o
 from secateur.cli.bare import linear_shapes
-from secateur.cli.console import INTERRUPTED, console, emit, failures, say, table
+from secateur.cli.console import INTERRUPTED, console, emit, failures, plain, say, table
 from secateur.cli.source import find_device
 from secateur.formats.decode24.arrange import FORMATS
 from secateur.formats.decode24.choose import choose, own_table, remember
@@ -82,8 +81,8 @@ def tune(
         try:
             _measure(cases, place, cuts, found)
         except KeyboardInterrupt:
-            kept = f"\ninterrupted: {len(found)} of {len(cases)} layers are kept in {own_table()}"
-            console(stderr=True).print(Text(kept, style="yellow"), soft_wrap=True)
+            kept = f"interrupted: {len(found)} of {len(cases)} layers are kept in {own_table()}"
+            console(stderr=True).print("\n", plain(kept, "yellow"), sep="", soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         if json:
             emit([_entry(case, timed) for case, timed in found])

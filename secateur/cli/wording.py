@@ -27,6 +27,11 @@ IN_OPTIONS = {
     ),
     r"\bIgnore them\b": "Leave them out with --ignore",
     r"\bignore it\b": "leave it out with --ignore",
+    r"\bout of the plan \(ignore=\)": "out with --ignore",
+    r": untie them first, layer\.weight = \S+": ": leave it out",
+    r"cast it to bfloat16 or a wider dtype, layer\.weight = .*, and quantise it afterwards": (
+        "give --dtype bfloat16"
+    ),
     r"remainder='dense' or 'pad'": "'2:4@dense-remainder' or '2:4@pad-remainder'",
     r"\braise the damping\b": "raise the damping with --option damping=0.1",
     r"\blower the learning rate\b": "lower --learning-rate",
@@ -48,6 +53,7 @@ IN_OPTIONS = {
     r"\btake a smaller length\b": "give a smaller --length",
     # methods
     r"\bor sc\.refit\b": "or --method 'refit(METHOD)'",
+    r"\bsuch as sc\.wanda\b": "such as --method wanda",
     r"\b(use|take) sc\.(?=[a-z])": r"\1 --method ",
     # verbs
     r"load the model whole and call reconstruct_": "use `secateur prune`, which loads it whole",
@@ -57,6 +63,7 @@ IN_OPTIONS = {
     r"\breconstruct_folder (?=takes|needs|runs)": "`secateur stream` ",
     r"\bprune_ it first\b": "prune it first, with `secateur prune`",
     r"\brun prune_ with NM\(2, 4\) first": "prune it to 2:4 first, with `secateur prune`",
+    r"\bunpack_(?: it|\(model\))(?= first)": ("write it with `secateur export --to dense`"),
     r"\bunpack_ (?:a packed model first|it)(?= |$)": (
         "write it with `secateur export --to dense` first"
     ),

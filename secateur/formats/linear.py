@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.autocast import autocast_dtype, without_autocast
 from secateur.formats.activations import ACTIVATIONS
 from secateur.formats.contract import DTYPES, Implementation, Packed, typed_tensor
 from secateur.formats.format import parse_format
@@ -150,11 +151,11 @@ class SparseLinear(nn.Linear):
         """
         typed = self._buffers[self._typed]
         assert typed is not None
-        if (lower := _autocast_dtype(typed.device)) is not None:
+        if (lower := autocast_dtype(typed.device)) is not None:
             # Of float64 autocast keeps its hands off, and so of what is no number to be rounded.
             dtypes = (input.dtype, typed.dtype)
             if all(d.is_floating_point and d is not torch.float64 for d in dtypes):
-                with torch.autocast(typed.device.type, enabled=False):
+                with without_autocast(typed.device):
                     return self._under_autocast(input, typed.dtype, lower)
         return self._multiplied(input)
 
@@ -363,15 +364,6 @@ def empty_from(description: dict[str, Any], name: str = "") -> SparseLinear:
         else None
     )
     return SparseLinear(packed, bias, name, REFERENCE)  # zeros are no indices to arrange
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast rounds to on this device, None outside of it."""
-    if not torch.amp.autocast_mode.is_autocast_available(device.type):
-        return None
-    if not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
 
 
 def _short(dtype: torch.dtype) -> str:

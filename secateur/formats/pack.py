@@ -14,7 +14,7 @@ from secateur.formats.join import separate_activations_
 from secateur.formats.linear import SparseLinear, Table
 from secateur.memory import room_for
 from secateur.undo import Undo, all_or_nothing
-from secateur.weights import require_data, require_module, tied_weights, why_computed
+from secateur.weights import adapters, require_data, require_module, tied_weights, why_computed
 from secateur.wrappers import unwrapped
 
 REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
@@ -65,11 +65,12 @@ def pack_(
     So does a subclass that has the forward and the tensors of `nn.Linear` and no others.
 
     Without `layers`: every `nn.Linear` whose weight fits the format and is smaller for it, which
-    takes zeros, but for `int8_dynamic` and `fp8_dynamic`. This saves room on disk, and memory
-    unless a kernel arranges a copy of the weight for itself, as the report says; whether it saves
-    time is for `accelerate_` to measure. Packed weights are frozen. The formats `semi24_int4`,
-    `semi24_int8` and `semi24_fp8` round weights to a grid, and the report says how far; a weight
-    reconstructed on that grid is not changed by it. Those that end in `_dynamic` round inputs, too.
+    takes zeros, but for `int8_dynamic` and `fp8_dynamic`, and which is of no adapter. This saves
+    room on disk, and memory unless a kernel arranges a copy of the weight for itself, as the report
+    says; whether it saves time is for `accelerate_` to measure. Packed weights are frozen. The
+    formats `semi24_int4`, `semi24_int8` and `semi24_fp8` round weights to a grid, and the report
+    says how far; a weight reconstructed on that grid is not changed by it. Those that end in
+    `_dynamic` round inputs, too.
 
     Cost: dense and packed weights of all listed layers at once, until all are known to pack.
     Raises: ValueError if a listed layer cannot be packed, without a list no layer can, or a weight
@@ -234,12 +235,40 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], undo: Undo) ->
     for place, module, replacement in places:
         undo.call(model.set_submodule, place, module)
         model.set_submodule(place, replacement)
+    _guard(model, undo)
+
+
+def refuse_save_pretrained(*arguments: object, **ignored: object) -> None:
+    """Nothing is written: in the place of a transformers model's method while layers are packed.
+
+    Stock transformers finds none of the packed tensors, and would go on with random weights.
+    """
+    raise ValueError(
+        "save_pretrained would write packed weights that no other loader knows: write them with "
+        "sc.save(model, folder), or call unpack_(model) first"
+    )
+
+
+def _guard(model: nn.Module, undo: Undo) -> None:
+    """Have models that write themselves refuse it while they hold packed layers, no longer."""
+    for module in model.modules():
+        if not hasattr(type(module), "save_pretrained"):
+            continue
+        own = vars(module).get("save_pretrained")
+        packed = any(isinstance(inner, SparseLinear) for inner in module.modules())
+        if packed and own is None:
+            undo.call(delattr, module, "save_pretrained")
+            setattr(module, "save_pretrained", refuse_save_pretrained)  # noqa: B010
+        elif own is refuse_save_pretrained and not packed:
+            undo.call(setattr, module, "save_pretrained", own)
+            del module.save_pretrained
 
 
 def _fitting(model: nn.Module, format: Format, tied: Mapping[str, str]) -> dict[str, nn.Linear]:
-    fitting, reasons = dict[str, nn.Linear](), list[str]()
+    fitting, reasons, left = dict[str, nn.Linear](), list[str](), adapters(model)
     for name, module in linears_of(model).items():
-        problem = why_not_layer(name, module, tied) or format.why_not(module.weight.detach())
+        problem = left.get(name) or why_not_layer(name, module, tied)
+        problem = problem or format.why_not(module.weight.detach())
         if problem is None:
             fitting[name] = module
         else:

@@ -377,7 +377,9 @@ class _Cut:
 def _documents_of(ids: Tensor, ends: Sequence[int]) -> list[int]:
     """For each row of ids, laid end to end, the number of the document that most of it is of."""
     ended = (
-        torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device="cpu")) if ends else ids != ids
+        torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device))
+        if ends
+        else ids != ids
     )
     if not bool(ended.any()):
         return list(range(len(ids)))

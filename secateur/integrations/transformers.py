@@ -175,6 +175,9 @@ def save_folder(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> 
             f"save needs a dense model, this {type(model).__name__} is quantized: load it without "
             "quantization_config"
         )
+    if getattr(stock, "_hf_peft_config_loaded", False):
+        stock = copy.copy(stock)  # whose attribute alone is changed
+        stock._hf_peft_config_loaded = False  # with it, nothing but adapters would be written
     with writing(folder):
         stock.save_pretrained(folder, state_dict=dict(state))
     for path in folder.glob("*.safetensors"):  # which safetensors leaves to their owner alone

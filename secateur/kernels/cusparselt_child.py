@@ -232,7 +232,7 @@ def main(uuid: str) -> None:
 
     def prepare() -> Row:
         devices.append(_device(uuid))
-        torch.zeros(1, device=devices[0])
+        torch.zeros(1, device=devices[0], dtype=torch.float32)
         return {"version": torch.backends.cusparselt.version()}
 
     def answer(request: Row, say: Say, journal: Journal) -> None:
@@ -319,7 +319,10 @@ def random_weight(case: Case, device: torch.device) -> Shaped[Tensor, "out in"]:
         signs = 2 * draw(2, shape, dtype=torch.int8) - 1
         values = draw(1, 128, shape, dtype=torch.int8) * signs
     else:
-        values = torch.randn(shape, device=device, generator=generator) / shape[1] ** 0.5
+        values = (
+            torch.randn(shape, device=device, generator=generator, dtype=torch.float32)
+            / shape[1] ** 0.5
+        )
     return values.to(case.dtype) * places
 
 

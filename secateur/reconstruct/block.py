@@ -27,6 +27,7 @@ from secateur.halves import HalfBlock
 from secateur.layers import weight_of
 from secateur.reconstruct.refit import refit
 from secateur.statistics import is_held_out, name_of
+from secateur.tables import printable
 
 EPOCHS = 4
 LEARNING_RATE = 0.01
@@ -94,7 +95,7 @@ class Blockwise:
         before = after = run.held_out_error(held_out)
         longest = max(team.everyones(len(trained)))
         steps = self.epochs * longest
-        with tqdm(total=steps, desc=half.name, leave=False, disable=None) as bar:
+        with tqdm(total=steps, desc=printable(half.name), leave=False, disable=None) as bar:
             optimizer = run.optimizer()
             for epoch in range(self.epochs):
                 for step, b in enumerate(_shuffled(trained, epoch, longest), epoch * longest):

@@ -16,6 +16,7 @@ from secateur.plan import Plan
 from secateur.prune import PruneReport
 from secateur.report import sections as _sections
 from secateur.report.content import Section, Tile, as_bytes, metric, provenance
+from secateur.tables import printable
 
 __all__ = ["write_html"]
 
@@ -67,7 +68,7 @@ def write_html(
         sections=shown,
         provenance=provenance(),
     )
-    write_whole(Path(path), page)
+    write_whole(Path(path), printable(page, keep="\n"))
 
 
 def _template() -> Any:

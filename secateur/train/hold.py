@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from secateur import layers as _layers
 from secateur.layers import weight_of
 from secateur.train.releasing import Releasing
-from secateur.weights import require_data, require_module, require_ordinary
+from secateur.weights import adapters, require_data, require_module, require_ordinary
 from secateur.wrappers import unwrapped
 
 # How masks move: (layer name, weight [out, in], mask [out, in], step) -> mask, after every step.
@@ -53,10 +53,11 @@ class Held(Releasing):
 def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None = None) -> Held:
     """Keeps every zero of the model's layers at zero through training with this optimizer.
 
-    The masks are the exact zeros that the weights have now. Nothing is attached to the model: its
-    parameters stay ordinary, so it can be copied, pickled, sharded and saved at any time. Moments
-    and weight decay of held weights run on in the optimizer and have no effect. A `rule`, such as
-    `gradual`, moves the masks.
+    The masks are the exact zeros that the weights have now; an adapter's weight that is zero as a
+    whole, as LoRA's begin, is left free. Nothing is attached to the model: its parameters stay
+    ordinary, so it can be copied, pickled, sharded and saved at any time. Moments and weight decay
+    of held weights run on in the optimizer and have no effect. A `rule`, such as `gradual`, moves
+    the masks.
 
     Raises:
         ValueError: if without a rule no weight is zero, the optimizer updates none of them, or a
@@ -64,20 +65,33 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
     """
     require_module(model)
     model = unwrapped(model)
+    fresh = adapters(model)  # that begin at zero, to be trained away from there
     layers = {
         name: module
         for name, module in model.named_modules()
         if _layers.is_prunable(module)
         and not hasattr(module, "packed")  # frozen, with its zeros
         and (rule is not None or _may_have_zeros(module))
+        and not (name in fresh and _is_zero(module))
     }
     if not layers:
         raise ValueError(
             f"hold needs a model with zeros, this {type(model).__name__} has none: prune_ it first"
         )
-    require_data(layers)
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    held = {name: module for name, module in layers.items() if id(weight_of(module)) in updated}
+    # Of a computed weight the optimizer updates what it is computed from.
+    require_data(
+        {
+            name: module
+            for name, module in layers.items()
+            if any(id(parameter) in updated for parameter in module.parameters())
+        }
+    )
+    held = {
+        name: module
+        for name, module in layers.items()
+        if id(module._parameters.get("weight")) in updated
+    }
     if not held:
         raise ValueError(
             f"the optimizer updates none of the {len(layers)} sparse weights: make it from the "
@@ -87,9 +101,17 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
     return Held(held, optimizer, rule)
 
 
+def _is_zero(module: nn.Module) -> bool:
+    """Whether the weight is a parameter that is zero as a whole."""
+    weight = module._parameters.get("weight")
+    return weight is not None and not (is_lazy(weight) or weight.is_meta or bool(weight.any()))
+
+
 @torch.no_grad()
 def _may_have_zeros(module: nn.Module) -> bool:
     """Whether the weight has zeros, or none that can be looked at."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return is_lazy(weight) or weight.is_meta or bool((weight == 0).any())
+    if is_lazy(weight) or weight.is_meta or weight.layout is not torch.strided:
+        return True
+    return bool((weight == 0).any())

@@ -252,3 +252,12 @@ def test_packed_in_inference_mode_gradients_flow_through_it_all_the_same() -> No
     with torch.inference_mode():
         unpack_(model)
     assert not model.up.weight.is_inference()
+
+
+def test_an_adapter_is_packed_by_name_only() -> None:
+    """LoRA's second factor begins at zero, which takes no room packed, and could not be trained."""
+    model = nn.ModuleDict({"base": linear("semi24", 16, 24), "lora_B": nn.Linear(24, 16)})
+    nn.init.zeros_(model["lora_B"].weight)
+    assert [row[0] for row in pack_(model, "bitmap").layers] == ["base"]
+    assert type(model["lora_B"]) is nn.Linear
+    assert [row[0] for row in pack_(model, "bitmap", ["lora_B"]).layers] == ["lora_B"]

@@ -418,7 +418,8 @@ def gpu(test: Any) -> Any:
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache in place of the user's."""
+    """An empty cache in place of the user's, and children that try a few algorithms."""
+    monkeypatch.setattr(cusparselt_child, "MODULE", "tests.kernels.small_child")
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     forget()
     yield tmp_path / "cache"
@@ -445,6 +446,7 @@ def test_a_search_leaves_this_process_alone(cache: Path, monkeypatch: pytest.Mon
     """No library call, no memory; and the child is on this GPU whatever the variable says now."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.zeros(1, device=device)
+    assert torch.cuda.device_count()  # which torch remembers now, and counts no more
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
     def never(*arguments: object, **options: object) -> object:
@@ -471,14 +473,12 @@ def test_a_child_that_loses_its_context_costs_this_process_nothing(
             pytest.skip(str(problem))
     device = torch.device("cuda", torch.cuda.current_device())
     mine = torch.arange(1000, device=device)
-    monkeypatch.setattr(cusparselt_child, "MODULE", "tests.kernels.trapping_child")
     monkeypatch.setenv("TRAP", json.dumps({"algorithm": 1, "way": way, "folder": str(tmp_path)}))
     found = search_isolated(gpu_case(), device)
     assert found.setting.algorithm != 1
     assert re.match("ended the process that tried it: .*CUDA error", found.dropped[Setting(1)])
     torch.cuda.synchronize()
     assert int(mine.sum()) == 499500  # the context and what it held
-    monkeypatch.setattr(cusparselt_child, "MODULE", "secateur.kernels.cusparselt_child")
     is_right_on_the_gpu()  # 1 is sound, but not tried
     table = json.loads((cache / "cusparselt-crashed.json").read_text())
     assert [list(kinds) for kinds in table.values()] == [["float16"]]
@@ -506,7 +506,7 @@ def test_searches_in_fp16_end_whatever_they_meet(cache: Path, bias: torch.dtype 
     """The products in which an illegal instruction was once executed."""
     device = torch.device("cuda", torch.cuda.current_device())
     with one_child():
-        for tokens in (16, 32, 128, 256, 1024, 4096):
+        for tokens in (16, 128, 1024):
             found = search_isolated(gpu_case(tokens, bias), device)
             assert found.us > 0
     is_right_on_the_gpu()

@@ -143,3 +143,52 @@ def test_refuses_a_model_without_zeros_and_a_foreign_optimizer() -> None:
         sc.hold(dense, torch.optim.SGD(dense.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="the optimizer updates none of the 2 sparse weights"):
         sc.hold(pruned(), torch.optim.SGD(dense.parameters(), lr=0.1))
+
+
+class LowRank(nn.Module):
+    """A layer with an adapter as LoRA begins it: the second factor is zero."""
+
+    adapter_layer_names = ("lora_A", "lora_B")
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(16, 4, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 16, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low: torch.Tensor = self.lora_B["default"](self.lora_A["default"](x))
+        out: torch.Tensor = self.base_layer(x) + low
+        return out
+
+
+def adapted() -> nn.Sequential:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 16))
+    sc.prune_(base, "2:4")
+    return nn.Sequential(LowRank(base[0]), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize("ruled", [False, True])
+def test_the_zeros_that_an_adapter_begins_with_are_free(ruled: bool) -> None:
+    model = adapted()
+    base = model[0].base_layer.weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    rule = sc.gradual(sc.plan(model, "2:4"), lambda step: 0.5) if ruled else None
+    held = sc.hold(model, optimizer, rule)
+    assert "0.lora_B.default" not in held.masks
+    train(model, optimizer, steps=3)
+    assert (model[0].lora_B["default"].weight != 0).all()
+    assert ((base != 0).view(16, 4, 4).sum(-1) == 2).all()
+
+
+def test_an_adapter_that_was_pruned_by_name_is_held() -> None:
+    model = adapted()
+    plan = sc.plan(model, "2:4", layers=["0.lora_A.default"])
+    sc.prune_(model, plan)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    held = sc.hold(model, optimizer)
+    assert list(held.masks) == ["0.base_layer", "0.lora_A.default"], "and not the unpruned"
+    train(model, optimizer, steps=3)
+    assert sc.check(model, plan) == {"0.lora_A.default": 0.5}
