@@ -49,11 +49,19 @@ html_show_sphinx = False
 
 def _drop_empty_globs(app: Sphinx, docname: str, source: list[str]) -> None:
     """Leave out of a table of contents what matches no page: some are made by `make tables`."""
-    lines = source[0].split("\n")
-    empty = [g for g in lines if re.fullmatch(r"[\w/]+\*", g) and not any(HERE.glob(f"{g}.md"))]
+    lines, folder = source[0].split("\n"), (HERE / docname).parent
+    empty = [g for g in lines if re.fullmatch(r"[\w/]+\*", g) and not any(folder.glob(f"{g}.md"))]
     source[0] = "\n".join(line for line in lines if line not in empty)
+
+
+def _skip_torch(
+    app: Sphinx, what: str, name: str, member: object, skip: bool, options: object
+) -> bool | None:
+    """Leave out what a class has from torch, whose docstrings are in another markup."""
+    return True if str(getattr(member, "__module__", "")).startswith("torch.") else None
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-skip-member", _skip_torch)
     app.connect("source-read", _drop_empty_globs)

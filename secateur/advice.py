@@ -14,6 +14,8 @@ PATTERN, FORMAT, TILE, SPARSITY = "block:64x64@0.8", "block:64x64", 64, 0.8
 EXAMPLE = (1024, 1024)
 MOST_WEIGHTS = 2**24  # an output head of gigabytes is not tried
 
+CPU = torch.device("cpu")
+
 Measure = Callable[[nn.Module, str], AccelerateReport]
 
 
@@ -49,12 +51,12 @@ def _gain(shape: tuple[int, int], dtype: torch.dtype, measure: Measure) -> float
     """How many times faster such a layer is at the number of tokens where it gains least, if so."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = shape[0] // TILE, shape[1] // TILE
-    kept = torch.ones(rows * columns, dtype=torch.float32, device="cpu")
-    order = torch.randperm(rows * columns, generator=generator, device="cpu")
+    kept = torch.ones(rows * columns, dtype=torch.float32, device=CPU)
+    order = torch.randperm(rows * columns, generator=generator, device=CPU)
     kept[order[: round(SPARSITY * rows * columns)]] = 0
     mask = kept.view(rows, columns).repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
     layer = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-    weight = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * mask
+    weight = torch.randn(shape, generator=generator, dtype=torch.float32, device=CPU) * mask
     layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     found = measure(nn.Sequential(layer), FORMAT)
     return min((one.ratio for layer in found.changed for one in layer.measured), default=None)

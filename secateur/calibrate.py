@@ -28,7 +28,7 @@ from secateur.distributed import ALONE, Team
 from secateur.halves import DenseStream, HalfBlock
 from secateur.memory import room_for
 from secateur.outputs import eval_mode
-from secateur.padding import DECODER, ENCODER, unpadded
+from secateur.padding import SIDES, unpadded
 from secateur.replay import (
     Batch,
     Call,
@@ -161,11 +161,6 @@ class _Part:
 
     batch: Batch
     of: int
-
-
-# What is tried in turn: batches without any padding; with the inputs' but not that of what is to
-# come out of a decoder, for models that take inputs of one length only, such as Whisper; whole.
-SIDES: tuple[tuple[str, ...], ...] = (("", ENCODER, DECODER), (DECODER,), ())
 
 
 def _unpadded(

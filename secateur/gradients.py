@@ -4,13 +4,13 @@ A sample is a row of a batch. What needs the gradients of single samples runs th
 which is exact for any model that answers a row alone as it does in a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -23,6 +23,7 @@ from secateur.interrupts import putting_back
 from secateur.layers import weight_of, weights_of
 from secateur.memory import room_for
 from secateur.outputs import answer, counted, eval_mode, on_device
+from secateur.padding import SIDES, unpadded
 from secateur.replay import Batch, find_chains, hooks
 from secateur.statistics import GRADIENTS
 
@@ -44,7 +45,7 @@ def gradients(
     - `squared_gradient`: the squared gradient of each sample's loss, their mean.
     - `regional_gradient`: the root mean square over the samples of the gradient of the norm of
       what the layer's block puts out, for a given input of that block. A layer outside a list of
-      blocks is a block of its own.
+      blocks is a block of its own. Padding is not run, as in calibration.
 
     Samples are those of all processes of the `team`. Names of other statistics are passed over.
     The loss is by default `model_loss`. The model runs in eval mode; neither `.grad` nor
@@ -105,7 +106,8 @@ def _gradients(
 def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
     """The output's own `loss` where it has one, as with labels; else that of the next token.
 
-    The latter, in nats, is the mean over the tokens that are no padding, for logits
+    Of a classifier and a pair (inputs, labels) it is the cross-entropy of the labels. That of the
+    next token, in nats, is the mean over the tokens that are no padding, for logits
     [rows, tokens, vocabulary] of a batch of token ids. Of a model that is no causal language model
     it would mean nothing: give such a batch labels.
 
@@ -117,6 +119,9 @@ def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
         return own
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     logits = getattr(output, "logits", output)
+    labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    if isinstance(labels, Tensor) and _are_classes(labels, logits):
+        return F.cross_entropy(logits.float(), labels.to(logits.device))
     if (
         not isinstance(ids, Tensor)
         or not isinstance(logits, Tensor)
@@ -128,8 +133,15 @@ def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
             f"gradients need a loss, and {type(output).__name__} has none: give the batches "
             "labels, or pass loss=, a function (output, batch) -> a number"
         )
-    mask = counted(batch, output, ids.shape, logits.device)[:, 1:]
+    tokens = counted(batch, output, ids.shape, logits.device)
+    mask = tokens[:, :-1] & tokens[:, 1:]  # padding may be on the left, and foretells nothing
     return F.cross_entropy(logits[:, :-1][mask].float(), ids[:, 1:].to(logits.device)[mask])
+
+
+def _are_classes(labels: Shaped[Tensor, "..."], logits: Any) -> bool:
+    """Whether they are one integer for each row of logits [rows, classes]."""
+    rows = logits.shape[:1] if isinstance(logits, Tensor) and logits.dim() == 2 else None
+    return labels.shape == rows and not labels.is_floating_point()
 
 
 # --- of the whole model --------------------------------------------------------------------------
@@ -187,6 +199,7 @@ def _add_regional(
 ) -> None:
     """Each block is differentiated as soon as it has run, and cut off from the next."""
     rows = sum(_row_count(batch, i) for i, batch in enumerate(batches))
+    sides = _sides(model, batches)
     modules = dict(model.named_modules())
     regions = {modules[block]: names for block, names in _regions(model, layers).items()}
 
@@ -212,7 +225,23 @@ def _add_regional(
     ):
         for i, batch in enumerate(tqdm(batches, desc="gradients", leave=False, disable=None)):
             for row in _rows(batch, i):
-                answer(model, row, f"batch {i}")
+                for part in unpadded(model, row, sides):
+                    answer(model, part, f"batch {i}")
+
+
+@torch.no_grad()
+def _sides(model: nn.Module, batches: Sequence[Batch]) -> Collection[str]:
+    """Whose padding the model can do without, by the first row that has any."""
+    for i, batch in enumerate(batches):
+        for row in _rows(batch, i):
+            if any(part is row for part in unpadded(model, row)):
+                continue
+            for sides in SIDES:
+                with suppress(ValueError):
+                    for part in unpadded(model, row, sides):
+                        answer(model, part, f"batch {i}")
+                    return sides
+    return SIDES[-1]
 
 
 def _regions(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:

@@ -20,13 +20,15 @@ from secateur.replay import Batch
 MASK = "attention_mask"
 DECODER, ENCODER = "decoder_", "encoder_"
 
+# What is tried in turn: batches without any padding; with the inputs' but not that of what is to
+# come out of a decoder, for models that take inputs of one length only, such as Whisper; whole.
+SIDES: tuple[tuple[str, ...], ...] = (("", ENCODER, DECODER), (DECODER,), ())
+
 # Of labels, where there is nothing to predict, as torch's losses and everybody's data have it.
 NO_LABEL = -100
 
 
-def unpadded(
-    model: nn.Module, batch: Batch, sides: Collection[str] = ("", ENCODER, DECODER)
-) -> list[Batch]:
+def unpadded(model: nn.Module, batch: Batch, sides: Collection[str] = SIDES[0]) -> list[Batch]:
     """The batch in parts that hold no padding; itself alone if it has none, or no mask.
 
     `attention_mask` is 1 at tokens, [batch, tokens]; or it has queries too, [batch, 1, tokens,

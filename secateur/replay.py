@@ -26,15 +26,21 @@ Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
 def run_batch(model: nn.Module, batch: Batch) -> Any:
-    """Call the model with a batch: a tensor, positional arguments or keywords.
+    """Call the model with a batch: a tensor, positional arguments or keywords."""
+    args, kwargs = arguments_of(model, batch)
+    return model(*args, **kwargs)
+
+
+def arguments_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a batch calls the model with.
 
     Labels beside the one input of a model that takes no more are left out.
     """
     if isinstance(batch, Tensor):
-        return model(batch)
+        return (batch,), {}
     if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch[:1]) if has_labels_beside(model, batch) else model(*batch)
+        return (), dict(batch)
+    return tuple(batch[:1] if has_labels_beside(model, batch) else batch), {}
 
 
 def has_labels_beside(model: nn.Module, batch: Batch) -> bool:

@@ -1,6 +1,7 @@
 """Calibration: what layers see, block by block, held to plain hooks on the whole model."""
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.calibrate import observe
+from secateur.evaluate import compare
 from secateur.layers import input_rows, select
 from secateur.replay import run_batch, usable
 from tests.models import Caching, ConvNet, Decoder, Experts, Unchained
@@ -336,3 +338,20 @@ def test_activations_that_are_not_finite_are_named(bad: float) -> None:
 def test_what_is_no_batch_is_named(batch: object) -> None:
     with pytest.raises(ValueError, match="batch 2 is .*: a batch is a tensor, a tuple of pos"):
         usable(batch, "batch 2")
+
+
+@pytest.mark.filterwarnings("ignore:batches are pairs")
+def test_every_verb_runs_pairs_of_inputs_and_labels() -> None:
+    """Also where the whole model is trained, and what that takes is rehearsed."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    pairs = [(x, torch.zeros(5, dtype=torch.long)) for x in vectors()]
+    found, expected = copy.deepcopy(dense), copy.deepcopy(dense)
+    sc.reconstruct_(found, "2:4", sc.thorough, pairs)
+    sc.reconstruct_(expected, "2:4", sc.thorough, vectors())
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+    sc.distil_(found, dense, pairs, steps=2)
+    sc.distil_(expected, dense, vectors(), steps=2)
+    assert torch.equal(found[0].weight, expected[0].weight)
+    assert compare(found, dense, pairs) == compare(expected, dense, vectors())

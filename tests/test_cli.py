@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ import secateur as sc
 from secateur import criteria, evaluate, reconstruct
 from secateur.allocation import read_sensitivity
 from secateur.cli import app
+from secateur.cli.console import table
 from secateur.cli.methods import algorithms_by_name, find_method
 from secateur.integrations.tokens import sampled_rows, text_batches, token_rows
 from secateur.integrations.transformers import load_folder
@@ -700,6 +702,19 @@ def test_what_sense_refuses(dense: Path, tmp_path: Path) -> None:
     assert "name a file in a folder that exists" in line
 
 
+@pytest.mark.parametrize("others", [5, 7, 11])
+def test_a_narrow_terminal_keeps_the_names_of_rows(
+    others: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Console(width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr("secateur.cli.console.console", lambda: shown)
+    name = "model.language_model.layers.0.self_attn.q_proj and 3 more"
+    table(("what", *"abcdefghijk"[:others]), [(name, *["12345678 us"] * others)])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["what", "a"] for line in lines)
+    assert any(line.strip().startswith("model") for line in lines)
+
+
 def test_bench_says_what_runs_and_why(pruned: Path) -> None:
     command = (
         "bench",
@@ -715,6 +730,10 @@ def test_bench_says_what_runs_and_why(pruned: Path) -> None:
     assert layer["layer"] == "model.layers.0.mlp.up_proj" and layer["shape"] == [64, 32]
     text = said(run(*command))
     assert "measured on cpu" in text and layer["reason"].split(":")[0][:20] in text
+    assert "what would be faster here" in text or "would not be faster here either" in text
+    (heads,) = [line for line in text.splitlines() if line.strip().startswith("layer ")]
+    assert heads.split() == "layer tokens runs eager us prepacked us sparse us".split()
+    assert "vs prepacked" in said(run(*command, "--full"))
     line = refused(run("bench", pruned, "--tokens-per-call", "1,x"))
     assert "needs numbers of at least 1 separated by commas, got '1,x'" in line
 

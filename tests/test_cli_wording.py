@@ -59,19 +59,18 @@ BY_PROGRAMS = (
     "… makes an algorithm of a criterion",
     "… refits weights, prune_ changes none",
     "… only scores weights, reconstruct_ refits them",
-    "is no parameter of its own, …",  # what no folder holds, here and below
-    "has a mask of torch.nn.utils.prune attached",
-    "is computed by ",
-    "is stored as …",
-    "has elements that share memory",
-    "was made in torch.inference_mode",
-    "has no data (meta device), accelerate has offloaded it",
+    "is no parameter of its own",
     "a model needs to be an ",
-    "… trains towards a copy of the dense model",
+    "is computed by ",
+    "has no data (meta device), accelerate has",
+    "is stored as …: make it dense",
+    "was made in torch.inference_mode",
+    "has elements that share memory",
+    "has a mask of torch.nn.utils.prune attached",
     "save needs a model, got a bare SparseLinear",
     "… of this … has no memory (meta device)",
     "it holds a dense …weight",
-    "torch.nn.utils.p",
+    "save_pretrained would write packed weights",
     "transformers.….from_pretrained(…, dtype='auto')",  # a part of what `python -c` is given
 )
 

@@ -183,3 +183,14 @@ def test_float64_stays_where_there_is_one() -> None:
     assert float64_device(torch.device("meta")) == torch.device("meta")
     with NoFloat64(), pytest.raises(TypeError, match="float64"):
         (x * 2).double()  # the simulation sees what it is for
+
+
+# What runs on CUDA alone, which has float64.
+CUDA = ("kernels", "decode24")
+
+
+def test_nothing_becomes_float64_in_another_way() -> None:
+    sources = (Path(float64.__file__).parent).rglob("*.py")
+    others = [path for path in sources if not set(CUDA) & set(path.parts)]
+    assert len(others) > 100
+    assert [path.name for path in others if ".double()" in path.read_text()] == []

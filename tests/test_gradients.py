@@ -73,6 +73,23 @@ def test_regional_gradients_are_those_of_a_blocks_own_output_norm() -> None:
             torch.testing.assert_close(found[name]["regional_gradient"], (total / 8).sqrt())
 
 
+def test_padding_is_in_no_regional_gradient() -> None:
+    torch.manual_seed(0)
+    model = Decoder(blocks=2)
+    layers = {"blocks.0.up_proj": model.blocks[0].up_proj}
+    ids = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+
+    def found(batches: Any) -> Tensor:
+        (of_layer,) = gradients(model, layers, batches, ["regional_gradient"]).values()
+        return of_layer["regional_gradient"]
+
+    expected = found([ids[:1, :3], ids[1:]])
+    padded = found([{"input_ids": ids, "attention_mask": mask}])
+    torch.testing.assert_close(padded, expected)
+    assert not torch.allclose(found([ids]), expected)
+
+
 def test_a_layer_outside_blocks_is_a_region_of_its_own() -> None:
     layer = nn.Linear(3, 2, bias=False)
     model = nn.Sequential(layer, nn.ReLU(inplace=True))
@@ -184,6 +201,31 @@ def test_padding_is_not_predicted() -> None:
     expected = -(p[0, 0, 2] + p[0, 1, 3] + p[0, 2, 4] + p[1, 0, 3]) / 4
     torch.testing.assert_close(found, expected)
     assert not torch.equal(found, model_loss(logits, {"input_ids": ids}))
+    left = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # what stands before it foretells no token
+    found = model_loss(logits, {"input_ids": ids, "attention_mask": left})
+    expected = -(p[0, 0, 2] + p[0, 1, 3] + p[0, 2, 4] + p[1, 2, 0]) / 4
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_pair_of_inputs_and_labels_gives_the_cross_entropy_of_a_model_of_one_argument() -> None:
+    """As a DataLoader of pictures gives them; the labels never reach the model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    rows, labels = torch.randn(5, 2, 2), torch.tensor([0, 2, 1, 1, 0])
+    loss = F.cross_entropy(model(rows), labels)
+    (expected,) = torch.autograd.grad(loss, [model[1].weight])
+    found = gradients(model, {"1": model[1]}, [(rows, labels)], ["gradient"])["1"]["gradient"]
+    torch.testing.assert_close(found, expected)
+    squared = gradients(model, {"1": model[1]}, [[rows, labels]], ["squared_gradient"])
+    singles = [
+        torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), [model[1].weight])[0]
+        for x, y in zip(rows, labels, strict=True)
+    ]
+    torch.testing.assert_close(
+        squared["1"]["squared_gradient"], torch.stack(singles).square().mean(0)
+    )
+    report = sc.prune_(model, "2:4", snip, [(rows, labels)])
+    assert report.layers[0].sparsity == 0.5
 
 
 def test_a_tensor_with_one_row_for_all_goes_to_every_row() -> None:

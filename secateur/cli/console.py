@@ -56,9 +56,12 @@ def table(columns: Sequence[str], rows: Sequence[Row], *, full: bool = False) ->
     shown = list(rows) if full or columns[0] != "layer" else fold(rows)
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
     right = numeric_columns(columns, shown)
+    widest = [max((len(row[i]) for row in shown), default=0) for i in range(len(columns))]
+    width = console().width
+    # Where the other columns leave no room for the name of a row, all of them are broken.
+    room = width - sum(min(w, SHORT) + 2 for w in widest[1:]) >= SHORT
     for i, name in enumerate(columns):
-        widest = max((len(row[i]) for row in shown), default=0)
-        whole = widest <= (console().width // 2 if i == 0 else SHORT)
+        whole = room and widest[i] <= (width // 2 if i == 0 else SHORT)
         side: Literal["left", "right"] = "right" if right[i] else "left"
         drawn.add_column(name, justify=side, overflow="fold", no_wrap=whole)
     for row in shown:

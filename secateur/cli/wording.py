@@ -26,17 +26,14 @@ IN_OPTIONS = {
         "leave the layer out with --ignore"
     ),
     r"\bIgnore them\b": "Leave them out with --ignore",
+    r"\(ignore=\)": "(--ignore)",
     r"\bignore it\b": "leave it out with --ignore",
-    r"\bout of the plan \(ignore=\)": "out with --ignore",
-    r": untie them first, layer\.weight = \S+": ": leave it out",
-    r"cast it to bfloat16 or a wider dtype, layer\.weight = .*, and quantise it afterwards": (
-        "give --dtype bfloat16"
-    ),
     r"remainder='dense' or 'pad'": "'2:4@dense-remainder' or '2:4@pad-remainder'",
     r"\braise the damping\b": "raise the damping with --option damping=0.1",
     r"\blower the learning rate\b": "lower --learning-rate",
     # data
     r"pass batches\b": "give {data}text FILE or {data}tokens FILE:KEY",
+    r"pass shorter batches\b": "give a smaller --length",
     r"pass more batches\b": "give more --rows, or a smaller --batch",
     r"split it, as in tokens\.split\(8\)": "give a smaller --batch",
     r"\bgive batches of one row\b": "give --batch 1",
@@ -53,8 +50,7 @@ IN_OPTIONS = {
     r"\btake a smaller length\b": "give a smaller --length",
     # methods
     r"\bor sc\.refit\b": "or --method 'refit(METHOD)'",
-    r"\bsuch as sc\.wanda\b": "such as --method wanda",
-    r"\b(use|take) sc\.(?=[a-z])": r"\1 --method ",
+    r"\b(use|take|such as) sc\.(?=[a-z])": r"\1 --method ",
     # verbs
     r"load the model whole and call reconstruct_": "use `secateur prune`, which loads it whole",
     r"load the model whole, save it and stream that": (
@@ -63,10 +59,14 @@ IN_OPTIONS = {
     r"\breconstruct_folder (?=takes|needs|runs)": "`secateur stream` ",
     r"\bprune_ it first\b": "prune it first, with `secateur prune`",
     r"\brun prune_ with NM\(2, 4\) first": "prune it to 2:4 first, with `secateur prune`",
-    r"\bunpack_(?: it|\(model\))(?= first)": ("write it with `secateur export --to dense`"),
-    r"\bunpack_ (?:a packed model first|it)(?= |$)": (
+    r"\bunpack_(?:\(model\)| a packed model) first": (
         "write it with `secateur export --to dense` first"
     ),
+    r"cast it to bfloat16 or a wider dtype, layer\.weight = .*\), and quantise it afterwards": (
+        "prune the model that it was made from, and quantise it afterwards"
+    ),
+    r"untie them first, layer\.weight = \S+": "untie them in Python first",
+    r", or make copy\.deepcopy\(model\) work": "",
     r"load it with sc\.load\([^)]*\)": "write it with `secateur export --to dense` first",
     r"\bsc\.load reads what sc\.save wrote": (
         "the packed form is read with the secateur.json that was written beside it"

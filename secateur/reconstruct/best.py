@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,8 +168,26 @@ def _first_batch(
 
     blocks = [block for chain in find_chains(model, layers).values() for block in chain.values()]
     with hooks(block.register_forward_hook(after) for block in blocks):
-        stages = list(stages_of(model, layers, batch))
+        stages = list(stages_of(model, _reached(model, layers, batch), batch))
     return stages, max(returned)
+
+
+@torch.no_grad()
+def _reached(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
+) -> Mapping[str, nn.Module]:
+    """The layers that this batch runs; all if it runs none. It may leave experts out."""
+    seen: set[str] = set()
+
+    def before(name: str, module: nn.Module, args: Any) -> None:
+        seen.add(name)
+
+    with (
+        eval_mode(model),
+        hooks(m.register_forward_pre_hook(partial(before, n)) for n, m in layers.items()),
+    ):
+        answer(model, batch, "calibration batch 0")
+    return {name: m for name, m in layers.items() if name in seen} or layers
 
 
 @torch.no_grad()

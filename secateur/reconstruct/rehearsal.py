@@ -26,7 +26,7 @@ from secateur.layers import weight_of
 from secateur.outputs import divergence, eval_mode
 from secateur.patterns import Pattern
 from secateur.reconstruct.block import Blockwise
-from secateur.replay import Batch, run_batch, to_device
+from secateur.replay import Batch, arguments_of, run_batch, to_device
 from secateur.statistics import HELD_OUT, Gram, call_with, needed_by
 
 GIVEN = ("weight", "pattern", "dtype", "layer")  # what a method gets that is no statistic
@@ -182,8 +182,7 @@ def seconds_of_a_step(model: nn.Module, layers: Mapping[str, nn.Module], batch: 
     """
     weights = {f"{n}.weight": weight_of(m).detach().requires_grad_() for n, m in layers.items()}
     given = to_device(batch, next(iter(weights.values())).device)
-    named = dict(given) if isinstance(given, Mapping) else {}
-    args = () if named else (given,) if isinstance(given, Tensor) else tuple(given)
+    args, named = arguments_of(model, given)
     block = list(weights.values())[: math.ceil(len(weights) / KINDS)]
     part = sum(w.numel() for w in block) / sum(w.numel() for w in weights.values())
     copies = [weight.detach().to(torch.float32, copy=True).requires_grad_() for weight in block]

@@ -76,7 +76,7 @@ def swapped(
     for part in torch.arange(len(weight), device=there).split(max(1, ELEMENTS // weight.shape[1])):
         rows = part
         for _ in range(SWEEPS):
-            state = _Rows(W[rows].double(), mask[rows], G)
+            state = _Rows(in_float64(W[rows]), mask[rows], G)
             moved = state.sweep(groups)
             mask[rows] = state.mask
             rows = rows[moved]

@@ -288,6 +288,78 @@ def test_padding_does_not_count() -> None:
     torch.testing.assert_close(learnt[0], learnt[1], rtol=1e-3, atol=1e-4)
 
 
+class Mixture(nn.Module):
+    """Blocks of which each token takes one of two experts, by the sign of its first number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(MixtureBlock() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mixture in self.blocks:
+            x = mixture(x)
+        return x
+
+
+class MixtureBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 7) for _ in range(2))
+        self.reads = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        sign = x[:, :1]
+        y = torch.zeros_like(x[:, 1:])
+        for i, expert in enumerate(self.experts):
+            (chosen,) = ((sign[:, 0] > 0) == bool(i)).nonzero(as_tuple=True)
+            if len(chosen):
+                y = y.index_add(0, chosen, expert(x[chosen]))
+        return torch.cat([sign, x[:, 1:] + y if self.reads else x[:, 1:]], 1)
+
+
+def routed(*to_second: bool) -> list[Tensor]:
+    """Batches of which all tokens go to the one expert or the other."""
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randn(64, 8, generator=generator) for _ in to_second]
+    for x, second in zip(batches, to_second, strict=True):
+        x[:, 0] = x[:, 0].abs() if second else -x[:, 0].abs()
+    return batches
+
+
+def test_an_expert_that_no_trained_batch_reaches_stays_as_the_method_left_it() -> None:
+    """Of the batches the second is held out; gradients come to the other expert alone."""
+    torch.manual_seed(0)
+    model = Mixture()
+    report = sc.reconstruct_(model, "2:4", sc.blockwise(zeroed), routed(False, True, False))
+    left = {row.layer for row in report.layers if row.error is None}
+    assert left == {f"blocks.{i}.experts.{j}" for i in (0, 1) for j in (0, 1)}
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(after <= before for before, after in errors(report).values())
+    torch.manual_seed(0)
+    start = Mixture()
+    sc.prune_(start, "2:4", sc.magnitude)
+    for found, other in zip(model.blocks, start.blocks, strict=True):
+        assert torch.equal(found.experts[1].weight, other.experts[1].weight)
+
+
+def test_an_expert_that_no_batch_reaches_is_named_and_nothing_is_changed() -> None:
+    model = Mixture()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"layer blocks.0.experts.1 .* received 0 tokens"):
+        sc.reconstruct_(model, "2:4", sc.blockwise(sc.alps), routed(False, False, False))
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_a_block_that_gives_nothing_of_its_layers_is_not_trained() -> None:
+    model = Mixture()
+    for mixture in model.blocks:
+        mixture.reads = False
+    report = sc.reconstruct_(model, "2:4", sc.blockwise(sc.alps), routed(True, False, True, False))
+    assert set(errors(report).values()) == {(0.0, 0.0)}
+    assert set(sc.check(model, "2:4").values()) == {0.5}
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_layers_outside_a_chain_are_as_the_method_left_them() -> None:
     torch.manual_seed(0)
     model = Caching()

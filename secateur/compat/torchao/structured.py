@@ -35,6 +35,7 @@ from secateur.compat.torchao.structured_guess import guess_inputs
 from secateur.compat.torchao.structured_mask import FakeStructuredSparsity, Masked
 from secateur.compat.torchao.structured_prepare import (
     all_but_one,
+    apart,
     channel_dim,
     key_of,
     layer_config,
@@ -81,6 +82,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
         self._inputs: Batch = ()
         self._masked: list[Masked] = []
         self._dims: dict[str, int] = {}
+        self._stuck: dict[int, str] = {}
 
     def prepare(
         self,
@@ -99,8 +101,8 @@ class BaseStructuredSparsifier(BaseSparsifier):
         warns. `left` says of the others why not. Named explicitly, channels that a LayerNorm or
         RMSNorm runs over can go, too: it then normalises those that are left.
 
-        What `prune` will have to leave as zeros, because a layer cannot take the constant of a
-        removed channel, is a warning.
+        What `prune` will have to leave as zeros is a warning: channels that an operation cannot do
+        without, or whose constant a layer cannot take. The former are masked by themselves.
 
         Cost: an export of the model and a run.
 
@@ -126,13 +128,14 @@ class BaseStructuredSparsifier(BaseSparsifier):
         dims = {group["tensor_fqn"]: channel_dim(channels, group) for group in groups}
         for group in groups:
             require_channels(channels, group, dims[group["tensor_fqn"]])
+        channels, stuck = apart(channels, groups, dims)
         masked = masked_with(model, channels, groups, dims)
-        most = all_but_one(followed, groups, dims)
+        most = all_but_one(channels, groups, dims)
         _, _, held = removable(followed, masked_values(model, masked, channels, most), most)
         initial = {g["tensor_fqn"]: _initial_mask(g) for g in groups}
         before = dict(vars(self))
         self.model, self.config, self.groups, self.state = model, config, groups, {}
-        self.channels, self._masked, self._dims = channels, masked, dims
+        self.channels, self._masked, self._dims, self._stuck = channels, masked, dims, stuck
         self.left, self._inputs = left, batch
         self.step_count, self._pickled = 0, None
         with as_it_was(model):
@@ -142,7 +145,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
                     if mask is not None:
                         self._set(fqn, mask)
                 self._mask_all(self._removed())
-                self._tell_zeros("prepare", held)
+                self._tell_zeros("prepare", held | stuck)
             except BaseException:
                 vars(self).update(before)
                 raise
@@ -230,9 +233,9 @@ class BaseStructuredSparsifier(BaseSparsifier):
                 operation and layer.
         """
         self._require_masks("prune")
-        model, channels, removed = self.model, self._channels(), self._removed()
+        model, channels, masked = self.model, self._channels(), self._removed()
         assert model is not None
-        values = masked_values(model, self._masked, channels, removed)
+        values = masked_values(model, self._masked, channels, masked)
         self.state = self.state  # with the masks that are now removed
         with as_it_was(model):
             self._detach(squash=True)  # what cannot be removed stays as zeros
@@ -244,10 +247,11 @@ class BaseStructuredSparsifier(BaseSparsifier):
                     f"prune needs the {type(model).__name__} that was prepared, it has other "
                     "parameters now: squash_mask and prepare it again"
                 )
-            removed, added, held = removable(followed, values, removed)
-            if removed.any():
+            removed, added, held = removable(followed, values, masked)
+            if removed[: followed.channels.count].any():
                 shrink_(model, followed, removed, added, batch)
-            self._tell_zeros("prune", held)
+            gone = {unit: why for unit, why in self._stuck.items() if masked[unit]}
+            self._tell_zeros("prune", held | gone)
         self._masked, self.channels = [], None
         return model
 
@@ -385,10 +389,14 @@ class BaseStructuredSparsifier(BaseSparsifier):
         if not staying:
             return
         first, *others = staying
-        biases = any(not g["prune_bias"] for g in self.groups if g["tensor_fqn"] in staying)
+        biases = any(
+            not group["prune_bias"] and not self._stuck.keys() & set(staying[group["tensor_fqn"]])
+            for group in self.groups
+            if group["tensor_fqn"] in staying
+        )
         warnings.warn(
             f"{verb}: masked channels of {first}"
-            f"{f' and {len(others)} other tensors' if others else ''} cannot be removed and stay "
+            f"{f' and of {len(others)} more' if others else ''} cannot be removed and stay "
             f"as zeros: {held[staying[first][0]]}: "
             f"{'with prune_bias=True they may go' if biases else 'leave it out of the config'}",
             UserWarning,

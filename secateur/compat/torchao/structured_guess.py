@@ -1,6 +1,7 @@
 """Example inputs for a model that was given none, by the layers that read its inputs."""
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import fake_tensor
 from torch.nn.modules.conv import _ConvNd
 
-from secateur.compat.torchao.structured_shrink import as_it_was
+from secateur.compat.torchao.structured_shrink import remembered
 from secateur.compat.torchao.structured_trace import unlogged
 from secateur.outputs import eval_mode
 
@@ -21,6 +22,8 @@ USUAL, LARGEST = (32, 28, 64, 96, 128, 224), 256
 # and are primes, so that no channel is taken for one of them.
 STEPS, SAMPLES = 5, 3
 
+Shape = tuple[int, ...]
+
 # What torch says of operations that need values, and so cannot be tried without them.
 UNKNOWN = (
     fake_tensor.DataDependentOutputException,
@@ -30,7 +33,7 @@ UNKNOWN = (
 
 
 def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
-    """A batch that the model runs: a tensor for each input that has no default.
+    """A batch that the model runs: a tensor for each input that has no default, at least for one.
 
     Which layer reads an input, torch.fx says; sizes are tried on tensors without values, so that
     nothing is computed.
@@ -40,13 +43,15 @@ def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
     """
     like = next(model.parameters(), torch.zeros(0))
     tried: list[Any] = []
-    # A forward may keep what it computes, which are symbols here.
-    with as_it_was(model, always=True):
+    put_back = remembered(model)  # a forward may keep what it computes, which are symbols here
+    try:
         readers = _readers(model)
         for shapes in _candidates(readers):
             if _runs(model, shapes, readers, like):
                 return _batch(readers, shapes, like)
             tried.append(shapes if len(shapes) > 1 else shapes[0])
+    finally:
+        put_back()
     some = ", ".join(map(str, tried[: 2 * len(USUAL)])) + (", ..." if len(tried) > 12 else "")
     raise ValueError(
         f"prepare needs example_inputs for {type(model).__name__}, it runs none of "
@@ -65,13 +70,16 @@ def _readers(model: nn.Module) -> list[nn.Module]:
     """
     parameters = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p.name for p in parameters if p.default is p.empty and p.kind in positional]
+    names = [p.name for p in parameters if p.kind in positional]
+    required = [p.name for p in parameters if p.default is p.empty and p.name in names]
+    required = required or names[:1] or ["input"]  # models of transformers require none
     if type(model).__module__.startswith("torch.nn.modules") and not isinstance(
         model, nn.Sequential
     ):
         found: Mapping[str, nn.Module | None] = {}
     else:
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        optional = [p for p in parameters if p.default is not p.empty and p.name not in required]
+        defaults = {p.name: p.default for p in optional}
         try:
             graph = fx.Tracer().trace(model, defaults)
         except Exception:  # whatever the forward raises on symbols
@@ -108,37 +116,38 @@ def _first(module: nn.Module) -> nn.Module | None:
 # --- which shapes ---------------------------------------------------------------------------------
 
 
-def _candidates(readers: Sequence[nn.Module]) -> Iterator[tuple[tuple[int, ...], ...]]:
+def _candidates(readers: Sequence[nn.Module]) -> Iterator[tuple[Shape, ...]]:
     """The shapes of batches to be tried, each once."""
-    if not readers:
-        return
-    before: set[tuple[tuple[int, ...], ...]] = set()
+    before: set[tuple[Shape, ...]] = set()
     for side in (*USUAL, *(side for side in range(1, LARGEST + 1) if side not in USUAL)):
-        for other in (False, True):
-            shapes = tuple(_shape(layer, side, other=other) for layer in readers)
+        options = [_shapes(layer, side) for layer in readers]
+        for i in range(max(map(len, options), default=0)):
+            shapes = tuple(own[min(i, len(own) - 1)] for own in options)
             if shapes not in before:
                 before.add(shapes)
                 yield shapes
 
 
-def _shape(layer: nn.Module, side: int, *, other: bool) -> tuple[int, ...]:
-    """What a layer reads; the `other` shape is of sequences for a linear layer, of one for RNNs."""
+def _shapes(layer: nn.Module, side: int) -> list[Shape]:
+    """What a layer reads, the usual first, then what a forward may make that of."""
     if isinstance(layer, _ConvNd):
-        return (SAMPLES, layer.in_channels, *[side] * len(layer.kernel_size))
+        sides = [side] * len(layer.kernel_size)
+        shapes: list[Shape] = [(SAMPLES, layer.in_channels, *sides)]
+        shapes.append((SAMPLES, *sides, layer.in_channels))
+        return shapes + ([(SAMPLES, *sides)] if layer.in_channels == 1 else [])
     if isinstance(layer, nn.RNNBase):
-        return (STEPS, layer.input_size) if other else (SAMPLES, STEPS, layer.input_size)
+        return [(SAMPLES, STEPS, layer.input_size), (STEPS, layer.input_size)]
     if isinstance(layer, nn.Linear):
-        width = layer.in_features
-        return (SAMPLES, STEPS, width) if other else (SAMPLES, width)
-    return (SAMPLES, STEPS)
+        return [(SAMPLES, layer.in_features), (SAMPLES, STEPS, layer.in_features)]
+    return [(SAMPLES, STEPS), (SAMPLES,)]
 
 
 def _batch(
-    readers: Sequence[nn.Module], shapes: Sequence[tuple[int, ...]], like: Tensor
+    readers: Sequence[nn.Module], shapes: Sequence[Shape], like: Tensor
 ) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)  # not the user's stream of random numbers
     return tuple(
-        (torch.arange(SAMPLES * STEPS) % layer.num_embeddings).view(shape).to(like.device)
+        (torch.arange(math.prod(shape)) % layer.num_embeddings).view(shape).to(like.device)
         if isinstance(layer, nn.Embedding)
         else torch.randn(shape, generator=generator).to(like)
         for layer, shape in zip(readers, shapes, strict=True)
@@ -147,7 +156,7 @@ def _batch(
 
 def _runs(
     model: nn.Module,
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Sequence[Shape],
     readers: Sequence[nn.Module],
     like: Tensor,
 ) -> bool:

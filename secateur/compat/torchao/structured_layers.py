@@ -136,6 +136,8 @@ def pool(flows: Flows, node: fx.Node) -> Flow:
     ndim = len(shape_of(cast(fx.Node, node.args[0])))
     inside, outside = flows.split(flows.get(node.args[0]), range(ndim - spatial, ndim))
     frozen(flows, node, inside, "mixes it")
+    if isinstance(node.meta["val"], (list, tuple)):
+        flows.parts[node.name] = [outside for _ in node.meta["val"]]  # values and their positions
     return outside
 
 
@@ -260,8 +262,10 @@ _TRANSPOSED = "conv_transpose1d conv_transpose2d conv_transpose3d"
 _BATCH = "_native_batch_norm_legit_no_training _native_batch_norm_legit batch_norm instance_norm"
 _POOLS = (
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest1d "
-    "upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d"
+    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d "
+    "upsample_bicubic2d"
 )
 _NAMED: dict[str, Rule] = {
     **dict.fromkeys(_CONVOLUTIONS.split(), convolution),

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.compat.torchao.fake_sparsity import unmasked
 from secateur.compat.torchao.groups import Group
-from secateur.compat.torchao.structured_channels import Channels, Followed, Removed
+from secateur.compat.torchao.structured_channels import Channels, Removed
 from secateur.compat.torchao.structured_mask import Masked
 
 
@@ -84,11 +85,43 @@ def require_channels(channels: Channels, group: Group, dim: int) -> None:
         raise ValueError(
             f"{name} cannot be pruned: others make the channels that it has: name one of them"
         )
-    if reason := channels.why_not(name, dim):
+    if (name, dim) not in channels.states:
         raise ValueError(
-            f"{name} cannot be pruned: {reason}: leave it out of the config, which is what "
-            "config=None does"
+            f"{name} cannot be pruned: {channels.why_not(name, dim)}: leave it out of the config, "
+            "which is what config=None does"
         )
+
+
+def apart(
+    channels: Channels, groups: Sequence[Group], dims: Mapping[str, int]
+) -> tuple[Channels, dict[int, str]]:
+    """The channels with units of their own for tensors that must keep theirs, and these with why.
+
+    Such a tensor is masked by itself, with its bias, and stays. What goes together with a part of
+    its channels stays, too.
+    """
+    frozen, stuck = dict(channels.frozen), dict[str, str]()
+    while found := {
+        name: reason
+        for name in dims
+        if name not in stuck
+        and (reason := replace(channels, frozen=frozen).why_not(name, dims[name]))
+    }:
+        stuck |= found
+        for name, reason in found.items():
+            frozen |= dict.fromkeys(channels.states[name, dims[name]].tolist(), reason)
+    states, count, held = dict(channels.states), channels.count, dict[int, str]()
+    for group in groups:
+        if reason := stuck.get(group["tensor_fqn"]):
+            key = key_of(group, dims)
+            own = np.arange(count, count + len(states[key]))
+            bias = (f"{group['module_fqn']}.bias".removeprefix("."), 0)
+            if group["tensor_name"] == "weight" and len(states.get(bias, ())) == len(own):
+                states[bias] = own
+            states[key] = own
+            count += len(own)
+            held |= dict.fromkeys(own.tolist(), reason)
+    return replace(channels, count=count, states=states, frozen=frozen), held
 
 
 def masked_with(
@@ -125,13 +158,13 @@ def masked_with(
     return masked
 
 
-def all_but_one(followed: Followed, groups: Sequence[Group], dims: Mapping[str, int]) -> Removed:
+def all_but_one(channels: Channels, groups: Sequence[Group], dims: Mapping[str, int]) -> Removed:
     """The units that could go at the highest level."""
-    removed = np.zeros(followed.channels.count, dtype=bool)
+    removed = np.zeros(channels.count, dtype=bool)
     for group in groups:
-        units = followed.channels.states[key_of(group, dims)]
+        units = channels.states[key_of(group, dims)]
         removed[units] = True
-    for units in followed.channels.states.values():
+    for units in channels.states.values():
         if removed[units].all():
             removed[units.min()] = False
     return removed

@@ -281,7 +281,10 @@ def _source(node: fx.Node) -> fx.Node:
 _SLICE = ("start", "end", "step")
 _QKV = ("query", "key", "value")
 
-_SAME = "clone contiguous detach alias dropout to _to_copy lift_fresh_copy _assert_tensor_metadata"
+_SAME = (
+    "clone contiguous detach alias dropout feature_dropout alpha_dropout feature_alpha_dropout "
+    "to _to_copy lift_fresh_copy _assert_tensor_metadata"
+)
 _VIEWS = "view reshape _unsafe_view flatten unflatten squeeze unsqueeze"
 _MOVES = "mT mH adjoint movedim moveaxis swapaxes swapdims roll rot90 tile narrow pixel_shuffle"
 _REDUCE = "mean sum amax amin var std logsumexp any all"
@@ -294,6 +297,8 @@ _NAMED: dict[str, Rule] = {
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum"), along_dims),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), split),
     **dict.fromkeys(("matmul", "bmm", "mm"), matmul),
+    # What torch does not tag as pointwise, though it is.
+    **dict.fromkeys(("hardswish", "log_sigmoid"), pointwise),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "masked_fill", "where"), pointwise),
     **{"permute": permute, "transpose": transpose, "t": transpose, "expand": expand},
     **{"repeat": repeat, "repeat_interleave": repeat_interleave, "flip": flip},

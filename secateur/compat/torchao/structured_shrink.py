@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,35 +21,36 @@ from secateur.replay import Batch
 
 
 @contextlib.contextmanager
-def as_it_was(model: nn.Module, *, always: bool = False) -> Iterator[None]:
-    """The model's modules and tensors are put back if the block raises, or in any case."""
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """The model's modules and tensors are put back if the block raises."""
     tensors = [(tensor, tensor.data) for _, tensor in named_states(model)]
+    put_back = remembered(model)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        for tensor, data in tensors:
+            tensor.data = data
+        raise
+
+
+def remembered(model: nn.Module) -> Callable[[], None]:
+    """A function that puts the model's modules back, with the attributes that they have now."""
     modules = [
         (module, type(module), _properties(type(module)), _shallow(module))
         for module in model.modules()
     ]
-    done = False
-    try:
-        yield
-        done = not always
-    finally:
-        if not done:
-            _put_back(modules, tensors)
 
+    def put_back() -> None:
+        for module, kind, properties, attributes in modules:
+            module.__class__ = kind
+            for name, value in properties.items():
+                if name not in vars(kind):
+                    setattr(kind, name, value)
+            vars(module).clear()
+            vars(module).update(attributes)
 
-def _put_back(
-    modules: Sequence[tuple[nn.Module, type[nn.Module], dict[str, property], dict[str, Any]]],
-    tensors: Sequence[tuple[Tensor, Tensor]],
-) -> None:
-    for module, kind, properties, attributes in modules:
-        module.__class__ = kind
-        for name, value in properties.items():
-            if name not in vars(kind):
-                setattr(kind, name, value)
-        vars(module).clear()
-        vars(module).update(attributes)
-    for tensor, data in tensors:
-        tensor.data = data
+    return put_back
 
 
 def shrink_(

@@ -286,7 +286,7 @@ def test_a_band_that_cannot_be_is_an_error_before_anything_is_changed() -> None:
     with pytest.raises(ValueError, match="needs to be an odd number, got 4"):
         NearlyDiagonalSparsifier(4)
     layer = linear(torch.ones(4, 6))
-    with pytest.raises(ValueError, match="needs to be odd, got 2"):
+    with pytest.raises(ValueError, match="needs to be an odd number, got 2"):
         prepared(layer, NearlyDiagonalSparsifier(), nearliness=2)
     with pytest.raises(ValueError, match=r"at most 7 for weight of shape \(4, 6\), got 9"):
         prepared(layer, NearlyDiagonalSparsifier(9))

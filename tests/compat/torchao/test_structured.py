@@ -272,6 +272,61 @@ def test_hidden_units_that_are_an_output_as_well_go_from_it() -> None:
     assert model.lstm.hidden_size == model.out.in_features == 3
 
 
+ACTIVATIONS = (
+    "ReLU RReLU Hardtanh ReLU6 Sigmoid Hardsigmoid Tanh SiLU Mish Hardswish ELU CELU SELU "
+    "Hardshrink LeakyReLU LogSigmoid Softplus PReLU Softsign Tanhshrink GELU Dropout Dropout2d "
+    "AlphaDropout FeatureAlphaDropout Softshrink Identity"
+)
+
+
+@pytest.mark.parametrize(
+    "names", [ACTIVATIONS.split()[start::4] for start in range(4)], ids=lambda names: names[0]
+)
+def test_every_activation_between_layers(names: list[str]) -> None:
+    def make(width: int = 6) -> nn.Module:
+        stages: list[nn.Module] = [nn.Conv2d(3, width, 1)]
+        for name in names:
+            stages += [getattr(nn, name)(), nn.Conv2d(width, width, 1)]
+        stages[-1] = nn.Conv2d(width, 5, 1)
+        return nn.Sequential(*stages)
+
+    model = lively(make())
+    pruned_as_masked(model, images(), all_but(model, str(len(model) - 1)), lambda: make(3))
+
+
+@pytest.mark.parametrize(
+    "pools",
+    [
+        (nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(2), nn.AdaptiveAvgPool2d(1)),
+        (nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.Upsample(scale_factor=2)),
+        (nn.LPPool2d(2, 2), nn.ReplicationPad2d(1), nn.MaxPool2d(3, padding=1)),
+    ],
+)
+def test_every_pooling_and_padding_between_layers(pools: tuple[nn.Module, ...]) -> None:
+    def make(width: int = 6) -> nn.Module:
+        stages: list[nn.Module] = [nn.Conv2d(3, width, 1)]
+        for pool in pools:
+            stages += [copy.deepcopy(pool), nn.Conv2d(width, width, 1)]
+        stages[-1] = nn.Conv2d(width, 5, 1)
+        return nn.Sequential(*stages)
+
+    model = lively(make())
+    pruned_as_masked(model, images(), all_but(model, str(len(model) - 1)), lambda: make(3))
+
+
+def test_positions_of_maxima_go_with_their_channels() -> None:
+    class Unpooled(nn.Module):
+        def __init__(self, width: int = 6) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, width, 1), nn.Conv2d(width, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            largest, where = F.max_pool2d(self.first(x), 2, return_indices=True)
+            return self.second(largest * (where % 2))
+
+    pruned_as_masked(lively(Unpooled()), images(), config("first"), lambda: Unpooled(3))
+
+
 # --- biases --------------------------------------------------------------------------------------
 
 
@@ -397,15 +452,56 @@ class Odd(nn.Module):
         (lambda x: x.flip(-1) + x[..., :1], "slice.Tensor of the model itself"),
     ],
 )
-def test_an_operation_that_cannot_be_pruned_is_named(
+def test_channels_that_an_operation_needs_are_masked_and_stay(
     middle: Callable[[Tensor], Tensor], why: str
 ) -> None:
     model = lively(Odd(middle))
-    with pytest.raises(ValueError, match=f"first.weight cannot be pruned: .*({why})"):
-        SaliencyPruner({"sparsity_level": 0.5}).prepare(model, config("first"), sequences(4))
-    model = nn.Sequential(model, nn.Softmax(-1))
+    sizes = [parameter.shape for parameter in model.parameters()]
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    stays = f"first.weight cannot be removed and stay as zeros: .*({why}).*: leave it out"
+    with pytest.warns(UserWarning, match=f"prepare: masked channels of {stays}"):
+        sparsifier.prepare(model, config("first"), sequences(4))
+    sparsifier.step()
+    masked, keep = model(sequences(4)), model.first.parametrizations.weight[0].mask
+    with pytest.warns(UserWarning, match=f"prune: masked channels of {stays}"):
+        sparsifier.prune()
+    assert torch.equal(model(sequences(4)), masked)
+    assert [parameter.shape for parameter in model.parameters()] == sizes
+    assert keep.sum() == 3 and not model.first.weight[~keep].any()
+    assert not model.first.bias[~keep].any() and model.first.bias[keep].all()
+    model = nn.Sequential(lively(Odd(middle)), nn.Softmax(-1))
     with pytest.raises(ValueError, match=r"found no channels in Sequential .*: 0\.first\.weight: "):
         SaliencyPruner({"sparsity_level": 0.5}).prepare(model, None, sequences(4))
+
+
+def test_beside_channels_that_stay_others_are_removed() -> None:
+    """As nets end that return logarithms of probabilities; another layer is added before them."""
+
+    class Classes(nn.Module):
+        def __init__(self, width: int = 6) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, width), nn.Linear(width, 5)
+            self.other = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.log_softmax(self.second(F.relu(self.first(x))) + self.other(x), -1)
+
+    model = lively(Classes())
+    layers = [*config("first", "second", row=0), *config("other", row=3)]
+    sparsifier = Row()
+    with pytest.warns(UserWarning, match="channels of second.weight and of 1 more cannot be"):
+        sparsifier.prepare(model, layers, sequences(4))
+    sparsifier.step()
+    masked = model(sequences(4))
+    state = sparsifier.state_dict()["state"]
+    assert [int((~values["mask"]).nonzero()) for values in state.values()] == [0, 0, 3]
+    with pytest.warns(UserWarning, match="prune: masked channels of second.weight and of 1 more"):
+        sparsifier.prune()
+    torch.testing.assert_close(model(sequences(4)), masked, rtol=1e-9, atol=1e-9)
+    fresh = Classes(5).double()
+    fresh.load_state_dict(model.state_dict())
+    assert not model.second.weight[0].any() and not model.other.weight[3].any()
+    assert model.second.weight[3].all() and model.other.weight[0].all()
 
 
 def test_channels_in_reverse_are_pruned_in_reverse() -> None:
@@ -632,7 +728,7 @@ def test_tables_that_stay_leave_whole_heads_and_buffers_by_head_keep_them() -> N
 
     model = lively(Table())
     pruned_as_masked(model, sequences(8), config("first"), lambda: Table(2))
-    with pytest.raises(ValueError, match="mul.Tensor of the model itself joins it to channels"):
+    with pytest.warns(UserWarning, match="mul.Tensor of the model itself joins it to channels"):
         by_head = lively(Table(table=(1, 4, 3)))
         SaliencyPruner({"sparsity_level": 0.5}).prepare(by_head, config("first"), sequences(8))
 

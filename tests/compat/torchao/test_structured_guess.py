@@ -76,6 +76,42 @@ class SimpleConv2d(nn.Module):
         return self.seq(x)
 
 
+class Optional(nn.Module):
+    """As models of transformers: every input has a default, and no tracing follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+
+    def forward(self, tokens: Tensor | None = None, embedded: Tensor | None = None) -> Tensor:
+        if (tokens is None) == (embedded is None):
+            raise ValueError("one of the two")
+        return self.embed(tokens) if embedded is None else embedded
+
+
+class Turned(nn.Module):
+    """Channels come last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(4, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x.permute(0, 3, 1, 2))
+
+
+class Rated(nn.Module):
+    """One number for each sample, of two kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(9, 4), nn.Embedding(7, 4)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        return self.out(torch.cat([self.user(user), self.item(item)], 1))
+
+
 @pytest.mark.parametrize(
     "model, shapes",
     [
@@ -97,6 +133,10 @@ class SimpleConv2d(nn.Module):
         (nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 2)), [(3, 5)]),
         (Pair(), [(3, 5), (3, 3, 32, 32), (3, 2)]),
         (Branch(), [(3, 7)]),
+        (Optional(), [(3, 5)]),
+        (nn.Sequential(nn.Unflatten(1, (1, 28)), nn.Conv2d(1, 2, 3)), [(3, 28, 28)]),
+        (Turned(), [(3, 32, 32, 4)]),
+        (Rated(), [(3,), (3,)]),
     ],
 )
 def test_a_batch_is_guessed_by_what_reads_each_input(
@@ -118,15 +158,17 @@ def test_a_guess_has_the_model_s_precision_and_no_two_samples_alike() -> None:
     assert not torch.equal(batch[0], batch[1])
 
 
-def test_what_cannot_be_guessed_is_asked_for() -> None:
+def test_what_cannot_be_guessed_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     class Three(nn.Linear):
         def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
             return super().forward(a) + b
 
     odd = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(7, 2))
     for model in (odd, nn.Bilinear(2, 2, 2), nn.ReLU(), Three(2, 2)):
-        with pytest.raises(ValueError, match="prepare needs example_inputs for"):
+        with pytest.raises(ValueError, match="prepare needs example_inputs for") as error:
             guess_inputs(model)
+        assert "\n" not in str(error.value)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_model_that_keeps_what_it_computes_keeps_nothing_of_a_guess() -> None:
