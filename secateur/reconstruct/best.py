@@ -85,7 +85,7 @@ def estimate(
     the hidden states are; other batches count by their size. The time is that of a rehearsal on one
     block of each kind, four kinds at most: the block runs on the first batch, its layers are solved
     on the first few, and its half-blocks take steps of their training, on copies. Other blocks take
-    as long in proportion to their operations, and so does a layer with more than 1,024 inputs or
+    as long in proportion to their operations, and so does a layer with more than 512 inputs or
     outputs (on a GPU 4,096), of which so much is solved. Bytes are `peak_bytes` and
     `distilling_bytes`, which are counted, not measured.
 

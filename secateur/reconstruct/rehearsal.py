@@ -34,7 +34,7 @@ GIVEN = ("weight", "pattern", "dtype", "layer")  # what a method gets that is no
 KINDS = 4
 ENOUGH = 4  # tokens for each input of a layer that is solved
 # Inputs and outputs of a layer that is solved to see how long it takes; of larger ones this part.
-PROBE = {"cpu": 1024, "cuda": 4096}
+PROBE = {"cpu": 512, "cuda": 4096}
 WARM = 64
 ROUNDS = 3  # of all else that is timed, once warm; the median counts
 
