@@ -29,6 +29,7 @@ from secateur.formats.format import Format, parse_format, weight_error
 from secateur.formats.join import join_activations_
 from secateur.formats.linear import REFERENCE, SparseLinear, Table
 from secateur.formats.pack import (
+    bytes_of,
     linears_of,
     named_linears,
     packed_linear,
@@ -161,6 +162,7 @@ def _accelerate(
         ),
         policy=policy,
         dense_formats=_dense_formats(groups),
+        model_bytes=bytes_of(model),
     )
     if strict:
         _demand_gains(report, layers)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from secateur.formats.candidates import DENSE, PREPACKED
+from secateur.formats.pack import whole_model
 
 REASONS_SHOWN = 8  # groups of layers that the printed report explains before it only counts
 
@@ -84,6 +85,7 @@ class AccelerateReport:
     `dense_formats` are those tried that store every weight, rounded: a sparse format that rounds
     has to beat them, too. `joined` are the layers that now apply the activation after them, and
     which one it is. `advice` is what would be faster on this machine, where nothing is.
+    `model_bytes` are those of the whole model before, parameters and buffers.
     """
 
     device: str
@@ -94,6 +96,7 @@ class AccelerateReport:
     dense_formats: tuple[str, ...] = ()
     joined: Mapping[str, str] = field(default_factory=dict)
     advice: str = ""
+    model_bytes: int = 0
 
     @property
     def changed(self) -> tuple[LayerReport, ...]:
@@ -114,8 +117,8 @@ class AccelerateReport:
                 f"no layer is faster sparse on this device at tokens {counts}: "
                 "the model is unchanged"
             )
-        before = sum(layer.bytes_before for layer in self.changed) / 1e6
-        after = sum(layer.bytes_after for layer in self.changed) / 1e6
+        before = sum(layer.bytes_before for layer in self.changed)
+        after = sum(layer.bytes_after for layer in self.changed)
         error = max(layer.weight_error for layer in self.changed)
         rounded = f", rounded by up to {error:.1%}" if error else ""
         everywhere = all(entry.ratio > 1 for layer in self.changed for entry in layer.measured)
@@ -124,8 +127,8 @@ class AccelerateReport:
         dense = f" and {quantised} dense quantised" if quantised else ""
         return (
             f"{len(self.sparse)} of {len(self.layers)} layers run sparse{dense}, each {gain} "
-            f"at tokens {counts}; their weights take {after:.1f} MB instead of {before:.1f} MB"
-            f"{rounded}"
+            f"at tokens {counts}; their weights take {after / 1e6:.1f} MB instead of "
+            f"{before / 1e6:.1f} MB{rounded}; {whole_model(self.model_bytes, before, after)}"
         )
 
     @property

@@ -95,6 +95,8 @@ def observe(
         ValueError: if there is no batch (two with `halves`), the model cannot run one, a layer sees
             no token, or NaN or infinity arrives at a layer.
     """
+    if statistics:
+        _require_activations(layers)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if window is not None:
         device = window.device
@@ -202,6 +204,16 @@ def _trace_unpadded(
             )
             return trace, parts
     raise first
+
+
+def _require_activations(layers: Mapping[str, nn.Module]) -> None:
+    """Token ids are no activations, whatever their shape."""
+    for name, module in layers.items():
+        if isinstance(module, nn.Embedding):
+            raise ValueError(
+                f"{name} is an embedding, which is looked up by token ids and multiplies no "
+                "activations: leave it out of the plan (ignore=), or use sc.magnitude for it"
+            )
 
 
 # --- which layers run when, and which share an input ---------------------------------------------

@@ -294,7 +294,8 @@ def test_the_printed_report() -> None:
     lines = str(report).splitlines()
     assert lines[0] == (
         "2 of 3 layers run sparse, each faster than dense at tokens 1, 16; "
-        "their weights take 0.0 MB instead of 0.0 MB"
+        "their weights take 0.0 MB instead of 0.0 MB; "
+        "the whole model takes 0.0 MB instead of 0.0 MB"
     )
     heads = "layer shape tokens runs eager us prepacked us sparse us fastest sparse vs eager"
     assert lines[2].split() == f"{heads} vs prepacked others us measured".split()

@@ -355,3 +355,21 @@ def test_every_verb_runs_pairs_of_inputs_and_labels() -> None:
     sc.distil_(expected, dense, vectors(), steps=2)
     assert torch.equal(found[0].weight, expected[0].weight)
     assert compare(found, dense, pairs) == compare(expected, dense, vectors())
+
+
+@pytest.mark.parametrize("length", [16, 64])
+@pytest.mark.parametrize(
+    ("verb", "method"),
+    [(sc.prune_, sc.wanda), (sc.reconstruct_, sc.sparsegpt)],
+    ids=["wanda", "gpt"],
+)
+def test_token_ids_are_no_activations(verb: Any, method: Any, length: int) -> None:
+    """Also where there are as many as the embedding is wide."""
+    model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 64))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = [torch.randint(0, 96, (4, length)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"0 is an embedding, .*: leave it out of the plan"):
+        verb(model, sc.plan(model, "2:4", layers=["0"]), method, ids)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    sc.prune_(model, sc.plan(model, "2:4", layers=["0"]))
+    assert sc.check(model, sc.plan(model, "2:4", layers=["0"])) == {"0": 0.5}

@@ -26,10 +26,12 @@ class PackReport:
 
     A layer is (name, format, bytes before, bytes after, weight error). Bytes are those of the
     weight in use, with what implementations arranged; a checkpoint holds less. The error is
-    ||W - W'|| / ||W||, which is 0 but for formats that round weights to a grid.
+    ||W - W'|| / ||W||, which is 0 but for formats that round weights to a grid. `model_bytes` are
+    those of the whole model before, parameters and buffers.
     """
 
     layers: tuple[tuple[str, str, int, int, float], ...]
+    model_bytes: int
 
     @property
     def bytes_before(self) -> int:
@@ -46,14 +48,27 @@ class PackReport:
 
     def to_dict(self) -> dict[str, Any]:
         names = ("layer", "format", "bytes_before", "bytes_after", "weight_error")
-        return {"layers": [dict(zip(names, layer, strict=True)) for layer in self.layers]}
+        layers = [dict(zip(names, layer, strict=True)) for layer in self.layers]
+        return {"layers": layers, "model_bytes": self.model_bytes}
 
     def __str__(self) -> str:
         rounded = f", weights off by up to {self.weight_error:.1%}" if self.weight_error else ""
         return (
             f"{len(self.layers)} layers, {self.bytes_before / 1e6:.1f} MB of weights before, "
-            f"{self.bytes_after / 1e6:.1f} MB after{rounded}"
+            f"{self.bytes_after / 1e6:.1f} MB after{rounded}; "
+            f"{whole_model(self.model_bytes, self.bytes_before, self.bytes_after)}"
         )
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers of the model, each once."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def whole_model(bytes: int, before: int, after: int) -> str:
+    """What it means for a model of so many bytes that some of its weights take others now."""
+    now = bytes - before + after
+    return f"the whole model takes {now / 1e6:.1f} MB instead of {bytes / 1e6:.1f} MB"
 
 
 @torch.inference_mode(False)  # or the packed tensors could not be trained around
@@ -100,7 +115,8 @@ def _pack(model: nn.Module, chosen: Format, layers: Sequence[str] | None, undo: 
         tuple(
             (name, str(chosen), linear.weight.nbytes, *_size_and_error(linear, packed[name]))
             for name, linear in linears.items()
-        )
+        ),
+        bytes_of(model),
     )
     swap(model, packed, undo)
     return report
@@ -135,7 +151,8 @@ def _unpack(model: nn.Module, undo: Undo) -> PackReport:
         tuple(
             (name, str(linear.format), linear.nbytes, dense[name].weight.nbytes, 0.0)
             for name, linear in found.items()
-        )
+        ),
+        bytes_of(model),
     )
     swap(model, dense, undo)
     separate_activations_(model, undo)

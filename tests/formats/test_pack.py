@@ -52,7 +52,22 @@ def test_the_report_counts_bytes() -> None:
     assert report.layers[0] == ("up", "semi24", dense, packed, 0.0)
     assert report.bytes_before == 2 * dense
     assert report.bytes_after == packed + 24 * 8 * 4 + 24 * 2
-    assert str(report) == "2 layers, 0.0 MB of weights before, 0.0 MB after"
+    assert str(report) == (
+        "2 layers, 0.0 MB of weights before, 0.0 MB after; the whole model takes 0.0 MB instead "
+        "of 0.0 MB"
+    )
+
+
+def test_the_report_says_what_the_whole_model_takes() -> None:
+    """Also what is no layer: an embedding of 8 MB, and a buffer."""
+    model = nn.Sequential(nn.Embedding(2000, 1000), nn.Linear(1000, 1000, bias=False))
+    model.register_buffer("table", torch.ones(250_000))
+    with torch.no_grad():
+        model[1].weight[:, ::2] = 0
+    report = pack_(model)
+    assert report.model_bytes == 8_000_000 + 4_000_000 + 1_000_000
+    assert str(report).endswith("; the whole model takes 11.1 MB instead of 13.0 MB")
+    assert str(unpack_(model)).endswith("; the whole model takes 13.0 MB instead of 11.1 MB")
 
 
 def test_the_report_counts_what_is_arranged_too() -> None:
