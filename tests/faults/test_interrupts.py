@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import secateur
-from secateur.undo import Undo
+from secateur.interrupts import Signals
+from secateur.undo import PREFIX, Undo
 from tests.faults.verbs import TRIED, VERBS, Verb, differences, everything
 
 HERE = str(Path(secateur.__file__).parent)
@@ -183,4 +184,41 @@ def test_an_error_and_then_an_interrupt(tmp_path: Path) -> None:
     finally:
         Undo.restore = restore  # type: ignore[method-assign]
     assert isinstance(raised.value.__context__, ArithmeticError)
+    assert differences(before, everything(model)) == []
+
+
+def test_one_that_comes_too_late_is_heard_by_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb is done: its result is returned, and the interrupt raised a moment later."""
+    model = VERBS["prune_"].make()
+    release = Signals.release_at_the_end_of
+    monkeypatch.setattr(
+        Signals, "release_at_the_end_of", lambda held, stack: (_press(), release(held, stack))[1]
+    )
+    report = None
+    with pytest.raises(KeyboardInterrupt):
+        report = secateur.prune_(model, "2:4")
+        time.sleep(60)
+    assert report is not None
+    secateur.check(model, "2:4")
+
+
+def test_originals_are_in_files_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever empties the folder of temporary files meanwhile takes nothing."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model = VERBS["prune_"].make()
+    before, seen = everything(model), []
+
+    def failing(weight: torch.Tensor) -> torch.Tensor:
+        for folder in tmp_path.glob(f"{PREFIX}*"):
+            seen.append([path.name for path in folder.iterdir()])
+            folder.rmdir()
+        if seen:
+            raise ArithmeticError("no luck")
+        return weight.abs()
+
+    with pytest.raises(ArithmeticError):
+        secateur.prune_(model, "2:4", failing)
+    assert seen == [[]]
     assert differences(before, everything(model)) == []
