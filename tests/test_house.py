@@ -176,3 +176,19 @@ def test_make_test_installs_what_the_tests_and_the_pages_import() -> None:
     for target in ("test", "docs", "lint", "types"):
         (needs,) = re.findall(rf"^{target}:(.*?)(?:##.*)?$", makefile, re.MULTILINE)
         assert needs.split() == [".venv/.dev"], f"make {target} needs what it installs"
+
+
+def test_the_design_has_a_floor_for_every_module() -> None:
+    table = re.search(
+        r"^\| floor \|.*?\n\n", (ROOT / "DESIGN.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert table
+    rooms = [
+        room
+        for row in table[0].strip().splitlines()[2:]
+        for rooms in re.findall("`([^`]*)`", row.split("|")[2])
+        for room in rooms.split()
+    ]
+    modules = {path.stem for path in (ROOT / "secateur").iterdir() if path.suffix == ".py"}
+    folders = {path.parent.name for path in (ROOT / "secateur").glob("*/__init__.py")}
+    assert sorted(rooms) == sorted((modules | folders) - {"__init__"})
