@@ -110,7 +110,7 @@ def sense(
     """What `loss(model)` gains when one layer at a time is pruned to each of the patterns.
 
     Statistics, where the criterion needs any, are gathered once from `batches` on the dense model.
-    The model runs in eval mode without gradients. With `checkpoint`, a JSON file, what has been
+    The model runs in eval mode without gradients. With `checkpoint`, a file, what has been
     measured is kept there, and the same call goes on where an interrupted one stopped; patterns may
     be added later.
 
