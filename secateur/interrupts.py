@@ -73,7 +73,15 @@ class Signals:
 
 
 def _hear_later(number: int) -> None:
-    threading.Timer(LATE, signal.raise_signal, [number]).start()
+    threading.Timer(LATE, _hear, [threading.get_ident(), number]).start()
+
+
+def _hear(thread: int, number: int) -> None:
+    """In the thread that has signals, so that what it waits for meanwhile is interrupted."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(thread, number)
+    else:  # Windows
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager
