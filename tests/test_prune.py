@@ -431,7 +431,9 @@ def test_float64_weights_that_float32_cannot_tell_apart_are_told_apart() -> None
 
 
 @pytest.mark.parametrize(
-    "algorithm", [sc.sparsegpt, sc.alps, sc.refit(sc.wanda), sc.swap(sc.wanda), sc.best], ids=str
+    "algorithm",
+    [sc.sparsegpt, sc.alps, sc.refit(sc.wanda), sc.swap(sc.wanda), sc.best],
+    ids=["sparsegpt", "alps", "refit", "swap", "best"],
 )
 def test_what_an_algorithm_leaves_as_it_was_stays_to_the_bit_in_float64(algorithm) -> None:
     """A row that drops nothing has nothing to make up for."""
