@@ -14,24 +14,12 @@ LONG = 2.0  # seconds of SparseGPT, below which it is no comparison
 TIMED = ("sparsegpt", "refit(sparsegpt)", "alps", "blockwise(alps)", "thorough")
 
 
-def accuracy(results: Path) -> str:
-    """Perplexity and more, a row a method and a column a pattern: of each device of the last runs.
-
-    Of each, the cases with most calibration data.
-    """
-    cases = latest(results)
-    last = max(row["date"] for rows in cases.values() for row in rows)
-    newest = {device for (device, *_), rows in cases.items() for r in rows if r["date"] == last}
-    shown: dict[str, list[Row]] = {}
-    for (device, *_), rows in sorted(cases.items(), key=lambda case: case[0][1:3]):
-        if device in newest:
-            shown[device] = rows
-    return "\n".join(map(_table, shown.values()))
-
-
 def accuracy_all(results: Path) -> str:
-    """The same for every device, number of calibration rows and number of validation rows."""
-    return "\n".join(map(_table, latest(results).values()))
+    """Perplexity and more, a row a method and a column a pattern, of every case.
+
+    A case is a device, a number of calibration rows, how they were dealt, and validation rows.
+    """
+    return "\n".join(map(table, latest(results).values()))
 
 
 def latest(results: Path) -> dict[Case, list[Row]]:
@@ -70,7 +58,8 @@ def _r_kl(row: Row, baseline: Row | None) -> str:
     return str(1 - float(row["kl"]) / float(baseline["kl"]))
 
 
-def _table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
+    """Perplexity and more, a row a method and a column a pattern."""
     cells: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row["nll"]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.accuracy_tables import (
-    accuracy,
     accuracy_all,
     announced,
     cost,
@@ -24,6 +23,7 @@ from bench.accuracy_tables import (
 )
 from bench.allocation_tables import allocation, budget
 from bench.prefill_tables import prefill, prefill_short
+from bench.readme_tables import accuracy_short, speed_short
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
@@ -66,15 +66,6 @@ def _begun(path: Path) -> tuple[str, str]:
 
 def _date(path: Path) -> str:
     return path.name.split("_")[1]
-
-
-def linear_cpu(results: Path) -> str:
-    """For each device, the speed-ups in float32 on the layer that was measured first."""
-    short = []
-    for rows in newest(results, "linear"):
-        first = rows[0]["layer"]
-        short.append([r for r in rows if r["layer"] == first and r["dtype"] == "float32"])
-    return "\n".join(_linear_table(rows) for rows in short if rows)
 
 
 def linear_cpu_all(results: Path) -> str:
@@ -328,8 +319,8 @@ def _ratios(row: Mapping[str, str]) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "accuracy": accuracy,
     "accuracy-all": accuracy_all,
+    "accuracy-short": accuracy_short,
     "allocation": allocation,
     "announced": announced,
     "budget": budget,
@@ -340,11 +331,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "decode-short": decode_short,
     "encoder-accuracy": encoder_accuracy,
     "grids": grids,
-    "linear-cpu": linear_cpu,
     "linear-cpu-all": linear_cpu_all,
     "prefill": prefill,
     "prefill-short": prefill_short,
     "seconds": seconds,
+    "speed-short": speed_short,
     "vision": vision,
     "vision-accuracy": vision_accuracy,
     "vit": vit,

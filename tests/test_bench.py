@@ -44,7 +44,7 @@ def test_the_table_shows_both_baselines_and_bold_where_both_are_beaten(tmp_path:
     ratios = {("b cpu", 1): ("2.0", "1.5"), ("b cpu", 16): ("3.0", "0.5"), ("c", 1): ("0.5", "0.4")}
     ratios[("c", 16)] = ("2.0", "")  # no prepacked dense in this dtype
     rows_file(tmp_path, "linear_2026-11-22_x_abc.csv", ratios)
-    lines = tables.linear_cpu(tmp_path).splitlines()
+    lines = tables.linear_cpu_all(tmp_path).splitlines()
     assert lines[0] == "| layer | dtype | runs | zeros | bytes | 1 token | 16 tokens |"
     assert lines[2] == "| 8 x 4 | float32 | b cpu | 80% | 0.21 | **2.00 / 1.50** | 3.00 / 0.50 |"
     assert lines[3] == "| 8 x 4 | float32 | c | 80% | 0.21 | 0.50 / 0.40 | **2.00** |"
@@ -52,14 +52,13 @@ def test_the_table_shows_both_baselines_and_bold_where_both_are_beaten(tmp_path:
     assert "at most 3% of the machine" in lines[5] and len(lines) == 6
 
 
-def test_the_short_table_is_the_first_layer_in_float32(tmp_path: Path) -> None:
+def test_the_table_of_cpus_has_all_layers_and_dtypes(tmp_path: Path) -> None:
     path = tmp_path / "linear_2026-11-22_x_abc.csv"
     rows_file(tmp_path, path.name, {("b cpu", 1): ("2.0", "1.5")})
     text = path.read_text()
     others = [text.replace(",q,8,", ",r,9,"), text.replace("float32", "bfloat16")]
     path.write_text(text + "".join(other.split("\n", 1)[1] for other in others))
-    short, whole = tables.linear_cpu(tmp_path), tables.linear_cpu_all(tmp_path)
-    assert short.count("b cpu") == 1 and "| 8 x 4 | float32 |" in short
+    whole = tables.linear_cpu_all(tmp_path)
     assert [line.split(" | ")[:2] for line in whole.splitlines() if "b cpu" in line] == [
         ["| 8 x 4", "float32"],
         ["| 9 x 4", "float32"],
@@ -83,16 +82,17 @@ WANDA = "| wanda | 8.17 (65%; -0.60, -0.70 to -0.50; -0.37, -0.50 to -0.25) "
 
 def test_the_accuracy_table_has_a_column_for_each_pattern(tmp_path: Path) -> None:
     (tmp_path / "accuracy_2026-11-22_x_abc.csv").write_text(ACCURACY)
-    lines = tables.accuracy(tmp_path).splitlines()
-    assert lines[0] == "| perplexity (top-1 as dense; R_S; R_KL) | 2:4 | 4:8 |"
+    whole = tables.TABLES["accuracy-all"](tmp_path)
+    small, large = whole.split("| perplexity (top-1 as dense; R_S; R_KL) ")[1:]
+    assert "m, 32 calibration and 64" in small
+    lines = large.splitlines()
+    assert lines[0] == "| 2:4 | 4:8 |"
     assert lines[2:5] == ["| dense | 2.72 | - |", WANDA + "| 4.48 (70%) |", PAPER + "| - |"]
     assert lines[6].startswith(
         "m, 128 calibration (mean of 2 sets) and 64 validation rows, the former following one "
         "another in the file; a chip, torch 2.13, 2026"
     )
     assert len(lines) == 7
-    whole = tables.TABLES["accuracy-all"](tmp_path)
-    assert whole.count("| perplexity") == 2 and "m, 32 calibration and 64" in whole
 
 
 def test_each_case_of_the_accuracy_table_is_of_its_last_run(tmp_path: Path) -> None:
@@ -120,17 +120,53 @@ def test_rows_of_many_documents_are_a_case_of_their_own(tmp_path: Path) -> None:
         f"2026-11-22,a chip,2.13,def,m,2:4,128,{seed},58,64,{method},{nll},0.8,{r_s},{kl}"
         for seed, (method, nll, r_s, kl) in [
             (0, ('"sparsegpt, algorithm 1 in float64"', 1.5, 0.0, 0.4)),
-            (0, ("alps", 1.4, 0.2, 0.3)),
+            (0, ("thorough", 1.4, 0.2, 0.3)),
             (1, ('"sparsegpt, algorithm 1 in float64"', 1.5, 0.0, 0.2)),
-            (1, ("alps", 1.4, 0.2, 0.18)),
+            (1, ("thorough", 1.4, 0.2, 0.18)),
+            (1, ("alps", 1.3, 0.3, 0.1)),
         ]
     ]
     (tmp_path / "accuracy_2026-11-22_x_def.csv").write_text("\n".join([head, *rows]) + "\n")
-    short = tables.accuracy(tmp_path)
-    assert "| alps | 4.06 (80%; 0.20, 0.20 to 0.20; 0.18, 0.10 to 0.25) |" in short
+    short = tables.TABLES["accuracy-short"](tmp_path)
+    assert "| thorough | 4.06 (80%; 0.20, 0.20 to 0.20; 0.18, 0.10 to 0.25) |" in short
+    assert "alps" not in short  # the README has a few methods
     assert "(mean of 2 sets) and 64 validation rows, the former of 58 documents; a c" in short
     assert WANDA not in short and WANDA in tables.TABLES["accuracy-all"](tmp_path)
     assert tables.TABLES["accuracy-all"](tmp_path).count("| perplexity") == 3
+
+
+FEW = """\
+date,device,driver,torch,commit,layer,out,in,tokens,candidate,vs_cublas
+2026-11-22,a chip,1,2.13,abc,Llama-3-8B gate_up,8,4,1,semi24_int4,4.5
+2026-11-22,a chip,1,2.13,abc,Llama-3-8B gate_up,8,4,64,semi24_int4,
+2026-11-22,a chip,1,2.13,abc,Llama-3-8B gate_up,8,4,1,cusparselt alg 0,0.25
+2026-11-22,a chip,1,2.13,abc,Llama-3-8B qkv,8,4,1,semi24,9.0
+"""
+MANY = """\
+date,device,commit,layer,tokens,candidate,vs_cublas
+2026-11-22,a chip,abc,Llama-3-8B gate_up,4096,cusparselt alg 0,0.94
+2026-11-22,a chip,abc,Llama-3-8B gate_up,4096,accelerate_,1.46
+2026-11-22,a chip,abc,Llama-3-8B gate_up,1024,accelerate_,9.0
+"""
+
+
+def test_the_readmes_speeds_are_of_one_layer_and_losses_stay(tmp_path: Path) -> None:
+    (tmp_path / "decode_2026-11-22_x_abc.csv").write_text(FEW)
+    (tmp_path / "prefill_2026-11-22_x_abc.csv").write_text(MANY)
+    lines = tables.TABLES["speed-short"](tmp_path).splitlines()
+    assert lines[0] == "| times dense bf16 | 1 token | 16 tokens | 64 tokens | 4,096 tokens |"
+    assert "| 2:4 | - | - | - | **1.46** |" in lines
+    assert "| 2:4, int4 weights | **4.50** | - | - | - |" in lines
+    assert "| 2:4, cuSPARSELt as torch calls it | 0.25 | - | - | 0.94 |" in lines
+    assert lines[-1].startswith("Llama-3-8B gate_up, 8 x 4; ratio to dense cuBLAS")
+
+
+def test_the_readme_stays_short() -> None:
+    """Someone reads it in two minutes; all figures are in the docs."""
+    lines = (tables.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| ---")]
+    heads = sum(line.startswith("| ---") for line in lines)
+    assert len(lines) <= 120 and len(rows) - heads <= 12
 
 
 def test_r_s_flatters_in_all_rows_that_there_are() -> None:
@@ -281,7 +317,7 @@ def test_the_latest_rows_are_used(tmp_path: Path) -> None:
     found = [{row["candidate"] for row in rows} for rows in tables.newest(tmp_path, "linear")]
     denses = {"dense", "dense prepacked"}
     assert found == [denses | {"new"}, denses | {"other chip"}]
-    assert tables.linear_cpu(tmp_path).count("| layer |") == 2
+    assert tables.linear_cpu_all(tmp_path).count("| layer |") == 2
     with pytest.raises(ValueError, match="tables need rows of train, got none"):
         tables.newest(tmp_path, "train")
 
@@ -291,7 +327,7 @@ def test_a_stale_file_is_found_and_written(
 ) -> None:
     rows_file(tmp_path, "linear_2026-11-22_x_abc.csv", {("b cpu", 1): ("2.0", "1.5")})
     page, plain = tmp_path / "page.md", tmp_path / "plain.md"
-    page.write_text("before\n<!-- bench:linear-cpu -->\nold\n<!-- /bench -->\nafter\n")
+    page.write_text("before\n<!-- bench:linear-cpu-all -->\nold\n<!-- /bench -->\nafter\n")
     plain.write_text("no table here\n")
     arguments = ["--results", str(tmp_path), str(page), str(plain)]
     assert tables.main(["--check", *arguments]) == 1
@@ -300,14 +336,15 @@ def test_a_stale_file_is_found_and_written(
     assert tables.main(arguments) == 0
     text = page.read_text()
     assert (
-        text.startswith("before\n<!-- bench:linear-cpu -->\n\n| layer |") and "\nold\n" not in text
+        text.startswith("before\n<!-- bench:linear-cpu-all -->\n\n| layer |")
+        and "\nold\n" not in text
     )
     assert text.endswith("\n<!-- /bench -->\nafter\n") and "**2.00 / 1.50**" in text
     assert tables.main(["--check", *arguments]) == 0
 
 
 def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no table is named 'no-such': tables are accuracy, accu"):
+    with pytest.raises(ValueError, match="no table is named 'no-such': tables are accuracy-all"):
         tables.render("<!-- bench:no-such -->\n<!-- /bench -->", tmp_path)
 
 

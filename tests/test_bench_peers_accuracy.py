@@ -182,7 +182,7 @@ date,device,torch,commit,model,pattern,calibration_rows,first_row,validation_row
 
 def test_the_table_names_versions_and_what_was_wrong(tmp_path: Path) -> None:
     (tmp_path / "accuracy_2026-11-22_x_abc.csv").write_text(ROWS)
-    lines = tables.accuracy(tmp_path).splitlines()
+    lines = tables.TABLES["accuracy-all"](tmp_path).splitlines()
     assert lines[2:4] == ["| dense | 2.72 | - |", "| theirs | 7.39 (70%) | 4.48 (80%) |"]
     assert lines[6:] == [
         "Other libraries: other 1.2.",
