@@ -18,6 +18,7 @@ import secateur as sc
 import secateur.stream
 from secateur.cli import app
 from secateur.criteria import snip
+from secateur.integrations.tokens import end_of_text, stored_rows
 from secateur.integrations.transformers import load_folder
 from secateur.reconstruct import Solution
 from secateur.sidecar import read_sidecar
@@ -377,7 +378,9 @@ def test_the_command_writes_the_same(tmp_path: Path) -> None:
     ]
     done = CliRunner().invoke(app, [str(argument) for argument in command])
     assert done.exit_code == 0, done.output
-    expected, report = whole(source, sc.refit(sc.wanda), batches()[:2])
+    # The command deals the rows in an order of its own, and the order decides the sums' last bits.
+    dealt = stored_rows(f"{tmp_path / 'ids.safetensors'}:ids", 8, 4, end_of_text(source)).batches
+    expected, report = whole(source, sc.refit(sc.wanda), dealt)
     assert_same(expected, sc.load(target))
     assert json.loads(done.stdout)["layers"] == [vars(row) for row in report.layers]
     again = CliRunner().invoke(app, [str(argument) for argument in command])
