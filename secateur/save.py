@@ -431,7 +431,8 @@ def _packed_layer(
         packed = empty_from(description, name)
         packed.load_state_dict(own)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}, packed layer {name!r}: {error}") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder}, packed layer {name!r}: {said}") from error
     device = next(iter([*layer.parameters(), *layer.buffers()])).device
     return packed.to(device).train(layer.training)
 

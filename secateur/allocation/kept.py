@@ -1,5 +1,6 @@
 """Measured increases of a loss, on disk, so that the same call goes on where it was stopped."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ class Kept:
     """Increases by layer and pattern, in a file where there is one.
 
     The file is a line of JSON that says which call it is of, then a line for each number, added as
-    it is measured. A line that a kill cut off is measured again.
+    it is measured, each with a hash of its own. A line that a kill cut off is measured again.
     """
 
     def __init__(self, path: str | Path | None, fingerprint: Mapping[str, Any]) -> None:
@@ -35,7 +36,7 @@ class Kept:
     def _read(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
         try:
             whole, _, cut_off = path.read_bytes().rpartition(b"\n")
-            first, *lines = [parse_json(line, "a line") for line in whole.split(b"\n")]
+            first, *lines = [_entry(line) for line in whole.split(b"\n")]
             known = dict(first["call"])
             for line in lines:
                 if "loss" in line:
@@ -90,7 +91,19 @@ class Kept:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, allow_nan=False) + "\n"
+    return json.dumps({**entry, "sha256": _hash(entry)}, allow_nan=False) + "\n"
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    """What `_line` wrote; a number that was changed since looks like any other."""
+    entry = parse_json(line, "a line")
+    if entry.pop("sha256", None) != _hash(entry):
+        raise ValueError("a line was changed after it was written")
+    return entry
+
+
+def _hash(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry).encode()).hexdigest()
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

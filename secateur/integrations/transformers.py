@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 
 from secateur.data_files import read_json
 from secateur.replay import hooks
@@ -33,6 +34,12 @@ PACKED_FILES = "model.secateur*.safetensors"
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 UNTRUSTED = "a pickle may hold code, so it is never read: convert it, if you trust it"
+
+# The deepest models have some hundred, and transformers builds a thousand of them in a second.
+MOST_LAYERS = 10_000
+
+# A model registers a tied weight for each of its names, and anew when it is loaded.
+MOST_TIMES_STORED = 16
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
@@ -53,7 +60,9 @@ def load_folder(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Modu
     architecture = _dense_architecture(folder)
     config = _config(architecture, folder)
     tensors = load_files(weight_files(folder, architecture))
-    with _naming(folder, architecture):
+    limit = _Limit(MOST_TIMES_STORED * sum(tensor.numel() for tensor in tensors.values()))
+    counting = hooks(register_module_parameter_registration_hook(h) for h in [limit.count])
+    with _naming(folder, architecture), counting:
         model, found = architecture.from_pretrained(
             None,
             config=config,
@@ -71,6 +80,24 @@ def load_folder(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Modu
     _complete(model, folder)
     loaded: nn.Module = model
     return loaded
+
+
+class _Limit:
+    """Raises when a model under construction has many more numbers than its files.
+
+    It would be refused for what it lacks, once all that had been allocated at random.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._count = most, 0
+
+    def count(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        self._count += 0 if parameter is None or is_lazy(parameter) else parameter.numel()
+        if self._count > self._most:
+            raise ValueError(
+                f"the model would have more than {MOST_TIMES_STORED} times as many numbers as the "
+                "weight files"
+            )
 
 
 def weight_files(folder: Path, architecture: Any = None) -> list[Path]:
@@ -223,8 +250,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """What `config.json` says.
 
     Raises:
-        ValueError: if there is none, it is no JSON object, or it sends a reader to files or code
-            elsewhere.
+        ValueError: if there is none, it is no JSON object, it sends a reader to files or code
+            elsewhere, or it has layers without end.
     """
     path = folder / "config.json"
     if not folder.is_dir():
@@ -241,7 +268,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} asks for the code of {elsewhere!r}, which is never run: remove that entry"
         )
+    _require_few_layers(config, path)
     return config
+
+
+def _require_few_layers(config: Any, path: Path) -> None:
+    """Raise where a number of layers is one that would be built for ever, and from no weights."""
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+        if isinstance(value, dict | list):
+            _require_few_layers(value, path)
+        elif isinstance(value, int | float) and "layer" in str(key) and value > MOST_LAYERS:
+            raise ValueError(
+                f"{path} has {value:,} as its {key}, more than {MOST_LAYERS:,}: it is damaged: "
+                "copy it again from where it comes"
+            )
 
 
 def _kernels_from_a_hub(config: Any) -> str | None:
@@ -366,7 +406,7 @@ def _naming(folder: Path, architecture: Any, path: Path | None = None) -> Iterat
         said = " ".join(str(error).split()) or "no reason"
         raise ValueError(
             f"{path or folder / 'config.json'} does not make a {architecture.__name__} with the "
-            f"files beside it, transformers says: {type(error).__name__}: {said}"
+            f"files beside it: {type(error).__name__}: {said}"
         ) from error
 
 
