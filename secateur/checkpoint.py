@@ -1,8 +1,9 @@
 """What a long run has finished, on disk, so that the same call goes on where it was stopped.
 
 A `RunFolder` knows which run it is of and which files are its own. Each of these holds tensors and
-what is said of them in one safetensors file, with a hash over both, and appears whole or not at
-all: nothing that is written before is written again, and nothing damaged is believed.
+what is said of them in one safetensors file, with a hash over both and one over what is said, and
+appears whole or not at all: nothing that is written before is written again, and nothing damaged is
+believed.
 """
 
 import hashlib
@@ -108,13 +109,12 @@ class RunFolder:
             ValueError: if the file is damaged, or another run's.
         """
         metadata = self._metadata(file)
-        try:
-            said = json.loads(metadata["said"])
-        except (KeyError, ValueError, RecursionError):
-            raise self._damaged(file, "it says nothing of its tensors") from None
         if metadata.get("run") != self._run:
             raise self._damaged(file, "it is another run's")
-        return said
+        text = metadata.get("said", "")
+        if metadata.get("said_sha256") != _hash({}, text):
+            raise self._damaged(file, "what it says of its tensors was changed")
+        return json.loads(text)
 
     def tensors(self, file: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """The tensors of these names in a file, or all, once the file's hash has been verified.
@@ -139,7 +139,8 @@ class RunFolder:
             write_whole(self._progress, json.dumps(state))
         on_cpu = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
         text = json.dumps(said)
-        metadata = {"run": self._run, "said": text, "sha256": _hash(on_cpu, text)}
+        metadata = {"run": self._run, "said": text, "said_sha256": _hash({}, text)}
+        metadata["sha256"] = _hash(on_cpu, text)
         with file_appearing_whole(self.folder / file) as partial:
             save_file(on_cpu, partial, metadata)
 

@@ -82,7 +82,13 @@ def damaged(content: bytes, name: str, chosen: random.Random) -> bytes:
         return _bytes(content, chosen)
     if name.endswith(".safetensors"):
         size = int.from_bytes(content[:8], "little")
-        header = _meaning(content[8 : 8 + size].decode(), chosen).encode("utf-8", "surrogatepass")
+        text = content[8 : 8 + size].decode()
+        said = json.loads(text).get("__metadata__", {}).get("said")
+        if said and chosen.random() < 0.5:  # JSON within JSON, of a checkpoint
+            text = text.replace(json.dumps(said), json.dumps(_meaning(said, chosen)))
+        else:
+            text = _meaning(text, chosen)
+        header = text.encode("utf-8", "surrogatepass")
         return len(header).to_bytes(8, "little") + header + content[8 + size :]
     text = content.decode()
     if name.endswith(".jsonl"):
