@@ -44,7 +44,7 @@ from secateur.sidecar import (
 from secateur.tensor_files import SUFFIX, load_files, save_file
 from secateur.undo import Undo, all_or_nothing
 from secateur.version import VERSION
-from secateur.weights import why_computed
+from secateur.weights import require_module, why_computed
 from secateur.wrappers import adapted, base_name, unwrapped
 
 # A file of this size still copies and uploads in one go everywhere; Hugging Face's habit.
@@ -106,6 +106,7 @@ def write_model(
     """
     folder = Path(folder).resolve()
     require_writable(folder, overwrite=overwrite)
+    require_module(model, changed=False)
     model = unwrapped(model)
     _require_plain(model)
     if plan is not None:
@@ -273,8 +274,10 @@ def _require_plain(model: nn.Module) -> None:
 
 def _computed(model: nn.Module, name: str, module: nn.Module) -> list[str]:
     """The tensors of this module that are computed from others, but for its class's own."""
-    masked = [n.removesuffix("_mask") for n in module._buffers if n.endswith("_mask")]
-    if names := [n for n in masked if f"{n}_orig" in module._parameters]:
+    buffers = [n for n, _ in module.named_buffers(recurse=False)]  # a ScriptModule has no dict
+    masked = [n.removesuffix("_mask") for n in buffers if n.endswith("_mask")]
+    parameters = {n for n, _ in module.named_parameters(recurse=False)}
+    if names := [n for n in masked if f"{n}_orig" in parameters]:
         return names
     if not parametrize.is_parametrized(module):
         return []

@@ -18,13 +18,13 @@ from torch.nn.utils.weight_norm import WeightNorm
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def require_module(model: object) -> None:
-    """Raise unless it is a module whose layers can be changed.
+def require_module(model: object, *, changed: bool = True) -> None:
+    """Raise unless it is a module, and one whose layers can be changed where they shall be.
 
     Raises:
-        ValueError: if it is something else, or a ScriptModule.
+        ValueError: if it is something else, or a ScriptModule that would be changed.
     """
-    if isinstance(model, torch.jit.ScriptModule):
+    if changed and isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"a model needs to be an ordinary nn.Module, {type(model).__name__} is TorchScript, "
             "whose layers cannot be changed: use the module that it was made of, and script that "

@@ -32,7 +32,8 @@ def unwrapped_name(model: nn.Module, name: str) -> str:
     for part in name.split("."):
         if module is None or part != wrapping(module):
             kept.append(part)
-        module = None if module is None else module._modules.get(part)
+        child = getattr(module, part, None)  # asked for as such: a ScriptModule has no dict of them
+        module = child if isinstance(child, nn.Module) else None
     return ".".join(kept)
 
 
@@ -59,7 +60,8 @@ def base_name(model: nn.Module, name: str) -> str | None:
                 return None
         if part != inner:
             kept.append(part)
-        module = None if module is None else module._modules.get(part)
+        child = getattr(module, part, None)  # asked for as such: a ScriptModule has no dict of them
+        module = child if isinstance(child, nn.Module) else None
     return ".".join(kept)
 
 

@@ -841,3 +841,18 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
 def test_a_place_that_refuses_even_root_is_found_out_before_the_work() -> None:
     with pytest.raises(ValueError, match="save cannot write into /proc: .*: choose a folder"):
         require_writable("/proc/out")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("whole", [False, True])
+def test_scripted_parts_are_saved_as_what_they_hold(whole: bool, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Linear(8, 4)))
+        scripted: nn.Module = torch.jit.script(model)
+        return scripted if whole else model
+
+    model, other = make(), make()
+    save(model, tmp_path / "saved")
+    load(tmp_path / "saved", other)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
