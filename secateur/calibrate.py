@@ -481,6 +481,9 @@ def as_list(batches: Iterable[Batch]) -> list[Batch]:
             f"batches must be an iterable of batches, got one {type(batches).__name__}: wrap it in "
             "a list, or split it, as in tokens.split(8)"
         )
+    if not isinstance(batches, Iterable):
+        kind = "none" if batches is None else type(batches).__name__
+        raise ValueError(f"batches must be an iterable of batches, got {kind}: pass a list of them")
     listed = [usable(batch, f"calibration batch {i}") for i, batch in enumerate(batches)]
     if not listed:
         raise ValueError("calibration needs at least one batch, got none")

@@ -14,7 +14,7 @@ from secateur import layers as _layers
 from secateur.atomic import write_whole
 from secateur.data_files import read_yaml
 from secateur.layers import Selector
-from secateur.patterns import NM, Pattern, parse
+from secateur.patterns import NM, Pattern, as_pattern, parse
 from secateur.tables import text_table
 from secateur.weights import require_module, why_not_ordinary
 from secateur.wrappers import unwrapped
@@ -103,10 +103,10 @@ def plan(
         if layers is not None:
             raise ValueError("plan takes either a mapping of selectors to patterns, or layers=")
         selectors: Selector | Sequence[Selector] | None = list(pattern)
-        patterns = [parse(p) if isinstance(p, str) else p for p in pattern.values()]
+        patterns = [as_pattern(p) for p in pattern.values()]
     else:
         selectors = layers
-        patterns = [parse(pattern) if isinstance(pattern, str) else pattern]
+        patterns = [as_pattern(pattern)]
     selection = _layers.select(model, selectors, ignore)
     one = len(patterns) == 1
     chosen = {

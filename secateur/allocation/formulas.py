@@ -11,7 +11,7 @@ from secateur.calibrate import observe
 from secateur.criteria import wanda
 from secateur.float64 import in_float64
 from secateur.layers import Selector
-from secateur.patterns import Block, Channel, Pattern, Unstructured, parse
+from secateur.patterns import Block, Channel, Pattern, Unstructured, as_pattern
 from secateur.replay import Batch, find_chains
 
 
@@ -99,7 +99,7 @@ def owl(
 
 def _free(pattern: str | Pattern, who: str) -> Unstructured | Block | Channel:
     """The pattern, if its sparsity can be any number."""
-    chosen = parse(pattern) if isinstance(pattern, str) else pattern
+    chosen = as_pattern(pattern)
     if isinstance(chosen, Unstructured | Block | Channel):
         return chosen
     raise ValueError(

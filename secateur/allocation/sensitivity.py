@@ -21,7 +21,7 @@ from secateur.data_files import read_json
 from secateur.gradients import gradients
 from secateur.layers import Selector
 from secateur.outputs import eval_mode
-from secateur.patterns import Pattern, parse
+from secateur.patterns import Pattern, as_pattern
 from secateur.replay import Batch
 from secateur.statistics import STATISTICS, name_of, needed_by, score
 from secateur.tables import text_table
@@ -229,7 +229,7 @@ def _parsed(patterns: Sequence[str | Pattern]) -> dict[str, Pattern]:
         raise ValueError(
             f"sense needs a list of patterns, got {patterns!r}: such as ['2:4', 'unstructured:0.5']"
         )
-    chosen = [parse(pattern) if isinstance(pattern, str) else pattern for pattern in patterns]
+    chosen = [as_pattern(pattern) for pattern in patterns]
     return {str(pattern): pattern for pattern in chosen}
 
 

@@ -4,8 +4,8 @@ from secateur.patterns.block import Block
 from secateur.patterns.channel import Channel
 from secateur.patterns.keep import keep_top
 from secateur.patterns.nm import NM
-from secateur.patterns.parse import parse
+from secateur.patterns.parse import as_pattern, parse
 from secateur.patterns.pattern import Pattern
 from secateur.patterns.unstructured import Unstructured
 
-__all__ = ["NM", "Block", "Channel", "Pattern", "Unstructured", "keep_top", "parse"]
+__all__ = ["NM", "Block", "Channel", "Pattern", "Unstructured", "as_pattern", "keep_top", "parse"]

@@ -12,6 +12,20 @@ from secateur.patterns.unstructured import Unstructured
 EXAMPLES = "'2:4', '4:8', 'unstructured:0.6', 'block:64x64@0.8' or 'channels:0.25'"
 
 
+def as_pattern(given: Pattern | str) -> Pattern:
+    """The pattern itself, or the one that a short string names.
+
+    Raises:
+        ValueError: if it is neither, or as `parse`.
+    """
+    if isinstance(given, str):
+        return parse(given)
+    if isinstance(given, type) or not isinstance(given, Pattern):
+        kind = given.__name__ if isinstance(given, type) else type(given).__name__
+        raise ValueError(f"a pattern is text or an instance of one, got {kind}: try {EXAMPLES}")
+    return given
+
+
 def parse(text: str) -> Pattern:
     """The pattern that a short string names; `parse(str(pattern)) == pattern`.
 

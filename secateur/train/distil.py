@@ -13,17 +13,18 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from secateur.calibrate import as_list
 from secateur.checkpoint import digest
 from secateur.interrupts import putting_back
 from secateur.layers import weight_of
 from secateur.outputs import answer, eval_mode
-from secateur.replay import Batch, usable
+from secateur.replay import Batch
 from secateur.tables import text_table
 from secateur.train.hold import Held, hold
 from secateur.train.loss import Loss, output_loss
 from secateur.train.state import TrainingState
 from secateur.undo import Undo, all_or_nothing
-from secateur.weights import sharing
+from secateur.weights import require_module, sharing
 from secateur.wrappers import unwrapped
 
 # Of the steps until the learning rate is full: Adam's moments stem from few gradients before.
@@ -96,10 +97,12 @@ def distil_(
             float32 or are the teacher's own, or there is no batch; and if a loss is not finite
             (the step is named). Whatever is raised, also by Ctrl-C, the model is left as it was.
     """
+    require_module(model)
+    require_module(teacher)
     model, teacher = unwrapped(model), unwrapped(teacher)
     with all_or_nothing() as undo:
         run = _Run(
-            model, teacher, _listed(batches), steps, learning_rate, loss or output_loss, seed
+            model, teacher, as_list(batches), steps, learning_rate, loss or output_loss, seed
         )
         return _distilled(run, checkpoint, undo)
 
@@ -242,18 +245,6 @@ def _shuffled(batches: int, steps: int, seed: int) -> list[int]:
 
 
 # --- before and after ----------------------------------------------------------------------------
-
-
-def _listed(batches: Iterable[Batch]) -> list[Batch]:
-    if isinstance(batches, (Tensor, Mapping)):
-        raise ValueError(
-            "distil_ needs an iterable of batches, got one batch: wrap it in a list, or split it, "
-            "as in tokens.split(8)"
-        )
-    listed = [usable(batch, f"batch {i}") for i, batch in enumerate(batches)]
-    if not listed:
-        raise ValueError("distil_ needs at least one batch, got none")
-    return listed
 
 
 def _trained(model: nn.Module, teacher: nn.Module) -> dict[str, nn.Parameter]:
