@@ -38,3 +38,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float values"):
         write_json(path, {"a": float("nan")})
     assert read_json(path) == {"a": 1}
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+def test_a_number_that_was_changed_is_not_believed(line: int, tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    kept = Kept(path, {"call": 11})
+    kept.dense_loss(11.0)
+    kept.add("a", "2:4", 11.0)
+    lines = path.read_text().splitlines()
+    lines[line] = lines[line].replace("11", "17", 1)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(
+        ValueError, match=r"kept.json is no checkpoint of sense: a line was changed"
+    ):
+        Kept(path, {"call": 11})

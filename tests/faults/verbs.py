@@ -1,6 +1,5 @@
 """Every verb that changes a model, on a model small enough to be interrupted hundreds of times."""
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 import secateur as sc
 from secateur.decompose import decompose_
@@ -119,7 +119,11 @@ VERBS: Mapping[str, Verb] = {
 def everything(model: nn.Module) -> dict[str, Any]:
     """All that a verb may not leave changed: values, modules, modes, hooks, gradients, globals."""
     return {
-        "tensors": copy.deepcopy({n: t.detach() for n, t in model.state_dict().items()}),
+        "tensors": {
+            n: t.detach().clone()
+            for n, t in model.state_dict().items()
+            if isinstance(t, Tensor) and not is_lazy(t)
+        },
         "kinds": {n: (type(m).__name__, id(m)) for n, m in model.named_modules()},
         "modes": {n: m.training for n, m in model.named_modules()},
         "hooks": {

@@ -286,6 +286,22 @@ def test_a_config_takes_no_code_from_a_hub(changes: dict[str, Any], folder: Path
             load(folder)
 
 
+@pytest.mark.parametrize("layers", [2**31, 2**63, 10_001])
+def test_a_config_has_no_layers_without_end(layers: int, folder: Path) -> None:
+    change_config(folder, num_hidden_layers=layers)
+    for load in (load_folder, unloaded, hollow):
+        with pytest.raises(ValueError, match=f"has {layers:,} as its num_hidden_layers, more than"):
+            load(folder)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "intermediate_size"])
+def test_a_model_far_larger_than_its_files_is_not_built(key: str, folder: Path) -> None:
+    """It would be filled with random numbers first, of which this one has 10**10 and more."""
+    change_config(folder, num_hidden_layers=1000, **{key: 2**24})
+    with pytest.raises(ValueError, match="would have more than 16 times as many numbers as the"):
+        load_folder(folder)
+
+
 def test_a_config_names_no_other_config(folder: Path) -> None:
     change_config(folder, configuration_files=["config.1.0.0.json"])
     with pytest.raises(ValueError, match="names other files under configuration_files: keep the"):
