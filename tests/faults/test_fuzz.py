@@ -244,6 +244,8 @@ def _foreign_says(folder: Path) -> Values | None:
     config = json.loads((folder / "model/config.json").read_text())
     if config.get("dtype", "float32") != "float32" or config.get("tie_word_embeddings"):
         return None  # such a model is made of other values than are stored, and rightly
+    if config["num_hidden_layers"] < 1:
+        return None  # of layers that a config has not, transformers says that they are left out
     index = json.loads((folder / "model/model.safetensors.index.json").read_text())
     found: Values = {}
     for name in set(index["weight_map"].values()):
