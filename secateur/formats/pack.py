@@ -62,7 +62,11 @@ class PackReport:
 
 def bytes_of(model: nn.Module) -> int:
     """Bytes of all parameters and buffers of the model, each once."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return sum(
+        # torch refuses to say it of sparse tensors: as if they were dense
+        t.nbytes if t.layout is torch.strided else t.numel() * t.itemsize
+        for t in (*model.parameters(), *model.buffers())
+    )
 
 
 def whole_model(bytes: int, before: int, after: int) -> str:
