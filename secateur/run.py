@@ -300,8 +300,7 @@ class Run:
             return [name for name in observed.statistics if masks.pop(name, None) is not None]
         if not all(name in masks for name in half.layers):
             return []
-        less = f"pass shorter batches, or take sc.{name_of(self.blockwise.method)} alone"
-        with room_for(half.layers, f"training {half.name}", less):
+        with self.blockwise.room_for(half):
             before, after = self.blockwise.train_(half, layers, masks, self.team)
         for name in half.layers:
             del masks[name]

@@ -118,7 +118,9 @@ VERBS: dict[str, Callable[[], dict[str, Any]]] = {
     "inspect": lambda: {"found": inspect(pruned())},
     "check": lambda: {"found": sc.check(pruned(), "2:4")},
     "estimate": lambda: {
-        "bytes": estimate(m := decoder(), {"lm_head": m.lm_head}, ids(2)).bytes,
+        "bytes": estimate(
+            m := decoder(), {"lm_head": m.lm_head}, {"lm_head": sc.NM(2, 4)}, ids(2)
+        ).bytes,
     },
     **{f"format {format}": lambda f=format: of_format(f) for format in FORMATS},
 }

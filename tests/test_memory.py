@@ -75,8 +75,8 @@ GRAM = (
 
 
 TOLD = (
-    "leave the layer out with --ignore, give shorter batches, or take a method that needs no Gram "
-    "matrix, such as --method wanda"
+    "of the plan (--ignore), give a smaller --length, or take a method that needs no Gram matrix, "
+    "such as --method wanda"
 )
 
 

@@ -11,6 +11,7 @@ arXiv:2102.05426, and for sparse weights Hubara et al. (AdaPrune), NeurIPS 2021,
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from secateur.distributed import ALONE, Team
 from secateur.float64 import float64_device, in_float64
 from secateur.halves import HalfBlock
 from secateur.layers import weight_of
+from secateur.memory import room_for
 from secateur.reconstruct.refit import refit
 from secateur.statistics import is_held_out, name_of
 from secateur.tables import printable
@@ -57,6 +59,11 @@ class Blockwise:
             f", {key}={value!r}" for key, (value, usual) in options.items() if value != usual
         ]
         return f"blockwise({name_of(self.method)}{''.join(changed)})"
+
+    def room_for(self, half: HalfBlock) -> AbstractContextManager[None]:
+        """What names the half-block where there is no memory to train it."""
+        less = f"pass shorter batches, or take sc.{name_of(self.method)} alone"
+        return room_for(half.layers, f"training {half.name}", less)
 
     def rehearsal(
         self,

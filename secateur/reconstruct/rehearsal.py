@@ -153,7 +153,8 @@ def rehearse(
                     masks[name] = patterns[name].mask(_layers.matrix(planned[name]).float().abs())
             one = Passes(batch=_summing(stage, planned, len(some), "held_gram" in needs))
             if half is not None and half.layers[-1] in stage.layers:
-                step, look = map(_seconds, method.rehearsal(half, planned, masks))
+                with method.room_for(half):
+                    step, look = map(_seconds, method.rehearsal(half, planned, masks))
                 forward = _seconds(partial(half.output, 0, {})) if half.end is None else 0.0
                 one = one.plus(Passes(forward, 0.0, step, look))
             passes[stage.block] = passes.get(stage.block, Passes()).plus(one)

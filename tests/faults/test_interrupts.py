@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ from tests.faults.verbs import TRIED, VERBS, Verb, differences, everything
 
 HERE = str(Path(secateur.__file__).parent)
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler; a process that a shell has put into the background has none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupted_at(line: int, work: Callable[[], Any]) -> tuple[int, bool]:
