@@ -6,6 +6,7 @@ names begin with `_orig_mod.` or `module.`; a plan, a file or a report is about 
 
 import sys
 
+import torch
 from torch import nn
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -19,6 +20,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while child := wrapping(model):
         model = model.get_submodule(child)
     return model
+
+
+def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that calls hooks at its steps: what one without hooks of its own wraps.
+
+    accelerate's, which HF's Trainer hands to callbacks, has it as `.optimizer`.
+    """
+    while not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise ValueError(
+                f"{type(optimizer).__name__} calls no hooks at its steps: pass the "
+                "torch.optim.Optimizer that it wraps"
+            )
+        optimizer = inner
+    return optimizer
 
 
 def unwrapped_name(model: nn.Module, name: str) -> str:

@@ -11,7 +11,7 @@ from secateur import layers as _layers
 from secateur.layers import weight_of
 from secateur.train.releasing import Releasing
 from secateur.weights import adapters, require_data, require_module, require_ordinary
-from secateur.wrappers import unwrapped
+from secateur.wrappers import stepping, unwrapped
 
 # How masks move: (layer name, weight [out, in], mask [out, in], step) -> mask, after every step.
 Rule = Callable[[str, Tensor, Tensor, int], Tensor]
@@ -32,7 +32,7 @@ class Held(Releasing):
         }
         self._layers = layers
         self._rule = rule
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._handle = stepping(optimizer).register_step_post_hook(self._after_step)
 
     def release(self) -> None:
         """Stop holding; the weights stay as they are."""

@@ -20,6 +20,7 @@ from secateur.plan import Plan, match
 from secateur.schedules import Schedule
 from secateur.train.gradual import at_sparsity
 from secateur.train.releasing import Releasing
+from secateur.wrappers import stepping
 
 # What scores gain at a step from dL/dS, and the mask [out, in] of scores at a step, None: as it is.
 Learn = Callable[[Tensor, Tensor], Tensor]
@@ -49,6 +50,7 @@ class Moving(Releasing):
         }
         self._hidden = {name: torch.zeros_like(weight_of(m)) for name, m in layers.items()}
         self._layers, self._learn, self._choose = layers, learn, choose
+        optimizer = stepping(optimizer)
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),

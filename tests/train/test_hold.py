@@ -192,3 +192,43 @@ def test_an_adapter_that_was_pruned_by_name_is_held() -> None:
     assert list(held.masks) == ["0.base_layer", "0.lora_A.default"], "and not the unpruned"
     train(model, optimizer, steps=3)
     assert sc.check(model, plan) == {"0.lora_A.default": 0.5}
+
+
+class Handing(torch.optim.Optimizer):
+    """As accelerate's: an optimizer by its class alone, which hands everything on."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):  # type: ignore[no-untyped-def, override]
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+        return self.optimizer.step(closure)
+
+
+class Alone(Handing):
+    """One that keeps what it wraps for itself."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner = optimizer
+
+    @property
+    def param_groups(self):  # type: ignore[no-untyped-def, override]
+        return self.inner.param_groups
+
+
+def test_an_optimizer_that_is_wrapped_holds_as_it_does_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    sc.prune_(model, "2:4")
+    optimizer = Handing(Handing(torch.optim.AdamW(model.parameters(), lr=0.1)))
+    before = model[0].weight.detach().clone()
+    with sc.hold(model, optimizer) as held:
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+    assert held.steps == 1 and not torch.equal(model[0].weight, before)
+    assert sc.check(model, "2:4") == {"0": 0.5, "2": 0.5}
+    with pytest.raises(ValueError, match="Alone calls no hooks at its steps: pass the torch.optim"):
+        sc.hold(model, Alone(torch.optim.SGD(model.parameters())))
