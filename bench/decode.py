@@ -118,7 +118,7 @@ def layer_of(name: str, arguments: argparse.Namespace) -> Layer:
 
 
 def compile_ours(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Nothing; compiles all kernels that will be measured, in parallel, before any is needed."""
+    """Compile all kernels that will be measured, in parallel, before any is needed."""
     cases = {
         Case(*KINDS[format], torch.bfloat16, *SHAPES[name], tokens).widest
         for name in arguments.layers

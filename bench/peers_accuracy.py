@@ -37,7 +37,7 @@ class Peer:
 def llm_compressor(
     modifier: Callable[[], Any], model: nn.Module, plan: sc.Plan, data: list[Batch]
 ) -> None:
-    """Nothing; the layers are pruned by `oneshot` with one modifier, decoder layer by layer.
+    """Prune the layers by `oneshot` with one modifier, decoder layer by layer.
 
     Raises: ImportError where it is not installed, ValueError for a pattern that it does not have
         or a model that is none of transformers'.
@@ -85,7 +85,7 @@ def _mask_structure(pattern: Pattern) -> tuple[str, float]:
 
 
 def modelopt_sparsegpt(model: nn.Module, plan: sc.Plan, data: list[Batch]) -> None:
-    """Nothing; the layers are pruned by `sparsify`, all from the dense model's inputs.
+    """Prune the layers by `sparsify`, all from the dense model's inputs.
 
     Raises: ImportError where it is not installed, ValueError for a pattern that it does not have.
     """
@@ -114,7 +114,7 @@ def _pattern(plan: sc.Plan) -> Pattern:
 
 @torch.no_grad()
 def _take(model: nn.Module, pruned: nn.Module, plan: sc.Plan) -> None:
-    """Nothing; the model's layers get the weights that the other model's have."""
+    """Give the model's layers the weights that the other model's have."""
     for name in plan.layers:
         model.get_parameter(f"{name}.weight").copy_(pruned.get_parameter(f"{name}.weight"))
 

@@ -137,7 +137,7 @@ def digits(seed: int) -> Digits:
 
 
 def train(model: nn.Module, data: Digits, epochs: int, rate: float, seed: int, held: bool) -> None:
-    """Nothing; the model is trained by AdamW, the rate falling to 0, zeros held if it has some."""
+    """Train the model by AdamW, the rate falling to 0, its zeros held if it has some."""
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
     if held:
         sc.hold(model, optimizer)
