@@ -34,13 +34,13 @@ from bench.cold import reason
 from bench.paper import sparsegpt_algorithm_1
 from bench.peers_accuracy import PEERS
 from bench.rows import append
-from secateur import evaluate
-from secateur.decompose import decompose_
 from secateur.integrations.tokens import end_of_text, sampled_rows, stored_rows
 from secateur.integrations.transformers import load_folder
+from secateur.model import evaluate
+from secateur.model.blocks import Batch
 from secateur.patterns import NM, Pattern, Unstructured
+from secateur.prune.decompose import decompose_
 from secateur.reconstruct import CompensationReport, Solution, compensate
-from secateur.replay import Batch
 
 EXTRA = 0.05  # of the model's parameters, in an adapter
 

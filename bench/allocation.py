@@ -23,14 +23,14 @@ from torch.nn import functional as F
 
 import secateur as sc
 from bench.rows import append
-from secateur import costs, evaluate
-from secateur.allocation import Evolved, Sensitivity, allocate, erk, evolve, owl
+from secateur.allocation import Evolved, Sensitivity, allocate, costs, erk, evolve, owl
 from secateur.integrations.deal import apart
 from secateur.integrations.tokens import end_of_text, stored_rows
 from secateur.integrations.transformers import load_folder
-from secateur.outputs import eval_mode, logits_of
+from secateur.model import evaluate
+from secateur.model.blocks import Batch
+from secateur.model.outputs import eval_mode, logits_of
 from secateur.patterns import Pattern, parse
-from secateur.replay import Batch
 
 Patterns = Mapping[str, Pattern]
 

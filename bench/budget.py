@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import secateur as sc
 from bench.rows import append
 from bench.shapes import SHAPES, layers_of
-from secateur import costs
-from secateur.kernels.timing import Timing, compare
+from secateur.allocation import costs
+from secateur.formats.kernels.timing import Timing, compare
 
 PATTERNS = ("2:4", "block:64x64@0.75", "block:64x64@0.9", "unstructured:0.7", "unstructured:0.95")
 

@@ -1,7 +1,8 @@
 """What the GPU benches of single layers share: candidates, cold chains, and a row for each.
 
-The chains and their timing are `secateur.kernels.timing`, which says why. Here a chain rotates over
-copies of 1.3 GB together, and lasts about 3 ms, or one rotation where that takes longer.
+The chains and their timing are `secateur.formats.kernels.timing`, which says why. Here a chain
+rotates over copies of 1.3 GB together, and lasts about 3 ms, or one rotation where that takes
+longer.
 """
 
 import argparse
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 
 from bench.rows import Row, append
 from bench.shapes import layers_of
+from secateur.accelerate.candidates import first_line
 from secateur.formats import SparseLinear, parse_format
-from secateur.formats.candidates import first_line
+from secateur.formats.kernels import timing
+from secateur.formats.kernels.timing import Chain, Timing, VariantFailed, in_turns
 from secateur.formats.linear import REFERENCE
 from secateur.formats.pack import packed_linear
-from secateur.kernels import timing
-from secateur.kernels.timing import Chain, Timing, VariantFailed, in_turns
 
 RESULTS = Path(__file__).parent / "results"
 COLD_BYTES = 1_300_000_000  # of all copies together: 20x the L2 cache of an H200

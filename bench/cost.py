@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import secateur as sc
 from bench.rows import append
-from secateur.plan import match
+from secateur.files.stream import reconstruct_folder
+from secateur.model.plan import match
 from secateur.reconstruct import Blockwise, estimate
-from secateur.stream import reconstruct_folder
 
 METHODS = {
     "sparsegpt": sc.sparsegpt,

@@ -2,11 +2,11 @@
 
     python -m bench.cuts
 
-Reads bench/results/rule_*.csv (device, weight, tokens, cut, microseconds) and
-prints, for each bucket of tokens, the coefficients of `secateur.formats.decode24.rule` and how much
-longer the cuts take that the model chooses than the best that were measured. Least squares of the
-relative error with no coefficient negative; cuts near the best count most. The timings are of
-versions of the kernel on the way to the present one.
+Reads bench/results/rule_*.csv (device, weight, tokens, cut, microseconds) and prints, for each
+bucket of tokens, the coefficients of `secateur.formats.kernels.decode24.rule` and how much longer
+the cuts take that the model chooses than the best that were measured. Least squares of the relative
+error with no coefficient negative; cuts near the best count most. The timings are of versions of
+the kernel on the way to the present one.
 """
 
 import csv
@@ -17,9 +17,9 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from secateur.formats.decode24.arrange import Kind
-from secateur.formats.decode24.config import Case, Config
-from secateur.formats.decode24.rule import COSTS, Costs, quantities
+from secateur.formats.kernels.decode24.arrange import Kind
+from secateur.formats.kernels.decode24.config import Case, Config
+from secateur.formats.kernels.decode24.rule import COSTS, Costs, quantities
 
 RESULTS = Path(__file__).parent / "results"
 OLDER = 9  # commas in a cut that was measured before cuts had a stay

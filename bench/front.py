@@ -21,10 +21,10 @@ from torch import nn
 
 import secateur as sc
 from bench.rows import append
-from secateur.demo import CALIBRATION_SENTENCES, PACKAGE, manual_sentences
+from secateur.cli.demo import CALIBRATION_SENTENCES, PACKAGE, manual_sentences
 from secateur.integrations.tokens import end_of_text, text_batches, token_rows
 from secateur.integrations.transformers import load_folder
-from secateur.layers import select
+from secateur.model.layers import select
 from secateur.patterns import parse
 
 Case = dict[str, str | int | float]

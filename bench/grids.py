@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.rows import Row, append
 from secateur import NM, Fp8, Int4, Int8
-from secateur.grids import Grid
+from secateur.patterns.grids import Grid
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = (512, 4096)

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from bench.rows import Row, append
 from bench.shapes import ON_CPU, SHAPES, TOKENS_ON_CPU
 from bench.timing import timed
-from secateur.formats import Format, parse_format
-from secateur.formats.candidates import (
+from secateur.accelerate.candidates import (
     DENSE,
     PREPACKED,
     Candidate,
@@ -29,9 +28,10 @@ from secateur.formats.candidates import (
     runs,
     sparse_candidates,
 )
+from secateur.formats import Format, parse_format
 from secateur.formats.contract import packed_bytes
+from secateur.formats.kernels.timing import Timing, copies_for
 from secateur.formats.pack import packed_linear
-from secateur.kernels.timing import Timing, copies_for
 
 RESULTS = Path(__file__).parent / "results"
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bench.cold import Candidate, Run, Tuned, product
-from secateur.kernels.cusparselt import Case, Setting, case_of
-from secateur.kernels.cusparselt_search import Found
-from secateur.kernels.cusparselt_settings import search_isolated
+from secateur.formats.kernels.cusparselt import Case, Setting, case_of
+from secateur.formats.kernels.cusparselt_search import Found
+from secateur.formats.kernels.cusparselt_settings import search_isolated
 
 CUBLAS = "cublas bf16"
 CUBLAS_FP16 = "cublas fp16"
@@ -46,8 +46,9 @@ def cublas(weight: Tensor, x: Tensor, name: str, bias: Tensor | None = None) -> 
 def cusparselt(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> list[Candidate]:
     """The algorithm that torch ships, 0, and the fastest right one; both on the same copies.
 
-    The search is that of `secateur.kernels.cusparselt_search`, since the library's own times warm
-    weights and can return wrong algorithms. It is made anew here, whatever is remembered.
+    The search is that of `secateur.formats.kernels.cusparselt_search`, since the library's own
+    times warm weights and can return wrong algorithms. It is made anew here, whatever is
+    remembered.
     """
     blob, out = torch._cslt_compress(weight), len(weight)
 

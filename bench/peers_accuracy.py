@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.integrations.transformers import is_transformers
+from secateur.model.blocks import Batch, run_batch
 from secateur.patterns import NM, Pattern, Unstructured
-from secateur.replay import Batch, run_batch
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,14 @@ from bench.cold import (
 )
 from bench.peers import CUBLAS, CUSPARSELT, cublas, cusparselt
 from bench.shapes import SHAPES, TOKENS_OF_PREFILL
-from secateur.accelerate import accelerate_
-from secateur.accelerate_report import LayerReport
+from secateur.accelerate.report import LayerReport
+from secateur.accelerate.verb import accelerate_
 from secateur.formats import SparseLinear
 from secateur.formats.contract import packed_bytes
 from secateur.formats.dynamic import quantised
 from secateur.formats.format import dequantised
+from secateur.formats.kernels.cusparselt import STEPS
 from secateur.formats.linear import REFERENCE
-from secateur.kernels.cusparselt import STEPS
 
 ACCELERATE = "accelerate_"
 FORMATS = {

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ACCELERATE = "accelerate_"
-NO_LOSS = 0.97  # as in secateur.decision: a ratio below is slower, beyond noise
+NO_LOSS = 0.97  # as in secateur.accelerate.decision: a ratio below is slower, beyond noise
 SHORT = (
     *("cusparselt alg 0", "cusparselt searched", ACCELERATE, "int8_dynamic torch"),
     *("fp8_dynamic torch", "semi24_int8_dynamic cusparselt"),

@@ -18,9 +18,9 @@ from time import monotonic
 import torch
 
 from bench.rows import Row, append
-from secateur.kernels.cusparselt import STEPS, Case, Setting
-from secateur.kernels.cusparselt_child import NoSearch, Search, end_child, searched
-from secateur.kernels.cusparselt_search import Past
+from secateur.formats.kernels.cusparselt import STEPS, Case, Setting
+from secateur.formats.kernels.cusparselt_child import NoSearch, Search, end_child, searched
+from secateur.formats.kernels.cusparselt_search import Past
 
 TOKENS = (16, 32, 128, 256, 1024, 4096)  # the most of the buckets of 1, 17, 100, 256, 1000, 4096
 

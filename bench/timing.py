@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.kernels.timing import ROUNDS, Calls, Timing, compare
+from secateur.formats.kernels.timing import ROUNDS, Calls, Timing, compare
 
 QUIET = 0.05  # share of all cores' time; above it medians of two-thread code start to move
 TRIES = 5

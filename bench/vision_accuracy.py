@@ -22,7 +22,7 @@ from bench.accuracy import ANY_MODEL, row_of
 from bench.rows import Row, append
 from bench.vision import BATCH, Sizes, digits, top1, trained
 from bench.vit import EVERYTHING
-from secateur import evaluate
+from secateur.model import evaluate
 
 RESULTS = Path(__file__).parent / "results"
 ABSENT = "bench.vision_accuracy needs scikit-learn for its digits: pip install scikit-learn"

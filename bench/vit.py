@@ -32,9 +32,9 @@ from torch import Tensor, nn
 import secateur as sc
 from bench.cold import FAILURES, REASON, error
 from bench.rows import Row, append
-from secateur.formats.candidates import first_line
-from secateur.formats.join import join_activations_
-from secateur.undo import Undo
+from secateur.accelerate.candidates import first_line
+from secateur.core.undo import Undo
+from secateur.formats.fuse import join_activations_
 
 RESULTS = Path(__file__).parent / "results"
 ATTENTION = ("*.qkv", "*.proj")

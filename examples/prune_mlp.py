@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.evaluate import accuracy
+from secateur.model.evaluate import accuracy
 
 CLASSES, CLOUDS, INPUTS, HIDDEN = 20, 3, 64, 256
 

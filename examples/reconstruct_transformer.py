@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import secateur as sc
-from secateur.evaluate import perplexity
+from secateur.model.evaluate import perplexity
 
 WIDTH, HEADS, DEPTH, CONTEXT, STEPS = 64, 4, 2, 64, 300
 

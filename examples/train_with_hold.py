@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.evaluate import accuracy
-from secateur.schedules import cubic
+from secateur.model.evaluate import accuracy
+from secateur.train.schedules import cubic
 
 CLASSES, CLOUDS, INPUTS, HIDDEN = 20, 3, 64, 256
 STEPS = 300  # after the dense model is trained, for each road

@@ -4,19 +4,18 @@ The front half (`plan`, `prune_`, `reconstruct_`, `check`, `hold`) leaves an ord
 with exact zeros in ordinary parameters; the back half (`accelerate_`, `pack_`) reads nothing else.
 """
 
-from secateur import evaluate as evaluate  # sc.evaluate.perplexity and the like
 from secateur.accelerate import accelerate_
 from secateur.allocation import sense
+from secateur.core.version import VERSION
 from secateur.criteria import magnitude, random, ria, wanda
+from secateur.files import load, save
 from secateur.formats import SparseLinear, pack_, unpack_, warmup
-from secateur.grids import Fp8, Int4, Int8
-from secateur.patterns import NM, Block, Channel, Unstructured
-from secateur.plan import Plan, plan, read_plan
+from secateur.model import evaluate as evaluate  # sc.evaluate.perplexity and the like
+from secateur.model.plan import Plan, plan, read_plan
+from secateur.patterns import NM, Block, Channel, Fp8, Int4, Int8, Unstructured
 from secateur.prune import check, prune_, reconstruct_
 from secateur.reconstruct import alps, best, blockwise, refit, sparsegpt, swap, thorough
-from secateur.save import load, save
 from secateur.train import distil_, gradual, hold
-from secateur.version import VERSION
 
 __version__ = VERSION
 

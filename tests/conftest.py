@@ -40,4 +40,4 @@ def no_memory_of_other_tests(
         folder: Path = request.getfixturevalue("tmp_path")
         return folder / name
 
-    monkeypatch.setattr("secateur.remembered.own_file", own_file)
+    monkeypatch.setattr("secateur.accelerate.measurements.own_file", own_file)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.allocation import erk, owl
 from secateur.formats.linear import describe, empty_from
-from secateur.inspection import inspect
-from secateur.permute import permute_
+from secateur.prune.permute import permute_
 from secateur.reconstruct import estimate
-from secateur.schedules import cubic
+from secateur.report.inspection import inspect
 from secateur.train.movement import movement
+from secateur.train.schedules import cubic
 from tests.formats.weights import FORMATS, sparse_linear, tokens_in
 from tests.models import Decoder
 

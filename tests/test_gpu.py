@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import secateur as sc
-from secateur.doctor import doctor
+from secateur.accelerate.doctor import doctor
 from tests.models import ConvNet, Decoder
 
 pytestmark = [

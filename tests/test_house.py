@@ -178,17 +178,48 @@ def test_make_test_installs_what_the_tests_and_the_pages_import() -> None:
         assert needs.split() == [".venv/.dev"], f"make {target} needs what it installs"
 
 
-def test_the_design_has_a_floor_for_every_module() -> None:
+def rooms() -> dict[str, set[str]]:
+    """Room -> the rooms that a file of it imports; the package's own face is no room."""
+    folders = {path.parent.name for path in (ROOT / "secateur").glob("*/__init__.py")}
+    found: dict[str, set[str]] = {name: set() for name in folders}
+    for path in SOURCES:
+        room = path.relative_to(ROOT / "secateur").parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.ImportFrom(module=str(module)) if module.startswith("secateur."):
+                    names = [module]
+                case ast.ImportFrom(module="secateur", names=aliases):
+                    names = [f"secateur.{alias.name}" for alias in aliases]
+                case ast.Import(names=aliases):
+                    names = [alias.name for alias in aliases if alias.name.startswith("secateur.")]
+                case _:
+                    continue
+            if room in folders:
+                found[room] |= {name.split(".")[1] for name in names} & (folders - {room})
+    return found
+
+
+def test_the_house_is_small() -> None:
+    entries = {path.name for path in (ROOT / "secateur").iterdir()} - {"__pycache__", "py.typed"}
+    assert len(entries) <= 16, "a new file belongs into a room"
+    assert entries - {"__init__.py"} == set(rooms())
+    assert sum(len(below) for below in rooms().values()) <= 90
+
+
+def test_the_design_lists_every_room() -> None:
     table = re.search(
-        r"^\| floor \|.*?\n\n", (ROOT / "DESIGN.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+        r"^\| row \|.*?\n\n", (ROOT / "DESIGN.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
     )
     assert table
-    rooms = [
-        room
-        for row in table[0].strip().splitlines()[2:]
-        for rooms in re.findall("`([^`]*)`", row.split("|")[2])
-        for room in rooms.split()
-    ]
-    modules = {path.stem for path in (ROOT / "secateur").iterdir() if path.suffix == ".py"}
-    folders = {path.parent.name for path in (ROOT / "secateur").glob("*/__init__.py")}
-    assert sorted(rooms) == sorted((modules | folders) - {"__init__"})
+    listed = re.findall(r"^\|[^|]*\| `(\w+)` \|", table[0], re.MULTILINE)
+    assert sorted(listed) == sorted(rooms())
+
+
+def test_tests_lie_where_their_sources_lie() -> None:
+    folders = {
+        path.relative_to(ROOT / "tests").parent.as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+    }
+    others = {".", "bench", "faults", "fidelity"}
+    missing = {name for name in folders - others if not (ROOT / "secateur" / name).is_dir()}
+    assert not missing

@@ -20,37 +20,33 @@ import secateur
 
 # Room -> title of its page, in the order of the work.
 ROOMS = {
-    "plan": "Plans",
-    "patterns": "Patterns",
+    "model": "Plans",
+    "patterns": "Patterns and number grids",
     "criteria": "Criteria",
     "prune": "Pruning and checking",
     "reconstruct": "Reconstruction",
-    "grids": "Quantisation grids",
     "allocation": "Sensitivity and allocation",
     "train": "Training",
     "accelerate": "Acceleration",
     "formats": "Formats and packed layers",
-    "save": "Saving and loading",
+    "files": "Models as files",
 }
 
-# Rooms with no name in `secateur.__all__` that users import from all the same.
+# Modules with no name in `secateur.__all__` that users import from all the same.
 MODULES = {
+    "allocation.costs": "Costs for a budget",
     "compat.torchao": "Names of torchao",
-    "costs": "Costs for a budget",
-    "decompose": "Sparse plus low rank",
-    "evaluate": "Evaluation",
-    "free_dimensions": "Free dimensions",
-    "inspection": "Inspection",
-    "permutation": "Orders of columns",
-    "permute": "Permutation",
-    "schedules": "Schedules",
-    "statistics": "Statistics",
-    "stream": "Models larger than memory",
+    "model.evaluate": "Evaluation",
+    "model.statistics": "Statistics",
+    "prune.free_dimensions": "Free dimensions",
+    "prune.permutation": "Orders of columns",
+    "report.inspection": "Inspection",
+    "train.schedules": "Schedules",
 }
 
 
 # Public values, which have no docstring of their own: the module that says what they are.
-VALUES = dict.fromkeys(("best", "thorough"), "secateur.reconstruct.best")
+VALUES = dict.fromkeys(("best", "thorough"), "secateur.reconstruct.estimate")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from secateur.allocation.sensitivity import Sensitivity
+from secateur.core.tables import text_table
 from secateur.patterns import NM, Block, Channel, Pattern, Unstructured, parse
-from secateur.tables import text_table
 
 DENSE = "dense"
 FRONT_POINTS = 9  # budgets from the cheapest choice of all layers to dense, evenly apart
@@ -22,8 +22,8 @@ FRONT_POINTS = 9  # budgets from the cheapest choice of all layers to dense, eve
 class Costs:
     """What each layer costs in each pattern and as `"dense"`: `of[layer][pattern]`, in `unit`.
 
-    `secateur.costs` makes them in parameters, bytes and measured milliseconds; any other that adds
-    up over the layers will do. A pattern without an entry is no choice for that layer.
+    `secateur.allocation.costs` makes them in parameters, bytes and measured milliseconds; any other
+    that adds up over the layers will do. A pattern without an entry is no choice for that layer.
     """
 
     unit: str
@@ -174,7 +174,7 @@ def priced(
         if DENSE not in costs.of.get(layer, {}):
             raise ValueError(
                 f"allocate needs the cost of {layer} in {DENSE!r}, the costs in {costs.unit} have "
-                "none: make them from this sensitivity, as secateur.costs does"
+                "none: make them from this sensitivity, as secateur.allocation.costs does"
             )
     return {
         layer: {one: value for one, value in found.items() if one in costs.of[layer]}

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secateur.allocation.budget import DENSE, Costs, figure
-from secateur.layers import weight_of
-from secateur.outputs import eval_mode
+from secateur.core.weights import require_ordinary
+from secateur.core.wrappers import unwrapped
+from secateur.model.blocks import Batch
+from secateur.model.layers import weight_of
+from secateur.model.outputs import eval_mode
 from secateur.patterns import Pattern, parse
-from secateur.replay import Batch
-from secateur.weights import require_ordinary
-from secateur.wrappers import unwrapped
 
 # (batches, survivors) of each round of a generation: fewer and fewer, judged on more and more.
 ROUNDS = ((1, 8), (4, 2), (16, 1))

@@ -6,13 +6,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from secateur import layers as _layers
-from secateur.calibrate import observe
+from secateur.core.float64 import in_float64
 from secateur.criteria import wanda
-from secateur.float64 import in_float64
-from secateur.layers import Selector
+from secateur.model import layers as _layers
+from secateur.model.blocks import Batch, find_chains
+from secateur.model.calibrate import observe
+from secateur.model.layers import Selector
 from secateur.patterns import Block, Channel, Pattern, Unstructured, as_pattern
-from secateur.replay import Batch, find_chains
 
 
 def erk(

@@ -12,21 +12,21 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from secateur import layers as _layers
-from secateur.allocation.kept import Kept, write_json
-from secateur.calibrate import Observed, as_list, observe
-from secateur.checkpoint import digest
+from secateur.allocation.progress import Kept, write_json
+from secateur.core.disk.checkpoint import digest
+from secateur.core.disk.data_files import read_json
+from secateur.core.tables import text_table
+from secateur.core.weights import require_ordinary
+from secateur.core.wrappers import unwrapped
 from secateur.criteria import magnitude
-from secateur.data_files import read_json
-from secateur.gradients import gradients
-from secateur.layers import Selector
-from secateur.outputs import eval_mode
+from secateur.model import layers as _layers
+from secateur.model.blocks import Batch
+from secateur.model.calibrate import Observed, as_list, observe
+from secateur.model.gradients import gradients
+from secateur.model.layers import Selector
+from secateur.model.outputs import eval_mode
+from secateur.model.statistics import STATISTICS, name_of, needed_by, score
 from secateur.patterns import Pattern, as_pattern
-from secateur.replay import Batch
-from secateur.statistics import STATISTICS, name_of, needed_by, score
-from secateur.tables import text_table
-from secateur.weights import require_ordinary
-from secateur.wrappers import unwrapped
 
 SENSITIVITY_VERSION = 1
 
@@ -269,7 +269,7 @@ def _measured(loss: Callable[[nn.Module], float], model: nn.Module, what: str) -
     if not math.isfinite(value):
         raise ValueError(
             f"sense needs a finite loss, got {value} for {what}: measure a loss that has a bound, "
-            "such as secateur.evaluate.compare(...).kl, or ignore the layer"
+            "such as secateur.model.evaluate.compare(...).kl, or ignore the layer"
         )
     return value
 

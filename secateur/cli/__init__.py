@@ -3,64 +3,6 @@
 transformers, matplotlib and everything slow are imported inside the verbs that use them.
 """
 
-from typing import Annotated
-
-import typer
-
-from secateur.cli.look import check, doctor, inspect, plan
-from secateur.cli.measure import bench, evaluate, sense
-from secateur.cli.migrate import migrate
-from secateur.cli.page import demo, report
-from secateur.cli.prune import prune
-from secateur.cli.stream import stream
-from secateur.cli.tuning import tune
-from secateur.cli.write import export, recover
+from secateur.cli.commands import app
 
 __all__ = ["app"]
-
-LOOK, WORK, MEASURE, SHOW = "Look", "Prune", "Measure", "Show"
-
-app = typer.Typer(
-    name="secateur",
-    help="Find sparse weights and make them fast.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_show_locals=False,
-)
-
-
-def _version(wanted: bool) -> bool:
-    if wanted:
-        from secateur.version import VERSION
-
-        typer.echo(f"secateur {VERSION}")
-        raise typer.Exit
-    return wanted
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    """Find sparse weights and make them fast."""
-
-
-app.command(rich_help_panel=LOOK)(doctor)
-app.command(rich_help_panel=LOOK)(inspect)
-app.command(rich_help_panel=WORK)(plan)
-app.command(rich_help_panel=WORK)(prune)
-app.command(rich_help_panel=WORK)(stream)
-app.command(rich_help_panel=WORK)(recover)
-app.command(rich_help_panel=WORK)(export)
-app.command(rich_help_panel=WORK)(migrate)
-app.command(rich_help_panel=MEASURE)(check)
-app.command("eval", rich_help_panel=MEASURE)(evaluate)
-app.command(rich_help_panel=MEASURE)(sense)
-app.command(rich_help_panel=MEASURE)(bench)
-app.command(rich_help_panel=MEASURE)(tune)
-app.command(rich_help_panel=SHOW)(report)
-app.command(rich_help_panel=SHOW)(demo)

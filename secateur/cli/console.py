@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.cli.wording import in_options
-from secateur.memory import is_out_of_memory
+from secateur.core.memory import is_out_of_memory
+from secateur.core.tables import printable
 from secateur.report.rows import Row, fold, numeric_columns
-from secateur.tables import printable
 
 FAILED_CHECK, FAILED, INTERRUPTED = 1, 2, 130
 # Output that is no terminal is not wrapped: a file or a pipe has no width.

@@ -13,8 +13,8 @@ from secateur.cli.methods import criteria_by_name, find_criterion
 from secateur.cli.quality import gives_hidden_states, is_causal, quality, tokens_in
 from secateur.cli.source import AUTO, STORED, Data, open_folder
 from secateur.cli.wording import in_options
-from secateur.layers import select
-from secateur.replay import Batch
+from secateur.model.blocks import Batch
+from secateur.model.layers import select
 from secateur.report.content import metric
 
 # The columns of `bench` without --full.
@@ -180,7 +180,7 @@ def bench(
     same choice from them where the model is used.
     """
     with failures(debug):
-        from secateur.accelerate import accelerate_
+        from secateur.accelerate.verb import accelerate_
 
         counts = token_counts(tokens_per_call or "")
         tried = formats.split(",") if formats else None
@@ -220,7 +220,7 @@ def token_counts(text: str) -> tuple[int, ...]:
 
 
 def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    from secateur.evaluate import perplexity
+    from secateur.model.evaluate import perplexity
 
     return perplexity(model, [batch for batch in batches if isinstance(batch, Tensor)]).nll
 

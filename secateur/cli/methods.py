@@ -13,11 +13,11 @@ from typing import Any, get_args
 from torch import nn
 
 from secateur import criteria, reconstruct
-from secateur.data_files import parse_yaml
-from secateur.plan import Plan
-from secateur.prune import PruneReport, prune_, reconstruct_
-from secateur.replay import Batch
-from secateur.statistics import STATISTICS, needed_by
+from secateur.core.disk.data_files import parse_yaml
+from secateur.model.blocks import Batch
+from secateur.model.plan import Plan
+from secateur.model.statistics import STATISTICS, needed_by
+from secateur.prune.verbs import PruneReport, prune_, reconstruct_
 
 PRESETS = {"best": reconstruct.best, "thorough": reconstruct.thorough}
 ALGORITHM_GIVEN = ("weight", "pattern", "dtype", "layer", "once")

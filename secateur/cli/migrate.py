@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secateur.atomic import file_appearing_whole
 from secateur.cli import options as o
 from secateur.cli.console import emit, failures, say, table
+from secateur.core.disk.atomic import file_appearing_whole
 from secateur.report.rows import Row
 
 if TYPE_CHECKING:

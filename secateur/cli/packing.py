@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from secateur.accelerate.candidates import why_not_each
 from secateur.formats import SparseLinear
-from secateur.formats.candidates import why_not_each
 from secateur.formats.contract import packed_bytes
 from secateur.formats.format import parse_format
 from secateur.formats.pack import is_linear
+from secateur.model.plan import Plan
 from secateur.patterns import NM, Block, Pattern
-from secateur.plan import Plan
 
 
 def formats_for(

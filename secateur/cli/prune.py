@@ -13,8 +13,8 @@ from secateur.cli.quality import quality
 from secateur.cli.source import AUTO, Data, Source, choose_plan, open_folder, open_source
 from secateur.cli.summary import Summary, summarize
 from secateur.formats import SparseLinear
-from secateur.prune import check
-from secateur.replay import Batch
+from secateur.model.blocks import Batch
+from secateur.prune.verbs import check
 
 
 def prune(
@@ -70,7 +70,7 @@ def prune(
     or smaller: `secateur bench` measures speed, and `secateur export --to packed` saves room.
     """
     with failures(debug, checkpoint):
-        from secateur.save import require_writable
+        from secateur.files.save import require_writable
 
         chosen = find_method(method, option or ())
         data = Data(text, tokens, rows, length, batch)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from secateur.replay import Batch
+from secateur.model.blocks import Batch
 
 
 def quality(
@@ -15,7 +15,7 @@ def quality(
     Language models: perplexity, and beside the dense model KL and the same top-1. Models that give
     hidden states: cosine to the dense model's. Others: KL and the same top-1 of their logits.
     """
-    from secateur.evaluate import compare, embedding_cosine, perplexity
+    from secateur.model.evaluate import compare, embedding_cosine, perplexity
 
     found: dict[str, float] = {}
     if not batches:

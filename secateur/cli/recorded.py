@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from secateur.plan import Plan
-from secateur.prune import LayerResult, PruneReport
+from secateur.model.plan import Plan
+from secateur.prune.verbs import LayerResult, PruneReport
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Recorded:
 
 def recorded_reports(folder: Path) -> tuple[Plan | None, list[Recorded]]:
     """The plan and the reports that were saved with the folder; nothing where it has no sidecar."""
-    from secateur.sidecar import SIDECAR, read_sidecar
+    from secateur.files.sidecar import SIDECAR, read_sidecar
 
     if not (folder / SIDECAR).is_file():
         return None, []

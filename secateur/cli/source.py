@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from secateur.cli.bare import Bare, find_bare, read_bare, write_bare
 from secateur.cli.console import caution, working
 from secateur.cli.wording import in_options
-from secateur.plan import Plan, plan, read_plan
-from secateur.replay import Batch
-from secateur.save import Report, load, write_model
-from secateur.sidecar import verify_if_saved
+from secateur.files.save import Report, load, write_model
+from secateur.files.sidecar import verify_if_saved
+from secateur.files.state_dict import Bare, find_bare, read_bare, write_bare
+from secateur.model.blocks import Batch
+from secateur.model.plan import Plan, plan, read_plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO, STORED = "auto", "stored"

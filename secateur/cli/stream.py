@@ -42,8 +42,8 @@ def stream(
     holds finished layers: after an interruption or a kill the same command goes on.
     """
     with failures(debug, out):
+        from secateur.files.stream import reconstruct_folder
         from secateur.integrations.transformers import hollow
-        from secateur.stream import reconstruct_folder
 
         chosen = find_method(method, option or ())
         if not chosen.refits:

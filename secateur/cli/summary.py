@@ -11,11 +11,11 @@ from torch import nn
 from secateur.cli.console import console, left_alone, plain, say
 from secateur.cli.quality import tokens_in
 from secateur.cli.source import Data, Source, model_files, parameters_in
-from secateur.layers import DEFAULT_TYPES
+from secateur.model.blocks import Batch
+from secateur.model.layers import DEFAULT_TYPES
+from secateur.model.plan import Plan
 from secateur.patterns import NM
-from secateur.plan import Plan
-from secateur.prune import PruneReport
-from secateur.replay import Batch
+from secateur.prune.verbs import PruneReport
 from secateur.report.content import as_bytes, metric
 
 

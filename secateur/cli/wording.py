@@ -1,7 +1,7 @@
 """The library's messages in the words of the command line: its options and its verbs.
 
 A message of the library names its remedy as a Python program would write it. The table below is the
-only place that says how the same remedy is written in a shell; `tests/test_cli_wording.py` reads
+only place that says how the same remedy is written in a shell; `tests/cli/test_wording.py` reads
 every message of the library and fails on one that the table leaves in Python.
 """
 

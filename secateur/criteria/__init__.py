@@ -1,6 +1,7 @@
 """Criteria: functions `(weight, statistic...) -> score`; the larger score is kept.
 
-The parameter names after `weight` say which statistics a criterion needs (`secateur.statistics`).
+The parameter names after `weight` say which statistics a criterion needs
+(`secateur.model.statistics`).
 """
 
 from secateur.criteria.fisher import fisher

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from secateur.float64 import float64_device
-from secateur.kernels import quantise
-from secateur.kernels.quantise import LARGEST, LEAST_SCALE
+from secateur.core.float64 import float64_device
+from secateur.formats.kernels import quantise
+from secateur.formats.kernels.quantise import LARGEST, LEAST_SCALE
 
 CAPABILITY = {torch.int8: (8, 0), torch.float8_e4m3fn: (8, 9)}  # the first with such products
 

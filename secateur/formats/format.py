@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.float64 import float64_device
+from secateur.core.float64 import float64_device
 from secateur.formats import (
     bitmap,
     block,

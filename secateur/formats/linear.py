@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.autocast import autocast_dtype, without_autocast
+from secateur.core.autocast import autocast_dtype, without_autocast
 from secateur.formats.activations import ACTIVATIONS
 from secateur.formats.contract import DTYPES, Implementation, Packed, typed_tensor
 from secateur.formats.format import parse_format

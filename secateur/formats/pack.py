@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from secateur.core.memory import room_for
+from secateur.core.undo import Undo, all_or_nothing
+from secateur.core.weights import adapters, require_data, require_module, tied_weights, why_computed
+from secateur.core.wrappers import unwrapped
 from secateur.formats.format import Format, parse_format, weight_error
-from secateur.formats.join import separate_activations_
+from secateur.formats.fuse import separate_activations_
 from secateur.formats.linear import SparseLinear, Table
-from secateur.memory import room_for
-from secateur.undo import Undo, all_or_nothing
-from secateur.weights import adapters, require_data, require_module, tied_weights, why_computed
-from secateur.wrappers import unwrapped
 
 REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
 
@@ -231,7 +231,7 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 def why_not_layer(name: str, linear: nn.Linear, tied: Mapping[str, str]) -> str | None:
     """None if replacing this layer loses nothing but its dense weight, else what would be lost.
 
-    `tied` is what `secateur.weights.tied_weights` says of the model.
+    `tied` is what `secateur.core.weights.tied_weights` says of the model.
     """
     if name in tied:
         return f"its weight is tied to {tied[name]!r}, and packing would untie them"

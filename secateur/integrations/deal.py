@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from secateur.statistics import is_held_out
+from secateur.model.statistics import is_held_out
 
 T = TypeVar("T")
 

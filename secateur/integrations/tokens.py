@@ -24,7 +24,7 @@ from secateur.integrations.transformers import (
     not_installed,
     read_config,
 )
-from secateur.outputs import eval_mode
+from secateur.model.outputs import eval_mode
 
 MORE_FILES = "give 8 documents or more, as a folder of files or as lines of a .jsonl file"
 MORE_ROWS = "take rows of 8 documents or more"

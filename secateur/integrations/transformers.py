@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
 
-from secateur.data_files import read_json
-from secateur.replay import hooks
-from secateur.tensor_files import load_files, shards, writing
+from secateur.core.disk.data_files import read_json
+from secateur.core.disk.tensor_files import load_files, shards, writing
+from secateur.model.blocks import hooks
 
 # Everything that tokenizers, processors and chat templates are known to be stored in.
 TOKENIZER_FILES = (

@@ -2,10 +2,24 @@
 
 from secateur.patterns.block import Block
 from secateur.patterns.channel import Channel
+from secateur.patterns.grids import Fp8, Grid, Int4, Int8
 from secateur.patterns.keep import keep_top
 from secateur.patterns.nm import NM
 from secateur.patterns.parse import as_pattern, parse
 from secateur.patterns.pattern import Pattern
 from secateur.patterns.unstructured import Unstructured
 
-__all__ = ["NM", "Block", "Channel", "Pattern", "Unstructured", "as_pattern", "keep_top", "parse"]
+__all__ = [
+    "NM",
+    "Block",
+    "Channel",
+    "Fp8",
+    "Grid",
+    "Int4",
+    "Int8",
+    "Pattern",
+    "Unstructured",
+    "as_pattern",
+    "keep_top",
+    "parse",
+]

@@ -1,8 +1,8 @@
 """Reconstruction: functions `(weight, statistic..., pattern) -> Solution` moving kept weights."""
 
 from secateur.reconstruct.alps import alps
-from secateur.reconstruct.best import Estimate, best, estimate, thorough
-from secateur.reconstruct.block import Blockwise, blockwise
+from secateur.reconstruct.blockwise import Blockwise, blockwise
+from secateur.reconstruct.estimate import Estimate, best, estimate, thorough
 from secateur.reconstruct.lowrank import (
     Compensated,
     CompensationReport,

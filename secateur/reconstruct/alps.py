@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.float64 import float64_device
+from secateur.core.float64 import float64_device
+from secateur.model.statistics import call
 from secateur.patterns import Pattern
 from secateur.reconstruct.refit import DAMPING, normalised, refitted
 from secateur.reconstruct.solution import Solution
-from secateur.statistics import call
 
 RHO = 0.1  # the first
 EVERY = 3  # iterations between two looks at the support

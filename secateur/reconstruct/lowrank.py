@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from secateur import layers as _layers
-from secateur.adapter import require_new, write_adapter
-from secateur.calibrate import observe
-from secateur.float64 import in_float64
-from secateur.interrupts import putting_back
+from secateur.core.float64 import in_float64
+from secateur.core.interrupts import putting_back
+from secateur.core.tables import text_table
+from secateur.core.wrappers import unwrapped
+from secateur.model import layers as _layers
+from secateur.model.blocks import Batch, input_of
+from secateur.model.calibrate import observe
+from secateur.reconstruct.peft import require_new, write_adapter
 from secateur.reconstruct.refit import require_gram
-from secateur.replay import Batch, input_of
-from secateur.tables import text_table
-from secateur.wrappers import unwrapped
 
 
 def compensation(

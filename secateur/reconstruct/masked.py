@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from secateur.model.statistics import call_with, name_of, needed_by, score
 from secateur.reconstruct.solution import Solution
-from secateur.statistics import call_with, name_of, needed_by, score
 
 
 def on_mask_of(

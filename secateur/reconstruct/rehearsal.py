@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from secateur import layers as _layers
-from secateur.calibrate import Observed, observe
-from secateur.halves import first_tensor
-from secateur.layers import weight_of
-from secateur.outputs import divergence, eval_mode
+from secateur.model import layers as _layers
+from secateur.model.blocks import Batch, arguments_of, run_batch, to_device
+from secateur.model.calibrate import Observed, observe
+from secateur.model.half_blocks import first_tensor
+from secateur.model.layers import weight_of
+from secateur.model.outputs import divergence, eval_mode
+from secateur.model.statistics import HELD_OUT, Gram, call_with, needed_by
 from secateur.patterns import Pattern
-from secateur.reconstruct.block import Blockwise
-from secateur.replay import Batch, arguments_of, run_batch, to_device
-from secateur.statistics import HELD_OUT, Gram, call_with, needed_by
+from secateur.reconstruct.blockwise import Blockwise
 
 GIVEN = ("weight", "pattern", "dtype", "layer")  # what a method gets that is no statistic
 # Kinds of blocks, and of stages, of which one each is rehearsed: those with most work.

@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.grids import Grid
+from secateur.model.statistics import call
 from secateur.patterns import NM, Pattern
+from secateur.patterns.grids import Grid
 from secateur.patterns.keep import PAIRWISE_WIDTH
 from secateur.reconstruct.solution import Solution
-from secateur.statistics import call
 
 # Each failed factorisation multiplies the damping by ten; 1e-2 to 1e+4 of the mean diagonal.
 DAMPING_STEPS = 7

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.float64 import float64_device, in_float64
+from secateur.core.float64 import float64_device, in_float64
 from secateur.patterns import NM, Pattern, Unstructured
 from secateur.reconstruct.masked import on_mask_of
 from secateur.reconstruct.refit import require_gram

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from secateur.accelerate_report import AccelerateReport
+from secateur.accelerate.report import AccelerateReport
 from secateur.allocation import Allocation, Sensitivity
-from secateur.atomic import write_whole
-from secateur.inspection import Inspection, inspect
-from secateur.plan import Plan
-from secateur.prune import PruneReport
+from secateur.core.disk.atomic import write_whole
+from secateur.core.tables import printable
+from secateur.model.plan import Plan
+from secateur.prune.verbs import PruneReport
 from secateur.report import sections as _sections
 from secateur.report.content import Section, Tile, as_bytes, metric, provenance
-from secateur.tables import printable
+from secateur.report.inspection import Inspection, inspect
 
 __all__ = ["write_html"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from secateur.core.version import VERSION
 from secateur.report.rows import Row, fold, numeric_columns, without_empty
-from secateur.version import VERSION
 
 MARKS = ("●", "■", "▲", "◆", "▼", "✚")
 # A table of more rows than this is closed until the reader opens it.

@@ -6,14 +6,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from secateur import layers as _layers
-from secateur.accelerate_report import AccelerateReport
+from secateur.accelerate.report import AccelerateReport
 from secateur.allocation import Allocation, Sensitivity
 from secateur.allocation.budget import figure
-from secateur.inspection import Inspection
+from secateur.model import layers as _layers
+from secateur.model.plan import Plan
 from secateur.patterns import parse
-from secateur.plan import Plan
-from secateur.prune import PruneReport
+from secateur.prune.verbs import PruneReport
 from secateur.report import plots
 from secateur.report.content import (
     MARKS,
@@ -26,6 +25,7 @@ from secateur.report.content import (
     layer_tables,
     metric,
 )
+from secateur.report.inspection import Inspection
 from secateur.report.pictures import picture
 
 # More strips or bars than this do not fit a screen; the tables have all layers.

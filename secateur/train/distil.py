@@ -13,19 +13,19 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from secateur.calibrate import as_list
-from secateur.checkpoint import digest
-from secateur.interrupts import putting_back
-from secateur.layers import weight_of
-from secateur.outputs import answer, eval_mode
-from secateur.replay import Batch
-from secateur.tables import text_table
+from secateur.core.disk.checkpoint import digest
+from secateur.core.interrupts import putting_back
+from secateur.core.tables import text_table
+from secateur.core.undo import Undo, all_or_nothing
+from secateur.core.weights import require_module, sharing
+from secateur.core.wrappers import unwrapped
+from secateur.model.blocks import Batch
+from secateur.model.calibrate import as_list
+from secateur.model.layers import weight_of
+from secateur.model.outputs import answer, eval_mode
 from secateur.train.hold import Held, hold
 from secateur.train.loss import Loss, output_loss
 from secateur.train.state import TrainingState
-from secateur.undo import Undo, all_or_nothing
-from secateur.weights import require_module, sharing
-from secateur.wrappers import unwrapped
 
 # Of the steps until the learning rate is full: Adam's moments stem from few gradients before.
 WARMUP = 0.05

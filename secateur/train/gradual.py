@@ -6,10 +6,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from secateur.criteria import magnitude
+from secateur.model.plan import Plan
 from secateur.patterns import NM, Block, Channel, Pattern, Unstructured
-from secateur.plan import Plan
-from secateur.schedules import Schedule
 from secateur.train.hold import Rule
+from secateur.train.schedules import Schedule
 
 
 def gradual(

@@ -7,11 +7,11 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from secateur import layers as _layers
-from secateur.layers import weight_of
+from secateur.core.weights import adapters, require_data, require_module, require_ordinary
+from secateur.core.wrappers import stepping, unwrapped
+from secateur.model import layers as _layers
+from secateur.model.layers import weight_of
 from secateur.train.releasing import Releasing
-from secateur.weights import adapters, require_data, require_module, require_ordinary
-from secateur.wrappers import stepping, unwrapped
 
 # How masks move: (layer name, weight [out, in], mask [out, in], step) -> mask, after every step.
 Rule = Callable[[str, Tensor, Tensor, int], Tensor]

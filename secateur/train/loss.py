@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.outputs import counted, divergence, hidden_of, logits_of, pooled
-from secateur.replay import Batch
+from secateur.model.blocks import Batch
+from secateur.model.outputs import counted, divergence, hidden_of, logits_of, pooled
 
 # (what the model returned, what the teacher returned, the batch) -> a scalar to make small
 Loss = Callable[[Any, Any, Batch], Tensor]

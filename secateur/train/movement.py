@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from secateur import layers as _layers
-from secateur.layers import weight_of, weights_of
-from secateur.plan import Plan, match
-from secateur.schedules import Schedule
+from secateur.core.wrappers import stepping
+from secateur.model import layers as _layers
+from secateur.model.layers import weight_of, weights_of
+from secateur.model.plan import Plan, match
 from secateur.train.gradual import at_sparsity
 from secateur.train.releasing import Releasing
-from secateur.wrappers import stepping
+from secateur.train.schedules import Schedule
 
 # What scores gain at a step from dL/dS, and the mask [out, in] of scores at a step, None: as it is.
 Learn = Callable[[Tensor, Tensor], Tensor]

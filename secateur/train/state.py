@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoint import RunFolder
+from secateur.core.disk.checkpoint import RunFolder
 
 # What AdamW keeps of a parameter; its step count is a tensor too.
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

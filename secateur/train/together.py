@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.float64 import in_float64
-from secateur.interrupts import putting_back
-from secateur.layers import weight_of
-from secateur.outputs import answer, eval_mode
-from secateur.replay import Batch
-from secateur.statistics import is_held_out
+from secateur.core.float64 import in_float64
+from secateur.core.interrupts import putting_back
+from secateur.core.undo import all_or_nothing
+from secateur.model.blocks import Batch
+from secateur.model.layers import weight_of
+from secateur.model.outputs import answer, eval_mode
+from secateur.model.statistics import is_held_out
 from secateur.train.distil import distil_
 from secateur.train.loss import output_loss
-from secateur.undo import all_or_nothing
 
 LEARNING_RATE = 0.003  # in units of the root mean square kept weight
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.allocation import Costs, evolve
 from secateur.allocation.evolve import _child
-from secateur.replay import Batch
+from secateur.model.blocks import Batch
 
 PATTERNS = ("unstructured:0.5", "unstructured:0.75")
 BATCHES = [torch.full((1,), float(i)) for i in range(4)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.allocation import Sensitivity, read_sensitivity, sense
-from secateur.evaluate import perplexity
+from secateur.model.evaluate import perplexity
 
 
 def hand_made() -> nn.Sequential:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur import criteria
-from secateur.statistics import GRADIENTS, needed_by
+from secateur.model.statistics import GRADIENTS, needed_by
 
 CRITERIA: list[Callable[..., Tensor]] = [vars(criteria)[name] for name in criteria.__all__]
 each_criterion = pytest.mark.parametrize("criterion", CRITERIA, ids=criteria.__all__)

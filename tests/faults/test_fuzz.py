@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import secateur as sc
+from secateur.accelerate.measurements import ENTRIES
 from secateur.allocation import read_sensitivity, sense
 from secateur.cli import app
-from secateur.cli.bare import read_bare
+from secateur.core.disk.tensor_files import save_file
+from secateur.files.save import load, save
+from secateur.files.state_dict import read_bare
+from secateur.formats.kernels import measured
 from secateur.integrations.transformers import load_folder
-from secateur.kernels import measured
-from secateur.outputs import answer
-from secateur.remembered import ENTRIES
-from secateur.save import load, save
-from secateur.tensor_files import save_file
+from secateur.model.outputs import answer
 from tests.faults.verbs import TRIED, batches, dense, pruned
 
 Values = dict[str, Any]
@@ -226,7 +226,7 @@ def _save_packed(folder: Path) -> None:
     for form, layers in {"semi24": names[:2], "csr": names[2:4], "bitmap": names[4:5]}.items():
         sc.pack_(model, form, layers=layers)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys.modules["secateur.save"], "SHARD_BYTES", 3000)
+        patched.setattr(sys.modules["secateur.files.save"], "SHARD_BYTES", 3000)
         save(model, folder / "saved")
 
 

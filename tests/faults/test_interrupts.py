@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import secateur
-from secateur.interrupts import Signals
-from secateur.undo import PREFIX, Undo
+from secateur.core.interrupts import Signals
+from secateur.core.undo import PREFIX, Undo
 from tests.faults.verbs import TRIED, VERBS, Verb, differences, everything
 
 HERE = str(Path(secateur.__file__).parent)

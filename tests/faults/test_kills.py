@@ -22,9 +22,9 @@ from torch import Tensor
 
 import secateur as sc
 from secateur.allocation import sense
-from secateur.outputs import answer
+from secateur.files.save import load, save
+from secateur.model.outputs import answer
 from secateur.reconstruct import compensate
-from secateur.save import load, save
 from tests.faults.verbs import TRIED, batches, dense, pruned
 
 # What Python says of its own file operations; safetensors writes without asking it.
@@ -163,7 +163,7 @@ def test_at_any_file_operation(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_two_processes_do_not_share_a_checkpoint(tmp_path: Path) -> None:
     """The second one is told; when the first is gone, its checkpoint is anybody's."""
-    from secateur.checkpoint import Checkpoint
+    from secateur.core.disk.checkpoint import Checkpoint
 
     with Checkpoint(tmp_path / "run", {}) as first:
         first.add({"a": torch.ones(2)}, {"a": {}})

@@ -22,11 +22,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import secateur as sc
 from secateur.allocation import sense
-from secateur.decompose import decompose_
-from secateur.inspection import inspect
-from secateur.outputs import answer
-from secateur.permute import permute_
-from secateur.save import save
+from secateur.files.save import save
+from secateur.model.outputs import answer
+from secateur.prune.decompose import decompose_
+from secateur.prune.permute import permute_
+from secateur.report.inspection import inspect
 from tests.faults.verbs import TRIED, WIDTH, batches, dense, differences, everything, packed, pruned
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import secateur as sc
-from secateur.decompose import decompose_
-from secateur.permute import permute_
-from secateur.save import load, save
+from secateur.files.save import load, save
+from secateur.prune.decompose import decompose_
+from secateur.prune.permute import permute_
 
 WIDTH = 16
 

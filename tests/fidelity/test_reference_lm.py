@@ -9,9 +9,9 @@ from torch import nn
 
 import secateur as sc
 from bench.accuracy import paper
-from secateur import evaluate
 from secateur.integrations.tokens import end_of_text, token_rows
 from secateur.integrations.transformers import load_folder
+from secateur.model import evaluate
 
 FOLDER = Path(__file__).parents[3] / "shared" / "models" / "reference-lm"
 

@@ -20,8 +20,8 @@ if __name__ == "__main__":  # the checks import the same helpers as the tests
     sys.path.insert(0, str(Path(__file__).parents[2]))
     WITH_TORCH = frozenset(sys.modules)  # it imports the driver's bindings where they are installed
 
-from secateur.formats.join import Joined, join_activations_
-from secateur.undo import Undo
+from secateur.core.undo import Undo
+from secateur.formats.fuse import Joined, join_activations_
 from tests.formats.weights import DYNAMIC, FORMATS, sparse_linear, tokens_in
 
 

@@ -27,10 +27,11 @@ from secateur.formats.dynamic import quantised
 from secateur.formats.format import dequantised, weight_error
 from secateur.formats.fp8_dynamic import torch_scaled as fp8_torch
 from secateur.formats.int8_dynamic import torch_scaled as int8_torch
+from secateur.formats.kernels import cusparselt, quantise
+from secateur.formats.kernels.cusparselt import Setting
+from secateur.formats.kernels.gpu import why_no_gpu
 from secateur.formats.semi24_int8_dynamic import cusparselt as int8_cusparselt
-from secateur.kernels import cusparselt, quantise
-from secateur.kernels.cusparselt import Setting
-from secateur.kernels.gpu import why_no_gpu
+from tests.formats.kernels.fake_cusparselt import Fake, install
 from tests.formats.weights import (
     DYNAMIC,
     exact_linear,
@@ -39,7 +40,6 @@ from tests.formats.weights import (
     tokens_in,
     used_inputs,
 )
-from tests.kernels.fake_cusparselt import Fake, install
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 DENSE = ("int8_dynamic", "fp8_dynamic")

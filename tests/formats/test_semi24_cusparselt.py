@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.formats import SparseLinear, parse_format, semi24
+from secateur.formats.kernels.cusparselt import Setting
+from secateur.formats.kernels.gpu import why_no_gpu
 from secateur.formats.pack import packed_linear
 from secateur.formats.semi24 import cusparselt, dense
-from secateur.kernels.cusparselt import Setting
-from secateur.kernels.gpu import why_no_gpu
+from tests.formats.kernels.fake_cusparselt import Fake, forget, install
 from tests.formats.weights import allowed_error, exact_linear, fitting_weight, tokens_in
-from tests.kernels.fake_cusparselt import Fake, forget, install
 
 OUT, WIDTH = 48, 64
 TYPES = (torch.bfloat16, torch.float16)
@@ -297,7 +297,7 @@ def test_a_setting_is_searched_once_and_kept(cache: Path, monkeypatch: pytest.Mo
     def never(*arguments: object) -> object:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("secateur.kernels.cusparselt_settings.searched", never)
+    monkeypatch.setattr("secateur.formats.kernels.cusparselt_settings.searched", never)
     forget()
     held_to_float64(layer, x)
 

@@ -21,7 +21,7 @@ from secateur.formats import (
 from secateur.formats.contract import packed_bytes
 from secateur.formats.format import dequantised, weight_error
 from secateur.formats.linear import SparseLinear
-from secateur.grids import Grid
+from secateur.patterns.grids import Grid
 from tests.formats.weights import QUANTISED, fitting_weight, tokens_in
 
 NAMES = (*QUANTISED, "semi24_int4:channel")

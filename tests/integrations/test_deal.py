@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.integrations.deal import Dealt, apart, held_apart, in_turns
-from secateur.statistics import is_held_out
+from secateur.model.statistics import is_held_out
 
 DOCUMENTS = st.lists(st.integers(0, 12), max_size=60)
 

@@ -19,7 +19,7 @@ from secateur.integrations.tokens import (
     token_rows,
 )
 from secateur.integrations.transformers import load_folder
-from secateur.statistics import is_held_out
+from secateur.model.statistics import is_held_out
 from tests.integrations.folders import change_config, make_folder, tiny
 
 transformers = pytest.importorskip("transformers")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur as sc
+from secateur.model.statistics import name_of
 from secateur.patterns import Pattern
 from secateur.reconstruct import refitted
 from secateur.reconstruct.refit import normalised
-from secateur.statistics import name_of
 from tests.models import Decoder
 from tests.reconstruct.test_refit import PATTERNS, hessian, row_by_row
 from tests.reconstruct.test_sparsegpt import output_error, problem
@@ -261,7 +261,7 @@ def test_layers_with_the_same_input_share_them(  # type: ignore[no-untyped-def]
     monkeypatch.setattr(torch.linalg, "eigh", lambda A: calls.append(1) or eigh(A))
     sc.reconstruct_(model, "2:4", method, batches)
     assert len(calls) == 12
-    monkeypatch.setattr("secateur.run.functools.cache", lambda function: function)
+    monkeypatch.setattr("secateur.prune.passes.functools.cache", lambda function: function)
     sc.reconstruct_(apart, "2:4", method, batches)
     assert len(calls) == 12 + 18
     for a, b in zip(model.parameters(), apart.parameters(), strict=True):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.reconstruct import compensate, compensation
 from tests.models import ConvNet, Decoder
+from tests.reconstruct.test_peft import config, merged, targeted
 from tests.reconstruct.test_sparsegpt import problem
-from tests.test_adapter import config, merged, targeted
 
 
 def case(seed: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:

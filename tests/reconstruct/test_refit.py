@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.model.statistics import name_of, needed_by
 from secateur.patterns import Pattern
 from secateur.reconstruct import Solution, refitted
 from secateur.reconstruct.refit import DAMPING, DAMPINGS, TOLERANCE
-from secateur.statistics import name_of, needed_by
 from tests.reconstruct.test_sparsegpt import output_error, problem
 
 EPS = torch.finfo(torch.float32).eps

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.model.plan import match
 from secateur.patterns import Pattern
-from secateur.plan import match
 from secateur.reconstruct import Solution
 from secateur.reconstruct.rehearsal import (
     Passes,

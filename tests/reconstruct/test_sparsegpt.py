@@ -11,10 +11,10 @@ from torch import Tensor
 
 import secateur as sc
 from bench.paper import sparsegpt_algorithm_1
-from secateur.grids import Grid
+from secateur.model.statistics import call
 from secateur.patterns import Pattern
+from secateur.patterns.grids import Grid
 from secateur.reconstruct import Solution
-from secateur.statistics import call
 from tests.models import Decoder
 
 # By name: `secateur.reconstruct.sparsegpt` is the function.

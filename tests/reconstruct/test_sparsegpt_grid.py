@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.grids import Grid
 from secateur.patterns import Pattern
+from secateur.patterns.grids import Grid
 from tests.reconstruct.test_sparsegpt import output_error, problem
 
 GRIDS: tuple[Grid, ...] = (sc.Int4(), sc.Int4(None), sc.Int8(), sc.Fp8())

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.model.statistics import name_of, needed_by
 from secateur.patterns import Pattern
 from secateur.reconstruct import Solution, refit, swap, swapped
-from secateur.statistics import name_of, needed_by
 from tests.reconstruct.test_sparsegpt import problem
 
 PATTERNS: list[Pattern] = [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.evaluate import compare
+from secateur.model.evaluate import compare
 from secateur.train.distil import distil_
 
 # By its path, as the package may have the function under the file's name.

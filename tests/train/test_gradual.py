@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.schedules import cosine, cubic, linear
+from secateur.train.schedules import cosine, cubic, linear
 from tests.models import ConvNet
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.schedules import constant, cubic, linear
 from secateur.train import movement, soft_movement
+from secateur.train.schedules import constant, cubic, linear
 from tests.models import ConvNet
 
 PLAN = {"0": "unstructured:0.5@layer"}

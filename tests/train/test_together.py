@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.evaluate import compare
-from secateur.layers import select
-from secateur.plan import match
+from secateur.model.evaluate import compare
+from secateur.model.layers import select
+from secateur.model.plan import match
 from secateur.reconstruct import Solution, estimate
-from secateur.reconstruct.best import distilling_bytes
+from secateur.reconstruct.estimate import distilling_bytes
 from secateur.train.together import held_out_loss, train_together_
 from tests.models import ConvNet, Decoder
 
@@ -132,7 +132,7 @@ def test_an_interruption_leaves_the_model_and_is_gone_on_from(
 
     model = decoder()
     with monkeypatch.context() as patched:
-        patched.setattr("secateur.run.train_together_", interrupted)
+        patched.setattr("secateur.prune.passes.train_together_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sc.reconstruct_(model, plan, METHOD, batches, checkpoint=tmp_path)
     assert same(model, state(decoder()))

@@ -43,11 +43,14 @@ from secateur.compat.torchao.semi_sparse import (
     swap_semi_sparse_linear_with_linear,
 )
 from secateur.compat.torchao.sparsifiers import NearlyDiagonalSparsifier, WeightNormSparsifier
-from secateur.compat.torchao.structured import BaseStructuredSparsifier, FakeStructuredSparsity
-from secateur.compat.torchao.structured_pruners import (
+from secateur.compat.torchao.structured.pruners import (
     FPGMPruner,
     LSTMSaliencyPruner,
     SaliencyPruner,
+)
+from secateur.compat.torchao.structured.sparsifier import (
+    BaseStructuredSparsifier,
+    FakeStructuredSparsity,
 )
 from secateur.compat.torchao.supermask import SupermaskLinear
 from secateur.compat.torchao.swap import module_contains_param, swap_module

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from secateur.compat.torchao.fake_sparsity import FakeSparsity, as_mask, attach, detach, has_mask
 from secateur.compat.torchao.names import closest, get_arg_info_from_tensor_fqn, in_short
-from secateur.layers import why_not_prunable
+from secateur.model.layers import why_not_prunable
 
 Group = dict[str, Any]
 

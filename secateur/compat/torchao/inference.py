@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from secateur.accelerate.candidates import why_not_each
 from secateur.compat.torchao.configs import TWO_OF_FOUR, Config
-from secateur.formats.candidates import why_not_each
+from secateur.core.undo import all_or_nothing
+from secateur.core.weights import tied_weights
 from secateur.formats.linear import SparseLinear
 from secateur.formats.pack import packed_linear, swap, why_not_layer
-from secateur.plan import Plan, plan
-from secateur.prune import check, prune_
-from secateur.undo import all_or_nothing
-from secateur.weights import tied_weights
+from secateur.model.plan import Plan, plan
+from secateur.prune.verbs import check, prune_
 
 Filter = Callable[[nn.Module, str], bool]
 Change = Callable[[nn.Module], nn.Module]

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from secateur.compat.torchao.names import closest
 from secateur.compat.torchao.swap import HOOKS
+from secateur.core.undo import all_or_nothing
 from secateur.formats.pack import swap
-from secateur.undo import all_or_nothing
 
 TILE = 4  # rows and columns of a tile; half of each row and of each column stays
 KEPT = TILE // 2

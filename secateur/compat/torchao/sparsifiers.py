@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur import layers as _layers
 from secateur.compat.torchao.base_sparsifier import BaseSparsifier
 from secateur.compat.torchao.fake_sparsity import mask_of, original_of, set_mask, unmasked
 from secateur.compat.torchao.groups import Group
 from secateur.compat.torchao.names import in_short
 from secateur.criteria import magnitude, magnitude_l2
+from secateur.model import layers as _layers
 from secateur.patterns import keep_top
 
 # What an element of a weight counts: 2 or None for W^2, 1 for |W|, or a function of the weight.

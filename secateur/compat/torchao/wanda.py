@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur import layers as _layers
 from secateur.compat.torchao.base_sparsifier import BaseSparsifier
 from secateur.compat.torchao.fake_sparsity import original_of, set_mask, unmasked
 from secateur.compat.torchao.groups import Group
 from secateur.compat.torchao.names import in_short
 from secateur.criteria import wanda
+from secateur.model import layers as _layers
+from secateur.model.statistics import InputNorm, score
 from secateur.patterns import NM, Pattern, Unstructured
-from secateur.statistics import InputNorm, score
 
 # The name under which a prepared module holds its observer.
 OBSERVER = "activation_post_process"

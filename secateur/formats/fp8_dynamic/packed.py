@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secateur.formats import two_of_four
 from secateur.formats.contract import check_quantisable, first_true, why_not_quantisable
-from secateur.grids import Fp8
+from secateur.patterns.grids import Fp8
 
 NAN = 0x7F  # the bits of e4m3fn's only NaN, but for the sign
 

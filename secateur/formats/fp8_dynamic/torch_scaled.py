@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.formats import dynamic
 from secateur.formats.fp8_dynamic.packed import PackedFp8Dynamic, codes_of
-from secateur.kernels import quantise
+from secateur.formats.kernels import quantise
 
 MULTIPLE = 16  # of both sizes of the weight, as torch demands
 

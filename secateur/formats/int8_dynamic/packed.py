@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.formats import two_of_four
 from secateur.formats.contract import check_quantisable, first_true, why_not_quantisable
-from secateur.grids import Int8
+from secateur.patterns.grids import Int8
 
 
 @dataclass(frozen=True)

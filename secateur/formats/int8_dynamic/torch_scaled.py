@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.formats import dynamic
 from secateur.formats.int8_dynamic.packed import PackedInt8Dynamic, codes_of
-from secateur.kernels import quantise
+from secateur.formats.kernels import quantise
 
 MULTIPLE = 8  # of both sizes of the weight, as torch demands; tokens are padded to it
 LEAST_ROWS = 24  # torch demands more than 16, and 24 is the next multiple

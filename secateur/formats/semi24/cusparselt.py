@@ -3,8 +3,8 @@
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from secateur.formats.kernels import cusparselt, cusparselt_settings
 from secateur.formats.semi24.packed import PackedSemi24, unpack
-from secateur.kernels import cusparselt, cusparselt_settings
 
 
 def why_not(packed: PackedSemi24, tokens: int) -> str | None:
@@ -35,7 +35,7 @@ def linear(
     process, unless one is remembered on this machine. Repeated calls may differ in the last bits if
     its sums are split.
 
-    Cost: see `secateur.kernels.cusparselt_child.searched` for the first call.
+    Cost: see `secateur.formats.kernels.cusparselt_child.searched` for the first call.
     Raises: RuntimeError if a search is needed inside a CUDA graph capture, or finds nothing right.
     """
     return cusparselt_settings.product(blob, x, packed.shape[0], bias)

@@ -3,8 +3,8 @@
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from secateur.formats.decode24 import Kind, arrange, multiply
-from secateur.formats.decode24 import why_not as why_not_here
+from secateur.formats.kernels.decode24 import Kind, arrange, multiply
+from secateur.formats.kernels.decode24 import why_not as why_not_here
 from secateur.formats.semi24.packed import PackedSemi24
 
 

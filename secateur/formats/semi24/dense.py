@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
+from secateur.formats.kernels.gpu import why_no_gpu
 from secateur.formats.semi24.packed import PackedSemi24, unpack
-from secateur.kernels.gpu import why_no_gpu
 
 
 def why_not(packed: PackedSemi24, tokens: int) -> str | None:

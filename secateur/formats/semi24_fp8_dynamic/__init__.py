@@ -1,7 +1,7 @@
 """2:4 weights and inputs rounded to 8-bit floats: a scale for every output and every token."""
 
-from secateur.formats import prefill24
 from secateur.formats.contract import Implementation
+from secateur.formats.kernels import prefill24
 from secateur.formats.op import register
 from secateur.formats.semi24_fp8 import decode
 from secateur.formats.semi24_fp8_dynamic import prefill, reference

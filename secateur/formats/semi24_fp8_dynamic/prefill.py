@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from secateur.formats import prefill24
+from secateur.formats.kernels import prefill24
 from secateur.formats.semi24_fp8_dynamic.packed import PackedSemi24Fp8Dynamic
 
 

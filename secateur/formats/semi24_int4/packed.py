@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secateur.formats import two_of_four
 from secateur.formats.contract import check_quantisable, first_true, why_not_quantisable
-from secateur.grids import Int4
+from secateur.patterns.grids import Int4
 
 GROUP_SIZE = 128  # inputs, kept or not, that share a scale
 

@@ -9,9 +9,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from secateur.formats import dynamic
+from secateur.formats.kernels import cusparselt, cusparselt_settings, quantise
 from secateur.formats.semi24_int8.packed import codes_of
 from secateur.formats.semi24_int8_dynamic.packed import PackedSemi24Int8Dynamic
-from secateur.kernels import cusparselt, cusparselt_settings, quantise
 
 # A power of two not below the largest code: products of codes and row scales, divided by it, are
 # y / max |x|, which fits float16 where x and y do, with room for sums.
@@ -58,7 +58,7 @@ def linear(
     Error: that of the definition and one rounding more: with u half an eps of the layer's dtype,
         u |y - bias| on top of the rounding of y. Rounding x costs some 1 % of y, u is at most
         0.4 %.
-    Cost: see `secateur.kernels.cusparselt_child.searched` for the first call.
+    Cost: see `secateur.formats.kernels.cusparselt_child.searched` for the first call.
     Raises: RuntimeError if a search is needed inside a CUDA graph capture, or finds nothing right.
     """
     step = cusparselt.STEPS[torch.int8]

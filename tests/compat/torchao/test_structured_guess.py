@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.compat.torchao.structured_guess import guess_inputs
+from secateur.compat.torchao.structured.guess import guess_inputs
 
 
 class Net(nn.Module):

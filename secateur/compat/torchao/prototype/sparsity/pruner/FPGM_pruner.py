@@ -1,5 +1,5 @@
 """The names of `torchao.prototype.sparsity.pruner.FPGM_pruner`."""
 
-from secateur.compat.torchao.structured_pruners import FPGMPruner
+from secateur.compat.torchao.structured.pruners import FPGMPruner
 
 __all__ = ["FPGMPruner"]

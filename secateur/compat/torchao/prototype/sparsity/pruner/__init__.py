@@ -1,10 +1,13 @@
 """The names of `torchao.prototype.sparsity.pruner`."""
 
-from secateur.compat.torchao.structured import BaseStructuredSparsifier, FakeStructuredSparsity
-from secateur.compat.torchao.structured_pruners import (
+from secateur.compat.torchao.structured.pruners import (
     FPGMPruner,
     LSTMSaliencyPruner,
     SaliencyPruner,
+)
+from secateur.compat.torchao.structured.sparsifier import (
+    BaseStructuredSparsifier,
+    FakeStructuredSparsity,
 )
 
 __all__ = [

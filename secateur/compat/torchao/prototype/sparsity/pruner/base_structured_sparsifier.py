@@ -1,5 +1,5 @@
 """The names of `torchao.prototype.sparsity.pruner.base_structured_sparsifier`."""
 
-from secateur.compat.torchao.structured import BaseStructuredSparsifier
+from secateur.compat.torchao.structured.sparsifier import BaseStructuredSparsifier
 
 __all__ = ["BaseStructuredSparsifier"]

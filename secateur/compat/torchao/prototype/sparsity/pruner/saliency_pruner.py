@@ -1,5 +1,5 @@
 """The names of `torchao.prototype.sparsity.pruner.saliency_pruner`."""
 
-from secateur.compat.torchao.structured_pruners import SaliencyPruner
+from secateur.compat.torchao.structured.pruners import SaliencyPruner
 
 __all__ = ["SaliencyPruner"]

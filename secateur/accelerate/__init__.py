@@ -1,0 +1,6 @@
+"""A format for each layer, measured on this machine; dense where dense wins."""
+
+from secateur.accelerate.report import AccelerateReport
+from secateur.accelerate.verb import accelerate_
+
+__all__ = ["AccelerateReport", "accelerate_"]

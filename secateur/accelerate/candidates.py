@@ -1,0 +1,241 @@
+"""Every way to run one linear layer here, dense and packed: what is measured against what."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.core.float64 import in_float64
+from secateur.core.memory import is_out_of_memory
+from secateur.formats.contract import Packed, packed_bytes
+from secateur.formats.format import Format, dequantised, parse_format
+from secateur.formats.kernels.cusparselt_child import NoSearch
+from secateur.formats.linear import REFERENCE, SparseLinear
+from secateur.formats.pack import packed_linear
+
+DENSE = "dense"
+PREPACKED = "dense prepacked"
+ROWS_AT_ONCE = 4096  # of a weight in float64: a vocabulary of 128,000 x 4096 would take 4 GB whole
+TOKENS_CHECKED = 128  # spread over the input; float64 of 4096 tokens can take a GPU seconds
+OUT_OF_MEMORY = "ran out of memory"
+NOT_SEARCHED = "was not searched"
+PASSING = (OUT_OF_MEMORY, NOT_SEARCHED)  # what is no verdict for later
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a layer. `make()` is a fresh copy of it with weights of its own.
+
+    `nbytes` are those of the weight as a checkpoint has it, `arranged_bytes` what the
+    implementation made of it for itself. `quantised` is the packed weight that the result is held
+    to instead of the layer's own, for a format that rounds.
+    """
+
+    name: str
+    make: Callable[[], Run]
+    nbytes: int
+    quantised: Packed | None = None
+    arranged_bytes: int = 0
+
+    @property
+    def read(self) -> int:
+        """Bytes of weights that a launch reads: the arrangement, where there is one."""
+        return self.arranged_bytes or self.nbytes
+
+
+def dense_candidates(linear: nn.Linear, tokens: int) -> list[Candidate]:
+    """The layer as it is, and on a CPU with its weight prepacked, as compiled, frozen code has it.
+
+    Prepacked is the baseline that a speed-up has to be measured against: eager `nn.Linear` can be
+    2x slower than the same multiplication with its weight rearranged once.
+    """
+    nbytes = linear.weight.nbytes
+    found = [Candidate(DENSE, lambda: deepcopy(linear), nbytes)]
+    prepack = _prepacker(linear, tokens)
+    if prepack is not None:
+        found.append(Candidate(PREPACKED, prepack, nbytes))
+    return found
+
+
+def sparse_candidates(
+    linear: nn.Linear, format: Format, tokens: int
+) -> tuple[list[Candidate], list[str]]:
+    """Every implementation of the format that can run this layer, and why the others cannot.
+
+    The reference is left out: it unpacks at every call and is never faster.
+    """
+    layer = packed_linear("", linear, format, REFERENCE)
+    problems = why_not_each(layer, tokens)
+    reasons = [problem for problem in problems.values() if problem is not None]
+    if not problems:
+        reasons.append(f"{format} has no implementation but the reference here")
+    found, failed = packed_candidates(layer, tokens)
+    return found, reasons + failed
+
+
+def why_not_each(layer: SparseLinear, tokens: int) -> dict[str, str | None]:
+    """For each implementation but the reference: None if it can run here, else the reason."""
+    return {
+        f"{layer.format} {implementation.name}": implementation.why_not(layer.packed, tokens)
+        for implementation in layer.format.folder.IMPLEMENTATIONS
+        if implementation.name != "reference"
+    }
+
+
+def packed_candidates(layer: SparseLinear, tokens: int) -> tuple[list[Candidate], list[str]]:
+    """The implementations that can run this layer, and what those said that could not arrange it.
+
+    Cost: one arrangement of each.
+    """
+    quantised = None if layer.format.is_exact else layer.packed
+    stored = packed_bytes(layer.packed)
+    found, failed = list[Candidate](), list[str]()
+    for name, problem in why_not_each(layer, tokens).items():
+        if problem is not None:
+            continue
+        try:
+            one = _arranged(layer, name.removeprefix(f"{layer.format} "), tokens)
+        except (RuntimeError, ValueError, MemoryError) as raised:
+            failed.append(failure(name, raised))
+            continue
+        make = partial(deepcopy, one)
+        found.append(Candidate(name, make, stored, quantised, one.nbytes - stored))
+    return found, failed
+
+
+def admitted(
+    candidates: Sequence[Candidate], linear: nn.Linear, x: Float[Tensor, "tokens in"]
+) -> tuple[list[Candidate], list[str]]:
+    """The candidates whose result on x is right, and why the others were dropped.
+
+    Right is an error, against float64, of at most twice that of the dense layer plus one rounding
+    of the result and of the sums behind it. Where a format rounds weights or activations, float64
+    is that of its packed weight, and instead of the dense layer it is the format's own reference
+    that sets the error: what rounding costs the model is not for a machine to judge. A candidate
+    that raises is dropped with what it said. Of many tokens some are compared.
+    """
+    kept, reasons = list[Candidate](), list[str]()
+    targets: dict[int | None, tuple[Tensor, float]] = {}
+    rows = (
+        torch.linspace(
+            0, len(x) - 1, min(len(x), TOKENS_CHECKED), dtype=torch.float32, device="cpu"
+        )
+        .round()
+        .long()
+        .to(x.device)
+    )
+    for candidate in candidates:
+        of = None if candidate.quantised is None else id(candidate.quantised)
+        if of not in targets:
+            targets[of] = _target(linear, candidate.quantised, x[rows])
+        exact, allowed = targets[of]
+        try:
+            result = candidate.make()(x)
+            error = float((in_float64(result[rows]) - exact).abs().max())
+            finite = bool(result.isfinite().all())
+        except (RuntimeError, ValueError, MemoryError) as problem:
+            reasons.append(failure(candidate.name, problem))
+            continue
+        if error <= allowed and finite:  # False for nan
+            kept.append(candidate)
+        elif error <= allowed:
+            reasons.append(f"{candidate.name} is wrong: its result is not finite")
+        else:
+            reasons.append(
+                f"{candidate.name} is wrong by {error:.1e} where {allowed:.1e} is allowed"
+            )
+    return kept, reasons
+
+
+def runs(candidates: Sequence[Candidate], copies: int) -> Mapping[str, list[Run]]:
+    """For each candidate, as many copies of it as there is room for."""
+    return {candidate.name: [candidate.make() for _ in range(copies)] for candidate in candidates}
+
+
+def _target(
+    linear: nn.Linear, quantised: Packed | None, x: Tensor
+) -> tuple[Float[Tensor, "tokens out"], float]:
+    """The result in float64 and the error allowed against it."""
+    if quantised is None:
+        exact, magnitude = _exact(linear.weight.detach(), linear.bias, x)
+        usual = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    else:
+        exact, magnitude = _exact(dequantised(quantised), linear.bias, x)
+        usual = _reference(quantised)(x, quantised, linear.bias)
+    error = float((in_float64(usual) - exact).abs().max())
+    return exact, 2 * (error + _rounding(x.dtype, exact, magnitude))
+
+
+def _reference(packed: Packed) -> Callable[..., Tensor]:
+    """The linear that defines what is correct for this packed weight's format."""
+    implementations = parse_format(packed.format).folder.IMPLEMENTATIONS
+    return next(found.linear for found in implementations if found.name == "reference")
+
+
+def _exact(
+    weight: Tensor, bias: Tensor | None, x: Tensor
+) -> tuple[Float[Tensor, "tokens out"], float]:
+    """The result in float64, and the largest sum of magnitudes behind it, some rows at a time."""
+    wide, results, magnitude = in_float64(x), list[Tensor](), 0.0
+    for part in weight.split(ROWS_AT_ONCE):
+        rows = in_float64(part).t()
+        results.append(wide @ rows)
+        magnitude = max(magnitude, float((wide.abs() @ rows.abs()).max()))
+    result = torch.cat(results, dim=1)
+    return result if bias is None else result + in_float64(bias.detach()), magnitude
+
+
+def _rounding(dtype: torch.dtype, exact: Tensor, magnitude: float) -> float:
+    """One rounding of the largest result to the dtype, and of its sum of magnitudes to float32.
+
+    Without the second term a plain row-by-row float32 sum, rightly computed, would not be admitted
+    beside a blocked one. 16-bit inputs are summed in float32 by every implementation.
+    """
+    summed = torch.promote_types(dtype, torch.float32)
+    result = float(exact.abs().max())
+    return torch.finfo(dtype).eps * result + torch.finfo(summed).eps * magnitude
+
+
+def _arranged(layer: SparseLinear, implementation: str, tokens: int) -> SparseLinear:
+    copy = deepcopy(layer)
+    copy.use(((implementation, tokens), ("reference", None)))
+    return copy
+
+
+def _prepacker(linear: nn.Linear, tokens: int) -> Callable[[], Run] | None:
+    """Makes the multiplication with MKL's own arrangement of the weight, where MKL has one."""
+    weight, bias = linear.weight.detach(), linear.bias
+    usable = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not (usable and torch.backends.mkl.is_available()):
+        return None
+
+    def make() -> Run:
+        original = weight.clone()
+        arranged = torch.ops.mkl._mkl_reorder_linear_weight(original, tokens)
+        offset = None if bias is None else bias.detach()
+
+        def run(x: Tensor) -> Tensor:
+            result: Tensor = torch.ops.mkl._mkl_linear(x, arranged, original, offset, tokens)
+            return result
+
+        return run
+
+    return make
+
+
+def failure(name: str, problem: BaseException) -> str:
+    """What a report says of a candidate that raised; see `PASSING`."""
+    what = OUT_OF_MEMORY if is_out_of_memory(problem) else "failed"
+    what = NOT_SEARCHED if isinstance(problem, NoSearch) else what
+    return f"{name} {what}: {first_line(problem)}"
+
+
+def first_line(problem: BaseException) -> str:
+    """What went wrong, without the trace that some messages carry."""
+    return str(problem).partition("\n")[0] or type(problem).__name__

@@ -1,0 +1,129 @@
+"""What `accelerate_` measured on this machine, kept on disk so that it is measured once.
+
+The file is `measured.json` beside the compiled kernels: device and versions -> layer -> number of
+tokens -> the microseconds of each candidate, and why others were not among them.
+"""
+
+import json
+import platform
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import isfinite
+from pathlib import Path
+
+import torch
+
+from secateur.accelerate.candidates import DENSE, PREPACKED
+from secateur.core.disk.data_files import parse_json
+from secateur.core.version import VERSION
+from secateur.formats.kernels.cubins import FOLDER_VARIABLE
+from secateur.formats.kernels.measured import Entries, add, chip, own_file, read
+
+FILE = "measured.json"
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One layer at one number of tokens: the median microseconds of each candidate.
+
+    `cannot` is what implementations said that cannot run here, by candidate, `dropped` why others
+    have no time: out of memory, a library's error, a wrong result. `arranged` are the bytes that
+    each candidate made of the weight for itself. `steady` is whether the machine was quiet enough
+    for the times to be kept.
+    """
+
+    microseconds: Mapping[str, float]
+    cannot: Mapping[str, str]
+    dropped: tuple[str, ...]
+    arranged: Mapping[str, int]
+    remembered: bool = False
+    steady: bool = True
+
+
+def parse(text: str) -> Found:
+    """The measurement that `keep` wrote.
+
+    Raises: ValueError if the text is none.
+    """
+    entry = parse_json(text, "a measurement")
+    try:
+        times, arranged = dict(entry["microseconds"]), dict(entry["arranged"])
+        cannot, dropped = dict(entry["cannot"]), tuple(entry["dropped"])
+        right = (
+            DENSE in times
+            and times.keys() <= {DENSE, PREPACKED, *arranged}
+            and all(type(us) is float and isfinite(us) and us > 0 for us in times.values())
+            and all(type(nbytes) is int and nbytes >= 0 for nbytes in arranged.values())
+            and all(type(reason) is str for reason in (*cannot.values(), *dropped))
+        )
+    except (KeyError, TypeError, ValueError):
+        right = False
+    if not right:
+        raise ValueError(f"a measurement needs times, bytes and reasons, got {text!r}")
+    return Found(times, cannot, dropped, arranged, remembered=True)
+
+
+ENTRIES = Entries("measurements", parse, "delete it, and accelerate_ measures again")
+
+
+def recall(device: torch.device, layer: str, tokens: int) -> Found | None:
+    """What was measured for such a layer on such a device with these versions, if anything.
+
+    Raises: ValueError if the file is damaged; it names the file.
+    """
+    try:
+        table = read(own_file(FILE), ENTRIES)
+    except RuntimeError:  # a user without a home
+        return None
+    text = table.get(place(device), {}).get(layer, {}).get(str(tokens))
+    return None if text is None else parse(text)
+
+
+def keep(device: torch.device, layer: str, tokens: int, found: Found) -> None:
+    """Nothing; the file has this too. Where nothing can be written a warning says so once.
+
+    Raises: ValueError if the file is damaged; it names the file.
+    """
+    entry = asdict(found)
+    del entry["remembered"], entry["steady"]
+    entry["microseconds"] = {name: float(us) for name, us in found.microseconds.items()}
+    try:
+        add(own_file(FILE), ENTRIES, (place(device), layer, str(tokens)), json.dumps(entry))
+    except OSError as error:
+        _warn(error.strerror or str(error))
+    except RuntimeError as error:  # a user without a home
+        _warn(str(error))
+
+
+def place(device: torch.device) -> str:
+    """What a time holds for: the device (a processor with its threads in use) and the versions."""
+    if device.type == "cuda":
+        where = chip(device)
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        where = f"{_processor()}, {capability}, {torch.get_num_threads()} threads"
+    return f"{where}, torch {torch.__version__}, secateur {VERSION}"
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+@cache
+def _warn(reason: str) -> None:
+    """The warning, once in a process for each reason."""
+    warnings.warn(
+        f"measurements cannot be kept ({reason}), so every process measures again: "
+        f"set {FOLDER_VARIABLE} to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=3,
+    )

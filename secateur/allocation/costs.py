@@ -1,0 +1,273 @@
+"""What layers cost in each pattern: parameters, bytes and measured milliseconds, for a budget."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from statistics import median
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.accelerate.report import LayerReport
+from secateur.accelerate.verb import DEFAULT_FORMATS, accelerate_
+from secateur.allocation import DENSE, Allocation, Costs, Sensitivity, allocate
+from secateur.allocation.budget import figure, front_of
+from secateur.formats.contract import packed_bytes
+from secateur.formats.format import Format, parse_format
+from secateur.formats.kernels.timing import compare, copies_for
+from secateur.formats.pack import named_linears
+from secateur.patterns import parse
+
+# What stores any zeros in fewer bytes, fast or not.
+SMALL_FORMATS = (*DEFAULT_FORMATS, "bitmap")
+
+TRIES = 5  # allocations that `allocate_milliseconds` measures as a whole
+NEAR = 0.98  # of the budget: above, another try is worth no more
+MARGIN = 1.01  # of what was too slow: a layer is changed at least
+
+
+def parameters(sensitivity: Sensitivity) -> Costs:
+    """The weights that are not zero, exactly, of each sensed layer in each pattern and dense."""
+    kept: dict[tuple[tuple[int, int], str], float] = {}
+
+    def counted(shape: tuple[int, int], choice: str) -> float:
+        if (shape, choice) not in kept:
+            kept[shape, choice] = float(
+                _pruned(
+                    torch.ones(shape, dtype=torch.float32, device="cpu"), choice
+                ).count_nonzero()
+            )
+        return kept[shape, choice]
+
+    return Costs(
+        "parameters",
+        {
+            name: {one: counted(shape, one) for one in _choices(sensitivity, name)}
+            for name, shape in sensitivity.shapes.items()
+        },
+    )
+
+
+def nbytes(
+    model: nn.Module, sensitivity: Sensitivity, formats: Sequence[str | Format] = SMALL_FORMATS
+) -> Costs:
+    """The bytes of each sensed layer's weight in each pattern: those of the smallest format.
+
+    Dense, where that is smaller. A format that rounds, such as `"semi24_int4"`, counts if it is
+    named.
+
+    Cost: packs a pruned copy of one layer of each shape in each pattern and format.
+    Raises:
+        ValueError: if a sensed layer is no `nn.Linear`, or a format is unknown.
+    """
+    tried = [parse_format(format) for format in formats]
+
+    def stored(linear: nn.Linear, choices: Sequence[str]) -> list[float]:
+        weights = (_pruned(linear.weight, one) for one in choices)
+        return [float(min([w.nbytes, *_packed_bytes(w, tried)])) for w in weights]
+
+    return _per_layer("bytes", model, sensitivity, stored)
+
+
+def milliseconds(
+    model: nn.Module,
+    sensitivity: Sensitivity,
+    tokens: Sequence[int],
+    formats: Sequence[str | Format] | None = None,
+    *,
+    remeasure: bool = False,
+) -> Costs:
+    """The milliseconds of one call of each sensed layer at each number of tokens, summed.
+
+    Measured where the model is, as `accelerate_` does and with its memory: a layer's time in a
+    pattern is that of what `accelerate_(model, tokens, formats)` would leave it as, which is dense
+    where nothing is faster. So a plan within a budget takes that time once it is accelerated.
+
+    Cost: that of `accelerate_` on one layer of each shape in each pattern, and its copies.
+    Raises:
+        ValueError: as `accelerate_`; if a sensed layer is no `nn.Linear`, or one can be stored in
+            no format in any pattern, so that there is nothing to compare.
+    """
+
+    def timed(linear: nn.Linear, choices: Sequence[str]) -> list[float]:
+        copies = nn.ModuleList(_copy(linear, one) for one in choices if one != DENSE)
+        reports = accelerate_(copies, tokens, formats, remeasure=remeasure).layers
+        # Dense is measured beside every pattern; one figure, so that noise decides nothing.
+        dense = [_time(one, dense=True) for one in reports if one.measured]
+        if not dense:
+            raise ValueError(
+                f"milliseconds needs a pattern that a format can store, a layer {linear} has none: "
+                f"{reports[-1].reason}: sense others, such as 2:4"
+            )
+        times = {
+            one: median(dense) if report.format == DENSE else _time(report, dense=False)
+            for one, report in zip((one for one in choices if one != DENSE), reports, strict=True)
+        }
+        return [times.get(one, median(dense)) for one in choices]
+
+    return _per_layer("ms", model, sensitivity, timed)
+
+
+def allocate_milliseconds(
+    model: nn.Module,
+    sensitivity: Sensitivity,
+    budget: float,
+    tokens: Sequence[int],
+    formats: Sequence[str | Format] | None = None,
+    *,
+    remeasure: bool = False,
+) -> Allocation:
+    """The allocation that takes at most `budget` milliseconds with its layers measured together.
+
+    Layers one after another take another time than the sum of the `milliseconds` of each by itself,
+    on an H200 up to 8 % more (probably since like kernels overlap at their ends, and clocks go down
+    with power). So the allocation is measured as a whole, what it took for every millisecond of the
+    sum scales the table, and the next is allocated by that, a few times. The costs that it prints
+    are scaled likewise, that of the chosen one is what was measured.
+
+    Cost: that of `milliseconds`, and in each try a copy of some layers, 256 MB of each kind.
+    Raises:
+        ValueError: as `milliseconds` and `allocate`; if nothing that was tried keeps to the budget.
+    """
+    table = milliseconds(model, sensitivity, tokens, formats, remeasure=remeasure)
+    linears = named_linears(model, list(sensitivity.increase))
+    dense = _together(linears, dict.fromkeys(linears, DENSE), tokens, formats)
+    scale, fastest = 1.0, dense
+    kept: Allocation | None = None
+    seen = list[Mapping[str, str]]()
+    for _ in range(TRIES):
+        try:
+            found = allocate(sensitivity, _scaled(table, scale), budget)
+        except ValueError:
+            if not seen:
+                raise
+            break
+        if found.best.choices in seen:
+            break
+        seen.append(found.best.choices)
+        took = _together(linears, found.best.choices, tokens, formats)
+        fastest = min(fastest, took)
+        if took <= budget and (kept is None or found.best.increase < kept.best.increase):
+            best = replace(found.best, cost=took)
+            others = [point for point in found.front if point is not found.best]
+            kept = replace(found, best=best, dense=dense, front=front_of([best, *others]))
+        if NEAR * budget <= took <= budget:
+            break
+        scale *= took / found.best.cost * (MARGIN if took > budget else 1)
+    if kept is None:
+        raise ValueError(
+            f"no choice of these patterns was measured to take {figure(budget)} ms at most: the "
+            f"least of {len(seen)} tried is {figure(fastest)}, dense is {figure(dense)}: raise the "
+            "budget, or sense sparser patterns"
+        )
+    return kept
+
+
+@torch.no_grad()
+def _together(
+    linears: Mapping[str, nn.Linear],
+    choices: Mapping[str, str],
+    tokens: Sequence[int],
+    formats: Sequence[str | Format] | None,
+) -> float:
+    """Milliseconds of one call of all layers in their order at each number of tokens, summed.
+
+    Layers alike share copies, as many as no cache holds.
+    """
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for name, linear in linears.items():
+        alike.setdefault((*_likeness(linear), choices[name]), []).append(name)
+    called: dict[str, nn.Module] = {}
+    for names in alike.values():
+        linear, choice = linears[names[0]], choices[names[0]]
+        copies = nn.ModuleList(
+            _copy(linear, choice) for _ in range(copies_for(linear.weight.nbytes, len(names)))
+        )
+        if choice != DENSE:
+            accelerate_(copies, tokens, formats)
+        called |= {name: copies[i % len(copies)] for i, name in enumerate(names)}
+    weights = {linear.in_features: linear.weight for linear in linears.values()}
+    generator = torch.Generator().manual_seed(0)
+    microseconds = 0.0
+    for count in tokens:
+        x = {
+            width: torch.randn(
+                count, width, generator=generator, dtype=torch.float32, device="cpu"
+            ).to(weight)
+            for width, weight in weights.items()
+        }
+
+        def call(x: Mapping[int, Tensor] = x) -> list[Tensor]:
+            return [called[name](x[linear.in_features]) for name, linear in linears.items()]
+
+        device = next(iter(weights.values())).device
+        microseconds += compare({"layers": [call]}, device)["layers"].median_us
+    return microseconds / 1e3
+
+
+def _scaled(table: Costs, scale: float) -> Costs:
+    return Costs(
+        table.unit,
+        {layer: {one: scale * ms for one, ms in of.items()} for layer, of in table.of.items()},
+    )
+
+
+def _likeness(linear: nn.Linear) -> tuple[object, ...]:
+    """The same for layers that cost the same."""
+    weight = linear.weight
+    return weight.shape, weight.dtype, weight.device, linear.bias is None
+
+
+def _per_layer(
+    unit: str,
+    model: nn.Module,
+    sensitivity: Sensitivity,
+    measure: Callable[[nn.Linear, Sequence[str]], Sequence[float]],
+) -> Costs:
+    """The table, each likeness of layers measured once."""
+    linears = named_linears(model, list(sensitivity.increase))
+    known: dict[tuple[object, ...], Mapping[str, float]] = {}
+    table: dict[str, Mapping[str, float]] = {}
+    for name, linear in linears.items():
+        choices = _choices(sensitivity, name)
+        key = (*_likeness(linear), *choices)
+        if key not in known:
+            with torch.no_grad():
+                known[key] = dict(zip(choices, measure(linear, choices), strict=True))
+        table[name] = known[key]
+    return Costs(unit, table)
+
+
+def _packed_bytes(weight: Tensor, formats: Sequence[Format]) -> list[int]:
+    fitting = [format for format in formats if format.why_not(weight) is None]
+    return [packed_bytes(format.pack(weight)) for format in fitting]
+
+
+def _choices(sensitivity: Sensitivity, layer: str) -> list[str]:
+    """Dense, and the patterns that the layer can have."""
+    found = sensitivity.increase[layer]
+    return [DENSE, *(one for one in sensitivity.patterns if found[one] is not None)]
+
+
+def _copy(linear: nn.Linear, choice: str) -> nn.Linear:
+    copy = deepcopy(linear)
+    copy.weight.copy_(_pruned(linear.weight, choice))
+    return copy
+
+
+def _pruned(weight: Float[Tensor, "out in"], choice: str) -> Float[Tensor, "out in"]:
+    """The weight with the pattern's zeros, those of least magnitude: what costs is their number."""
+    if choice == DENSE:
+        return weight
+    return weight.masked_fill(~parse(choice).mask(weight.float().abs()), 0)
+
+
+def _time(layer: LayerReport, *, dense: bool) -> float:
+    """Milliseconds of a call at each number of tokens, summed: dense, or in what the layer runs."""
+    microseconds = 0.0
+    for one in layer.measured:
+        name = DENSE if dense else one.fastest_sparse
+        assert name is not None
+        microseconds += dict(one.microseconds)[name]
+    return microseconds / 1e3

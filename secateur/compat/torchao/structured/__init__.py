@@ -1,0 +1,1 @@
+"""torch.ao's structured pruning under its own names."""

@@ -1,0 +1,425 @@
+"""Structured pruners: whole channels are masked in training, and removed by `prune`.
+
+Which channels go together follows from the model's graph (`structured_channels`): a channel is one
+row of the layer that makes it, the same row of layers that are added to it, the scale and shift of
+its norm, and the columns of the layers that read it.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from secateur.compat.torchao.base_sparsifier import BaseSparsifier
+from secateur.compat.torchao.fake_sparsity import (
+    attach,
+    detach,
+    has_mask,
+    mask_of,
+    put_mask,
+    require_tensor,
+    unmasked,
+)
+from secateur.compat.torchao.groups import Group, make_groups, require_model, settings_to_keep
+from secateur.compat.torchao.names import closest, in_short
+from secateur.compat.torchao.structured.guess import guess_inputs
+from secateur.compat.torchao.structured.mask import FakeStructuredSparsity, Masked
+from secateur.compat.torchao.structured.prepare import (
+    all_but_one,
+    apart,
+    channel_dim,
+    key_of,
+    layer_config,
+    masked_values,
+    masked_with,
+    possible,
+    require_channels,
+)
+from secateur.model.blocks import Batch
+from secateur.model.outputs import on_device
+from secateur.patterns import keep_top
+from secateur.prune.channels.channels import Channels, Removed, follow, pools
+from secateur.prune.channels.constants import removable
+from secateur.prune.channels.shrink import as_it_was, shrink_
+from secateur.prune.channels.trace import named_states
+
+__all__ = ["BaseStructuredSparsifier", "FakeStructuredSparsity"]
+
+
+class BaseStructuredSparsifier(BaseSparsifier):
+    """Masks on the channels of a model, which `prune` removes; a subclass says which go.
+
+    `update_mask(self, module, tensor_name, ...)` is called as in `BaseSparsifier`. The mask of a
+    tensor has one bool for each of its channels: the rows of a linear layer or convolution, the
+    columns of an embedding. Channels that depend on one another are a unit, and are dropped all or
+    not at all: `least` chooses so.
+
+    With `prune_bias` (a setting of each tensor, True by default) a channel's bias and its norm's
+    scale and shift are masked with it. Without, they stay, and what they make of it, a constant,
+    goes into the biases of the layers that read it.
+
+    Raises:
+        TypeError: if the class has no `update_mask`.
+    """
+
+    def __init__(self, defaults: Mapping[str, Any] | None = None, patterns: None = None) -> None:
+        if patterns is not None:
+            raise ValueError(
+                f"{type(self).__name__} follows the model's graph and knows no patterns, got "
+                f"{in_short(patterns)}: leave them out, which layers go together is found"
+            )
+        super().__init__(defaults)
+        self.defaults = {"prune_bias": True, **self.defaults}
+        self.channels: Channels | None = None
+        self.left: dict[str, str] = {}
+        self._inputs: Batch = ()
+        self._masked: list[Masked] = []
+        self._dims: dict[str, int] = {}
+        self._stuck: dict[int, str] = {}
+
+    def prepare(
+        self,
+        model: nn.Module,
+        config: Sequence[Mapping[str, Any]] | None = None,
+        example_inputs: Batch | None = None,
+    ) -> None:
+        """Put a mask on each tensor that the config names, and on all that its channels go with.
+
+        `example_inputs` is a batch that the model takes: a tensor, a tuple of positional or a dict
+        of keyword arguments. A model with one input by a first layer of usual shape needs none.
+        Give one of several samples: what is the same for all of them is taken for constant.
+
+        A config of None stands for the weights of all linear layers, convolutions and recurrent
+        layers whose channels can go so that at most the model's outputs become fewer, of which it
+        warns. `left` says of the others why not. Named explicitly, channels that a LayerNorm or
+        RMSNorm runs over can go, too: it then normalises those that are left.
+
+        What `prune` will have to leave as zeros is a warning: channels that an operation cannot do
+        without, or whose constant a layer cannot take. The former are masked by themselves.
+
+        Cost: an export of the model and a run.
+
+        Raises:
+            ValueError: before the model is changed, if the sparsifier is prepared already, torch
+                cannot export the model, or a tensor or its settings cannot be used, with the
+                operation and layer because of which its channels must stay.
+        """
+        if any(has_mask(group["module"], group["tensor_name"]) for group in self.groups):
+            raise ValueError(
+                f"prepare needs a sparsifier that is free, this {type(self).__name__} holds masks "
+                f"of {len(self.groups)} tensors: squash_mask or prune first, or make another"
+            )
+        require_model("prepare", model)
+        batch = guess_inputs(model) if example_inputs is None else example_inputs
+        followed = follow(model, batch)
+        channels = followed.channels
+        left: dict[str, str] = {}
+        if config is None:
+            self.make_config_from_model(model)
+            config = possible(model, channels, self.config or (), left)
+        groups = [self.complete(group) for group in make_groups(model, config, self.defaults)]
+        dims = {group["tensor_fqn"]: channel_dim(channels, group) for group in groups}
+        for group in groups:
+            require_channels(channels, group, dims[group["tensor_fqn"]])
+        channels, stuck = apart(channels, groups, dims)
+        masked = masked_with(model, channels, groups, dims)
+        most = all_but_one(channels, groups, dims)
+        _, _, held = removable(followed, masked_values(model, masked, channels, most), most)
+        initial = {g["tensor_fqn"]: _initial_mask(g) for g in groups}
+        before = dict(vars(self))
+        self.model, self.config, self.groups, self.state = model, config, groups, {}
+        self.channels, self._masked, self._dims, self._stuck = channels, masked, dims, stuck
+        self.left, self._inputs = left, batch
+        self.step_count, self._pickled = 0, None
+        with as_it_was(model):
+            try:
+                self._prepare()
+                for fqn, mask in initial.items():
+                    if mask is not None:
+                        self._set(fqn, mask)
+                self._mask_all(self._removed())
+                self._tell_zeros("prepare", held | stuck)
+            except BaseException:
+                vars(self).update(before)
+                raise
+
+    def make_config_from_model(
+        self,
+        model: nn.Module,
+        SUPPORTED_MODULES: Collection[type[nn.Module]] = (nn.Linear, _ConvNd, nn.RNNBase),
+    ) -> None:
+        """Set `config` to the weights of all layers of these types, from which `prepare` takes."""
+        self.config = layer_config(model, tuple(SUPPORTED_MODULES))
+
+    def _prepare(self, *args: Any) -> None:
+        """Put masks of ones on the tensors of `groups`, and on what their channels go with."""
+        for each in self._masked:
+            tensor = unmasked(each.module, each.tensor_name)
+            keep = torch.ones(tensor.shape[each.dim], dtype=torch.bool).to(tensor.device)
+            attach(each.module, each.tensor_name, FakeStructuredSparsity(keep, each.dim))
+
+    @torch.no_grad()
+    def step(self, use_path: bool = True) -> None:
+        """Update every mask, or none if one cannot be; nothing if `enable_mask_update` is False.
+
+        Raises:
+            ValueError: if `update_mask` drops a part of a unit, or all channels of a tensor.
+        """
+        self._require_masks("step")
+        masks = [mask_of(each.module, each.tensor_name) for each in self._masked]
+        before = [mask.clone() for mask in masks]
+        try:
+            super().step(use_path)
+            self._mask_all(self._removed())
+        except BaseException:
+            for each, mask, values in zip(self._masked, masks, before, strict=True):
+                mask.data = values
+                put_mask(each.module, each.tensor_name, mask)
+            raise
+
+    def least(
+        self,
+        tensor_fqn: str,
+        score: Callable[[Float[Tensor, "channels weights"]], Float[Tensor, " channels"]],
+        zeros: Callable[[int], int],
+    ) -> Bool[Tensor, " channels"]:
+        """The mask without the `zeros(n)` of n units whose scores are least; ties: the lower stays.
+
+        The tensors that have a unit in common are scored together: a unit's score is the sum over
+        its channels in all that the config names.
+
+        Raises:
+            ValueError: if no unit would be left.
+        """
+        channels = self._channels()
+        named = {g["tensor_fqn"]: channels.states[key_of(g, self._dims)] for g in self.groups}
+        together = next(pool for pool in pools(named) if tensor_fqn in pool)
+        units = np.unique(np.concatenate([named[name] for name in together]))
+        total = torch.zeros(len(units), dtype=torch.float64)
+        for group in self.groups:
+            if (name := group["tensor_fqn"]) in together:
+                weight = unmasked(group["module"], group["tensor_name"])
+                rows = weight.movedim(self._dims[name], 0).flatten(1)
+                where = torch.from_numpy(np.searchsorted(units, named[name]))
+                total.index_add_(0, where, score(rows).to(total))
+        going = zeros(len(units))
+        if going >= len(units):
+            raise ValueError(
+                f"{tensor_fqn} needs a sparsity_level that leaves a channel, {going} of its "
+                f"{len(units)} would go: lower the level"
+            )
+        keep = keep_top(total, len(units) - max(going, 0))
+        return keep[torch.from_numpy(np.searchsorted(units, named[tensor_fqn]))]
+
+    def prune(self) -> nn.Module:
+        """Remove what is masked, and return the model: plain modules of the smaller sizes.
+
+        In eval mode it computes what the masked model did, up to rounding, but that norms over
+        removed channels run over those that are left. A channel that is a constant which the next
+        layer cannot take stays, as zeros, with a warning. Parameters stay the same objects; make
+        the optimizer anew, whose state has the old shapes.
+
+        Cost: two exports of the model and a run.
+
+        Raises:
+            ValueError: before anything is changed, if sizes in a forward stand in the way, with the
+                operation and layer.
+        """
+        self._require_masks("prune")
+        model, channels, masked = self.model, self._channels(), self._removed()
+        assert model is not None
+        values = masked_values(model, self._masked, channels, masked)
+        self.state = self.state  # with the masks that are now removed
+        with as_it_was(model):
+            self._detach(squash=True)  # what cannot be removed stays as zeros
+            # The model may have been moved since it was prepared.
+            batch = _like(on_device(self._inputs, model), model)
+            followed = follow(model, batch)
+            if followed.channels.states.keys() != channels.states.keys():
+                raise ValueError(
+                    f"prune needs the {type(model).__name__} that was prepared, it has other "
+                    "parameters now: squash_mask and prepare it again"
+                )
+            removed, added, held = removable(followed, values, masked)
+            if removed[: followed.channels.count].any():
+                shrink_(model, followed, removed, added, batch)
+            gone = {unit: why for unit, why in self._stuck.items() if masked[unit]}
+            self._tell_zeros("prune", held | gone)
+        self._masked, self.channels = [], None
+        return model
+
+    def squash_mask(
+        self,
+        params_to_keep: Sequence[str] | None = None,
+        params_to_keep_per_layer: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Make the zeros part of the parameters, which keep their shapes.
+
+        Raises:
+            ValueError: before anything is changed, if a setting or module is unknown, or there is
+                no mask.
+        """
+        self._require_masks("squash_mask")
+        kept = settings_to_keep(self.groups, params_to_keep or (), params_to_keep_per_layer or {})
+        self.state = self.state  # with the masks that are now removed
+        self._detach(squash=True)
+        self._masked, self.channels = [], None
+        for module, parameters in kept.items():
+            object.__setattr__(module, "sparse_params", parameters)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Have the masks, settings and state of another sparsifier, as copies.
+
+        Raises:
+            ValueError: before anything is changed, if this one is not prepared for the same
+                tensors (`strict=False` passes over those that it has not), or a mask does not fit.
+        """
+        self._require_masks("load_state_dict")
+        if missing := {"state", "groups"} - set(state_dict):
+            raise ValueError(
+                f"load_state_dict needs a sparsifier's state_dict, {sorted(missing)[0]!r} is not "
+                "in it: the model's own is for model.load_state_dict"
+            )
+        mine = {group["tensor_fqn"]: group for group in self.groups}
+        saved = {group["tensor_fqn"]: group for group in state_dict["groups"]}
+        if strict and (other := set(mine) ^ set(saved)):
+            name = sorted(other)[0]
+            raise ValueError(
+                f"load_state_dict needs the tensors that were prepared, {name} is in one of the "
+                f"two only: prepare the same config; closest are {closest(name, mine)}"
+            )
+        both = [name for name in mine if name in saved]
+        masks = {n: state_dict["state"].get(n, {}).get("mask") for n in both}
+        for name in both:
+            masks[name] = _initial_mask({"mask": masks[name], "tensor_fqn": name})
+        before = self._masks()
+        try:
+            for name, mask in masks.items():
+                if mask is not None:
+                    self._set(name, mask)
+            self._mask_all(self._removed())
+        except BaseException:
+            for name, mask in before.items():
+                self._set(name, mask)
+            raise
+        local = {"module", "module_fqn", "tensor_name", "tensor_fqn", "mask"}
+        for name in both:
+            mine[name].update(
+                {k: copy.deepcopy(v) for k, v in saved[name].items() if k not in local}
+            )
+            values = state_dict["state"].get(name, {})
+            self.state[name] = {k: copy.deepcopy(v) for k, v in values.items() if k != "mask"}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As in `BaseSparsifier`: settings and masks, without the model."""
+        return {**super().__getstate__(), "_masked": [], "channels": None}
+
+    def _channels(self) -> Channels:
+        assert self.channels is not None
+        return self.channels
+
+    def _masks(self) -> dict[str, Tensor]:
+        return {
+            g["tensor_fqn"]: mask_of(g["module"], g["tensor_name"]).clone() for g in self.groups
+        }
+
+    def _set(self, tensor_fqn: str, keep: Tensor) -> None:
+        group = next(group for group in self.groups if group["tensor_fqn"] == tensor_fqn)
+        mask = mask_of(group["module"], group["tensor_name"])
+        mask.data = keep.to(mask.device, torch.bool)
+
+    def _removed(self) -> Removed:
+        """The units that the masks of the config's tensors drop.
+
+        Raises:
+            ValueError: if a unit is dropped in part, or a tensor has none left.
+        """
+        channels = self._channels()
+        going, staying = (dict[int, str]() for _ in range(2))
+        for group in self.groups:
+            name = group["tensor_fqn"]
+            mask = mask_of(group["module"], group["tensor_name"]).cpu() != 0
+            units = channels.states[key_of(group, self._dims)]
+            if mask.shape != (len(units),):
+                raise ValueError(
+                    f"the mask of {name} needs a value for each of its {len(units)} channels, got "
+                    f"the shape {tuple(mask.shape)}"
+                )
+            for unit, stays in zip(units.tolist(), mask.tolist(), strict=True):
+                (staying if stays else going).setdefault(unit, name)
+        if half := sorted(set(going) & set(staying)):
+            raise ValueError(
+                f"{going[half[0]]} drops a channel that goes together with one that "
+                f"{staying[half[0]]} keeps: they need the same masks and sparsity_level; in "
+                "update_mask choose by self.least, which drops whole units"
+            )
+        removed = np.zeros(channels.count, dtype=bool)
+        removed[list(going)] = True
+        for (name, _), units in channels.states.items():
+            if removed[units].all():
+                raise ValueError(
+                    f"{name} needs a channel, all of its {len(units)} would go: lower the level"
+                )
+        return removed
+
+    def _mask_all(self, removed: Removed) -> None:
+        """Mask what goes together with what the config's tensors drop."""
+        channels = self._channels()
+        for each in self._masked:
+            keep = torch.from_numpy(~removed[channels.states[each.name, each.dim]])
+            mask = mask_of(each.module, each.tensor_name)
+            mask.data = keep.to(mask.device)
+
+    def _tell_zeros(self, verb: str, held: Mapping[int, str]) -> None:
+        """Warn that channels cannot be removed and stay as zeros, if some do."""
+        staying = {
+            group["tensor_fqn"]: [unit for unit in units if unit in held]
+            for group in self.groups
+            if not held.keys().isdisjoint(
+                units := self._channels().states[key_of(group, self._dims)].tolist()
+            )
+        }
+        if not staying:
+            return
+        first, *others = staying
+        biases = any(
+            not group["prune_bias"] and not self._stuck.keys() & set(staying[group["tensor_fqn"]])
+            for group in self.groups
+            if group["tensor_fqn"] in staying
+        )
+        warnings.warn(
+            f"{verb}: masked channels of {first}"
+            f"{f' and of {len(others)} more' if others else ''} cannot be removed and stay "
+            f"as zeros: {held[staying[first][0]]}: "
+            f"{'with prune_bias=True they may go' if biases else 'leave it out of the config'}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def _detach(self, *, squash: bool) -> None:
+        for each in reversed(self._masked):
+            detach(each.module, each.tensor_name, squash=squash)
+
+
+def _initial_mask(group: Group) -> Tensor | None:
+    mask = group.pop("mask", None)
+    if mask is None:
+        return None
+    require_tensor(mask, str(group.get("tensor_fqn", "a tensor")))
+    keep: Tensor = mask != 0
+    return keep
+
+
+def _like(batch: Batch, model: nn.Module) -> Any:
+    """The batch with the model's precision."""
+    like = next((t for _, t in named_states(model) if t.is_floating_point()), torch.zeros(0))
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.to(like.dtype) if t.is_floating_point() else t, batch
+    )

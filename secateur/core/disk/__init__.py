@@ -1,0 +1,1 @@
+"""Files: whole or not there at all, owned by one process, read in one place."""

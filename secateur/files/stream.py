@@ -1,0 +1,258 @@
+"""Reconstruction of a model folder that is larger than memory, block by block."""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.disk.atomic import appearing_whole, settle
+from secateur.core.disk.checkpoint import Checkpoint, digest, is_of_checkpoint
+from secateur.core.disk.tensor_files import read_tensors, save_file, shapes_in
+from secateur.core.version import VERSION
+from secateur.files.save import STEMS, write_index
+from secateur.files.sidecar import SIDECAR, Sidecar, fingerprint, fingerprints, verify_if_saved
+from secateur.integrations.transformers import hollow, tokenizer_files, weight_files
+from secateur.model import layers as _layers
+from secateur.model.blocks import Batch, find_chains
+from secateur.model.calibrate import as_list
+from secateur.model.distributed import team
+from secateur.model.plan import Plan, as_plan, match
+from secateur.model.statistics import STATISTICS
+from secateur.model.window import Window
+from secateur.patterns import Pattern
+from secateur.prune.passes import reconstruction
+from secateur.prune.preconditions import require_finite
+from secateur.prune.report import PruneReport
+from secateur.reconstruct import Blockwise, Solution
+
+CONFIGS = ("config.json", "generation_config.json")
+
+
+def reconstruct_folder(
+    source: str | Path,
+    target: str | Path,
+    plan: Plan | Pattern | str,
+    algorithm: Callable[..., Solution] | Blockwise,
+    batches: Iterable[Batch],
+    *,
+    device: str | torch.device = "cpu",
+) -> PruneReport:
+    """Write into `target` what `reconstruct_` makes of the Hugging Face folder `source`.
+
+    One part of the model is in memory at a time, on the device: a block, or a module outside of the
+    blocks such as the embedding. Activations are on the CPU. A pattern stands for the plan that
+    gives it to every layer; planned layers have to lie in the one list of blocks.
+
+    Until it is done, `target` holds finished layers and no model. After a kill the same call goes
+    on where it stopped, and ends with the same model. The result is read by transformers and by
+    `sc.load`; a tokenizer is copied.
+
+    Cost: beside the work of `reconstruct_`, seven reads of the model. Memory: a part, what the
+        algorithm takes for a layer, and the inputs of one block for all batches. Disk: the planned
+        layers twice.
+    Error: exactly what `reconstruct_` gives on the same device.
+    Raises:
+        ValueError: before anything is written, if a folder, the plan or the algorithm will not do,
+            or tensors are missing or of another shape or dtype; before a layer is solved, if the
+            model cannot run part by part.
+    """
+    source, target = Path(source), Path(target).resolve()
+    if team().size > 1:
+        raise ValueError("reconstruct_folder runs in one process: start it without torchrun")
+    verify_if_saved(source)
+    model = hollow(source)
+    run = reconstruction(model, as_plan(model, plan), algorithm)
+    chain = _chain(model, match(model, run.plan))
+    stored = _Stored(source, model)
+    window = Window(model, chain, stored.read, torch.device(device))
+    if asked := [name for name in run.needs if name not in STATISTICS]:
+        raise ValueError(
+            f"{run.method} asks for the {asked[0]} of the whole model, which is in memory part by "
+            "part: take another method, or load the model whole and call reconstruct_"
+        )
+    if run.distils:
+        raise ValueError(
+            f"{run.method} trains the whole model at the end, which is in memory part by part: "
+            "take sc.best, or load the model whole and call reconstruct_"
+        )
+    listed = as_list(batches)
+    for layer in run.plan.layers:
+        require_finite(layer, stored.read([f"{layer}.weight"])[f"{layer}.weight"])
+    with _progress(target, source, run.method, run.plan, stored, listed) as saved:
+        report = run.streamed(listed, saved, window)
+        with appearing_whole(target, replaced=is_of_checkpoint) as partial:
+            _write(partial, source, model, window.parts, _Result(stored, saved, run.plan), report)
+            for path in partial.iterdir():
+                if (target / path.name).exists() and not is_of_checkpoint(path.name):
+                    raise ValueError(
+                        f"{target / path.name} would be replaced by the model's: move it elsewhere "
+                        "and repeat the call, which has no layer left to solve"
+                    )
+    return report
+
+
+def _chain(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The list of blocks that holds all of the layers."""
+    chains = find_chains(model, layers)
+    home = {name: p for name in layers for p in chains if name.startswith(f"{p}.")}
+    if outside := [name for name in layers if name not in home]:
+        raise ValueError(
+            f"reconstruct_folder takes layers inside the blocks, {outside[0]} is outside: ignore it"
+        )
+    if len(chains) > 1:
+        raise ValueError(
+            f"reconstruct_folder needs one list of blocks, the planned layers of this "
+            f"{type(model).__name__} lie in {len(chains)}: {', '.join(chains)}: load the model "
+            "whole and call reconstruct_"
+        )
+    return chains[next(iter(chains))]
+
+
+def _progress(
+    target: Path,
+    source: Path,
+    method: str,
+    plan: Plan,
+    stored: "_Stored",
+    batches: Sequence[Batch],
+) -> Checkpoint:
+    """The finished layers of this very run in the target folder, none in a new one."""
+    settle(target)
+    if (target / SIDECAR).exists():
+        raise ValueError(f"{target} holds a saved model: choose another folder")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file: choose another name for the folder")
+    return Checkpoint(
+        target,
+        {
+            "source": str(source.resolve()),
+            "files": {file.name: fingerprint(file).sha256 for file in stored.files},
+            "method": method,
+            "plan": plan.to_dict()["layers"],
+            "batches": digest(batches),
+        },
+    )
+
+
+class _Stored:
+    """The tensors of a model in its folder's safetensors files, by the names that the model uses.
+
+    `tied` maps a name that is not in the files to the one of the same tensor that is.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self._folder = folder
+        self.files = weight_files(folder)
+        self._where: dict[str, Path] = {}
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for file in self.files:
+            of_file = shapes_in(file)
+            self._where |= dict.fromkeys(of_file, file)
+            found |= of_file
+        own = model.state_dict(keep_vars=True)
+        present = {id(tensor): name for name, tensor in own.items() if name in found}
+        self.tied = {
+            name: present[id(tensor)]
+            for name, tensor in own.items()
+            if name not in found and id(tensor) in present
+        }
+        self._require_all(type(model).__name__, own, found)
+
+    def _require_all(
+        self,
+        model: str,
+        own: Mapping[str, Tensor],
+        found: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    ) -> None:
+        if missing := [name for name in own if name not in found and name not in self.tied]:
+            raise ValueError(
+                f"{self._folder} lacks {len(missing)} tensors of {model}, first {missing[0]!r}: "
+                "complete the folder; if they have other names there, load the model whole, save "
+                "it and stream that"
+            )
+        for name, tensor in own.items():
+            stored, wanted = found.get(name), (tuple(tensor.shape), tensor.dtype)
+            if stored is not None and stored != wanted:
+                raise ValueError(
+                    f"{self._folder} has {name} as {stored[0]} of {stored[1]}, its config.json "
+                    f"makes it {wanted[0]} of {wanted[1]}: load the model whole, save it and "
+                    "stream that"
+                )
+
+    def has(self, name: str) -> bool:
+        """Whether the tensor is in the files under this very name."""
+        return name in self._where
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """These tensors, on the CPU."""
+        found: dict[str, Tensor] = {}
+        stored = {name: self.tied.get(name, name) for name in names}
+        for file in dict.fromkeys(self._where[name] for name in stored.values()):
+            inside = {n: s for n, s in stored.items() if self._where[s] == file}
+            tensors = read_tensors(file, set(inside.values()))
+            found |= {name: tensors[s] for name, s in inside.items()}
+        return found
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The finished model, tensor by tensor: what is stored, and the new weights in their places."""
+
+    stored: _Stored
+    saved: Checkpoint
+    plan: Plan
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        layers = {name.removesuffix(".weight"): name for name in names}
+        new = self.saved.weights([layer for layer in layers if layer in self.plan.layers])
+        old = self.stored.read([n for layer, n in layers.items() if layer not in new])
+        return old | {layers[layer]: weight for layer, weight in new.items()}
+
+
+def _write(
+    folder: Path,
+    source: Path,
+    model: nn.Module,
+    parts: Mapping[str, nn.Module],
+    result: _Result,
+    report: PruneReport,
+) -> None:
+    """Write the model into the folder, a file for each part, as `save` writes a dense one."""
+    names = {part: [f"{part}.{key}" for key in m.state_dict()] for part, m in parts.items()}
+    own = {part: [n for n in listed if result.stored.has(n)] for part, listed in names.items()}
+    written = [part for part in parts if own[part]]
+    files: dict[str, str] = {}
+    sparsity: dict[str, float] = {}
+    total = 0
+    for part, module in parts.items():
+        tensors = result.read(names[part])
+        for inner, prunable in module.named_modules(prefix=part):
+            if _layers.is_prunable(prunable):
+                weight = tensors[f"{inner}.weight"]
+                sparsity[inner] = int((weight == 0).sum()) / max(weight.numel(), 1)
+        if part in written:
+            number = written.index(part) + 1
+            file = f"{STEMS['dense']}-{number:05}-of-{len(written):05}.safetensors"
+            kept = {name: tensors[name].contiguous() for name in own[part]}
+            save_file(kept, folder / file, metadata={"format": "pt"})
+            files |= dict.fromkeys(kept, file)
+            total += sum(tensor.nbytes for tensor in kept.values())
+    write_index(folder, STEMS["dense"], files, total)
+    configs = {name: source / name for name in CONFIGS if (source / name).is_file()}
+    for name, copied in {**configs, **tokenizer_files(source)}.items():
+        shutil.copyfile(copied, folder / name)
+    Sidecar(
+        form="dense",
+        model_class=type(model).__name__,
+        files=fingerprints(folder),
+        sparsity=sparsity,
+        tied=result.stored.tied,
+        packed={},
+        plan=result.plan,
+        reports=(report.to_dict(),),
+        library_version=VERSION,
+        torch_version=str(torch.__version__),
+    ).write(folder)

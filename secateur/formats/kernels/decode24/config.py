@@ -1,0 +1,232 @@
+"""How the decode kernel is cut for one layer and number of tokens, and which cut to take."""
+
+from dataclasses import astuple, dataclass, fields, replace
+from math import ceil
+
+import torch
+
+from secateur.formats.kernels.decode24.arrange import (
+    UNIT_COLUMNS,
+    UNIT_ROWS,
+    VALUE_BYTES,
+    Kind,
+    unit_bytes,
+)
+
+SPARSE_FROM = (8, 0)  # mma.sp
+CLUSTERS_FROM = (9, 0)  # clusters, bulk copies and dependent launch; before: the portable form
+WARPGROUPS_ON = (9, 0)  # wgmma, on that generation alone
+MOST_TOKENS = 64  # operand B has 8 tokens; more than 8 of it and the sums leave the registers
+TOKEN_TILE = 8
+RESERVED_BYTES = 1024  # of each CTA's shared memory, for the system
+SM_BYTES = 228 * 1024  # of shared memory on sm_80, sm_90 and sm_100
+REGISTERS = 65536  # of an SM
+HELD = 12  # by a thread beside its sums and weights, about; the compiler can do with a few less
+COPY_BYTES = 128  # bulk copies are slower to places that are not aligned to it
+ATOM_BYTES = 1024  # wgmma's swizzled operand starts at a multiple of it
+# When the next kernel's CTAs may start: at once; when this one's activations are there; after its
+# loop; or when the kernel before releases it, so that they come about when its activations do.
+EARLY, AFTER_X, LATE, RELEASED = 0, 1, 2, 3
+# How long CTAs in excess stay, in thousands of cycles: a little where the next kernel's CTAs come
+# at once, else most of the time that the others' weights take, at so many bytes in a thousand.
+STAY_EARLY, MOST_STAY, STAY_BYTES = 2, 4, 20_000
+
+
+BUCKETS = (2, 8, 16, 32, 64)
+
+
+def bucket(tokens: int) -> int:
+    """The most tokens that share a compiled kernel and its cut with so many."""
+    return next(most for most in BUCKETS if tokens <= most)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a kernel is compiled and cut for: the layer, its numbers, the tokens, the device."""
+
+    kind: Kind
+    grouped: bool
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    tokens: int
+
+    @property
+    def token_tiles(self) -> int:
+        """1, 2, 4 or 8: operand B's that a warp multiplies each weight with."""
+        return ceil(bucket(self.tokens) / TOKEN_TILE)
+
+    @property
+    def pairs(self) -> int:
+        """Token pairs of a sum that are sent: one, or all four of a token tile."""
+        return 1 if self.tokens <= 2 else 4
+
+    @property
+    def widest(self) -> "Case":
+        """This case with the most tokens of its bucket: what is compiled, cut and measured."""
+        return replace(self, tokens=bucket(self.tokens))
+
+    @property
+    def weight(self) -> str:
+        """The weight, as tables of cuts name it: `int4/128 4096x14336`."""
+        numbers = self.kind.name.lower() + ("/128" if self.grouped else "")
+        return f"{numbers} {self.rows}x{self.columns}"
+
+    @property
+    def unit_bytes(self) -> int:
+        return unit_bytes(self.kind, self.grouped)
+
+    @property
+    def row_tiles(self) -> int:
+        return self.rows // UNIT_ROWS
+
+    @property
+    def units(self) -> int:
+        """Of 128 columns, the last one perhaps padded."""
+        return ceil(self.columns / UNIT_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One cut. A cluster of `cluster` CTAs, each of `warp_rows` x `splits` warps.
+
+    A warp has `tiles` x 16 rows and 1 / (cluster splits) of the columns, in `stages` of `units` x
+    128 columns. With `x_stages` the activations are streamed in as many stages, else they lie whole
+    in shared memory. `warpgroup` multiplies by four warps together (sm_90a only); with
+    `ahead` a warp reads its weights one step ahead of multiplying them. CTAs in excess stay `stay`
+    thousand cycles after the kernel before has ended.
+    """
+
+    cluster: int
+    warp_rows: int
+    splits: int
+    tiles: int
+    units: int
+    stages: int
+    trigger: int
+    x_stages: int = 0
+    warpgroup: int = 0
+    ahead: int = 0
+    stay: int = 0
+
+    def __str__(self) -> str:
+        return ",".join(map(str, astuple(self)))
+
+    @staticmethod
+    def parse(text: str) -> "Config":
+        """The cut that `str` wrote.
+
+        Raises: ValueError if the text is no list of as many integers.
+        """
+        numbers = [int(word) for word in text.split(",")]
+        if len(numbers) != len(fields(Config)):
+            raise ValueError(
+                f"a cut needs {len(fields(Config))} numbers, got {text!r}: run secateur tune again"
+            )
+        return Config(*numbers)
+
+    @property
+    def warps(self) -> int:
+        return self.warp_rows * self.splits
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def tiles_of_cluster(self) -> int:
+        return self.warp_rows * self.tiles
+
+    @property
+    def static_bytes(self) -> int:
+        """Static shared memory: the rows' scales and biases, and the barriers.
+
+        A barrier for each stage of each warp, and one for the sums.
+        """
+        rows = UNIT_ROWS * self.tiles_of_cluster
+        return 2 * 2 * rows + 8 * (self.warps * self.stages + 1)
+
+    def clusters(self, case: Case) -> int:
+        """Clusters with rows to compute."""
+        return ceil(case.row_tiles / self.tiles_of_cluster)
+
+    def with_stay(self, case: Case) -> "Config":
+        """This cut with the stay that is about right; what is right can only be measured."""
+        if self.trigger == EARLY:
+            return replace(self, stay=STAY_EARLY)
+        nbytes = case.units // self.cluster * self.tiles_of_cluster * case.unit_bytes
+        return replace(self, stay=min(MOST_STAY, round(nbytes / STAY_BYTES)))
+
+    def steps(self, case: Case) -> int:
+        """The most steps that a warp makes through its ring."""
+        return ceil(case.units / (self.cluster * self.splits) / self.units)
+
+    def shared_bytes(self, case: Case) -> int:
+        """Dynamic shared memory of a CTA, as `kernel.cu` lays it out."""
+        chunk = _aligned(self.units * case.unit_bytes)
+        ring = self.warps * self.stages * self.tiles * chunk
+        parts = ceil(self.tiles_of_cluster * max(1, case.token_tiles // 2) / self.cluster)
+        positions = 2 if case.pairs == 1 else TOKEN_TILE * min(case.token_tiles, 2)
+        rows = UNIT_ROWS if case.pairs == 1 else UNIT_ROWS + 2
+        sums = parts * self.cluster * self.splits * rows * 4 * positions
+        x_unit = TOKEN_TILE * case.token_tiles * 2 * UNIT_COLUMNS
+        slack = ATOM_BYTES if self.warpgroup else COPY_BYTES
+        if self.x_stages:
+            x = self.x_stages * self.splits * self.units * x_unit
+            return slack + max(x + ring, sums)
+        units = ceil(case.units / self.cluster)
+        x = units * x_unit if self.warpgroup else case.tokens * (units * 2 * UNIT_COLUMNS + 16)
+        return slack + _aligned(x) + ring + sums
+
+    def defines(self, case: Case, portable: bool) -> tuple[tuple[str, int], ...]:
+        """The macros of `kernel.cu`."""
+        return (
+            ("FORMAT", int(case.kind)),
+            ("GROUPED", int(case.grouped)),
+            ("HALF", int(case.dtype == torch.float16)),
+            ("NT", case.token_tiles),
+            ("PAIRS", case.pairs),
+            ("S", self.cluster),
+            ("WR", self.warp_rows),
+            ("WK", self.splits),
+            ("MT", self.tiles),
+            ("CU", self.units),
+            ("ST", self.stages),
+            ("TRIGGER", self.trigger),
+            ("STREAM", int(self.x_stages > 0)),
+            ("XST", max(2, self.x_stages)),
+            ("EVEN", int(case.units % (self.cluster * self.splits * self.units) == 0)),
+            ("REFILL", int(self.steps(case) > self.stages)),
+            ("BLOCKS", self.blocks(case)),
+            ("WGMMA", self.warpgroup),
+            ("AHEAD", self.ahead),
+            ("STAY", self.stay),
+            ("PORTABLE", int(portable)),
+        )
+
+    def registers(self, case: Case) -> int:
+        """About how many a thread needs: its sums, and what a unit's multiplication holds."""
+        sums = 4 * case.token_tiles
+        raw = VALUE_BYTES[case.kind] // 128 + 3
+        held = HELD + self.tiles * (sums + (1 + self.ahead) * raw * self.units)
+        if self.warpgroup:
+            addresses = 20 if case.token_tiles <= 2 else 48
+            return held + addresses + (sums if case.grouped else 0)
+        return held + 16 * min(case.token_tiles, 2)
+
+    def most_registers(self, blocks: int) -> int:
+        """That a thread can have where so many CTAs share an SM, given out by four warps."""
+        return min(255, REGISTERS // (blocks * 128 * ceil(self.warps / 4)) // 8 * 8)
+
+    def blocks(self, case: Case) -> int:
+        """CTAs that share an SM: two, where one of the next kernel's can stand beside this one.
+
+        Two must share the registers as well; where a thread needs too many, it would spill.
+        """
+        whole = self.shared_bytes(case) + self.static_bytes + RESERVED_BYTES
+        fits = whole <= SM_BYTES // 2
+        return 2 if fits and self.registers(case) <= self.most_registers(2) else 1
+
+
+def _aligned(nbytes: int) -> int:
+    return ceil(nbytes / COPY_BYTES) * COPY_BYTES

@@ -1,0 +1,98 @@
+"""The cuts of the decode kernel that a case can have: what is measured, or chosen from by rule."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from math import ceil
+
+from secateur.formats.kernels.decode24.arrange import Kind
+from secateur.formats.kernels.decode24.config import (
+    AFTER_X,
+    EARLY,
+    LATE,
+    RELEASED,
+    RESERVED_BYTES,
+    SM_BYTES,
+    Case,
+    Config,
+)
+
+MOST_BYTES = 227 * 1024  # of shared memory that a CTA may ask for on sm_90 and sm_100
+# Before sm_90: nothing that needs it, and shared memory for the least of those devices (99 KB). It
+# has been run compiled for sm_90 only.
+PORTABLE = Config(1, 4, 1, 1, 1, 3, AFTER_X, 3)
+CLUSTERS = (1, 2, 4, 8)
+WASTES = (1.36, 2.0, 8.0)  # how much more than its share an SM may do; the first that leaves a cut
+COARSE = 1.34  # times that where rows go by 64, for warpgroups
+MOST_WAVES = 64
+MOST_STAGES = 8
+LEAST_SHARE = 0.5  # row tiles of an SM; layers smaller than that cannot fill the device
+
+
+def cuts(case: Case, clusters: Mapping[int, int], warpgroups: bool) -> list[Config]:
+    """Every cut worth measuring; `clusters` is how many of each size the device holds at once.
+
+    In as few waves as can be; every SM with about its share of rows and every warp with its share
+    of columns; shared memory either whole or half of an SM's, so that a CTA of the next kernel can
+    stand beside this one. From 32 tokens on by warpgroups, where there are any.
+    """
+    for waste, waves in product(WASTES, (1, 2, 4, MOST_WAVES)):
+        found = list(_cuts(case, clusters, warpgroups, waste, waves))
+        if found:
+            return found
+    raise AssertionError(f"no cut for {case}")
+
+
+def _cuts(
+    case: Case, clusters: Mapping[int, int], warpgroups: bool, waste: float, waves: int
+) -> Iterator[Config]:
+    streams = (0,) if case.tokens <= 8 else (0, 3) if case.tokens <= 32 else (0, 3, 4)
+    groups = (0,) if not warpgroups or case.tokens <= 2 else (1,) if case.tokens > 16 else (0, 1)
+    share = max(LEAST_SHARE, case.row_tiles / (clusters[1] * waves))
+    for warpgroup, x_stages, tiles in product(groups, streams, range(1, 9)):
+        allowed = waste * share * (COARSE if warpgroup else 1)
+        step = 4 if warpgroup else 1
+        for cluster, count in clusters.items():
+            for warp_rows in range(step, 21, step):
+                rows = warp_rows * tiles
+                if rows / cluster > allowed or ceil(case.row_tiles / rows) > count * waves:
+                    continue
+                for splits in (1, 2, 3, 4, 6, 8, 12, 16):
+                    part = Config(
+                        cluster, warp_rows, splits, tiles, 1, 2, AFTER_X, x_stages, warpgroup
+                    )
+                    yield from _deep(case, part, waste)
+
+
+def _deep(case: Case, part: Config, waste: float) -> Iterator[Config]:
+    """The cut with every sensible depth of its ring and moment of its trigger."""
+    slices = part.cluster * part.splits
+    if not 4 <= part.warps <= (20 if part.warpgroup else 16):
+        return
+    if ceil(case.units / slices) * slices > waste * case.units:
+        return
+    few = case.tokens <= 2
+    triggers = (EARLY, RELEASED) if few else (RELEASED, AFTER_X, LATE)[: 2 + (case.tokens > 16)]
+    for units in (1, 2, 4) if case.tokens <= 8 and case.kind is not Kind.W16 else (1, 2):
+        if part.x_stages and units * part.splits > 4:
+            continue
+        for stages in _depths(case, replace(part, units=units)):
+            for trigger in triggers:
+                for ahead in (0, 1) if few and case.kind is not Kind.W16 else (0,):
+                    cut = replace(part, units=units, stages=stages, trigger=trigger, ahead=ahead)
+                    if cut.registers(case) <= cut.most_registers(cut.blocks(case)):
+                        yield cut.with_stay(case)
+
+
+def _depths(case: Case, part: Config) -> list[int]:
+    """The most stages that fit in half of an SM's shared memory, and in all of it."""
+    found = set[int]()
+    deep = [replace(part, stages=stages) for stages in range(1, MOST_STAGES + 1)]
+    for limit in (SM_BYTES // 2 - RESERVED_BYTES, MOST_BYTES):
+        fitting = [
+            cut.stages
+            for cut in deep
+            if cut.stages <= part.steps(case) and cut.shared_bytes(case) + cut.static_bytes <= limit
+        ]
+        found |= set(fitting[-1:])
+    return sorted(found)

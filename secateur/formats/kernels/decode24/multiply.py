@@ -1,0 +1,134 @@
+"""The decode kernel, launched: one call from Python for each linear layer."""
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from secateur.formats.kernels.decode24.arrange import UNIT_ROWS, Kind
+from secateur.formats.kernels.decode24.choose import choose
+from secateur.formats.kernels.decode24.config import (
+    CLUSTERS_FROM,
+    MOST_TOKENS,
+    SM_BYTES,
+    SPARSE_FROM,
+    Case,
+    Config,
+    bucket,
+)
+from secateur.formats.kernels.gpu import why_no_gpu
+from secateur.formats.kernels.launch import Launch, load, on, prepare, readable
+from secateur.formats.kernels.nvrtc import Source
+
+SOURCE = Source("decode24/kernel.cu", "decode", ("ptx.cuh",))
+ARGUMENTS = "PPPPPiii"  # x, weight, row_scales, bias, y, M, N, K
+MULTIPLE = 64  # columns: the last unit may be padded by half
+
+
+def why_not(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, tokens: int
+) -> str | None:
+    """None if the kernel can run this layer here, else the reason and what to do."""
+    rows, columns = shape
+    if (problem := why_no_gpu(device)) is not None:
+        return problem
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the decode kernel needs bfloat16 or float16, got {dtype}: cast the layer"
+    if rows % UNIT_ROWS or columns % MULTIPLE:
+        return (
+            f"the decode kernel needs out_features that is a multiple of {UNIT_ROWS} and "
+            f"in_features of {MULTIPLE}, got {rows} x {columns}: pad the layer with zeros"
+        )
+    if tokens > MOST_TOKENS:
+        return f"the decode kernel serves at most {MOST_TOKENS} tokens, got {tokens}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < SPARSE_FROM:
+        return (
+            "the decode kernel needs compute capability 8.0, for sparse tensor cores, this GPU has "
+            f"{capability[0]}.{capability[1]}: the reference and dense layers still work"
+        )
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "the decode kernel needs cuda-bindings: pip install 'secateur[cuda]'"
+    return None
+
+
+def multiply(
+    x: Float[Tensor, "tokens in"],
+    units: UInt8[Tensor, "tiles units bytes"],
+    row_scales: Float[Tensor, "out 1"] | None,
+    bias: Float[Tensor, " out"] | None,
+    kind: Kind,
+    grouped: bool,
+    rows: int,
+) -> Float[Tensor, "tokens out"]:
+    """`x @ W.T * row_scales + bias` for the weight W of these units, summed in float32.
+
+    Error: products are exact in float32; sums are float32 in a fixed order, so that a repeated call
+        gives the same bits; one rounding of the result. bfloat16 activations of at least 2^63 in
+        magnitude count as infinite where the weight is quantised.
+    Raises: RuntimeError if the kernel has to be compiled while a graph is captured; ValueError if
+        the bias has another dtype.
+    """
+    tokens, columns = x.shape
+    device = x.device
+    if bias is not None and bias.dtype != x.dtype:
+        raise ValueError(
+            f"the decode kernel needs a bias of the input's {x.dtype}, got {bias.dtype}: "
+            "cast the whole layer with .to"
+        )
+    x, bias = readable(x), None if bias is None else readable(bias)
+    y = x.new_empty(tokens, rows)
+    launch = _launch(device, kind, grouped, x.dtype, rows, columns, bucket(tokens))
+    with on(device):
+        launch(
+            torch.cuda.current_stream(device).cuda_stream,
+            x.data_ptr(),
+            units.data_ptr(),
+            0 if row_scales is None else row_scales.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            tokens,
+            rows,
+            columns,
+        )
+    return y
+
+
+@lru_cache(maxsize=1024)  # five buckets of tokens for each of a model's few shapes
+def _launch(
+    device: torch.device,
+    kind: Kind,
+    grouped: bool,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    tokens: int,
+) -> Launch:
+    case = Case(kind, grouped, dtype, rows, columns, tokens)
+    return prepared(case, choose(case, device), device)
+
+
+def prepared(case: Case, config: Config, device: torch.device, dependent: bool = True) -> Launch:
+    """A launch of this cut.
+
+    The grid is filled up to what the device holds with one CTA on each SM: with fewer, the CTAs of
+    the kernel behind, which may start early, would share an SM two by two and take twice as long.
+    Those in excess wait for the kernel before, stay until those of the next are placed, and end;
+    sooner, the SMs that they left would get two. For the same reason a CTA takes more than a
+    third of an SM's shared memory: two fit, one of this kernel and one of the next, never three.
+
+    Raises: RuntimeError if the device cannot hold it.
+    """
+    portable = torch.cuda.get_device_capability(device) < CLUSTERS_FROM
+    kernel = load(SOURCE, config.defines(case, portable), device)
+    shared_bytes = max(config.shared_bytes(case), SM_BYTES // 3)
+    alone = max(shared_bytes, SM_BYTES // 2)
+    clusters = config.clusters(case)
+    if not portable:
+        clusters = max(clusters, kernel.most_clusters(config.cluster, config.threads, alone))
+    dependent = dependent and not portable and os.environ.get("SECATEUR_DEPENDENT", "1") != "0"
+    grid = clusters * config.cluster
+    return prepare(kernel, grid, config.cluster, config.threads, shared_bytes, dependent, ARGUMENTS)

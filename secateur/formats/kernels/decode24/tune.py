@@ -1,0 +1,264 @@
+"""Measures cuts of the decode kernel on this device and keeps the fastest for each case."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from math import ceil
+from multiprocessing import get_context
+from random import Random
+from statistics import median
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from secateur.formats.kernels.cubins import cubin
+from secateur.formats.kernels.decode24.arrange import UNIT_COLUMNS, UNIT_ROWS, Kind, arrange
+from secateur.formats.kernels.decode24.config import (
+    CLUSTERS_FROM,
+    EARLY,
+    SM_BYTES,
+    WARPGROUPS_ON,
+    Case,
+    Config,
+)
+from secateur.formats.kernels.decode24.cuts import CLUSTERS, cuts
+from secateur.formats.kernels.decode24.multiply import SOURCE, prepared
+from secateur.formats.kernels.launch import Launch, load
+from secateur.formats.kernels.nvrtc import arch_of
+
+COLD_BYTES = 10**9  # of weights in rotation: many times any cache
+LINKS = 100  # launches in a graph, at least; and each copy of the weights once
+MOST_CUTS = 100  # of a case; more find a few per cent
+AGAIN = 8
+STAYS = (0, 2, 4)
+TYPICAL = {2: 1}  # tokens to measure a bucket with, where not its most
+REPLAYS = 7
+LARGEST_ERROR = 8e-3  # of the result against float64, relative; one rounding to bf16 is 1.7e-3
+NIBBLES = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A cut, and the microseconds of one launch in a chain with cold weights."""
+
+    config: Config
+    us: float
+
+
+def tune(
+    cases: Sequence[Case],
+    device: torch.device,
+    most: int = MOST_CUTS,
+    workers: int | None = None,
+    known: Mapping[Case, Sequence[Config]] | None = None,
+) -> Iterator[tuple[Case, list[Timed]]]:
+    """For each case the cuts that were measured, fastest first.
+
+    At most so many cuts of a case are tried, drawn with a fixed seed, beside those that are known
+    to be good, with several stays. All are compiled first, in parallel. The fastest are measured
+    again: a chain can settle in a slow state, so that one measurement is no verdict.
+
+    Raises: ValueError for a GPU before compute capability 9.0, which has one cut.
+    Cost: a GB of device memory; a core-second for each kernel compiled, then 0.02 s for each cut.
+    """
+    if torch.cuda.get_device_capability(device) < CLUSTERS_FROM:
+        raise ValueError(
+            "tuning needs a GPU of compute capability 9.0 or newer: those before it have one cut"
+        )
+    clusters = resident_clusters(device)
+    warpgroups = torch.cuda.get_device_capability(device) == WARPGROUPS_ON
+    plan = {
+        case: _drawn(case, clusters, warpgroups, most, (known or {}).get(case, ()))
+        for case in cases
+    }
+    compile_all([(case, cut) for case, drawn in plan.items() for cut in drawn], device, workers)
+    for case, drawn in tqdm(plan.items(), desc="tune", unit="case", disable=None):
+        tokens = TYPICAL.get(case.tokens, case.tokens)
+        yield case, _measured(problem(replace(case, tokens=tokens), device), drawn, device)
+
+
+def _drawn(
+    case: Case,
+    clusters: Mapping[int, int],
+    warpgroups: bool,
+    most: int,
+    known: Sequence[Config],
+) -> list[Config]:
+    found = cuts(case, clusters, warpgroups)
+    even = [cut for cut in found if ("EVEN", 1) in cut.defines(case, False)]
+    drawn = even or found
+    Random(0).shuffle(drawn)
+    varied = [replace(cut, stay=stay) for cut in known for stay in (cut.stay, *STAYS)]
+    return list(dict.fromkeys([*varied, *drawn[:most]]))
+
+
+def _measured(problem: "Problem", drawn: Sequence[Config], device: torch.device) -> list[Timed]:
+    """Cuts that are right, fastest first; the first few by the median of three chains."""
+    timed = list[Timed]()
+    for cut in drawn:
+        try:
+            launch = prepared(problem.case.widest, cut, device)
+            wrong_by = error(problem, launch, device)
+            if wrong_by < LARGEST_ERROR:
+                timed.append(Timed(cut, chain(problem, launch, device)))
+            else:
+                warnings.warn(
+                    f"cut {cut} of {problem.case.weight} at {problem.case.tokens} tokens is wrong "
+                    f"by {wrong_by:.1e}, where {LARGEST_ERROR:.0e} is allowed: it is left out; "
+                    "please report it",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+        except RuntimeError as refused:  # more shared memory than this device has
+            if "CUDA error" in str(refused):
+                raise
+    timed.sort(key=lambda one: one.us)
+    again = [
+        Timed(one.config, median([one.us] + [chain(problem, launch, device) for _ in range(2)]))
+        for one in timed[:AGAIN]
+        for launch in [prepared(problem.case.widest, one.config, device)]
+    ]
+    return sorted(again, key=lambda one: one.us) + timed[AGAIN:]
+
+
+def resident_clusters(device: torch.device) -> dict[int, int]:
+    """How many clusters of each size the device holds with one CTA on an SM."""
+    capability = torch.cuda.get_device_capability(device)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    if capability < CLUSTERS_FROM:
+        return {1: count}
+    case = Case(Kind.INT4, True, torch.bfloat16, UNIT_ROWS, UNIT_COLUMNS, 1)
+    found = {}
+    for cluster in CLUSTERS:
+        cut = Config(cluster, 4, 1, 1, 1, 2, EARLY)
+        kernel = load(SOURCE, cut.defines(case, False), device)
+        found[cluster] = kernel.most_clusters(cluster, cut.threads, SM_BYTES // 2)
+    return found
+
+
+def compile_all(
+    cases: Iterable[tuple[Case, Config]], device: torch.device, workers: int | None
+) -> None:
+    """Nothing; puts the machine code of all these cuts in the cache, in parallel processes."""
+    arch = arch_of(torch.cuda.get_device_capability(device))
+    portable = torch.cuda.get_device_capability(device) < CLUSTERS_FROM
+    defines = sorted({config.defines(case, portable) for case, config in cases})
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = pool.map(_compile, [(one, arch) for one in defines], chunksize=4)
+        for _ in tqdm(jobs, total=len(defines), desc="compile", unit="kernel", disable=None):
+            pass
+
+
+def _compile(job: tuple[tuple[tuple[str, int], ...], str]) -> None:
+    defines, arch = job
+    cubin(SOURCE, defines, arch)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case's random operands: weights and scales in rotation, and the exact result."""
+
+    case: Case
+    x: Tensor
+    weights: Tensor
+    row_scales: Tensor | None
+    exact: Tensor
+
+    def arguments(self, copy: int, y: Tensor) -> tuple[int, ...]:
+        weight = self.weights[copy % len(self.weights)]
+        scales = 0
+        if self.row_scales is not None:
+            scales = self.row_scales[copy % len(self.row_scales)].data_ptr()
+        case = self.case
+        sizes = (case.tokens, case.rows, case.columns)
+        return (self.x.data_ptr(), weight.data_ptr(), scales, 0, y.data_ptr(), *sizes)
+
+
+def problem(case: Case, device: torch.device, cold_bytes: int = COLD_BYTES) -> Problem:
+    """Random codes at random places, and activations, from a fixed seed."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (case.rows, case.columns // 2)
+    picks = torch.randint(6, (case.rows, case.columns // 4), device=device, generator=generator)
+    nibbles = torch.tensor(NIBBLES, device=device, dtype=torch.uint8)[picks]
+    metadata = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    if case.kind is Kind.W16:
+        codes = torch.randn(shape, device=device, generator=generator, dtype=torch.float32).to(
+            case.dtype
+        )
+        numbers = codes
+    elif case.kind is Kind.FP8:
+        codes = torch.randint(256, shape, device=device, generator=generator).to(torch.uint8)
+        codes[codes & 0x7F == 0x7F] = 0
+        numbers = codes.view(torch.float8_e4m3fn)
+    else:
+        most = 7 if case.kind is Kind.INT4 else 127
+        codes = torch.randint(-most, most + 1, shape, device=device, generator=generator).to(
+            torch.int8
+        )
+        numbers = codes
+    groups = ceil(case.columns / UNIT_COLUMNS) if case.grouped else 1
+    scales = (
+        0.5 + torch.rand(case.rows, groups, device=device, generator=generator, dtype=torch.float32)
+    ).to(case.dtype) / 64
+    units = arrange(case.kind, codes, metadata, scales if case.grouped else None, case.dtype)
+    copies = max(2, ceil(cold_bytes / units.nbytes))
+    weights = units.expand(copies, *units.shape).contiguous()
+    x = torch.randn(
+        case.tokens, case.columns, device=device, generator=generator, dtype=torch.float32
+    ).to(case.dtype)
+    row_scales = None
+    if not case.grouped and case.kind is not Kind.W16:
+        row_scales = scales[:, 0].expand(copies, -1).contiguous()
+    exact = _exact(x, numbers, nibbles, scales if case.kind is not Kind.W16 else None, case)
+    return Problem(case, x, weights, row_scales, exact)
+
+
+def _exact(
+    x: Tensor, numbers: Tensor, nibbles: Tensor, scales: Tensor | None, case: Case
+) -> Tensor:
+    """In float64, some rows at a time."""
+    parts = []
+    for start in range(0, case.rows, 2048):
+        rows = slice(start, start + 2048)
+        places = torch.stack((nibbles[rows] & 3, nibbles[rows] >> 2), 2).long()
+        kept = numbers[rows].double().unflatten(1, (-1, 2))
+        dense = kept.new_zeros(len(kept), case.columns // 4, 4).scatter_(2, places, kept).flatten(1)
+        if scales is not None:
+            wide = (
+                scales[rows].double().repeat_interleave(UNIT_COLUMNS, 1) if case.grouped else None
+            )
+            dense = dense * (scales[rows].double() if wide is None else wide[:, : case.columns])
+        parts.append(x.double() @ dense.T)
+    return torch.cat(parts, 1)
+
+
+def error(problem: Problem, launch: Launch, device: torch.device) -> float:
+    """Of the result, relative, by norm; not a number where an element was not written."""
+    case = problem.case
+    y = torch.full((case.tokens, case.rows), float("nan"), dtype=case.dtype, device=device)
+    launch(torch.cuda.current_stream(device).cuda_stream, *problem.arguments(0, y))
+    torch.cuda.synchronize(device)
+    return float((y.double() - problem.exact).norm() / problem.exact.norm())
+
+
+def chain(problem: Problem, launch: Launch, device: torch.device) -> float:
+    """Microseconds of one launch in a graph of them, each on other weights."""
+    links = max(len(problem.weights), LINKS)
+    y = torch.empty(problem.case.tokens, problem.case.rows, dtype=problem.case.dtype, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        for link in range(links):
+            launch(stream, *problem.arguments(link, y))
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(1e3 * start.elapsed_time(stop) / links)
+    return float(median(times))

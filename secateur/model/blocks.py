@@ -1,0 +1,359 @@
+"""Chains of blocks: found in the module tree, recorded in one pass, replayed block by block.
+
+A chain is a list of modules of one type that hand their outputs straight to one another, such as
+the decoder layers of a language model. Its calls are recorded with whatever arguments the model
+gives (masks, position embeddings, keywords); what a block received from the one before is left
+open, so that a replay passes on what the blocks, changed meanwhile, return.
+"""
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from secateur.core.interrupts import held, putting_back
+
+# A batch is what the model is called with: one tensor, positional arguments, or keywords.
+Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+def run_batch(model: nn.Module, batch: Batch) -> Any:
+    """Call the model with a batch: a tensor, positional arguments or keywords."""
+    args, kwargs = arguments_of(model, batch)
+    return model(*args, **kwargs)
+
+
+def arguments_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a batch calls the model with.
+
+    Labels beside the one input of a model that takes no more are left out.
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return tuple(batch[:1] if has_labels_beside(model, batch) else batch), {}
+
+
+def has_labels_beside(model: nn.Module, batch: Batch) -> bool:
+    """Whether it is a pair of tensors of one length, as data sets give, for a model that takes one.
+
+    The second is then what the first should become, which losses read and the model does not.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return False
+    inputs, labels = batch
+    if not all(isinstance(x, Tensor) and x.dim() > 0 for x in (inputs, labels)):
+        return False
+    takes_one = _takes(model, inputs) and not _takes(model, inputs, labels)
+    return takes_one and len(inputs) == len(labels)
+
+
+def _takes(model: nn.Module, *arguments: Any) -> bool:
+    try:
+        inspect.signature(model.forward).bind(*arguments)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def require_batch(batch: Any, where: str) -> None:
+    """Raise what is wrong with a batch before a model is asked to run it.
+
+    Raises:
+        ValueError: if it is no batch, or holds tensors without values.
+    """
+    if not isinstance(batch, (Tensor, tuple, list, Mapping)):
+        raise ValueError(f"{where} is {_one(batch)}: {_BATCH}")
+    if any(
+        tensor.is_meta
+        for tensor in tensors_of(dict(batch) if isinstance(batch, Mapping) else batch)
+    ):
+        raise ValueError(
+            f"{where}, {described(batch)}, is on the meta device, which holds no values: give "
+            "batches of real data"
+        )
+
+
+def why_not(model: nn.Module, batch: Batch, where: str, error: Exception) -> str:
+    """One line for a batch that the model raised an error on, with what can be done."""
+    reason = " ".join(str(error).split()).rstrip(".")
+    remedy = _BATCH
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters.values()
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        other = [] if anything else [k for k in batch if k not in {p.name for p in parameters}]
+        raw = [key for key, x in batch.items() if isinstance(x, (str, list))]
+        if other:
+            remedy = f"leave out {', '.join(map(repr, other))}, which its forward does not take"
+        elif raw:
+            remedy = f"{raw[0]!r} is {_one(batch[raw[0]])}: make it a tensor, or leave it out"
+    return f"{type(model).__name__} cannot run {where}, {described(batch)}: {reason}: {remedy}"
+
+
+_BATCH = "a batch is a tensor, a tuple of positional or a dict of keyword arguments"
+
+
+def described(batch: Batch) -> str:
+    """The batch's types and shapes."""
+    if isinstance(batch, Tensor):
+        return _one(batch)
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {_one(x)}" for key, x in batch.items()) + "}"
+    return "(" + ", ".join(map(_one, batch)) + ")"
+
+
+def _one(x: Any) -> str:
+    return f"{type(x).__name__} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with, `layer(x)` or `layer(input=x)`."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
+
+
+def usable(batch: Any, where: str) -> Batch:
+    """The batch, with copies that autograd can keep of what was made in inference mode.
+
+    Raises:
+        ValueError: if it is none of what a batch may be, or its tensors have no data.
+    """
+    require_batch(batch, where)
+    plain: Batch = dict(batch) if isinstance(batch, Mapping) else batch
+    if not any(tensor.is_inference() for tensor in tensors_of(plain)):
+        return plain
+    copied: Batch = pytree.tree_map_only(Tensor, torch.clone, plain)
+    return copied
+
+
+def find_chains(
+    model: nn.Module, layers: Mapping[str, nn.Module]
+) -> dict[str, dict[str, nn.Module]]:
+    """Outermost lists of several modules of one type, some holding layers: blocks by name."""
+    chains: dict[str, dict[str, nn.Module]] = {}
+    for prefix, module in model.named_modules():
+        inside = any(prefix.startswith(outer + ".") for outer in chains)
+        if inside or not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+            continue
+        one_type = len({type(block) for block in module.children()}) == 1
+        if prefix and one_type and any(name.startswith(prefix + ".") for name in layers):
+            chains[prefix] = {f"{prefix}.{key}": child for key, child in module.named_children()}
+    return chains
+
+
+@dataclass(frozen=True)
+class FromPrevious:
+    """Stands in a recorded call for the tensor that the previous block returned in this place."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A block's recorded arguments, flattened, with places for what the previous block returns."""
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+
+    def replay(
+        self, block: nn.Module, previous: Sequence[Tensor | None], device: torch.device
+    ) -> list[Tensor]:
+        """The tensors that the block returns."""
+        args, kwargs = self.arguments(previous, device)
+        return tensors_of(block(*args, **kwargs))
+
+    def arguments(self, previous: Sequence[Tensor | None], device: torch.device) -> Any:
+        """Positional and keyword arguments, with what the previous block returned in its places."""
+        leaves = [previous[x.index] if isinstance(x, FromPrevious) else x for x in self.leaves]
+        return pytree.tree_unflatten(to_device(leaves, device), self.spec)
+
+    def kept(
+        self, output: Sequence[Tensor], wanted: set[int], previous: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """What the next block wants of this one's output, in its place, where the inputs are."""
+        device = self.device(previous)
+        return [t.to(device) if i in wanted else None for i, t in enumerate(output)]
+
+    def device(self, previous: Sequence[Tensor | None]) -> torch.device:
+        """Where the inputs of this call are kept."""
+        return next(x.device for x in [*self.leaves, *previous] if isinstance(x, Tensor))
+
+    @property
+    def wanted(self) -> set[int]:
+        """The places of the previous block's tensors that this call uses."""
+        return {x.index for x in self.leaves if isinstance(x, FromPrevious)}
+
+
+class NotAChain(Exception):
+    """The modules do not hand their outputs straight to one another."""
+
+
+class Enough(Exception):
+    """Everything wanted of this forward pass has been seen."""
+
+
+def record_all(
+    model: nn.Module,
+    chain: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    offload: bool,
+    once: bool = False,
+) -> list[list[Call]] | None:
+    """Every block's call for every batch; None if replaying them does not give the same output.
+
+    With `once`, blocks run for the first batch only, and something of the same shapes stands in for
+    their outputs after that; None also if their calls for the first batch are others then.
+    """
+    blocks = list(chain.values())
+    try:
+        calls, output = _record(model, blocks, batches[0])
+        device = output[0].device
+        previous: Sequence[Tensor] = []
+        for block, call in zip(blocks, calls, strict=True):
+            previous = call.replay(block, previous, device)
+        if not _same(previous, output):
+            return None
+        del previous, output
+        with _standing_in(blocks, calls[0], device) if once else contextlib.nullcontext():
+            if once and not _same_calls(calls, _record(model, blocks, batches[0])[0]):
+                return None
+            recorded = [_offloaded(calls) if offload else calls]
+            for batch in tqdm(batches[1:], desc="recording", leave=False, disable=None):
+                calls, _ = _record(model, blocks, batch)
+                recorded.append(_offloaded(calls) if offload else calls)
+    except NotAChain:
+        return None
+    return recorded
+
+
+def _record(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Batch
+) -> tuple[list[Call], list[Tensor]]:
+    """One call of each block in this forward pass, and what the last block returned."""
+    calls: list[Call] = []
+    outputs: list[list[Tensor]] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(calls) == len(blocks) or module is not blocks[len(calls)]:
+            raise NotAChain
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        previous = {id(t): i for i, t in enumerate(outputs[-1])} if outputs else {}
+        earlier = {id(t) for output in outputs[:-1] for t in output} - previous.keys()
+        call = Call(
+            [FromPrevious(previous[id(x)]) if id(x) in previous else x for x in leaves], spec
+        )
+        if any(id(x) in earlier for x in leaves) or (outputs and not call.wanted):
+            raise NotAChain
+        calls.append(call)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(tensors_of(output))
+        if len(outputs) == len(blocks):
+            raise Enough
+
+    entering = (b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks)
+    leaving = (b.register_forward_hook(after) for b in blocks)
+    with hooks(itertools.chain(entering, leaving)):
+        try:
+            run_batch(model, batch)
+        except Enough:
+            return calls, outputs[-1]
+    raise NotAChain
+
+
+@contextlib.contextmanager
+def _standing_in(blocks: Sequence[nn.Module], call: Call, device: torch.device) -> Iterator[None]:
+    """Blocks return, instead of running, zeros of the shape of the first tensor that they receive.
+
+    Around these zeros they return what the first block does for this call.
+    """
+    args, kwargs = call.arguments([], device)
+    shape = tensors_of((args, kwargs))[0].shape
+    leaves, spec = pytree.tree_flatten(blocks[0](*args, **kwargs))
+    if any(isinstance(x, Tensor) and x.shape != shape for x in leaves):
+        raise NotAChain
+
+    def run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        x = tensors_of((args, kwargs))[0]
+        return pytree.tree_unflatten(
+            [torch.zeros_like(x) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+        )
+
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(forward_as(block, run))
+        yield
+
+
+def _same_calls(calls: Sequence[Call], others: Sequence[Call]) -> bool:
+    """Whether they pass the same values, but for what comes from blocks: of those, the places."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return torch.equal(a, b)
+        return type(a) is type(b) and bool(a == b)
+
+    return all(
+        one.spec == two.spec and all(map(same, one.leaves, two.leaves))
+        for one, two in zip(calls, others, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def forward_as(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """The module runs `run(forward, args, kwargs)` in place of its `forward`, between its hooks."""
+    own, forward = vars(module), module.forward
+    with putting_back() as stack:
+        if "forward" in own:
+            stack.callback(own.__setitem__, "forward", forward)
+        else:
+            stack.callback(own.pop, "forward", None)
+        own["forward"] = lambda *args, **kwargs: run(forward, args, kwargs)
+        yield
+
+
+@contextlib.contextmanager
+def hooks(handles: Iterable[Any]) -> Iterator[None]:
+    """Hooks that are registered as they are listed, and removed at the end.
+
+    An interrupt may come between one and the next: pass a generator that registers them, no list.
+    """
+    registered: list[Any] = []
+    with putting_back() as stack:
+        stack.callback(list, map(methodcaller("remove"), registered))  # lazy: once they are listed
+        with held():
+            registered.extend(handles)
+        yield
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+
+
+def _offloaded(calls: list[Call]) -> list[Call]:
+    """The calls with their tensors on the CPU; what blocks share is moved once."""
+    tensors = {id(x): x for call in calls for x in call.leaves if isinstance(x, Tensor)}
+    moved = {key: x.to("cpu") for key, x in tensors.items()}
+    return [Call([moved.get(id(x), x) for x in call.leaves], call.spec) for call in calls]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of whatever a module returned, in order."""
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+
+def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Equal up to what non-deterministic kernels may differ by."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape and bool((x.float() - y.float()).norm() <= 1e-3 * y.float().norm())
+        for x, y in zip(a, b, strict=True)
+    )

@@ -1,0 +1,268 @@
+"""Half-blocks: where the attention of a block ends and its MLP begins, found by running it.
+
+A block is cut at a tensor through which everything so far reaches what the block returns, such as
+the residual stream between attention and MLP. Gradients tell: a tensor is a cut if the gradient of
+the output with respect to the block's input is all there when it is taken through that tensor.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from secateur.model import layers as _layers
+from secateur.model.blocks import Call, Enough, hooks, tensors_of
+
+# Positional and keyword arguments of a block.
+Arguments = tuple[Sequence[Any], Mapping[str, Any]]
+
+# Both gradients come from the same operations; what is not a cut differs by a part of the whole.
+SAME = 1e-3
+
+# One layer alone is what layer by layer reconstruction has solved already.
+FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A tensor, by where it enters: the how manieth call of which module, which argument."""
+
+    module: str
+    call: int
+    leaf: int
+
+
+@dataclass(frozen=True)
+class HalfBlock:
+    """Layers to be trained together: what they give now and, batch by batch, what they should.
+
+    A block that cannot be cut, such as a residual block of two convolutions, is a whole here.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    targets: Sequence[Float[Tensor, "..."]]
+    device: torch.device
+    block: str
+    end: Cut | None
+    module: nn.Module
+    arguments: Sequence[Sequence[Callable[[], Arguments]]]
+
+    def output(self, batch: int, weights: Mapping[str, Tensor]) -> Float[Tensor, "batch ..."]:
+        """The half-block's output for a batch with these weights; gradients reach them alone."""
+        inside = {f"{name}.weight"[len(self.block) + 1 :]: w for name, w in weights.items()}
+        fixed = {name: p.detach() for name, p in self.module.named_parameters()}
+        found: list[Tensor] = []
+        for of_part in self.arguments[batch]:
+            args, kwargs = of_part()
+            run = partial(functional_call, self.module, fixed | inside, tuple(args), dict(kwargs))
+            (output,), _ = outputs(self.module, [self.end], run)
+            found.append(output)
+        return _together(found)
+
+
+class DenseStream:
+    """The dense model's hidden states, carried along a chain of blocks beside the pruned ones."""
+
+    def __init__(self, batch_of: Sequence[int], device: torch.device) -> None:
+        self._batch_of = batch_of
+        self._device = device
+        self._previous: list[list[Tensor | None]] = [[] for _ in batch_of]
+
+    def halves(
+        self,
+        name: str,
+        block: nn.Module,
+        layers: Sequence[str],
+        calls: Sequence[Call],
+        pruned: Sequence[Sequence[Tensor | None]],
+        wanted: Sequence[set[int]],
+    ) -> list[HalfBlock]:
+        """The half-blocks of a block that is still dense; then the stream goes on to the next one.
+
+        `layers` are the planned ones in the order in which they run, `calls` those of all parts of
+        batches, `pruned` what the pruned block before gave each of them, `wanted` what the next
+        block wants, nothing if empty.
+        """
+        inside = [layer[len(name) + 1 :] for layer in layers]
+        groups: list[tuple[tuple[str, ...], Cut | None]] = []
+        if layers:
+            groups = find_cuts(block, inside, calls[0].arguments(self._previous[0], self._device))
+        ends = [end for _, end in groups] or [None]
+        targets: list[list[Tensor]] = [[] for _ in ends]
+        for b, call in enumerate(calls):
+            run = partial(call.replay, block, self._previous[b], self._device)
+            found, returned = outputs(block, ends, run)
+            kept_on = call.device(self._previous[b])
+            for target, tensor in zip(targets, found, strict=True):
+                target.append(tensor.to(kept_on))
+            if wanted:
+                self._previous[b] = call.kept(returned, wanted[b], self._previous[b])
+        arguments = [
+            partial(call.arguments, before, self._device)
+            for call, before in zip(calls, pruned, strict=True)
+        ]
+        parts: dict[int, list[int]] = {}
+        for part, batch in enumerate(self._batch_of):
+            parts.setdefault(batch, []).append(part)
+        full = dict(zip(inside, layers, strict=True))
+        return [
+            HalfBlock(
+                f"{name} ({i} of {len(groups)})" if len(groups) > 1 else name,
+                tuple(full[layer] for layer in of_half),
+                [_together([targets[i - 1][p] for p in of_batch]) for of_batch in parts.values()],
+                self._device,
+                name,
+                end,
+                block,
+                [[arguments[p] for p in of_batch] for of_batch in parts.values()],
+            )
+            for i, (of_half, end) in enumerate(groups, 1)
+        ]
+
+
+def find_cuts(
+    block: nn.Module, planned: Sequence[str], arguments: Arguments
+) -> list[tuple[tuple[str, ...], Cut | None]]:
+    """The planned layers in groups, in the order in which they run, each with the cut behind it.
+
+    None stands for the block's output. Names are those within the block. A cut has at least two
+    prunable layers since the one before, one of them planned, and no layer that runs on both sides.
+
+    Cost: the block once with gradients, for this batch, and a backward for each tensor of the
+        output's shape that enters a module between layers.
+    """
+    with torch.enable_grad():
+        args, kwargs, x = _with_gradient(arguments)
+        calls, output = _traced(block, args, kwargs) if x is not None else ([], None)
+        if x is None or output is None or not output.requires_grad:
+            return [(tuple(planned), None)]
+        is_cut = _cut_test(x, output)
+        groups: list[tuple[tuple[str, ...], Cut | None]] = []
+        left, since = list(planned), set[str]()
+        tried: set[int] = set()
+        for i, (cut, tensor, prunable) in enumerate(calls):
+            done = [name for name in left if name in since]
+            later = {c.module for c, _, _ in calls[i:]}
+            possible = len(since) >= FEWEST and 0 < len(done) < len(left) and not since & later
+            if possible and tensor is not None and id(tensor) not in tried:
+                tried.add(id(tensor))
+                if is_cut(tensor):
+                    groups.append((tuple(done), cut))
+                    left, since = [name for name in left if name not in since], set()
+            if prunable:
+                since.add(cut.module)
+        return [*groups, (tuple(left), None)]
+
+
+def outputs(
+    block: nn.Module, cuts: Sequence[Cut | None], run: Callable[[], Any]
+) -> tuple[list[Float[Tensor, "batch ..."]], list[Tensor]]:
+    """The tensors at the cuts in one run of the block, and what it returned if it came so far."""
+    returned: list[Tensor] = []
+    found: dict[Cut | None, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        counts[name] = counts.get(name, 0) + 1
+        for cut in cuts:
+            if cut is not None and (cut.module, cut.call) == (name, counts[name]):
+                found[cut] = pytree.tree_leaves((args, kwargs))[cut.leaf]
+        if len(found) == len(cuts):
+            raise Enough
+
+    named = dict(block.named_modules())
+    with hooks(
+        named[name].register_forward_pre_hook(partial(before, name), with_kwargs=True)
+        for name in {cut.module for cut in cuts if cut is not None}
+    ):
+        with contextlib.suppress(Enough):
+            returned = tensors_of(run())
+            found[None] = first_tensor(returned)
+    if missing := [cut.module for cut in cuts if cut is not None and cut not in found]:
+        raise ValueError(
+            f"half-blocks need blocks that run alike on all batches, {missing[0]} did not run on "
+            "one of them: reconstruct layer by layer"
+        )
+    return [found[cut] for cut in cuts], returned
+
+
+def _together(parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
+    """The outputs for the parts of a batch as one tensor, by rows where there are several."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, -2) for part in parts])
+
+
+def first_tensor(tree: Any) -> Float[Tensor, "batch ..."]:
+    """The first tensor of floating-point numbers: the hidden state, where blocks return more."""
+    return next(_floats(tree))[1]
+
+
+def _floats(tree: Any) -> Iterator[tuple[int, Tensor]]:
+    leaves = enumerate(pytree.tree_leaves(tree))
+    return ((i, x) for i, x in leaves if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def _with_gradient(arguments: Arguments) -> tuple[Any, Any, Tensor | None]:
+    """The arguments with a first tensor that gradients reach; None where there is no tensor."""
+    leaves, spec = pytree.tree_flatten(arguments)
+    i, first = next(_floats(leaves), (0, None))
+    if first is None:
+        return (*arguments, None)
+    leaves[i] = x = first.detach().requires_grad_()
+    return (*pytree.tree_unflatten(leaves, spec), x)
+
+
+def _traced(
+    block: nn.Module, args: Any, kwargs: Any
+) -> tuple[list[tuple[Cut, Tensor | None, bool]], Tensor]:
+    """Calls inside the block, each with the tensor that may be a cut, and the block's output.
+
+    That tensor comes only with calls whose argument gradients reach; prunable calls are marked.
+    """
+    calls: list[tuple[Cut, Tensor | None, bool]] = []
+    counts: dict[str, int] = {}
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        counts[name] = counts.get(name, 0) + 1
+        reached = ((i, t) for i, t in _floats((args, kwargs)) if t.requires_grad)
+        leaf, tensor = next(reached, (0, None))
+        calls.append((Cut(name, counts[name], leaf), tensor, _layers.is_prunable(module)))
+
+    inner = {name: m for name, m in block.named_modules() if name}
+    fixed = {name: p.detach() for name, p in block.named_parameters()}
+    with hooks(
+        m.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+        for name, m in inner.items()
+    ):
+        output = first_tensor(functional_call(block, fixed, tuple(args), dict(kwargs)))
+    return calls, output
+
+
+def _cut_test(x: Tensor, output: Tensor) -> Callable[[Tensor], bool]:
+    """Whether all of the output's gradient at x comes through a tensor."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(
+        output.shape, generator=generator, dtype=torch.float32, device="cpu"
+    ).to(output)
+
+    def gradient(of: Tensor, at: Tensor, along: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(of, at, along, retain_graph=True, materialize_grads=True)
+        return found.float() if at is x else found
+
+    whole = gradient(output, x, direction)
+
+    def is_cut(tensor: Tensor) -> bool:
+        """Token by token: where x is 0 a norm has so large a gradient that it would hide others."""
+        if tensor.shape != output.shape or tensor is x:
+            return False
+        through = gradient(tensor, x, gradient(output, tensor, direction))
+        return bool(((through - whole).norm(dim=-1) <= SAME * whole.norm(dim=-1)).all())
+
+    return is_cut

@@ -1,0 +1,321 @@
+"""Names to layers, and a layer's weight as a matrix whose rows are outputs and columns inputs.
+
+Every algorithm here sees `[out, in]` matrices; this file alone knows how Linear, Conv2d, Embedding
+and GPT-2's transposed Conv1D store them, and how an input becomes rows that meet the columns.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+
+from secateur.core.weights import adapters, require_module, require_ordinary, tied_weights
+from secateur.core.wrappers import unwrapped
+from secateur.patterns import NM, Pattern
+
+Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+# What is pruned unless the user selects otherwise.
+DEFAULT_TYPES = (nn.Linear, nn.Conv2d)
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Convolutions without a matrix here, which are left alone with the reason.
+OTHER_CONVOLUTIONS = (nn.Conv1d, nn.Conv3d, *TRANSPOSED)
+
+
+def is_prunable(module: nn.Module) -> bool:
+    """Whether the module's weight can be seen as an `[out, in]` matrix here."""
+    return isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) or _is_conv1d(module)
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The module's weight, which is an ordinary parameter of its own: see `weights_of`."""
+    parameter = module._parameters["weight"]
+    assert parameter is not None
+    return parameter
+
+
+def weights_of(layers: Mapping[str, nn.Module], *, written: bool = True) -> dict[str, nn.Parameter]:
+    """The layers' weights, once all of them are known to be ordinary parameters with data.
+
+    Raises:
+        ValueError: if one is not, with the layer, the reason and the remedy.
+    """
+    require_ordinary(layers, written=written)
+    return {name: weight_of(module) for name, module in layers.items()}
+
+
+def matrix(
+    module: nn.Module, weight: Shaped[Tensor, "..."] | None = None
+) -> Shaped[Tensor, "out in"]:
+    """The module's weight (or another tensor of its shape) as `[out, in]`; a view where it can be.
+
+    A Conv2d's columns run over its input channels first, position by position, so that N:M groups
+    lie along the input channels as hardware wants them. An Embedding's rows are its entries.
+    """
+    tensor = weight if weight is not None else module.weight
+    assert isinstance(tensor, Tensor)
+    if isinstance(module, nn.Conv2d):
+        tensor = tensor.permute(0, 2, 3, 1).flatten(1)
+    return tensor.mT if _is_conv1d(module) else tensor
+
+
+def like_weight(module: nn.Module, rows: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "..."]:
+    """The inverse of `matrix`: an `[out, in]` matrix in the shape that the module stores."""
+    if isinstance(module, nn.Conv2d):
+        height, width = module.kernel_size
+        stored: Tensor = rows.unflatten(1, (height, width, -1)).permute(0, 3, 1, 2)
+        return stored.contiguous()
+    return rows.mT if _is_conv1d(module) else rows
+
+
+def input_rows(module: nn.Module, x: Float[Tensor, "..."]) -> Float[Tensor, "tokens in"]:
+    """The module's input as rows that its matrix multiplies: `matrix @ row` is an output."""
+    if isinstance(module, nn.Conv2d):
+        x = x if x.dim() == 4 else x[None]
+        padding = module.padding
+        if isinstance(padding, str) or module.padding_mode != "zeros":
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        columns = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
+        # unfold orders channel, then position; `matrix` orders position, then channel.
+        by_position: Tensor = columns.unflatten(1, (module.in_channels, -1)).transpose(1, 2)
+        return by_position.flatten(1, 2).transpose(1, 2).flatten(0, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def reading(module: nn.Module) -> Hashable:
+    """What makes one input other rows: modules for which it is equal have the same `input_rows`."""
+    if not isinstance(module, nn.Conv2d):
+        return None
+    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+    sizes = (module.kernel_size, module.stride, module.dilation)
+    return (*sizes, padding, module.padding_mode)
+
+
+def pattern_for(module: nn.Module, pattern: Pattern) -> Pattern:
+    """The pattern as the module's matrix has it: N:M starts anew at each position of a kernel."""
+    if not isinstance(module, nn.Conv2d) or not isinstance(pattern, NM):
+        return pattern
+    channels = module.weight.shape[1]
+    return replace(pattern, channels=channels if channels % pattern.m else None)
+
+
+def why_not_prunable(module: nn.Module) -> str | None:
+    """Why this module is left alone by default although it has a weight, or None."""
+    if _is_scripted(module):
+        return "a ScriptModule, which cannot be changed: use the module that it was made of"
+    weight = module._parameters.get("weight")
+    if weight is not None and not is_lazy(weight) and not weight.numel():
+        return "its weight is empty"
+    if isinstance(module, OTHER_CONVOLUTIONS):
+        transposed = isinstance(module, TRANSPOSED)
+        kind = "transposed convolution" if transposed else type(module).__name__
+        return f"{kind}: of convolutions only Conv2d can be pruned"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        kind = "depthwise" if module.groups == module.in_channels else "grouped"
+        return f"{kind} convolution: its groups do not share inputs"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} computes something else than x @ weight.T"
+    return None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What selectors chose: layers by name, in module order, and what was skipped and why."""
+
+    layers: Mapping[str, nn.Module]
+    matched_by: Mapping[str, int]
+    skipped: Mapping[str, str]
+
+
+def select(
+    model: nn.Module,
+    selectors: Selector | Sequence[Selector] | None = None,
+    ignore: Selector | Iterable[Selector] = (),
+) -> Selection:
+    """The prunable layers that the selectors choose, minus `ignore`; the first match wins.
+
+    A selector is a full name, a glob (`*.mlp.*`), a regular expression after `re:`, a module type
+    or a callable `(name, module) -> bool`. `None` means every Linear and Conv2d. A name or glob may
+    be the weight's, `blocks.0.up_proj.weight`. Names are those of the model inside of
+    `torch.compile`, `DataParallel` and `DistributedDataParallel`. The output head and the weights
+    of adapters (PEFT's) are skipped, with the reason, unless named in full; so are weights that
+    share memory with another, and convolutions that cannot be pruned, which are an error if they
+    are named.
+
+    Raises:
+        ValueError: if the model is no ordinary module, or a selector or an ignore matches nothing
+            (with the closest names), or names a layer whose weight cannot be pruned, or no layer is
+            left.
+    """
+    selection = sorted_out(model, selectors, ignore)
+    if not selection.layers:
+        raise ValueError(
+            f"no layer is left to prune in {type(model).__name__}: {_why_none(selection.skipped)}"
+        )
+    return selection
+
+
+def sorted_out(
+    model: nn.Module,
+    selectors: Selector | Sequence[Selector] | None = None,
+    ignore: Selector | Iterable[Selector] = (),
+) -> Selection:
+    """What `select` returns, also where no layer is left.
+
+    Raises:
+        ValueError: as `select`, but for that.
+    """
+    require_module(model)
+    model = unwrapped(model)
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if is_prunable(module) or isinstance(module, OTHER_CONVOLUTIONS) or _is_scripted(module)
+    }
+    default = [*DEFAULT_TYPES, *OTHER_CONVOLUTIONS, torch.jit.ScriptModule]
+    chosen = default if selectors is None else _listed(selectors)
+    ignored = _listed(ignore)
+    if selectors is not None:
+        for selector in chosen:
+            _require_match(model, modules, selector)
+    for selector in ignored:
+        _require_match(model, modules, selector)
+
+    shared = tied_weights(model)
+    optional = dict.fromkeys(_output_heads(model), "output head") | adapters(model)
+    layers: dict[str, nn.Module] = {}
+    matched_by: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    for name, module in modules.items():
+        index = next((i for i, s in enumerate(chosen) if _matches(s, name, module)), None)
+        if index is None:
+            continue
+        named = _names(chosen[index], name)
+        if any(_matches(selector, name, module) for selector in ignored):
+            skipped[name] = "ignored"
+        elif reason := why_not_prunable(module):
+            if named:
+                raise ValueError(f"{name} cannot be pruned: {reason}")
+            skipped[name] = reason
+        elif name in shared:
+            if named:
+                raise ValueError(
+                    f"{name} cannot be pruned: its weight is tied to {shared[name]}, which would "
+                    "be pruned with it: untie them first, layer.weight = "
+                    "torch.nn.Parameter(layer.weight.detach().clone())"
+                )
+            skipped[name] = f"its weight is tied to {shared[name]}"
+        elif name in optional and not named:
+            skipped[name] = f"{optional[name]}: name it to prune it"
+        else:
+            layers[name], matched_by[name] = module, index
+    return Selection(layers, matched_by, skipped)
+
+
+def _listed(selectors: Selector | Iterable[Selector]) -> list[Selector]:
+    """One selector counts as a list of one."""
+    if isinstance(selectors, (str, type)) or callable(selectors):
+        return [selectors]
+    return list(selectors)
+
+
+def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    if callable(selector):
+        return bool(selector(name, module))
+    if selector.startswith("re:"):
+        return re.search(selector[3:], name) is not None
+    if _names(selector, name) or fnmatch.fnmatchcase(name, selector):
+        return True
+    return selector.endswith(".weight") and fnmatch.fnmatchcase(f"{name}.weight", selector)
+
+
+def _names(selector: Selector, name: str) -> bool:
+    """Whether it is the full name of the layer, or that of its weight."""
+    return selector in (name, f"{name}.weight" if name else "weight")
+
+
+def _require_match(model: nn.Module, modules: Mapping[str, nn.Module], selector: Selector) -> None:
+    if any(_matches(selector, name, module) for name, module in modules.items()):
+        return
+    if isinstance(selector, str):
+        if isinstance(other := dict(model.named_modules()).get(selector), nn.Module):
+            kind = type(other).__name__
+            raise ValueError(
+                f"{selector!r} is a {kind}, which has no weight matrix to prune: to choose the "
+                f"layers inside it write '{selector}.*'"
+            )
+        raise ValueError(_no_match(selector, modules))
+    raise ValueError(f"no prunable layer of {type(model).__name__} matches {selector!r}")
+
+
+def _no_match(selector: str, modules: Mapping[str, nn.Module]) -> str:
+    if (corrected := _corrected(selector, modules)) is not None:
+        return f"No module matches {selector!r}. Did you mean {corrected!r}?"
+    close = difflib.get_close_matches(selector, modules, n=3, cutoff=0.5) or list(modules)[:3]
+    names = ", ".join(repr(name) for name in close) or "none: the model has no prunable layer"
+    return (
+        f"No module matches {selector!r}. Closest: {names}. Patterns starting with 're:' are "
+        "regular expressions."
+    )
+
+
+def _corrected(selector: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The glob or expression with the word that is in no name replaced by one that makes it match.
+
+    None for a full name, and where no word is like one of the names'.
+    """
+    if not re.search(r"[*?\[]|^re:", selector):
+        return None
+    known = dict.fromkeys(word for name in modules for word in re.findall(r"\w+", name))
+    for word in re.findall(r"\w+", selector.removeprefix("re:")):
+        for close in difflib.get_close_matches(word, known, n=3) if word not in known else ():
+            corrected = re.sub(rf"\b{word}\b", close, selector)
+            if any(_matches(corrected, name, module) for name, module in modules.items()):
+                return corrected
+    return None
+
+
+def _why_none(skipped: Mapping[str, str]) -> str:
+    if not skipped:
+        return "it has no Linear or Conv2d that was selected"
+    return "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
+
+
+def _output_heads(model: nn.Module) -> set[str]:
+    """The projection to the vocabulary, by the name that language models give it.
+
+    Also inside of an adapter that PEFT has put around it.
+    """
+    return {
+        name
+        for name, _ in model.named_modules()
+        if name.removesuffix(".base_layer").split(".")[-1] in ("lm_head", "embed_out")
+    }
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    """Whether it is a layer of TorchScript with a matrix as its weight, which has no other type."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    own = dict(module.named_parameters(recurse=False))
+    return "weight" in own and own["weight"].dim() > 1
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D (GPT-2), a linear layer that stores `[in, out]`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -1,0 +1,244 @@
+"""The plan: which layer gets which pattern, decided and shown before a weight is touched."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from secateur.core.disk.atomic import write_whole
+from secateur.core.disk.data_files import read_yaml
+from secateur.core.tables import text_table
+from secateur.core.weights import require_module, why_not_ordinary
+from secateur.core.wrappers import unwrapped
+from secateur.model import layers as _layers
+from secateur.model.layers import Selector
+from secateur.patterns import NM, Pattern, as_pattern, parse
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Each layer's pattern and `[out, in]` shape by name, and why others were left alone."""
+
+    layers: Mapping[str, Pattern]
+    shapes: Mapping[str, tuple[int, int]]
+    skipped: Mapping[str, str]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("layer", "out", "in", "pattern", "sparsity")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                name,
+                *map(str, self.shapes[name]),
+                str(pattern),
+                f"{_sparsity(pattern, self.shapes[name]):.1%}",
+            )
+            for name, pattern in self.layers.items()
+        ]
+
+    def __str__(self) -> str:
+        weights = sum(rows * cols for rows, cols in self.shapes.values())
+        patterns = ", ".join(
+            f"{p}: {n}" for p, n in Counter(map(str, self.layers.values())).items()
+        )
+        skipped = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped.items())
+        return (
+            f"{text_table(self.columns, self.rows())}\n"
+            f"{len(self.layers)} layers ({patterns}), {weights:,} weights"
+            + (f"\nskipped:{skipped}" if skipped else "")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `plan_from_dict` reads it back."""
+        return {
+            "version": PLAN_VERSION,
+            "layers": {
+                name: {"pattern": str(pattern), "shape": list(self.shapes[name])}
+                for name, pattern in self.layers.items()
+            },
+            "skipped": dict(self.skipped),
+        }
+
+    def write(self, path: str | Path) -> None:
+        """Write the plan as YAML, or as JSON where the name ends in .json."""
+        path = Path(path)
+        data = self.to_dict()
+        if path.suffix == ".json":
+            write_whole(path, json.dumps(data, indent=2))
+        else:
+            import yaml  # files are rare, and importing it costs 15 ms
+
+            write_whole(path, yaml.safe_dump(data, sort_keys=False))
+
+
+def plan(
+    model: nn.Module,
+    pattern: Pattern | str | Mapping[Selector, Pattern | str],
+    *,
+    layers: Selector | Sequence[Selector] | None = None,
+    ignore: Selector | Iterable[Selector] = (),
+) -> Plan:
+    """Which layers of the model get which pattern; prints itself, changes nothing.
+
+    `pattern` is one pattern for all (`"2:4"`, `NM(2, 4)`), or a mapping from selectors to patterns
+    in which the first match wins. `layers` and `ignore` take names, globs, `re:` expressions,
+    module types and callables; by default every Linear and Conv2d but tied weights, adapters and
+    the output head. Then layers whose shape cannot have the pattern, such as the first convolution
+    of a CNN, which has three input channels, are skipped with the reason.
+
+    Raises:
+        ValueError: if a selector matches nothing, or the shape of a layer that one selects cannot
+            have its pattern, or of no layer can; all such layers are listed.
+    """
+    if isinstance(pattern, Mapping):
+        if layers is not None:
+            raise ValueError("plan takes either a mapping of selectors to patterns, or layers=")
+        selectors: Selector | Sequence[Selector] | None = list(pattern)
+        patterns = [as_pattern(p) for p in pattern.values()]
+    else:
+        selectors = layers
+        patterns = [as_pattern(pattern)]
+    selection = _layers.select(model, selectors, ignore)
+    one = len(patterns) == 1
+    chosen = {
+        name: _layers.pattern_for(selection.layers[name], patterns[0 if one else index])
+        for name, index in selection.matched_by.items()
+    }
+    shapes = {name: _shape(name, module) for name, module in selection.layers.items()}
+    misfits = _misfits(chosen, shapes)
+    if misfits and (selectors is not None or len(misfits) == len(chosen)):
+        raise ValueError(_cannot_have(misfits, len(chosen)))
+    return Plan(
+        {name: fitting for name, fitting in chosen.items() if name not in misfits},
+        {name: shape for name, shape in shapes.items() if name not in misfits},
+        {**selection.skipped, **misfits},
+    )
+
+
+def read_plan(path: str | Path) -> Plan:
+    """The plan in a YAML or JSON file.
+
+    Raises:
+        ValueError: if it is not a plan, with the file and the place.
+    """
+    path = Path(path)
+    return plan_from_dict(read_yaml(path), str(path))
+
+
+def plan_from_dict(data: object, where: str) -> Plan:
+    """The plan that `Plan.to_dict` wrote; `where` names its origin in errors."""
+    # pydantic is imported here because reading files is rare and importing it costs 0.1 s.
+    from pydantic import BaseModel, ConfigDict, ValidationError
+
+    class Entry(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        pattern: str
+        shape: tuple[int, int]
+
+    class File(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        version: int
+        layers: dict[str, Entry]
+        skipped: dict[str, str] = {}
+
+    try:
+        file = File.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the top level"
+        raise ValueError(f"{where} is not a plan: at {place}: {first['msg']}") from None
+    if file.version != PLAN_VERSION:
+        raise ValueError(
+            f"{where} is a plan of version {file.version}, this library reads {PLAN_VERSION}: "
+            "write the plan again"
+        )
+    try:
+        patterns = {name: parse(entry.pattern) for name, entry in file.layers.items()}
+    except ValueError as error:
+        raise ValueError(f"{where} is not a plan: {error}") from None
+    return Plan(patterns, {name: e.shape for name, e in file.layers.items()}, file.skipped)
+
+
+def as_plan(model: nn.Module, given: Plan | Pattern | str) -> Plan:
+    """The plan itself, or the one that gives a pattern to every layer pruned by default."""
+    return given if isinstance(given, Plan) else plan(model, given)
+
+
+def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The plan's layers in the model, in the model's order.
+
+    Raises:
+        ValueError: if the plan was made for another model: layers missing, of another shape, or
+            convolutions of other input channels.
+    """
+    require_module(model)
+    model = unwrapped(model)
+    modules = {name: m for name, m in model.named_modules() if _layers.is_prunable(m)}
+    missing = [name for name in plan.layers if name not in modules]
+    other = [
+        f"{name} is {_shape(name, modules[name])}, planned {tuple(shape)}"
+        for name, shape in plan.shapes.items()
+        if name in modules and _shape(name, modules[name]) != tuple(shape)
+    ] or [
+        f"{name} takes {taken}, planned {pattern}"
+        for name, pattern in plan.layers.items()
+        if name in modules and (taken := _layers.pattern_for(modules[name], pattern)) != pattern
+    ]
+    if missing or other:
+        parts = []
+        if missing:
+            parts.append(
+                f"{len(missing)} of its {len(plan.layers)} layers are missing, first {missing[0]!r}"
+            )
+        if other:
+            parts.append(f"{len(other)} have another shape, first {other[0]}")
+        raise ValueError(
+            f"the plan was made for another model than this {type(model).__name__}: "
+            f"{'; '.join(parts)}: make a plan for this model"
+        )
+    return {name: module for name, module in modules.items() if name in plan.layers}
+
+
+def _shape(name: str, module: nn.Module) -> tuple[int, int]:
+    weight = module._parameters.get("weight")
+    if weight is not None and is_lazy(weight):
+        raise ValueError(f"{name}.weight {why_not_ordinary(module)}")
+    rows, columns = _layers.matrix(module).shape
+    return rows, columns
+
+
+def _sparsity(pattern: Pattern, shape: tuple[int, int]) -> float:
+    """What the pattern asks of this shape: N:M asks less of a width that m does not divide."""
+    if not isinstance(pattern, NM) or pattern.remainder == "error":
+        return pattern.sparsity
+    zeros = sum((stop - start) * part.sparsity for start, stop, part in pattern.parts(shape))
+    return zeros / shape[1]
+
+
+def _misfits(
+    patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, str]:
+    """Why a layer's shape cannot have its pattern, for those of which that is so."""
+    return {
+        name: reason
+        for name, pattern in patterns.items()
+        if (reason := pattern.why_not(shapes[name])) is not None
+    }
+
+
+def _cannot_have(misfits: Mapping[str, str], planned: int) -> str:
+    listed = "; ".join(f"{name}: {reason}" for name, reason in misfits.items())
+    return (
+        f"{len(misfits)} of {planned} layers cannot have their pattern: {listed}. Ignore them, "
+        "choose another pattern, or for N:M write '2:4@dense-remainder' to leave the last columns "
+        "dense, '2:4@pad-remainder' to count them as a group filled up with zeros."
+    )

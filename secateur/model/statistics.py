@@ -1,0 +1,191 @@
+"""Statistics: named running sums over the inputs of a layer.
+
+A criterion or an algorithm asks for a statistic by naming a parameter after it. A new statistic is
+a class here and one line in `STATISTICS`.
+"""
+
+import functools
+import inspect
+import zlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """A running sum: made for a number of inputs, updated with rows, read once at the end.
+    `sums` are added up over processes, where several calibrate together, before it is read.
+    """
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]: ...
+
+    def update(self, rows: Float[Tensor, "tokens in"]) -> None: ...
+
+    def value(self, tokens: int) -> Tensor: ...
+
+
+class InputNorm:
+    """`input_norm`, [in]: ||x_j||_2 of every input j over all calibration tokens (Wanda's)."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return (self._sum,)
+
+    def update(self, rows: Float[Tensor, "tokens in"]) -> None:
+        self._sum += rows.float().square().sum(0)
+
+    def value(self, tokens: int) -> Float[Tensor, " in"]:
+        return self._sum.sqrt()
+
+
+class Gram:
+    """`gram`, [in, in]: G = X^T X / tokens in float32, the Hessian of a layer's output error.
+
+    Cost: 2 tokens in^2 operations; of 16-bit inputs on a GPU in its tensor cores, with in^2 more in
+        float32 memory.
+    Error: that of sums in float32. Products of 16-bit numbers are exact there.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return (self._sum,)
+
+    def update(self, rows: Float[Tensor, "tokens in"]) -> None:
+        if _for_tensor_cores(rows):
+            self._sum += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        else:
+            rows = rows.float()
+            self._sum.addmm_(rows.T, rows)
+
+    def value(self, tokens: int) -> Float[Tensor, "in in"]:
+        return self._sum / tokens
+
+
+def _for_tensor_cores(rows: Tensor) -> bool:
+    """Whether a product of these rows can be summed in float32 without making them float32.
+
+    torch refuses it for float16 where the user lets such products be summed in float16.
+    """
+    in_float16 = torch.backends.cuda.matmul.allow_fp16_accumulation
+    exact = (torch.bfloat16,) if in_float16 else (torch.bfloat16, torch.float16)
+    return rows.is_cuda and rows.dtype in exact
+
+
+# One batch in so many is held out of what is fitted, to choose between fits.
+HELD_OUT = 8
+
+
+def is_held_out(batch: int) -> bool:
+    """Whether the batch, counted from 0, is: the second, and every eighth after it."""
+    return batch % HELD_OUT == 1
+
+
+class HeldGram:
+    """`held_gram`, [in, in]: the part of `gram` that comes from held-out batches, in its units.
+
+    `gram - held_gram` is what the other batches give. With one batch nothing is held out, and all
+    is zero.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._gram = Gram(in_features, device)
+        self.batch = 0  # whose rows come now, counted over all processes
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return self._gram.sums
+
+    def update(self, rows: Float[Tensor, "tokens in"]) -> None:
+        if is_held_out(self.batch):
+            self._gram.update(rows)
+
+    def value(self, tokens: int) -> Float[Tensor, "in in"]:
+        return self._gram.value(tokens)
+
+
+STATISTICS: Mapping[str, Callable[[int, torch.device], Statistic]] = MappingProxyType(
+    {"input_norm": InputNorm, "gram": Gram, "held_gram": HeldGram}
+)
+
+# Not sums over inputs, but asked for in the same way: see `secateur.model.gradients`.
+GRADIENTS = ("gradient", "squared_gradient", "regional_gradient")
+
+
+def needed_by(function: Callable[..., Any], given: tuple[str, ...]) -> tuple[str, ...]:
+    """The statistics that a criterion or an algorithm needs: its parameters that are not `given`.
+
+    A parameter that is named like a sum over inputs gets it, also where it has a default, which is
+    for calls by hand. Others with a default are options. (A partial's fixed ones have one.)
+
+    Raises:
+        ValueError: if a parameter is neither given nor a statistic.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    names = [
+        p.name
+        for p in parameters
+        if p.name not in given and (p.default is p.empty or p.name in STATISTICS)
+    ]
+    for name in names:
+        if name not in STATISTICS and name not in GRADIENTS:
+            known = ", ".join([*given, *STATISTICS, *GRADIENTS])
+            raise ValueError(
+                f"{name_of(function)} asks for {name!r}, which is no statistic: its parameters may "
+                f"be named {known}; an option needs a default"
+            )
+    return tuple(names)
+
+
+def call_with(function: Callable[..., T], available: Mapping[str, Any]) -> T:
+    """The function called with those of the available values that its parameters name."""
+    names = inspect.signature(function).parameters
+    return function(**{name: value for name, value in available.items() if name in names})
+
+
+def call(function: Callable[..., T], *arguments: Any) -> T:
+    """function(*arguments), computed anew: the `once` of an algorithm that is called by hand."""
+    return function(*arguments)
+
+
+def score(
+    criterion: Callable[..., Tensor],
+    layer: str,
+    weight: Float[Tensor, "out in"],
+    statistics: Mapping[str, Any],
+) -> Float[Tensor, "out in"]:
+    """The criterion's scores for a layer; `layer_seed` is made from the layer's name.
+
+    Raises:
+        ValueError: if they are not of the weight's shape, or NaN.
+    """
+    seed = zlib.crc32(layer.encode())
+    scores = call_with(criterion, {**statistics, "weight": weight, "layer_seed": seed})
+    if scores.shape != weight.shape or scores.isnan().any():
+        raise ValueError(
+            f"criterion {name_of(criterion)} needs to give {layer} a score of shape "
+            f"{tuple(weight.shape)} without NaN, got {tuple(scores.shape)} with "
+            f"{int(scores.isnan().sum())} NaN"
+        )
+    return scores
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The function's name as a user knows it, with the options that a partial fixed."""
+    if isinstance(function, functools.partial):
+        options = ", ".join(f"{key}={value!r}" for key, value in function.keywords.items())
+        return f"{name_of(function.func)}({options})"
+    return getattr(function, "__name__", None) or repr(function)

@@ -1,0 +1,87 @@
+"""A model of which one part at a time holds its weights, loaded when it is called."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.model.blocks import forward_as
+
+
+class Window:
+    """Puts the weights of one part of a model in place, and drops those of the part before.
+
+    The model's parameters are on the meta device, its buffers go where it runs. A part is a block
+    of the chain, or a module outside of it that has tensors of its own; whichever is called next is
+    loaded. A part that is loaded again has its first weights again: what was changed in it is lost.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chain: Mapping[str, nn.Module],
+        read: Callable[[Sequence[str]], Mapping[str, Tensor]],
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self.parts = parts_of(model, chain)
+        self._read = read
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        self._empty = {name: part.state_dict() for name, part in self.parts.items()}
+        self._loaded = ""
+
+    def load(self, name: str) -> None:
+        """Make this the part that holds its weights, unless it is."""
+        if name == self._loaded:
+            return
+        self.drop()
+        weights = self._read([f"{name}.{key}" for key in self._empty[name]])
+        on_device = {n.removeprefix(f"{name}."): w.to(self.device) for n, w in weights.items()}
+        self.parts[name].load_state_dict(on_device, assign=True)
+        self._loaded = name
+
+    def drop(self) -> None:
+        """Leave no part with weights."""
+        if self._loaded:
+            self.parts[self._loaded].load_state_dict(self._empty[self._loaded], assign=True)
+            self._loaded = ""
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Parts are loaded when they are called, and the last one is dropped at the end."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.drop)
+            for name, part in self.parts.items():
+                stack.enter_context(forward_as(part, functools.partial(self._called, name)))
+            yield
+
+    def _called(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.load(name)
+        return forward(*args, **kwargs)
+
+
+def parts_of(model: nn.Module, chain: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The blocks, and every other module with tensors of its own, in the model's order.
+
+    Raises:
+        ValueError: if a module that holds others has tensors of its own.
+    """
+    parts: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name in chain:
+            parts[name] = module
+        elif any(name.startswith(f"{block}.") for block in chain):
+            continue
+        elif any("." not in key for key in module.state_dict()):
+            if next(module.children(), None) is not None:
+                raise ValueError(
+                    f"{name or type(model).__name__} has tensors beside modules of its own and "
+                    "cannot be loaded part by part: load the model whole and call reconstruct_"
+                )
+            parts[name] = module
+    return parts

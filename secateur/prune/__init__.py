@@ -1,0 +1,7 @@
+"""The verbs that change a model's weights, or nothing if they raise."""
+
+from secateur.prune.decompose import decompose_
+from secateur.prune.permute import permute_
+from secateur.prune.verbs import check, prune_, reconstruct_
+
+__all__ = ["check", "decompose_", "permute_", "prune_", "reconstruct_"]

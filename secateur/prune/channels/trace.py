@@ -1,0 +1,136 @@
+"""A model as a graph of operations on tensors whose shapes are known, by `torch.export`."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from secateur.model.blocks import Batch
+from secateur.model.outputs import eval_mode
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The operations of a model in eval mode on one batch.
+
+    `states` says which parameter or buffer a placeholder of the graph is, by the first of its
+    names; `given` holds what other placeholders are: example inputs and constants.
+    """
+
+    graph: fx.GraphModule
+    states: Mapping[str, str]
+    given: Mapping[str, Any]
+
+    def nodes(self) -> Iterator[fx.Node]:
+        return iter(self.graph.graph.nodes)
+
+    def arguments(self, values: Mapping[str, Tensor]) -> list[Any]:
+        """What the graph is called with, if `values` has the parameters and buffers."""
+        placeholders = [node.name for node in self.nodes() if node.op == "placeholder"]
+        return [
+            values[self.states[name]] if name in self.states else self.given[name]
+            for name in placeholders
+        ]
+
+
+def trace(model: nn.Module, batch: Batch) -> Trace:
+    """The graph of the model on a batch: a tensor, or positional or keyword arguments.
+
+    Raises:
+        ValueError: if the model cannot run the batch, or torch cannot export it.
+    """
+    args, kwargs = _call(batch)
+    try:
+        with eval_mode(model), torch.no_grad(), warnings.catch_warnings(), unlogged():
+            # The layers of torch set attributes while they are exported.
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(model, args, kwargs, strict=False)
+            if any(_is_opaque(node) for node in exported.graph.nodes):
+                exported = exported.run_decompositions(_parts())  # most of the time it takes
+    except Exception as error:
+        raise ValueError(
+            f"structured pruning needs the graph of {type(model).__name__}, torch.export cannot "
+            f"make it: {error}: give example_inputs that the model takes, and write its forward "
+            "without branches on values"
+        ) from error
+    names = first_names(model)
+    states, given = {}, dict[str, Any]()
+    inputs = iter(pytree.tree_leaves(exported.example_inputs))
+    for spec in exported.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.USER_INPUT:
+            given[name] = next(inputs)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            assert spec.target is not None
+            states[name] = names[spec.target]
+        else:
+            given[name] = exported.constants[str(spec.target)]
+    return Trace(exported.graph_module, states, given)
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Name of a parameter or buffer -> the first name of the same tensor: tied ones are one."""
+    first: dict[int, str] = {}
+    names = {}
+    for name, tensor in named_states(model):
+        names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def named_states(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers under all their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def layer_of(node: fx.Node) -> str:
+    """The name of the module whose forward has this operation; of the model itself it is empty."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def where(node: fx.Node) -> str:
+    """The operation and the layer, for messages."""
+    return f"{node.target} of {layer_of(node) or 'the model itself'}"
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what an operation returned, if that is one tensor."""
+    return tuple(int(size) for size in node.meta["val"].shape)
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """Torch logs what fails, even where it is caught."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _parts() -> dict[Any, Any]:
+    """What torch is to take apart, besides operations that change their arguments."""
+    einsum = torch.ops.aten.einsum.default
+    return {einsum: torch.export.default_decompositions()[einsum]}
+
+
+def _is_opaque(node: fx.Node) -> bool:
+    """Whether an operation changes its arguments, or has its products in a string."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and (bool(schema.is_mutable) or schema.name == "aten::einsum")
+
+
+def _call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}

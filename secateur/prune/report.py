@@ -1,0 +1,69 @@
+"""What `prune_` and `reconstruct_` report."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from secateur.core.tables import text_table
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer.
+
+    `error` is the share of the layer's output energy that is lost, ||(W - W')X||^2 / ||WX||^2 on
+    the calibration inputs; None where the method does not gather what it takes to know.
+    """
+
+    layer: str
+    pattern: str
+    sparsity_before: float
+    sparsity: float
+    error: float | None
+    tokens: int
+    note: str
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune_` or `reconstruct_` did, layer by layer.
+
+    `zeros` are those in the weights of these layers, `parameters` all numbers of the model.
+    """
+
+    method: str
+    layers: tuple[LayerResult, ...]
+    seconds: float
+    zeros: int
+    parameters: int
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("layer", "pattern", "sparsity", "output error", "tokens", "note")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                r.layer,
+                r.pattern,
+                f"{r.sparsity:.2%}",
+                "-" if r.error is None else f"{r.error:.4f}",
+                f"{r.tokens:,}",
+                r.note,
+            )
+            for r in self.layers
+        ]
+
+    def __str__(self) -> str:
+        return f"{text_table(self.columns, self.rows())}\n{self.summary}"
+
+    @property
+    def summary(self) -> str:
+        """One sentence: what was done, and what share of the whole model it made zero."""
+        share = self.zeros / max(self.parameters, 1)
+        return (
+            f"{self.method}: {len(self.layers)} layers in {self.seconds:.1f} s; their zeros are "
+            f"{share:.1%} of all {self.parameters:,} parameters"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,123 @@
+"""The verbs of the front half: `prune_`, `reconstruct_` and `check`."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.wrappers import unwrapped
+from secateur.criteria import magnitude
+from secateur.model import layers as _layers
+from secateur.model.blocks import Batch
+from secateur.model.gradients import Loss
+from secateur.model.plan import Plan, as_plan, match
+from secateur.model.statistics import name_of, needed_by, score
+from secateur.patterns import Pattern
+from secateur.prune.passes import Run, reconstruction
+from secateur.prune.preconditions import require_kind, require_sound
+from secateur.prune.report import LayerResult, PruneReport
+from secateur.reconstruct import Blockwise, Solution
+
+__all__ = ["LayerResult", "PruneReport", "check", "prune_", "reconstruct_"]
+
+
+def prune_(
+    model: nn.Module,
+    plan: Plan | Pattern | str,
+    criterion: Callable[..., Tensor] = magnitude,
+    batches: Iterable[Batch] | None = None,
+    *,
+    loss: Loss | None = None,
+    offload: bool = False,
+    checkpoint: str | Path | None = None,
+) -> PruneReport:
+    """Zero the weights that the criterion scores lowest; a kept weight never changes.
+
+    `batches` is what the criterion's statistics are gathered from, block by block, each block on
+    inputs that the pruned blocks before it made. Gradients, where the criterion names them, are
+    those of the dense model: of `loss(output, batch)`, by default
+    `secateur.model.gradients.model_loss`, the loss for labels or of the next token. `offload` keeps
+    activations between blocks on the CPU. With `checkpoint`, a folder, finished layers are kept
+    there and the same call goes on where an interrupted one stopped.
+
+    Where `torch.distributed` is initialised (torchrun) and data is needed, every process makes this
+    call with batches of its own, as many as it likes. Statistics are those of all batches, layers
+    that do not wait for one another are solved by different processes, and all end with the same
+    model. A checkpoint has to be a folder that all of them see.
+
+    Error: with several processes, the order in which float32 sums are added up.
+    Raises:
+        ValueError: before anything is changed, if the plan is for another model, weights are not
+            finite or parametrized, or data is needed and missing. Whatever is raised, also by
+            Ctrl-C, the model is left as it was.
+        MemoryError: if there is no room for what a layer, which is named, needs; on a GPU it is a
+            torch.OutOfMemoryError.
+    """
+    require_kind(criterion, is_algorithm=False)
+    needs = needed_by(criterion, given=("weight", "layer_seed"))
+
+    def solve(available: Mapping[str, Any], name: str) -> Solution:
+        weight = available["weight"]
+        mask = available["pattern"].mask(score(criterion, name, weight, available))
+        return Solution(weight.masked_fill(~mask, 0), mask)
+
+    model = unwrapped(model)
+    run = Run(model, as_plan(model, plan), name_of(criterion), needs, solve, loss, False)
+    return run(batches, offload, checkpoint)
+
+
+def reconstruct_(
+    model: nn.Module,
+    plan: Plan | Pattern | str,
+    algorithm: Callable[..., Solution] | Blockwise,
+    batches: Iterable[Batch],
+    *,
+    loss: Loss | None = None,
+    offload: bool = False,
+    checkpoint: str | Path | None = None,
+) -> PruneReport:
+    """Zero weights and refit the kept ones to the layers' outputs on the calibration batches.
+
+    Layers come in the order in which they run, each on inputs made by the layers already done.
+    With `sc.blockwise(sc.alps)` the kept weights of each half-block are trained together then.
+    Options of an algorithm are fixed with `functools.partial(sc.sparsegpt, damping=0.1)`. The rest
+    is as in `prune_`.
+
+    Raises:
+        ValueError: as `prune_`, and if the algorithm cannot solve a layer. Whatever is raised, also
+            by Ctrl-C, the model is left as it was.
+    """
+    model = unwrapped(model)
+    run = reconstruction(model, as_plan(model, plan), algorithm, loss)
+    return run(batches, offload, checkpoint)
+
+
+@torch.no_grad()
+def check(model: nn.Module, plan: Plan | Pattern | str) -> dict[str, float]:
+    """The sparsity of every planned layer, once the contract is verified on the model as it is.
+
+    The contract: each layer's weight is an ordinary finite parameter whose exact zeros satisfy the
+    layer's pattern. Any model will do, whoever pruned it. A pattern stands for the plan that gives
+    it to every layer.
+
+    Raises:
+        ValueError: if any layer breaks it, with all those layers and the first place in each.
+    """
+    plan = as_plan(model, plan)
+    layers = match(model, plan)
+    require_sound(layers, written=False)
+    masks = {name: _layers.matrix(module) != 0 for name, module in layers.items()}
+    broken = {
+        name: violation
+        for name, mask in masks.items()
+        if (violation := plan.layers[name].violation(mask)) is not None
+    }
+    if broken:
+        listed = "; ".join(f"{name} ({plan.layers[name]}) {why}" for name, why in broken.items())
+        raise ValueError(
+            f"{len(broken)} of {len(layers)} layers break the plan: {listed}. Zeros are lost by "
+            "training without sc.hold and by merging a dense adapter"
+        )
+    return {name: float((~mask).float().mean()) for name, mask in masks.items()}

@@ -1,0 +1,202 @@
+"""The presets, and what they take, told before they start."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.model.blocks import Batch, find_chains, hooks, tensors_of
+from secateur.model.half_blocks import first_tensor
+from secateur.model.layers import weight_of
+from secateur.model.outputs import answer, eval_mode
+from secateur.model.statistics import STATISTICS, is_held_out, needed_by
+from secateur.patterns import Pattern
+from secateur.reconstruct.alps import alps
+from secateur.reconstruct.blockwise import Blockwise, blockwise
+from secateur.reconstruct.rehearsal import (
+    GIVEN,
+    Stage,
+    rehearse,
+    seconds_of_a_forward,
+    seconds_of_a_step,
+    slower_in_float32,
+    stages_of,
+)
+
+best = blockwise(alps)
+"""`sc.blockwise(sc.alps)` by its short name: what loses least without retraining.
+
+`sc.reconstruct_(model, plan, sc.best, batches)`. Before it starts, a line on stderr says about how
+long it takes and how much memory: `secateur.reconstruct.estimate`. Where that is too much,
+`sc.alps` alone is the next best.
+"""
+
+thorough = blockwise(alps, distil=4)
+"""`sc.best`, and then the kept weights of the whole model trained together: what loses least.
+
+`sc.reconstruct_(model, plan, sc.thorough, batches)`, for models of which the device holds two in
+float32 and three times the planned weights. It says before it starts what it takes, as `sc.best`
+does.
+"""
+
+# Matrices in float32 that are alive at once while a layer is solved, counted in `alps`.
+SQUARES, WEIGHTS = 9, 14
+SUMS = 4  # of the squares: both Gram matrices and their sums, which outlive the solution
+# While a half-block is trained: weights, the best so far, gradients, two moments, two temporaries.
+TRAINED = 7
+HIDDEN_STATES = 4  # two streams and the targets of two halves
+# While the whole model is trained, in float32: gradients and two moments of what is planned, and a
+# temporary; the outputs' logarithms and gradients, of both models.
+DISTILLED, OUTPUTS = 4, 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """About how long a preset takes, and the bytes on the device beside the model at its peak."""
+
+    seconds: float
+    bytes: int
+    device: str
+
+    def __str__(self) -> str:
+        hours, minutes = divmod(round(self.seconds / 60), 60)
+        duration = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+        if self.seconds < 60:
+            duration = f"{self.seconds:.0f} s"
+        memory = f"{self.bytes / 1e9:.1f} GB" if self.bytes >= 1e8 else f"{self.bytes / 1e6:.1f} MB"
+        return f"about {duration} on {self.device}, and {memory} of memory beside the model"
+
+
+def estimate(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    patterns: Mapping[str, Pattern],
+    batches: Sequence[Batch],
+    method: Blockwise = best,
+    *,
+    offload: bool = False,
+) -> Estimate:
+    """What `best`, or `thorough`, will take for these layers; nothing is changed.
+
+    The first batch says how many tokens each layer sees, which layers share an input and how large
+    the hidden states are; other batches count by their size. The time is that of a rehearsal on one
+    block of each kind, four kinds at most: the block runs on the first batch, its layers are solved
+    on the first few, and its half-blocks take steps of their training, on copies. Other blocks take
+    as long in proportion to their operations, and so does a layer with more than 512 inputs or
+    outputs (on a GPU 4,096), of which so much is solved. Bytes are `peak_bytes` and
+    `distilling_bytes`, which are counted, not measured.
+
+    Cost: some batches through the model, some steps of training, and one block's layers solved.
+    Raises:
+        ValueError: as `reconstruct_`, if the model cannot run the first batch; if the method asks
+            for gradients.
+    """
+    needs = needed_by(method.method, given=GIVEN)
+    if gradients := [name for name in needs if name not in STATISTICS]:
+        raise ValueError(f"estimate has no gradients, {method.name} needs {gradients[0]}: use alps")
+    weight = weight_of(next(iter(layers.values())))
+    times = sum(map(_size, batches)) / _size(batches[0])
+    held = times * sum(is_held_out(b) for b in range(len(batches))) / len(batches)
+    stages, hidden = _first_batch(model, layers, batches[0])
+    passes, seconds = rehearse(model, layers, patterns, batches, method, stages)
+    step, look = sum(one.step for one in passes), sum(one.look for one in passes)
+    seconds += times * sum(one.batch for one in passes)
+    seconds += method.epochs * (times - held) * step + (method.epochs + 1) * held * look
+    bytes = peak_bytes(stages, 0 if offload else round(hidden * times), weight.itemsize)
+    if method.distil:
+        forward = seconds_of_a_forward(model, batches[0])
+        together = forward + seconds_of_a_step(model, layers, batches[0])
+        judged = 6 * held * forward  # by both models, three times
+        seconds += slower_in_float32(stages, weight.dtype, weight.device) * (
+            method.distil * (times - held) * together + judged
+        )
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        outputs = _outputs(model, batches[0])
+        at_the_end = distilling_bytes(stages, parameters, outputs, weight.itemsize)
+        bytes = max(bytes + parameters * weight.itemsize, at_the_end)
+    return Estimate(seconds, bytes, str(weight.device))
+
+
+def peak_bytes(stages: Sequence[Stage], hidden: int, itemsize: int) -> int:
+    """The bytes beside the model at the peak, for the `hidden` bytes of all hidden states.
+
+    Four copies of the hidden states, and the larger of what solving a layer takes,
+    4 (9 in^2 + 14 out in), and what training the layers of a block together takes: 28 bytes a
+    weight, and what is kept of a batch for the backward, tokens (in + 2 out) numbers for each layer
+    and what follows it, beside the Gram matrices of a layer, 16 in^2. `stages` are those of one
+    batch.
+    """
+    widest = max(stage.inputs for stage in stages)
+    solving = max(
+        4 * (SQUARES * columns**2 + WEIGHTS * out * columns)
+        for stage in stages
+        for out, columns in stage.shapes
+    )
+    training = 0
+    for block in {stage.block for stage in stages}:
+        inside = [stage for stage in stages if stage.block == block]
+        weights = sum(s.outputs * s.inputs for s in inside)
+        kept = sum(s.tokens * (s.inputs + 2 * s.outputs) for s in inside)
+        training = max(training, 4 * TRAINED * weights + itemsize * kept)
+    return HIDDEN_STATES * hidden + max(solving, 4 * SUMS * widest**2 + training)
+
+
+def distilling_bytes(stages: Sequence[Stage], parameters: int, outputs: int, itemsize: int) -> int:
+    """The bytes beside the model while all planned layers are trained together.
+
+    For each of the model's parameters 4 for the dense one's in float32 and what its own grows by,
+    16 for a planned weight, and for what is kept of a batch 4 tokens (in + 2 out) for each layer
+    and what follows it and 32 for each of the model's `outputs`. `stages` are those of one batch.
+    """
+    planned = sum(s.outputs * s.inputs for s in stages)
+    kept = sum(s.tokens * (s.inputs + 2 * s.outputs) for s in stages)
+    return (8 - itemsize) * parameters + 4 * (DISTILLED * planned + kept + OUTPUTS * outputs)
+
+
+def _first_batch(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
+) -> tuple[list[Stage], int]:
+    """The stages of this batch, and the most bytes of hidden states that a block returns."""
+    returned = [0]
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if tensors_of(output):
+            returned.append(first_tensor(output).nbytes)
+
+    blocks = [block for chain in find_chains(model, layers).values() for block in chain.values()]
+    with hooks(block.register_forward_hook(after) for block in blocks):
+        stages = list(stages_of(model, _reached(model, layers, batch), batch))
+    return stages, max(returned)
+
+
+@torch.no_grad()
+def _reached(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
+) -> Mapping[str, nn.Module]:
+    """The layers that this batch runs; all if it runs none. It may leave experts out."""
+    seen: set[str] = set()
+
+    def before(name: str, module: nn.Module, args: Any) -> None:
+        seen.add(name)
+
+    with (
+        eval_mode(model),
+        hooks(m.register_forward_pre_hook(partial(before, n)) for n, m in layers.items()),
+    ):
+        answer(model, batch, "calibration batch 0")
+    return {name: m for name, m in layers.items() if name in seen} or layers
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batch: Batch) -> int:
+    """The numbers in the largest tensor that the model returns for the batch."""
+    with eval_mode(model):
+        returned = tensors_of(answer(model, batch, "the first batch"))
+    return max((tensor.numel() for tensor in returned), default=0)
+
+
+def _size(batch: Batch) -> int:
+    return max(1, sum(tensor.numel() for tensor in tensors_of(batch)))

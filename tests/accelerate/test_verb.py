@@ -1,0 +1,745 @@
+"""`accelerate_`: what is chosen from which times, what stays untouched, and what the report says.
+
+The clock is injected, so that nothing here depends on how fast this machine is.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secateur.accelerate import candidates, decision
+from secateur.accelerate import measurements as remembered
+from secateur.accelerate import verb as accelerate
+from secateur.accelerate.candidates import Candidate
+from secateur.accelerate.report import AccelerateReport
+from secateur.accelerate.verb import _accelerate, accelerate_
+from secateur.core.undo import Undo
+from secateur.formats import SparseLinear
+from secateur.formats.format import FOLDERS, Format, parse_format, weight_error
+from secateur.formats.kernels.gpu import why_no_gpu
+from secateur.formats.kernels.timing import Calls, Timing, VariantFailed
+from tests import toy
+from tests.formats.weights import fitting_weight, tokens_in
+
+Times = Mapping[str, float] | Callable[[int, str], float]
+FORMATS = ("semi24", "block:4x8", "csr")
+FAST = {"dense": 100.0, "dense prepacked": 90.0, "block:4x8 cpu": 30.0, "csr torch_csr": 200.0}
+
+
+class Clock:
+    """A timer that gives the prescribed microseconds and remembers what it was asked."""
+
+    def __init__(self, times: Times, spread: float = 0.0) -> None:
+        self.times, self.spread = times, spread
+        self.asked: list[tuple[int, tuple[str, ...]]] = []
+
+    def __call__(self, variants: Mapping[str, Calls], device: torch.device) -> dict[str, Timing]:
+        tokens = {call().shape[0] for calls in variants.values() for call in calls}  # type: ignore[attr-defined]
+        (count,) = tokens  # every copy of every variant was called with the same tokens
+        self.asked.append((count, tuple(variants)))
+        return {name: self._timing(count, name) for name in variants}
+
+    def _timing(self, count: int, name: str) -> Timing:
+        time = self.times[name] if isinstance(self.times, Mapping) else self.times(count, name)
+        high = time * (1 + self.spread)
+        return Timing(median_us=time, low_us=time, high_us=high, rounds=20)
+
+
+def linear(format: str | None = "block:4x8", out: int = 16, seed: int = 0) -> nn.Linear:
+    layer = nn.Linear(24, out)
+    if format is not None:
+        layer.weight.data.copy_(fitting_weight(format, out, 24, seed=seed))
+    return layer
+
+
+def run(
+    model: nn.Module,
+    times: Times,
+    tokens: Sequence[int] = (1, 16),
+    layers: Sequence[str] | None = None,
+    strict: bool = False,
+    formats: Sequence[str | Format] = FORMATS,
+    policy: decision.Policy = "fastest",
+    remeasure: bool = False,
+) -> tuple[AccelerateReport, Clock]:
+    clock = Clock(times)
+    report = _accelerate(Undo(), model, tokens, formats, layers, strict, clock, policy, remeasure)
+    return report, clock
+
+
+def kinds(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.children()]
+
+
+def test_a_faster_layer_is_swapped_and_computes_the_same() -> None:
+    model, x = nn.Sequential(linear(), nn.ReLU()), tokens_in(5, 24)
+    expected = model(x)
+    report, clock = run(model, FAST)
+    assert kinds(model) == [SparseLinear, nn.ReLU]
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    assert model[0].dispatch == "cpu"
+    names = ("dense", "dense prepacked", "block:4x8 cpu", "csr torch_csr")
+    assert clock.asked == [(1, names), (16, names)]
+    (layer,) = report.layers
+    assert (layer.layer, layer.shape, layer.format) == ("0", (16, 24), "block:4x8")
+    assert layer.reason == "faster than dense at every number of tokens"
+    assert layer.bytes_before == 16 * 24 * 4
+    stored = sum(tensor.nbytes for tensor in model[0].packed.tensors().values())
+    assert layer.bytes_after == model[0].nbytes > stored  # with what the implementation arranged
+    assert [entry.tokens for entry in layer.measured] == [1, 16]
+    assert layer.measured[0].ratio_to("dense") == pytest.approx(100 / 30)
+    assert layer.measured[0].ratio == pytest.approx(90 / 30)
+
+
+@pytest.mark.parametrize(
+    ("change", "swapped"),
+    [
+        ({}, True),
+        ({"dense prepacked": 30.0}, False),  # prepacked wins: eager alone is no baseline
+        ({"dense": 30.0}, False),
+        ({"block:4x8 cpu": 85.0}, True),  # 90 / 85 is 1.06
+        ({"block:4x8 cpu": 86.5}, False),  # 90 / 86.5 is 1.04: within the noise
+        ({"block:4x8 cpu": 200.0, "csr torch_csr": 30.0}, True),
+    ],
+)
+def test_only_a_clear_gain_over_both_denses_swaps(change: dict[str, float], swapped: bool) -> None:
+    model = nn.Sequential(linear())
+    report, _ = run(model, FAST | change)
+    assert kinds(model) == [SparseLinear if swapped else nn.Linear]
+    assert len(report.sparse) == swapped
+
+
+def test_no_number_of_tokens_may_lose() -> None:
+    def times(tokens: int, name: str) -> float:
+        return 96.0 if tokens == 16 and "dense" not in name else FAST[name]
+
+    model = nn.Sequential(linear())
+    report, _ = run(model, times)
+    assert kinds(model) == [nn.Linear]
+    assert report.layers[0].reason == "at 16 tokens block:4x8 cpu is 0.94x of the best dense"
+    assert report.layers[0].bytes_after == report.layers[0].bytes_before
+    assert "the model is unchanged" in str(report)
+
+
+def test_as_fast_within_noise_at_some_tokens_is_enough() -> None:
+    model = nn.Sequential(linear())
+    report, _ = run(model, lambda tokens, name: 92.0 if tokens == 16 else FAST[name])
+    assert kinds(model) == [SparseLinear]
+    assert report.layers[0].reason == "faster than dense at tokens 1, as fast at 16"
+    assert "each faster than dense or as fast at tokens 1, 16" in report.headline
+
+
+def test_the_format_with_the_larger_gain_over_all_tokens_wins() -> None:
+    def times(tokens: int, name: str) -> float:
+        return {"csr torch_csr": 10.0 if tokens == 1 else 80.0}.get(name, FAST[name])
+
+    model = nn.Sequential(linear())
+    report, _ = run(model, times)  # csr gains 9 x 1.1, block 3 x 3
+    assert report.layers[0].format == "csr"
+    assert model[0].dispatch == "torch_csr"
+    assert report.layers[0].measured[1].fastest_sparse == "csr torch_csr"
+
+
+def test_alike_layers_are_measured_once() -> None:
+    model = nn.Sequential(*[linear() for _ in range(3)], linear(out=32), linear(None))
+    report, clock = run(model, FAST, tokens=(4,))
+    assert [count for count, _ in clock.asked] == [4, 4]
+    assert [layer.measured_on for layer in report.layers] == ["0", "0", "0", "3", "4"]
+    assert kinds(model) == [SparseLinear] * 4 + [nn.Linear]
+    for layer in list(model)[:3]:
+        assert torch.equal(layer.weight, fitting_weight("block:4x8", 16, 24))
+
+
+def test_layers_of_another_density_are_not_alike() -> None:
+    first, other = linear(), linear()
+    other.weight.data[int(first.weight.any(1).nonzero()[0])] = 0  # one row of the first block
+    other.weight.data[int(first.weight.any(1).nonzero()[-1])] = 0
+    _, clock = run(nn.Sequential(first, other), FAST, tokens=(4,))
+    names = ("dense", "dense prepacked", "block:4x8 cpu", "csr torch_csr")
+    assert clock.asked == [(4, names), (4, names)]  # the same formats, so density alone differs
+
+
+def test_what_does_not_fit_says_why() -> None:
+    tied = nn.Embedding(16, 24)
+    model = nn.Sequential(linear(None), linear("semi24"), linear(), tied)
+    tied.weight = model[2].weight
+    report, clock = run(model, FAST)
+    dense, semi, shared = report.layers
+    assert dense.reason == "its weight has no zeros"
+    assert semi.reason == why_no_gpu(torch.device("cpu"))  # once for all of its kernels
+    assert shared.reason.startswith("its weight is tied to '3'")
+    assert kinds(model) == [nn.Linear] * 3 + [nn.Embedding]
+    assert clock.asked == [(1, ("dense", "dense prepacked")), (16, ("dense", "dense prepacked"))]
+
+
+def test_misfits_of_all_formats_are_given() -> None:
+    model = nn.Sequential(linear(None))
+    model[0].weight.data[0, 0] = 0
+    report, clock = run(model, FAST)
+    reason = report.layers[0].reason
+    assert "semi24 needs at most 2 nonzeros" in reason and "no 4x8 block is zero" in reason
+    assert "csr would store" in reason and not clock.asked
+
+
+def test_a_wrong_candidate_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = candidates.packed_candidates
+
+    def spoilt(*args: object) -> tuple[list[Candidate], list[str]]:
+        entries, reasons = found(*args)  # type: ignore[arg-type]
+        twice: Callable[[Candidate], Candidate] = lambda entry: Candidate(  # noqa: E731
+            entry.name, lambda: lambda x: 2 * entry.make()(x), entry.nbytes
+        )
+        return [twice(e) if "block" in e.name else e for e in entries], reasons
+
+    monkeypatch.setattr("secateur.accelerate.verb.packed_candidates", spoilt)
+    model = nn.Sequential(linear())
+    report, clock = run(model, FAST)
+    assert kinds(model) == [nn.Linear]
+    assert "block:4x8 cpu" not in clock.asked[0][1]
+    assert "block:4x8 cpu is wrong by" in report.layers[0].reason
+    assert "csr torch_csr is 0.45x" in report.layers[0].reason
+
+
+class Stopping:
+    """FAST, until the second layer is measured: by then the first is known to gain."""
+
+    def __init__(self, problem: BaseException, after: int = 10) -> None:
+        self.problem = problem
+        self.left = after
+
+    def __call__(self, tokens: int, name: str) -> float:
+        self.left -= 1
+        if self.left < 0:
+            raise self.problem
+        return FAST[name]
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), AssertionError()], ids=repr)
+def test_an_interruption_changes_nothing(problem: BaseException) -> None:
+    model = nn.Sequential(linear(), linear(out=32))
+    weights = [layer.weight for layer in model]
+    with pytest.raises(type(problem)):
+        run(model, Stopping(problem))
+    assert kinds(model) == [nn.Linear, nn.Linear]
+    assert all(layer.weight is weight for layer, weight in zip(model, weights, strict=True))
+
+
+def test_a_layer_that_there_is_no_room_to_measure_stays_dense() -> None:
+    model = nn.Sequential(linear(), linear(out=32))
+    report, _ = run(model, Stopping(torch.OutOfMemoryError("out of memory: 3 GiB\na trace")))
+    assert kinds(model) == [SparseLinear, nn.Linear]
+    assert report.layers[1].reason == "could not be measured: out of memory: 3 GiB"
+
+
+def test_strict_demands_a_gain_somewhere() -> None:
+    slow = FAST | {"block:4x8 cpu": 500.0}
+    model = nn.Sequential(linear())
+    with pytest.raises(ValueError, match="with strict needs a gain, got none: no layer is faster"):
+        run(model, slow, strict=True)
+    assert kinds(model) == [nn.Linear]
+    run(nn.Sequential(linear(), linear(None)), FAST, strict=True, remeasure=True)
+
+
+def test_strict_demands_a_gain_of_every_listed_layer() -> None:
+    model = nn.Sequential(linear(), linear(None))
+    with pytest.raises(ValueError, match=r"needs every listed layer to gain, '1' does not \(its w"):
+        run(model, FAST, layers=["0", "1"], strict=True)
+    assert kinds(model) == [nn.Linear, nn.Linear]
+
+
+def test_only_listed_layers_are_touched() -> None:
+    model = nn.Sequential(linear(), linear())
+    report, _ = run(model, FAST, layers=["1"])
+    assert kinds(model) == [nn.Linear, SparseLinear]
+    assert [layer.layer for layer in report.layers] == ["1"]
+
+
+@pytest.mark.parametrize("tokens", [(), (0,), (1, -4), (1.5,), (True,), (2**20 + 1,)])
+def test_other_tokens_are_refused(tokens: tuple[int, ...], unchecked: None) -> None:
+    with pytest.raises(ValueError, match="accelerate_ needs numbers of tokens from 1 upwards, got"):
+        accelerate_(nn.Sequential(linear()), tokens=tokens)
+
+
+def test_other_arguments_are_refused() -> None:
+    model = nn.Sequential(linear())
+    with pytest.raises(ValueError, match="unknown format 'semi42'"):
+        accelerate_(model, formats=["semi42"])
+    with pytest.raises(ValueError, match="no layer is named 'x'"):
+        accelerate_(model, layers=["x"])
+    with pytest.raises(ValueError, match="needs a model with nn.Linear layers, got none"):
+        accelerate_(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="a model that holds its layers, got a bare Linear"):
+        accelerate_(linear())
+
+
+def test_tokens_are_sorted_and_counted_once() -> None:
+    report, clock = run(nn.Sequential(linear()), FAST, tokens=(16, 1, 16))
+    assert report.tokens == (1, 16) and [count for count, _ in clock.asked] == [1, 16]
+
+
+def test_gradients_and_mode_survive() -> None:
+    model = nn.Sequential(linear()).eval()
+    run(model, FAST)
+    assert not model[0].training and model[0].bias.requires_grad
+    x = tokens_in(2, 24).requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None and bool(x.grad.any())
+
+
+def test_the_printed_report() -> None:
+    model = nn.Sequential(linear(), linear(), linear(None))
+    report, _ = run(model, FAST)
+    lines = str(report).splitlines()
+    assert lines[0] == (
+        "2 of 3 layers run sparse, each faster than dense at tokens 1, 16; "
+        "their weights take 0.0 MB instead of 0.0 MB; "
+        "the whole model takes 0.0 MB instead of 0.0 MB"
+    )
+    heads = "layer shape tokens runs eager us prepacked us sparse us fastest sparse vs eager"
+    assert lines[2].split() == f"{heads} vs prepacked others us measured".split()
+    runs = ["block:4x8", "cpu"]
+    cells = ["16x24", "1", *runs, "100", "90.0", "30.0", *runs, "3.33x", "3.00x"]
+    assert lines[3].split() == ["0", "and", "1", "more", *cells, "csr", "torch_csr", "200", "now"]
+    assert lines[4].split()[5] == "16" and len(lines) == 8
+    assert len(report.rows()) == 2 * len(report.distinct_rows()) == 4
+    assert lines[5] == "0 and 1 more: block:4x8: faster than dense at every number of tokens"
+    held = report.layers[0].holds
+    assert lines[6] == (
+        f"0 and 1 more: holds {sum(one.nbytes for one in held)} bytes instead of 1536 bytes: "
+        f"block:4x8 {held[0].nbytes} bytes (values, crow_indices, col_indices: what is saved); "
+        f"cpu {held[1].nbytes} bytes (at tokens 1 and more)"
+    )
+    assert lines[7] == "2: dense: its weight has no zeros"
+
+
+def test_a_report_without_gain_says_so_first() -> None:
+    report, _ = run(nn.Sequential(linear(None)), FAST, tokens=(1,))
+    assert str(report).startswith(
+        "no layer is faster sparse on this device at tokens 1: the model is unchanged\n"
+    )
+
+
+def test_rows_match_the_columns_and_json_holds_everything() -> None:
+    report, _ = run(nn.Sequential(linear(), linear()), FAST)
+    rows = report.rows()
+    assert len(rows) == 4 and all(len(row) == len(report.columns) for row in rows)
+    assert [row[0] for row in rows] == ["0", "0", "1", "1"]
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["headline"] == report.headline and data["tokens"] == [1, 16]
+    assert data["layers"][1]["measured"][0]["microseconds"][0] == ["dense", 100.0]
+
+
+def test_many_reasons_are_counted_not_listed() -> None:
+    model = nn.Sequential(*[linear(out=8 * number) for number in range(1, 12)])
+    slow = iter(map(float, range(200, 999, 10)))
+
+    def times(tokens: int, name: str) -> float:
+        return {"block:4x8 cpu": next(slow), "csr torch_csr": 9999.0}.get(name, FAST[name])
+
+    report, _ = run(model, times, tokens=(1,))
+    lines = str(report).splitlines()
+    assert len({layer.reason for layer in report.layers}) == 11
+    assert lines[-1] == "... and 3 more reasons, in .layers"
+    assert lines[-2].startswith("7: dense: at 1 token ")
+
+
+def test_it_really_runs() -> None:
+    """With the real timer; whatever it decides, results stay right and the report is whole."""
+    model, x = nn.Sequential(linear(), linear(None)), tokens_in(3, 24)
+    expected: list[Tensor] = [layer(x) for layer in model]
+    report = accelerate_(model, tokens=(1, 3), formats=FORMATS)
+    assert [layer.layer for layer in report.layers] == ["0", "1"]
+    names = {name for entry in report.layers[0].measured for name, _ in entry.microseconds}
+    assert {"dense", "block:4x8 cpu", "csr torch_csr"} <= names
+    assert all(us > 0 for entry in report.layers[0].measured for _, us in entry.microseconds)
+    for layer, before in zip(model, expected, strict=True):
+        assert torch.allclose(layer(x), before, atol=1e-5)
+
+
+def test_formats_that_round_are_opted_into() -> None:
+    assert all(parse_format(name).is_exact for name in accelerate.DEFAULT_FORMATS)
+
+
+def test_a_quantised_layer_says_how_far_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference stands in for a kernel: it is no candidate otherwise."""
+
+    def candidates_of(layer: SparseLinear, tokens: int) -> tuple[list[Candidate], list[str]]:
+        return [Candidate(f"{layer.format} reference", lambda: layer, 0, layer.packed)], []
+
+    monkeypatch.setattr(accelerate, "packed_candidates", candidates_of)
+    model = nn.Sequential(linear("semi24"), linear("semi24", seed=1))
+    weights = [layer.weight.detach().clone() for layer in model]
+    times = FAST | {"semi24_int4 reference": 10.0}
+    report = _accelerate(Undo(), model, (1,), ("semi24_int4",), None, False, Clock(times))
+    assert [str(layer.format) for layer in model] == ["semi24_int4"] * 2
+    errors = [layer.weight_error for layer in report.layers]
+    for layer, weight, error in zip(model, weights, errors, strict=True):
+        assert error == weight_error(weight, layer.packed) > 0.01
+    assert f"rounded by up to {max(errors):.1%}" in report.headline
+    assert report.rows()[1][3] == f"semi24_int4 reference, {errors[1]:.1%} off"
+    assert report.to_dict()["layers"][0]["weight_error"] == errors[0]
+
+
+# --- one format, an implementation for each number of tokens -------------------------------------
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FOLDERS, "toy", toy.toy)
+    monkeypatch.setitem(FOLDERS, "lean", toy.lean)
+    monkeypatch.setitem(FOLDERS, "rounded", toy.rounded)
+
+
+def halved(out: int = 16) -> nn.Linear:
+    layer = nn.Linear(24, out, dtype=torch.float64)  # no prepacked dense
+    layer.weight.data[:, 1::2] = 0
+    return layer
+
+
+TOY_BYTES, DENSE_BYTES = 16 * 12 * 8, 16 * 24 * 8
+BUCKETS = {  # what is fastest: few at 1 token, dense at 16, many at 64
+    1: {"dense": 10.0, "toy few": 4.0, "toy many": 6.0, "toy dense": 10.0},
+    16: {"dense": 10.0, "toy many": 12.0, "toy dense": 10.1},
+    64: {"dense": 20.0, "toy many": 10.0, "toy dense": 20.1},
+}
+
+
+def bucketed(
+    change: Mapping[int, Mapping[str, float]] | None = None,
+) -> Callable[[int, str], float]:
+    return lambda tokens, name: (BUCKETS[tokens] | dict((change or {}).get(tokens, {})))[name]
+
+
+def run_toy(
+    model: nn.Module, times: Times, tokens: Sequence[int] = (1, 16, 64), **options: object
+) -> tuple[AccelerateReport, Clock]:
+    return run(model, times, tokens, **{"formats": ("toy",), **options})  # type: ignore[arg-type]
+
+
+def test_each_number_of_tokens_has_its_own_implementation(toys: None) -> None:
+    model = nn.Sequential(halved())
+    expected = {n: model(tokens_in(n, 24, dtype=torch.float64)) for n in (1, 5, 16, 17, 99)}
+    report, _ = run_toy(model, bucketed())
+    assert model[0].dispatch == "few<=1 dense<=16 many"
+    (layer,) = report.layers
+    assert layer.format == "toy" and layer.table == (("few", 1), ("dense", 16), ("many", None))
+    assert [one.fastest_sparse for one in layer.measured] == ["toy few", "toy dense", "toy many"]
+    assert [round(one.ratio, 2) for one in layer.measured] == [2.5, 0.99, 2.0]
+    assert layer.reason == "faster than dense at tokens 1, 64, as fast at 16"
+    assert [row[3] for row in report.rows()] == ["toy few", "toy dense", "toy many"]
+    assert [row[-2] for row in report.rows()] == [
+        "toy many 6.0, toy dense 10.0",
+        "toy many 12.0",
+        "toy dense 20.1",
+    ]
+    for tokens, wanted in expected.items():
+        x = tokens_in(tokens, 24, dtype=torch.float64)
+        assert torch.allclose(model(x), wanted, atol=1e-12)
+
+
+def test_the_report_says_what_is_held_and_why(toys: None) -> None:
+    report, _ = run_toy(nn.Sequential(halved()), bucketed())
+    (layer,) = report.layers
+    assert [(one.name, one.nbytes, one.why) for one in layer.holds] == [
+        ("toy", TOY_BYTES, "values: what is saved"),
+        ("few", TOY_BYTES, "at tokens 1"),
+        ("dense", DENSE_BYTES, "at tokens 2 to 16"),
+        ("many", TOY_BYTES, "at tokens 17 and more"),
+    ]
+    assert layer.bytes_after == 3 * TOY_BYTES + DENSE_BYTES
+    assert layer.bytes_before == DENSE_BYTES
+    assert layer.cannot == ("few takes at most 8 tokens",)
+
+
+def test_an_implementation_may_come_back_at_more_tokens(toys: None) -> None:
+    model = nn.Sequential(halved())
+    run_toy(model, bucketed({1: {"toy many": 2.0}}))
+    assert model[0].dispatch == "many<=1 dense<=16 many"
+    assert model[0].nbytes == 2 * TOY_BYTES + DENSE_BYTES  # arranged once
+    x = tokens_in(20, 24, dtype=torch.float64)
+    assert torch.allclose(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
+
+
+def test_dense_against_itself_is_no_gain(toys: None) -> None:
+    times = {"dense": 10.0, "toy few": 11.0, "toy many": 11.0, "toy dense": 8.0}
+    model = nn.Sequential(halved())
+    report, _ = run_toy(model, times, (1,))
+    assert kinds(model) == [nn.Linear]
+    assert report.layers[0].reason == "at 1 token toy few is 0.91x of the best dense"
+
+
+def test_above_what_was_measured_the_last_goes_on_as_far_as_it_can(toys: None) -> None:
+    model = nn.Sequential(halved())
+    run_toy(model, bucketed(), (1,))
+    assert model[0].dispatch == "few<=8 dense"
+
+
+def test_policy_memory_takes_the_fastest_that_is_smaller_than_dense(toys: None) -> None:
+    """`many` alone is smaller; with the arrangement of `few` beside it is not."""
+
+    def times(tokens: int, name: str) -> float:
+        return {"dense": 10.0, "lean few": 4.0, "lean many": 9.0}[name]
+
+    model = nn.Sequential(halved())
+    report, _ = run_toy(model, times, (1, 16), formats=("lean",), policy="memory")
+    (layer,) = report.layers
+    assert model[0].dispatch == "many" and layer.bytes_after == TOY_BYTES < DENSE_BYTES
+    assert [one.fastest_sparse for one in layer.measured] == ["lean many"] * 2
+    assert report.policy == "memory"
+    assert layer.dropped == (
+        f"policy 'memory' refuses lean few, lean many: it would hold {2 * TOY_BYTES} bytes, "
+        f"dense holds {DENSE_BYTES}",
+    )
+    assert f"0: dropped: {layer.dropped[0]}" in str(report)
+    fastest = nn.Sequential(halved())
+    run_toy(fastest, times, (1, 16), formats=("lean",))
+    assert fastest[0].dispatch == "few<=1 many"
+
+
+def test_policy_memory_leaves_dense_what_would_take_more(toys: None) -> None:
+    model = nn.Sequential(halved())
+    report, _ = run_toy(model, bucketed(), policy="memory")
+    assert kinds(model) == [nn.Linear]
+    assert "policy 'memory' refuses toy few, toy dense, toy many: it would" in str(report)
+
+
+def test_other_policies_are_refused(unchecked: None) -> None:
+    with pytest.raises(ValueError, match="needs the policy 'fastest' or 'memory', got 'least'"):
+        accelerate_(nn.Sequential(linear()), policy="least")  # type: ignore[arg-type]
+
+
+def test_the_best_dense_quantised_is_shown_beside(toys: None) -> None:
+    model = nn.Sequential(halved(), nn.Linear(24, 8, dtype=torch.float64))
+    times = bucketed({n: {"rounded fast": 5.0} for n in BUCKETS})
+    report, _ = run_toy(model, times, formats=("toy", "rounded"))
+    assert [layer.format for layer in report.layers] == ["rounded", "rounded"]
+    assert report.dense_formats == ("rounded",) and not report.sparse
+    assert report.headline.startswith("0 of 2 layers run sparse and 2 dense quantised, each faster")
+    model = nn.Sequential(halved())
+    times = bucketed({n: {"rounded fast": 9.9} for n in BUCKETS})
+    report, _ = run_toy(model, times, formats=("toy", "rounded"), remeasure=True)
+    assert report.layers[0].format == "toy"
+    at = report.columns.index("dense quantised us")
+    assert report.columns[at + 1] == "vs quantised"
+    assert report.rows()[0][at : at + 2] == ("rounded fast 9.9", "2.48x")
+
+
+# --- what is remembered --------------------------------------------------------------------------
+
+
+def test_a_like_model_is_not_measured_again(toys: None) -> None:
+    first, _ = run_toy(nn.Sequential(halved()), bucketed())
+    model = nn.Sequential(halved(), halved())
+    report, clock = run_toy(model, FAST)  # whose times are never asked for
+    assert clock.asked == []
+    assert [layer.format for layer in report.layers] == ["toy", "toy"]
+    assert model[1].dispatch == "few<=1 dense<=16 many"
+    for one, other in zip(first.layers[0].measured, report.layers[0].measured, strict=True):
+        assert one.microseconds == other.microseconds
+        assert (one.remembered, other.remembered) == (False, True)
+    assert {row[-1] for row in report.rows()} == {"earlier"}
+    line = "1 threads; all remembered from earlier calls, remeasure=True measures afresh"
+    assert str(report).splitlines()[1].endswith(line)
+
+
+def test_what_is_new_is_measured(toys: None) -> None:
+    run_toy(nn.Sequential(halved()), bucketed(), (1, 16))
+    report, clock = run_toy(nn.Sequential(halved()), bucketed())
+    assert [count for count, _ in clock.asked] == [64]
+    assert "2 of 3 rows remembered" in str(report)
+    for model in (
+        nn.Sequential(halved(32)),  # another shape
+        nn.Sequential(halved().float()),
+        nn.Sequential(nn.Linear(24, 16, bias=False, dtype=torch.float64)),
+    ):
+        model[0].weight.data[:, 1::2] = 0
+        times = bucketed({1: {"dense prepacked": 10.0}})
+        assert len(run_toy(model, times, (1,))[1].asked) == 1
+    times = bucketed({1: {"rounded fast": 5.0}})
+    _, clock = run_toy(nn.Sequential(halved()), times, (1,), formats=("toy", "rounded"))
+    assert len(clock.asked) == 1  # other formats
+
+
+@pytest.mark.parametrize(("spread", "again"), [(0.6, [1, 16]), (0.4, [])])
+def test_times_of_a_busy_machine_serve_one_call(spread: float, again: list[int]) -> None:
+    formats = [parse_format("block:4x8")]
+    busy, quiet = Clock(FAST, spread), Clock(FAST)
+    for clock in (busy, quiet):
+        report = _accelerate(Undo(), nn.Sequential(linear()), (1, 16), formats, None, False, clock)
+        assert [layer.format for layer in report.layers] == ["block:4x8"]
+    assert [count for count, _ in quiet.asked] == again
+
+
+def test_remeasure_measures_afresh(toys: None) -> None:
+    run_toy(nn.Sequential(halved()), bucketed(), (1,))
+    slow = bucketed({1: {"toy few": 40.0, "toy many": 40.0}})
+    model = nn.Sequential(halved())
+    report, clock = run_toy(model, slow, (1,), remeasure=True)
+    assert len(clock.asked) == 1 and kinds(model) == [nn.Linear]
+    assert not report.layers[0].measured[0].remembered
+    _, clock = run_toy(model, bucketed(), (1,))
+    assert clock.asked == [] and kinds(model) == [nn.Linear]  # the latest is remembered
+
+
+def test_another_device_version_or_set_of_implementations_measures(
+    toys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_toy(nn.Sequential(halved()), bucketed(), (1,))
+    with monkeypatch.context() as patch:
+        patch.setattr(remembered, "_processor", lambda: "another chip")
+        assert len(run_toy(nn.Sequential(halved()), bucketed(), (1,))[1].asked) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(remembered, "VERSION", "9.9")
+        assert len(run_toy(nn.Sequential(halved()), bucketed(), (1,))[1].asked) == 1
+    cannot = toy.Implementation("many", toy.half, lambda *_: "not here", ("values",), toy.values)
+    monkeypatch.setattr(toy.toy, "IMPLEMENTATIONS", (toy.TOY[0], cannot, *toy.TOY[2:]))
+    assert len(run_toy(nn.Sequential(halved()), bucketed(), (1,))[1].asked) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        "[]",
+        '{"place": {"layer": 3}}',
+        '{"place": {"layer": {"1": "3"}}}',
+        '{"place": {"layer": {"1": "{\\"microseconds\\": {\\"dense\\": -1.0}, '
+        '\\"cannot\\": {}, \\"dropped\\": [], \\"arranged\\": {}}"}}}',
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_it(toys: None, tmp_path: Path, text: str) -> None:
+    (tmp_path / "measured.json").write_text(text)
+    model = nn.Sequential(halved())
+    message = r"measured\.json (needs to be a table|cannot be read as JSON).*: delete it, and accel"
+    with pytest.raises(ValueError, match=message):
+        run_toy(model, bucketed())
+    assert kinds(model) == [nn.Linear]
+    assert (tmp_path / "measured.json").read_text() == text
+
+
+def test_where_nothing_can_be_kept_a_warning_says_so(
+    toys: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(remembered, "own_file", lambda name: tmp_path / "file" / name)
+    remembered._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match="measurements cannot be kept .*set SECATEUR_CACHE"):
+        report, _ = run_toy(nn.Sequential(halved()), bucketed())
+    assert report.layers[0].format == "toy"
+
+
+def test_an_interruption_keeps_what_was_measured(toys: None) -> None:
+    stopping = Stopping(KeyboardInterrupt(), after=7)  # four candidates at 1 token, three at 16
+    model = nn.Sequential(halved())
+
+    def times(tokens: int, name: str) -> float:
+        stopping(tokens, "dense")
+        return BUCKETS[tokens][name]
+
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(model, times)
+    assert kinds(model) == [nn.Linear]
+    report, clock = run_toy(model, bucketed())
+    assert [count for count, _ in clock.asked] == [64]
+    assert [one.remembered for one in report.layers[0].measured] == [True, True, False]
+
+
+# --- what is dropped -----------------------------------------------------------------------------
+
+
+class Failing(Clock):
+    """A clock on which one candidate raises."""
+
+    def __init__(self, variant: str, problem: BaseException) -> None:
+        super().__init__(bucketed())
+        self.variant, self.problem = variant, problem
+
+    def __call__(self, variants: Mapping[str, Calls], device: torch.device) -> dict[str, Timing]:
+        if self.variant in variants:
+            raise VariantFailed(self.variant, self.problem)
+        return super().__call__(variants, device)
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason", "again"),
+    [
+        (RuntimeError("status 7\na trace"), "toy few failed: status 7", 0),
+        (torch.OutOfMemoryError("3 GiB"), "toy few ran out of memory: 3 GiB", 1),
+    ],
+    ids=["library", "memory"],
+)
+def test_a_candidate_that_fails_is_dropped_alone(
+    toys: None, problem: BaseException, reason: str, again: int
+) -> None:
+    model = nn.Sequential(halved())
+    report = _accelerate(Undo(), model, (1, 64), ("toy",), None, False, Failing("toy few", problem))
+    assert model[0].dispatch == "many"
+    assert report.layers[0].dropped == (reason,)
+    assert f"0: dropped: {reason}" in str(report)
+    _, clock = run_toy(nn.Sequential(halved()), bucketed(), (1, 64))
+    assert len(clock.asked) == again  # memory may be free the next time
+
+
+def test_without_dense_there_is_nothing_to_compare_with(toys: None) -> None:
+    model = nn.Sequential(halved())
+    clock = Failing("dense", RuntimeError("status 7"))
+    report = _accelerate(Undo(), model, (1,), ("toy",), None, False, clock)
+    assert kinds(model) == [nn.Linear]
+    assert report.layers[0].reason == "could not be measured: dense failed: status 7"
+
+
+def test_a_layer_that_cannot_be_arranged_in_the_end_stays_dense(
+    toys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise torch.OutOfMemoryError("3 GiB")
+
+    run_toy(nn.Sequential(halved()), bucketed())
+    monkeypatch.setattr(
+        toy.toy,
+        "IMPLEMENTATIONS",
+        (toy.Implementation("few", toy.half, toy.few, ("values",), refused), *toy.TOY[1:]),
+    )
+    model = nn.Sequential(halved())
+    report, clock = run_toy(model, bucketed())
+    assert kinds(model) == [nn.Linear] and clock.asked == []
+    (layer,) = report.layers
+    assert layer.reason == "toy was faster, but packing it ran out of memory: 3 GiB"
+    assert layer.bytes_after == layer.bytes_before and not layer.table
+    with pytest.raises(ValueError, match="needs every listed layer to gain, '0' does not .toy was"):
+        run_toy(model, bucketed(), layers=["0"], strict=True)
+
+
+def test_what_cannot_be_measured_says_why() -> None:
+    broken, empty = linear("semi24"), nn.Linear(24, 1)
+    empty.weight = nn.Parameter(torch.empty(0, 24))
+    broken.weight.data[0, 0] = torch.nan
+    model = nn.Sequential(broken, empty, linear("csr").to(torch.float8_e4m3fn))
+    report, clock = run(model, FAST)
+    assert clock.asked == []
+    assert [layer.reason for layer in report.layers] == [
+        "its weight is not finite",
+        "its weight is empty",
+        "its weight is torch.float8_e4m3fn, which no format stores",
+    ]
+
+
+def test_an_adapter_is_measured_by_name_only() -> None:
+    model = nn.ModuleDict({"base": linear("csr"), "lora_B": linear("csr")})
+    report, _ = run(model, FAST)
+    assert [(layer.layer, layer.reason) for layer in report.layers if not layer.measured] == [
+        ("lora_B", "an adapter's weight (LoRA)")
+    ]
+    assert kinds(model)[1] is nn.Linear
+    report, _ = run(model, FAST, layers=["lora_B"])
+    assert report.layers[0].measured
+
+
+def test_a_weight_without_data_is_refused() -> None:
+    model = nn.Sequential(linear("csr"), linear("csr").to("meta"))
+    with pytest.raises(ValueError, match=r"1.weight has no data \(meta device\): load the weights"):
+        accelerate_(model)

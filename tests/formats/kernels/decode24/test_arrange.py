@@ -1,0 +1,128 @@
+"""The arranged bytes, read as the kernel's lanes read them, are the weight again."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from secateur.formats.kernels.decode24.arrange import Kind, arrange, unit_bytes
+from secateur.formats.semi24 import pack
+
+# What a 16-bit float read from a register has to be multiplied by: see `expand` in kernel.cu.
+RESTORE = {
+    (Kind.W16, torch.bfloat16): 1.0,
+    (Kind.W16, torch.float16): 1.0,
+    (Kind.INT8, torch.bfloat16): 2.0**133,
+    (Kind.INT8, torch.float16): 2.0**24,
+    (Kind.INT4, torch.bfloat16): 2.0**133,
+    (Kind.INT4, torch.float16): 2.0**24,
+    (Kind.FP8, torch.bfloat16): 2.0**120,
+    (Kind.FP8, torch.float16): 2.0**8,
+}
+MASK = 0xFFFFFFFF
+
+
+def rotl(word: int, by: int) -> int:
+    return (word << by | word >> (32 - by)) & MASK if by else word
+
+
+def registers(kind: Kind, dtype: torch.dtype, unit: bytes, lane: int) -> list[list[int]]:
+    """The A registers of a unit's four steps, as `expand` makes them."""
+    words = np.frombuffer(unit, dtype="<u4")
+    if kind is Kind.W16:
+        return [[int(words[128 * s + 4 * lane + i]) for i in range(4)] for s in range(4)]
+    if kind is Kind.INT4:
+        loaded = [int(words[4 * lane + s]) for s in range(4)]
+        return [[rotl(word, 4 * i) & 0x80078007 for i in range(4)] for word in loaded]
+    steps = []
+    for s in range(4):
+        pair = [int(words[128 * (s // 2) + 4 * lane + 2 * (s % 2) + b]) for b in range(2)]
+        made = []
+        for w in pair:
+            if kind is Kind.INT8:
+                made += [w & 0x807F807F, rotl(w, 8) & 0x807F807F]
+            elif dtype == torch.float16:
+                made += [w & 0xBF80BF80, (w << 7 & 0x3F803F80) | (w << 1 & 0x80008000)]
+            else:
+                made += [w & 0x87F087F0, (w << 4 & 0x80F080F0) | (w >> 4 & 0x07000700)]
+        steps.append(made)
+    return steps
+
+
+def floats(word: int, dtype: torch.dtype) -> list[float]:
+    halves = torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32).to(torch.int16)
+    return halves.view(dtype).double().tolist()
+
+
+def read_back(units: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """The dense codes: every lane's registers placed by its metadata."""
+    tiles, count, _ = units.shape
+    dense = torch.zeros(tiles * 16, count * 128, dtype=torch.float64)
+    values = unit_bytes(kind, False) - 256
+    for tile in range(tiles):
+        for unit in range(count):
+            data = units[tile, unit].numpy().tobytes()
+            meta = np.frombuffer(data[values : values + 256], dtype="<u4")
+            for lane in range(32):
+                g, t = lane // 4, lane % 4
+                for s, made in enumerate(registers(kind, dtype, data, lane)):
+                    for i, word in enumerate(made):
+                        row = g + 8 * (i % 2)
+                        for e, value in enumerate(floats(word, dtype)):
+                            kept = 2 * t + e + 8 * (i // 2)  # of this step's 16
+                            # the quad's lane that holds these columns' nibbles
+                            holder = 4 * g + 2 * (s % 2) + kept // 8
+                            half = int(meta[2 * holder + s // 2]) >> (16 * (i % 2)) & 0xFFFF
+                            nibble = half >> (4 * (kept % 8 // 2)) & 15
+                            place = nibble >> (2 * (kept % 2)) & 3
+                            column = 128 * unit + 32 * s + 4 * (kept // 2) + place
+                            dense[16 * tile + row, column] += value * RESTORE[kind, dtype]
+    return dense
+
+
+def codes_of(kind: Kind, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random codes where values are not zero: as stored, and as numbers."""
+    generator = torch.Generator().manual_seed(3)
+    if kind is Kind.W16:
+        return values, values.double()
+    if kind is Kind.FP8:
+        bits = torch.randint(256, values.shape, generator=generator).to(torch.uint8)
+        bits[bits & 0x7F == 0x7F] = 0  # not a number
+        numbers = bits.view(torch.float8_e4m3fn).double()
+        return bits, numbers
+    most = 7 if kind is Kind.INT4 else 127
+    codes = torch.randint(-most, most + 1, values.shape, generator=generator).to(torch.int8)
+    return codes, codes.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("columns", [256, 192])
+def test_lanes_read_the_weight(kind: Kind, dtype: torch.dtype, columns: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(32, columns, generator=generator)
+    order = torch.rand(32, columns // 4, 4, generator=generator).argsort(-1)
+    packed = pack((weight * (order < 2).flatten(1)).to(dtype))
+    codes, numbers = codes_of(kind, packed.values, dtype)
+    expected = torch.zeros(32, columns // 4, 4, dtype=torch.float64)
+    nibbles = torch.stack((packed.metadata & 15, packed.metadata >> 4), 2).flatten(1)
+    places = torch.stack((nibbles & 3, nibbles >> 2), 2).long()
+    expected.scatter_(2, places, numbers.unflatten(1, (-1, 2)))
+
+    units = arrange(kind, codes, packed.metadata, None, dtype)
+    assert units.shape == (2, 2, unit_bytes(kind, False))
+    dense = read_back(units, kind, dtype)
+    assert torch.equal(dense[:, :columns], expected.flatten(1))
+    assert not dense[:, columns:].any()
+
+
+def test_scales_of_two_rows_lie_in_one_word() -> None:
+    scales = torch.arange(1, 33).reshape(16, 2).to(torch.bfloat16)
+    codes = torch.zeros(16, 128, dtype=torch.int8)
+    metadata = torch.full((16, 32), 0b0100_0100, dtype=torch.uint8)
+    units = arrange(Kind.INT4, codes, metadata, scales, torch.bfloat16)
+    assert units.shape == (1, 2, 800)
+    for unit in range(2):
+        read = units[0, unit, 768:].view(torch.bfloat16).reshape(8, 2)
+        assert torch.equal(read[:, 0], scales[:8, unit])
+        assert torch.equal(read[:, 1], scales[8:, unit])

@@ -1,0 +1,174 @@
+"""The decode kernel's source, compiled for every architecture: sparse products, and no spills.
+
+Not all combinations: every kind, dtype, number of tokens and way of feeding meets every
+architecture's form at least once, in about fifty kernels of a second each.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur.formats.kernels.decode24.arrange import Kind
+from secateur.formats.kernels.decode24.choose import PACKAGED
+from secateur.formats.kernels.decode24.config import BUCKETS, Case, Config
+from secateur.formats.kernels.decode24.cuts import MOST_BYTES, PORTABLE
+from secateur.formats.kernels.decode24.multiply import SOURCE
+from secateur.formats.kernels.decode24.rule import by_rule
+from secateur.formats.kernels.nvrtc import ARCHS, compile_cubin
+from tests.formats.kernels.cubin_info import NEEDS_NVRTC, CubinInfo, info
+
+BF16, HALF = torch.bfloat16, torch.float16
+HOPPER = "sm_90a"
+WITHOUT_CLUSTERS = ("sm_80", "sm_86", "sm_89")
+KINDS = ((Kind.W16, False), (Kind.INT8, False), (Kind.FP8, False), (Kind.INT4, True))
+SAMPLE = 6
+SYSTEM_BYTES = 1024  # of each CTA's shared memory, which cuobjdump counts
+ALLOCATED_AT_ONCE = 128  # shared memory is rounded up to it
+
+
+def layer(kind: Kind, grouped: bool, dtype: torch.dtype, tokens: int, columns: int = 4096) -> Case:
+    return Case(kind, grouped, dtype, 4096, columns, tokens)
+
+
+def ruled(arch: str) -> list[Case]:
+    """Cases for an architecture: all kinds and buckets for Hopper, a diagonal for the others."""
+    table = [
+        layer(kind, grouped, (BF16, HALF)[(row + column) % 2], tokens)
+        for row, (kind, grouped) in enumerate(KINDS)
+        for column, tokens in enumerate(BUCKETS)
+    ]
+    start = ARCHS.index(arch)
+    return table if arch == HOPPER else table[start :: len(BUCKETS) + 1]
+
+
+COMPILED = [(arch, case) for arch in ARCHS for case in ruled(arch)]
+
+# What a rule may never choose: by hand, for Hopper.
+FED = {
+    "resident, one CTA": (layer(Kind.W16, False, BF16, 8), Config(1, 2, 4, 2, 1, 2, 2)),
+    "resident, ahead": (layer(Kind.INT4, True, BF16, 2), Config(2, 4, 2, 1, 2, 3, 0, ahead=1)),
+    "resident, ahead, fp8": (layer(Kind.FP8, False, HALF, 2), Config(4, 4, 1, 2, 1, 4, 0, ahead=1)),
+    "resident, one scale": (layer(Kind.INT4, False, HALF, 16), Config(2, 4, 2, 1, 1, 3, 1)),
+    "resident, ragged": (layer(Kind.INT4, True, BF16, 16, 4160), Config(2, 4, 2, 2, 2, 3, 1)),
+    "streamed": (layer(Kind.FP8, False, BF16, 16), Config(2, 4, 2, 1, 1, 3, 1, x_stages=3)),
+    "streamed, ragged": (layer(Kind.INT8, False, HALF, 32, 4160), Config(4, 4, 1, 2, 1, 3, 2, 3)),
+    "warpgroup": (layer(Kind.INT8, False, BF16, 16), Config(2, 4, 2, 1, 2, 3, 1, 0, warpgroup=1)),
+    "warpgroup, streamed": (layer(Kind.INT4, True, HALF, 64), Config(8, 8, 1, 1, 1, 3, 1, 4, 1)),
+}
+
+
+def compiled(case: Case, cut: Config, arch: str, folder: Path) -> CubinInfo:
+    defines = cut.defines(case, portable=arch in WITHOUT_CLUSTERS)
+    return info(compile_cubin(SOURCE, defines, arch), folder)
+
+
+def cut_for(case: Case, arch: str) -> Config:
+    """What `choose` takes without a table."""
+    if arch in WITHOUT_CLUSTERS:
+        return PORTABLE
+    return by_rule(case, 132, warpgroups=arch == HOPPER)
+
+
+def products(found: CubinInfo) -> set[str]:
+    """The kinds of matrix instruction, without their types and shapes: `HMMA.SP`."""
+    return {".".join(o.split(".")[:2]) for o in found.opcodes if re.match(r"[A-Z]+MMA\.", o)}
+
+
+def check_hopper(cut: Config, found: CubinInfo) -> None:
+    """Only sparse products, by warps or warpgroups as the cut says; bulk copies; no spills."""
+    assert products(found) == {"HGMMA.SP" if cut.warpgroup else "HMMA.SP"}
+    assert any(opcode.startswith("UBLKCP") for opcode in found.opcodes)
+    assert found.stack_bytes == 0
+    assert found.shared_bytes <= SYSTEM_BYTES + cut.static_bytes + ALLOCATED_AT_ONCE
+
+
+def test_the_cases_cover_what_they_should() -> None:
+    assert len(COMPILED) + len(FED) + SAMPLE < 60
+    for kinds in (KINDS, [(kind, dtype) for kind, _ in KINDS for dtype in (BF16, HALF)]):
+        assert len(kinds) == len(set(kinds))
+    assert {(case.kind, case.dtype) for arch, case in COMPILED if arch == HOPPER} == {
+        (kind, dtype) for kind in Kind for dtype in (BF16, HALF)
+    }
+    others = [case for arch, case in COMPILED if arch != HOPPER]
+    assert {case.kind for case in others} == set(Kind)
+    assert {case.dtype for case in others} == {BF16, HALF}
+    assert {case.tokens for case in others} == set(BUCKETS)
+    assert {arch for arch, _ in COMPILED} == set(ARCHS)
+
+
+@NEEDS_NVRTC
+@pytest.mark.parametrize(("arch", "case"), COMPILED, ids=lambda value: _name(value))
+def test_it_compiles_to_sparse_products(arch: str, case: Case, tmp_path: Path) -> None:
+    cut = cut_for(case, arch)
+    found = compiled(case, cut, arch, tmp_path)
+    assert found.sparse_mma
+    if arch == HOPPER:
+        check_hopper(cut, found)
+    else:
+        assert products(found) == {"HMMA.SP"}
+        bulk = any(opcode.startswith("UBLKCP") for opcode in found.opcodes)
+        assert bulk == (arch not in WITHOUT_CLUSTERS)
+
+
+@NEEDS_NVRTC
+@pytest.mark.parametrize("name", FED)
+def test_every_way_of_feeding_compiles(name: str, tmp_path: Path) -> None:
+    case, cut = FED[name]
+    assert cut.shared_bytes(case) + cut.static_bytes <= MOST_BYTES
+    check_hopper(cut, compiled(case, cut, HOPPER, tmp_path))
+
+
+@NEEDS_NVRTC
+def test_the_portable_form_is_checked_by_the_compiler() -> None:
+    """A cut with clusters, or one that reads ahead, is refused and not run wrongly."""
+    case = layer(Kind.INT4, True, BF16, 2)
+    for cut in (Config(2, 4, 2, 1, 1, 3, 1, 3), Config(1, 4, 2, 1, 1, 3, 1, 3, ahead=1)):
+        with pytest.raises(RuntimeError, match=r"kernel\.cu did not compile for sm_80"):
+            compile_cubin(SOURCE, cut.defines(case, portable=True), "sm_80")
+
+
+def packaged() -> list[tuple[Case, Config]]:
+    """Every case with its cut in the table that comes with the package."""
+    if not PACKAGED.exists():
+        return []
+    found = []
+    for weights in json.loads(PACKAGED.read_text(encoding="utf-8")).values():
+        for weight, cuts in weights.items():
+            match = re.fullmatch(r"(w16|int8|fp8|int4)(/128)? (\d+)x(\d+)", weight)
+            assert match is not None, weight
+            kind, grouped = Kind[match[1].upper()], match[2] is not None
+            for tokens, text in cuts.items():
+                case = Case(kind, grouped, BF16, int(match[3]), int(match[4]), int(tokens))
+                assert case.weight == weight
+                found.append((case, Config.parse(text)))
+    return found
+
+
+PACKAGED_CUTS = packaged()
+NEEDS_TABLE = pytest.mark.skipif(not PACKAGED_CUTS, reason="decode24/tuned.json is not here yet")
+
+
+@NEEDS_TABLE
+def test_every_packaged_cut_fits() -> None:
+    for case, cut in PACKAGED_CUTS:
+        assert case == case.widest, "tables hold the most tokens of a bucket"
+        assert cut.shared_bytes(case) + cut.static_bytes <= MOST_BYTES, (case, cut)
+        assert 4 <= cut.warps <= 32 and not (cut.warpgroup and cut.warp_rows % 4), (case, cut)
+
+
+@NEEDS_NVRTC
+@NEEDS_TABLE
+@pytest.mark.parametrize("number", range(SAMPLE))
+def test_packaged_cuts_do_not_spill(number: int, tmp_path: Path) -> None:
+    case, cut = PACKAGED_CUTS[number * len(PACKAGED_CUTS) // SAMPLE]
+    check_hopper(cut, compiled(case, cut, HOPPER, tmp_path))
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, Case):
+        return str(value)
+    dtype = "fp16" if value.dtype == HALF else "bf16"
+    return f"{value.weight.split()[0]} {dtype} {value.tokens} tokens"

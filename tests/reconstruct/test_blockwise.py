@@ -1,0 +1,446 @@
+"""Half-block reconstruction: what halves are, and what training them may and may not do."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur as sc
+from secateur.model.calibrate import observe
+from secateur.model.half_blocks import HalfBlock, find_cuts
+from secateur.model.layers import select, weight_of
+from secateur.model.statistics import name_of
+from secateur.reconstruct import Solution, blockwise
+from secateur.reconstruct.blockwise import EPOCHS
+from tests.models import Block, Caching, ConvNet, Decoder
+
+
+def decoder() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder()
+
+
+def tokens(count: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(20, (4, 12), generator=generator) for _ in range(count)]
+
+
+def images(count: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 4, 8, 8, generator=generator) for _ in range(count)]
+
+
+def first_half(model: nn.Module, batches: list[Any]) -> HalfBlock:
+    source = observe(model, select(model).layers, batches, [], sequential=True, halves=True)
+    half = next(observed.half for observed in source if observed.half is not None)
+    source.close()
+    return half
+
+
+def errors(report: Any) -> dict[str, tuple[float, float]]:
+    """Half-block -> held-out error before and after, as the notes say."""
+    pattern = r"([^;]+): held-out error (\S+) before training, (\S+) after"
+    found = [re.search(pattern, row.note) for row in report.layers]
+    return {m[1].strip(): (float(m[2]), float(m[3])) for m in found if m}
+
+
+def zeroed(weight: Tensor, pattern: Any) -> Solution:
+    """Large weights kept as they are: a start that leaves something to learn."""
+    mask = pattern.mask(weight.abs())
+    return Solution(weight * mask, mask)
+
+
+# --- where a block is cut ------------------------------------------------------------------------
+
+
+def cuts(block: nn.Module, layers: list[str], *args: Tensor) -> list[tuple[tuple[str, ...], Any]]:
+    found = find_cuts(block, layers, (args, {}))
+    return [(names, end and end.module) for names, end in found]
+
+
+ATTENTION = tuple(f"attention.{x}_proj" for x in "qkvo")
+
+
+def test_a_transformer_block_is_cut_at_the_residual_stream() -> None:
+    mlp = ("up_proj", "down_proj")
+    found = cuts(Block(16), [*ATTENTION, *mlp], torch.randn(2, 5, 16))
+    assert found == [(ATTENTION, "norm2"), (mlp, None)]
+    found = cuts(Block(16), ["attention.o_proj", "down_proj"], torch.randn(2, 5, 16))
+    assert found == [(("attention.o_proj",), "norm2"), (("down_proj",), None)]
+
+
+def test_a_token_of_zeros_hides_no_other_path() -> None:
+    """A norm of zeros has a gradient of 1 / sqrt(eps): class tokens often start as zeros."""
+    layer, mlp = Block(16), ("up_proj", "down_proj")
+    layer.norm1.eps = 1e-12
+    x = torch.randn(2, 5, 16)
+    x[:, 0] = 0
+    assert cuts(layer, [*ATTENTION, *mlp], x) == [(ATTENTION, "norm2"), (mlp, None)]
+
+
+class Parallel(Block):
+    """Attention and MLP read the same norm: what enters the MLP is no cut."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y = self.norm1(x)
+        return x + self.attention(y, None) + self.down_proj(self.up_proj(y))
+
+
+class PostNorm(Block):
+    """Norms after the sums, as in BERT."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.norm1(x + self.attention(x, None))
+        return self.norm2(x + self.down_proj(self.up_proj(x)))
+
+
+class Sandwich(Block):
+    """A norm of the attention's output before the sum, as in Gemma 2: it is no cut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.norm3 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = x + self.norm3(self.attention(self.norm1(x), None))
+        return x + self.down_proj(self.up_proj(self.norm2(x)))
+
+
+class Again(Block):
+    """A layer of the attention runs once more in the MLP: it cannot be trained before."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = x + self.attention(self.norm1(x), None)
+        y = self.attention.o_proj(self.norm2(x))
+        return x + self.down_proj(self.up_proj(y))
+
+
+def test_other_blocks_are_cut_where_everything_passes_through_or_nowhere() -> None:
+    x, mlp = torch.randn(2, 5, 16), ("up_proj", "down_proj")
+    assert cuts(Parallel(16), [*ATTENTION, *mlp], x) == [((*ATTENTION, *mlp), None)]
+    assert cuts(PostNorm(16), [*ATTENTION, *mlp], x) == [(ATTENTION, "norm1"), (mlp, None)]
+    assert cuts(Sandwich(16), [*ATTENTION, *mlp], x) == [(ATTENTION, "norm2"), (mlp, None)]
+    assert cuts(Again(16), [*ATTENTION, *mlp], x) == [((*ATTENTION, *mlp), None)]
+    net = ConvNet().stage1[0].eval()
+    whole = [(("conv1", "conv2"), None)]
+    assert cuts(net, ["conv1", "conv2"], torch.randn(2, 8, 6, 6)) == whole
+    assert cuts(nn.Linear(4, 4), [""], torch.randn(2, 4)) == [(("",), None)]
+
+
+def test_what_a_half_block_gives_is_the_stream_behind_it() -> None:
+    model, batches = decoder().eval(), tokens()
+    x = model.embed(batches[1])
+    layer = model.blocks[0]
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()
+    stream = x + layer.attention(layer.norm1(x), mask)
+    half = first_half(model, batches)
+    assert half.layers == tuple(f"blocks.0.{name}" for name in ATTENTION)
+    torch.testing.assert_close(half.targets[1], stream.detach())
+    weights = {name: weight_of(model.get_submodule(name)).detach() for name in half.layers}
+    weights = {name: (w / 2).requires_grad_() for name, w in weights.items()}
+    output = half.output(1, weights)
+    assert not torch.allclose(output, stream)
+    output.sum().backward()
+    assert all(w.grad is not None for w in weights.values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_targets_are_the_dense_models_and_inputs_the_pruned_ones() -> None:
+    """All blocks' targets, while each block is destroyed on the way."""
+    model, batches = decoder(), tokens(2)
+    dense = copy.deepcopy(model).eval()
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()
+    expected = [dense.embed(batches[0])]
+    for layer in dense.blocks:
+        expected.append(layer(expected[-1], mask=mask)[0])
+    ends: dict[str, HalfBlock] = {}
+    layers = select(model).layers
+    for observed in observe(model, layers, batches, [], sequential=True, halves=True):
+        if observed.half is not None:
+            ends[observed.half.name] = observed.half
+        for name in observed.statistics:
+            weight_of(layers[name]).data.mul_(0.5)
+    assert list(ends) == [f"blocks.{i} ({j} of 2)" for i in range(3) for j in (1, 2)]
+    for i in range(3):
+        torch.testing.assert_close(ends[f"blocks.{i} (2 of 2)"].targets[0], expected[i + 1])
+
+
+# --- what training does --------------------------------------------------------------------------
+
+
+CASES = [
+    pytest.param(decoder, tokens, id="decoder"),
+    pytest.param(ConvNet, images, id="conv"),
+]
+
+
+@pytest.mark.parametrize(("make", "data"), CASES)
+@pytest.mark.parametrize("method", [zeroed, sc.wanda], ids=name_of)
+def test_held_out_errors_fall_and_zeros_stay(
+    make: Callable[[], nn.Module], data: Callable[[], list[Tensor]], method: Any
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    dense = copy.deepcopy(model)
+    plan = sc.plan(model, "2:4", ignore=["stem"] if isinstance(model, ConvNet) else [])
+    quick = sc.blockwise(method, learning_rate=0.02)
+    report = sc.reconstruct_(model, plan, quick, data())
+    found = errors(report)
+    assert len(found) == (6 if isinstance(model, Decoder) else 4)
+    assert all(after <= before for before, after in found.values())
+    assert sum(after < 0.99 * before for before, after in found.values()) >= len(found) / 2
+    sparsity = sc.check(model, plan)
+    assert set(sparsity.values()) == {0.5}
+    planned = {f"{name}.weight" for name in plan.layers}
+    for (name, before), after in zip(dense.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(before, after) == (name not in planned)
+        assert after.grad is None and after.requires_grad
+
+
+def test_the_model_is_closer_to_the_dense_one_than_layer_by_layer_on_new_data() -> None:
+    batches, new = tokens(12), tokens(16)[12:]
+    lost = []
+    for method in (sc.refit(sc.wanda), sc.blockwise(sc.wanda, learning_rate=0.03)):
+        model = decoder().eval()
+        dense = copy.deepcopy(model)
+        sc.reconstruct_(model, "2:4", method, batches)
+        with torch.no_grad():
+            lost.append(sum(float((model(x) - dense(x)).square().sum()) for x in new))
+    assert lost[1] < 0.9 * lost[0]
+
+
+def test_the_note_says_the_held_out_error_worked_out_by_hand() -> None:
+    """The only half-block is the linear layer of the last block; the second batch is held out."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    dense = copy.deepcopy(model)
+    batches = [torch.randn(40, 8) for _ in range(3)]
+    plan = sc.plan(model, "2:4", ignore=["0.0"])
+    long = sc.blockwise(zeroed, epochs=10, learning_rate=0.05)
+    report = sc.reconstruct_(model, plan, long, batches)
+    with torch.no_grad():
+        target = [dense(x) for x in batches]
+        error = (model(batches[1]) - target[1]).square().mean()
+        expected = error / torch.cat(target).var(correction=0)
+    ((before, after),) = errors(report).values()
+    assert after == pytest.approx(float(expected), rel=1e-3)  # as many digits as the note has
+    assert after < before
+
+
+def test_the_start_is_kept_where_training_does_not_help() -> None:
+    """A learning rate that destroys every weight."""
+    plain, model = decoder(), decoder()
+    before = sc.reconstruct_(plain, "2:4", sc.refit(sc.wanda), tokens())
+    worse = sc.blockwise(sc.wanda, learning_rate=100.0)
+    report = sc.reconstruct_(model, "2:4", worse, tokens())
+    for (name, a), b in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert all(first == last for first, last in errors(report).values())
+    assert [r.error for r in report.layers] == [r.error for r in before.layers]
+
+
+def test_the_output_error_of_trained_layers_is_not_known_any_more() -> None:
+    report = sc.reconstruct_(decoder(), "2:4", sc.blockwise(sc.wanda), tokens())
+    trained = {name for name, (before, after) in errors(report).items() if after < before}
+    assert trained
+    for row in report.layers:
+        part = "1 of 2" if "attention" in row.layer else "2 of 2"
+        half = f"{row.layer[:8]} ({part})"
+        assert (row.error is None) == (half in trained)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_it_is_deterministic_and_offloading_changes_nothing(offload: bool) -> None:
+    one, other = decoder(), decoder()
+    sc.reconstruct_(one, "2:4", sc.blockwise(sc.wanda), tokens())
+    sc.reconstruct_(other, "2:4", sc.blockwise(sc.wanda), tokens(), offload=offload)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_half_precision_model_is_trained_in_float32_and_stays_as_it_is() -> None:
+    model = decoder().bfloat16()
+    report = sc.reconstruct_(model, "2:4", sc.blockwise(sc.wanda), tokens())
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert set(sc.check(model, "2:4").values()) == {0.5}
+    # Steps of 1e-5 of a weight, lost in bfloat16, add up in float32.
+    assert sum(after < before for before, after in errors(report).values()) >= 3
+
+
+def test_padding_does_not_count() -> None:
+    """What stands at padded positions changes nothing of what is learnt."""
+    learnt = []
+    for filler in (0, 7):
+        model = decoder()
+        batches = [
+            {
+                "input_ids": torch.cat([ids, torch.full((4, 4), filler)], 1),
+                "attention_mask": torch.tensor([[1] * 12 + [0] * 4]).expand(4, -1),
+            }
+            for ids in tokens()
+        ]
+        sc.reconstruct_(model, "2:4", sc.blockwise(sc.wanda), batches)
+        learnt.append(model.blocks[2].down_proj.weight)
+    torch.testing.assert_close(learnt[0], learnt[1], rtol=1e-3, atol=1e-4)
+
+
+class Mixture(nn.Module):
+    """Blocks of which each token takes one of two experts, by the sign of its first number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(MixtureBlock() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mixture in self.blocks:
+            x = mixture(x)
+        return x
+
+
+class MixtureBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 7) for _ in range(2))
+        self.reads = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        sign = x[:, :1]
+        y = torch.zeros_like(x[:, 1:])
+        for i, expert in enumerate(self.experts):
+            (chosen,) = ((sign[:, 0] > 0) == bool(i)).nonzero(as_tuple=True)
+            if len(chosen):
+                y = y.index_add(0, chosen, expert(x[chosen]))
+        return torch.cat([sign, x[:, 1:] + y if self.reads else x[:, 1:]], 1)
+
+
+def routed(*to_second: bool) -> list[Tensor]:
+    """Batches of which all tokens go to the one expert or the other."""
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randn(64, 8, generator=generator) for _ in to_second]
+    for x, second in zip(batches, to_second, strict=True):
+        x[:, 0] = x[:, 0].abs() if second else -x[:, 0].abs()
+    return batches
+
+
+def test_an_expert_that_no_trained_batch_reaches_stays_as_the_method_left_it() -> None:
+    """Of the batches the second is held out; gradients come to the other expert alone."""
+    torch.manual_seed(0)
+    model = Mixture()
+    report = sc.reconstruct_(model, "2:4", sc.blockwise(zeroed), routed(False, True, False))
+    left = {row.layer for row in report.layers if row.error is None}
+    assert left == {f"blocks.{i}.experts.{j}" for i in (0, 1) for j in (0, 1)}
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(after <= before for before, after in errors(report).values())
+    torch.manual_seed(0)
+    start = Mixture()
+    sc.prune_(start, "2:4", sc.magnitude)
+    for found, other in zip(model.blocks, start.blocks, strict=True):
+        assert torch.equal(found.experts[1].weight, other.experts[1].weight)
+
+
+def test_an_expert_that_no_batch_reaches_is_named_and_nothing_is_changed() -> None:
+    model = Mixture()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"layer blocks.0.experts.1 .* received 0 tokens"):
+        sc.reconstruct_(model, "2:4", sc.blockwise(sc.alps), routed(False, False, False))
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_a_block_that_gives_nothing_of_its_layers_is_not_trained() -> None:
+    model = Mixture()
+    for mixture in model.blocks:
+        mixture.reads = False
+    report = sc.reconstruct_(model, "2:4", sc.blockwise(sc.alps), routed(True, False, True, False))
+    assert set(errors(report).values()) == {(0.0, 0.0)}
+    assert set(sc.check(model, "2:4").values()) == {0.5}
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_layers_outside_a_chain_are_as_the_method_left_them() -> None:
+    torch.manual_seed(0)
+    model = Caching()
+    batches = [torch.randn(5, 8) for _ in range(3)]
+    plain = copy.deepcopy(model)
+    sc.reconstruct_(plain, "2:4", sc.alps, batches)
+    report = sc.reconstruct_(model, "2:4", sc.blockwise(sc.alps), batches)
+    assert not errors(report)
+    assert torch.equal(model.blocks[1].linear.weight, plain.blocks[1].linear.weight)
+
+
+# --- a verb like the others ----------------------------------------------------------------------
+
+
+def interrupting(after: int) -> Callable[..., Solution]:
+    calls = []
+
+    def sparsegpt(weight: Tensor, gram: Tensor, pattern: Any) -> Solution:
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return sc.sparsegpt(weight, gram, pattern)
+
+    return sparsegpt
+
+
+def test_an_interrupted_run_leaves_the_model_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Stopped in the second half of the second block: the first half is not trained again."""
+    whole, model = decoder(), decoder()
+    before = copy.deepcopy(model.state_dict())
+    expected = sc.reconstruct_(whole, "2:4", sc.blockwise(interrupting(99)), tokens())
+    with pytest.raises(KeyboardInterrupt):
+        sc.reconstruct_(
+            model, "2:4", sc.blockwise(interrupting(11)), tokens(), checkpoint=tmp_path / "run"
+        )
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    rest = interrupting(18 - 10)  # 10 layers are in three half-blocks
+    report = sc.reconstruct_(
+        model, "2:4", sc.blockwise(rest), tokens(), checkpoint=tmp_path / "run"
+    )
+    assert report.layers == expected.layers
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_training_that_is_interrupted_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder()
+    before = copy.deepcopy(model.state_dict())
+    step = torch.optim.Adam.step
+    steps = []
+
+    def interrupted(self: Any, closure: Any = None) -> Any:
+        steps.append(1)
+        if len(steps) == 30:
+            raise KeyboardInterrupt
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sc.reconstruct_(model, "2:4", sc.blockwise(sc.wanda), tokens())
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert torch.is_grad_enabled()
+    assert all(not m._forward_pre_hooks for m in model.modules())
+
+
+def test_it_is_named_with_its_options() -> None:
+    assert sc.blockwise(sc.alps).name == "blockwise(alps)"
+    assert sc.blockwise(sc.wanda).name == "blockwise(refit(wanda))"
+    named = sc.blockwise(sc.alps, epochs=EPOCHS + 1, learning_rate=0.5)
+    assert named.name == f"blockwise(alps, epochs={EPOCHS + 1}, learning_rate=0.5)"
+
+
+def test_wrong_calls_are_refused_before_anything(unchecked: None) -> None:
+    with pytest.raises(ValueError, match="blockwise takes a criterion or an algorithm .*'alps'"):
+        blockwise("alps")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs at least 1 epoch, .*got 0, 0.01 and 0"):
+        blockwise(sc.alps, epochs=0)
+    with pytest.raises(ValueError, match="got 4, nan and 0"):
+        blockwise(sc.alps, epochs=4, learning_rate=float("nan"))
+    with pytest.raises(ValueError, match=r"others, got 1 batch: split it, as in tokens.split\(8\)"):
+        sc.reconstruct_(decoder(), "2:4", sc.blockwise(sc.alps), tokens(1))
+    with pytest.raises(ValueError, match="take functions such as sc.wanda, got Blockwise"):
+        sc.prune_(decoder(), "2:4", sc.blockwise(sc.alps), tokens())  # type: ignore[arg-type]
