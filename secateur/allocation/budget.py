@@ -5,14 +5,14 @@ the costs to no more than the budget: a multiple-choice knapsack, solved to a mi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from secateur.allocation.sensitivity import Sensitivity
 from secateur.core.tables import text_table
-from secateur.patterns import NM, Block, Channel, Pattern, Unstructured, parse
+from secateur.patterns import Pattern, parse
 
 DENSE = "dense"
 FRONT_POINTS = 9  # budgets from the cheapest choice of all layers to dense, evenly apart
@@ -148,7 +148,7 @@ def monotone(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
         curve, highest = {DENSE: 0.0}, dict[str, float]()
         for one in ascending:
             if (increase := found[one]) is not None:
-                kind = _kind(parsed[one])
+                kind = parsed[one].kind
                 curve[one] = highest[kind] = max(0.0, increase, highest.get(kind, 0.0))
         curves[layer] = curve
     return curves
@@ -157,13 +157,6 @@ def monotone(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
 def figure(cost: float) -> str:
     """Whole from a thousand on, six digits below: parameters and milliseconds in one column."""
     return f"{cost:,.0f}" if abs(cost) >= 1000 else f"{cost:.6g}"
-
-
-def _kind(pattern: Pattern) -> str:
-    """The same for patterns that differ in sparsity alone: those of one M, too, nest in n."""
-    if isinstance(pattern, Unstructured | Block | Channel):
-        return str(replace(pattern, sparsity=0.0))
-    return f"N:{pattern.m}" if isinstance(pattern, NM) else str(pattern)
 
 
 def priced(

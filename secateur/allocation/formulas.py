@@ -1,7 +1,6 @@
 """Allocations by formula: a sparsity for each layer from its shape, or from its outliers."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, find_chains
 from secateur.model.calibrate import observe
 from secateur.model.layers import Selector
-from secateur.patterns import Block, Channel, Pattern, Unstructured, as_pattern
+from secateur.patterns import Pattern, as_pattern, is_of_any_sparsity
 
 
 def erk(
@@ -49,9 +48,7 @@ def erk(
             break
         dense |= over
     return {
-        name: replace(
-            chosen, sparsity=0.0 if name in dense else max(0.0, 1 - e * sides[name] / sizes[name])
-        )
+        name: chosen.at(0.0 if name in dense else max(0.0, 1 - e * sides[name] / sizes[name]))
         for name in sizes
     }
 
@@ -94,13 +91,13 @@ def owl(
             f"owl needs sparsities in [0, 1), got {sparsity:.3f} for {name}: choose a smaller "
             f"width than {width:g}"
         )
-    return {name: replace(chosen, sparsity=sparsity) for name, sparsity in found.items()}
+    return {name: chosen.at(sparsity) for name, sparsity in found.items()}
 
 
-def _free(pattern: str | Pattern, who: str) -> Unstructured | Block | Channel:
+def _free(pattern: str | Pattern, who: str) -> Pattern:
     """The pattern, if its sparsity can be any number."""
     chosen = as_pattern(pattern)
-    if isinstance(chosen, Unstructured | Block | Channel):
+    if is_of_any_sparsity(chosen):
         return chosen
     raise ValueError(
         f"{who} needs a pattern of any sparsity, got {chosen}: such as 'unstructured:0.7'"

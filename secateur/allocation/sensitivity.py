@@ -21,12 +21,13 @@ from secateur.core.wrappers import unwrapped
 from secateur.criteria import magnitude
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch
-from secateur.model.calibrate import Observed, as_list, observe
-from secateur.model.gradients import gradients
+from secateur.model.calibrate import as_list
 from secateur.model.layers import Selector
 from secateur.model.outputs import eval_mode
-from secateur.model.statistics import STATISTICS, name_of, needed_by, score
+from secateur.model.statistics import name_of, needed_by
 from secateur.patterns import Pattern, as_pattern
+from secateur.reconstruct.methods import CRITERION_GIVEN
+from secateur.reconstruct.scores import scores
 
 SENSITIVITY_VERSION = 1
 
@@ -121,24 +122,13 @@ def sense(
             model is left as it was; it is unchanged afterwards too, bit for bit.
     """
     chosen = _parsed(patterns)
-    needs = needed_by(criterion, given=("weight", "layer_seed"))
-    if needs and batches is None:
-        raise ValueError(
-            f"{name_of(criterion)} needs calibration data for {', '.join(needs)}: pass batches, or "
-            "use sc.magnitude"
-        )
+    needs = _needed(criterion, batches)
     selection = _layers.select(model, layers, ignore)
     model = unwrapped(model)
     require_ordinary(selection.layers)
     shapes = {name: _shape(module) for name, module in selection.layers.items()}
-    patterns_of = {
-        name: {key: _layers.pattern_for(module, pattern) for key, pattern in chosen.items()}
-        for name, module in selection.layers.items()
-    }
-    why_not = {
-        name: {key: why for key, p in found.items() if (why := p.why_not(shapes[name])) is not None}
-        for name, found in patterns_of.items()
-    }
+    patterns_of = {name: _for(module, chosen) for name, module in selection.layers.items()}
+    why_not = {name: _misfits(found, shapes[name]) for name, found in patterns_of.items()}
     with eval_mode(model), torch.no_grad():
         listed = as_list(batches) if needs and batches is not None else []
         kept = Kept(checkpoint, _fingerprint(selection.layers, criterion, listed))
@@ -148,19 +138,14 @@ def sense(
             for name in shapes
         }
         missing = {name: selection.layers[name] for name in shapes if todo[name]}
-        found = gradients(model, missing, listed, needs)
         bar = tqdm(total=sum(map(len, todo.values())), desc="sense", disable=None)
-        with bar, contextlib.closing(_observed(model, missing, needs, listed)) as source:
-            for observed in source:
-                for name, statistics in observed.statistics.items():
-                    weight = _layers.matrix(missing[name]).to(torch.float32, copy=True)
-                    scores = score(criterion, name, weight, {**statistics, **found.pop(name)})
-                    for key in todo[name]:
-                        mask = patterns_of[name][key].mask(scores)
-                        with _pruned(missing[name], mask):
-                            increase = _measured(loss, model, f"{name} pruned to {key}") - dense
-                        kept.add(name, key, increase)
-                        bar.update()
+        with bar, contextlib.closing(scores(model, missing, criterion, listed)) as scored:
+            for name, found in scored:
+                for key in todo[name]:
+                    with _pruned(missing[name], patterns_of[name][key].mask(found)):
+                        increase = _measured(loss, model, f"{name} pruned to {key}") - dense
+                    kept.add(name, key, increase)
+                    bar.update()
     return Sensitivity(
         name_of(criterion),
         dense,
@@ -238,17 +223,24 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return rows, columns
 
 
-def _observed(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    needs: tuple[str, ...],
-    batches: Iterable[Batch],
-) -> Generator[Observed]:
-    sums = [name for name in needs if name in STATISTICS]
-    if not sums:
-        yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
-    elif layers:
-        yield from observe(model, layers, batches, sums, sequential=False)
+def _needed(criterion: Callable[..., Tensor], batches: Iterable[Batch] | None) -> tuple[str, ...]:
+    needs = needed_by(criterion, given=CRITERION_GIVEN)
+    if needs and batches is None:
+        raise ValueError(
+            f"{name_of(criterion)} needs calibration data for {', '.join(needs)}: pass batches, or "
+            "use sc.magnitude"
+        )
+    return needs
+
+
+def _for(module: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+    return {key: _layers.pattern_for(module, pattern) for key, pattern in patterns.items()}
+
+
+def _misfits(patterns: Mapping[str, Pattern], shape: tuple[int, int]) -> dict[str, str]:
+    """Why a layer of this shape cannot have some of the patterns."""
+    reasons = {key: pattern.why_not(shape) for key, pattern in patterns.items()}
+    return {key: why for key, why in reasons.items() if why is not None}
 
 
 @contextlib.contextmanager

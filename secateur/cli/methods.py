@@ -18,9 +18,9 @@ from secateur.model.blocks import Batch
 from secateur.model.plan import Plan
 from secateur.model.statistics import STATISTICS, needed_by
 from secateur.prune.verbs import PruneReport, prune_, reconstruct_
+from secateur.reconstruct.methods import ALGORITHM_GIVEN, CRITERION_GIVEN
 
 PRESETS = {"best": reconstruct.best, "thorough": reconstruct.thorough}
-ALGORITHM_GIVEN = ("weight", "pattern", "dtype", "layer", "once")
 
 
 def criteria_by_name() -> dict[str, Callable[..., Any]]:
@@ -102,7 +102,7 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
         raise ValueError(f"unknown method {name!r}: {hint}Methods are {', '.join(names)}")
     function = known[name]
     refits = name in algorithms
-    given = ALGORITHM_GIVEN if refits else ("weight", "layer_seed")
+    given = ALGORITHM_GIVEN if refits else CRITERION_GIVEN
     needs = needed_by(function, given=given)
     fixed = _options(name, function, options)
     return Method(name, partial(function, **fixed) if fixed else function, refits, needs)

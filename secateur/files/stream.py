@@ -1,6 +1,7 @@
 """Reconstruction of a model folder that is larger than memory, block by block."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,14 @@ from secateur.model.plan import Plan, as_plan, match
 from secateur.model.statistics import STATISTICS
 from secateur.model.window import Window
 from secateur.patterns import Pattern
-from secateur.prune.passes import reconstruction
+from secateur.prune.passes import (
+    Pass,
+    reconstruction,
+    report_of,
+    result_of,
+    solve_stages_,
+    stages_of,
+)
 from secateur.prune.preconditions import require_finite
 from secateur.prune.report import PruneReport
 from secateur.reconstruct import Blockwise, Solution
@@ -64,27 +72,27 @@ def reconstruct_folder(
         raise ValueError("reconstruct_folder runs in one process: start it without torchrun")
     verify_if_saved(source)
     model = hollow(source)
-    run = reconstruction(model, as_plan(model, plan), algorithm)
-    chain = _chain(model, match(model, run.plan))
+    made = reconstruction(model, as_plan(model, plan), algorithm)
+    chain = _chain(model, match(model, made.plan))
     stored = _Stored(source, model)
     window = Window(model, chain, stored.read, torch.device(device))
-    if asked := [name for name in run.needs if name not in STATISTICS]:
+    if asked := [name for name in made.method.needs if name not in STATISTICS]:
         raise ValueError(
-            f"{run.method} asks for the {asked[0]} of the whole model, which is in memory part by "
+            f"{made.name} asks for the {asked[0]} of the whole model, which is in memory part by "
             "part: take another method, or load the model whole and call reconstruct_"
         )
-    if run.distils:
+    if made.distils:
         raise ValueError(
-            f"{run.method} trains the whole model at the end, which is in memory part by part: "
+            f"{made.name} trains the whole model at the end, which is in memory part by part: "
             "take sc.best, or load the model whole and call reconstruct_"
         )
     listed = as_list(batches)
-    for layer in run.plan.layers:
+    for layer in made.plan.layers:
         require_finite(layer, stored.read([f"{layer}.weight"])[f"{layer}.weight"])
-    with _progress(target, source, run.method, run.plan, stored, listed) as saved:
-        report = run.streamed(listed, saved, window)
+    with _progress(target, source, made.name, made.plan, stored, listed) as saved:
+        report = _solved(made, listed, saved, window)
         with appearing_whole(target, replaced=is_of_checkpoint) as partial:
-            _write(partial, source, model, window.parts, _Result(stored, saved, run.plan), report)
+            _write(partial, source, model, window.parts, _Result(stored, saved, made.plan), report)
             for path in partial.iterdir():
                 if (target / path.name).exists() and not is_of_checkpoint(path.name):
                     raise ValueError(
@@ -92,6 +100,26 @@ def reconstruct_folder(
                         "and repeat the call, which has no layer left to solve"
                     )
     return report
+
+
+@torch.inference_mode(False)
+def _solved(made: Pass, batches: Sequence[Batch], saved: Checkpoint, window: Window) -> PruneReport:
+    """The report of the pass over blocks that are loaded one by one; `saved` gets the weights.
+
+    Activations are kept on the CPU. The model itself is left without weights.
+    """
+    begin = time.perf_counter()
+    parameters = sum(p.numel() for p in made.model.parameters())  # tied ones are one until it runs
+    layers = match(made.model, made.plan)
+    finished = saved.finished()
+    if all(name in finished for name in layers):
+        results = tuple(result_of(finished[name]) for name in layers)
+    else:
+        with window.opened():
+            none: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+            stages = stages_of(made, layers, batches, saved, offload=True, window=window)
+            results = solve_stages_(made, layers, stages, saved, none, lambda _: None)
+    return report_of(made, layers, results, begin, parameters)
 
 
 def _chain(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -44,7 +44,7 @@ from secateur.model.distributed import ALONE, Team
 from secateur.model.half_blocks import DenseStream, HalfBlock
 from secateur.model.outputs import eval_mode
 from secateur.model.padding import SIDES, unpadded
-from secateur.model.statistics import STATISTICS, HeldGram, Statistic
+from secateur.model.statistics import STATISTICS, Statistic
 from secateur.model.window import Window
 
 
@@ -97,28 +97,17 @@ def observe(
     """
     if statistics:
         _require_activations(layers)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if window is not None:
-        device = window.device
+    own = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = window.device if window else own
     inputs: list[Batch] = [to_device(batch, device) for batch in as_list(batches)]
     parts = _unpadded(model, inputs)
-    counts = team.everyones(len({part.of for part in parts}))
-    if any(has_labels_beside(model, batch) for batch in inputs):
-        warnings.warn(
-            f"batches are pairs and {type(model).__name__} takes one argument: it runs on the "
-            "first of each, the labels are not read",
-            stacklevel=2,
-        )
-    if halves and sum(counts) < 2:
-        raise ValueError(
-            "half-blocks are trained on some batches and judged on others, got 1 batch: split it, "
-            "as in tokens.split(8)"
-        )
+    counts = team.all_gather(len({part.of for part in parts}))
+    _check_batches(model, inputs, sum(counts), halves)
     with eval_mode(model), torch.no_grad():
-        with team.together():
+        with team.raising_together():
             trace, parts = _trace_unpadded(model, layers, inputs, parts)
-        trace = _merged(team.everyones(trace), layers)
-        walk = _Walk(
+        trace = _merged(team.all_gather(trace), layers)
+        recorder = _Recorder(
             trace,
             [part.of for part in parts],
             tuple(statistics),
@@ -130,28 +119,49 @@ def observe(
             window,
             first_batch=sum(counts[: team.rank]),
         )
-        for chain, names in _segments(model, layers, trace):
-            wanted = {name: layers[name] for name in names}
-            with team.together():
-                recorded = (
-                    record_all(
-                        model, chain, [p.batch for p in parts], offload, once=window is not None
-                    )
-                    if chain
-                    else None
-                )
-            everywhere = all(team.everyones(recorded is not None))
-            if recorded is not None and everywhere:
-                yield from _replay_chain(walk, wanted, chain, recorded)
-            elif window is not None:
-                raise ValueError(
-                    f"the blocks of this {type(model).__name__} cannot run one by one: they "
-                    "receive more than what the one before returned and what is known beforehand: "
-                    "load the model whole and call reconstruct_"
-                )
-            else:
-                runs = [partial(run_batch, model, part.batch) for part in parts]
-                yield from walk.observe("the model", wanted, runs)
+        for chain, wanted in _segments(model, layers, trace):
+            yield from _observe_segment(recorder, model, wanted, chain, parts, offload)
+
+
+def _check_batches(model: nn.Module, batches: Sequence[Batch], count: int, halves: bool) -> None:
+    """Warn of labels that nobody reads, and refuse one batch where some are held out."""
+    if any(has_labels_beside(model, batch) for batch in batches):
+        warnings.warn(
+            f"batches are pairs and {type(model).__name__} takes one argument: it runs on the "
+            "first of each, the labels are not read",
+            stacklevel=3,
+        )
+    if halves and count < 2:
+        raise ValueError(
+            "half-blocks are trained on some batches and judged on others, got 1 batch: split it, "
+            "as in tokens.split(8)"
+        )
+
+
+def _observe_segment(
+    recorder: "_Recorder",
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    chain: Mapping[str, nn.Module],
+    parts: Sequence["_Part"],
+    offload: bool,
+) -> Generator[Observed]:
+    """Observe layers block by block where their chain can be replayed, else in the whole model."""
+    batches, window = [part.batch for part in parts], recorder.window
+    with recorder.team.raising_together():
+        recorded = record_all(model, chain, batches, offload, once=bool(window)) if chain else None
+    everywhere = all(recorder.team.all_gather(recorded is not None))
+    if recorded is not None and everywhere:
+        yield from _replay_chain(recorder, layers, chain, recorded)
+    elif window is not None:
+        raise ValueError(
+            f"the blocks of this {type(model).__name__} cannot run one by one: they receive more "
+            "than what the one before returned and what is known beforehand: load the model whole "
+            "and call reconstruct_"
+        )
+    else:
+        runs = [partial(run_batch, model, batch) for batch in batches]
+        yield from recorder.observe("the model", layers, runs)
 
 
 # --- batches without their padding ---------------------------------------------------------------
@@ -289,16 +299,16 @@ RECENT_INPUTS = 64
 
 def _segments(
     model: nn.Module, layers: Mapping[str, nn.Module], trace: _Trace
-) -> Iterator[tuple[dict[str, nn.Module], list[str]]]:
-    """Runs of layers, in call order, that lie in one chain of blocks, or in none (empty)."""
+) -> Iterator[tuple[Mapping[str, nn.Module], dict[str, nn.Module]]]:
+    """The chain of blocks, empty for none, and its layers: in runs, in the order of the calls."""
     chains = find_chains(model, layers)
     home = {name: p for p in chains for name in layers if name.startswith(p + ".")}
     for prefix, names in groupby(trace.calls, key=lambda name: home.get(name, "")):
-        yield chains.get(prefix, {}), list(names)
+        yield chains.get(prefix, {}), {name: layers[name] for name in names}
 
 
 def _replay_chain(
-    walk: "_Walk",
+    recorder: "_Recorder",
     layers: Mapping[str, nn.Module],
     chain: Mapping[str, nn.Module],
     recorded: list[list[Call]],
@@ -309,28 +319,28 @@ def _replay_chain(
         for block in chain
     }
     last = max(i for i, block in enumerate(chain) if held[block])
-    dense = DenseStream(walk.batch_of, walk.device) if walk.halves else None
+    dense = DenseStream(recorder.batch_of, recorder.device) if recorder.halves else None
     previous: list[list[Tensor | None]] = [[] for _ in recorded]
     for i, (name, block) in enumerate(chain.items()):
-        if walk.window:
-            walk.window.load(name)
+        if recorder.window:
+            recorder.window.load(name)
         calls = [of_batch[i] for of_batch in recorded]
         wanted = [of_batch[i + 1].wanted for of_batch in recorded] if i < last else []
         runs = [
-            partial(call.replay, block, before, walk.device)
+            partial(call.replay, block, before, recorder.device)
             for call, before in zip(calls, previous, strict=True)
         ]
         if dense is None:
-            yield from walk.observe(name, held[name], runs)
+            yield from recorder.observe(name, held[name], runs)
         else:
-            in_order = [n for n in walk.trace.calls if n in held[name]]
+            in_order = [n for n in recorder.trace.calls if n in held[name]]
             for half in dense.halves(name, block, in_order, calls, previous, wanted):
                 of_half = {n: held[name][n] for n in half.layers}
-                for observed in walk.observe(name, of_half, runs):
+                for observed in recorder.observe(name, of_half, runs):
                     yield replace(observed, half=half)
         if i == last:
             return
-        with walk.team.together():
+        with recorder.team.raising_together():
             for b, call in enumerate(calls):
                 previous[b] = call.kept(runs[b](), wanted[b], previous[b])
                 call.leaves.clear()
@@ -340,7 +350,7 @@ def _replay_chain(
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _Recorder:
     """What stays the same from block to block."""
 
     trace: _Trace
@@ -411,7 +421,7 @@ class _Walk:
                 raise Enough  # nothing behind the last of these layers is needed
 
         with (
-            self.team.together(),
+            self.team.raising_together(),
             hooks(
                 m.register_forward_pre_hook(partial(before, n), with_kwargs=True)
                 for n, m in layers.items()
@@ -422,7 +432,7 @@ class _Walk:
                 with contextlib.suppress(Enough):
                     run()
         for of_input in by_input.values():
-            of_input.add_up_(self.team)
+            of_input.all_reduce_(self.team)
         return sums
 
 
@@ -444,15 +454,13 @@ class _Sums:
         self.tokens += rows.shape[0]
         with without_autocast(rows.device):
             for statistic in self.statistics.values():
-                if isinstance(statistic, HeldGram):
-                    statistic.batch = batch
-                statistic.update(rows)
+                statistic.update(rows, batch)
 
-    def add_up_(self, team: Team) -> None:
+    def all_reduce_(self, team: Team) -> None:
         """Take in what the other processes have summed."""
         for statistic in self.statistics.values():
-            team.add_up_(statistic.sums)
-        counts = team.everyones((self.tokens, self._calls, self._inputs))
+            team.all_reduce_(statistic.sums)
+        counts = team.all_gather((self.tokens, self._calls, self._inputs))
         self.tokens, self._calls, self._inputs = map(sum, zip(*counts, strict=True))
 
     @property

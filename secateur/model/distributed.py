@@ -22,7 +22,7 @@ class Team:
     rank: int
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def raising_together(self) -> Iterator[None]:
         """What raises inside in one process raises in all, so that none waits for it in vain.
 
         Inside, a process works alone: no method of the team may be called there.
@@ -30,13 +30,13 @@ class Team:
         try:
             yield
         except Exception as error:
-            self.everyones(f"{type(error).__name__}: {error}")
+            self.all_gather(f"{type(error).__name__}: {error}")
             raise
-        for rank, reason in enumerate(self.everyones("")):
+        for rank, reason in enumerate(self.all_gather("")):
             if reason:
                 raise ValueError(f"process {rank} of {self.size} raised {reason}")
 
-    def everyones(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks."""
         if self.size == 1:
             return [value]
@@ -44,13 +44,13 @@ class Team:
         dist.all_gather_object(values, value)
         return values
 
-    def add_up_(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_(self, tensors: Iterable[Tensor]) -> None:
         """Every tensor becomes its sum over the processes, the same bits in all of them."""
         if self.size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def copy_from_(self, rank: int, tensor: Tensor) -> None:
+    def broadcast_(self, rank: int, tensor: Tensor) -> None:
         """The tensor becomes what it is in the process of that rank."""
         if self.size > 1:
             same = tensor.detach().contiguous()

@@ -81,7 +81,7 @@ def _gradients(
     weights = weights_of(layers)
     with (
         torch.inference_mode(False),
-        team.together(),
+        team.raising_together(),
         eval_mode(model),
         torch.enable_grad(),
         _differentiable(weights.values()),
@@ -263,11 +263,11 @@ def _detached(tree: Any) -> Any:
 
 def _average_(found: Mapping[str, Mapping[str, Tensor]], rows: int, team: Team) -> None:
     """Means over the rows of one process become those over all rows, and mean squares roots."""
-    share = rows / sum(team.everyones(rows))
+    share = rows / sum(team.all_gather(rows))
     for of_layer in found.values():
         for key, value in of_layer.items():
             if team.size > 1:
-                team.add_up_([value.mul_(share)])
+                team.all_reduce_([value.mul_(share)])
             if key == "regional_gradient":
                 value.sqrt_()
 

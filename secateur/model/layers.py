@@ -8,7 +8,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Shaped
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from secateur.core.weights import adapters, require_module, require_ordinary, tied_weights
 from secateur.core.wrappers import unwrapped
-from secateur.patterns import NM, Pattern
+from secateur.patterns import Pattern
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -104,10 +104,7 @@ def reading(module: nn.Module) -> Hashable:
 
 def pattern_for(module: nn.Module, pattern: Pattern) -> Pattern:
     """The pattern as the module's matrix has it: N:M starts anew at each position of a kernel."""
-    if not isinstance(module, nn.Conv2d) or not isinstance(pattern, NM):
-        return pattern
-    channels = module.weight.shape[1]
-    return replace(pattern, channels=channels if channels % pattern.m else None)
+    return pattern.on_kernel(module.weight.shape[1]) if isinstance(module, nn.Conv2d) else pattern
 
 
 def why_not_prunable(module: nn.Module) -> str | None:

@@ -17,7 +17,7 @@ from secateur.core.weights import require_module, why_not_ordinary
 from secateur.core.wrappers import unwrapped
 from secateur.model import layers as _layers
 from secateur.model.layers import Selector
-from secateur.patterns import NM, Pattern, as_pattern, parse
+from secateur.patterns import Pattern, as_pattern, parse
 
 PLAN_VERSION = 1
 
@@ -218,8 +218,6 @@ def _shape(name: str, module: nn.Module) -> tuple[int, int]:
 
 def _sparsity(pattern: Pattern, shape: tuple[int, int]) -> float:
     """What the pattern asks of this shape: N:M asks less of a width that m does not divide."""
-    if not isinstance(pattern, NM) or pattern.remainder == "error":
-        return pattern.sparsity
     zeros = sum((stop - start) * part.sparsity for start, stop, part in pattern.parts(shape))
     return zeros / shape[1]
 

@@ -6,7 +6,6 @@ a class here and one line in `STATISTICS`.
 
 import functools
 import inspect
-import zlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -21,13 +20,15 @@ T = TypeVar("T")
 @runtime_checkable
 class Statistic(Protocol):
     """A running sum: made for a number of inputs, updated with rows, read once at the end.
-    `sums` are added up over processes, where several calibrate together, before it is read.
+
+    `sums` are added up over processes, where several calibrate together, before it is read. A
+    batch is known by its number, counted over all processes.
     """
 
     @property
     def sums(self) -> tuple[Tensor, ...]: ...
 
-    def update(self, rows: Float[Tensor, "tokens in"]) -> None: ...
+    def update(self, rows: Float[Tensor, "tokens in"], batch: int) -> None: ...
 
     def value(self, tokens: int) -> Tensor: ...
 
@@ -42,7 +43,7 @@ class InputNorm:
     def sums(self) -> tuple[Tensor, ...]:
         return (self._sum,)
 
-    def update(self, rows: Float[Tensor, "tokens in"]) -> None:
+    def update(self, rows: Float[Tensor, "tokens in"], batch: int) -> None:
         self._sum += rows.float().square().sum(0)
 
     def value(self, tokens: int) -> Float[Tensor, " in"]:
@@ -64,7 +65,7 @@ class Gram:
     def sums(self) -> tuple[Tensor, ...]:
         return (self._sum,)
 
-    def update(self, rows: Float[Tensor, "tokens in"]) -> None:
+    def update(self, rows: Float[Tensor, "tokens in"], batch: int) -> None:
         if _for_tensor_cores(rows):
             self._sum += torch.mm(rows.T, rows, out_dtype=torch.float32)
         else:
@@ -103,15 +104,14 @@ class HeldGram:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._gram = Gram(in_features, device)
-        self.batch = 0  # whose rows come now, counted over all processes
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
         return self._gram.sums
 
-    def update(self, rows: Float[Tensor, "tokens in"]) -> None:
-        if is_held_out(self.batch):
-            self._gram.update(rows)
+    def update(self, rows: Float[Tensor, "tokens in"], batch: int) -> None:
+        if is_held_out(batch):
+            self._gram.update(rows, batch)
 
     def value(self, tokens: int) -> Float[Tensor, "in in"]:
         return self._gram.value(tokens)
@@ -150,37 +150,9 @@ def needed_by(function: Callable[..., Any], given: tuple[str, ...]) -> tuple[str
     return tuple(names)
 
 
-def call_with(function: Callable[..., T], available: Mapping[str, Any]) -> T:
-    """The function called with those of the available values that its parameters name."""
-    names = inspect.signature(function).parameters
-    return function(**{name: value for name, value in available.items() if name in names})
-
-
 def call(function: Callable[..., T], *arguments: Any) -> T:
-    """function(*arguments), computed anew: the `once` of an algorithm that is called by hand."""
+    """function(*arguments), computed anew: the `memo` of an algorithm that is called by hand."""
     return function(*arguments)
-
-
-def score(
-    criterion: Callable[..., Tensor],
-    layer: str,
-    weight: Float[Tensor, "out in"],
-    statistics: Mapping[str, Any],
-) -> Float[Tensor, "out in"]:
-    """The criterion's scores for a layer; `layer_seed` is made from the layer's name.
-
-    Raises:
-        ValueError: if they are not of the weight's shape, or NaN.
-    """
-    seed = zlib.crc32(layer.encode())
-    scores = call_with(criterion, {**statistics, "weight": weight, "layer_seed": seed})
-    if scores.shape != weight.shape or scores.isnan().any():
-        raise ValueError(
-            f"criterion {name_of(criterion)} needs to give {layer} a score of shape "
-            f"{tuple(weight.shape)} without NaN, got {tuple(scores.shape)} with "
-            f"{int(scores.isnan().sum())} NaN"
-        )
-    return scores
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -1,6 +1,7 @@
 """Block sparsity: tiles of rows x columns, kept or dropped as a whole."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -8,12 +9,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.patterns.keep import count_zeros, keep_top
-from secateur.patterns.pattern import as_sparsity, check_sparsity, where_first
+from secateur.patterns.pattern import (
+    Pattern,
+    as_fraction,
+    as_sparsity,
+    check_sparsity,
+    unreadable,
+    where_first,
+)
 from secateur.patterns.unstructured import COLUMNS_TOGETHER
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Pattern):
     """Tiles of `rows` outputs by `cols` inputs; the tiles of a layer compete for its budget.
 
     A tile's score is the mean of its weights' scores, summed in float32.
@@ -30,6 +38,17 @@ class Block:
 
     def __str__(self) -> str:
         return f"block:{self.rows}x{self.cols}@{self.sparsity:g}"
+
+    @property
+    def kind(self) -> str:
+        return f"block:{self.rows}x{self.cols}"
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return self.rows, self.cols
+
+    def at(self, sparsity: float) -> "Block":
+        return replace(self, sparsity=sparsity)
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
         if min(shape) > 0 and shape[0] % self.rows == 0 and shape[1] % self.cols == 0:
@@ -66,6 +85,15 @@ class Block:
             first, last = tile_rows * start // self.cols, tile_rows * stop // self.cols
             zeros = count_zeros(self.sparsity, last) - count_zeros(self.sparsity, first)
             yield start, stop, replace(self, sparsity=as_sparsity(zeros, last - first))
+
+    @classmethod
+    def parse(cls, text: str) -> "Block | None":
+        if not text.startswith("block:"):
+            return None
+        if not (found := re.fullmatch(r"block:(\d+)x(\d+)@([^@]+)", text)):
+            raise unreadable(text)
+        rows, cols, sparsity = found.groups()
+        return cls(int(rows), int(cols), as_fraction(sparsity, text))
 
     def _tiles(self, matrix: Tensor) -> Tensor:
         tiles: Tensor = matrix.unflatten(1, (-1, self.cols)).unflatten(0, (-1, self.rows))

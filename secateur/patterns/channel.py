@@ -1,18 +1,19 @@
 """Channel sparsity: whole outputs or whole inputs are zero, the shape stays."""
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.patterns.keep import count_zeros, keep_top
-from secateur.patterns.pattern import check_sparsity
+from secateur.patterns.pattern import Pattern, as_fraction, check_sparsity, unreadable
 
 
 @dataclass(frozen=True)
-class Channel:
+class Channel(Pattern):
     """Whole rows (`side="out"`) or columns (`side="in"`) of the weight are zero.
 
     A channel's score is the sum of its weights' scores, in float32. Removing the zero channels, so
@@ -29,6 +30,13 @@ class Channel:
 
     def __str__(self) -> str:
         return f"channels:{self.sparsity:g}" + ("@in" if self.side == "in" else "")
+
+    @property
+    def kind(self) -> str:
+        return f"channels@{self.side}"
+
+    def at(self, sparsity: float) -> "Channel":
+        return replace(self, sparsity=sparsity)
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
         return None if min(shape) > 0 else f"{self} needs a weight that is not empty, got {shape}"
@@ -49,3 +57,12 @@ class Channel:
 
     def parts(self, shape: tuple[int, int]) -> Iterator[tuple[int, int, "Channel"]]:
         yield 0, shape[1], self
+
+    @classmethod
+    def parse(cls, text: str) -> "Channel | None":
+        if not text.startswith("channels:"):
+            return None
+        if not (found := re.fullmatch(r"channels:([^@]+)(@(?:in|out))?", text)):
+            raise unreadable(text)
+        sparsity, side = found.groups()
+        return cls(as_fraction(sparsity, text), "in" if side == "@in" else "out")

@@ -1,5 +1,6 @@
 """N:M sparsity: at most n nonzeros in every m consecutive inputs."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,9 +16,14 @@ from secateur.patterns.unstructured import Unstructured
 
 Remainder = Literal["error", "dense", "pad"]
 
+# 1 - n / m, times m, is off a whole number by less.
+ROUNDING = 1e-9
+
+WRITTEN = r"(\d+):(\d+)(?:@(dense|pad)-remainder)?(?:@channels(\d+))?"
+
 
 @dataclass(frozen=True)
-class NM:
+class NM(Pattern):
     """At most `n` nonzeros in every `m` consecutive weights along the input dim.
 
     `n` is what is *kept* (NVIDIA's and most papers' notation; some tools prune n). 2:4 is what
@@ -52,6 +58,17 @@ class NM:
     @property
     def sparsity(self) -> float:
         return 1 - self.n / self.m
+
+    @property
+    def kind(self) -> str:
+        return str(self).replace(f"{self.n}:", "N:", 1)
+
+    def at(self, sparsity: float) -> "NM":
+        dropped = int(sparsity * self.m + ROUNDING)
+        return replace(self, n=max(1, self.m - dropped))
+
+    def on_kernel(self, channels: int) -> "NM":
+        return replace(self, channels=channels if channels % self.m else None)
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
         name = replace(self, channels=None)
@@ -100,6 +117,21 @@ class NM:
                 filled = NM(min(self.n, rest), rest)
                 stop = run + width
                 yield stop - rest, stop, filled if self.remainder == "pad" else last
+
+    def groups(self, columns: int) -> Iterator[tuple[int, int]]:
+        width = self._width(columns)
+        whole = width if self.remainder == "pad" else width - width % self.m
+        for run in range(0, columns, width):
+            for start in range(run, run + whole, self.m):
+                yield start, min(start + self.m, run + width)
+
+    @classmethod
+    def parse(cls, text: str) -> "NM | None":
+        if not (found := re.fullmatch(WRITTEN, text)):
+            return None
+        n, m, rest, channels = found.groups()
+        remainder: Remainder = "dense" if rest == "dense" else "pad" if rest == "pad" else "error"
+        return cls(int(n), int(m), remainder, int(channels) if channels else None)
 
     def _width(self, columns: int) -> int:
         return columns if self.channels is None else self.channels

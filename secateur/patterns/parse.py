@@ -1,15 +1,16 @@
-"""Patterns as short strings, read in this one place; `str(pattern)` writes them."""
+"""Patterns as short strings: each class reads its own, `str(pattern)` writes them."""
 
 import difflib
 import re
 
 from secateur.patterns.block import Block
 from secateur.patterns.channel import Channel
-from secateur.patterns.nm import NM, Remainder
-from secateur.patterns.pattern import Pattern
+from secateur.patterns.nm import NM
+from secateur.patterns.pattern import EXAMPLES, Pattern
 from secateur.patterns.unstructured import Unstructured
 
-EXAMPLES = "'2:4', '4:8', 'unstructured:0.6', 'block:64x64@0.8' or 'channels:0.25'"
+# What `parse` knows; a pattern that is added has its line here.
+PATTERNS: tuple[type[Pattern], ...] = (NM, Unstructured, Block, Channel)
 
 
 def as_pattern(given: Pattern | str) -> Pattern:
@@ -39,36 +40,10 @@ def parse(text: str) -> Pattern:
     Raises:
         ValueError: if the string is none of these, with the part that is wrong.
     """
-    if match := re.fullmatch(r"(\d+):(\d+)(?:@(dense|pad)-remainder)?(?:@channels(\d+))?", text):
-        n, m, rest, channels = match.groups()
-        remainder: Remainder = "dense" if rest == "dense" else "pad" if rest == "pad" else "error"
-        return NM(int(n), int(m), remainder, int(channels) if channels else None)
-    kind, _, rest = text.partition(":")
-    if kind == "unstructured":
-        if match := re.fullmatch(r"([^@]+)(?:@(row|layer|group(\d+)))?", rest):
-            sparsity, scope, size = match.groups()
-            if size:
-                return Unstructured(_fraction(sparsity, text), "group", int(size))
-            return Unstructured(_fraction(sparsity, text), "layer" if scope == "layer" else "row")
-    elif kind == "block":
-        if match := re.fullmatch(r"(\d+)x(\d+)@([^@]+)", rest):
-            rows, cols, sparsity = match.groups()
-            return Block(int(rows), int(cols), _fraction(sparsity, text))
-    elif kind == "channels":
-        if match := re.fullmatch(r"([^@]+)(@(?:in|out))?", rest):
-            sparsity, side = match.groups()
-            return Channel(_fraction(sparsity, text), "in" if side == "@in" else "out")
-    else:
-        close = difflib.get_close_matches(kind, ["unstructured", "block", "channels"], n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown pattern {text!r}: {hint}Patterns look like {EXAMPLES}")
-    raise ValueError(f"cannot read {rest!r} in the pattern {text!r}: patterns look like {EXAMPLES}")
-
-
-def _fraction(number: str, text: str) -> float:
-    try:
-        if number.endswith("%"):
-            return float(number[:-1]) / 100
-        return float(number)
-    except ValueError:
-        raise ValueError(f"cannot read the sparsity {number!r} in the pattern {text!r}") from None
+    for pattern in PATTERNS:
+        if (found := pattern.parse(text)) is not None:
+            return found
+    kind = text.partition(":")[0]
+    close = difflib.get_close_matches(kind, re.findall("'([a-z]+):", EXAMPLES), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"unknown pattern {text!r}: {hint}Patterns look like {EXAMPLES}")

@@ -1,5 +1,6 @@
 """Unstructured sparsity: every weight has a mask bit of its own."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,7 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.patterns.keep import count_zeros, keep_top
-from secateur.patterns.pattern import as_sparsity, check_sparsity, where_first
+from secateur.patterns.pattern import (
+    Pattern,
+    as_fraction,
+    as_sparsity,
+    check_sparsity,
+    unreadable,
+    where_first,
+)
 
 Scope = Literal["group", "row", "layer"]
 
@@ -18,7 +26,7 @@ COLUMNS_TOGETHER = 128
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Pattern):
     """Any position may be zero; the `scope` says which weights compete for one budget.
 
     `row`: the inputs of one output (Wanda's comparison group). `layer`: the whole matrix. `group`:
@@ -39,6 +47,13 @@ class Unstructured:
     def __str__(self) -> str:
         suffix = {"row": "", "layer": "@layer", "group": f"@group{self.group_size}"}[self.scope]
         return f"unstructured:{self.sparsity:g}{suffix}"
+
+    @property
+    def kind(self) -> str:
+        return str(replace(self, sparsity=0.0))
+
+    def at(self, sparsity: float) -> "Unstructured":
+        return replace(self, sparsity=sparsity)
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
         return None if min(shape) > 0 else f"{self} needs a weight that is not empty, got {shape}"
@@ -85,3 +100,19 @@ class Unstructured:
             before, until = (count_zeros(self.sparsity, budget_rows * c) for c in (start, stop))
             sparsity = as_sparsity(until - before, budget_rows * (stop - start))
             yield start, stop, replace(self, sparsity=sparsity)
+
+    def groups(self, columns: int) -> Iterator[tuple[int, int]]:
+        width = self.group_size if self.scope == "group" else columns
+        for start in range(0, columns, width):
+            yield start, min(start + width, columns)
+
+    @classmethod
+    def parse(cls, text: str) -> "Unstructured | None":
+        if not text.startswith("unstructured:"):
+            return None
+        if not (found := re.fullmatch(r"unstructured:([^@]+)(?:@(row|layer|group(\d+)))?", text)):
+            raise unreadable(text)
+        sparsity, scope, size = found.groups()
+        if size:
+            return cls(as_fraction(sparsity, text), "group", int(size))
+        return cls(as_fraction(sparsity, text), "layer" if scope == "layer" else "row")

@@ -27,7 +27,7 @@ from secateur.model.gradients import Loss
 from secateur.model.layers import weight_of
 from secateur.model.plan import Plan, as_plan, match
 from secateur.patterns import Pattern
-from secateur.prune.passes import reconstruction
+from secateur.prune.passes import pass_over_, reconstruction
 from secateur.prune.preconditions import require_sound
 from secateur.reconstruct import (
     Blockwise,
@@ -98,7 +98,7 @@ def _decompose(
         raise ValueError("decompose_ runs in one process: start it without torchrun")
     model = unwrapped(model)
     plan = as_plan(model, plan)
-    run = reconstruction(model, plan, algorithm, loss)
+    made = reconstruction(model, plan, algorithm, loss)
     layers = match(model, plan)
     require_sound(layers)
     for name, module in layers.items():
@@ -112,7 +112,7 @@ def _decompose(
     dense = model.state_dict() | {n: w.to("cpu", copy=True) for n, w in weights.items()}
     undo.remember({name: weight_of(module) for name, module in layers.items()})
     with _low_rank_parts_beside(model, plan, layers, listed, rank, offload):
-        run(listed, offload, checkpoint)
+        pass_over_(made, listed, undo, offload=offload, checkpoint=checkpoint)
     undo.call(functools.partial(shutil.rmtree, folder, ignore_errors=True))
     report = compensate(model, dense, listed, folder, rank=rank, offload=offload)
     return replace(report, seconds=time.perf_counter() - begin)

@@ -20,18 +20,19 @@ from secateur.core.float64 import in_float64
 from secateur.core.tables import text_table
 from secateur.core.undo import all_or_nothing
 from secateur.core.wrappers import unwrapped
-from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, hooks, tensors_of
-from secateur.model.calibrate import as_list, observe
-from secateur.model.gradients import Loss, gradients
+from secateur.model.calibrate import as_list
+from secateur.model.gradients import Loss
 from secateur.model.layers import weight_of
 from secateur.model.outputs import answer, eval_mode
 from secateur.model.plan import Plan, as_plan, match
-from secateur.model.statistics import STATISTICS, needed_by, score
+from secateur.model.statistics import needed_by
 from secateur.patterns import Pattern
 from secateur.prune.free_dimensions import FREE, Free, Pair, find_pairs
 from secateur.prune.permutation import find_permutation, kept_score
 from secateur.prune.preconditions import require_sound
+from secateur.reconstruct.methods import CRITERION_GIVEN
+from secateur.reconstruct.scores import scores
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def permute_(
     begin = time.perf_counter()
     model = unwrapped(model)
     plan = as_plan(model, plan)
-    needs = needed_by(criterion, given=("weight", "layer_seed"))
+    needed_by(criterion, given=CRITERION_GIVEN)  # which refuses what is no criterion
     listed = as_list(batches)
     require_sound(match(model, plan))
     pairs, left = find_pairs(model, plan.layers, free)
@@ -116,7 +117,11 @@ def permute_(
             f"permute_ needs a layer with free inputs, none of the {len(left)} planned has: "
             f"{name}: {reason}"
         )
-    orders = _orders(model, pairs, criterion, needs, listed, loss)
+    consumers = {name: pair.consumer for name, pair in pairs.items()}
+    orders = {
+        name: _order(pairs[name], found)
+        for name, found in scores(model, consumers, criterion, listed, loss)
+    }
     done = {}
     with all_or_nothing() as undo, torch.no_grad(), eval_mode(model):
         for name, pair in pairs.items():
@@ -136,34 +141,6 @@ def permute_(
 
 
 # --- the orders, and whether they change nothing -------------------------------------------------
-
-
-def _orders(
-    model: nn.Module,
-    pairs: Mapping[str, Pair],
-    criterion: Callable[..., Tensor],
-    needs: Sequence[str],
-    batches: Sequence[Batch],
-    loss: Loss | None,
-) -> dict[str, tuple[Int[Tensor, "heads width"], float, float]]:
-    """For each consumer the order, and the shares of its score kept before and after."""
-    layers = {name: pair.consumer for name, pair in pairs.items()}
-    by_gradient = gradients(model, layers, batches, needs, loss)
-    orders = {}
-
-    def order(name: str, statistics: Mapping[str, Tensor]) -> None:
-        weight = _layers.matrix(layers[name]).detach().float()
-        available = {"weight": weight, **statistics, **by_gradient.pop(name)}
-        orders[name] = _order(pairs[name], score(criterion, name, weight, available))
-
-    if sums := [name for name in needs if name in STATISTICS]:
-        for observed in observe(model, layers, batches, sums, sequential=False):
-            for name, statistics in observed.statistics.items():
-                order(name, statistics)
-    else:
-        for name in layers:
-            order(name, {})
-    return orders
 
 
 def _order(

@@ -1,28 +1,29 @@
 """The verbs of the front half: `prune_`, `reconstruct_` and `check`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.core.undo import all_or_nothing
 from secateur.core.wrappers import unwrapped
 from secateur.criteria import magnitude
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch
 from secateur.model.gradients import Loss
 from secateur.model.plan import Plan, as_plan, match
-from secateur.model.statistics import name_of, needed_by, score
 from secateur.patterns import Pattern
-from secateur.prune.passes import Run, reconstruction
-from secateur.prune.preconditions import require_kind, require_sound
+from secateur.prune.passes import Pass, pass_over_, reconstruction
+from secateur.prune.preconditions import require_sound
 from secateur.prune.report import LayerResult, PruneReport
 from secateur.reconstruct import Blockwise, Solution
+from secateur.reconstruct.methods import bind_criterion
 
 __all__ = ["LayerResult", "PruneReport", "check", "prune_", "reconstruct_"]
 
 
+@torch.inference_mode(False)  # the user's own would forbid training, and writing to weights
 def prune_(
     model: nn.Module,
     plan: Plan | Pattern | str,
@@ -55,19 +56,14 @@ def prune_(
         MemoryError: if there is no room for what a layer, which is named, needs; on a GPU it is a
             torch.OutOfMemoryError.
     """
-    require_kind(criterion, is_algorithm=False)
-    needs = needed_by(criterion, given=("weight", "layer_seed"))
-
-    def solve(available: Mapping[str, Any], name: str) -> Solution:
-        weight = available["weight"]
-        mask = available["pattern"].mask(score(criterion, name, weight, available))
-        return Solution(weight.masked_fill(~mask, 0), mask)
-
+    method = bind_criterion(criterion)
     model = unwrapped(model)
-    run = Run(model, as_plan(model, plan), name_of(criterion), needs, solve, loss, False)
-    return run(batches, offload, checkpoint)
+    made = Pass(model, as_plan(model, plan), method, loss)
+    with all_or_nothing() as undo:
+        return pass_over_(made, batches, undo, offload=offload, checkpoint=checkpoint)
 
 
+@torch.inference_mode(False)
 def reconstruct_(
     model: nn.Module,
     plan: Plan | Pattern | str,
@@ -90,8 +86,9 @@ def reconstruct_(
             by Ctrl-C, the model is left as it was.
     """
     model = unwrapped(model)
-    run = reconstruction(model, as_plan(model, plan), algorithm, loss)
-    return run(batches, offload, checkpoint)
+    made = reconstruction(model, as_plan(model, plan), algorithm, loss)
+    with all_or_nothing() as undo:
+        return pass_over_(made, batches, undo, offload=offload, checkpoint=checkpoint)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def alps(
     held_gram: Float[Tensor, "in in"] | None = None,
     *,
     damping: float | None = None,
-    once: Callable[..., Any] = call,
+    memo: Callable[..., Any] = call,
 ) -> Solution:
     """The weight with the pattern's zeros where ADMM finds that they cost least, then refitted.
 
@@ -49,7 +49,7 @@ def alps(
     projection. The damping is `DAMPING` for the mask, and for the refit the one that the held-out
     part of the data chooses; where it is given, it is that for both.
 
-    Cost: O(in^3), for the eigenvectors, which layers with the same input share (`once`), and two
+    Cost: O(in^3), for the eigenvectors, which layers with the same input share (`memo`), and two
         products with an in x in matrix an iteration, 300 at most; 8 out in + 6 in^2 in float32
         memory; then that of the refit.
     Raises:
@@ -57,7 +57,7 @@ def alps(
     Source: Meng et al., NeurIPS 2024, arXiv:2406.07831.
     """
     for_mask = DAMPING if damping is None else damping
-    L, Q = once(_eigenvectors, gram, for_mask)
+    L, Q = memo(_eigenvectors, gram, for_mask)
     A, n = normalised(gram, for_mask, torch.float32)
     start = weight.float() * n
     WA = start @ A

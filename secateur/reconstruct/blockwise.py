@@ -75,9 +75,9 @@ class Blockwise:
 
         They are those of `train_`, on copies of the weights: the layers stay as they are.
         """
-        run = _Run(half, layers, masks, ALONE)
-        optimizer = run.optimizer()
-        return partial(run.step, optimizer, 0), partial(run.held_out_error, [0])
+        training = _Training(half, layers, masks, ALONE)
+        optimizer = training.optimizer()
+        return partial(training.step, optimizer, 0), partial(training.held_out_error, [0])
 
     def train_(
         self,
@@ -93,31 +93,31 @@ class Blockwise:
         best weights seen, the start among them: the second error is never above the first.
         The processes of a `team` take a batch each at every step, and the mean of their gradients.
         """
-        run = _Run(half, layers, masks, team)
-        counts = team.everyones(len(half.targets))
+        training = _Training(half, layers, masks, team)
+        counts = team.all_gather(len(half.targets))
         first = sum(counts[: team.rank])  # as held-out Gram matrices count batches
         held_out = [b for b in range(len(half.targets)) if is_held_out(first + b)]
         trained = [b for b in range(len(half.targets)) if b not in held_out]
-        best = {name: w.detach().clone() for name, w in run.weights.items()}
-        before = after = run.held_out_error(held_out)
-        longest = max(team.everyones(len(trained)))
+        best = {name: w.detach().clone() for name, w in training.weights.items()}
+        before = after = training.held_out_error(held_out)
+        longest = max(team.all_gather(len(trained)))
         steps = self.epochs * longest
         with tqdm(total=steps, desc=printable(half.name), leave=False, disable=None) as bar:
-            optimizer = run.optimizer()
+            optimizer = training.optimizer()
             for epoch in range(self.epochs):
                 for step, b in enumerate(_shuffled(trained, epoch, longest), epoch * longest):
                     rate = self.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["scale"]
-                    run.step(optimizer, b)
+                    training.step(optimizer, b)
                     bar.update()
-                now = run.held_out_error(held_out)
+                now = training.held_out_error(held_out)
                 if now < after:
                     after = now
-                    for name, weight in run.weights.items():
+                    for name, weight in training.weights.items():
                         best[name].copy_(weight.detach())
         if after < before:
-            for name, stored in run.stored(best).items():
+            for name, stored in training.stored(best).items():
                 weight_of(layers[name]).copy_(stored)
         return before, after
 
@@ -168,7 +168,7 @@ def blockwise(
     return Blockwise(method if chooses else refit(method), epochs, learning_rate, distil)
 
 
-class _Run:
+class _Training:
     """A half-block with weights in float32 that are trained in place of the stored ones."""
 
     def __init__(
@@ -219,7 +219,7 @@ class _Run:
 
     def add_gradients(self, batch: int | None) -> None:
         """Give the weights the mean of the processes' gradients, each of a batch if it has one."""
-        with self._team.together():
+        with self._team.raising_together():
             if batch is not None and (error := self.error(batch)).requires_grad:
                 error.backward()  # else nothing of the batch came through a trained weight
         if self._team.size == 1:
@@ -230,7 +230,7 @@ class _Run:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        self._team.add_up_([counted, *gradients])
+        self._team.all_reduce_([counted, *gradients])
         for gradient in gradients:
             gradient /= counted
 
@@ -238,10 +238,10 @@ class _Run:
     def held_out_error(self, batches: Sequence[int]) -> float:
         """The mean of the batches' errors, of those of all processes."""
         sums = torch.zeros(2, device=self._half.device, dtype=torch.float32)
-        with self._team.together():
+        with self._team.raising_together():
             for b in batches:
                 sums += torch.stack([self.error(b), sums.new_ones(())])
-        self._team.add_up_([sums])
+        self._team.all_reduce_([sums])
         return float(sums[0] / sums[1])
 
     def _of_targets(self) -> Float[Tensor, ""]:
@@ -254,7 +254,7 @@ class _Run:
             n += y.numel()
             total += in_float64(y.sum())
             squares += in_float64(y.square().sum())
-        self._team.add_up_([n, total, squares])
+        self._team.all_reduce_([n, total, squares])
         variance = squares / n - (total / n).square()
         return variance.clamp(min=torch.finfo(torch.float32).tiny).float().to(device)
 

@@ -12,12 +12,12 @@ from secateur.model.blocks import Batch, find_chains, hooks, tensors_of
 from secateur.model.half_blocks import first_tensor
 from secateur.model.layers import weight_of
 from secateur.model.outputs import answer, eval_mode
-from secateur.model.statistics import STATISTICS, is_held_out, needed_by
+from secateur.model.statistics import STATISTICS, is_held_out
 from secateur.patterns import Pattern
 from secateur.reconstruct.alps import alps
 from secateur.reconstruct.blockwise import Blockwise, blockwise
+from secateur.reconstruct.methods import bind_algorithm
 from secateur.reconstruct.rehearsal import (
-    GIVEN,
     Stage,
     rehearse,
     seconds_of_a_forward,
@@ -94,7 +94,7 @@ def estimate(
         ValueError: as `reconstruct_`, if the model cannot run the first batch; if the method asks
             for gradients.
     """
-    needs = needed_by(method.method, given=GIVEN)
+    needs = bind_algorithm(method.method).needs
     if gradients := [name for name in needs if name not in STATISTICS]:
         raise ValueError(f"estimate has no gradients, {method.name} needs {gradients[0]}: use alps")
     weight = weight_of(next(iter(layers.values())))
@@ -118,6 +118,21 @@ def estimate(
         at_the_end = distilling_bytes(stages, parameters, outputs, weight.itemsize)
         bytes = max(bytes + parameters * weight.itemsize, at_the_end)
     return Estimate(seconds, bytes, str(weight.device))
+
+
+def foretold(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    patterns: Mapping[str, Pattern],
+    batches: Sequence[Batch],
+    method: Blockwise,
+    *,
+    offload: bool,
+) -> Estimate | None:
+    """The estimate, for a method whose memory is counted here, as that of the presets is."""
+    if method.method is not alps:
+        return None
+    return estimate(model, layers, patterns, batches, method, offload=offload)
 
 
 def peak_bytes(stages: Sequence[Stage], hidden: int, itemsize: int) -> int:

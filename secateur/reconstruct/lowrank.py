@@ -154,8 +154,7 @@ def compensate(
     begin = time.perf_counter()
     require_new(Path(folder))
     model = unwrapped(model)
-    dense = unwrapped(dense) if isinstance(dense, nn.Module) else dense
-    weights = _lost(model, dense)
+    weights = _lost(model, unwrapped(dense) if isinstance(dense, nn.Module) else dense)
     layers = {name: model.get_submodule(name) for name in weights}
     parameters = sum(p.numel() for p in model.parameters())
     nonzeros = sum(int(p.count_nonzero()) for p in model.parameters())
@@ -168,16 +167,13 @@ def compensate(
         stack.enter_context(contextlib.closing(seen))
         for observed in seen:
             for name, statistics in observed.statistics.items():
-                W, S, gram = weights[name], _layers.matrix(layers[name]), statistics["gram"]
-                W = W.to(S.device)
-                B, A = (f.to(S) for f in compensation(in_float64(W), S, gram, rank, damping))
+                module, gram = layers[name], statistics["gram"]
+                B, A, before, after = _compensated(weights[name], module, gram, rank, damping)
                 factors[name] = B, A
-                hook = layers[name].register_forward_hook(adding(B, A), with_kwargs=True)
+                hook = module.register_forward_hook(adding(B, A), with_kwargs=True)
                 stack.callback(hook.remove)
-                both = in_float64(B) @ in_float64(A)
-                before, after = _errors(in_float64(W), in_float64(S), both, gram)
-                count = B.numel() + A.numel()
-                results[name] = Compensated(name, count, before, after, observed.tokens[name])
+                tokens = observed.tokens[name]
+                results[name] = Compensated(name, B.numel() + A.numel(), before, after, tokens)
                 bar.update()
     write_adapter(
         Path(folder),
@@ -188,6 +184,21 @@ def compensate(
     )
     in_order = tuple(results[name] for name in layers)
     return CompensationReport(rank, in_order, parameters, nonzeros, time.perf_counter() - begin)
+
+
+def _compensated(
+    dense: Float[Tensor, "out in"],
+    module: nn.Module,
+    gram: Float[Tensor, "in in"],
+    rank: int,
+    damping: float,
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"], float, float]:
+    """The factors of a layer in its own dtype, and its error without and with them."""
+    S = _layers.matrix(module)
+    W = in_float64(dense.to(S.device))
+    B, A = (factor.to(S) for factor in compensation(W, S, gram, rank, damping))
+    before, after = _errors(W, in_float64(S), in_float64(B) @ in_float64(A), gram)
+    return B, A, before, after
 
 
 def _lost(

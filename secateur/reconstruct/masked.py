@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from secateur.model.statistics import call_with, name_of, needed_by, score
+from secateur.model.statistics import name_of, needed_by
+from secateur.reconstruct.methods import bind
 from secateur.reconstruct.solution import Solution
 
 
@@ -26,21 +27,18 @@ def on_mask_of(
             f"{wrapper} takes a criterion or an algorithm such as sc.wanda, got {method!r}: for a "
             f"mask at hand use secateur.reconstruct.{at_hand}"
         )
-    parameters = inspect.signature(method).parameters
-    chooses = "pattern" in parameters
+    chooser = bind(method)
+    wanted = inspect.signature(finish).parameters
 
     def algorithm(**statistics: Any) -> Solution:
-        weight, pattern = statistics["weight"], statistics["pattern"]
-        if chooses:
-            _, mask, before = call_with(method, statistics)
-        else:
-            mask = pattern.mask(score(method, statistics["layer"], weight, statistics))
-            before = ""
-        found = call_with(finish, {**statistics, "mask": mask})
+        _, mask, before = chooser.solve(statistics)
+        known = {**statistics, "mask": mask}
+        found = finish(**{name: value for name, value in known.items() if name in wanted})
         notes = dict.fromkeys([*before.split("; "), *found.note.split("; ")])
         return found._replace(note="; ".join(filter(None, notes)))
 
-    asked = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in parameters.values()}
+    parameters = inspect.signature(method).parameters.values()
+    asked = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in parameters}
     asked.pop("layer_seed", None)  # made from the layer's name
     also = needed_by(finish, given=("weight", "mask", "pattern"))
     for name in ("weight", *also, "pattern", "layer"):

@@ -16,20 +16,21 @@ from statistics import median
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, arguments_of, run_batch, to_device
 from secateur.model.calibrate import Observed, observe
-from secateur.model.half_blocks import first_tensor
+from secateur.model.half_blocks import HalfBlock, first_tensor
 from secateur.model.layers import weight_of
 from secateur.model.outputs import divergence, eval_mode
-from secateur.model.statistics import HELD_OUT, Gram, call_with, needed_by
+from secateur.model.statistics import HELD_OUT, STATISTICS
 from secateur.patterns import Pattern
 from secateur.reconstruct.blockwise import Blockwise
+from secateur.reconstruct.methods import bind_algorithm
 
-GIVEN = ("weight", "pattern", "dtype", "layer")  # what a method gets that is no statistic
 # Kinds of blocks, and of stages, of which one each is rehearsed: those with most work.
 KINDS = 4
 ENOUGH = 4  # tokens for each input of a layer that is solved
@@ -132,11 +133,8 @@ def rehearse(
     passes: dict[str, Passes] = {}
     solved: dict[str, Solved] = {}
     masks: dict[str, Tensor] = {}
-    needs = needed_by(method.method, given=GIVEN)
-    needed = max(
-        ENOUGH * stage.inputs / stage.tokens for stage in stages if stage.layers[0] in planned
-    )
-    some = [*batches, *batches][: max(2, min(math.ceil(needed), len(batches)))]
+    needs = bind_algorithm(method.method).needs
+    some = _enough([stage for stage in stages if stage.layers[0] in planned], batches)
     source = observe(model, planned, some, needs, sequential=True, halves=True)
     with contextlib.closing(source):
         for observed in source:
@@ -151,12 +149,9 @@ def rehearse(
             for name in stage.layers:
                 if name not in masks:
                     masks[name] = patterns[name].mask(_layers.matrix(planned[name]).float().abs())
-            one = Passes(batch=_summing(stage, planned, len(some), "held_gram" in needs))
+            one = Passes(batch=_summing(stage, planned, len(some), needs))
             if half is not None and half.layers[-1] in stage.layers:
-                with method.room_for(half):
-                    step, look = map(_seconds, method.rehearsal(half, planned, masks))
-                forward = _seconds(partial(half.output, 0, {})) if half.end is None else 0.0
-                one = one.plus(Passes(forward, 0.0, step, look))
+                one = one.plus(_training(half, planned, method, masks))
             passes[stage.block] = passes.get(stage.block, Passes()).plus(one)
     for block, one in passes.items():
         # A block is recorded, runs densely and passes on; without blocks the whole model runs.
@@ -167,6 +162,25 @@ def rehearse(
         [passes[shown[block]].times(work[block] / work[shown[block]]) for block in blocks],
         sum(solved[solved_by[stage.layers[0]]].of(stage) for stage in stages),
     )
+
+
+def _enough(stages: Sequence[Stage], batches: Sequence[Batch]) -> list[Batch]:
+    """As many batches, at least two, as give `ENOUGH` tokens for each input of these stages."""
+    needed = max(ENOUGH * stage.inputs / stage.tokens for stage in stages)
+    return [*batches, *batches][: max(2, min(math.ceil(needed), len(batches)))]
+
+
+def _training(
+    half: HalfBlock,
+    layers: Mapping[str, nn.Module],
+    method: Blockwise,
+    masks: Mapping[str, Bool[Tensor, "out in"]],
+) -> Passes:
+    """What training the half-block takes for a batch, and a forward of its block if it ends it."""
+    with method.room_for(half):
+        step, look = map(_seconds, method.rehearsal(half, layers, masks))
+    forward = _seconds(partial(half.output, 0, {})) if half.end is None else 0.0
+    return Passes(forward, 0.0, step, look)
 
 
 def seconds_of_a_forward(model: nn.Module, batch: Batch) -> float:
@@ -258,13 +272,16 @@ def _reached(inside: Sequence[Stage]) -> float:
     return reached
 
 
-def _summing(stage: Stage, layers: Mapping[str, nn.Module], batches: int, held: bool) -> float:
+def _summing(
+    stage: Stage, layers: Mapping[str, nn.Module], batches: int, needs: Sequence[str]
+) -> float:
     """Seconds to sum up a batch's inputs of the stage, which was observed on so many batches."""
     weight = weight_of(layers[stage.layers[0]])
-    gram = Gram(stage.inputs, weight.device)
+    sums = [STATISTICS[name](stage.inputs, weight.device) for name in needs]
     tokens = stage.tokens // batches
     rows = torch.zeros(tokens, stage.inputs, dtype=weight.dtype, device=weight.device)
-    return _seconds(partial(gram.update, rows)) * (1 + held / HELD_OUT)
+    fitted, held_out = (sum(_seconds(partial(s.update, rows, b)) for s in sums) for b in (0, 1))
+    return fitted + (held_out - fitted) / HELD_OUT
 
 
 def _solve(
@@ -289,7 +306,7 @@ def _solve(
         }
 
         @functools.cache
-        def once(function: Callable[..., Any], *arguments: Any) -> Any:
+        def memo(function: Callable[..., Any], *arguments: Any) -> Any:
             nonlocal shared
             begin = _now()
             result = function(*arguments)
@@ -300,9 +317,9 @@ def _solve(
         begin = _now()
         for name in stage.layers:
             weight = _matrix(layers, name).float()[:out, :columns].clone()
-            available = {"weight": weight, "pattern": patterns[name], "layer": name, "once": once}
+            available = {"weight": weight, "pattern": patterns[name], "layer": name, "memo": memo}
             available["dtype"] = weight_of(layers[name]).dtype
-            found[name] = call_with(method.method, {**available, **given}).mask
+            found[name] = bind_algorithm(method.method).solve({**available, **given}).mask
         return shared, _now() - begin - shared, found
 
     def fits(out: int, columns: int) -> bool:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.model.statistics import call
-from secateur.patterns import NM, Pattern
+from secateur.patterns import Pattern
 from secateur.patterns.grids import Grid
 from secateur.patterns.keep import PAIRWISE_WIDTH
 from secateur.reconstruct.solution import Solution
@@ -52,7 +52,7 @@ def sparsegpt(
     damping: float = 0.01,
     grid: Grid | None = None,
     dtype: torch.dtype | None = None,
-    once: Callable[..., Any] = call,
+    memo: Callable[..., Any] = call,
 ) -> Solution:
     """The weight with the pattern's zeros and kept weights moved so that its outputs change least.
 
@@ -68,25 +68,25 @@ def sparsegpt(
     weight's own), so that packing finds the grid again and loses nothing.
 
     Cost: O(in^3 + out in^2) time, the O(in^3) once for layers with the same input, which share the
-        factor (`once`); 3 in^2 + 3 out in float32 memory; with a grid out in more, and with one
+        factor (`memo`); 3 in^2 + 3 out in float32 memory; with a grid out in more, and with one
         scale a row the walk twice. On a GPU the walk's launches are captured for each shape of a
         layer; the last eight captures stay, with 1152 bytes an output each.
     Raises:
         ValueError: if H has no Cholesky factor even with the damping raised a million times.
     """
     dead = gram.diagonal() == 0
-    U, note = once(_upper_factor, gram, damping)
+    U, note = memo(_upper_factor, gram, damping)
     W = weight.float().T.contiguous()
     W[dead] = 0
-    walk = _Walk(W, U, grid, dtype or weight.dtype, _can_capture(W))
-    walk.run(_runs(list(pattern.parts((weight.shape[0], weight.shape[1]))), grid))
+    sweep = _Sweep(W, U, grid, dtype or weight.dtype, _can_capture(W))
+    sweep.run(_runs(list(pattern.parts((weight.shape[0], weight.shape[1]))), grid))
     if dead.any():
         note = "; ".join(filter(None, [note, f"{int(dead.sum())} inputs were never active"]))
-    M = walk.M.T.contiguous()
+    M = sweep.M.T.contiguous()
     return Solution(W.T.masked_fill(~M, 0).to(weight.dtype), M, note)
 
 
-class _Walk:
+class _Sweep:
     """The walk over the columns; W, E and M are transposed, so that a column is contiguous.
 
     `scales` are those of the run of columns that the walk is in, which starts at `first`; without
@@ -213,7 +213,7 @@ class _Walk:
 @lru_cache(maxsize=8)  # a block of a language model has about four
 def _chunk(
     columns: int, outputs: int, parts: tuple[Part, ...], stream: torch.cuda.Stream, precision: str
-) -> tuple[_Walk, Callable[[], None]]:
+) -> tuple[_Sweep, Callable[[], None]]:
     """A walk over buffers of its own, and the graph that prunes the parts or eliminates in them.
 
     A graph works where it was captured: what it is to work on is copied there, and the result back,
@@ -222,9 +222,9 @@ def _chunk(
     with torch.inference_mode(False):  # or these could not be written to outside of it
         W = torch.zeros(columns, outputs, dtype=torch.float32, device=stream.device)
         U = torch.eye(columns, dtype=torch.float32, device=stream.device).T  # a factor's layout
-        walk = _Walk(W, U, None, W.dtype, in_graphs=False)
-        run = partial(walk.prune, list(parts)) if parts else partial(walk.eliminate, 0, columns)
-        return walk, _captured(run, stream)
+        sweep = _Sweep(W, U, None, W.dtype, in_graphs=False)
+        run = partial(sweep.prune, list(parts)) if parts else partial(sweep.eliminate, 0, columns)
+        return sweep, _captured(run, stream)
 
 
 def _captured(run: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
@@ -256,8 +256,9 @@ def _can_capture(W: Float[Tensor, "in out"]) -> bool:
 
 def _is_launches_alone(part: Part) -> bool:
     """Whether the part's mask is chosen without a synchronisation, which cannot be captured."""
-    pattern = part[2]
-    return type(pattern) is NM and pattern.m <= PAIRWISE_WIDTH
+    start, stop, pattern = part
+    groups = list(pattern.groups(stop - start))
+    return bool(groups) and all(b - a <= PAIRWISE_WIDTH for a, b in groups)
 
 
 def _runs(parts: list[Part], grid: Grid | None) -> list[list[Part]]:

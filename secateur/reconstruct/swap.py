@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.core.float64 import float64_device, in_float64
-from secateur.patterns import NM, Pattern, Unstructured
+from secateur.patterns import Pattern
 from secateur.reconstruct.masked import on_mask_of
 from secateur.reconstruct.refit import require_gram
 from secateur.reconstruct.solution import Solution
@@ -69,7 +69,7 @@ def swapped(
     Source: SparseSwaps, arXiv:2512.10922.
     """
     require_gram(gram)
-    groups = list(_groups(pattern, weight.shape[1]))
+    groups = _groups(pattern, weight.shape[1])
     there = float64_device(weight.device)
     G, W, mask = in_float64(gram), weight.to(there), mask.to(there, copy=True)
     open_rows = 0
@@ -149,22 +149,14 @@ class _Rows:
         return moved
 
 
-def _groups(pattern: Pattern, columns: int) -> Iterator[tuple[int, int]]:
+def _groups(pattern: Pattern, columns: int) -> list[tuple[int, int]]:
     """`(start, stop)` of the columns among which a row's weights may be exchanged."""
-    if isinstance(pattern, NM):
-        for start, stop, part in pattern.parts((1, columns)):
-            if isinstance(part, NM):  # and not what a remainder leaves dense
-                yield start, stop
-        return
-    if isinstance(pattern, Unstructured):
-        width, end = pattern.group_size if pattern.scope == "group" else columns, columns
-    else:
+    if not (groups := list(pattern.groups(columns))):
         raise ValueError(
             f"swap exchanges single weights, {pattern} drops them together: use N:M or "
             "unstructured sparsity, or sc.refit"
         )
-    for start in range(0, end, width):
-        yield start, min(start + width, end)
+    return groups
 
 
 def _runs(groups: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

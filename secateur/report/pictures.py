@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool
 from torch import Tensor
 
-from secateur.patterns import NM, Block, Pattern
+from secateur.patterns import Pattern
 
 # A picture is this many weights high and wide; of tile patterns, so many tiles instead.
 ROWS, COLUMNS = 32, 64
@@ -30,14 +30,14 @@ class Picture:
 def picture(layer: str, pattern: Pattern | None, mask: Bool[Tensor, "out in"]) -> Picture:
     """The top left corner of the mask, large enough to show the pattern's groups or tiles."""
     rows, columns = ROWS, COLUMNS
-    if isinstance(pattern, Block):
-        rows = max(rows, TILES_DOWN * pattern.rows)
-        columns = max(columns, TILES_ACROSS * pattern.cols)
+    if pattern is not None and pattern.tile != (1, 1):
+        rows = max(rows, TILES_DOWN * pattern.tile[0])
+        columns = max(columns, TILES_ACROSS * pattern.tile[1])
     corner = mask[:rows, :columns].cpu()
     return Picture(
         layer,
         str(pattern or ""),
-        _svg(corner, _lines(pattern)),
+        _svg(corner, _lines(pattern, mask.shape[1])),
         corner.shape[0],
         corner.shape[1],
         (mask.shape[0], mask.shape[1]),
@@ -65,9 +65,9 @@ def _svg(corner: Bool[Tensor, "rows columns"], lines: tuple[int, int]) -> str:
     )
 
 
-def _lines(pattern: Pattern | None) -> tuple[int, int]:
-    if isinstance(pattern, Block):
-        return pattern.rows, pattern.cols
-    if isinstance(pattern, NM) and pattern.channels is None:
-        return 0, pattern.m
-    return 0, 0  # groups that start anew at each position of a kernel are not evenly spaced
+def _lines(pattern: Pattern | None, columns: int) -> tuple[int, int]:
+    """The height and width of the tiles, or the width of the groups where they are all alike."""
+    if pattern is None or pattern.tile != (1, 1):
+        return pattern.tile if pattern else (0, 0)
+    widths = {stop - start for start, stop in pattern.groups(columns)}
+    return 0, widths.pop() if len(widths) == 1 else 0

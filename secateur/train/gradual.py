@@ -1,13 +1,12 @@
 """Gradual pruning: the sparsity follows a schedule while the network trains."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor
 
 from secateur.criteria import magnitude
 from secateur.model.plan import Plan
-from secateur.patterns import NM, Block, Channel, Pattern, Unstructured
+from secateur.patterns import Pattern
 from secateur.train.hold import Rule
 from secateur.train.schedules import Schedule
 
@@ -42,7 +41,7 @@ def gradual(
         pattern = plan.layers[name]
 
         def at(step: int) -> Pattern:
-            return at_sparsity(pattern, schedule(step))
+            return lowered(pattern, schedule(step))
 
         if step == 1:  # of this hold
             scores = criterion(weight)
@@ -78,12 +77,6 @@ def _steps_before(zeros: int, asked: Callable[[int], int]) -> int:
     return low if asked(low) > first else 0
 
 
-def at_sparsity(pattern: Pattern, sparsity: float) -> Pattern:
+def lowered(pattern: Pattern, sparsity: float) -> Pattern:
     """The pattern on its way to its own sparsity, of which it never asks more."""
-    if isinstance(pattern, NM):
-        return replace(pattern, n=max(pattern.n, pattern.m - int(sparsity * pattern.m)))
-    if not isinstance(pattern, (Unstructured, Block, Channel)):
-        raise ValueError(
-            f"gradual cannot lower the sparsity of {pattern}: write a rule of your own"
-        )
-    return replace(pattern, sparsity=min(sparsity, pattern.sparsity))
+    return pattern.at(sparsity) if sparsity < pattern.sparsity else pattern

@@ -18,7 +18,7 @@ from secateur.core.wrappers import stepping
 from secateur.model import layers as _layers
 from secateur.model.layers import weight_of, weights_of
 from secateur.model.plan import Plan, match
-from secateur.train.gradual import at_sparsity
+from secateur.train.gradual import lowered
 from secateur.train.releasing import Releasing
 from secateur.train.schedules import Schedule
 
@@ -129,14 +129,12 @@ def movement(
     Cost: the scores in float32 and the dropped weights beside the model; a step reads each once.
     Raises:
         ValueError: if `every` is less than 1, a planned layer is not there or not updated by the
-            optimizer, its weight is no ordinary parameter, or its pattern has no sparsity to raise.
+            optimizer, or its weight is no ordinary parameter.
     Source: Sanh, Wolf and Rush, arXiv:2005.07683, section 3, equation 2, and the cubic schedule of
         section 4.
     """
     if every < 1:
         raise ValueError(f"movement needs every >= 1 step, got {every}")
-    for pattern in plan.layers.values():
-        at_sparsity(pattern, 0.0)
 
     def learn(slope: Tensor, scores: Tensor) -> Tensor:
         return -slope
@@ -144,7 +142,7 @@ def movement(
     def choose(name: str, scores: Tensor, step: int) -> Tensor | None:
         if step % every:
             return None
-        return at_sparsity(plan.layers[name], schedule(step)).mask(scores)
+        return lowered(plan.layers[name], schedule(step)).mask(scores)
 
     return Moving(_updated(model, plan, optimizer), optimizer, learn, choose)
 

@@ -127,7 +127,7 @@ def test_every_step_of_a_run_is_told(monkeypatch) -> None:
     batches = [torch.randn(4, 8) for _ in range(4)]
     with pytest.raises(MemoryError, match=r"^layer layers.0.0: .* for what hungry computes: leave"):
         sc.prune_(model, "2:4", hungry)
-    monkeypatch.setattr(sys.modules["secateur.reconstruct.blockwise"], "_Run", fails)
+    monkeypatch.setattr(sys.modules["secateur.reconstruct.blockwise"], "_Training", fails)
     with pytest.raises(MemoryError, match="for training layers.0: pass shorter .* sc.alps alone"):
         sc.reconstruct_(model, "2:4", sc.best, batches)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -164,7 +164,7 @@ def eight() -> list[Tensor]:
 def copied(rank: int) -> Tensor:
     """The second process's tensor, in memory of another order than its own."""
     tensor = (torch.arange(6.0) + 10 * rank).view(2, 3).T
-    team().copy_from_(1, tensor)
+    team().broadcast_(1, tensor)
     return tensor
 
 
@@ -330,9 +330,9 @@ def test_a_team_is_what_torch_distributed_says(found: list[dict[str, Any]]) -> N
 
 def test_alone_nothing_is_exchanged() -> None:
     tensor = torch.tensor([1.0, 2.0])
-    ALONE.add_up_([tensor])
-    ALONE.copy_from_(0, tensor)
+    ALONE.all_reduce_([tensor])
+    ALONE.broadcast_(0, tensor)
     assert tensor.tolist() == [1.0, 2.0]
-    assert ALONE.everyones("mine") == ["mine"]
-    with pytest.raises(ArithmeticError, match="as it was"), ALONE.together():
+    assert ALONE.all_gather("mine") == ["mine"]
+    with pytest.raises(ArithmeticError, match="as it was"), ALONE.raising_together():
         raise ArithmeticError("as it was")

@@ -1,6 +1,7 @@
 """Laws that every pattern keeps. A new pattern joins by an example in `PATTERNS`."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -294,3 +295,63 @@ def test_masks_of_ragged_shapes_raise_with_the_remedy() -> None:
         NM(2, 4).mask(torch.rand(4, 6))
     with pytest.raises(ValueError, match="choose a block that divides the weight"):
         Block(3, 4, 0.5).mask(torch.rand(4, 8))
+
+
+# --- what a pattern answers for itself -----------------------------------------------------------
+
+
+@each_pattern
+@given(sparsity=st.floats(0, 0.99))
+def test_at_gives_the_kind_with_no_more_zeros_than_asked(pattern: Pattern, sparsity: float) -> None:
+    other = pattern.at(sparsity)
+    assert other.kind == pattern.kind
+    assert other.sparsity <= sparsity + 1e-9
+    assert pattern.at(pattern.sparsity) == pattern
+    assert type(other.parse(str(other))) is type(pattern)
+
+
+def test_kinds_are_what_differs_in_more_than_sparsity() -> None:
+    kinds: dict[str, set[Pattern]] = {}
+    for pattern in PATTERNS:
+        kinds.setdefault(pattern.kind, set()).add(pattern.at(0.0))
+    assert all(len(same) == 1 for same in kinds.values())
+
+
+@each_pattern
+@given(seed=st.integers(0, 1000), data=st.data())
+@settings(max_examples=20)
+def test_weights_may_change_places_within_groups(
+    pattern: Pattern, seed: int, data: st.DataObject
+) -> None:
+    """Any order of a row's mask within a group keeps the pattern, and groups do not overlap."""
+    groups = list(pattern.groups(SHAPE[1]))
+    assert all(a < b for a, b in groups)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(groups))
+    if not groups:
+        return
+    mask = pattern.mask(scores(seed))
+    generator = torch.Generator().manual_seed(seed)
+    for row in range(SHAPE[0]):
+        start, stop = data.draw(st.sampled_from(groups))
+        order = torch.randperm(stop - start, generator=generator)
+        mask[row, start:stop] = mask[row, start:stop][order]
+    assert pattern.violation(mask) is None
+
+
+@each_pattern
+def test_a_tile_is_kept_or_dropped_as_a_whole(pattern: Pattern) -> None:
+    rows, columns = pattern.tile
+    tiles = pattern.mask(scores(3)).unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    assert torch.equal(tiles.any(3).any(1), tiles.all(3).all(1))
+    assert pattern.tile == (1, 1) or not list(pattern.groups(SHAPE[1]))
+
+
+@each_pattern
+@pytest.mark.parametrize("channels", [6, 8, 10])
+def test_on_a_kernel_no_group_lies_across_two_positions(pattern: Pattern, channels: int) -> None:
+    found = pattern.on_kernel(channels)
+    if isinstance(pattern, NM) and pattern.remainder == "pad":
+        inside = [start // channels == (stop - 1) // channels for start, stop in found.groups(40)]
+        assert all(inside) and found.on_kernel(channels) == found
+    elif not isinstance(pattern, NM):
+        assert found == pattern

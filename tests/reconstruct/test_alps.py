@@ -200,7 +200,7 @@ def in_float64(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
         A, _ = normalised(*arguments, torch.float64)
         return tuple(part.float() for part in torch.linalg.eigh(A))
 
-    return sc.alps(weight, gram, pattern, once=once).weight
+    return sc.alps(weight, gram, pattern, memo=once).weight
 
 
 def spread(gram: Tensor) -> Tensor:

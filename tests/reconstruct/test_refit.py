@@ -465,5 +465,5 @@ def test_errors_name_the_layer() -> None:
     def short(weight: Tensor) -> Tensor:
         return weight[:1]
 
-    with pytest.raises(ValueError, match=r"layer 0: criterion short needs to give 0 a score of "):
+    with pytest.raises(ValueError, match=r"layer 0: criterion short needs to give scores of "):
         sc.reconstruct_(model, "2:4", sc.refit(short), batches)

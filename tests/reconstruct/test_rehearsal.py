@@ -67,7 +67,7 @@ class Spy:
         self.tokens: list[Tensor] = []
 
     def __call__(
-        self, weight: Tensor, pattern: Pattern, gram: Tensor, once: Any = None
+        self, weight: Tensor, pattern: Pattern, gram: Tensor, memo: Any = None
     ) -> Solution:
         assert gram.shape == (weight.shape[1],) * 2
         self.shapes.append(tuple(weight.shape))

@@ -184,12 +184,12 @@ def test_the_factor_is_found_once_for_layers_with_the_same_input(
     alone = [sc.sparsegpt(w, gram, sc.NM(2, 4)) for w in (weight, -2 * weight)]
     factorised = counted(monkeypatch)
     once = functools.cache(call)
-    together = [sc.sparsegpt(w, gram, sc.NM(2, 4), once=once) for w in (weight, -2 * weight)]
+    together = [sc.sparsegpt(w, gram, sc.NM(2, 4), memo=once) for w in (weight, -2 * weight)]
     assert len(factorised) == 1
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one.weight, other.weight) and one.note == other.note
-    sc.sparsegpt(weight, gram, sc.NM(2, 4), damping=0.1, once=once)
-    sc.sparsegpt(weight, gram.clone(), sc.NM(2, 4), once=once)
+    sc.sparsegpt(weight, gram, sc.NM(2, 4), damping=0.1, memo=once)
+    sc.sparsegpt(weight, gram.clone(), sc.NM(2, 4), memo=once)
     assert len(factorised) == 3
 
 

@@ -15,8 +15,9 @@ from secateur.compat.torchao.groups import Group
 from secateur.compat.torchao.names import in_short
 from secateur.criteria import wanda
 from secateur.model import layers as _layers
-from secateur.model.statistics import InputNorm, score
+from secateur.model.statistics import InputNorm
 from secateur.patterns import NM, Pattern, Unstructured
+from secateur.reconstruct.methods import score
 
 # The name under which a prepared module holds its observer.
 OBSERVER = "activation_post_process"
@@ -40,7 +41,7 @@ class PerChannelNormObserver(nn.Module):
     def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
         if self._input_norm is None:
             self._input_norm = InputNorm(x.shape[-1], x.device)
-        self._input_norm.update(x.reshape(-1, x.shape[-1]))
+        self._input_norm.update(x.reshape(-1, x.shape[-1]), batch=0)
         return x
 
 

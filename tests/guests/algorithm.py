@@ -1,0 +1,17 @@
+"""An algorithm from outside: the largest weights, scaled to the energy that each row had."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.patterns import Pattern
+from secateur.reconstruct import Solution
+
+
+def rescaled(
+    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], pattern: Pattern
+) -> Solution:
+    """The kept weights of a row, scaled so that w G w^T stays."""
+    mask = pattern.mask(weight.abs())
+    kept = weight.masked_fill(~mask, 0)
+    before, after = (((w @ gram) * w).sum(1, keepdim=True) for w in (weight, kept))
+    return Solution(kept * (before / after.clamp(min=1e-12)).sqrt(), mask, "rescaled")
