@@ -37,8 +37,8 @@ types: .venv/.dev
 	$(BIN)/mypy
 
 bench: .venv/.dev  ## speed and memory on this machine; rows go to bench/results
-	$(BIN)/python -m bench.linear
-	$(BIN)/python -m bench.front
+	$(BIN)/python -m bench.run.linear
+	$(BIN)/python -m bench.run.front
 
 tables: .venv/.dev  ## the tables of README and docs from bench/results
 	$(BIN)/python -m bench.tables

@@ -1,0 +1,1 @@
+"""`bench.run` is started, `bench.lib` shared, `bench.tables` made from the rows in results."""

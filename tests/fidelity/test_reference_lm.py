@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from bench.accuracy import paper
+from bench.lib.methods import paper
 from secateur.integrations.tokens import end_of_text, token_rows
 from secateur.integrations.transformers import load_folder
 from secateur.model import evaluate

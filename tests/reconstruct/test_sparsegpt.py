@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import secateur as sc
-from bench.paper import sparsegpt_algorithm_1
+from bench.lib.paper import sparsegpt_algorithm_1
 from secateur.model.statistics import call
 from secateur.patterns import Pattern
 from secateur.patterns.grids import Grid

@@ -2,8 +2,8 @@
 
 The model is a sum of what a cut costs, each term a quantity that can be read off the cut. Its
 coefficients were fitted to 15,000 timings on an H200, of four layers and 1 to 64 tokens
-(`python -m bench.cuts`). On those the cut it chooses takes 6 to 12 % longer, in the mean, than the
-best that was measured, and 39 % at the worst; `secateur tune` finds that one.
+(`python -m bench.run.cuts`). On those the cut it chooses takes 6 to 12 % longer, in the mean, than
+the best that was measured, and 39 % at the worst; `secateur tune` finds that one.
 """
 
 from functools import cache
@@ -39,7 +39,7 @@ class Costs(NamedTuple):
     behind: float
 
 
-COSTS = {  # for up to so many tokens: python -m bench.cuts
+COSTS = {  # for up to so many tokens: python -m bench.run.cuts
     2: Costs(
         1.5, 0.0188, 0.0207, 0.0, 0.0016, 0.00583, 0.0304, 0.166,
         0.00823, 0.309, 0.0, 0.0, 0.0, 0.0,

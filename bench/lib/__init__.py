@@ -1,0 +1,1 @@
+"""What benches share. A bench imports from here, and never another bench."""

@@ -1,0 +1,62 @@
+"""transformers' Llama at named sizes, with random weights and random tokens."""
+
+import torch
+from torch import Tensor, nn
+
+LLAMA_3_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 500000.0,
+}
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+WIDE = {  # where solving layers is most of the work
+    "vocab_size": 512,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+MODELS = {"llama-3-8b": LLAMA_3_8B, "wide": WIDE, "small": SMALL, "tiny": TINY}
+STD = 0.02
+
+
+def random_llama(sizes: dict[str, int | float], length: int, device: str) -> nn.Module:
+    """The architecture with random weights from a fixed seed, norms at one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**sizes, max_position_embeddings=length, tie_word_embeddings=False)
+    with torch.device(device):  # which initialises it too, faster than a CPU
+        model: nn.Module = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, STD, generator=generator)
+    return model.eval()
+
+
+def tokens(vocabulary: int, rows: int, length: int, batch: int, device: str) -> list[Tensor]:
+    """Random token ids in batches."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator)
+    return list(ids.to(device).split(batch))

@@ -1,0 +1,32 @@
+"""The table of layers on a CPU."""
+
+from pathlib import Path
+
+from bench.tables.pages import TABLES
+from tests.bench.rows import rows_file
+
+
+def test_the_table_shows_both_baselines_and_bold_where_both_are_beaten(tmp_path: Path) -> None:
+    ratios = {("b cpu", 1): ("2.0", "1.5"), ("b cpu", 16): ("3.0", "0.5"), ("c", 1): ("0.5", "0.4")}
+    ratios[("c", 16)] = ("2.0", "")  # no prepacked dense in this dtype
+    rows_file(tmp_path, "linear_2026-11-22_x_abc.csv", ratios)
+    lines = TABLES["linear-cpu-all"](tmp_path).splitlines()
+    assert lines[0] == "| layer | dtype | runs | zeros | bytes | 1 token | 16 tokens |"
+    assert lines[2] == "| 8 x 4 | float32 | b cpu | 80% | 0.21 | **2.00 / 1.50** | 3.00 / 0.50 |"
+    assert lines[3] == "| 8 x 4 | float32 | c | 80% | 0.21 | 0.50 / 0.40 | **2.00** |"
+    assert "a chip, 2 threads, torch 2.13, 2026-11-22, commit abc, `python -m bench" in lines[5]
+    assert "at most 3% of the machine" in lines[5] and len(lines) == 6
+
+
+def test_the_table_of_cpus_has_all_layers_and_dtypes(tmp_path: Path) -> None:
+    path = tmp_path / "linear_2026-11-22_x_abc.csv"
+    rows_file(tmp_path, path.name, {("b cpu", 1): ("2.0", "1.5")})
+    text = path.read_text()
+    others = [text.replace(",q,8,", ",r,9,"), text.replace("float32", "bfloat16")]
+    path.write_text(text + "".join(other.split("\n", 1)[1] for other in others))
+    whole = TABLES["linear-cpu-all"](tmp_path)
+    assert [line.split(" | ")[:2] for line in whole.splitlines() if "b cpu" in line] == [
+        ["| 8 x 4", "float32"],
+        ["| 9 x 4", "float32"],
+        ["| 8 x 4", "bfloat16"],
+    ]
