@@ -1,4 +1,4 @@
-"""The README's commands for a shell run as they are written, on a text of 100 kB."""
+"""The README and CONTRIBUTING keep their word: commands run as written, trees and paths exist."""
 
 import re
 import shlex
@@ -75,3 +75,37 @@ def test_the_commands_of_the_readme_run_as_written(
     if "the model is unchanged" in said["bench"]:
         advice = said["bench"].strip().splitlines()[-1]
         assert "faster here" in advice and "block:64x64@0.8" in advice
+
+
+TREE = re.compile(r"^    ([a-z_]+)/ +\S", re.MULTILINE)
+ROW = re.compile(r"^\|[^|]*\| `([a-z_]+)` \| \S", re.MULTILINE)
+
+
+def test_the_tree_of_the_readme_is_the_folders_that_there_are() -> None:
+    """In the order of DESIGN.md's table, so that a room stands above what it imports."""
+    readme, design = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "DESIGN.md")
+    )
+    (tree,) = re.findall(r"^```text\nsecateur/\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    folders = {path.parent.name for path in (ROOT / "secateur").glob("*/__init__.py")}
+    named = TREE.findall(tree)
+    assert len(named) == len(tree.splitlines()) and set(named) == folders
+    assert named == ROW.findall(design)
+
+
+def test_every_path_of_the_table_of_additions_exists() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| to add \|.*\n\|---.*\n((?:\|.*\n)+)", contributing, re.MULTILINE)
+    kinds = {line.split("|")[1].strip() for line in table.splitlines()}
+    assert {"a criterion", "a pattern", "a statistic", "an algorithm", "a grid"} <= kinds
+    assert {"a format", "an implementation", "a GPU kernel", "a CLI verb"} <= kinds
+    assert {"an integration", "a schedule", "a bench"} <= kinds
+    paths = re.findall(r"`((?:secateur|tests|bench|docs)/[^`]*)`", table)
+    assert len(paths) > 25
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert all(line.count("`secateur/") + line.count("`bench/") for line in table.splitlines())
+
+
+def test_the_design_stays_short() -> None:
+    """README, DESIGN and a listing are read in a sitting, and enough to know where a thing is."""
+    assert len((ROOT / "DESIGN.md").read_text(encoding="utf-8").splitlines()) <= 250
