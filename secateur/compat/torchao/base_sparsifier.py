@@ -110,19 +110,14 @@ class BaseSparsifier:
             ValueError: before the model is changed, if the sparsifier is prepared already, or a
                 tensor or its settings cannot be used.
         """
-        if any(has_mask(group["module"], group["tensor_name"]) for group in self.groups):
-            raise ValueError(
-                f"prepare needs a sparsifier that is free, this {type(self).__name__} holds masks "
-                f"of {len(self.groups)} tensors: squash_mask them first, or make another"
-            )
+        self._require_free("squash_mask them first")
         require_model("prepare", model)
         if config is None:
             self.make_config_from_model(model)
             config = self.config
         groups = [self.complete(group) for group in make_groups(model, config, self.defaults)]
         before = dict(vars(self))
-        self.model, self.config, self.groups, self.state = model, config, groups, {}
-        self.step_count, self._pickled = 0, None
+        self._begin(model, config, groups)
         try:
             self._prepare()
         except BaseException:
@@ -269,6 +264,21 @@ class BaseSparsifier:
             settings = self.defaults | {k: saved[k] for k in saved if k != "mask"}
             groups.append(self.complete(copy.deepcopy(settings) | classes.get(fqn, {}) | found))
         return groups
+
+    def _begin(
+        self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None, groups: list[Group]
+    ) -> None:
+        """Take on a model, as if it were the first."""
+        self.model, self.config, self.groups, self.state = model, config, groups, {}
+        self.step_count, self._pickled = 0, None
+
+    def _require_free(self, how: str) -> None:
+        """Raise if masks of an earlier `prepare` are in place; `how` says how to remove them."""
+        if any(has_mask(group["module"], group["tensor_name"]) for group in self.groups):
+            raise ValueError(
+                f"prepare needs a sparsifier that is free, this {type(self).__name__} holds masks "
+                f"of {len(self.groups)} tensors: {how}, or make another"
+            )
 
     def _require_masks(self, verb: str) -> None:
         if not self.groups:

@@ -1,9 +1,8 @@
 """The channels of a model that can be removed, and what each of them takes with it.
 
-The graph part is our own. Torch-Pruning 1.6 has one, too, but takes an operation that it does not
-know for one by elements, and so removes other columns than those of the rows, without an error, if
-channels were reordered; it leaves out what a constant channel adds to the next layer; and it does
-not follow heads through views without being told how many there are.
+Torch-Pruning 1.6 builds such a graph too, but it treats an unknown operation as elementwise, so it
+silently removes the wrong columns if channels were reordered; it drops what a constant channel adds
+to the next layer; and it cannot follow heads through views unless it is told how many there are.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import nn
 
 from secateur.model.blocks import Batch
 from secateur.prune.channels.flow import Flows, Reader, operation, run
+from secateur.prune.channels.guess import guess_inputs
 from secateur.prune.channels.layers import LAYERS, STATISTICS
 from secateur.prune.channels.rules import RULES
 from secateur.prune.channels.trace import Trace, first_names, named_states, trace
@@ -26,10 +26,12 @@ Removed = Bool[np.ndarray, "units"]
 
 @dataclass(frozen=True)
 class Channels:
-    """Which units the dimensions of parameters and buffers belong to, by name and dimension.
+    """The unit of each index of each dimension of parameters and buffers, by name and dimension.
 
-    Those that are tied have the same number. `returned` are outputs of the model. `inputs` are the
-    dimensions in which parameters meet channels that others make, and make none.
+    Indices that can only go together have the same unit. `frozen` units cannot go, `normalised`
+    units change the statistics of a norm if they go, `returned` units are outputs of the model;
+    each comes with the reason. `made` are the dimensions in which parameters make channels,
+    `inputs` those in which they only read channels that others make.
     """
 
     count: int
@@ -38,9 +40,26 @@ class Channels:
     normalised: Mapping[int, str]
     returned: Mapping[int, str]
     inputs: frozenset[tuple[str, int]]
+    made: frozenset[tuple[str, int]]
+
+    def dim_of(self, name: str) -> int:
+        """The dimension of a parameter that has the channels it makes.
+
+        The second in embeddings, transposed convolutions and GPT-2's Conv1D, otherwise the first.
+        """
+        return 1 if (name, 1) in self.made else 0
+
+    def units(self, name: str) -> Ids:
+        """The unit of each channel that a parameter makes."""
+        return self.states[name, self.dim_of(name)]
+
+    def pool(self, name: str, names: Iterable[str]) -> list[str]:
+        """Those of the parameters that share units with this one, directly or through others."""
+        members = {other: self.units(other) for other in names}
+        return next(pool for pool in pools(members) if name in pool)
 
     def why_not(self, name: str, dim: int) -> str | None:
-        """Why no channel of this dimension of a parameter can go, or None."""
+        """Why no channel in this dimension of a parameter can go, or None if some can."""
         if (name, dim) not in self.states:
             return "it has a single channel, or the model did not use it"
         units = self.states[name, dim]
@@ -50,16 +69,16 @@ class Channels:
         return None if len(np.unique(units)) > 1 else "its channels all depend on one another"
 
     def why_changed(self, name: str, dim: int) -> str | None:
-        """What computes something else of the channels that stay, or None."""
+        """What would compute something else from the channels that stay, or None."""
         units = self.states[name, dim].tolist()
         return next((self.normalised[u] for u in units if u in self.normalised), None)
 
     def is_output(self, name: str, dim: int) -> bool:
-        """Whether the model returns channels of this dimension of a parameter."""
+        """Whether the model returns channels in this dimension of a parameter."""
         return any(unit in self.returned for unit in self.states[name, dim].tolist())
 
     def made_with(self, units: Ids) -> list[tuple[str, int]]:
-        """Parameters and dimensions that have such units as their own channels, not as inputs."""
+        """Parameters and dimensions that hold these units as their own channels, not as inputs."""
         return [
             key
             for key, held in self.states.items()
@@ -73,25 +92,31 @@ class Channels:
 
 @dataclass(frozen=True)
 class Followed:
-    """A model's operations with the units of their results.
+    """A model's operations on one batch, with the units of their results.
 
-    Of an operation with several results they are under `name[0]`, `name[1]`.
+    The results of an operation that returns several are under `name[0]`, `name[1]` and so on.
     """
 
+    batch: Batch
     channels: Channels
     trace: Trace
     flows: Mapping[str, Flow]
     readers: Sequence[Reader]
 
 
-def follow(model: nn.Module, batch: Batch) -> Followed:
-    """Follow the channels of every parameter through the model, run on this batch.
+def follow(model: nn.Module, batch: Batch | None = None) -> Followed:
+    """The channels of every parameter, followed through a run of the model on this batch.
+
+    The batch is a tensor, a tuple of positional arguments or a dict of keyword arguments; it should
+    have several samples, because what is the same in all of them counts as constant. Without one, a
+    batch is guessed from the layers that read the model's inputs.
 
     Cost: one export of the model, and a walk over its operations in Python.
 
     Raises:
-        ValueError: if torch cannot export the model.
+        ValueError: if torch cannot export the model, or no batch can be guessed.
     """
+    batch = guess_inputs(model) if batch is None else batch
     traced = trace(model, batch)
     units = Units()
     names = first_names(model)
@@ -124,12 +149,13 @@ def follow(model: nn.Module, batch: Batch) -> Followed:
         units.normalised(),
         units.returned(),
         frozenset(flows.inputs - flows.made),
+        frozenset(flows.made),
     )
-    return Followed(channels, traced, settled, flows.readers)
+    return Followed(batch, channels, traced, settled, flows.readers)
 
 
 def pools(members: Mapping[str, Ids]) -> list[list[str]]:
-    """The names grouped so that those that share a unit are together, in their order."""
+    """The names in groups, so that names that share a unit are in the same group, in order."""
     found: list[tuple[set[int], list[str]]] = []
     for name, units in members.items():
         mine, together = set(units.tolist()), [name]
@@ -141,7 +167,7 @@ def pools(members: Mapping[str, Ids]) -> list[list[str]]:
 
 
 def _rigid(model: nn.Module, traced: Trace) -> set[str]:
-    """The buffers that keep their sizes: all but running statistics, which go with their norm."""
+    """The buffers that keep their size: all but the running statistics, which follow their norm."""
     users = {
         traced.states[node.name]: {operation(user) for user in node.users}
         for node in traced.nodes()

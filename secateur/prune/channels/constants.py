@@ -1,30 +1,31 @@
-"""What layers read of channels that are to be removed: a constant, which their biases can take."""
+"""The constants that layers read from channels that go, which their biases can absorb."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from secateur.prune.channels.channels import Followed, Removed
+from secateur.prune.channels.channels import Channels, Followed, Removed
 from secateur.prune.channels.flow import Reader, argument, operation
 from secateur.prune.channels.rules import is_mean_of_squares
+from secateur.prune.channels.trace import named_states
 from secateur.prune.channels.units import Ids
 
 
 def constants(
     followed: Followed, values: Mapping[str, Tensor], removed: Removed
 ) -> tuple[dict[str, Float[Tensor, " out"]], dict[int, str]]:
-    """Bias -> what is added to it so that the layer's output is the same without the channels.
+    """What each bias gains so that its layer's output survives the removal, and who has to stay.
 
-    The masked model, whose parameters and buffers are `values`, is run on the batch that it was
-    exported with, and what arrives of the removed channels is looked at. Statistics of LayerNorm
-    and RMSNorm are those of the channels that are left. Then the units that have to stay, because
-    what arrives is no constant, or a layer cannot take it, with the reason; with such, the run is
-    to be repeated without their removal.
+    The model is run on the batch that it was exported with, using `values` as its parameters and
+    buffers, and every layer's input is inspected along the removed channels; LayerNorm and RMSNorm
+    normalise the channels that are left. A unit has to stay, with a reason, if what a layer reads
+    from it is not a constant or the layer cannot absorb it. If there are such units, the run has to
+    be repeated without removing them.
     """
     run = _Masked(followed, removed)
     with torch.no_grad():
@@ -51,7 +52,12 @@ def constants(
 def removable(
     followed: Followed, values: Mapping[str, Tensor], removed: Removed
 ) -> tuple[Removed, dict[str, Float[Tensor, " out"]], dict[int, str]]:
-    """Of the units to be removed those that can be, the constants, and why the others stay."""
+    """The units that can go, what each bias gains when they do, and why the others stay.
+
+    `values` are the parameters and buffers by name, with the channels in question zero.
+
+    Cost: a run of the model, and one more each time that units have to stay.
+    """
     held: dict[int, str] = {}
     removed = removed.copy()
     while True:
@@ -62,9 +68,26 @@ def removable(
         removed[list(more)] = False
 
 
+@torch.no_grad()
+def zeroed(
+    model: nn.Module, channels: Channels, parts: Iterable[tuple[str, int]], removed: Removed
+) -> dict[str, Tensor]:
+    """The model's parameters and buffers by name, without the removed channels of these parts.
+
+    A part is a dimension of a parameter, by the name of the parameter and the dimension.
+    """
+    values = {name: tensor.detach() for name, tensor in named_states(model)}
+    for name, dim in parts:
+        gone = np.flatnonzero(removed[channels.states[name, dim]])
+        values[name] = values[name].index_fill(
+            dim, torch.from_numpy(gone).to(values[name].device), 0
+        )
+    return values
+
+
 @dataclass(frozen=True)
 class _Seen:
-    """What arrives of removed channels: their indices and units, and what they are."""
+    """What a layer reads from removed channels, with their indices and units."""
 
     index: Int[Tensor, " removed"]
     units: Ids
@@ -75,7 +98,7 @@ class _Seen:
 def _columns(
     reader: Reader, values: Mapping[str, Tensor], seen: _Seen
 ) -> tuple[Float[Tensor, "out removed"], Bool[Tensor, " removed"]]:
-    """What each channel adds to the layer's output, and whether that is anything."""
+    """What each channel adds to the layer's output, and whether it adds anything."""
     if reader.zero is not None or reader.weight is None:
         return seen.constant[None], seen.constant != 0
     weight = values[reader.weight].movedim(reader.columns, 1)
@@ -87,7 +110,7 @@ def _columns(
 def _why_held(
     reader: Reader, added: Mapping[str, Tensor], columns: Tensor, needed: Tensor
 ) -> str | None:
-    """Why the layer cannot take the constants, or None."""
+    """Why the layer cannot absorb the constants, or None."""
     if not needed.any():
         return None
     if reader.zero is not None:
@@ -100,7 +123,7 @@ def _why_held(
 
 
 class _Masked(fx.Interpreter):
-    """Runs the masked model and keeps what readers read of channels that are removed."""
+    """Runs the model with its zeros and records what readers get from the removed channels."""
 
     def __init__(self, followed: Followed, removed: Removed) -> None:
         super().__init__(followed.trace.graph)
@@ -137,7 +160,7 @@ class _Masked(fx.Interpreter):
         return None
 
     def _normalised(self, node: fx.Node) -> Any:
-        """A norm over the channels that are left, and None if it is no norm or nothing goes."""
+        """The result of a norm over the channels that are left; None for any other operation."""
         if node.op != "call_function":
             return None
         squares = is_mean_of_squares(node)

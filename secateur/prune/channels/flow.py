@@ -1,7 +1,7 @@
-"""How units flow through a graph: what is known of each operation's result, and how it is combined.
+"""How units flow through a graph: the units of each operation's result, and how they combine.
 
-Rules for single operations are in `structured_rules` and `structured_layers`. An operation without
-a rule freezes the units that reach it.
+The rules for single operations are in `rules` and `layers`. An operation without a rule freezes the
+units that reach it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,11 +21,11 @@ Shaped = tuple[Flow, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Reader:
-    """A layer that sums over channels: where they come in, and what can take a constant.
+    """A layer that sums over channels: where they come in, and which bias can absorb a constant.
 
-    `source` is the operation whose result it reads, in dimension `dim`; `weight` has the channels
-    in its dimension `columns`. Without a `bias`, or with a reason in `zero`, channels to be removed
-    must be 0.
+    It reads the result of the operation `source` along dimension `dim`; its `weight` has these
+    channels in dimension `columns`. Without a `bias`, or with a reason in `zero`, it can only lose
+    channels that are 0.
     """
 
     source: str
@@ -39,21 +39,21 @@ class Reader:
 
 @dataclass
 class Flows:
-    """The flow of each operation's result so far; an operation with several has a list of them."""
+    """The flow of each operation's result so far; a list of flows if it has several results."""
 
     units: Units
     states: Mapping[str, Flow]
     of: dict[str, Flow] = field(default_factory=dict)
     parts: dict[str, list[Flow]] = field(default_factory=dict)
     readers: list[Reader] = field(default_factory=list)
-    # Parameters by name and the dimension in which they meet channels that others make.
+    # The parameters, with the dimension, that read channels which others make.
     inputs: set[tuple[str, int]] = field(default_factory=set)
-    # The same in which they make channels; a tied embedding does both.
+    # The parameters, with the dimension, that make channels; a tied embedding does both.
     made: set[tuple[str, int]] = field(default_factory=set)
     names: Mapping[str, str] = field(default_factory=dict)
 
     def get(self, node: Any) -> Flow:
-        """The flow of an argument, as far as it is settled; of what is no tensor it is empty."""
+        """The settled flow of an argument; empty for anything but a tensor."""
         if not isinstance(node, fx.Node):
             return []
         return self.units.settle(self.of.get(node.name, []), where(node))
@@ -62,18 +62,18 @@ class Flows:
         return self.get(node), shape_of(node)
 
     def name(self, node: Any) -> str | None:
-        """The parameter or buffer that an argument is."""
+        """The name of an argument that is a parameter or buffer, or None."""
         return self.names.get(node.name) if isinstance(node, fx.Node) else None
 
     def ids(self, node: fx.Node, dim: int) -> Ids | None:
-        """The units along one dimension of a parameter, as a list; None if it has size 1."""
+        """The units along one dimension of a parameter, in one dimension; None if it has size 1."""
         for ids in self.of.get(node.name, []):
             if varying(ids) == (dim,):
                 return ids.reshape(-1)
         return None
 
     def consume(self, node: fx.Node, dim: int) -> Ids | None:
-        """The units along the input channels of a parameter."""
+        """The units along a dimension in which a parameter reads channels."""
         if name := self.name(node):
             self.inputs.add((name, dim))
         return self.ids(node, dim)
@@ -89,10 +89,10 @@ class Flows:
         return inside, [ids for ids in flow if not wanted & set(varying(ids))]
 
     def merge(self, inputs: Sequence[Shaped], node: fx.Node) -> Flow:
-        """What is combined element by element goes together.
+        """Tie what is combined element by element, and return the flow of the result.
 
-        What meets a dimension of the same size that has no units cannot shrink in it: of heads and
-        what is in them, it can in the other; channels that have no other are frozen.
+        Units that meet a dimension without units cannot shrink along it. Heads may still shrink
+        along the other dimension that they have; channels without another dimension are frozen.
         """
         ndim = max((len(shape) for _, shape in inputs), default=0)
         aligned = [_aligned(flow, shape, ndim) for flow, shape in inputs]
@@ -113,10 +113,10 @@ class Flows:
         return self.units.settle(merged, where(node))
 
     def rectangular(self) -> None:
-        """Make what is removed a number of whole slices of every tensor.
+        """Make sure that only whole slices of a tensor can go.
 
-        Of an array that differs in several dimensions, such as heads and what is in them, the first
-        stays.
+        An array that differs in several dimensions, such as heads and their channels, keeps only
+        the first of these dimensions.
         """
         for name in self.of:
             for ids in self.units.settle(self.of[name], name):
@@ -161,19 +161,19 @@ def operation(node: fx.Node) -> str:
 
 
 def pointwise(flows: Flows, node: fx.Node) -> Flow:
-    """Tensors combined element by element."""
+    """Combine tensors element by element."""
     return flows.merge([flows.shaped(n) for n in node.all_input_nodes], node)
 
 
 def unknown(flows: Flows, node: fx.Node) -> Flow:
-    """An operation of which nobody has said what it does to channels."""
+    """Freeze what reaches an operation without a rule."""
     for argument in node.all_input_nodes:
-        flows.freeze(flows.of[argument.name], f"structured pruning has no rule for {where(node)}")
+        flows.freeze(flows.of[argument.name], f"there is no rule for {where(node)}")
     return []
 
 
 def frozen(flows: Flows, node: fx.Node, flow: Iterable[Ids], what: str) -> None:
-    """Freeze what an operation would compute something else of, if it went."""
+    """Freeze units without which an operation would compute something else."""
     flows.freeze(flow, f"{where(node)} {what}")
 
 
@@ -183,7 +183,7 @@ def argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
 
 
 def _is_rigid(dim: int, inputs: Sequence[Shaped]) -> bool:
-    """Whether an input has this dimension without units along it."""
+    """Whether an input has this dimension, but no units along it."""
     return any(
         shape[dim] > 1 and not any(ids.shape[dim] > 1 for ids in flow) for flow, shape in inputs
     )
@@ -198,5 +198,5 @@ def _aligned(flow: Flow, shape: Sequence[int], ndim: int) -> Shaped:
 
 
 def fixed_like(units: Units, size: int) -> Ids:
-    """Units for `size` channels that no layer makes."""
+    """The unit of `size` channels that no layer makes."""
     return np.repeat(units.fixed, size)

@@ -1,7 +1,7 @@
 """The proof that a smaller model computes what the larger one did, on the channels that are left.
 
-Both are graphs of operations. They must be the same operations on the same arguments, with results
-of the shapes that are left, and where channels meet they must be those that met before.
+Both are graphs of operations: they must be the same operations on the same arguments, with results
+of the expected shapes, and the same channels must meet in them.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from secateur.model.blocks import Batch
 from secateur.prune.channels.channels import Followed, Removed
 from secateur.prune.channels.flow import Flows, operation, run
 from secateur.prune.channels.layers import LAYERS
@@ -27,10 +26,10 @@ SIZED = frozenset(
 )
 
 
-def misfit(model: nn.Module, followed: Followed, removed: Removed, batch: Batch) -> str | None:
-    """None if every operation is what it was, on what is left, or else what is different."""
+def misfit(model: nn.Module, followed: Followed, removed: Removed) -> str | None:
+    """What is different in the smaller model, or None if every operation is what it was."""
     try:
-        after = trace(model, batch)
+        after = trace(model, followed.batch)
     except ValueError as error:
         return (
             f"the pruned {type(model).__name__} does not run: {error.__cause__}: read sizes from "
@@ -59,10 +58,10 @@ def misfit(model: nn.Module, followed: Followed, removed: Removed, batch: Batch)
 
 
 def _disorder(followed: Followed, removed: Removed, after: Trace) -> str | None:
-    """None if the same channels meet as before, in the same order.
+    """Where other channels meet than before or in another order, or None.
 
-    The units are followed through the smaller model, too: a slice or a shift that takes others than
-    it took would tie units that were not tied.
+    The units are followed through the smaller model as well: a slice or a shift that takes other
+    channels than it took before would tie units that were not tied.
     """
     units = Units()
     units.new(followed.channels.count - 1)
@@ -105,7 +104,7 @@ def _difference(
 
 
 def _arguments(node: fx.Node, place: Mapping[fx.Node, int], sized: bool) -> list[Any]:
-    """The arguments with nodes by their place, and without integers if these are sizes."""
+    """The arguments, nodes replaced by their position, without integers if these are sizes."""
     flat: list[Any] = []
     args = list(node.args)
     if node.op == "call_function" and operation(node).startswith("aten::conv"):
@@ -125,7 +124,7 @@ def _arguments(node: fx.Node, place: Mapping[fx.Node, int], sized: bool) -> list
 
 
 def expected(shape: tuple[int, ...], flow: Flow, removed: Removed) -> tuple[int, ...]:
-    """The shape without what is removed."""
+    """The shape that is left of this one."""
     sizes = list(shape)
     for ids in flow:
         (dim,) = varying(ids)

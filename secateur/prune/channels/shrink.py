@@ -1,17 +1,16 @@
-"""Removing channels: slices of parameters, and sizes of modules."""
+"""Removing channels: smaller parameters, and the sizes that modules hold as numbers."""
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from secateur.model.blocks import Batch
 from secateur.prune.channels.channels import Channels, Followed, Removed
+from secateur.prune.channels.constants import removable, zeroed
 from secateur.prune.channels.flow import operation
 from secateur.prune.channels.proof import SIZED, expected, misfit
+from secateur.prune.channels.restore import as_it_was
 from secateur.prune.channels.trace import (
     first_names,
     layer_of,
@@ -20,64 +19,43 @@ from secateur.prune.channels.trace import (
 )
 
 
-@contextlib.contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """The model's modules and tensors are put back if the block raises."""
-    tensors = [(tensor, tensor.data) for _, tensor in named_states(model)]
-    put_back = remembered(model)
-    try:
-        yield
-    except BaseException:
-        put_back()
-        for tensor, data in tensors:
-            tensor.data = data
-        raise
+def remove_(model: nn.Module, followed: Followed, removed: Removed) -> dict[int, str]:
+    """Remove units whose channels are zero, and say which of them stay, each with the reason.
 
+    The model computes what it did, up to rounding, except that norms over removed channels run over
+    the channels that are left. What a removed channel is nevertheless, because of a bias or of an
+    activation, is a constant and goes into the biases of the layers that read it; where a layer has
+    none, the channel stays. Parameters remain the same objects.
 
-def remembered(model: nn.Module) -> Callable[[], None]:
-    """A function that puts the model's modules back, with the attributes that they have now."""
-    modules = [
-        (module, type(module), _properties(type(module)), _shallow(module))
-        for module in model.modules()
-    ]
+    The smaller model is exported again, and each of its operations must have the result that
+    follows from the units. A size that no attribute of a module expresses is an error, never
+    another function.
 
-    def put_back() -> None:
-        for module, kind, properties, attributes in modules:
-            module.__class__ = kind
-            for name, value in properties.items():
-                if name not in vars(kind):
-                    setattr(kind, name, value)
-            vars(module).clear()
-            vars(module).update(attributes)
-
-    return put_back
-
-
-def shrink_(
-    model: nn.Module,
-    followed: Followed,
-    removed: Removed,
-    constants: Mapping[str, Tensor],
-    batch: Batch,
-) -> None:
-    """Remove the units from a plain model, adding `constants` to the biases of that name.
-
-    The parameters stay the same objects. The model is exported again, and each operation must have
-    the result that follows from the units: what the sizes in a module's attributes cannot express
-    is an error and no other function.
+    Cost: an export of the model and a run, more of both if some units stay.
 
     Raises:
-        ValueError: if the smaller model cannot run, or computes something else. It has been changed
-            then: call it in `as_it_was`.
+        ValueError: if the smaller model cannot run, or would compute something else. Nothing has
+            changed then.
     """
+    values = zeroed(model, followed.channels, (), removed)
+    going, constants, held = removable(followed, values, removed)
+    if going[: followed.channels.count].any():
+        with as_it_was(model):
+            _shrink(model, followed, going, constants)
+    return held
+
+
+def _shrink(
+    model: nn.Module, followed: Followed, removed: Removed, constants: Mapping[str, Tensor]
+) -> None:
     sizes = {id(module): _sizes(module) for module in model.modules()}
     _slice(model, followed.channels, removed, constants)
     for module in model.modules():
         _resize(module, *sizes[id(module)])
     _resize_norms(model, followed, removed)
-    if misfit(model, followed, removed, batch) is not None:
+    if misfit(model, followed, removed) is not None:
         _set_sizes(model, followed, removed)
-        if wrong := misfit(model, followed, removed, batch):
+        if wrong := misfit(model, followed, removed):
             raise ValueError(wrong)
 
 
@@ -107,14 +85,14 @@ def _slice(
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    """What `_resize` must know of before: groups of a layer, and its channels."""
+    """What `_resize` has to know from before: the groups of a layer and its channels."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.groups, module.out_channels
     return 1, 1
 
 
 def _resize(module: nn.Module, groups: int, channels: int) -> None:
-    """Make the sizes that a layer of torch knows of itself those of its parameters."""
+    """Set the sizes that a layer of torch keeps as numbers to those of its parameters."""
     own = module._parameters.get("weight")
     shape = tuple(own.shape) if own is not None else ()
     if isinstance(module, nn.Linear):
@@ -138,7 +116,7 @@ def _resize(module: nn.Module, groups: int, channels: int) -> None:
 
 
 def _resize_norms(model: nn.Module, followed: Followed, removed: Removed) -> None:
-    """Norms, which need not have parameters, by what they normalise."""
+    """Set the sizes of norms, which need no parameters, from what they normalise."""
     for node in followed.trace.nodes():
         module = _module(model, layer_of(node))
         if not isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
@@ -153,10 +131,10 @@ def _resize_norms(model: nn.Module, followed: Followed, removed: Removed) -> Non
 
 
 def _set_sizes(model: nn.Module, followed: Followed, removed: Removed) -> None:
-    """Numbers in the attributes of other modules, such as `num_heads` for a view.
+    """Set numbers in the attributes of other modules, such as the `num_heads` that a view uses.
 
-    An attribute of the module that makes a view is changed if it is the size of a dimension that
-    shrinks, and no other of the view's. `misfit` finds it if that was wrong.
+    An attribute of a module that makes a view is changed if it equals the size of a dimension that
+    shrinks and of no other dimension of the view. `misfit` notices if that was wrong.
     """
     wanted: dict[tuple[str, str], set[int]] = {}
     for node in followed.trace.nodes():
@@ -178,7 +156,7 @@ def _set_sizes(model: nn.Module, followed: Followed, removed: Removed) -> None:
 def _size_changes(
     followed: Followed, removed: Removed, node: fx.Node
 ) -> tuple[dict[int, int], set[int]]:
-    """Size before -> after of the dimensions that shrink in a view, and the sizes of others."""
+    """Size before -> size after for dimensions of a view that shrink; the sizes of the others."""
     changed: dict[int, int] = {}
     same = set()
     for tensor in (node, *node.all_input_nodes):
@@ -195,13 +173,3 @@ def _size_changes(
 
 def _module(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path) if path else model
-
-
-def _properties(kind: type[nn.Module]) -> dict[str, property]:
-    """Of a parametrized module's class, which is its own: torch takes them away with the masks."""
-    return {name: value for name, value in vars(kind).items() if isinstance(value, property)}
-
-
-def _shallow(module: nn.Module) -> dict[str, Any]:
-    """The module's attributes, with copies of the dicts that hold its tensors and modules."""
-    return {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()}

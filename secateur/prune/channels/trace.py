@@ -20,8 +20,8 @@ from secateur.model.outputs import eval_mode
 class Trace:
     """The operations of a model in eval mode on one batch.
 
-    `states` says which parameter or buffer a placeholder of the graph is, by the first of its
-    names; `given` holds what other placeholders are: example inputs and constants.
+    `states` maps a placeholder of the graph to the first name of the parameter or buffer that it
+    stands for, `given` every other placeholder to its value: example inputs and constants.
     """
 
     graph: fx.GraphModule
@@ -32,7 +32,7 @@ class Trace:
         return iter(self.graph.graph.nodes)
 
     def arguments(self, values: Mapping[str, Tensor]) -> list[Any]:
-        """What the graph is called with, if `values` has the parameters and buffers."""
+        """The arguments of the graph, with the parameters and buffers taken from `values`."""
         placeholders = [node.name for node in self.nodes() if node.op == "placeholder"]
         return [
             values[self.states[name]] if name in self.states else self.given[name]
@@ -56,7 +56,7 @@ def trace(model: nn.Module, batch: Batch) -> Trace:
                 exported = exported.run_decompositions(_parts())  # most of the time it takes
     except Exception as error:
         raise ValueError(
-            f"structured pruning needs the graph of {type(model).__name__}, torch.export cannot "
+            f"removing channels needs the graph of {type(model).__name__}, torch.export cannot "
             f"make it: {error}: give example_inputs that the model takes, and write its forward "
             "without branches on values"
         ) from error
@@ -76,7 +76,7 @@ def trace(model: nn.Module, batch: Batch) -> Trace:
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Name of a parameter or buffer -> the first name of the same tensor: tied ones are one."""
+    """The name of each parameter or buffer -> the first name that the same tensor has."""
     first: dict[int, str] = {}
     names = {}
     for name, tensor in named_states(model):
@@ -91,7 +91,7 @@ def named_states(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def layer_of(node: fx.Node) -> str:
-    """The name of the module whose forward has this operation; of the model itself it is empty."""
+    """The name of the module whose forward has this operation; empty for the model itself."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return str(stack[-1][0]) if stack else ""
 
@@ -102,13 +102,13 @@ def where(node: fx.Node) -> str:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The shape of what an operation returned, if that is one tensor."""
+    """The shape of the one tensor that an operation returned."""
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
 @contextlib.contextmanager
 def unlogged() -> Iterator[None]:
-    """Torch logs what fails, even where it is caught."""
+    """Silence torch, which logs every failure even if it is caught."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.disabled
     logger.disabled = True
@@ -119,13 +119,13 @@ def unlogged() -> Iterator[None]:
 
 
 def _parts() -> dict[Any, Any]:
-    """What torch is to take apart, besides operations that change their arguments."""
+    """What torch has to decompose besides operations that change their arguments."""
     einsum = torch.ops.aten.einsum.default
     return {einsum: torch.export.default_decompositions()[einsum]}
 
 
 def _is_opaque(node: fx.Node) -> bool:
-    """Whether an operation changes its arguments, or has its products in a string."""
+    """Whether an operation changes its arguments, or hides its products in a string."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and (bool(schema.is_mutable) or schema.name == "aten::einsum")
 

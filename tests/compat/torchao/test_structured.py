@@ -1,4 +1,4 @@
-"""The laws of structured pruning: what is pruned computes what was masked, and reloads plainly."""
+"""Structured pruners: masks while training, and what `prune` leaves of the masked model."""
 
 import copy
 import pickle
@@ -16,14 +16,16 @@ from secateur.compat.torchao import (
     LSTMSaliencyPruner,
     SaliencyPruner,
 )
-from tests.compat.torchao.structured_models import (
-    Branches,
-    Grouped,
-    Recurrent,
+from tests.prune.channels.models import (
+    Odd,
     ResNet,
     ViT,
     Words,
+    all_but,
+    images,
     lively,
+    numbers,
+    sequences,
 )
 
 
@@ -31,89 +33,28 @@ def config(*names: str, **settings: Any) -> list[dict[str, Any]]:
     return [{"tensor_fqn": f"{name}.weight", **settings} for name in names]
 
 
-def all_but(model: nn.Module, output: str) -> list[dict[str, Any]]:
-    """Every linear layer and convolution but one, whose channels are what the model returns."""
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    return config(*(name for name in layers if name != output))
+def every_layer(model: nn.Module, output: str) -> list[dict[str, Any]]:
+    return [{"tensor_fqn": name} for name in all_but(model, output)]
 
 
-def images(count: int = 3) -> Tensor:
-    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
-
-
-def sequences(width: int) -> Tensor:
-    return torch.randn(3, 5, width, generator=torch.Generator().manual_seed(1)).double()
-
-
-def numbers(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def pruned_as_masked(
-    model: nn.Module,
-    batch: Tensor,
-    layers: list[dict[str, Any]] | None,
-    smaller: Callable[[], nn.Module],
-    level: float = 0.5,
-) -> nn.Module:
-    """The laws: outputs of the masked model, a plain module of the smaller configuration."""
-    dense = model(batch)
+def test_what_is_pruned_computes_what_was_masked_and_reloads_plainly() -> None:
+    model = lively(ResNet())
+    dense = model(images())
     modules = {name: type(module) for name, module in model.named_modules()}
-    sparsifier = SaliencyPruner({"sparsity_level": level})
-    sparsifier.prepare(model, layers, example_inputs=batch)
+    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
+    sparsifier.prepare(model, every_layer(model, "head"), example_inputs=images())
     sparsifier.step()
-    masked = model(batch)
+    masked = model(images())
     assert not torch.allclose(dense, masked), "something is masked"
     pruned = sparsifier.prune()
     assert pruned is model
     assert {name: type(module) for name, module in model.named_modules()} == modules
-    torch.testing.assert_close(pruned(batch), masked, rtol=1e-9, atol=1e-9)
-    fresh = smaller().double().eval()
+    torch.testing.assert_close(pruned(images()), masked, rtol=1e-9, atol=1e-9)
+    fresh = ResNet((4, 6), (5, 3)).double().eval()
     fresh.load_state_dict(pruned.state_dict())
     assert numbers(fresh) == numbers(pruned)
-    torch.testing.assert_close(fresh(batch), masked, rtol=1e-9, atol=1e-9)
-    return pruned
-
-
-# --- the laws, kind by kind ----------------------------------------------------------------------
-
-
-def test_a_residual_network_loses_the_same_channels_on_both_sides_of_each_addition() -> None:
-    model = lively(ResNet())
-    pruned_as_masked(model, images(), all_but(model, "head"), lambda: ResNet((4, 6), (5, 3)))
-    assert model.a.conv1.in_channels == 4
-    assert model.bn.num_features == 4
+    torch.testing.assert_close(fresh(images()), masked, rtol=1e-9, atol=1e-9)
     assert repr(model) == repr(ResNet((4, 6), (5, 3)))
-
-
-def test_naming_one_layer_of_an_addition_prunes_all_of_them() -> None:
-    model = lively(ResNet())
-    layers = config("a.conv2")
-    pruned_as_masked(model, images(), layers, lambda: ResNet((4, 12), (10, 6)))
-
-
-def test_conv_bn_relu_conv() -> None:
-    def make(width: int = 8) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, 4, 3, padding=1),
-        )
-
-    pruned = pruned_as_masked(lively(make()), images(), config("0"), lambda: make(6), level=0.25)
-    assert numbers(pruned) == 6 * 27 + 6 + 12 + 4 * 6 * 9 + 4
-
-
-@pytest.mark.parametrize(
-    "layer, sizes", [("block.qkv", {"heads": 2}), ("block.fc1", {"hidden": 8})]
-)
-def test_heads_and_hidden_units_of_a_vision_transformer(layer: str, sizes: dict[str, int]) -> None:
-    model = lively(ViT())
-    pruned_as_masked(model, images(), config(layer), lambda: ViT(**sizes))
-    assert model.block.num_heads == sizes.get("heads", 4)
-    assert model.block.head_dim == 3
 
 
 def test_without_a_config_what_a_norm_runs_over_stays_and_says_why() -> None:
@@ -127,44 +68,6 @@ def test_without_a_config_what_a_norm_runs_over_stays_and_says_why() -> None:
         "layer_norm.default of block.norm1 normalises over it"
         in sparsifier.left["block.fc2.weight"]
     )
-
-
-def test_grouped_queries_go_with_the_head_whose_keys_they_read() -> None:
-    for named in (["q_proj"], ["k_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]):
-        model = lively(Grouped())
-        pruned_as_masked(
-            model, sequences(8), config(*named), lambda: Grouped(heads=4, groups=2), level=0.34
-        )
-        assert (model.num_heads, model.num_key_value_heads, model.head_dim) == (4, 2, 2)
-
-
-def test_all_gates_layers_and_directions_of_an_lstm_lose_the_same_hidden_units() -> None:
-    layers = [{"tensor_fqn": "lstm.weight_ih_l0"}, {"tensor_fqn": "lstm.weight_hh_l0"}]
-    for named in (layers, [{"tensor_fqn": "lstm.weight_hh_l0"}]):
-        model = lively(Recurrent())
-        pruned_as_masked(model, sequences(4), named, lambda: Recurrent(3))
-        assert (model.lstm.hidden_size, model.lstm.input_size) == (3, 4)
-
-
-def test_branches_of_a_concatenation_a_depthwise_convolution_and_whole_groups() -> None:
-    """GroupNorm has 7 groups of 4, from 2 channels of the concatenation each."""
-    model = lively(Branches())
-    left, right = 4, 4  # of 6 and 8; whole pairs, of the two branches by themselves
-    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
-    sparsifier.prepare(model, config("left", "right"), images())
-    sparsifier.step()
-    masked = model(images())
-    sparsifier.prune()
-    torch.testing.assert_close(model(images()), masked, rtol=1e-9, atol=1e-9)
-    assert (model.left.out_channels, model.right.out_channels) == (left, right)
-    fresh = Branches(left, right, groups=4).double().eval()
-    fresh.load_state_dict(model.state_dict())
-    torch.testing.assert_close(fresh(images()), masked, rtol=1e-9, atol=1e-9)
-
-
-def test_a_gated_mlp_in_one_projection_loses_gates_with_what_they_gate() -> None:
-    model, tokens = lively(Words()), torch.arange(10).view(2, 5)
-    pruned_as_masked(model, tokens, config("up"), lambda: Words(hidden=6))
 
 
 def test_the_width_of_a_language_model_and_norms_of_what_is_left() -> None:
@@ -199,41 +102,6 @@ def test_the_width_of_a_language_model_and_norms_of_what_is_left() -> None:
     fresh.load_state_dict(model.state_dict())
     torch.testing.assert_close(fresh(tokens), masked, rtol=1e-9, atol=1e-9)
     assert model.head.weight is model.embed.weight, "tied weights stay tied"
-
-
-def test_an_embedding_is_pruned_by_its_columns() -> None:
-    def make(width: int = 8) -> nn.Module:
-        return nn.Sequential(nn.Embedding(7, width), nn.Tanh(), nn.Linear(width, 3))
-
-    tokens = torch.arange(10).view(2, 5) % 7
-    pruned = pruned_as_masked(lively(make()), tokens, config("0"), lambda: make(4))
-    assert pruned[0].embedding_dim == 4
-
-
-def test_a_flattened_image_takes_all_positions_of_a_channel() -> None:
-    def make(width: int = 8) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(3, width, 3),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(9 * width, 5),
-        )
-
-    pruned_as_masked(lively(make()), images(), config("0"), lambda: make(4))
-
-
-def test_a_transposed_convolution_and_prelu() -> None:
-    def make(width: int = 8, up: int = 6) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(3, width, 3),
-            nn.PReLU(width),
-            nn.ConvTranspose2d(width, up, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(up, 2, 1),
-        )
-
-    pruned_as_masked(lively(make()), images(), config("0", "2"), lambda: make(4, 3))
 
 
 def test_outputs_that_are_named_become_fewer() -> None:
@@ -272,61 +140,6 @@ def test_hidden_units_that_are_an_output_as_well_go_from_it() -> None:
     assert model.lstm.hidden_size == model.out.in_features == 3
 
 
-ACTIVATIONS = (
-    "ReLU RReLU Hardtanh ReLU6 Sigmoid Hardsigmoid Tanh SiLU Mish Hardswish ELU CELU SELU "
-    "Hardshrink LeakyReLU LogSigmoid Softplus PReLU Softsign Tanhshrink GELU Dropout Dropout2d "
-    "AlphaDropout FeatureAlphaDropout Softshrink Identity"
-)
-
-
-@pytest.mark.parametrize(
-    "names", [ACTIVATIONS.split()[start::4] for start in range(4)], ids=lambda names: names[0]
-)
-def test_every_activation_between_layers(names: list[str]) -> None:
-    def make(width: int = 6) -> nn.Module:
-        stages: list[nn.Module] = [nn.Conv2d(3, width, 1)]
-        for name in names:
-            stages += [getattr(nn, name)(), nn.Conv2d(width, width, 1)]
-        stages[-1] = nn.Conv2d(width, 5, 1)
-        return nn.Sequential(*stages)
-
-    model = lively(make())
-    pruned_as_masked(model, images(), all_but(model, str(len(model) - 1)), lambda: make(3))
-
-
-@pytest.mark.parametrize(
-    "pools",
-    [
-        (nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(2), nn.AdaptiveAvgPool2d(1)),
-        (nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.Upsample(scale_factor=2)),
-        (nn.LPPool2d(2, 2), nn.ReplicationPad2d(1), nn.MaxPool2d(3, padding=1)),
-    ],
-)
-def test_every_pooling_and_padding_between_layers(pools: tuple[nn.Module, ...]) -> None:
-    def make(width: int = 6) -> nn.Module:
-        stages: list[nn.Module] = [nn.Conv2d(3, width, 1)]
-        for pool in pools:
-            stages += [copy.deepcopy(pool), nn.Conv2d(width, width, 1)]
-        stages[-1] = nn.Conv2d(width, 5, 1)
-        return nn.Sequential(*stages)
-
-    model = lively(make())
-    pruned_as_masked(model, images(), all_but(model, str(len(model) - 1)), lambda: make(3))
-
-
-def test_positions_of_maxima_go_with_their_channels() -> None:
-    class Unpooled(nn.Module):
-        def __init__(self, width: int = 6) -> None:
-            super().__init__()
-            self.first, self.second = nn.Conv2d(3, width, 1), nn.Conv2d(width, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            largest, where = F.max_pool2d(self.first(x), 2, return_indices=True)
-            return self.second(largest * (where % 2))
-
-    pruned_as_masked(lively(Unpooled()), images(), config("first"), lambda: Unpooled(3))
-
-
 # --- biases --------------------------------------------------------------------------------------
 
 
@@ -346,15 +159,6 @@ def test_the_bias_of_a_removed_row_goes_into_the_next_layer_or_is_dropped() -> N
         wanted = second.bias + second.weight[:, ~keep] @ constant
         torch.testing.assert_close(model[2].bias.detach(), wanted.detach())
         assert torch.equal(model[0].bias, first.bias[keep])
-
-
-def test_a_constant_passes_through_batch_norm_and_an_unpadded_convolution() -> None:
-    def make(width: int = 8) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.GELU(), nn.Conv2d(width, 4, 3)
-        )
-
-    pruned_as_masked(lively(make()), images(), config("0", prune_bias=False), lambda: make(4))
 
 
 class Added(nn.Module):
@@ -430,18 +234,6 @@ def test_of_a_padded_layer_only_channels_with_a_bias_stay_as_zeros() -> None:
 # --- what cannot be right is an error ------------------------------------------------------------
 
 
-class Odd(nn.Module):
-    """A model whose middle is given."""
-
-    def __init__(self, middle: Callable[[Tensor], Tensor], width: int = 6) -> None:
-        super().__init__()
-        self.middle, self.width = middle, width
-        self.first, self.second = nn.Linear(4, width), nn.Linear(width, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.middle(self.first(x)))
-
-
 @pytest.mark.parametrize(
     "middle, why",
     [
@@ -504,18 +296,6 @@ def test_beside_channels_that_stay_others_are_removed() -> None:
     assert model.second.weight[3].all() and model.other.weight[0].all()
 
 
-def test_channels_in_reverse_are_pruned_in_reverse() -> None:
-    """Libraries that take an unknown operation for one by elements remove other columns here."""
-    model = lively(Odd(lambda x: F.relu(x).flip(-1)))
-    before = copy.deepcopy(model)
-    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
-    sparsifier.prepare(model, config("first"), sequences(4))
-    sparsifier.step()
-    keep = model.first.parametrizations.weight[0].mask
-    sparsifier.prune()
-    assert torch.equal(model.second.weight, before.second.weight[:, keep.flip(0)])
-
-
 def test_a_size_written_into_the_forward_is_an_error_that_changes_nothing() -> None:
     model = lively(Odd(lambda x: F.relu(x.view(3, 5, 6)).view(3, 5, 2, 3).flatten(2)))
     sparsifier = SaliencyPruner({"sparsity_level": 0.5})
@@ -528,42 +308,6 @@ def test_a_size_written_into_the_forward_is_an_error_that_changes_nothing() -> N
     assert torch.equal(model(sequences(4)), masked)
     sparsifier.step()
     sparsifier.squash_mask()
-    assert torch.equal(model(sequences(4)), masked)
-
-
-def test_a_number_of_channels_in_the_forward_is_an_error() -> None:
-    model = lively(Odd(lambda x: x / x.shape[-1]))
-    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
-    sparsifier.prepare(model, config("first"), sequences(4))
-    sparsifier.step()
-    with pytest.raises(
-        ValueError, match=r"would compute something else: .*div.Tensor of the model itself"
-    ):
-        sparsifier.prune()
-
-
-@pytest.mark.parametrize(
-    "middle, width, gone, why",
-    [
-        (lambda x: x[..., 2:4], 2, 0, "slice.Tensor|linear.default of second"),
-        (lambda x: x[..., -4:-2], 2, 5, "linear.default of second brings other channels"),
-        (lambda x: x[..., ::2], 3, 3, "linear.default of second brings other channels"),
-        (lambda x: x.roll(1, -1), 6, 5, "linear.default of second brings other channels"),
-        (lambda x: torch.cat([x[..., 2:], x[..., :2]], -1), 6, 1, "slice.Tensor of the model"),
-    ],
-)
-def test_positions_that_move_are_an_error(
-    middle: Callable[[Tensor], Tensor], width: int, gone: int, why: str
-) -> None:
-    """Sizes fit in all but the last: without a look at the order other channels would be read."""
-    model = Odd(middle)
-    model.second = nn.Linear(width, 3)
-    sparsifier = Row({"row": gone})
-    sparsifier.prepare(lively(model), config("first"), sequences(4))
-    sparsifier.step()
-    masked = model(sequences(4))
-    with pytest.raises(ValueError, match=f"would compute something else: .*({why})"):
-        sparsifier.prune()
     assert torch.equal(model(sequences(4)), masked)
 
 
@@ -614,7 +358,7 @@ def test_masks_are_chosen_anew_and_come_back_when_the_level_falls() -> None:
         sparsifier.groups[0]["sparsity_level"] = level
         sparsifier.step()
         assert int((~model.first.parametrizations.weight[0].mask).sum()) == dropped
-    with pytest.raises(ValueError, match="sparsity_level that leaves a channel, 6 of its 6"):
+    with pytest.raises(ValueError, match="a sparsity that leaves a channel, 6 of its 6"):
         sparsifier.groups[0]["sparsity_level"] = 1.0
         sparsifier.step()
 
@@ -672,7 +416,7 @@ def test_squash_keeps_the_shapes_and_the_order_of_parameters() -> None:
     model = lively(ResNet())
     names = list(model.state_dict())
     sparsifier = SaliencyPruner({"sparsity_level": 0.5})
-    sparsifier.prepare(model, all_but(model, "head"), images())
+    sparsifier.prepare(model, every_layer(model, "head"), images())
     sparsifier.step()
     masked = model(images())
     sparsifier.squash_mask(params_to_keep=["sparsity_level"])
@@ -695,54 +439,6 @@ def test_an_initial_mask_applies_at_once() -> None:
 
 
 # --- other models --------------------------------------------------------------------------------
-
-
-def test_attention_written_with_einsum_and_a_single_head() -> None:
-    class Single(nn.Module):
-        def __init__(self, width: int = 6, values: int = 8) -> None:
-            super().__init__()
-            self.q, self.k = nn.Linear(4, width), nn.Linear(4, width)
-            self.v, self.o = nn.Linear(4, values), nn.Linear(values, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            weights = torch.einsum("btd,bsd->bts", self.q(x), self.k(x)).softmax(-1)
-            return self.o(weights @ self.v(x))
-
-    pruned_as_masked(lively(Single()), sequences(4), config("q", "v"), lambda: Single(3, 4))
-
-
-def test_tables_that_stay_leave_whole_heads_and_buffers_by_head_keep_them() -> None:
-    class Table(nn.Module):
-        """A table of angles for each step, shared by all heads, as in rotary embeddings."""
-
-        def __init__(self, heads: int = 4, table: tuple[int, ...] = (5, 1, 3)) -> None:
-            super().__init__()
-            self.heads = heads
-            self.first, self.second = nn.Linear(8, 3 * heads), nn.Linear(3 * heads, 2)
-            self.register_buffer("table", torch.rand(table))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(
-                (self.first(x).unflatten(-1, (self.heads, 3)) * self.table).flatten(2)
-            )
-
-    model = lively(Table())
-    pruned_as_masked(model, sequences(8), config("first"), lambda: Table(2))
-    with pytest.warns(UserWarning, match="mul.Tensor of the model itself joins it to channels"):
-        by_head = lively(Table(table=(1, 4, 3)))
-        SaliencyPruner({"sparsity_level": 0.5}).prepare(by_head, config("first"), sequences(8))
-
-
-def test_norms_without_parameters() -> None:
-    def make(width: int = 8, groups: int = 4) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(3, width, 3),
-            nn.GroupNorm(groups, width, affine=False),
-            nn.SiLU(),
-            nn.Conv2d(width, 2, 3),
-        )
-
-    pruned_as_masked(lively(make()), images(), config("0"), lambda: make(4, 2))
 
 
 def test_a_language_model_of_transformers_reloads_by_its_configuration() -> None:
@@ -773,46 +469,3 @@ def test_a_language_model_of_transformers_reloads_by_its_configuration() -> None
     fresh.load_state_dict(model.state_dict())
     for pruned in (model, fresh):
         torch.testing.assert_close(pruned(**batch).logits, masked, rtol=1e-9, atol=1e-9)
-
-
-class RootMeanSquare(nn.Module):
-    """RMSNorm as language models write it, without a weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
-
-
-@pytest.mark.parametrize(
-    "norm",
-    [lambda width: nn.LayerNorm(width, elementwise_affine=False), lambda _: RootMeanSquare()],
-)
-def test_a_norm_without_parameters_normalises_what_is_left(
-    norm: Callable[[int], nn.Module],
-) -> None:
-    model = lively(nn.Sequential(nn.Linear(4, 6), norm(6), nn.Linear(6, 3)))
-    first, _, second = copy.deepcopy(model)
-    sparsifier = SaliencyPruner({"sparsity_level": 0.5})
-    sparsifier.prepare(model, config("0"), sequences(4))
-    sparsifier.step()
-    keep = model[0].parametrizations.weight[0].mask
-    sparsifier.prune()
-    hidden = norm(3)(first(sequences(4))[..., keep])
-    wanted = F.linear(hidden, second.weight[:, keep], second.bias)
-    torch.testing.assert_close(model(sequences(4)), wanted)
-
-
-def test_an_embedding_that_is_the_output_embedding_too_is_masked_as_both() -> None:
-    class Tied(nn.Module):
-        def __init__(self, width: int = 8) -> None:
-            super().__init__()
-            self.embed, self.mix = nn.Embedding(7, width), nn.Linear(width, width)
-            self.head = nn.Linear(width, 7)
-            self.head.weight = self.embed.weight
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            x = self.embed(tokens)
-            return self.head(x + F.relu(self.mix(x)))
-
-    tokens = torch.arange(10).view(2, 5) % 7
-    pruned = pruned_as_masked(lively(Tied()), tokens, config("mix"), lambda: Tied(4))
-    assert pruned.head.weight is pruned.embed.weight

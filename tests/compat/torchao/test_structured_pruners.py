@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.compat.torchao import FPGMPruner, LambdaSL, LSTMSaliencyPruner, SaliencyPruner
-from tests.compat.torchao.structured_models import Recurrent, ResNet, lively
+from tests.prune.channels.models import Recurrent, ResNet, lively
 
 
 def rows(*values: list[float]) -> nn.Sequential:

@@ -1,7 +1,7 @@
-"""Structured pruners: whole channels are masked in training, and removed by `prune`.
+"""Structured pruners: whole channels are masked during training, and `prune` removes them.
 
-Which channels go together follows from the model's graph (`structured_channels`): a channel is one
-row of the layer that makes it, the same row of layers that are added to it, the scale and shift of
+`secateur.prune.channels` finds from the model's graph which channels go together: one row of the
+layer that makes a channel, the same row of the layers that are added to it, the scale and shift of
 its norm, and the columns of the layers that read it.
 """
 
@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from secateur.compat.torchao.base_sparsifier import BaseSparsifier
 from secateur.compat.torchao.fake_sparsity import (
     attach,
     detach,
-    has_mask,
     mask_of,
     put_mask,
     require_tensor,
@@ -29,41 +27,32 @@ from secateur.compat.torchao.fake_sparsity import (
 )
 from secateur.compat.torchao.groups import Group, make_groups, require_model, settings_to_keep
 from secateur.compat.torchao.names import closest, in_short
-from secateur.compat.torchao.structured.guess import guess_inputs
 from secateur.compat.torchao.structured.mask import FakeStructuredSparsity, Masked
 from secateur.compat.torchao.structured.prepare import (
-    all_but_one,
-    apart,
-    channel_dim,
-    key_of,
     layer_config,
-    masked_values,
     masked_with,
     possible,
     require_channels,
 )
 from secateur.model.blocks import Batch
 from secateur.model.outputs import on_device
-from secateur.patterns import keep_top
-from secateur.prune.channels.channels import Channels, Removed, follow, pools
-from secateur.prune.channels.constants import removable
-from secateur.prune.channels.shrink import as_it_was, shrink_
-from secateur.prune.channels.trace import named_states
+from secateur.prune import channels as engine
+from secateur.prune.channels import Channels, Removed
 
 __all__ = ["BaseStructuredSparsifier", "FakeStructuredSparsity"]
 
 
 class BaseStructuredSparsifier(BaseSparsifier):
-    """Masks on the channels of a model, which `prune` removes; a subclass says which go.
+    """Masks on the channels of a model, which `prune` removes; a subclass chooses which go.
 
     `update_mask(self, module, tensor_name, ...)` is called as in `BaseSparsifier`. The mask of a
     tensor has one bool for each of its channels: the rows of a linear layer or convolution, the
-    columns of an embedding. Channels that depend on one another are a unit, and are dropped all or
-    not at all: `least` chooses so.
+    columns of an embedding. Channels that depend on one another form a unit, which goes as a whole;
+    `least` chooses whole units.
 
-    With `prune_bias` (a setting of each tensor, True by default) a channel's bias and its norm's
-    scale and shift are masked with it. Without, they stay, and what they make of it, a constant,
-    goes into the biases of the layers that read it.
+    With `prune_bias` (a setting of each tensor, True by default), a channel's bias and its norm's
+    scale and shift are masked with it. Otherwise they stay, and the constant that they make of the
+    channel goes into the biases of the layers that read it.
 
     Raises:
         TypeError: if the class has no `update_mask`.
@@ -81,7 +70,6 @@ class BaseStructuredSparsifier(BaseSparsifier):
         self.left: dict[str, str] = {}
         self._inputs: Batch = ()
         self._masked: list[Masked] = []
-        self._dims: dict[str, int] = {}
         self._stuck: dict[int, str] = {}
 
     def prepare(
@@ -93,16 +81,16 @@ class BaseStructuredSparsifier(BaseSparsifier):
         """Put a mask on each tensor that the config names, and on all that its channels go with.
 
         `example_inputs` is a batch that the model takes: a tensor, a tuple of positional or a dict
-        of keyword arguments. A model with one input by a first layer of usual shape needs none.
-        Give one of several samples: what is the same for all of them is taken for constant.
+        of keyword arguments. It should have several samples, because what is the same in all of
+        them counts as constant. Without it a batch is guessed from the layers that read the inputs.
 
-        A config of None stands for the weights of all linear layers, convolutions and recurrent
-        layers whose channels can go so that at most the model's outputs become fewer, of which it
-        warns. `left` says of the others why not. Named explicitly, channels that a LayerNorm or
-        RMSNorm runs over can go, too: it then normalises those that are left.
+        Without a config, `prepare` takes the weights of all linear layers, convolutions and
+        recurrent layers whose channels can go so that at most the model's outputs become fewer, of
+        which it warns; `left` says why the others were left out. If they are named explicitly,
+        channels that a LayerNorm or RMSNorm runs over can go as well: it then normalises the rest.
 
-        What `prune` will have to leave as zeros is a warning: channels that an operation cannot do
-        without, or whose constant a layer cannot take. The former are masked by themselves.
+        A warning names what `prune` will have to leave as zeros: channels that an operation cannot
+        do without, which are masked alone, or whose constant a layer cannot absorb.
 
         Cost: an export of the model and a run.
 
@@ -111,34 +99,29 @@ class BaseStructuredSparsifier(BaseSparsifier):
                 cannot export the model, or a tensor or its settings cannot be used, with the
                 operation and layer because of which its channels must stay.
         """
-        if any(has_mask(group["module"], group["tensor_name"]) for group in self.groups):
-            raise ValueError(
-                f"prepare needs a sparsifier that is free, this {type(self).__name__} holds masks "
-                f"of {len(self.groups)} tensors: squash_mask or prune first, or make another"
-            )
+        self._require_free("squash_mask or prune first")
         require_model("prepare", model)
-        batch = guess_inputs(model) if example_inputs is None else example_inputs
-        followed = follow(model, batch)
-        channels = followed.channels
+        followed = engine.follow(model, example_inputs)
         left: dict[str, str] = {}
         if config is None:
             self.make_config_from_model(model)
-            config = possible(model, channels, self.config or (), left)
+            config = possible(model, followed.channels, self.config or (), left)
         groups = [self.complete(group) for group in make_groups(model, config, self.defaults)]
-        dims = {group["tensor_fqn"]: channel_dim(channels, group) for group in groups}
-        for group in groups:
-            require_channels(channels, group, dims[group["tensor_fqn"]])
-        channels, stuck = apart(channels, groups, dims)
-        masked = masked_with(model, channels, groups, dims)
-        most = all_but_one(channels, groups, dims)
-        _, _, held = removable(followed, masked_values(model, masked, channels, most), most)
+        names = [group["tensor_fqn"] for group in groups]
+        for name in names:
+            require_channels(followed.channels, name)
+        channels, stuck = engine.isolated(followed.channels, names)
+        masked = masked_with(model, channels, groups)
+        most = engine.all_but_one(channels, names)
+        parts = [(each.name, each.dim) for each in masked]
+        values = engine.zeroed(model, channels, parts, most)
+        _, _, held = engine.removable(followed, values, most)
         initial = {g["tensor_fqn"]: _initial_mask(g) for g in groups}
         before = dict(vars(self))
-        self.model, self.config, self.groups, self.state = model, config, groups, {}
-        self.channels, self._masked, self._dims, self._stuck = channels, masked, dims, stuck
-        self.left, self._inputs = left, batch
-        self.step_count, self._pickled = 0, None
-        with as_it_was(model):
+        self._begin(model, config, groups)
+        self.channels, self._masked, self._stuck = channels, masked, stuck
+        self.left, self._inputs = left, followed.batch
+        with engine.as_it_was(model):
             try:
                 self._prepare()
                 for fqn, mask in initial.items():
@@ -155,11 +138,11 @@ class BaseStructuredSparsifier(BaseSparsifier):
         model: nn.Module,
         SUPPORTED_MODULES: Collection[type[nn.Module]] = (nn.Linear, _ConvNd, nn.RNNBase),
     ) -> None:
-        """Set `config` to the weights of all layers of these types, from which `prepare` takes."""
+        """Set `config` to the weights of all layers of these types; `prepare` chooses from it."""
         self.config = layer_config(model, tuple(SUPPORTED_MODULES))
 
     def _prepare(self, *args: Any) -> None:
-        """Put masks of ones on the tensors of `groups`, and on what their channels go with."""
+        """Put masks of ones on the tensors of `groups` and on everything their channels go with."""
         for each in self._masked:
             tensor = unmasked(each.module, each.tensor_name)
             keep = torch.ones(tensor.shape[each.dim], dtype=torch.bool).to(tensor.device)
@@ -190,41 +173,29 @@ class BaseStructuredSparsifier(BaseSparsifier):
         score: Callable[[Float[Tensor, "channels weights"]], Float[Tensor, " channels"]],
         zeros: Callable[[int], int],
     ) -> Bool[Tensor, " channels"]:
-        """The mask without the `zeros(n)` of n units whose scores are least; ties: the lower stays.
+        """The mask that drops the `zeros(n)` of n units of lowest score; ties keep the lower.
 
-        The tensors that have a unit in common are scored together: a unit's score is the sum over
-        its channels in all that the config names.
+        Tensors that have a unit in common are scored together: the score of a unit is the sum over
+        its channels in all tensors of the config.
 
         Raises:
             ValueError: if no unit would be left.
         """
         channels = self._channels()
-        named = {g["tensor_fqn"]: channels.states[key_of(g, self._dims)] for g in self.groups}
-        together = next(pool for pool in pools(named) if tensor_fqn in pool)
-        units = np.unique(np.concatenate([named[name] for name in together]))
-        total = torch.zeros(len(units), dtype=torch.float64)
-        for group in self.groups:
-            if (name := group["tensor_fqn"]) in together:
-                weight = unmasked(group["module"], group["tensor_name"])
-                rows = weight.movedim(self._dims[name], 0).flatten(1)
-                where = torch.from_numpy(np.searchsorted(units, named[name]))
-                total.index_add_(0, where, score(rows).to(total))
-        going = zeros(len(units))
-        if going >= len(units):
-            raise ValueError(
-                f"{tensor_fqn} needs a sparsity_level that leaves a channel, {going} of its "
-                f"{len(units)} would go: lower the level"
-            )
-        keep = keep_top(total, len(units) - max(going, 0))
-        return keep[torch.from_numpy(np.searchsorted(units, named[tensor_fqn]))]
+        groups = {group["tensor_fqn"]: group for group in self.groups}
+        scores = {}
+        for name in channels.pool(tensor_fqn, groups):
+            weight = unmasked(groups[name]["module"], groups[name]["tensor_name"])
+            scores[name] = score(weight.movedim(channels.dim_of(name), 0).flatten(1))
+        return engine.least(channels, scores, zeros)[tensor_fqn]
 
     def prune(self) -> nn.Module:
-        """Remove what is masked, and return the model: plain modules of the smaller sizes.
+        """Remove what is masked and return the model: plain modules of the smaller sizes.
 
-        In eval mode it computes what the masked model did, up to rounding, but that norms over
+        In eval mode it computes what the masked model did, up to rounding, except that norms over
         removed channels run over those that are left. A channel that is a constant which the next
-        layer cannot take stays, as zeros, with a warning. Parameters stay the same objects; make
-        the optimizer anew, whose state has the old shapes.
+        layer cannot absorb stays as zeros, with a warning. Parameters stay the same objects; create
+        the optimizer anew, because its state has the old shapes.
 
         Cost: two exports of the model and a run.
 
@@ -235,21 +206,18 @@ class BaseStructuredSparsifier(BaseSparsifier):
         self._require_masks("prune")
         model, channels, masked = self.model, self._channels(), self._removed()
         assert model is not None
-        values = masked_values(model, self._masked, channels, masked)
-        self.state = self.state  # with the masks that are now removed
-        with as_it_was(model):
+        self.state = self.state  # with the masks that are about to be removed
+        with engine.as_it_was(model):
+            self._mask_all(masked)
             self._detach(squash=True)  # what cannot be removed stays as zeros
             # The model may have been moved since it was prepared.
-            batch = _like(on_device(self._inputs, model), model)
-            followed = follow(model, batch)
+            followed = engine.follow(model, _like(on_device(self._inputs, model), model))
             if followed.channels.states.keys() != channels.states.keys():
                 raise ValueError(
                     f"prune needs the {type(model).__name__} that was prepared, it has other "
                     "parameters now: squash_mask and prepare it again"
                 )
-            removed, added, held = removable(followed, values, masked)
-            if removed[: followed.channels.count].any():
-                shrink_(model, followed, removed, added, batch)
+            held = engine.remove_(model, followed, masked)
             gone = {unit: why for unit, why in self._stuck.items() if masked[unit]}
             self._tell_zeros("prune", held | gone)
         self._masked, self.channels = [], None
@@ -341,33 +309,11 @@ class BaseStructuredSparsifier(BaseSparsifier):
         Raises:
             ValueError: if a unit is dropped in part, or a tensor has none left.
         """
-        channels = self._channels()
-        going, staying = (dict[int, str]() for _ in range(2))
-        for group in self.groups:
-            name = group["tensor_fqn"]
-            mask = mask_of(group["module"], group["tensor_name"]).cpu() != 0
-            units = channels.states[key_of(group, self._dims)]
-            if mask.shape != (len(units),):
-                raise ValueError(
-                    f"the mask of {name} needs a value for each of its {len(units)} channels, got "
-                    f"the shape {tuple(mask.shape)}"
-                )
-            for unit, stays in zip(units.tolist(), mask.tolist(), strict=True):
-                (staying if stays else going).setdefault(unit, name)
-        if half := sorted(set(going) & set(staying)):
-            raise ValueError(
-                f"{going[half[0]]} drops a channel that goes together with one that "
-                f"{staying[half[0]]} keeps: they need the same masks and sparsity_level; in "
-                "update_mask choose by self.least, which drops whole units"
-            )
-        removed = np.zeros(channels.count, dtype=bool)
-        removed[list(going)] = True
-        for (name, _), units in channels.states.items():
-            if removed[units].all():
-                raise ValueError(
-                    f"{name} needs a channel, all of its {len(units)} would go: lower the level"
-                )
-        return removed
+        masks = {
+            group["tensor_fqn"]: mask_of(group["module"], group["tensor_name"]).cpu() != 0
+            for group in self.groups
+        }
+        return engine.dropped(self._channels(), masks)
 
     def _mask_all(self, removed: Removed) -> None:
         """Mask what goes together with what the config's tensors drop."""
@@ -383,7 +329,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
             group["tensor_fqn"]: [unit for unit in units if unit in held]
             for group in self.groups
             if not held.keys().isdisjoint(
-                units := self._channels().states[key_of(group, self._dims)].tolist()
+                units := self._channels().units(group["tensor_fqn"]).tolist()
             )
         }
         if not staying:
@@ -419,7 +365,8 @@ def _initial_mask(group: Group) -> Tensor | None:
 
 def _like(batch: Batch, model: nn.Module) -> Any:
     """The batch with the model's precision."""
-    like = next((t for _, t in named_states(model) if t.is_floating_point()), torch.zeros(0))
+    tensors = (*model.parameters(), *model.buffers())
+    like = next((t for t in tensors if t.is_floating_point()), torch.zeros(0))
     return pytree.tree_map_only(
         Tensor, lambda t: t.to(like.dtype) if t.is_floating_point() else t, batch
     )

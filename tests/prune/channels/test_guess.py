@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.compat.torchao.structured.guess import guess_inputs
+from secateur.prune.channels.guess import guess_inputs
 
 
 class Net(nn.Module):
@@ -165,7 +165,7 @@ def test_what_cannot_be_guessed_is_asked_for(caplog: pytest.LogCaptureFixture) -
 
     odd = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(7, 2))
     for model in (odd, nn.Bilinear(2, 2, 2), nn.ReLU(), Three(2, 2)):
-        with pytest.raises(ValueError, match="prepare needs example_inputs for") as error:
+        with pytest.raises(ValueError, match="needs example inputs, it runs none") as error:
             guess_inputs(model)
         assert "\n" not in str(error.value)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

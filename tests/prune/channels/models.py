@@ -1,4 +1,6 @@
-"""Models of the kinds that structured pruning must be right on, with sizes that can be chosen."""
+"""Models that channels are removed from, with sizes that can be chosen, and batches for them."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -154,3 +156,38 @@ def lively(model: nn.Module) -> nn.Module:
             elif name.endswith("running_var"):
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
     return model.double().eval()
+
+
+class Odd(nn.Module):
+    """A model whose middle is given."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor], width: int = 6) -> None:
+        super().__init__()
+        self.middle, self.width = middle, width
+        self.first, self.second = nn.Linear(4, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.middle(self.first(x)))
+
+
+def weights(*layers: str) -> list[str]:
+    return [f"{layer}.weight" for layer in layers]
+
+
+def all_but(model: nn.Module, output: str) -> list[str]:
+    """The weights of all linear layers and convolutions but one, whose channels are the output."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return weights(*(name for name in layers if name != output))
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+
+
+def sequences(width: int) -> Tensor:
+    return torch.randn(3, 5, width, generator=torch.Generator().manual_seed(1)).double()
+
+
+def numbers(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

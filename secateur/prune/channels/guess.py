@@ -1,4 +1,4 @@
-"""Example inputs for a model that was given none, by the layers that read its inputs."""
+"""Example inputs for a model that was given none, guessed from the layers that read its inputs."""
 
 import inspect
 import math
@@ -11,20 +11,20 @@ from torch._subclasses import fake_tensor
 from torch.nn.modules.conv import _ConvNd
 
 from secateur.model.outputs import eval_mode
-from secateur.prune.channels.shrink import remembered
+from secateur.prune.channels.restore import remembered
 from secateur.prune.channels.trace import unlogged
 
-# Sides of images that are tried: those of the usual data sets, then every other one up to here, for
-# a linear layer behind the convolutions may fit a single one.
+# Image sides to try: those of the usual data sets, then every other up to the largest, because a
+# linear layer behind the convolutions may fit only one.
 USUAL, LARGEST = (32, 28, 64, 96, 128, 224), 256
 
-# Tokens or steps in a guessed sequence, and samples in a guessed batch. They differ from each other
-# and are primes, so that no channel is taken for one of them.
+# Tokens or steps in a guessed sequence, and samples in a guessed batch: different primes, so that
+# neither is mistaken for a number of channels.
 STEPS, SAMPLES = 5, 3
 
 Shape = tuple[int, ...]
 
-# What torch says of operations that need values, and so cannot be tried without them.
+# What torch raises for operations that depend on values, which fake tensors do not have.
 UNKNOWN = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
@@ -33,17 +33,18 @@ UNKNOWN = (
 
 
 def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
-    """A batch that the model runs: a tensor for each input that has no default, at least for one.
+    """A batch that the model runs: a tensor for each input without a default, at least one.
 
-    Which layer reads an input, torch.fx says; sizes are tried on tensors without values, so that
-    nothing is computed.
+    torch.fx tells which layer reads an input. Sizes are tried on tensors without values, so nothing
+    is computed.
 
     Raises:
-        ValueError: if no layer reads one of them, or the model runs none of the batches.
+        ValueError: if no layer reads one of the inputs, or the model runs none of the batches.
     """
-    like = next(model.parameters(), torch.zeros(0))
+    default = torch.empty(0, dtype=torch.get_default_dtype(), device=torch.get_default_device())
+    like = next(model.parameters(), default)
     tried: list[Any] = []
-    put_back = remembered(model)  # a forward may keep what it computes, which are symbols here
+    put_back = remembered(model)  # a forward may keep what it computes: fake tensors, here
     try:
         readers = _readers(model)
         for shapes in _candidates(readers):
@@ -54,9 +55,8 @@ def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
         put_back()
     some = ", ".join(map(str, tried[: 2 * len(USUAL)])) + (", ..." if len(tried) > 12 else "")
     raise ValueError(
-        f"prepare needs example_inputs for {type(model).__name__}, it runs none of "
-        f"{some or 'those that could be guessed'}: give a batch, prepare(model, config, "
-        "example_inputs=...)"
+        f"{type(model).__name__} needs example inputs, it runs none of "
+        f"{some or 'those that could be guessed'}: give a batch that it takes"
     )
 
 
@@ -64,15 +64,15 @@ def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
 
 
 def _readers(model: nn.Module) -> list[nn.Module]:
-    """The layer that reads each of the model's inputs; nothing if one has none.
+    """The layer that reads each of the model's inputs; empty if an input has none.
 
-    Of a model that fx cannot trace, the first layer, if there is one input.
+    For a model that fx cannot trace it is the first layer, provided that there is only one input.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p.name for p in parameters if p.kind in positional]
     required = [p.name for p in parameters if p.default is p.empty and p.name in names]
-    required = required or names[:1] or ["input"]  # models of transformers require none
+    required = required or names[:1] or ["input"]  # transformers' models require none
     if type(model).__module__.startswith("torch.nn.modules") and not isinstance(
         model, nn.Sequential
     ):
@@ -97,7 +97,7 @@ def _readers(model: nn.Module) -> list[nn.Module]:
 
 
 def _reader(model: nn.Module, graph: fx.Graph, source: fx.Node) -> nn.Module | None:
-    """The first layer that this input reaches, through what has no sizes of its own."""
+    """The first layer that this input reaches through operations without sizes of their own."""
     reached = {source}
     for node in graph.nodes:
         if not reached & set(node.all_input_nodes) or node.target in (getattr, "size", "dim"):
@@ -117,7 +117,7 @@ def _first(module: nn.Module) -> nn.Module | None:
 
 
 def _candidates(readers: Sequence[nn.Module]) -> Iterator[tuple[Shape, ...]]:
-    """The shapes of batches to be tried, each once."""
+    """The shapes of batches to try, without repetition."""
     before: set[tuple[Shape, ...]] = set()
     for side in (*USUAL, *(side for side in range(1, LARGEST + 1) if side not in USUAL)):
         options = [_shapes(layer, side) for layer in readers]
@@ -129,7 +129,7 @@ def _candidates(readers: Sequence[nn.Module]) -> Iterator[tuple[Shape, ...]]:
 
 
 def _shapes(layer: nn.Module, side: int) -> list[Shape]:
-    """What a layer reads, the usual first, then what a forward may make that of."""
+    """The shapes that a layer reads, the usual one first, then those a forward may convert."""
     if isinstance(layer, _ConvNd):
         sides = [side] * len(layer.kernel_size)
         shapes: list[Shape] = [(SAMPLES, layer.in_channels, *sides)]
@@ -147,9 +147,9 @@ def _batch(
 ) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)  # not the user's stream of random numbers
     return tuple(
-        (torch.arange(math.prod(shape)) % layer.num_embeddings).view(shape).to(like.device)
+        (torch.arange(math.prod(shape), device=like.device) % layer.num_embeddings).view(shape)
         if isinstance(layer, nn.Embedding)
-        else torch.randn(shape, generator=generator).to(like)
+        else torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
         for layer, shape in zip(readers, shapes, strict=True)
     )
 
