@@ -83,7 +83,6 @@ def test_house_style(path: Path) -> None:
     text = path.read_text()
     tree = ast.parse(text)
     assert ast.get_docstring(tree) or not text.strip(), "every file says what it is for"
-    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             # What calibration gives is handed on whole to a method that is not known here; what
@@ -91,13 +90,60 @@ def test_house_style(path: Path) -> None:
             assert node.args.kwarg is None or node.args.kwarg.arg in ("statistics", "ignored"), (
                 f"{node.name} takes **{node.args.kwarg}: name its options"
             )
-        if isinstance(node, ast.ClassDef):
-            bases = {b.id for b in node.bases if isinstance(b, ast.Name)}
-            assert not bases & classes, f"{node.name} inherits from a class of this file"
         assert not isinstance(node, ast.Global), "no mutable module state"
     forbidden = r"\b(prunem?_n|sgpt|obcq|sparsity_level|prune_mask|importance)\b"
     if "compat" not in path.parts:
         assert not re.search(forbidden, text), "the glossary has another word for it"
+
+
+# To be removed with the rewriting of the formats: a packed weight whose inputs are rounded, too.
+INHERITING = {"PackedSemi24Fp8Dynamic", "PackedSemi24Int8Dynamic"}
+
+
+def inheriting(tree: ast.Module) -> set[str]:
+    """The classes that inherit from a class of secateur, of this file or imported from another."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(level=level, module=module, names=names):
+                ours = level > 0 or str(module).partition(".")[0] == "secateur"
+            case ast.Import(names=names):
+                ours = False
+            case _:
+                continue
+        for alias in names:
+            if ours or alias.name.partition(".")[0] == "secateur":
+                own.add(alias.asname or alias.name.partition(".")[0])
+    return {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(n, ast.Name) and n.id in own for b in node.bases for n in ast.walk(b))
+    }
+
+
+def test_no_class_inherits_from_a_class_of_the_house() -> None:
+    """In compat they do: torch.ao's hierarchy of classes is a part of its API."""
+    files = [path for path in SOURCES if "compat" not in path.parts]
+    found = set[str]().union(*(inheriting(ast.parse(path.read_text())) for path in files))
+    assert found == INHERITING
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class A: ...\nclass B(A): ...",
+        "from secateur.a import A\nclass B(A): ...",
+        "from secateur import a\nclass B(a.A): ...",
+        "from secateur.a import A as Other\nclass B(Other): ...",
+        "import secateur.a\nclass B(secateur.a.A): ...",
+        "import secateur.a as a\nclass B(a.A[int]): ...",
+        "from .a import A\nclass B(A): ...",
+    ],
+)
+def test_inheritance_is_seen_however_the_base_is_named(source: str) -> None:
+    assert inheriting(ast.parse(source)) == {"B"}
+    assert inheriting(ast.parse("from torch import nn\nclass B(nn.Module): ...")) == set()
 
 
 def test_no_binary_or_large_file_is_tracked() -> None:

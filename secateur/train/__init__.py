@@ -2,12 +2,12 @@
 
 from secateur.train.distil import DistilReport, distil_
 from secateur.train.gradual import gradual
-from secateur.train.hold import Held, Rule, hold
+from secateur.train.hold import HeldMasks, Rule, hold
 from secateur.train.movement import Moving, movement, soft_movement
 
 __all__ = [
     "DistilReport",
-    "Held",
+    "HeldMasks",
     "Moving",
     "Rule",
     "distil_",

@@ -1,4 +1,4 @@
-"""Self-distillation: a pruned model learns to answer as its dense self did, its zeros held."""
+"""Self-distillation: a pruned model learns its dense self's outputs, with its zeros held."""
 
 import contextlib
 import math
@@ -23,20 +23,21 @@ from secateur.model.blocks import Batch
 from secateur.model.calibrate import as_list
 from secateur.model.layers import weight_of
 from secateur.model.outputs import answer, eval_mode
-from secateur.train.hold import Held, hold
+from secateur.train.hold import HeldMasks, hold
 from secateur.train.loss import Loss, output_loss
 from secateur.train.state import TrainingState
 
-# Of the steps until the learning rate is full: Adam's moments stem from few gradients before.
+# The share of the steps before the learning rate is full, because Adam's first moments come from
+# few gradients.
 WARMUP = 0.05
 
-# Larger gradients are scaled down to this norm, the usual one: early steps meet outliers.
+# Larger gradients are scaled down to this norm, the usual one, because early steps meet outliers.
 CLIP = 1.0
 
-# What an interruption may cost at most, against writing three times the parameters each time.
+# The most that an interruption may cost; each checkpoint writes three times the parameters.
 CHECKPOINT_SECONDS = 60.0
 
-# One batch's loss says little; the report gives means over the first and the last tenth.
+# The share of the steps that a reported loss is averaged over: one batch's loss says little.
 REPORTED = 0.1
 
 
@@ -80,34 +81,34 @@ def distil_(
     seed: int = 0,
     checkpoint: str | Path | None = None,
 ) -> DistilReport:
-    """Train the model to give the teacher's outputs on the batches, every zero held at zero.
+    """Train the model to give the teacher's outputs on the batches, with every zero held at zero.
 
-    No labels: the dense model is the target, on whatever text or images there are. All parameters
-    that require gradients are trained by AdamW without weight decay (it would pull away from the
-    target), the learning rate rising over the first 5% of the steps and falling along a cosine to
-    0, batches in an order drawn from `seed`. Both models run in eval mode: dropout would blur the
+    It needs no labels: the dense model is the target, on whatever text or images there are. AdamW
+    trains all parameters that require gradients, without weight decay, which would pull away from
+    the target. The learning rate rises over the first 5% of the steps and falls along a cosine to
+    0; `seed` draws the order of the batches. Both models run in eval mode: dropout would blur the
     target, and running means stay the dense model's. `loss(output, teacher_output, batch)`
-    is by default `output_loss`. With `checkpoint`, a folder, the state is kept there once a minute,
-    and the same call goes on from it and ends with the same bits.
+    is `output_loss` by default. With `checkpoint`, a folder, the state is saved there once a
+    minute; the same call resumes from it and ends with the same bits.
 
-    Cost: a step is a forward of the teacher, a forward and a backward of the model; memory for
+    Cost: a step is a forward of the teacher and a forward and a backward of the model. Memory:
         gradients and two moments, three times the parameters, and a copy of them on disk.
     Raises:
         ValueError: before anything is changed, if the model has no zeros, parameters are not
             float32 or are the teacher's own, or there is no batch; and if a loss is not finite
-            (the step is named). Whatever is raised, also by Ctrl-C, the model is left as it was.
+            (the step is named). Whatever is raised, even by Ctrl-C, the model is left as it was.
     """
     require_module(model)
     require_module(teacher)
     model, teacher = unwrapped(model), unwrapped(teacher)
     with all_or_nothing() as undo:
-        run = _Run(
+        run = _Distillation(
             model, teacher, as_list(batches), steps, learning_rate, loss or output_loss, seed
         )
         return _distilled(run, checkpoint, undo)
 
 
-def _distilled(run: "_Run", checkpoint: str | Path | None, undo: Undo) -> DistilReport:
+def _distilled(run: "_Distillation", checkpoint: str | Path | None, undo: Undo) -> DistilReport:
     parameters = _trained(run.model, run.teacher)
     begin = time.perf_counter()
     optimizer = torch.optim.AdamW(parameters.values(), run.learning_rate, weight_decay=0.0)
@@ -139,8 +140,8 @@ def _distilled(run: "_Run", checkpoint: str | Path | None, undo: Undo) -> Distil
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What decides every step of a run."""
+class _Distillation:
+    """Everything that determines the steps of one distillation."""
 
     model: nn.Module
     teacher: nn.Module
@@ -157,8 +158,10 @@ class _Run:
                 f"{self.learning_rate:g}"
             )
 
-    def __call__(self, optimizer: torch.optim.Optimizer, held: Held, done: int) -> Iterator[float]:
-        """Take the steps that are not done, yielding the loss before each."""
+    def __call__(
+        self, optimizer: torch.optim.Optimizer, held: HeldMasks, done: int
+    ) -> Iterator[float]:
+        """Take the remaining steps and yield the loss of each."""
         order = _shuffled(len(self.batches), self.steps, self.seed)
         modules = dict(self.model.named_modules())
         kept = [(weight_of(modules[name]), mask) for name, mask in held.masks.items()]
@@ -185,7 +188,7 @@ class _Run:
         _check_loss(value, step)
         value.backward()
         for weight, mask in kept:
-            if weight.grad is not None:  # held zeros do not move: they must not use up the norm
+            if weight.grad is not None:  # held zeros do not move, and must not count in the norm
                 weight.grad.masked_fill_(~mask, 0)
         norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
         if not bool(norm.isfinite()):
@@ -195,7 +198,7 @@ class _Run:
         return float(value.detach())
 
     def fingerprint(self) -> dict[str, Any]:
-        """Plain data that tells another call, model, teacher or data apart."""
+        """Plain data that is different for any other call, model, teacher or data."""
         return {
             "steps": self.steps,
             "learning_rate": self.learning_rate,
@@ -226,7 +229,7 @@ _HOW = "lower the learning rate, and check the data for extreme values"
 
 
 def _rate(step: int, steps: int) -> float:
-    """The factor of the learning rate: a line up to 1, then half a cosine to 0."""
+    """The factor of the learning rate: linear up to 1, then half a cosine down to 0."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -234,7 +237,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _shuffled(batches: int, steps: int, seed: int) -> list[int]:
-    """The batch of every step: each batch once in every round, rounds in another order each."""
+    """The index of every step's batch: each batch once a round, each round in a new order."""
     generator = torch.Generator().manual_seed(seed)
     rounds = [
         torch.randperm(batches, generator=generator, device="cpu")
@@ -272,7 +275,7 @@ def _trained(model: nn.Module, teacher: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _report(run: _Run, losses: Sequence[float], seconds: float) -> DistilReport:
+def _report(run: _Distillation, losses: Sequence[float], seconds: float) -> DistilReport:
     few = math.ceil(REPORTED * run.steps)
     first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
     return DistilReport(
@@ -286,7 +289,7 @@ def _name(loss: Loss) -> str:
 
 @contextlib.contextmanager
 def _own_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Gradients start from none and end as they were."""
+    """Clear the gradients, and restore them at the end."""
     with putting_back() as stack:
         for parameter in parameters.values():
             stack.callback(setattr, parameter, "grad", parameter.grad)

@@ -18,14 +18,14 @@ def gradual(
     every: int = 100,
     criterion: Callable[[Tensor], Tensor] = magnitude,
 ) -> Rule:
-    """A rule for `hold`: the planned layers' masks, chosen anew every `every` steps.
+    """A rule for `hold` that chooses the planned layers' masks anew every `every` steps.
 
     At step t a layer has the sparsity `schedule(t)`, but never more than its plan asks; an N:M
-    layer keeps m - floor(sparsity * m) of m. Where the schedule ends the plan is met, whatever
+    layer keeps m - floor(sparsity * m) of m. When the schedule ends, the plan is met, whatever
     `every` is. Zeros stay zeros, because held weights cannot grow.
 
-    The schedule, which must not fall, goes on from the zeros that a layer has: training that was
-    stopped and is held again with the same schedule meets the plan within the steps that were left.
+    The schedule, which must not fall, continues from the zeros that a layer already has: training
+    that was stopped and is held again with the same schedule meets the plan in the steps left.
 
     Source: Zhu and Gupta, arXiv:1710.01878, sec. 3.
     Raises:
@@ -43,7 +43,7 @@ def gradual(
         def at(step: int) -> Pattern:
             return lowered(pattern, schedule(step))
 
-        if step == 1:  # of this hold
+        if step == 1:  # of this `hold`, not of the schedule
             scores = criterion(weight)
             before = _steps_before(int((~mask).sum()), lambda t: int((~at(t).mask(scores)).sum()))
             taken[name] = before and before + every - 1  # the next choice was due within so many
@@ -55,14 +55,14 @@ def gradual(
     return rule
 
 
-# Beyond it a schedule is at its end.
+# By this step every schedule has reached its end.
 LONGEST = 2**31
 
 
 def _steps_before(zeros: int, asked: Callable[[int], int]) -> int:
-    """The last step that asks for no more zeros than these; 0 where it asks for no more than 0 did.
+    """The last step that asks for at most this many zeros, or 0 if none asks for more than step 0.
 
-    Cost: the zeros of twice log2 of that step masks; one, where there are none beyond the first.
+    Cost: 2 log2(steps) masks; only one if the layer has no more zeros than step 0 asks for.
     """
     first = asked(0)
     if zeros <= first:
@@ -78,5 +78,5 @@ def _steps_before(zeros: int, asked: Callable[[int], int]) -> int:
 
 
 def lowered(pattern: Pattern, sparsity: float) -> Pattern:
-    """The pattern on its way to its own sparsity, of which it never asks more."""
+    """The pattern at this sparsity, or at its own if that is lower."""
     return pattern.at(sparsity) if sparsity < pattern.sparsity else pattern

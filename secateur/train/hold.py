@@ -1,4 +1,4 @@
-"""Holding zeros during training: masks are re-applied after every optimizer step."""
+"""Holding zeros during training: masks are reapplied after every optimizer step."""
 
 from collections.abc import Callable
 
@@ -11,14 +11,13 @@ from secateur.core.weights import adapters, require_data, require_module, requir
 from secateur.core.wrappers import stepping, unwrapped
 from secateur.model import layers as _layers
 from secateur.model.layers import weight_of
-from secateur.train.releasing import Releasing
 
-# How masks move: (layer name, weight [out, in], mask [out, in], step) -> mask, after every step.
+# How masks move after every step: (layer name, weight [out, in], mask [out, in], step) -> mask.
 Rule = Callable[[str, Tensor, Tensor, int], Tensor]
 
 
-class Held(Releasing):
-    """The masks that a `hold` keeps, by layer; `release()` or leaving a `with` block ends it."""
+class HeldMasks:
+    """The masks that a `hold` keeps, by layer, until `release()` or the end of a `with` block."""
 
     def __init__(
         self,
@@ -38,6 +37,12 @@ class Held(Releasing):
         """Stop holding; the weights stay as they are."""
         self._handle.remove()
 
+    def __enter__(self) -> "HeldMasks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         self.steps += 1
@@ -50,14 +55,14 @@ class Held(Releasing):
             weight_of(module).masked_fill_(~self.masks[name], 0)
 
 
-def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None = None) -> Held:
-    """Keeps every zero of the model's layers at zero through training with this optimizer.
+def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None = None) -> HeldMasks:
+    """Keep every zero in the model's layers at zero while this optimizer trains it.
 
-    The masks are the exact zeros that the weights have now; an adapter's weight that is zero as a
-    whole, as LoRA's begin, is left free. Nothing is attached to the model: its parameters stay
-    ordinary, so it can be copied, pickled, sharded and saved at any time. Moments and weight decay
-    of held weights run on in the optimizer and have no effect. A `rule`, such as `gradual`, moves
-    the masks.
+    The masks are the exact zeros that the weights have now. An adapter's weight that is entirely
+    zero, as LoRA's are at first, is left free. Nothing is attached to the model: its parameters
+    stay ordinary, so it can be copied, pickled, sharded and saved at any time. The optimizer still
+    updates moments and decays held weights, without effect. A `rule`, such as `gradual`, moves the
+    masks.
 
     Raises:
         ValueError: if without a rule no weight is zero, the optimizer updates none of them, or a
@@ -65,7 +70,7 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
     """
     require_module(model)
     model = unwrapped(model)
-    fresh = adapters(model)  # that begin at zero, to be trained away from there
+    fresh = adapters(model)  # start at zero, to be trained away from it
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -79,7 +84,7 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
             f"hold needs a model with zeros, this {type(model).__name__} has none: prune_ it first"
         )
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    # Of a computed weight the optimizer updates what it is computed from.
+    # For a computed weight the optimizer updates the parameters that it is computed from.
     require_data(
         {
             name: module
@@ -98,18 +103,18 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
             "parameters of this model"
         )
     require_ordinary(held)
-    return Held(held, optimizer, rule)
+    return HeldMasks(held, optimizer, rule)
 
 
 def _is_zero(module: nn.Module) -> bool:
-    """Whether the weight is a parameter that is zero as a whole."""
+    """Whether the weight is a parameter that is entirely zero."""
     weight = module._parameters.get("weight")
     return weight is not None and not (is_lazy(weight) or weight.is_meta or bool(weight.any()))
 
 
 @torch.no_grad()
 def _may_have_zeros(module: nn.Module) -> bool:
-    """Whether the weight has zeros, or none that can be looked at."""
+    """Whether the weight has zeros, or has no values to look at."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     if is_lazy(weight) or weight.is_meta or weight.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""What self-distillation makes small: the distance of a model's output from its teacher's."""
+"""What self-distillation minimizes: the distance of a model's output from its teacher's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,18 +10,18 @@ from torch import Tensor
 from secateur.model.blocks import Batch
 from secateur.model.outputs import counted, divergence, hidden_of, logits_of, pooled
 
-# (what the model returned, what the teacher returned, the batch) -> a scalar to make small
+# (what the model returned, what the teacher returned, the batch) -> a scalar to minimize
 Loss = Callable[[Any, Any, Batch], Tensor]
 
 
 def output_loss(output: Any, target: Any, batch: Batch) -> Float[Tensor, ""]:
-    """How far the output is from the teacher's; which distance, the kind of output decides.
+    """The distance of the output from the teacher's, by the kind of output.
 
-    Logits: KL(teacher || model), the mean over the tokens that are no padding, all of what the
-    dense model knows of a token and no more. Hidden states: ||h - h_t||^2 / ||h_t||^2 over those
+    Logits: KL(teacher || model), averaged over all tokens but padding, which is all that the dense
+    model knows about a token and no more. Hidden states: ||h - h_t||^2 / ||h_t||^2 over the same
     tokens, plus one minus the cosine between mean-pooled embeddings, which is what a sentence
-    encoder is used for and which the first term alone does not weigh by. A plain tensor could be
-    either: its relative squared error, which is right for both.
+    encoder is used for and the first term alone does not reflect. A plain tensor could be either,
+    and gets the relative squared error, which suits both.
 
     Source: Hinton et al., arXiv:1503.02531 (logits); SquareHead, Kurtic et al., arXiv:2310.06927,
     eq. 1 (the normalised error of hidden states).
@@ -41,14 +41,14 @@ def _relative_error(
     student: Float[Tensor, "..."], teacher: Float[Tensor, "..."], mask: Bool[Tensor, "..."]
 ) -> Float[Tensor, ""]:
     error = (student[mask].float() - teacher[mask].float()).square().sum()
-    # A teacher that is 0 everywhere has no scale: its error counts as it is.
+    # A teacher that is 0 everywhere has no scale; its error is not scaled.
     return error / teacher[mask].float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _aligned(
     output: Any, target: Any, batch: Batch, tensor_of: Callable[[Any, str], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both tensors on the model's device, and the mask of what counts."""
+    """Both tensors on the model's device, and the mask of the tokens that count."""
     student = tensor_of(output, "this batch")
     teacher = tensor_of(target, "this batch of the teacher").to(student.device)
     if student.shape != teacher.shape:

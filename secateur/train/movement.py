@@ -1,9 +1,9 @@
-"""Movement pruning: what is kept is learned, by whether weights move away from zero in training.
+"""Movement pruning: training learns which weights to keep, by whether they move away from zero.
 
-Symbols as in the paper: `W` the weights, kept or not, `S` their scores, `M` the mask, `a = W M`
-what the model computes with. Both learn from dL/da, straight through the mask: dL/dS = dL/da W for
-every weight, dL/dW = dL/da M. The parameter itself is `a`, so that the model stays ordinary; what W
-has where M is zero is kept beside it, and comes back if its score grows.
+Symbols as in the paper: `W` are the weights, kept or not, `S` their scores, `M` the mask, `a = W M`
+what the model computes with. W and S learn from dL/da, straight through the mask: dL/dS = dL/da W
+for every weight, dL/dW = dL/da M. The parameter itself is `a`, so that the model stays ordinary;
+the values of W where M is zero are kept beside it and come back if their scores grow.
 Source: Sanh, Wolf and Rush, NeurIPS 2020, arXiv:2005.07683, sections 3 and 4.
 """
 
@@ -19,17 +19,18 @@ from secateur.model import layers as _layers
 from secateur.model.layers import weight_of, weights_of
 from secateur.model.plan import Plan, match
 from secateur.train.gradual import lowered
-from secateur.train.releasing import Releasing
 from secateur.train.schedules import Schedule
 
-# What scores gain at a step from dL/dS, and the mask [out, in] of scores at a step, None: as it is.
+# (dL/dS, scores) -> what the scores gain at a step.
 Learn = Callable[[Tensor, Tensor], Tensor]
+# (layer name, scores [out, in], step) -> the mask [out, in], or None to leave it as it is.
 Choose = Callable[[str, Tensor, int], Tensor | None]
 
 
-class Moving(Releasing):
-    """The masks of layers whose kept weights are being learned; `release()` or leaving a `with`
-    block ends it, with the zeros of the last step.
+class Moving:
+    """The masks of layers that are learning which weights to keep.
+
+    It ends with `release()` or the end of a `with` block, and leaves the zeros of the last step.
     """
 
     def __init__(
@@ -62,22 +63,27 @@ class Moving(Releasing):
             handle.remove()
         self._hidden.clear()
 
+    def __enter__(self) -> "Moving":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside those of the model and the optimizer."""
-        tensors = (("masks", self.masks), ("scores", self.scores), ("hidden", self._hidden))
-        return {
-            "steps": self.steps,
-            **{key: {name: t.clone() for name, t in named.items()} for key, named in tensors},
+        """What a checkpoint needs besides the states of the model and the optimizer."""
+        tensors = {
+            key: {name: tensor.clone() for name, tensor in named.items()}
+            for key, named in self._tensors().items()
         }
+        return {"steps": self.steps, **tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of the same layers.
 
         Raises:
-            ValueError: if it is of other layers; then nothing has changed.
+            ValueError: if it belongs to other layers; nothing has changed then.
         """
-        tensors = (("masks", self.masks), ("scores", self.scores), ("hidden", self._hidden))
-        for key, named in tensors:
+        for key, named in self._tensors().items():
             own = {name: tensor.shape for name, tensor in named.items()}
             if {name: tensor.shape for name, tensor in state[key].items()} != own:
                 raise ValueError(
@@ -85,9 +91,12 @@ class Moving(Releasing):
                     "state of a run with the same model and plan"
                 )
         self.steps = state["steps"]
-        for key, named in tensors:
+        for key, named in self._tensors().items():
             for name, tensor in named.items():
                 tensor.copy_(state[key][name])
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {"masks": self.masks, "scores": self.scores, "hidden": self._hidden}
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
@@ -104,7 +113,7 @@ class Moving(Releasing):
         self.steps += 1
         for name, module in self._layers.items():
             a, M, hidden = weight_of(module), self.masks[name], self._hidden[name]
-            W = torch.where(M, a, hidden)  # an optimizer's momentum moves dropped weights, too
+            W = torch.where(M, a, hidden)  # an optimizer's momentum moves dropped weights as well
             chosen = self._choose(name, _layers.matrix(module, self.scores[name]), self.steps)
             if chosen is not None:
                 M.copy_(_layers.like_weight(module, chosen))
@@ -120,15 +129,16 @@ def movement(
     *,
     every: int = 1,
 ) -> Moving:
-    """Keeps the weights that moved away from zero most: the largest S = -sum_t dL/da W.
+    """Keep the weights that moved away from zero most: the largest S = -sum_t dL/da W.
 
     Every `every` steps the planned layers' masks are chosen anew from the scores, at the sparsity
-    `schedule(step)` as in `gradual`; dropped weights are zero and may come back with the value that
-    they had. It is for fine-tuning to much sparsity; with little of either, magnitude is as good.
+    `schedule(step)` as in `gradual`; dropped weights are zero and may come back with the value they
+    had. Use it for fine-tuning at high sparsity; with little training or sparsity, magnitude does
+    as well.
 
     Cost: the scores in float32 and the dropped weights beside the model; a step reads each once.
     Raises:
-        ValueError: if `every` is less than 1, a planned layer is not there or not updated by the
+        ValueError: if `every` is less than 1, a planned layer is missing or not updated by the
             optimizer, or its weight is no ordinary parameter.
     Source: Sanh, Wolf and Rush, arXiv:2005.07683, section 3, equation 2, and the cubic schedule of
         section 4.
@@ -156,16 +166,16 @@ def soft_movement(
     rate: float,
     threshold: float = 0.0,
 ) -> Moving:
-    """Keeps the weights whose score is above the threshold, however many these are.
+    """Keep the weights whose score is above the threshold, however many there are.
 
-    Scores follow the gradient of the loss plus `penalty` times the mean of sigmoid(S) over all
-    planned layers, by plain steps of size `rate`. The planned patterns say only which layers;
-    the sparsity is what comes out, and `check` may say that it is less than planned.
+    Scores descend the gradient of the loss plus `penalty` times the mean of sigmoid(S) over all
+    planned layers, in plain steps of size `rate`. The plan only names the layers: the sparsity is
+    what training arrives at, and `check` may find less than planned.
 
     Cost: as `movement`.
     Raises:
-        ValueError: if the penalty is negative, the rate is not positive, or a planned layer is not
-            there, not updated by the optimizer, or its weight no ordinary parameter.
+        ValueError: if the penalty is negative, the rate is not positive, or a planned layer is
+            missing, not updated by the optimizer, or its weight no ordinary parameter.
     Source: Sanh, Wolf and Rush, arXiv:2005.07683, section 4, soft movement pruning.
     """
     if penalty < 0 or rate <= 0:

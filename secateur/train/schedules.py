@@ -1,4 +1,4 @@
-"""Schedules: the sparsity at a step of training, as a function `step -> sparsity`."""
+"""Schedules: the sparsity at each step of training, as a function `step -> sparsity`."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ Schedule = Callable[[int], float]
 
 
 def constant(final: float, begin: int = 0) -> Schedule:
-    """0 before step `begin`, `final` from it on."""
+    """0 before step `begin`, `final` from then on."""
     return _ramp(final, begin, begin, 0.0, lambda t: t)
 
 
@@ -17,7 +17,7 @@ def linear(final: float, begin: int, end: int, initial: float = 0.0) -> Schedule
 
 
 def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> Schedule:
-    """s_f + (s_i - s_f) (1 - t)^3: fast while the network has much to spare, then slower.
+    """s_f + (s_i - s_f) (1 - t)^3: fast while the network has much to spare, then ever slower.
 
     Source: Zhu and Gupta, arXiv:1710.01878, eq. 1.
     """

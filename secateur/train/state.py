@@ -1,4 +1,4 @@
-"""The state of a training run on disk, from which the same run goes on bit for bit."""
+"""The state of a training run on disk, from which the same run resumes bit for bit."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ STEPS = r"step-\d{8,}\.safetensors"
 
 
 class TrainingState:
-    """A folder with the parameters and AdamW moments of the last step that was kept."""
+    """A folder with the parameters and AdamW moments of the last step that was saved."""
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any]) -> None:
         self._folder = RunFolder(folder, fingerprint, STEPS)
@@ -40,7 +40,7 @@ class TrainingState:
     def restore(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Put the parameters and moments back; nothing if no step has been kept."""
+        """Restore the parameters and moments, if a step has been saved."""
         if not self._file:
             return
         state = self._folder.tensors(self._file)
@@ -48,7 +48,7 @@ class TrainingState:
             parameter.data.copy_(state[f"parameter/{name}"])
             if f"step/{name}" in state:
                 optimizer.state[parameter] = {
-                    # AdamW counts steps on the CPU, and keeps moments beside the parameter
+                    # AdamW counts steps on the CPU, and keeps moments on the parameter's device
                     key: value if key == "step" else value.to(parameter.device)
                     for key in MOMENTS
                     for value in [state[f"{key}/{name}"]]
@@ -61,7 +61,7 @@ class TrainingState:
         losses: Sequence[float],
         seconds: float,
     ) -> None:
-        """Keep this step in the place of those before; a kill leaves one or the other."""
+        """Save this step in place of the one before; a kill leaves one of the two."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
             tensors[f"parameter/{name}"] = parameter

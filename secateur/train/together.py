@@ -1,4 +1,4 @@
-"""All planned weights trained together after their blocks: the last step of `sc.thorough`."""
+"""Training all planned weights together after their blocks: the last step of `sc.thorough`."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from secateur.model.statistics import is_held_out
 from secateur.train.distil import distil_
 from secateur.train.loss import output_loss
 
-LEARNING_RATE = 0.003  # in units of the root mean square kept weight
+LEARNING_RATE = 0.003  # in units of the kept weights' root mean square
 
 
 def train_together_(
@@ -30,12 +30,11 @@ def train_together_(
     epochs: int,
     checkpoint: Path | None = None,
 ) -> tuple[float, float]:
-    """The loss on held-out batches before and after the kept weights of all layers were trained.
+    """Train the kept weights of all layers; return the held-out loss before and after.
 
-    `distil_` of these weights and no others, in float32, with zeros held, on the batches that are
-    not held out, each once an epoch. If the weights that it ends with, in the dtype of the model,
-    lose as much as the first ones or more, the first ones stay: the second loss is never above the
-    first.
+    `distil_` trains these weights alone, in float32, with zeros held, on the batches that are not
+    held out, each once an epoch. Unless the trained weights, in the model's dtype, have a lower
+    loss, the original ones are restored: the second loss is never above the first.
 
     Raises: ValueError as `distil_`; the model is left as it was.
     """
@@ -83,7 +82,7 @@ def held_out_loss(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]
 
 @contextlib.contextmanager
 def _in_float32(*models: nn.Module) -> Iterator[None]:
-    """Parameters and buffers of 16 bits as float32 for the while."""
+    """Hold 16-bit parameters and buffers in float32 inside the block."""
     small = {
         tensor: tensor.dtype
         for model in models
@@ -102,7 +101,7 @@ def _cast_(tensor: Tensor, dtype: torch.dtype) -> None:
 
 
 def _float32(batch: Batch) -> Batch:
-    """The batch with its numbers of 16 bits as float32."""
+    """The batch with its 16-bit tensors in float32."""
 
     def raised(leaf: Any) -> Any:
         is_small = isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16)
@@ -114,7 +113,7 @@ def _float32(batch: Batch) -> Batch:
 
 @contextlib.contextmanager
 def _requiring_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Only these weights require gradients for the while."""
+    """Let only these weights require gradients inside the block."""
     with putting_back() as stack:
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
@@ -125,7 +124,7 @@ def _requiring_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> I
 
 
 def _kept_rms(weights: Mapping[str, nn.Parameter]) -> float:
-    """The root mean square of all weights that are not zero."""
+    """The root mean square of all nonzero weights."""
     squares = sum(float(in_float64(w.detach()).square().sum()) for w in weights.values())
     count = sum(int(w.count_nonzero()) for w in weights.values())
     return float((squares / max(count, 1)) ** 0.5)

@@ -102,6 +102,8 @@ def test_the_soft_form_is_that_of_the_definition() -> None:
     assert torch.allclose(moving.scores["0"], S, atol=1e-5)
     assert torch.equal(moving.masks["0"], mask.bool())
     assert torch.allclose(net[0].weight.detach(), W * mask, atol=1e-5)
+    trained(net, optimizer, 1)
+    assert moving.steps == 20 and bool((net[0].weight != 0).all()), "the block has ended"
 
 
 def test_a_dropped_weight_comes_back_as_it_was() -> None:

@@ -14,7 +14,8 @@ def test_parameters_that_share_units_are_scored_together() -> None:
     channels = follow(lively(ResNet()), images()).channels
     assert channels.pool("stem.weight", ADDED) == ADDED
     stem, other = torch.ones(8), torch.ones(8)
-    stem[0], other[0], other[5] = 0.5, 3.0, 0.0
+    stem[[0, 5]], other[[0, 5]] = torch.tensor([0.5, 0.6]), torch.tensor([3.0, 0.6])
+    stem[3], other[3] = 3.0, 0.5
     alone = least(channels, {"stem.weight": stem}, lambda n: n // 8)
     assert (~alone["stem.weight"]).nonzero().tolist() == [[0]]
     both = least(channels, dict(zip(ADDED, (stem, other), strict=True)), lambda n: n // 8)
