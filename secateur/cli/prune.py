@@ -7,35 +7,28 @@ import typer
 from torch import Tensor
 
 from secateur.cli import options as o
-from secateur.cli.console import caution, emit, failures, working
+from secateur.cli.command import command
+from secateur.cli.console import caution, emit
+from secateur.cli.groups import Choice, Data, HeldOut, Loading, Out
 from secateur.cli.methods import Method, find_method, method_help
 from secateur.cli.quality import quality
-from secateur.cli.source import AUTO, Data, Source, choose_plan, open_folder, open_source
+from secateur.cli.source import Opened
 from secateur.cli.summary import Summary, summarize
 from secateur.formats import SparseLinear
+from secateur.integrations.tokens import sampled_rows
 from secateur.model.blocks import Batch
 from secateur.prune.verbs import check
 
 
+@command(kept="checkpoint")
 def prune(
+    *,
     model: o.Model,
-    out: o.Output,
-    patterns: o.Patterns = None,
-    plan: o.PlanFile = None,
+    out: Out,
+    choice: Choice,
     method: Annotated[str, typer.Option("--method", "-m", help=method_help())] = "magnitude",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An option of the method, as damping=0.1; repeat it for more.", show_default=False
-        ),
-    ] = None,
-    layers: o.Layers = None,
-    ignore: o.Ignore = None,
-    text: o.TextFile = None,
-    tokens: o.TokenFile = None,
-    rows: o.Rows = 128,
-    length: o.Length = None,
-    batch: o.Batch = 8,
+    option: o.MethodOptions = None,
+    data: Data,
     sample: Annotated[
         int,
         typer.Option(
@@ -45,9 +38,7 @@ def prune(
             rich_help_panel=o.DATA,
         ),
     ] = 0,
-    eval_text: o.EvalText = None,
-    eval_tokens: o.EvalTokens = None,
-    eval_rows: o.EvalRows = 64,
+    held_out: HeldOut,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -58,55 +49,39 @@ def prune(
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep activations between blocks in CPU memory.")
     ] = False,
-    dtype: o.Dtype = AUTO,
-    device: o.Device = "auto",
-    overwrite: o.Overwrite = False,
+    loading: Loading,
     json: o.Json = False,
-    debug: o.Debug = False,
 ) -> None:
     """Write a pruned model: exact zeros by a pattern, in a folder that any loader reads.
 
     The result has the names, shapes and dtypes of the dense model. Zeros alone make nothing faster
     or smaller: `secateur bench` measures speed, and `secateur export --to packed` saves room.
     """
-    with failures(debug, checkpoint):
-        from secateur.files.save import require_writable
-
-        chosen = find_method(method, option or ())
-        data = Data(text, tokens, rows, length, batch)
-        held_out = Data(eval_text, eval_tokens, eval_rows, length, batch, "--eval-")
-        _require_data(chosen, data, sample)
-        if data.given and not chosen.needs:
-            data.require()
-            caution(f"{data.named} is not read: method {chosen.name!r} needs no data")
-        require_writable(out, overwrite=overwrite)
-        source = open_source(model, dtype, device)
-        _require_runnable(source, bool(chosen.needs) or held_out.given)
-        decided = choose_plan(source.model, patterns, plan, layers, ignore)
-        batches = _calibration(source, data, sample) if chosen.needs else None
-        test = held_out.read(source.path) if held_out.given else []
-        before = quality(source.model, None, test)
-        report = chosen(source.model, decided, batches, offload=offload, checkpoint=checkpoint)
-        check(source.model, decided)
-        with working(f"writing {out}"):
-            source.write(out, plan=decided, reports=[report], overwrite=overwrite)
-        after = before
-        if test:
-            dense = open_folder(source.path, dtype, device).model
-            after = quality(source.model, dense, test)
-        summary = Summary(
-            source, out, decided, report, batches or [], before, after, held_out, test
-        )
-        if json:
-            emit(summary.to_dict())
-        else:
-            summarize(summary)
+    chosen, eval_data = find_method(method, option or ()), held_out.beside(data)
+    _require_data(chosen, data, sample)
+    out.require_writable()
+    source = loading.source(model)
+    _require_runnable(source, bool(chosen.needs) or eval_data.given)
+    plan = choice.for_model(source.model)
+    batches = _calibration(source, data, sample) if chosen.needs else None
+    test = eval_data.read(source.path) if eval_data.given else []
+    before = after = quality(source.model, None, test)
+    report = chosen(source.model, plan, batches, offload=offload, checkpoint=checkpoint)
+    check(source.model, plan)
+    out.write(source, plan, [report])
+    if test:
+        after = quality(source.model, loading.model(source.path), test)
+    summary = Summary(
+        source, out.folder, plan, report, batches or [], before, after, eval_data.name, test
+    )
+    if json:
+        emit(summary.to_dict())
+    else:
+        summarize(summary)
 
 
-def _calibration(source: Source, data: Data, sample: int) -> list[Batch]:
+def _calibration(source: Opened, data: Data, sample: int) -> list[Batch]:
     """The batches read, and `sample` rows that the model wrote after them."""
-    from secateur.integrations.tokens import sampled_rows
-
     batches = data.read(source.path)
     if not sample:
         return batches
@@ -115,6 +90,7 @@ def _calibration(source: Source, data: Data, sample: int) -> list[Batch]:
 
 
 def _require_data(method: Method, data: Data, sample: int) -> None:
+    """Check that the method has the data it needs; data that it does not need is said on stderr."""
     if sample and not method.needs:
         raise ValueError(
             f"--sample {sample} needs a method that calibrates, {method.name!r} needs no data: "
@@ -125,9 +101,12 @@ def _require_data(method: Method, data: Data, sample: int) -> None:
             f"method {method.name!r} needs calibration data ({', '.join(method.needs)}): give "
             "--text FILE or --tokens FILE:KEY, or use --method magnitude"
         )
+    if data.given and not method.needs:
+        data.require_readable()
+        caution(f"{data.named} is not read: method {method.name!r} needs no data")
 
 
-def _require_runnable(source: Source, runs: bool) -> None:
+def _require_runnable(source: Opened, runs: bool) -> None:
     if any(isinstance(module, SparseLinear) for module in source.model.modules()):
         raise ValueError(
             f"{source.path} is in packed form, whose weights are frozen: write it with `secateur "

@@ -1,10 +1,14 @@
-"""What pruning cost, by the measures that fit the kind of model."""
+"""What pruning cost, by the measures that fit the kind of model, and what may be compared."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor, nn
 
+from secateur.cli.groups import Data
+from secateur.integrations.transformers import CAUSAL_ENDINGS
 from secateur.model.blocks import Batch
+from secateur.model.evaluate import compare, embedding_cosine, perplexity
 
 
 def quality(
@@ -15,8 +19,6 @@ def quality(
     Language models: perplexity, and beside the dense model KL and the same top-1. Models that give
     hidden states: cosine to the dense model's. Others: KL and the same top-1 of their logits.
     """
-    from secateur.model.evaluate import compare, embedding_cosine, perplexity
-
     found: dict[str, float] = {}
     if not batches:
         return found
@@ -34,8 +36,6 @@ def quality(
 
 def is_causal(model: nn.Module) -> bool:
     """Whether the model predicts next tokens, so that perplexity means something."""
-    from secateur.integrations.transformers import CAUSAL_ENDINGS
-
     return type(model).__name__.endswith(CAUSAL_ENDINGS)
 
 
@@ -47,6 +47,36 @@ def gives_hidden_states(model: nn.Module) -> bool:
 def tokens_in(batches: Sequence[Batch]) -> int:
     """How many tokens the batches hold, padding not counted."""
     return sum(_tokens(batch) for batch in batches)
+
+
+def names_of(folders: Sequence[Path]) -> dict[Path, str]:
+    """What each folder is called beside the others: its name, or its path if two have that name.
+
+    Raises:
+        ValueError: if a folder is named twice.
+    """
+    twice = [folder for i, folder in enumerate(folders) if folder in folders[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice: name each folder once")
+    own = [folder.resolve().name for folder in folders]
+    return {f: str(f) if own.count(n) > 1 else n for f, n in zip(folders, own, strict=True)}
+
+
+def require_one_tokenizer(folders: Sequence[Path], data: Data) -> None:
+    """Check that the folders read a text as the same tokens, so that measures of it compare.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if data.text is None:
+        return
+    files = [file for folder in folders if (file := folder / "tokenizer.json").is_file()]
+    others = [file for file in files if file.read_bytes() != files[0].read_bytes()]
+    if others:
+        raise ValueError(
+            f"{others[0]} is another tokenizer than {files[0]}, so a text is other tokens to them: "
+            "compare models of one tokenizer"
+        )
 
 
 def _tokens(batch: Batch) -> int:

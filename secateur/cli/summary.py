@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.cli.console import console, left_alone, plain, say
 from secateur.cli.quality import tokens_in
-from secateur.cli.source import Data, Source, model_files, parameters_in
+from secateur.cli.source import Opened, bytes_of, model_files, parameters_in
 from secateur.model.blocks import Batch
 from secateur.model.layers import DEFAULT_TYPES
 from secateur.model.plan import Plan
@@ -23,14 +23,14 @@ from secateur.report.content import as_bytes, metric
 class Summary:
     """All that the summary tells."""
 
-    source: Source
+    source: Opened
     out: Path
     plan: Plan
     report: PruneReport
     batches: Sequence[Batch]
     before: Mapping[str, float]
     after: Mapping[str, float]
-    held_out: Data
+    test_name: str
     test: Sequence[Batch]
 
     @property
@@ -60,7 +60,7 @@ class Summary:
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of the weight files, before and after."""
-        return self.source.size, sum(file.stat().st_size for file in self.files)
+        return self.source.size, bytes_of(self.files)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -89,8 +89,7 @@ def summarize(summary: Summary) -> None:
     """Print the summary."""
     plan, report = summary.plan, summary.report
     patterns = ", ".join(dict.fromkeys(str(pattern) for pattern in plan.layers.values()))
-    bare = summary.source.bare
-    left = {**plan.skipped, **(bare.left_alone if bare else {})}
+    left = {**plan.skipped, **summary.source.left_alone}
     say(
         f"pattern {patterns} / method {report.method} / {len(plan.layers)} of "
         f"{len(_layers_of(summary.source.model) | left.keys() | plan.layers.keys())} layers",
@@ -113,7 +112,7 @@ def _lines(summary: Summary) -> list[tuple[str, str, str, str]]:
     was, now = summary.zeros_of_all
     everything = f"{summary.parameters:,} parameters, embeddings and all"
     lines.append(("zeros of all", f"{was:.1%}", f"{now:.1%}", everything))
-    where = f"({summary.held_out.name}, {tokens_in(summary.test):,} tokens)"
+    where = f"({summary.test_name}, {tokens_in(summary.test):,} tokens)"
     for name, value in summary.after.items():
         text, before = metric(name).text, summary.before.get(name)
         change = "" if before is None else f"{value - before:+.3f}   "

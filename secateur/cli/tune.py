@@ -1,4 +1,4 @@
-"""The verb `tune`: which cut of the GPU kernel is fastest here, measured and remembered."""
+"""`secateur tune`: which cut of the GPU kernel is fastest here, measured and remembered."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ import torch
 import typer
 
 from secateur.cli import options as o
-from secateur.cli.console import INTERRUPTED, console, emit, failures, plain, say, table
+from secateur.cli.command import command
+from secateur.cli.console import INTERRUPTED, console, emit, plain, say, table
 from secateur.cli.source import find_device
 from secateur.files.state_dict import linear_shapes
 from secateur.formats.kernels.decode24.arrange import FORMATS
@@ -27,7 +28,9 @@ DTYPE = torch.bfloat16  # a cut serves float16 as well: the same bytes move
 Found = list[tuple[Case, list[Timed]]]
 
 
+@command()
 def tune(
+    *,
     model: Annotated[
         Path | None,
         typer.Argument(
@@ -63,37 +66,35 @@ def tune(
     cuts: Annotated[int, typer.Option(min=1, help="Cuts to try for each layer.")] = MOST_CUTS,
     device: o.Device = "auto",
     json: o.Json = False,
-    debug: o.Debug = False,
 ) -> None:
     """Measure how the GPU kernel for 2:4 weights is best cut for these layers, and remember it.
 
     It runs without this too, by a rule. What is found lies beside the compiled kernels and serves
     every process that this user starts from then on.
     """
-    with failures(debug):
-        place = find_device(device)
-        if place.type != "cuda":
-            raise ValueError(
-                f"tuning needs a CUDA GPU, got {place.type}: run it where the model will run"
-            )
-        cases = _cases(_shapes(model, shapes), formats or ["semi24"], tokens or [1, 16], place)
-        found = Found()
-        try:
-            _measure(cases, place, cuts, found)
-        except KeyboardInterrupt:
-            kept = f"interrupted: {len(found)} of {len(cases)} layers are kept in {own_table()}"
-            console(stderr=True).print("\n", plain(kept, "yellow"), sep="", soft_wrap=True)
-            raise typer.Exit(INTERRUPTED) from None
-        if json:
-            emit([_entry(case, timed) for case, timed in found])
-            return
-        table(COLUMNS, [_row(case, timed) for case, timed in found])
-        say(f"kept in {own_table()}")
+    place = find_device(device)
+    if place.type != "cuda":
+        raise ValueError(
+            f"tuning needs a CUDA GPU, got {place.type}: run it where the model will run"
+        )
+    cases = _cases(_shapes(model, shapes), formats or ["semi24"], tokens or [1, 16], place)
+    found = Found()
+    try:
+        _measure(cases, place, cuts, found)
+    except KeyboardInterrupt:
+        kept = f"interrupted: {len(found)} of {len(cases)} layers are kept in {own_table()}"
+        console(stderr=True).print("\n", plain(kept, "yellow"), sep="", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if json:
+        emit([_entry(case, timed) for case, timed in found])
+        return
+    table(COLUMNS, [_row(case, timed) for case, timed in found])
+    say(f"kept in {own_table()}")
 
 
 def _measure(cases: Sequence[Case], device: torch.device, most: int, found: Found) -> None:
-    """Nothing; adds each case to `found` once its fastest cut is written down."""
-    # what runs today is measured too, so that it is only ever exchanged for something faster
+    """Add each case to `found` once its fastest cut is written down."""
+    # What runs today is measured too, so that it is only ever exchanged for something faster
     known = {case: [choose(case, device)] for case in cases}
     for case, timed in measure(cases, device, most, known=known):
         if timed:

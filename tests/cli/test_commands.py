@@ -483,8 +483,9 @@ def test_the_output_is_checked_before_the_work(
     dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as unread:
-        module = sys.modules["secateur.cli.prune"]
-        unread.setattr(module, "open_source", lambda *a: pytest.fail("the model was read"))
+        unread.setattr(
+            "secateur.cli.groups.open_source", lambda *a: pytest.fail("the model was read")
+        )
         line = refused(run("prune", dense, "-o", pruned, "-p", "2:4"))
         assert "holds a saved model: choose another folder, or give --overwrite" in line
         (tmp_path / "other.txt").write_text("mine")
@@ -871,7 +872,7 @@ def test_report_says_what_packing_would_give(
     dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[dict[str, Any]] = []
-    monkeypatch.setattr("secateur.report.write_html", lambda *_, **given: shown.append(given))
+    monkeypatch.setattr("secateur.cli.report.write_html", lambda *_, **given: shown.append(given))
     page = ("-o", tmp_path / "report.html")
     said(run("export", pruned, "--to", "packed", "-o", tmp_path / "packed"))
     said(run("report", pruned, "--baseline", dense, *page))
@@ -892,7 +893,7 @@ def test_report_compares_folders(
     dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[dict[str, Any]] = []
-    monkeypatch.setattr("secateur.report.write_html", lambda *_, **given: shown.append(given))
+    monkeypatch.setattr("secateur.cli.report.write_html", lambda *_, **given: shown.append(given))
     other, page = tmp_path / "other", ("-o", tmp_path / "report.html")
     data = ("--tokens", tokens(dense, "validation"), "--rows", 2)
     said(run("prune", dense, "-o", other, "-p", "2:4", "-m", "random"))
