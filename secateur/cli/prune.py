@@ -112,7 +112,7 @@ def _require_runnable(source: Opened, runs: bool) -> None:
             f"{source.path} is in packed form, whose weights are frozen: write it with `secateur "
             "export --to dense` first"
         )
-    if source.bare and runs:
+    if source.state_dict and runs:
         raise ValueError(
             f"{source.path} is a bare state dict, which cannot be run on data: name the model's "
             "folder, or use --method magnitude and no --eval-text or --eval-tokens"

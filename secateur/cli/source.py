@@ -13,7 +13,12 @@ from torch import nn
 from secateur.cli.console import working
 from secateur.files.save import Report, load, write_model
 from secateur.files.sidecar import SIDECAR, read_sidecar, verify_if_saved
-from secateur.files.state_dict import Bare, find_bare, read_bare, write_bare
+from secateur.files.state_dict import (
+    StateDictFiles,
+    find_state_dict,
+    read_state_dict,
+    write_state_dict,
+)
 from secateur.integrations.transformers import (
     PACKED_FILES,
     PICKLED,
@@ -32,35 +37,35 @@ AUTO, STORED = "auto", "stored"
 
 @dataclass(frozen=True)
 class Opened:
-    """An opened model; `bare` where it is a state dict without an architecture.
+    """An opened model; `state_dict` if it is one, without an architecture.
 
-    `stored` are the dtypes on disk of parameters that are held in another one meanwhile.
+    `stored` maps parameters that are held in another dtype to their dtype on disk.
     """
 
     path: Path
     model: nn.Module
-    bare: Bare | None
+    state_dict: StateDictFiles | None
     stored: Mapping[str, torch.dtype]
 
     @property
     def size(self) -> int:
         """Bytes of its weight files."""
-        return bytes_of(self.bare.files if self.bare else model_files(self.path))
+        return bytes_of(self.state_dict.files if self.state_dict else model_files(self.path))
 
     @property
     def left_alone(self) -> Mapping[str, str]:
         """Tensors of a state dict that are no layers to prune, each with the reason."""
-        return self.bare.left_alone if self.bare else {}
+        return self.state_dict.left_alone if self.state_dict else {}
 
     def write(
         self, out: Path, *, plan: Plan | None, reports: Iterable[Report], overwrite: bool
     ) -> None:
         """Write the model into the folder `out`, in its stored dtypes, with its tokenizer.
 
-        The model keeps the dtypes that it has, and has the weights that were written, rounded.
+        The model keeps its dtypes; its weights are afterwards those written, rounded.
         """
-        if self.bare:
-            write_bare(self.bare, self.model, out, plan=plan, reports=reports)
+        if self.state_dict:
+            write_state_dict(self.state_dict, self.model, out, plan=plan, reports=reports)
             return
         held = {n: p for n, p in self.model.named_parameters() if n in self.stored}
         dtypes = {name: parameter.dtype for name, parameter in held.items()}
@@ -84,7 +89,7 @@ def open_source(name: str | Path, dtype: str = STORED, device: str = "cpu") -> O
     path = Path(name)
     if not path.exists():
         raise ValueError(no_folder(path))
-    file = find_bare(path)
+    file = find_state_dict(path)
     if file is None and path.is_file():
         raise ValueError(
             f"{path} is no model: name a Hugging Face folder, a .safetensors file or its index.json"
@@ -95,8 +100,8 @@ def open_source(name: str | Path, dtype: str = STORED, device: str = "cpu") -> O
     if dtype in RUN_IN:
         raise ValueError("--dtype needs a model folder: a state dict is never run")
     with working(f"reading {file.name}"):
-        model, bare = read_bare(file)
-    return Opened(path, model, bare, {})
+        model, files = read_state_dict(file)
+    return Opened(path, model, files, {})
 
 
 def open_folder(folder: Path, dtype: str = STORED, device: str = "cpu") -> Opened:
@@ -181,7 +186,7 @@ class Recorded:
 
 
 def recorded_reports(folder: Path) -> tuple[Plan | None, list[Recorded]]:
-    """The plan and the reports that were saved with the folder; nothing where it has no sidecar."""
+    """The plan and the reports that were saved with the folder; none without a sidecar."""
     if not (folder / SIDECAR).is_file():
         return None, []
     saved = read_sidecar(folder)
@@ -189,7 +194,7 @@ def recorded_reports(folder: Path) -> tuple[Plan | None, list[Recorded]]:
 
 
 def prune_reports(reports: list[Recorded]) -> list[PruneReport]:
-    """Those reports that `prune_` or `reconstruct_` made."""
+    """The reports that `prune_` or `reconstruct_` made."""
     names = {field.name for field in fields(LayerResult)}
     said = {field.name for field in fields(PruneReport)}
     found = []

@@ -48,12 +48,12 @@ class Summary:
     @property
     def parameters(self) -> int:
         """All of the model; a bare state dict has more than its layers, which are in its files."""
-        return parameters_in(self.files) if self.source.bare else self.report.parameters
+        return parameters_in(self.files) if self.source.state_dict else self.report.parameters
 
     @property
     def files(self) -> list[Path]:
         """The weight files that were written."""
-        if self.source.bare is None:
+        if self.source.state_dict is None:
             return model_files(self.out)
         return sorted(self.out.glob("*.safetensors"))
 
@@ -120,7 +120,7 @@ def _lines(summary: Summary) -> list[tuple[str, str, str, str]]:
         lines.append((name, shown, text.format(value), change + where))
         where = ""
     room, speed = "zeros take the room of other weights", "not measured: zeros alone are not faster"
-    if summary.source.bare is None:
+    if summary.source.state_dict is None:
         room = "dense form; `secateur export --to packed` saves room"
         speed = "not measured: run `secateur bench` (zeros alone are not faster)"
     lines.append(("file size", as_bytes(sizes[0]), as_bytes(sizes[1]), room))
@@ -152,7 +152,7 @@ def _checked(plan: Plan) -> str:
 
 def _next(summary: Summary) -> list[str]:
     lines = [f"written to {summary.out}"]
-    if summary.source.bare is None:
+    if summary.source.state_dict is None:
         lines.append(
             f"next: `secateur recover {summary.out} --teacher {summary.source.path}` trains the "
             "kept weights while the zeros hold"

@@ -1,9 +1,9 @@
-"""`save` and `load`: a folder that any loader reads, or one in packed form that only this one does.
+"""`save` and `load`: a folder for any loader, or one in packed form for this library alone.
 
 Dense form: stock safetensors with zeros in them and no trace in `config.json`, so that whatever
 loads the dense model loads the pruned one. Packed form, for a model with `SparseLinear`s: plain
 tensors in `model.secateur.safetensors`, a name under which other loaders find no weights at all;
-under the stock name they would warn and go on with random ones. Beside either lies `secateur.json`.
+under the stock name they would warn and go on with random ones. `secateur.json` lies beside both.
 """
 
 import json
@@ -22,7 +22,6 @@ from secateur.core.disk.atomic import appearing_whole, settle
 from secateur.core.disk.owned import temporary_folder
 from secateur.core.disk.tensor_files import SUFFIX, load_files, save_file
 from secateur.core.undo import Undo, all_or_nothing
-from secateur.core.version import VERSION
 from secateur.core.weights import require_module, why_computed
 from secateur.core.wrappers import adapted, base_name, unwrapped
 from secateur.files.sidecar import (
@@ -32,6 +31,7 @@ from secateur.files.sidecar import (
     fingerprints,
     is_read_by_loaders,
     read_sidecar,
+    share_of_zeros,
     verify,
 )
 from secateur.formats import SparseLinear, describe, empty_from
@@ -60,7 +60,7 @@ STEMS: Mapping[Form, str] = {"dense": "model", "packed": "model.secateur"}
 
 @runtime_checkable
 class Report(Protocol):
-    """What a verb returned and can be told as plain data."""
+    """What a verb returned, as plain data if asked."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
@@ -76,9 +76,9 @@ def save(
     """Write the model's weights, and beside them where their zeros came from.
 
     A transformers model is written by its own `save_pretrained`. A model that holds `SparseLinear`s
-    is written packed. Of a model inside `torch.compile`, a data-parallel wrapper or PEFT's adapters
-    it is the model that is written. The folder appears whole or not at all; with `overwrite` it may
-    replace one that `save` wrote, of which all that `save` did not write is kept.
+    is written packed. `torch.compile`, data-parallel wrappers and PEFT's adapters are taken off
+    first. The folder appears whole or not at all; with `overwrite` it may replace one that `save`
+    wrote, and files there that `save` did not write are kept.
 
     Cost: a copy of one shard, 5 GB at most; reads the files once more for their hashes.
     Raises:
@@ -99,7 +99,7 @@ def write_model(
     overwrite: bool,
     beside: Mapping[str, Path] | None = None,
 ) -> None:
-    """As `save`, and copies of the files `beside` (name -> file), such as a tokenizer's.
+    """Write as `save` does, with copies of the files `beside` (name -> file), as a tokenizer's.
 
     Raises:
         ValueError, OSError: as `save`.
@@ -135,12 +135,10 @@ def write_model(
             model_class=type(model).__name__,
             files=fingerprints(partial),
             sparsity=_sparsity(model),
-            tied=_tied(model),
-            packed={name: describe(linear) for name, linear in packed.items()},
             plan=plan,
             reports=plain_reports,
-            library_version=VERSION,
-            torch_version=str(torch.__version__),
+            tied=_tied(model),
+            packed={name: describe(linear) for name, linear in packed.items()},
         ).write(partial)
 
 
@@ -183,12 +181,12 @@ def _loaded(folder: Path, model: nn.Module | None, undo: Undo) -> nn.Module:
 
 
 def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Nothing, if `save` could write this folder; to be asked before hours of work.
+    """Check that `save` could write this folder, before hours of work.
 
     Raises:
-        ValueError: if it is a file, lies where nothing can be written, holds files that `save` did
-            not write and no saved model, files that a loader would take for parts of a model, or a
-            saved model without `overwrite`.
+        ValueError: if it is a file or in a place that cannot be written to, or if it holds a saved
+            model (without `overwrite`), other files and no saved model, or files that a loader
+            would take for parts of a model.
     """
     folder = Path(folder).resolve()
     settle(folder)
@@ -218,8 +216,8 @@ def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
 def replacing(folder: Path, beside: Mapping[str, Path] | None = None) -> Iterator[Path]:
     """A new folder that takes the place of `folder` at the end, or is gone if the block raises.
 
-    `beside` are files to be copied into it. Of an old folder, what its sidecar lists goes, and all
-    else is kept.
+    `beside` are files to be copied into it. The files that an old folder's sidecar lists go; all
+    others are kept.
 
     Raises:
         ValueError: at the end, if a file of the new folder has the name of one that is kept.
@@ -241,7 +239,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _require_none_taken(folder: Path, names: Iterable[str]) -> None:
-    """No file of these names, which a save writes, is in the folder without being its model's."""
+    """Raise if a file that is not the saved model's has a name that is about to be written."""
     if not (folder / SIDECAR).is_file():
         return
     foreign = _names(folder) - read_sidecar(folder).files.keys() - {SIDECAR}
@@ -273,7 +271,7 @@ def _require_plain(model: nn.Module) -> None:
 
 
 def _computed(model: nn.Module, name: str, module: nn.Module) -> list[str]:
-    """The tensors of this module that are computed from others, but for its class's own."""
+    """The tensors of this module that are computed from others, except by its own class."""
     buffers = [n for n, _ in module.named_buffers(recurse=False)]  # a ScriptModule has no dict
     masked = [n.removesuffix("_mask") for n in buffers if n.endswith("_mask")]
     parameters = {n for n, _ in module.named_parameters(recurse=False)}
@@ -292,7 +290,7 @@ def _computed(model: nn.Module, name: str, module: nn.Module) -> list[str]:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by the names that they have where no part is wrapped or adapted."""
+    """The model's tensors by their names without wrappers and adapters."""
     named = ((base_name(model, name), t) for name, t in model.state_dict().items())
     return {name: tensor for name, tensor in named if name is not None}
 
@@ -359,14 +357,14 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 def _sparsity(model: nn.Module) -> dict[str, float]:
-    zeros: dict[str, float] = {}
+    """The share of zeros in each layer's weight, by the layer's name as it is saved."""
+    named = ((base_name(model, name), module) for name, module in model.named_modules())
     with torch.no_grad():
-        for name, module in model.named_modules():
-            saved = base_name(model, name)
-            if saved is not None and _layers.is_prunable(module):
-                weight = _layers.matrix(module)
-                zeros[saved] = int((weight == 0).sum()) / max(weight.numel(), 1)
-    return zeros
+        return {
+            name: share_of_zeros(_layers.matrix(module))
+            for name, module in named
+            if name is not None and _layers.is_prunable(module)
+        }
 
 
 def _plain(report: Report) -> dict[str, Any]:
@@ -383,12 +381,12 @@ def _plain(report: Report) -> dict[str, Any]:
 
 
 def _is_stock(model: nn.Module) -> bool:
-    """Whether its weights' names on disk may be others than in memory, as transformers decides."""
+    """Whether transformers may store its weights under names other than those in memory."""
     return is_transformers(model) and type(model).__module__.startswith("transformers.")
 
 
 def _read_shards(folder: Path, sidecar: Sidecar) -> dict[str, Tensor]:
-    """The tensors in the files that the sidecar lists, which `verify` has found to be those."""
+    """The tensors in the files that the sidecar lists, once verified."""
     return load_files(folder / name for name in sidecar.files if name.endswith(SUFFIX))
 
 
@@ -421,7 +419,7 @@ def _packed_layer(
     tensors: Mapping[str, Tensor],
     folder: Path,
 ) -> nn.Module:
-    """The packed layer of that name, filled, on the device of the layer that it will replace."""
+    """The packed layer of that name, filled, on the device of the layer that it replaces."""
     layer = dict(model.named_modules()).get(name)
     shape = (description.get("out_features"), description.get("in_features"))
     if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != shape:
@@ -443,7 +441,7 @@ def _packed_layer(
 def _require_same(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str, model: str
 ) -> None:
-    """Names, shapes and dtypes agree."""
+    """Raise unless names, shapes and dtypes agree."""
     if missing := [name for name in own if name not in given]:
         raise ValueError(
             f"{where} lacks {len(missing)} tensors of this {model}, first {missing[0]!r}: {_MATCH}"

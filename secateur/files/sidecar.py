@@ -7,23 +7,28 @@ file from elsewhere can name layers, formats and files of its own folder and not
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from secateur.core.disk.data_files import read_json
 from secateur.core.disk.tensor_files import SUFFIX, is_plain_name
+from secateur.core.version import VERSION
 from secateur.model.plan import Plan, plan_from_dict
 
 SIDECAR = "secateur.json"
 FORMAT_VERSION = 2  # 1 had hashes of the weight files alone
+AGAIN = "copy the folder again from where it was saved, or save the model again"
 
 Form = Literal["dense", "packed"]
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a file has to be to be the one that was saved."""
+    """The size and the hash by which a saved file is known again."""
 
     bytes: int
     sha256: str
@@ -31,23 +36,23 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """How a folder's weights are stored, where their zeros came from, and how to know it again.
+    """How a folder's weights are stored, where their zeros came from, and its files' fingerprints.
 
-    `files` are all that were written with it, by name, the config and a tokenizer included. `tied`
-    maps a tensor's name to another name of the same tensor; `packed` a packed layer to the
-    description it is made again from. `model_class` is for people: no code is found by it.
+    `files` has every file that was written, by name, the config and a tokenizer included. `tied`
+    maps a tensor's name to another name of the same tensor, `packed` a packed layer to the
+    description that it is rebuilt from. `model_class` is for people: no code is found by it.
     """
 
     form: Form
     model_class: str
     files: Mapping[str, Fingerprint]
     sparsity: Mapping[str, float]
-    tied: Mapping[str, str]
-    packed: Mapping[str, Mapping[str, int | str | bool]]
     plan: Plan | None
     reports: tuple[Mapping[str, Any], ...]
-    library_version: str
-    torch_version: str
+    tied: Mapping[str, str] = field(default_factory=dict)
+    packed: Mapping[str, Mapping[str, int | str | bool]] = field(default_factory=dict)
+    library_version: str = VERSION
+    torch_version: str = str(torch.__version__)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in the file."""
@@ -80,7 +85,26 @@ def read_sidecar(folder: str | Path) -> Sidecar:
     """
     folder = Path(folder)
     path = folder / SIDECAR
-    data = _read_json(folder, path)
+    said = _validated(_read_json(folder, path), path)
+    for name in said["files"]:
+        if not is_plain_name(name) or name == SIDECAR:
+            raise ValueError(f"{path} names the file {name!r}, which is none of its folder")
+    if bool(said["packed"]) != (said["form"] == "packed"):
+        raise ValueError(
+            f"{path} is damaged: its form is {said['form']} with {len(said['packed'])} packed "
+            f"layers: {AGAIN}"
+        )
+    plan = said["plan"]
+    made = {
+        "files": {name: Fingerprint(**entry) for name, entry in said["files"].items()},
+        "plan": None if plan is None else plan_from_dict(plan, f"the plan in {path}"),
+        "reports": tuple(said["reports"]),
+    }
+    return Sidecar(**said | made)
+
+
+def _validated(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The file's content without its version, every key and type as it has to be."""
     # pydantic is imported here because reading files is rare and importing it costs 0.1 s.
     from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -104,46 +128,31 @@ def read_sidecar(folder: str | Path) -> Sidecar:
         reports: list[dict[str, Any]]
 
     try:
-        file = File.model_validate(data)
+        return File.model_validate(data).model_dump(exclude={"version"})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the top level"
         raise ValueError(f"{path} is damaged: at {place}: {first['msg']}: {AGAIN}") from None
-    for name in file.files:
-        if not is_plain_name(name) or name == SIDECAR:
-            raise ValueError(f"{path} names the file {name!r}, which is none of its folder")
-    if bool(file.packed) != (file.form == "packed"):
-        raise ValueError(
-            f"{path} is damaged: its form is {file.form} with {len(file.packed)} packed layers: "
-            f"{AGAIN}"
-        )
-    return Sidecar(
-        form=file.form,
-        model_class=file.model_class,
-        files={n: Fingerprint(f.bytes, f.sha256) for n, f in file.files.items()},
-        sparsity=file.sparsity,
-        tied=file.tied,
-        packed=file.packed,
-        plan=None if file.plan is None else plan_from_dict(file.plan, f"the plan in {path}"),
-        reports=tuple(file.reports),
-        library_version=file.library_version,
-        torch_version=file.torch_version,
-    )
+
+
+def share_of_zeros(weight: Tensor) -> float:
+    """The share of a weight's elements that are zero; 0 for a weight without elements."""
+    return int((weight == 0).sum()) / max(weight.numel(), 1)
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """The size and the hash of a file as it is."""
+    """A file's fingerprint as it is now."""
     with path.open("rb") as file:
         return Fingerprint(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def fingerprints(folder: Path) -> dict[str, Fingerprint]:
-    """The size and the hash of every file in a folder that was written for a model, by name."""
+    """The fingerprint of every file in a folder that was written for a model, by name."""
     return {path.name: fingerprint(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def verify(folder: Path, sidecar: Sidecar) -> None:
-    """Nothing, if the folder's files are those that were saved, and none is taken for one of them.
+    """Check that the folder's files are the saved ones, and no other would be read as one of them.
 
     Cost: reads every file once.
     Raises:
@@ -169,21 +178,18 @@ def verify(folder: Path, sidecar: Sidecar) -> None:
 
 
 def verify_if_saved(folder: Path) -> None:
-    """As `verify`, for a folder with a sidecar; nothing for any other."""
+    """Verify a folder that has a sidecar."""
     if (folder / SIDECAR).is_file():
         verify(folder, read_sidecar(folder))
 
 
 def is_read_by_loaders(name: str) -> bool:
-    """Whether loaders take a file of this name for a part of a model, whoever wrote it.
+    """Whether loaders take a file of this name for part of a model, whoever wrote it.
 
     Other files may lie beside a model: adapters, token rows, notes.
     """
     weights = name.startswith("model") and name.endswith((SUFFIX, ".json")) and SUFFIX in name
     return weights or name == "generation_config.json"
-
-
-AGAIN = "copy the folder again from where it was saved, or save the model again"
 
 
 def _read_json(folder: Path, path: Path) -> dict[str, Any]:

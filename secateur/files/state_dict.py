@@ -1,4 +1,4 @@
-"""Bare state dicts: a .safetensors file, or shards with their index, as a model that can be pruned.
+"""State dicts alone, a .safetensors file or shards with an index, as models that can be pruned.
 
 Nothing says which architecture the tensors belong to, so a skeleton of plain layers stands for it:
 an nn.Linear for each two-dimensional weight and an nn.Conv2d for each four-dimensional one. What is
@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur import __version__
 from secateur.core.disk.tensor_files import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -26,7 +25,7 @@ from secateur.core.disk.tensor_files import (
     shards,
 )
 from secateur.files.save import Report, replacing
-from secateur.files.sidecar import Sidecar, fingerprints, verify_if_saved
+from secateur.files.sidecar import Sidecar, fingerprints, share_of_zeros, verify_if_saved
 from secateur.model.plan import Plan
 
 # Embeddings and output heads, by the names that language models give them.
@@ -39,12 +38,12 @@ Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class StateDict(nn.Module):
-    """A skeleton whose only content is the layers that a state dict's names and shapes tell of."""
+    """A skeleton that holds only the layers which a state dict's names and shapes show."""
 
 
 @dataclass(frozen=True)
-class Bare:
-    """A state dict on disk: its files with their keys, and what the skeleton left out and why."""
+class StateDictFiles:
+    """A state dict on disk: its files with their keys, and which layers are left alone and why."""
 
     path: Path
     files: Mapping[Path, tuple[str, ...]]
@@ -52,8 +51,8 @@ class Bare:
     left_alone: Mapping[str, str]
 
 
-def find_bare(path: Path) -> Path | None:
-    """The state dict's file or index that a path names, or that a folder without a model holds.
+def find_state_dict(path: Path) -> Path | None:
+    """The file or index of a state dict at a path, or in a folder that holds no model.
 
     Raises:
         ValueError: if a folder holds several and no index.
@@ -69,7 +68,7 @@ def find_bare(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_bare(path: Path) -> tuple[nn.Module, Bare]:
+def read_state_dict(path: Path) -> tuple[nn.Module, StateDictFiles]:
     """The skeleton model of a state dict, and what it takes to write it again.
 
     Raises:
@@ -94,11 +93,11 @@ def read_bare(path: Path) -> tuple[nn.Module, Bare]:
             + (f" ({reasons})" if reasons else "")
         )
     files = {file: tuple(keys) for file, keys in shapes.items()}
-    return _skeleton(layers), Bare(path, files, index, left_alone)
+    return _skeleton(layers), StateDictFiles(path, files, index, left_alone)
 
 
 def linear_shapes(path: Path) -> tuple[tuple[int, int], ...]:
-    """The distinct shapes [out, in] of the linear layers in a folder or a file, from headers alone.
+    """The distinct shapes [out, in] of the linear layers in a folder or file, from headers alone.
 
     Raises:
         ValueError: if there are none, or a file is damaged.
@@ -115,8 +114,8 @@ def linear_shapes(path: Path) -> tuple[tuple[int, int], ...]:
     return tuple(shapes)
 
 
-def write_bare(
-    bare: Bare,
+def write_state_dict(
+    stored: StateDictFiles,
     model: nn.Module,
     folder: Path,
     *,
@@ -130,26 +129,22 @@ def write_bare(
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     with replacing(folder.resolve()) as partial:
-        for file, keys in bare.files.items():
+        for file, keys in stored.files.items():
             content = load_file(file)
             for key in keys:
                 layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
                 if layer is not None:
                     content[key] = layer.weight.detach().cpu().contiguous()
             save_file(content, partial / file.name, read_metadata(file) or None)
-        if bare.index:
-            shutil.copyfile(bare.index, partial / bare.index.name)
+        if stored.index:
+            shutil.copyfile(stored.index, partial / stored.index.name)
         Sidecar(
             form="dense",
             model_class=type(model).__name__,
             files=fingerprints(partial),
-            sparsity={n: float((m.weight == 0).float().mean()) for n, m in layers.items()},
-            tied={},
-            packed={},
+            sparsity={name: share_of_zeros(layer.weight) for name, layer in layers.items()},
             plan=plan,
             reports=tuple(report.to_dict() for report in reports),
-            library_version=__version__,
-            torch_version=str(torch.__version__),
         ).write(partial)
 
 
@@ -160,7 +155,7 @@ def _names(shapes: Shapes) -> list[str]:
 
 
 def _left_alone(shapes: Shapes) -> dict[str, str]:
-    """Layers by name that a state dict shows, and why they are not pruned."""
+    """Why layers of a state dict are not pruned, by name."""
     transposed = _stored_transposed(shapes)
     reasons: dict[str, str] = {}
     for name in _names(shapes):
@@ -177,7 +172,7 @@ def _left_alone(shapes: Shapes) -> dict[str, str]:
 
 
 def _stored_transposed(shapes: Shapes) -> set[str]:
-    """Last parts of names whose bias somewhere has the length of the weight's columns (GPT-2's)."""
+    """Last parts of the names of layers whose bias, somewhere, is as long as a row (GPT-2's)."""
     found = set()
     for name in _names(shapes):
         shape, _ = shapes[f"{name}.weight"]

@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from secateur.core.disk.atomic import appearing_whole, settle
 from secateur.core.disk.checkpoint import Checkpoint, digest, is_of_checkpoint
 from secateur.core.disk.tensor_files import read_tensors, save_file, shapes_in
-from secateur.core.version import VERSION
 from secateur.files.save import STEMS, write_index
-from secateur.files.sidecar import SIDECAR, Sidecar, fingerprint, fingerprints, verify_if_saved
+from secateur.files.sidecar import (
+    SIDECAR,
+    Sidecar,
+    fingerprint,
+    fingerprints,
+    share_of_zeros,
+    verify_if_saved,
+)
 from secateur.integrations.transformers import hollow, tokenizer_files, weight_files
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, find_chains
@@ -50,22 +56,22 @@ def reconstruct_folder(
 ) -> PruneReport:
     """Write into `target` what `reconstruct_` makes of the Hugging Face folder `source`.
 
-    One part of the model is in memory at a time, on the device: a block, or a module outside of the
-    blocks such as the embedding. Activations are on the CPU. A pattern stands for the plan that
-    gives it to every layer; planned layers have to lie in the one list of blocks.
+    One part of the model is in memory at a time, on the device: a block, or a module outside the
+    blocks, such as the embedding. Activations are on the CPU. A pattern stands for the plan that
+    gives it to every layer; all planned layers have to be in one list of blocks.
 
     Until it is done, `target` holds finished layers and no model. After a kill the same call goes
-    on where it stopped, and ends with the same model. The result is read by transformers and by
-    `sc.load`; a tokenizer is copied.
+    on where it stopped, and ends with the same model. transformers and `sc.load` read the result; a
+    tokenizer is copied.
 
     Cost: beside the work of `reconstruct_`, seven reads of the model. Memory: a part, what the
         algorithm takes for a layer, and the inputs of one block for all batches. Disk: the planned
         layers twice.
     Error: exactly what `reconstruct_` gives on the same device.
     Raises:
-        ValueError: before anything is written, if a folder, the plan or the algorithm will not do,
-            or tensors are missing or of another shape or dtype; before a layer is solved, if the
-            model cannot run part by part.
+        ValueError: before anything is written, if a folder, the plan or the algorithm cannot be
+            used, or a tensor is missing or has another shape or dtype; before a layer is solved, if
+            the model cannot run part by part.
     """
     source, target = Path(source), Path(target).resolve()
     if team().size > 1:
@@ -76,6 +82,20 @@ def reconstruct_folder(
     chain = _chain(model, match(model, made.plan))
     stored = _Stored(source, model)
     window = Window(model, chain, stored.read, torch.device(device))
+    _require_part_by_part(made)
+    listed = as_list(batches)
+    for layer in made.plan.layers:
+        require_finite(layer, stored.read([f"{layer}.weight"])[f"{layer}.weight"])
+    with _progress(target, source, made.name, made.plan, stored, listed) as saved:
+        report = _solved(made, listed, saved, window)
+        with appearing_whole(target, replaced=is_of_checkpoint) as partial:
+            _write(partial, source, model, window.parts, _Result(stored, saved, made.plan), report)
+            _require_none_replaced(partial, target)
+    return report
+
+
+def _require_part_by_part(made: Pass) -> None:
+    """Raise if the method needs the whole model at once."""
     if asked := [name for name in made.method.needs if name not in STATISTICS]:
         raise ValueError(
             f"{made.name} asks for the {asked[0]} of the whole model, which is in memory part by "
@@ -86,20 +106,16 @@ def reconstruct_folder(
             f"{made.name} trains the whole model at the end, which is in memory part by part: "
             "take sc.best, or load the model whole and call reconstruct_"
         )
-    listed = as_list(batches)
-    for layer in made.plan.layers:
-        require_finite(layer, stored.read([f"{layer}.weight"])[f"{layer}.weight"])
-    with _progress(target, source, made.name, made.plan, stored, listed) as saved:
-        report = _solved(made, listed, saved, window)
-        with appearing_whole(target, replaced=is_of_checkpoint) as partial:
-            _write(partial, source, model, window.parts, _Result(stored, saved, made.plan), report)
-            for path in partial.iterdir():
-                if (target / path.name).exists() and not is_of_checkpoint(path.name):
-                    raise ValueError(
-                        f"{target / path.name} would be replaced by the model's: move it elsewhere "
-                        "and repeat the call, which has no layer left to solve"
-                    )
-    return report
+
+
+def _require_none_replaced(new: Path, target: Path) -> None:
+    """Raise if a file of the new folder has the name of somebody else's in the target."""
+    for path in new.iterdir():
+        if (target / path.name).exists() and not is_of_checkpoint(path.name):
+            raise ValueError(
+                f"{target / path.name} would be replaced by the model's: move it elsewhere "
+                "and repeat the call, which has no layer left to solve"
+            )
 
 
 @torch.inference_mode(False)
@@ -147,7 +163,7 @@ def _progress(
     stored: "_Stored",
     batches: Sequence[Batch],
 ) -> Checkpoint:
-    """The finished layers of this very run in the target folder, none in a new one."""
+    """The checkpoint of this run in the target folder: its finished layers, none in a new one."""
     settle(target)
     if (target / SIDECAR).exists():
         raise ValueError(f"{target} holds a saved model: choose another folder")
@@ -166,9 +182,9 @@ def _progress(
 
 
 class _Stored:
-    """The tensors of a model in its folder's safetensors files, by the names that the model uses.
+    """The tensors of a model in its folder's safetensors files, by their names in the model.
 
-    `tied` maps a name that is not in the files to the one of the same tensor that is.
+    `tied` maps a name that is not in the files to the name there of the same tensor.
     """
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
@@ -211,7 +227,7 @@ class _Stored:
                 )
 
     def has(self, name: str) -> bool:
-        """Whether the tensor is in the files under this very name."""
+        """Whether the files have a tensor of exactly this name."""
         return name in self._where
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -227,7 +243,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Result:
-    """The finished model, tensor by tensor: what is stored, and the new weights in their places."""
+    """The finished model, tensor by tensor: what is stored, with the new weights in their places."""
 
     stored: _Stored
     saved: Checkpoint
@@ -259,8 +275,7 @@ def _write(
         tensors = result.read(names[part])
         for inner, prunable in module.named_modules(prefix=part):
             if _layers.is_prunable(prunable):
-                weight = tensors[f"{inner}.weight"]
-                sparsity[inner] = int((weight == 0).sum()) / max(weight.numel(), 1)
+                sparsity[inner] = share_of_zeros(tensors[f"{inner}.weight"])
         if part in written:
             number = written.index(part) + 1
             file = f"{STEMS['dense']}-{number:05}-of-{len(written):05}.safetensors"
@@ -277,10 +292,7 @@ def _write(
         model_class=type(model).__name__,
         files=fingerprints(folder),
         sparsity=sparsity,
-        tied=result.stored.tied,
-        packed={},
         plan=result.plan,
         reports=(report.to_dict(),),
-        library_version=VERSION,
-        torch_version=str(torch.__version__),
+        tied=result.stored.tied,
     ).write(folder)

@@ -27,7 +27,7 @@ from secateur.allocation import read_sensitivity, sense
 from secateur.cli import app
 from secateur.core.disk.tensor_files import save_file
 from secateur.files.save import load, save
-from secateur.files.state_dict import read_bare
+from secateur.files.state_dict import read_state_dict
 from secateur.formats.kernels import measured
 from secateur.integrations.transformers import load_folder
 from secateur.model.outputs import answer
@@ -315,7 +315,7 @@ def _bare(folder: Path) -> None:
 
 
 def _read_bare(folder: Path) -> Values:
-    model, _ = read_bare(folder / "weights.safetensors")
+    model, _ = read_state_dict(folder / "weights.safetensors")
     return state(model)
 
 
