@@ -243,7 +243,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Result:
-    """The finished model, tensor by tensor: what is stored, with the new weights in their places."""
+    """The finished model, tensor by tensor: what is stored, with the new weights in place."""
 
     stored: _Stored
     saved: Checkpoint
