@@ -45,6 +45,8 @@ nb_output_stderr = "warn"
 html_theme = "furo"
 html_title = f"secateur {release}"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 
 def _drop_empty_globs(app: Sphinx, docname: str, source: list[str]) -> None:

@@ -96,7 +96,9 @@ def test_the_front_page_is_not_cut_and_lists_no_log_of_experiments() -> None:
     code = [line for block in FENCE.finditer(text) for line in block[0].split("\n")]
     assert max(map(len, code)) <= FRONT_WIDTH
     assert all(":hidden:" in table for table in TOCTREE.findall(text)), "the sidebar has them"
-    assert [entry for entry in contents(page) if entry.startswith("log")] == ["log/index"]
+    entries = contents(page)
+    assert [entry for entry in entries if entry.startswith("log")] == ["log/index"] == entries[-1:]
+    assert "](measured.svg)" in text and text.count("grid-item-card") == 3
 
 
 def test_the_contract_is_drawn_as_it_is() -> None:

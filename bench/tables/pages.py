@@ -12,6 +12,7 @@ from bench.tables.allocation import allocation, budget
 from bench.tables.costs import announced, cost, seconds
 from bench.tables.cuts import cuts, cuts_short
 from bench.tables.decode import decode, decode_short
+from bench.tables.figure import front_page
 from bench.tables.grids import grids
 from bench.tables.linear import linear_cpu_all
 from bench.tables.prefill import prefill, prefill_short
@@ -44,6 +45,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "vision-accuracy": vision_accuracy,
     "vit": vit,
 }
+FIGURES: dict[Path, Callable[[Path], str]] = {ROOT / "docs" / "measured.svg": front_page}
 
 
 def render(text: str, results: Path) -> str:
@@ -62,11 +64,11 @@ def render(text: str, results: Path) -> str:
 
 
 def stale(files: Sequence[Path], results: Path, write: bool) -> list[Path]:
-    """The files whose tables differ from the rows; with `write` they are brought up to date."""
+    """The files that differ from the rows, figures too; with `write` brought up to date."""
     found = []
     for path in files:
-        text = path.read_text()
-        fresh = render(text, results)
+        text = path.read_text() if path.exists() else ""
+        fresh = FIGURES[path](results) if path in FIGURES else render(text, results)
         if fresh != text:
             found.append(path)
             if write:

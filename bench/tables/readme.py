@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bench.lib.paper import PAPER
-from bench.lib.results import newest
+from bench.lib.results import Row, newest
 from bench.tables.accuracy import latest, table
 from bench.tables.markdown import page, runs, vs_cublas
 from bench.tables.prefill import latest as latest_prefill
@@ -26,21 +26,24 @@ KINDS = (
 
 def accuracy_short(results: Path) -> str:
     """Perplexity and more: a few methods, two patterns, the case with most calibration data."""
+    return table(accuracy_rows(results))
+
+
+def accuracy_rows(results: Path) -> list[Row]:
+    """The rows of a few methods and two patterns, of the case with most calibration data."""
     cases = latest(results)
     rows = cases[max(cases, key=lambda case: case[1:3])]
-    return table([r for r in rows if r["method"] in METHODS and r["pattern"] in PATTERNS])
+    return [r for r in rows if r["method"] in METHODS and r["pattern"] in PATTERNS]
 
 
 def speed_short(results: Path) -> str:
     """Ratios to dense cuBLAS of one layer: a row a kind, a column a number of tokens."""
-    decode = [row for row in newest(results, "decode")[-1] if row["layer"] == LAYER]
-    prefill = [row for row in latest_prefill(results)[-1] if row["layer"] == LAYER]
-    found = {(row["candidate"], int(row["tokens"])): vs_cublas(row) for row in [*decode, *prefill]}
     heads = ["times dense bf16", *[f"{n:,} token{'s' * (n != 1)}" for n in (*FEW, MANY)]]
     lines = [
-        [name, *[found.get((few, n), "-") for n in FEW], found.get((many, MANY), "-")]
-        for name, few, many in KINDS
+        [name, *[vs_cublas(found[n]) if n in found else "-" for n in (*FEW, MANY)]]
+        for name, found in speeds(results).items()
     ]
+    decode, prefill = _rows(results)
     first = decode[0]
     origin = (
         f"{LAYER}, {first['out']} x {first['in']}; ratio to dense cuBLAS, bold where it is "
@@ -49,3 +52,20 @@ def speed_short(results: Path) -> str:
         f"{runs([first, *prefill])}, `python -m bench.decode`, `python -m bench.prefill`."
     )
     return page(heads, lines, origin)
+
+
+def speeds(results: Path) -> dict[str, dict[int, Row]]:
+    """The layer's rows by kind and number of tokens, of those that were measured."""
+    decode, prefill = _rows(results)
+    rows = {(row["candidate"], int(row["tokens"])): row for row in [*decode, *prefill]}
+    wanted = {name: {**dict.fromkeys(FEW, few), MANY: many} for name, few, many in KINDS}
+    return {
+        name: {n: rows[one, n] for n, one in candidates.items() if (one, n) in rows}
+        for name, candidates in wanted.items()
+    }
+
+
+def _rows(results: Path) -> tuple[list[Row], list[Row]]:
+    """The layer's rows at few tokens and at many."""
+    few, many = newest(results, "decode")[-1], latest_prefill(results)[-1]
+    return [row for row in few if row["layer"] == LAYER], [r for r in many if r["layer"] == LAYER]
