@@ -16,7 +16,7 @@ from secateur.model.layers import select
 
 # The columns without --full.
 SHOWN = ("layer", "tokens", "runs", "eager us", "prepacked us", "sparse us")
-# A layer's speed is that of the dtype which the model is used in.
+# Speed is measured in the dtype that the model is used in.
 AS_STORED = Loading(dtype=STORED)
 
 

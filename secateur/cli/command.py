@@ -23,9 +23,9 @@ def command(*, kept: str | None = None) -> Callable[[Function], Function]:
     """A decorator that makes a command of a function.
 
     A parameter whose type is a dataclass is a group: it becomes an option for each field that is
-    annotated as one. Its default is an instance, whose values are the options' defaults; without
-    one they are those of the class. `--debug` is added, and an error of the user's becomes one
-    line. `kept` names the option that says where finished work is kept.
+    annotated as one. The parameter's default is an instance, whose values are the defaults of the
+    options; without it, the class's defaults hold. `--debug` is added, and an error that the user
+    can repair becomes one line. `kept` names the option that says where finished work is kept.
     """
 
     def decorate(function: Function) -> Function:

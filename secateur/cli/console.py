@@ -1,4 +1,4 @@
-"""What the command line prints and how it ends: tables, JSON, one-line errors, exit codes."""
+"""What the command line prints, and how it ends: tables, JSON, one-line errors, exit codes."""
 
 import contextlib
 import json
@@ -21,19 +21,19 @@ from secateur.core.tables import printable
 from secateur.report.rows import Row, fold, numeric_columns
 
 FAILED_CHECK, FAILED, INTERRUPTED = 1, 2, 130
-# Output that is no terminal is not wrapped: a file or a pipe has no width.
+# Output to a file or a pipe, which have no width, is not wrapped.
 UNWRAPPED = 10_000
-# Characters of an error; one that lists every layer of a large model would hide its advice.
+# Characters of an error; a list of every layer of a large model would hide the advice after it.
 LONGEST = 800
 
-# Cells of so many characters are not broken where a terminal is narrow.
+# Cells of at most so many characters are not broken in a narrow terminal.
 SHORT = 14
-# Reasons for leaving layers alone that are spelt out before the rest is only counted.
+# Reasons for leaving layers alone that are spelt out; further ones are only counted.
 REASONS_SHOWN = 6
 
 
 def console(stderr: bool = False) -> Console:
-    """A console on the stream as it is now; wide where that is no terminal."""
+    """A console on the current stream, wide if that is no terminal."""
     found = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not found.is_terminal:
         found = Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=UNWRAPPED)
@@ -41,7 +41,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def plain(text: str, style: str = "") -> Text:
-    """The text as it is shown: no markup, and nothing that a terminal would obey."""
+    """The text without markup or anything else that a terminal would obey."""
     return Text(printable(text), style=style)
 
 
@@ -52,13 +52,13 @@ def say(*lines: str, style: str = "") -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Row], *, full: bool = False) -> None:
-    """Print a table; rows of layers that differ only in a number share a line unless `full`."""
+    """Print a table; rows of layers that differ only in a number share a line, unless `full`."""
     shown = list(rows) if full or columns[0] != "layer" else fold(rows)
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
     right = numeric_columns(columns, shown)
     widest = [max((len(row[i]) for row in shown), default=0) for i in range(len(columns))]
     width = console().width
-    # Where the other columns leave no room for the name of a row, all of them are broken.
+    # If the other columns leave no room for the name of a row, all of them are broken.
     room = width - sum(min(w, SHORT) + 2 for w in widest[1:]) >= SHORT
     for i, name in enumerate(columns):
         whole = room and widest[i] <= (width // 2 if i == 0 else SHORT)
@@ -90,7 +90,7 @@ def emit(data: object) -> None:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show on stderr that something takes its time; silent where that is no terminal."""
+    """Show on stderr that something takes its time, if that is a terminal."""
     shown = console(stderr=True)
     with shown.status(plain(what)) if shown.is_terminal else contextlib.nullcontext():
         yield
@@ -98,10 +98,10 @@ def working(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
-    """Errors of the user's making become one line on stderr and exit code 2; Ctrl-C exits 130.
+    """Turn errors that the user can repair into a line on stderr and exit code 2; Ctrl-C exits 130.
 
-    `checkpoint` is where what is finished remains when the work is interrupted. Warnings become one
-    line on stderr, too.
+    `checkpoint` is where finished work is kept after an interruption. Warnings become a line on
+    stderr, too.
     """
     try:
         with warnings.catch_warnings():
@@ -130,24 +130,24 @@ def failures(debug: bool, checkpoint: Path | None = None) -> Iterator[None]:
 
 
 def _warn(message: Warning | str, *_: object) -> None:
-    """A warning of the library as one line, as `warnings.showwarning` is called."""
+    """Print a warning of the library as one line; stands in for `warnings.showwarning`."""
     caution(in_options(" ".join(str(message).split())))
 
 
 def complain(message: str) -> None:
-    """One red line on stderr."""
+    """Print a red line on stderr."""
     line = Text.assemble(("error: ", "bold red"), plain(message, "red"))
     console(stderr=True).print(line, soft_wrap=True)
 
 
 def caution(message: str) -> None:
-    """One yellow line on stderr, after which the work goes on."""
+    """Print a yellow line on stderr; the work goes on."""
     line = Text.assemble(("warning: ", "bold yellow"), plain(message, "yellow"))
     console(stderr=True).print(line, soft_wrap=True)
 
 
 def _one_line(error: Exception) -> str:
-    """The error in words of the command line; of a very long one the beginning and the advice."""
+    """The error in words of the command line; if very long, its beginning and its advice."""
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename} does not exist"
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -160,7 +160,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _finite(data: object) -> Any:
-    """The data with infinite and undefined numbers as null, which JSON has no words for."""
+    """The data with null for infinite and undefined numbers, for which JSON has no words."""
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):

@@ -53,13 +53,13 @@ SENTENCES_A_BATCH = 16
 # Rows of a language model's tokens; 32 rows of 1024 calibrate in about a minute on two cores.
 TEST_ROWS, CALIBRATION_ROWS, ROWS_A_BATCH = 32, 32, 4
 
-# A layer of a 7B language model, for the question that a small model cannot answer: is it faster?
+# A layer of a 7B language model: whether it is faster is what a small model cannot show.
 LARGE_WIDTH, LARGE_SPARSITY = 4096, 0.8
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with the data of the job and the measures that say what pruning cost."""
+    """A model, the data of the job, and the measures of what pruning cost."""
 
     name: str
     model: nn.Module
@@ -93,7 +93,7 @@ def run(output: Path, model: Path | None = None) -> None:
     """Do the whole job and write `report.html` and the models into `output`.
 
     Raises:
-        ValueError: if the model, its text or the folder cannot be had.
+        ValueError: if the model, its text or the folder is missing.
     """
     console = Console(markup=False, emoji=False)  # names are printed as they are
     begin = time.perf_counter()
@@ -162,7 +162,7 @@ def _prune_every_way(
 def _save_reload_compare(
     subject: Subject, model: nn.Module, plan: Plan, report: PruneReport, folder: Path
 ) -> dict[str, int]:
-    """Save the model dense with zeros and packed, reload both, and return what each takes on disk.
+    """The bytes of the model on disk, dense with zeros and packed, once both are reloaded.
 
     Raises:
         ValueError: if a reloaded model does not answer as the saved one does.
@@ -191,7 +191,7 @@ def _require_same_answer(loaded: nn.Module, saved: nn.Module, batch: Batch, name
 
 
 def _large_layer() -> AccelerateReport:
-    """What block sparsity does to one large layer on this machine."""
+    """What block sparsity gains in one large layer on this machine."""
     layer = nn.Sequential(nn.Linear(LARGE_WIDTH, LARGE_WIDTH, bias=False))
     prune_(layer, make_plan(layer, Block(64, 64, LARGE_SPARSITY)))
     return accelerate_(layer, tokens=(1, 16), formats=["block:64x64"])
@@ -216,7 +216,7 @@ def _table(measured: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _sentence_encoder() -> Subject:
-    """all-MiniLM-L6-v2, judged by how close its sentence embeddings stay to the dense model's."""
+    """all-MiniLM-L6-v2, judged by the cosine of its sentence embeddings to the dense model's."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise ValueError(

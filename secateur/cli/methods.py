@@ -20,16 +20,14 @@ from secateur.model.statistics import STATISTICS, needed_by
 from secateur.prune.verbs import PruneReport, prune_, reconstruct_
 from secateur.reconstruct.methods import ALGORITHM_GIVEN, CRITERION_GIVEN
 
-PRESETS = {"best": reconstruct.best, "thorough": reconstruct.thorough}
-
 
 def criteria_by_name() -> dict[str, Callable[..., Any]]:
-    """What scores weights: the functions that `secateur.criteria` exports."""
+    """The functions that `secateur.criteria` exports: each scores weights."""
     return _exported(criteria)
 
 
 def algorithms_by_name() -> dict[str, Callable[..., Any]]:
-    """What refits the kept weights: the functions of `secateur.reconstruct` that choose a mask."""
+    """The functions of `secateur.reconstruct` that choose a mask and refit the kept weights."""
     found = {name: inspect.signature(f) for name, f in _exported(reconstruct).items()}
     return {
         name: getattr(reconstruct, name)
@@ -40,8 +38,14 @@ def algorithms_by_name() -> dict[str, Callable[..., Any]]:
     }
 
 
+def presets_by_name() -> dict[str, reconstruct.Blockwise]:
+    """The methods that `secateur.reconstruct` exports with their options chosen."""
+    exported = {name: vars(reconstruct)[name] for name in reconstruct.__all__}
+    return {n: thing for n, thing in exported.items() if isinstance(thing, reconstruct.Blockwise)}
+
+
 def method_help() -> str:
-    """One line that lists every method."""
+    """All methods in one text."""
     return (
         f"Zeros only, kept weights as they are: {', '.join(criteria_by_name())}. "
         f"Kept weights refitted: {', '.join(algorithms_by_name())}, and 'refit(METHOD)' with the "
@@ -90,13 +94,14 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
         algorithm = wrapper(find_method(inner[2]).function, **_options(name, wrapper, options))
         each = algorithm.method if isinstance(algorithm, reconstruct.Blockwise) else algorithm
         return Method(name, algorithm, True, needed_by(each, given=ALGORITHM_GIVEN))
-    if preset := PRESETS.get(name):
+    presets = presets_by_name()
+    if preset := presets.get(name):
         _options(name, lambda: None, options)
         return Method(name, preset, True, needed_by(preset.method, given=ALGORITHM_GIVEN))
     algorithms = algorithms_by_name()
     known = {**criteria_by_name(), **algorithms}
     if name not in known:
-        names = [*known, *PRESETS]
+        names = [*known, *presets]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown method {name!r}: {hint}Methods are {', '.join(names)}")
@@ -109,10 +114,10 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
 
 
 def find_criterion(name: str) -> Method:
-    """The criterion of that name, for what scores weights and moves none.
+    """The criterion of that name.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is unknown, or an algorithm, which also moves weights.
     """
     known = criteria_by_name()
     if name not in known:

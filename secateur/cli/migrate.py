@@ -106,7 +106,7 @@ def _as_data(tables: Mapping[Row, list[Row]]) -> dict[str, object]:
 
 
 def _python_files(path: Path) -> Iterator[Path]:
-    """The file itself, or those of a folder in order, without hidden folders and environments."""
+    """The file itself, or a folder's in order, without hidden folders and environments."""
     if path.is_file():
         yield path
         return
@@ -128,7 +128,7 @@ def _diff(file: Path, before: bytes, after: bytes) -> list[str]:
 
 
 def _write(file: Path, source: bytes) -> None:
-    """The file whole or as it was, with its permissions; of a link, the file that it names."""
+    """Replace the file whole or not at all, with its permissions; follow a link to its file."""
     file = file.resolve()
     with file_appearing_whole(file) as partial:
         partial.write_bytes(source)

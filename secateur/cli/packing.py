@@ -1,4 +1,4 @@
-"""What `export` packs, what that would save, and where it is known to be slower."""
+"""Packing for `export`: in which formats, how much it saves, and where it is known to be slower."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ from secateur.patterns import NM, Block, Pattern
 def formats_for(
     model: nn.Module, plan: Plan | None, format: str | None
 ) -> Mapping[str, list[str] | None]:
-    """Format -> layers to pack in it; None for all that fit."""
+    """The layers to pack in each format; None for all that fit."""
     if format is not None or plan is None:
         return {format or "semi24": None}
     modules = dict(model.named_modules())
@@ -47,10 +47,10 @@ def packed_size(model: nn.Module, plan: Plan | None, stored: int) -> int | None:
 
 
 def slower_here(model: nn.Module) -> list[str]:
-    """What is known of the speed of a model's packed layers on this machine, in sentences.
+    """What is known without a measurement about the speed of packed layers here, in sentences.
 
-    On a CPU a layer that nothing but its format's reference can multiply is slower than dense. Of
-    the others only a measurement can tell, and of all where there is a GPU.
+    On a CPU a layer that only its format's reference can multiply is slower than dense. All other
+    layers, and every layer on a GPU, have to be measured.
     """
     packed = [module for module in model.modules() if isinstance(module, SparseLinear)]
     on_cpu = not torch.cuda.is_available()

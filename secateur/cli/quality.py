@@ -14,7 +14,7 @@ from secateur.model.evaluate import compare, embedding_cosine, perplexity
 def quality(
     model: nn.Module, dense: nn.Module | None, batches: Sequence[Batch]
 ) -> dict[str, float]:
-    """The measures by the names that reports print; none without batches.
+    """The measures, by the names that reports print; none without batches.
 
     Language models: perplexity, and beside the dense model KL and the same top-1. Models that give
     hidden states: cosine to the dense model's. Others: KL and the same top-1 of their logits.
@@ -40,7 +40,7 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def gives_hidden_states(model: nn.Module) -> bool:
-    """Whether the model is a bare encoder (`BertModel`) without a head that gives logits."""
+    """Whether the model is an encoder (`BertModel`) without a head that gives logits."""
     return type(model).__name__.endswith("Model") and not is_causal(model)
 
 

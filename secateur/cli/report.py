@@ -111,7 +111,7 @@ def _prune_reports(saved: Saved) -> list[PruneReport]:
 def _evaluations(
     names: Mapping[Path, str], baseline: Path | None, batches: list[Batch], device: str
 ) -> dict[str, dict[str, float]]:
-    """The measures of the models and of their baseline, by name; only those that there are."""
+    """The measures of the models and their baseline, by name; models without any are left out."""
     dense = None if baseline is None else open_folder(baseline, AUTO, device).model
     found = {} if dense is None else {"dense": quality(dense, None, batches)}
     for folder, name in names.items():

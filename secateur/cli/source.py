@@ -128,7 +128,7 @@ def open_folder(folder: Path, dtype: str = STORED, device: str = "cpu") -> Opene
 
 
 def parameters_in(files: Iterable[Path]) -> int:
-    """How many numbers the safetensors files hold, from their headers alone."""
+    """The count of numbers in the safetensors files, from their headers alone."""
     total = 0
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -142,7 +142,7 @@ def bytes_of(files: Iterable[Path]) -> int:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The weight files of a model's folder; other safetensors files may lie beside them."""
+    """The weight files of a model's folder, in which there may be other safetensors files."""
     return sorted(folder.glob("model*.safetensors"))
 
 

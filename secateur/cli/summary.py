@@ -21,7 +21,7 @@ from secateur.report.content import as_bytes, metric
 
 @dataclass(frozen=True)
 class Summary:
-    """All that the summary tells."""
+    """Everything that the summary shows."""
 
     source: Opened
     out: Path
@@ -41,13 +41,13 @@ class Summary:
 
     @property
     def zeros_of_all(self) -> tuple[float, float]:
-        """Those zeros as a share of all parameters of the model, before and after."""
+        """The same zeros as a share of all parameters of the model, before and after."""
         before, _, _ = zeros_in(self.plan, self.report)
         return before / self.parameters, self.report.zeros / self.parameters
 
     @property
     def parameters(self) -> int:
-        """All of the model; a bare state dict has more than its layers, which are in its files."""
+        """All parameters; a state dict's are counted in its files, which hold more than layers."""
         return parameters_in(self.files) if self.source.state_dict else self.report.parameters
 
     @property
@@ -78,7 +78,7 @@ class Summary:
 
 
 def zeros_in(plan: Plan, report: PruneReport) -> tuple[float, float, int]:
-    """Zeros in the planned layers before and after, and how many weights they have."""
+    """Zeros in the planned layers before and after, and the number of their weights."""
     sizes = [plan.shapes[r.layer][0] * plan.shapes[r.layer][1] for r in report.layers]
     before = sum(r.sparsity_before * n for r, n in zip(report.layers, sizes, strict=True))
     after = sum(r.sparsity * n for r, n in zip(report.layers, sizes, strict=True))

@@ -125,7 +125,7 @@ def _cases(
     tokens: Sequence[int],
     device: torch.device,
 ) -> list[Case]:
-    """What to measure, each once: numbers of tokens that share a kernel share its cut.
+    """The distinct cases to measure: numbers of tokens that share a kernel share its cut.
 
     Raises: ValueError if the kernel has no such format, or cannot run a shape here.
     """
@@ -167,5 +167,5 @@ def _entry(case: Case, timed: Sequence[Timed]) -> dict[str, Any]:
 
 
 def _terabytes_per_s(case: Case, timed: Timed) -> float:
-    """Of the weights, which are read once."""
+    """The rate at which the weights are read, each once."""
     return case.row_tiles * case.units * case.unit_bytes / timed.us / 1e6

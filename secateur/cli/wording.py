@@ -1,15 +1,15 @@
 """The library's messages in the words of the command line: its options and its verbs.
 
-A message of the library names its remedy as a Python program would write it. The table below is the
-only place that says how the same remedy is written in a shell; `tests/cli/test_wording.py` reads
-every message of the library and fails on one that the table leaves in Python.
+A message of the library names its remedy as a Python program would write it. Only the table below
+says how the same remedy is written in a shell; `tests/cli/test_wording.py` reads every message of
+the library and fails on one that the table leaves in Python.
 """
 
 import re
 from functools import cache
 
-# What stands in the shell for what a message of the library says; an expression comes before those
-# that would match a part of it. `{data}` is `--`, or `--eval-` where the message is of the data to
+# Expression in a message of the library -> its words in the shell. An expression comes before any
+# that would match a part of it. `{data}` is `--`, or `--eval-` if the message is about the data to
 # measure on.
 IN_OPTIONS = {
     # arguments
@@ -92,7 +92,7 @@ IN_OPTIONS = {
 def in_options(message: str, data: str = "--") -> str:
     """The message as someone at a shell can act on it.
 
-    `data` is what the options of the data begin with that the message is about.
+    `data` is the beginning of the names of the options for the data that the message is about.
     """
     for expression, words in _table():
         message = expression.sub(words.replace("{data}", data), message)

@@ -1,8 +1,8 @@
-"""Which rows are taken of which documents: of as many as there are, and some of them held out.
+"""Which rows are taken from which documents: from as many as possible, some of them held out.
 
-A row of text resembles the other rows of its document. So a few rows after one another, all of one
-file, are hardly more data than one row, and a row that is held out says nothing about new text if
-its document is also trained on.
+A row of text resembles the other rows of its document. So a few successive rows of one file are
+hardly more data than one row, and a row that is held out says nothing about new text if its
+document is also trained on.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from secateur.model.statistics import is_held_out
 
 T = TypeVar("T")
 
-# Rows of fewer documents are warned of: by rule of thumb, one document more would change much.
+# A warning is given for fewer documents: by rule of thumb, one more would change much.
 FEW = 8
 
 
@@ -25,8 +25,8 @@ FEW = 8
 class Dealt:
     """Rows in batches; for each row, in order, the number of its document, or of its first.
 
-    `different` counts all documents, `asked` the rows that were asked for; `what` is how rows are
-    called, and `remedy` what to do about too few documents.
+    `different` is the number of documents, `asked` the number of rows asked for; `what` is the
+    rows' name in messages, and `remedy` says what to do about too few documents.
     """
 
     batches: list[Tensor] | list[dict[str, Tensor]]
@@ -37,7 +37,7 @@ class Dealt:
     remedy: str
 
     def remarks(self, rows: str = "rows", length: str = "length") -> list[str]:
-        """What is wrong with so little text, in sentences that name the options so."""
+        """What is wrong with too little text, in sentences; the arguments name the options."""
         found, of = len(self.documents), self.different
         remarks = []
         if found < self.asked:
@@ -54,7 +54,7 @@ class Dealt:
 
 
 def shuffled(count: int, generator: torch.Generator) -> list[int]:
-    """The numbers below `count` in an order that the generator decides."""
+    """The numbers below `count` in an order drawn from the generator."""
     order: list[int] = torch.randperm(count, generator=generator, device="cpu").tolist()
     return order
 
@@ -76,10 +76,10 @@ def in_turns(piles: Iterable[Sequence[T]]) -> Iterator[tuple[int, T]]:
 
 
 def apart(documents: Sequence[int], rows: int) -> tuple[list[int], list[int]]:
-    """The indices of so many rows, and of the others, which share no document if possible.
+    """The indices of `rows` rows, and of the others, without a common document if possible.
 
-    `documents` has each row's. Whole documents are taken as long as they fit; what is still missing
-    comes from one document, which is then the only one on both sides.
+    `documents` has the document of each row. Whole documents are taken as long as they fit; what is
+    still missing comes from one document, which is then the only one on both sides.
     """
     counts = Counter(documents)
     chosen, missing = set[int](), rows
@@ -95,9 +95,9 @@ def apart(documents: Sequence[int], rows: int) -> tuple[list[int], list[int]]:
 
 
 def held_apart(documents: Sequence[int], batch: int) -> list[int]:
-    """The rows' order in which batches that are held out share no document with the others.
+    """An order of the rows in which held-out batches share no document with the others.
 
-    They stay as they are where that is so already. With too few documents, one is on both sides.
+    The given order, if that is so already. With too few documents, one is on both sides.
     """
     held = [is_held_out(i // batch) for i in range(len(documents))]
     sides = [

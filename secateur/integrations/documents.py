@@ -1,4 +1,4 @@
-"""Texts in memory and on disk, told apart by the documents that they are of."""
+"""Texts in memory and on disk, document by document."""
 
 import json
 import re
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def read_documents(text: str | Path | Sequence[str]) -> list[str]:
-    """The documents that are not blank: of a list, its strings, of a path, those of its files.
+    """The documents that are not blank: the strings of a list, or the texts in a path's files.
 
     Each line of a `.jsonl` file is a document, its "text"; any other file is one. A folder stands
-    for all files in it and below, but for those whose names begin with a dot.
+    for all files in and below it, except those whose names begin with a dot.
 
     Raises: ValueError if a file cannot be read, with its line.
     """
@@ -26,7 +26,7 @@ def read_documents(text: str | Path | Sequence[str]) -> list[str]:
 
 
 def read_passages(text: str | Path | Sequence[str]) -> list[list[str]]:
-    """The passages of each document: the paragraphs of a plain file, and all of any other."""
+    """The passages of each document: the paragraphs of a plain file, else the whole document."""
     if not isinstance(text, (str, Path)):
         return [[document] for document in read_documents(text)]
     found = list[list[str]]()
@@ -39,7 +39,7 @@ def read_passages(text: str | Path | Sequence[str]) -> list[list[str]]:
 
 
 def _files(name: str | Path) -> list[Path]:
-    """The path, or the files of the folder, in an order that is always the same."""
+    """The file, or the files of the folder, in an order that is always the same."""
     path = Path(name)
     if not path.exists():
         listed = ", or pass texts in a list" if isinstance(name, str) else ""
@@ -71,7 +71,7 @@ def _read(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path, content: str) -> Iterator[str]:
-    """The texts; lines end with a line feed and nothing else, as other separators may be in one."""
+    """The texts. A line ends only at a line feed: a text may contain other separators."""
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
@@ -86,7 +86,7 @@ def _json_lines(path: Path, content: str) -> Iterator[str]:
 
 
 def _is_text(document: object) -> bool:
-    """Whether it is a string that has bytes, which half of a surrogate pair has not."""
+    """Whether it is a string that can be encoded; half of a surrogate pair cannot."""
     try:
         return isinstance(document, str) and document.encode() is not None
     except UnicodeEncodeError:

@@ -52,8 +52,7 @@ def text_batches(
     (the second, and every eighth after it) share no document with the others, but for one where
     there are few.
 
-    Fewer rows than asked for, which are then all there are, and rows of fewer than 8 documents are
-    warned of.
+    It warns if there are fewer rows than asked for, and if they are of fewer than 8 documents.
 
     Raises:
         ValueError: if there is not one row, `length` is beyond the model, a file cannot be read
@@ -70,7 +69,7 @@ def text_rows(
     batch: int,
     seed: int = 0,
 ) -> Dealt:
-    """What `text_batches` returns, with the rows' documents; it warns of nothing.
+    """What `text_batches` returns, with the rows' documents and without warnings.
 
     Raises: ValueError as `text_batches`.
     """
@@ -147,9 +146,7 @@ def stored_rows(
     seed: int = 0,
     length: int | None = None,
 ) -> Dealt:
-    """What `token_rows` returns, at most `length` tokens of a row, with the rows' documents.
-
-    It warns of nothing.
+    """What `token_rows` returns, with the rows' documents, without warnings, and cut to `length`.
 
     Raises: ValueError as `token_rows`.
     """
@@ -183,7 +180,7 @@ def stored_rows(
 
 
 def end_of_text(folder: str | Path) -> tuple[int, ...]:
-    """The ids of the tokens that end a text, of the model in the folder, as its config says."""
+    """The ids of the tokens that end a text, from the config of the model in the folder."""
     return _ends(read_config(Path(folder)))
 
 
@@ -198,10 +195,10 @@ def sampled_rows(
 ) -> list[Tensor]:
     """Rows of token ids that the model writes itself, in batches such as those given.
 
-    Each starts with `prompt` tokens, or half a row if that is less, from a random place of the
+    Each starts with `prompt` tokens, or half a row if that is less, from a random place in the
     given rows and goes on, up to their length, with tokens drawn from the model's own distribution;
-    the end of a text does not end it. They are more calibration data where there is little. Ask the
-    dense model for them.
+    the end of a text does not end it. Where calibration data is scarce, the dense model gives more
+    of it in this way.
 
     Cost: a forward pass over all rows, a token at a time for `at_once` rows, with their keys and
         values in memory.
@@ -246,9 +243,9 @@ def sampled_rows(
 
 @contextlib.contextmanager
 def _sampling_plainly(model: Any) -> Iterator[None]:
-    """`generate` draws from the model's distribution as it is for the while, and never ends early.
+    """Let `generate` draw from the model's own distribution, without an early end.
 
-    What the model's own configuration asks for, such as a repetition penalty, is put aside.
+    The model's own settings, such as a repetition penalty, are put aside until the end.
     """
     from transformers import GenerationConfig
 
@@ -298,7 +295,7 @@ def _pieces(
     length: int,
     generator: torch.Generator,
 ) -> Iterator[list[list[int]]]:
-    """Each document's rows, documents and rows in a random order, and at last what remains."""
+    """The rows of each document, then its shorter rest; documents and rows in a random order."""
     for number in shuffled(len(documents), generator):
         ids: list[int] = tokenizer.encode(documents[number]).ids
         if ends and ids and ids[-1] not in ends:
@@ -320,10 +317,10 @@ def _split(ids: list[int], ends: Sequence[int]) -> list[list[int]]:
 
 
 class _Cut:
-    """Rows of one length out of pieces that are no longer; shorter ones are laid end to end.
+    """Rows of one length made from pieces of at most that length, short ones laid end to end.
 
-    What a row leaves of its last document waits for the end, so that a document is in as few rows
-    as there is text for.
+    The rest of a document that a row cuts off waits for the end, so that a document is in as few
+    rows as possible.
     """
 
     def __init__(self, length: int) -> None:
@@ -341,7 +338,7 @@ class _Cut:
         return len(self._different)
 
     def add(self, document: int, piece: list[int]) -> None:
-        """Nothing; there may be a row more."""
+        """Take a piece in; it may complete a row."""
         self.tokens += len(piece)
         if len(piece) == self._length:
             self._complete([(document, piece)])
@@ -349,7 +346,7 @@ class _Cut:
             self._lay(document, piece)
 
     def use_leftovers(self, rows: int) -> None:
-        """Nothing; lays end to end what was left over, until there are so many rows."""
+        """Lay the leftovers end to end until there are `rows` rows."""
         while self._left and len(self.rows) < rows:
             left, self._left = self._left, []
             before = len(self.rows)
@@ -375,7 +372,7 @@ class _Cut:
 
 
 def _documents_of(ids: Tensor, ends: Sequence[int]) -> list[int]:
-    """For each row of ids, laid end to end, the number of the document that most of it is of."""
+    """For each row of ids, laid end to end, the number of the document that most of it is from."""
     ended = (
         torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device))
         if ends

@@ -21,7 +21,7 @@ from secateur.core.disk.data_files import read_json
 from secateur.core.disk.tensor_files import load_files, shards, writing
 from secateur.model.blocks import hooks
 
-# Everything that tokenizers, processors and chat templates are known to be stored in.
+# All files that tokenizers, processors and chat templates are known to be stored in.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
@@ -35,10 +35,10 @@ PACKED_FILES = "model.secateur*.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 UNTRUSTED = "a pickle may hold code, so it is never read: convert it, if you trust it"
 
-# The deepest models have some hundred, and transformers builds a thousand of them in a second.
+# The deepest models have a few hundred, and transformers builds a thousand in a second.
 MOST_LAYERS = 10_000
 
-# A model registers a tied weight for each of its names, and anew when it is loaded.
+# A model registers a tied weight once for each of its names, and again when it is loaded.
 MOST_TIMES_STORED = 16
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
@@ -48,8 +48,8 @@ def load_folder(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Modu
     """The model in a Hugging Face folder, in eval mode, in the dtype it is stored in or another.
 
     Its class is the one that `config.json` names, which must be transformers' own. transformers is
-    given the tensors and opens no weight file itself: whatever a folder names or holds, nothing is
-    read but safetensors files of that very folder.
+    given the tensors and opens no weight file itself: whatever a folder names or holds, only
+    safetensors files of that folder are read.
 
     Raises:
         ValueError: if the folder, its config or its weights are missing, damaged, packed, quantized
@@ -83,9 +83,9 @@ def load_folder(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Modu
 
 
 class _Limit:
-    """Raises when a model under construction has many more numbers than its files.
+    """Raise when a model under construction has many more numbers than its files.
 
-    It would be refused for what it lacks, once all that had been allocated at random.
+    Later it would be refused for the missing weights, once random ones had been allocated.
     """
 
     def __init__(self, most: int) -> None:
@@ -101,11 +101,11 @@ class _Limit:
 
 
 def weight_files(folder: Path, architecture: Any = None) -> list[Path]:
-    """The files with the weights of a Hugging Face folder, in its own words: one, or an index's.
+    """The weight files of a Hugging Face folder: the only one, or those in its index.
 
     Raises:
-        ValueError: if there are none, one is missing, or the index names what is no safetensors
-            file of the folder.
+        ValueError: if there are none, one is missing, or the index names anything but a
+            safetensors file of the folder.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not whole.is_file() and not index.is_file():
@@ -117,7 +117,7 @@ def weight_files(folder: Path, architecture: Any = None) -> list[Path]:
 
 
 def unloaded(folder: str | Path) -> nn.Module:
-    """The model that `config.json` describes, in its dtype, with weights that mean nothing yet.
+    """The model that `config.json` describes, in its dtype, with meaningless weights.
 
     Raises:
         ValueError: if the config is missing or damaged, or describes no model of transformers.
@@ -152,8 +152,8 @@ def hollow(folder: str | Path) -> nn.Module:
     Parameters are on the meta device, tied ones the same object; buffers hold their values.
 
     Raises:
-        ValueError: if the folder or its config is missing, damaged, packed or quantized, its model
-            is none of transformers' own, or the config names no dtype.
+        ValueError: if the folder or its config is missing, damaged, packed or quantized, its class
+            is not transformers' own, or the config names no dtype.
     """
     folder = Path(folder)
     _dense_architecture(folder)
@@ -168,20 +168,20 @@ def hollow(folder: str | Path) -> nn.Module:
 
 
 def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-    """What is registered in place of a parameter; None for the parameter itself."""
+    """The parameter to register in place of this one; None to keep it."""
     if parameter is None or parameter.is_meta:
         return None  # also one that is tied, so that both stay the same
     return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Whether the model is one of transformers' own kind; asks without importing transformers."""
+    """Whether the model is a transformers model, without importing transformers."""
     module = sys.modules.get("transformers.modeling_utils")
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
 def without_progress_bars() -> None:
-    """Nothing; transformers shows no bar of its own for reading weights from now on."""
+    """Keep transformers from showing progress bars of its own."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -190,10 +190,10 @@ def without_progress_bars() -> None:
 def save_folder(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write the model as transformers itself does: config.json and stock safetensors.
 
-    `state` are its tensors, by the names that they have in the model that is read back.
+    `state` has its tensors, by their names in the model that will be read back.
 
     Raises:
-        ValueError: if the model is quantized: its weights are not those that would be read back.
+        ValueError: if the model is quantized, since other weights would be read back.
         OSError: if a file cannot be written.
     """
     stock: Any = model
@@ -212,7 +212,7 @@ def save_folder(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> 
 
 
 def save_config(model: nn.Module, folder: Path) -> None:
-    """Write config.json and generation_config.json; the weights are stored in a form of ours."""
+    """Write config.json and generation_config.json, for weights in this library's packed form."""
     stock: Any = model
     config = copy.deepcopy(stock.config)
     config.architectures = [type(model).__name__]
@@ -223,7 +223,7 @@ def save_config(model: nn.Module, folder: Path) -> None:
 
 
 def tokenizer_files(folder: str | Path) -> dict[str, Path]:
-    """The files of the tokenizer and the processor in a folder, by their names."""
+    """The files of the tokenizer and the processor in a folder, by name."""
     return {name: Path(folder, name) for name in TOKENIZER_FILES if Path(folder, name).is_file()}
 
 
@@ -231,7 +231,7 @@ def tokenizer_files(folder: str | Path) -> dict[str, Path]:
 
 
 def _dense_architecture(folder: Path) -> Any:
-    """The class of the model in the folder, whose weights have to be dense."""
+    """The class of the model in the folder, if its weights are dense."""
     config = read_config(folder)
     architecture = _architecture(config, folder)
     if any(folder.glob(PACKED_FILES)):
@@ -273,7 +273,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _require_few_layers(config: Any, path: Path) -> None:
-    """Raise where a number of layers is one that would be built for ever, and from no weights."""
+    """Raise if the config has so many layers that they would be built for ever, without weights."""
     for key, value in config.items() if isinstance(config, dict) else enumerate(config):
         if isinstance(value, dict | list):
             _require_few_layers(value, path)
@@ -285,7 +285,7 @@ def _require_few_layers(config: Any, path: Path) -> None:
 
 
 def _kernels_from_a_hub(config: Any) -> str | None:
-    """A repository that the config, or one inside it, takes an implementation from."""
+    """A repository from which the config, or one inside it, takes an implementation."""
     if isinstance(config, list):
         return next(filter(None, map(_kernels_from_a_hub, config)), None)
     if not isinstance(config, dict):
@@ -301,7 +301,7 @@ def _kernels_from_a_hub(config: Any) -> str | None:
 
 
 def no_folder(path: str | Path) -> str:
-    """What to say where there is no model at a path; a hub's name of one is recognised."""
+    """The message for a path without a model; a name on the hub is recognised."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         local = str(path).rpartition("/")[2]
         return (
@@ -312,7 +312,7 @@ def no_folder(path: str | Path) -> str:
 
 
 def _no_weights(folder: Path) -> str:
-    """What to say of a folder without safetensors; pickled weights have a way out."""
+    """The message for a folder without safetensors; pickled weights can be converted."""
     pickled = sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
     missing = f"{folder} has no model.safetensors, nor the index of several files"
     if not pickled:
@@ -326,7 +326,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def converted(path: Path) -> str:
-    """What to do with a file of pickled weights."""
+    """The advice for a file of pickled weights."""
     to = str(path.with_suffix(".safetensors"))
     return (
         f'{UNTRUSTED}: python -c "import torch, safetensors.torch as st; '
@@ -374,7 +374,7 @@ def _config(architecture: Any, folder: Path) -> Any:
 
 
 def _complete(model: Any, folder: Path) -> None:
-    """Give the model its origin and settings of generation: the folder's, or its config's."""
+    """Give the model its path and its generation settings, from a file of theirs or the config."""
     model.config.name_or_path = str(folder)
     if not model.can_generate():
         return
@@ -394,9 +394,9 @@ def _complete(model: Any, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(folder: Path, architecture: Any, path: Path | None = None) -> Iterator[None]:
-    """Whatever transformers raises over the content of a file becomes a ValueError that names it.
+    """Turn whatever transformers raises over a file's content into a ValueError that names it.
 
-    It raises nothing narrower: a wrong value ends in an error of any kind, wherever it is used.
+    transformers has no narrower error: a wrong value ends in one of any kind, wherever it is used.
     """
     try:
         yield
@@ -411,5 +411,5 @@ def _naming(folder: Path, architecture: Any, path: Path | None = None) -> Iterat
 
 
 def not_installed(package: str) -> str:
-    """What to say where a package that folders need is missing."""
+    """The message for a missing package that folders need."""
     return f"Hugging Face folders need {package}, not installed: pip install 'secateur[hf]'"

@@ -14,7 +14,7 @@ from secateur.core.disk.atomic import write_whole
 from secateur.core.tables import printable
 from secateur.model.plan import Plan
 from secateur.prune.verbs import PruneReport
-from secateur.report import sections as _sections
+from secateur.report import sections
 from secateur.report.content import Section, Tile, as_bytes, metric, provenance
 from secateur.report.inspection import Inspection, inspect
 
@@ -35,12 +35,12 @@ def write_html(
     sizes: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
 ) -> None:
-    """Write one HTML file that needs nothing else: tables, plots and mask pictures of the given.
+    """Write one HTML file that needs no other: tables, plots and mask pictures of what is given.
 
     `evaluations` are {name of the weights: {measure: value}}, such as
     `{"dense": {"perplexity": 5.07}, "2:4 wanda": {"perplexity": 7.0, "KL to dense": 0.1}}`, and
-    `sizes` {name of the form: bytes}; a name that begins with "dense" is what others are compared
-    with. `model` is read for its zeros. Whatever is None has no section.
+    `sizes` {name of the form: bytes}; others are compared with the name that begins with "dense".
+    `model` is read for its zeros. Whatever is None has no section.
 
     Raises:
         ValueError: if matplotlib or jinja2 is not installed.
@@ -49,15 +49,15 @@ def write_html(
     reports = [prune] if isinstance(prune, PruneReport) else list(prune or ())
     inspection = inspect(model) if model is not None else None
     found = [
-        _sections.accuracy(evaluations) if evaluations else None,
-        _sections.sparsity(inspection) if inspection else None,
-        _sections.masks(model, inspection, plan) if model is not None and inspection else None,
-        _sections.errors(reports) if reports else None,
-        _sections.dispatch(accelerate) if accelerate else None,
-        _sections.file_sizes(sizes) if sizes else None,
-        _sections.sensitivity(sensitivity) if sensitivity else None,
-        _sections.allocation(allocation) if allocation else None,
-        _sections.planned(plan) if plan else None,
+        sections.accuracy(evaluations) if evaluations else None,
+        sections.sparsity(inspection) if inspection else None,
+        sections.masks(model, inspection, plan) if model is not None and inspection else None,
+        sections.errors(reports) if reports else None,
+        sections.dispatch(accelerate) if accelerate else None,
+        sections.file_sizes(sizes) if sizes else None,
+        sections.sensitivity(sensitivity) if sensitivity else None,
+        sections.allocation(allocation) if allocation else None,
+        sections.planned(plan) if plan else None,
     ]
     shown: list[Section] = [section for section in found if section is not None]
     page = template.render(
@@ -72,7 +72,7 @@ def write_html(
 
 
 def _template() -> Any:
-    """The page's template; text is escaped unless the template calls it safe."""
+    """The page's template; text is escaped unless the template marks it as safe."""
     try:
         import jinja2
         import matplotlib  # noqa: F401  (so that it is missed here, before anything is drawn)
@@ -120,16 +120,16 @@ def _tiles(
         tiles.append(Tile("Layers faster sparse", value, f"measured at {counts} tokens a call"))
     if sizes:
         *_, (form, size) = sizes.items()
-        dense = _sections.dense_of(sizes)
+        dense = sections.dense_of(sizes)
         detail = f"{form}; dense {as_bytes(sizes[dense])}" if dense and dense != form else form
         tiles.append(Tile("File size", as_bytes(size), detail))
     return tiles
 
 
 def _evaluation_tiles(evaluations: Mapping[str, Mapping[str, float]]) -> list[Tile]:
-    """The first two measures of the weights that come last, beside those of the dense."""
+    """The first two measures of the last weights, beside the dense model's."""
     tiles: list[Tile] = []
-    dense = _sections.dense_of(evaluations)
+    dense = sections.dense_of(evaluations)
     pruned = [item for item in evaluations.items() if item[0] != dense]
     if not pruned:
         return tiles

@@ -1,4 +1,4 @@
-"""What the report says: its sections, tables, figures and headline figures, as plain data."""
+"""The report's content as plain data: sections, tables, figures and headline numbers."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from secateur.report.rows import Row, fold, numeric_columns, without_empty
 MARKS = ("●", "■", "▲", "◆", "▼", "✚")
 # A table of more rows than this is closed until the reader opens it.
 OPEN_ROWS = 14
-# Folding helps while it leaves fewer lines than this share of the layers.
+# Folding is worth it if it leaves fewer lines than this share of the layers.
 MOSTLY_DIFFERENT = 0.6
 
 
@@ -44,7 +44,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Mark:
-    """An entry of a legend: a colour of the page, the mark that has it, and what it means."""
+    """An entry of a legend: a colour of the page, a mark in it, and their meaning."""
 
     colour: str
     mark: str
@@ -66,7 +66,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline figure."""
+    """A headline number."""
 
     name: str
     value: str
@@ -163,7 +163,7 @@ def by_kind(values: Mapping[str, float]) -> tuple[dict[str, dict[int, float]], s
 
 
 def provenance() -> dict[str, str]:
-    """Versions and hardware, by the names that the page shows."""
+    """Versions and hardware, as the page names them."""
     facts = {
         "secateur": VERSION,
         "torch": torch.__version__,

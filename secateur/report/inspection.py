@@ -1,4 +1,4 @@
-"""What is already there: the layers of a model, their zeros, and the patterns that could go on."""
+"""The layers of a model as they are: their zeros, and the patterns that they hold or could."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +15,7 @@ from secateur.formats import SparseLinear
 from secateur.model import layers as _layers
 from secateur.patterns import NM, Block, Pattern
 
-# What hardware or a kernel here can use, and so what somebody's zeros are tested for.
+# The patterns that hardware or a kernel here can use, for which zeros are tested.
 GROUPS = (NM(1, 4), NM(2, 4), NM(4, 8))
 TILES = (64, 32, 16)
 
@@ -24,14 +24,14 @@ TILES = (64, 32, 16)
 class LayerInspection:
     """One layer's weight as it is.
 
-    `holds` are the patterns of `GROUPS` that its zeros satisfy already, with `@pad-remainder` where
-    they do not divide its inputs (a convolution's channels); `fits` those, and the tile sizes, that
-    its shape allows. `zero_tiles` is the share of tiles that are zero as a whole, by size.
-    `skipped` says why `plan` would leave the layer alone or no verb can change it, and is empty
-    where neither is so; `named` layers are of a kind that is pruned by name only. `packed` layers
-    hold their zeros in a format, and are unpacked before they can be pruned; the weight of
-    `computed` ones, such as those with a mask of torch.nn.utils.prune, is made by something that is
-    taken off before.
+    `holds` are the patterns of `GROUPS` that its zeros satisfy already, with `@pad-remainder` if
+    they do not divide its inputs (a convolution's channels); `fits` are the patterns and the tile
+    sizes that its shape allows. `zero_tiles` is the share of tiles that are entirely zero, by size.
+    `skipped` says why `plan` would leave the layer alone or no verb can change it, and is else
+    empty; `named` layers are of a kind that is pruned by name only. `packed` layers hold their
+    zeros in a format, and have to be unpacked before they are pruned. The weight of a `computed`
+    layer is made by something, such as a mask of torch.nn.utils.prune, that has to be removed
+    before.
     """
 
     layer: str
@@ -51,7 +51,7 @@ class LayerInspection:
 
     @property
     def counted(self) -> bool:
-        """Whether its zeros are what pruning is about: those of its kind that can be, or were."""
+        """Whether its zeros count: it can be pruned, or is packed or computed."""
         return self.packed or self.computed or not self.skipped
 
 
@@ -94,7 +94,7 @@ class Inspection:
 
     @property
     def summary(self) -> str:
-        """The totals: layers that can be pruned, their weights and zeros, and what they hold."""
+        """The totals: layers that can be pruned, their weights and zeros, and their patterns."""
         chosen = [r for r in self.layers if r.counted]
         packed, computed = sum(r.packed for r in chosen), sum(r.computed for r in chosen)
         of = sum(r.counted or not r.named for r in self.layers)
@@ -169,7 +169,7 @@ def _inspect(name: str, module: nn.Module, skipped: str) -> LayerInspection:
 
 
 def _held(module: nn.Module, mask: Bool[Tensor, "out in"]) -> Iterator[str]:
-    """The patterns of `GROUPS` that the zeros satisfy, without those that need no zeros here."""
+    """The patterns of `GROUPS` that the zeros satisfy, if they need any zeros here."""
     rows, columns = mask.shape
     for group in GROUPS:
         if _layers.pattern_for(module, group).why_not((rows, columns)) is not None:
@@ -197,7 +197,7 @@ def _skipped(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, st
 
 
 def _zero_tiles(mask: Bool[Tensor, "out in"], size: int) -> float:
-    """The share of tiles of size x size that keep no weight; the size divides the shape."""
+    """The share of tiles of size x size without a kept weight; the size divides the shape."""
     tiles = mask.unflatten(1, (-1, size)).unflatten(0, (-1, size))
     return float((~tiles.any(3).any(1)).float().mean())
 
@@ -212,5 +212,5 @@ def _names() -> list[str]:
 
 
 def _largest_tiles(shares: Mapping[str, float]) -> str:
-    """The largest tiles of which some are zero; smaller ones inside them are zero as well."""
+    """The share of zero tiles at the largest size that has any, which implies the smaller ones."""
     return next((f"{share:.1%} of {size}" for size, share in shares.items() if share > 0), "-")

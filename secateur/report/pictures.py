@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.patterns import Pattern
 
-# A picture is this many weights high and wide; of tile patterns, so many tiles instead.
+# A picture is this many weights high and wide, or so many tiles if a pattern has tiles.
 ROWS, COLUMNS = 32, 64
 TILES_DOWN, TILES_ACROSS = 4, 8
 # The lines between groups and tiles are this fraction of the picture.
@@ -16,7 +16,7 @@ LINE = 500
 
 @dataclass(frozen=True)
 class Picture:
-    """A corner of a layer's mask as an `<svg>` element, and the rows and columns it shows."""
+    """A corner of a layer's mask as an `<svg>` element, with the rows and columns that it shows."""
 
     layer: str
     pattern: str

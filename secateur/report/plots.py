@@ -33,7 +33,7 @@ NARROW, WIDE = 340, 560
 DPI = 100
 # Heights in pixels: a bar with its name above it, a strip of bars, and an axis with its label.
 BAR_ROW, STRIP_ROW, AXIS = 40, 58, 36
-# Beyond this a value axis from zero hides the small bars: dots on a logarithmic axis instead.
+# Beyond this ratio an axis from zero hides small bars: dots on a logarithmic axis instead.
 LINEAR_RATIO = 30
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -41,7 +41,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
-    """Settings for one drawing; what matplotlib warns of missing glyphs does not apply here."""
+    """Set matplotlib up for one drawing, without warnings of glyphs, which a browser draws."""
     import matplotlib
 
     settings = {
@@ -227,7 +227,7 @@ def _short(number: float) -> str:
 
 
 def _inline(figure: Any, key: str, title: str) -> str:
-    """The figure as an `<svg>` element whose ids begin with `key` and which names no address."""
+    """The figure as an `<svg>` element whose ids begin with `key` and that names no address."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     whole = out.getvalue()

@@ -1,4 +1,4 @@
-"""Rows of report tables, made shorter and set right: shared by the HTML report and the CLI."""
+"""Rows of tables, folded and aligned, for the HTML report and the command line."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ _NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(e[+-]?\d+)?\s*(%|x|ms|us|[kMG]?B)?|-|")
 
 
 def numeric_columns(columns: Sequence[str], rows: Sequence[Row]) -> list[bool]:
-    """Which columns hold nothing but numbers, and at least one: those are set right."""
+    """Whether each column holds only numbers, at least one, and so is aligned right."""
     cells = [[row[i].strip() for row in rows] for i in range(len(columns))]
     return [
         any(cell not in ("", "-") for cell in column)
@@ -20,16 +20,16 @@ def numeric_columns(columns: Sequence[str], rows: Sequence[Row]) -> list[bool]:
 
 
 def without_empty(columns: Sequence[str], rows: Sequence[Row]) -> tuple[tuple[str, ...], list[Row]]:
-    """The table without the columns that say nothing in any row: empty, or a dash."""
+    """The table without the columns that are empty, or a dash, in every row."""
     told = [i for i in range(len(columns)) if any(row[i] not in ("", "-") for row in rows)]
     return tuple(columns[i] for i in told), [tuple(row[i] for i in told) for row in rows]
 
 
 def fold(rows: Sequence[Row]) -> list[Row]:
-    """The rows with those merged that differ in nothing but one number in the layer's name.
+    """The rows, merged where they differ only in one number in the layer's name.
 
     `layers.0.mlp.up` ... `layers.7.mlp.up`, otherwise equal, become `layers.0-7.mlp.up`. The name
-    is the first cell; a merged row stands where its first member stood.
+    is the first cell; a merged row is in the place of its first member.
     """
     experts = _fold_at(rows, lambda places: places[-1])
     return _fold_at(experts, lambda places: places[0])

@@ -1,4 +1,4 @@
-"""The sections of the report, each from one kind of result; None where there is nothing to show."""
+"""The sections of the report, each from one kind of result; None if there is nothing to show."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -106,19 +106,21 @@ def masks(model: nn.Module, inspection: Inspection, plan: Plan | None) -> Sectio
 
 
 def errors(reports: Sequence[PruneReport]) -> Section:
-    """What each layer lost of its output, by method."""
+    """The share of its output that each layer lost, by method."""
     series = {
         report.method: {r.layer: r.error for r in report.layers if r.error is not None}
         for report in reports
     }
     series = {method: values for method, values in series.items() if values}
+    tables = [
+        table
+        for report in reports
+        for table in layer_tables(
+            report.columns, report.rows(), report.method, closed=len(reports) > 1
+        )
+    ]
     if not series:
         missing = "These methods do not gather what it takes to know a layer's output error."
-        tables = [
-            t
-            for r in reports
-            for t in layer_tables(r.columns, r.rows(), r.method, closed=len(reports) > 1)
-        ]
         return Section("errors", "What pruning did", missing, tables=tables)
     return Section(
         "errors",
@@ -127,11 +129,7 @@ def errors(reports: Sequence[PruneReport]) -> Section:
         "||(W - W')X||² / ||WX||²: 0 is unchanged, 1 is as bad as no layer at all.",
         *_per_layer(series, "share of the output lost", "errors", None),
         legend=_legend(series) if len(series) > 1 else (),
-        tables=[
-            t
-            for r in reports
-            for t in layer_tables(r.columns, r.rows(), r.method, closed=len(reports) > 1)
-        ],
+        tables=tables,
     )
 
 
@@ -227,7 +225,7 @@ def sensitivity(found: Sensitivity) -> Section:
 
 
 def allocation(found: Allocation) -> Section:
-    """What budgets buy, and which layers got what within the one that was asked for."""
+    """What budgets buy, and what each layer got within the chosen one."""
     svg = plots.front(
         [(point.cost, point.increase) for point in found.front],
         (found.best.cost, found.best.increase),
@@ -253,7 +251,7 @@ def allocation(found: Allocation) -> Section:
 
 
 def planned(plan: Plan) -> Section:
-    """Which layer was to get which pattern, and which was left alone."""
+    """Which layer gets which pattern, and which are left alone."""
     tables = layer_tables(plan.columns, plan.rows(), "Planned layers")
     if plan.skipped:
         tables.append(Table(("left alone", "why"), list(plan.skipped.items())))
@@ -261,7 +259,7 @@ def planned(plan: Plan) -> Section:
 
 
 def dense_of(values: Mapping[str, object]) -> str | None:
-    """The name of the dense model among the compared, if it is there."""
+    """The name of the dense model among those compared, if it is there."""
     return next((name for name in values if name.lower().startswith("dense")), None)
 
 
@@ -283,7 +281,7 @@ def _legend(series: Mapping[str, object]) -> list[Mark]:
 def _per_layer(
     series: Mapping[str, Mapping[str, float]], label: str, key: str, top: float | None
 ) -> tuple[list[Figure], bool]:
-    """Strips over the blocks where layers are in blocks, else bars; and whether they are wide."""
+    """Strips over the blocks if layers are in blocks, else bars; and whether they are wide."""
     by_method = {method: by_kind(values) for method, values in series.items()}
     kinds = list(dict.fromkeys(kind for named, _ in by_method.values() for kind in named))
     prefix = next((p for _, p in by_method.values() if p), "")
@@ -311,7 +309,7 @@ def _per_layer(
 def _alike(
     kinds: Mapping[str, list[dict[int, float]]],
 ) -> dict[str, list[dict[int, float]]]:
-    """The kinds, those whose values look the same in one under all their names."""
+    """The kinds; those whose values look the same are one, under all their names."""
     named: dict[str, list[str]] = {}
     for kind, values in kinds.items():
         look = repr([{block: f"{v:.3g}" for block, v in found.items()} for found in values])
