@@ -11,7 +11,7 @@ from secateur.formats.contract import packed_bytes
 from secateur.formats.format import parse_format
 from secateur.formats.pack import is_linear
 from secateur.model.plan import Plan
-from secateur.patterns import NM, Block, Pattern
+from secateur.patterns import NM, Pattern
 
 
 def formats_for(
@@ -73,6 +73,7 @@ def slower_here(model: nn.Module) -> list[str]:
 
 def _format_of(pattern: Pattern) -> str:
     """The format that stores this pattern's zeros in the least room."""
-    if isinstance(pattern, Block):
-        return f"block:{pattern.rows}x{pattern.cols}"
+    rows, columns = pattern.tile
+    if (rows, columns) != (1, 1):
+        return f"block:{rows}x{columns}"
     return "semi24" if isinstance(pattern, NM) and (pattern.n, pattern.m) == (2, 4) else "bitmap"

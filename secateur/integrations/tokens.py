@@ -87,37 +87,11 @@ def text_rows(
     tokenizer, generator = _tokenizer(folder), torch.Generator().manual_seed(seed)
     if class_name(config, folder).endswith(CAUSAL_ENDINGS):
         documents = read_documents(text)
-        cut = _Cut(length)
-        piles = _pieces(tokenizer, documents, _ends(config), length, generator)
-        for number, piece in in_turns(piles):
-            cut.add(number, piece)
-            if len(cut.rows) == rows:
-                break
-        cut.use_leftovers(rows)
-        if not cut.rows:
-            raise ValueError(
-                f"a row needs {length:,} tokens, the text has {cut.tokens:,}: give more text, or "
-                "take a smaller length"
-            )
-        order = held_apart(cut.documents, batch)
-        ids = torch.tensor([cut.rows[i] for i in order], device="cpu")
-        of = tuple(cut.documents[i] for i in order)
-        what = f"rows of {length:,} tokens"
-        return Dealt(list(ids.split(batch)), of, cut.different, rows, what, MORE_FILES)
-    texts = read_passages(text)
-    order = shuffled(len(texts), generator)
-    dealt = islice(in_turns([list(enumerate(texts[i])) for i in order]), rows)
-    passages = sorted((order[number], place, passage) for number, (place, passage) in dealt)
-    if not passages:
-        raise ValueError("the text is blank: give one with a passage at least")
-    passages = [passages[i] for i in held_apart([number for number, *_ in passages], batch)]
-    tokenizer.enable_truncation(length)
-    encoded = [e.ids for e in tokenizer.encode_batch([passage for *_, passage in passages])]
+        return _rows_of_tokens(tokenizer, documents, _ends(config), rows, length, batch, generator)
     # Where no token is named for padding any will do: the attention mask hides it.
     padding = config.get("pad_token_id") or 0
-    batches = [_padded(encoded[i : i + batch], padding) for i in range(0, len(encoded), batch)]
-    of = tuple(number for number, *_ in passages)
-    return Dealt(batches, of, len(set(of)), rows, "passages", MORE_FILES)
+    tokenizer.enable_truncation(length)
+    return _rows_of_passages(tokenizer, read_passages(text), padding, rows, batch, generator)
 
 
 def token_rows(
@@ -286,6 +260,55 @@ def _warned(dealt: Dealt) -> Dealt:
     for remark in dealt.remarks():
         warnings.warn(remark, stacklevel=3)
     return dealt
+
+
+def _rows_of_tokens(
+    tokenizer: Any,
+    documents: Sequence[str],
+    ends: Sequence[int],
+    rows: int,
+    length: int,
+    batch: int,
+    generator: torch.Generator,
+) -> Dealt:
+    """Rows of `length` tokens, for a causal language model."""
+    cut = _Cut(length)
+    for number, piece in in_turns(_pieces(tokenizer, documents, ends, length, generator)):
+        cut.add(number, piece)
+        if len(cut.rows) == rows:
+            break
+    cut.use_leftovers(rows)
+    if not cut.rows:
+        raise ValueError(
+            f"a row needs {length:,} tokens, the text has {cut.tokens:,}: give more text, or "
+            "take a smaller length"
+        )
+    order = held_apart(cut.documents, batch)
+    ids = torch.tensor([cut.rows[i] for i in order], device="cpu")
+    of = tuple(cut.documents[i] for i in order)
+    what = f"rows of {length:,} tokens"
+    return Dealt(list(ids.split(batch)), of, cut.different, rows, what, MORE_FILES)
+
+
+def _rows_of_passages(
+    tokenizer: Any,
+    texts: Sequence[Sequence[str]],
+    padding: int,
+    rows: int,
+    batch: int,
+    generator: torch.Generator,
+) -> Dealt:
+    """A passage in each row, for a model that reads a text as a whole."""
+    order = shuffled(len(texts), generator)
+    dealt = islice(in_turns([list(enumerate(texts[i])) for i in order]), rows)
+    passages = sorted((order[number], place, passage) for number, (place, passage) in dealt)
+    if not passages:
+        raise ValueError("the text is blank: give one with a passage at least")
+    passages = [passages[i] for i in held_apart([number for number, *_ in passages], batch)]
+    encoded = [e.ids for e in tokenizer.encode_batch([passage for *_, passage in passages])]
+    batches = [_padded(encoded[i : i + batch], padding) for i in range(0, len(encoded), batch)]
+    of = tuple(number for number, *_ in passages)
+    return Dealt(batches, of, len(set(of)), rows, "passages", MORE_FILES)
 
 
 def _pieces(
