@@ -46,7 +46,7 @@ MODULES = {
 
 
 # Public values, which have no docstring of their own: the module that says what they are.
-VALUES = dict.fromkeys(("best", "thorough"), "secateur.reconstruct.estimate")
+VALUES = dict.fromkeys(("best", "thorough"), "secateur.reconstruct.presets")
 
 
 @dataclass(frozen=True)

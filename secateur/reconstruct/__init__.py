@@ -2,7 +2,7 @@
 
 from secateur.reconstruct.alps import alps
 from secateur.reconstruct.blockwise import Blockwise, blockwise
-from secateur.reconstruct.estimate import Estimate, best, estimate, thorough
+from secateur.reconstruct.estimate import Estimate, estimate
 from secateur.reconstruct.lowrank import (
     Compensated,
     CompensationReport,
@@ -10,6 +10,7 @@ from secateur.reconstruct.lowrank import (
     compensation,
 )
 from secateur.reconstruct.oats import low_rank_part
+from secateur.reconstruct.presets import best, thorough
 from secateur.reconstruct.refit import refit, refitted
 from secateur.reconstruct.solution import Solution
 from secateur.reconstruct.sparsegpt import sparsegpt

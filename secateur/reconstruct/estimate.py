@@ -1,4 +1,4 @@
-"""The presets, and what they take, told before they start."""
+"""About how long a preset takes and how much memory, told before it starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ from secateur.model.outputs import answer, eval_mode
 from secateur.model.statistics import STATISTICS, is_held_out
 from secateur.patterns import Pattern
 from secateur.reconstruct.alps import alps
-from secateur.reconstruct.blockwise import Blockwise, blockwise
+from secateur.reconstruct.blockwise import Blockwise
 from secateur.reconstruct.methods import bind_algorithm
+from secateur.reconstruct.presets import best
 from secateur.reconstruct.rehearsal import (
     Stage,
     rehearse,
@@ -25,22 +26,6 @@ from secateur.reconstruct.rehearsal import (
     slower_in_float32,
     stages_of,
 )
-
-best = blockwise(alps)
-"""`sc.blockwise(sc.alps)` by its short name: what loses least without retraining.
-
-`sc.reconstruct_(model, plan, sc.best, batches)`. Before it starts, a line on stderr says about how
-long it takes and how much memory: `secateur.reconstruct.estimate`. Where that is too much,
-`sc.alps` alone is the next best.
-"""
-
-thorough = blockwise(alps, distil=4)
-"""`sc.best`, and then the kept weights of the whole model trained together: what loses least.
-
-`sc.reconstruct_(model, plan, sc.thorough, batches)`, for models of which the device holds two in
-float32 and three times the planned weights. It says before it starts what it takes, as `sc.best`
-does.
-"""
 
 # Matrices in float32 that are alive at once while a layer is solved, counted in `alps`.
 SQUARES, WEIGHTS = 9, 14

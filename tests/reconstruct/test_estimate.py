@@ -1,4 +1,4 @@
-"""The preset: what it is, and what it says it will take, held to counts by hand and to a run."""
+"""What a preset says it will take, held to counts by hand and to a run."""
 
 import copy
 import importlib
@@ -49,10 +49,6 @@ def told(model: nn.Module, batches: list[Tensor], **options: Any) -> Estimate:
     """The estimate for all layers at 2:4."""
     plan = sc.plan(model, "2:4")
     return estimate(model, match(model, plan), plan.layers, batches, **options)
-
-
-def test_it_is_half_blocks_on_alps() -> None:
-    assert sc.best == sc.blockwise(sc.alps) and sc.best.name == "blockwise(alps)"
 
 
 # --- bytes ---------------------------------------------------------------------------------------
