@@ -1,13 +1,13 @@
 """How much of the sparsity each layer should bear: measured first, then allocated."""
 
-from secateur.allocation.budget import DENSE, Allocation, Costs, Point, allocate, monotone
+from secateur.allocation.budget import DENSE_CHOICE, Allocation, Costs, Point, allocate, monotone
 from secateur.allocation.equalize import equalize
 from secateur.allocation.evolve import Evolved, evolve
 from secateur.allocation.formulas import erk, owl
 from secateur.allocation.sensitivity import Sensitivity, read_sensitivity, sense
 
 __all__ = [
-    "DENSE",
+    "DENSE_CHOICE",
     "Allocation",
     "Costs",
     "Evolved",

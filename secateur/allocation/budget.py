@@ -14,7 +14,7 @@ from secateur.allocation.sensitivity import Sensitivity
 from secateur.core.tables import text_table
 from secateur.patterns import Pattern, parse
 
-DENSE = "dense"
+DENSE_CHOICE = "dense"
 FRONT_POINTS = 9  # budgets from the cheapest choice of all layers to dense, evenly apart
 
 
@@ -32,7 +32,7 @@ class Costs:
     @property
     def dense(self) -> float:
         """What all layers cost dense."""
-        return sum(cost[DENSE] for cost in self.of.values())
+        return sum(cost[DENSE_CHOICE] for cost in self.of.values())
 
     def total(self, choices: Mapping[str, str]) -> float:
         """What these choices cost together, one for each layer."""
@@ -53,7 +53,7 @@ class Point:
     @property
     def patterns(self) -> dict[str, Pattern]:
         """The patterns of the layers that are not dense, as `sc.plan` takes them."""
-        return {name: parse(one) for name, one in self.choices.items() if one != DENSE}
+        return {name: parse(one) for name, one in self.choices.items() if one != DENSE_CHOICE}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Allocation:
                 figure(point.cost),
                 f"{point.cost / self.dense:.1%}" if self.dense else "-",
                 f"{point.increase:.4f}",
-                str(sum(choice == DENSE for choice in point.choices.values())),
+                str(sum(choice == DENSE_CHOICE for choice in point.choices.values())),
                 "<- chosen" if point is self.best else "",
             )
             for point in self.front
@@ -145,7 +145,7 @@ def monotone(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
     parsed = {one: parse(one) for one in sensitivity.patterns}
     ascending = sorted(parsed, key=lambda one: parsed[one].sparsity)
     for layer, found in sensitivity.increase.items():
-        curve, highest = {DENSE: 0.0}, dict[str, float]()
+        curve, highest = {DENSE_CHOICE: 0.0}, dict[str, float]()
         for one in ascending:
             if (increase := found[one]) is not None:
                 kind = parsed[one].kind
@@ -164,10 +164,11 @@ def priced(
 ) -> dict[str, dict[str, float]]:
     """The increases of the choices that have a cost, dense always among them."""
     for layer in increase:
-        if DENSE not in costs.of.get(layer, {}):
+        if DENSE_CHOICE not in costs.of.get(layer, {}):
             raise ValueError(
-                f"allocate needs the cost of {layer} in {DENSE!r}, the costs in {costs.unit} have "
-                "none: make them from this sensitivity, as secateur.allocation.costs does"
+                f"allocate needs the cost of {layer} in {DENSE_CHOICE!r}, the costs in "
+                f"{costs.unit} have none: make them from this sensitivity, as "
+                "secateur.allocation.costs does"
             )
     return {
         layer: {one: value for one, value in found.items() if one in costs.of[layer]}

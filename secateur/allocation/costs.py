@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.accelerate.candidates import DENSE
 from secateur.accelerate.report import LayerReport
 from secateur.accelerate.verb import DEFAULT_FORMATS, accelerate_
-from secateur.allocation import DENSE, Allocation, Costs, Sensitivity, allocate
+from secateur.allocation import DENSE_CHOICE, Allocation, Costs, Sensitivity, allocate
 from secateur.allocation.budget import figure, front_of
 from secateur.formats.contract import packed_bytes
 from secateur.formats.format import Format, parse_format
@@ -91,7 +92,8 @@ def milliseconds(
     """
 
     def timed(linear: nn.Linear, choices: Sequence[str]) -> list[float]:
-        copies = nn.ModuleList(_copy(linear, one) for one in choices if one != DENSE)
+        patterns = [one for one in choices if one != DENSE_CHOICE]
+        copies = nn.ModuleList(_copy(linear, one) for one in patterns)
         reports = accelerate_(copies, tokens, formats, remeasure=remeasure).layers
         # Dense is measured beside every pattern; one figure, so that noise decides nothing.
         dense = [_time(one, dense=True) for one in reports if one.measured]
@@ -102,7 +104,7 @@ def milliseconds(
             )
         times = {
             one: median(dense) if report.format == DENSE else _time(report, dense=False)
-            for one, report in zip((one for one in choices if one != DENSE), reports, strict=True)
+            for one, report in zip(patterns, reports, strict=True)
         }
         return [times.get(one, median(dense)) for one in choices]
 
@@ -132,7 +134,7 @@ def allocate_milliseconds(
     """
     table = milliseconds(model, sensitivity, tokens, formats, remeasure=remeasure)
     linears = named_linears(model, list(sensitivity.increase))
-    dense = _together(linears, dict.fromkeys(linears, DENSE), tokens, formats)
+    dense = _together(linears, dict.fromkeys(linears, DENSE_CHOICE), tokens, formats)
     scale, fastest = 1.0, dense
     kept: Allocation | None = None
     seen = list[Mapping[str, str]]()
@@ -184,7 +186,7 @@ def _together(
         copies = nn.ModuleList(
             _copy(linear, choice) for _ in range(copies_for(linear.weight.nbytes, len(names)))
         )
-        if choice != DENSE:
+        if choice != DENSE_CHOICE:
             accelerate_(copies, tokens, formats)
         called |= {name: copies[i % len(copies)] for i, name in enumerate(names)}
     weights = {linear.in_features: linear.weight for linear in linears.values()}
@@ -247,7 +249,7 @@ def _packed_bytes(weight: Tensor, formats: Sequence[Format]) -> list[int]:
 def _choices(sensitivity: Sensitivity, layer: str) -> list[str]:
     """Dense, and the patterns that the layer can have."""
     found = sensitivity.increase[layer]
-    return [DENSE, *(one for one in sensitivity.patterns if found[one] is not None)]
+    return [DENSE_CHOICE, *(one for one in sensitivity.patterns if found[one] is not None)]
 
 
 def _copy(linear: nn.Linear, choice: str) -> nn.Linear:
@@ -258,7 +260,7 @@ def _copy(linear: nn.Linear, choice: str) -> nn.Linear:
 
 def _pruned(weight: Float[Tensor, "out in"], choice: str) -> Float[Tensor, "out in"]:
     """The weight with the pattern's zeros, those of least magnitude: what costs is their number."""
-    if choice == DENSE:
+    if choice == DENSE_CHOICE:
         return weight
     return weight.masked_fill(~parse(choice).mask(weight.float().abs()), 0)
 

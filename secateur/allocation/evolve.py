@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from secateur.allocation.budget import DENSE, Costs, figure
+from secateur.allocation.budget import DENSE_CHOICE, Costs, figure
 from secateur.core.weights import require_ordinary
 from secateur.core.wrappers import unwrapped
 from secateur.model.blocks import Batch
@@ -46,7 +46,7 @@ class Evolved:
     @property
     def patterns(self) -> dict[str, Pattern]:
         """The patterns of the layers that are not dense, as `sc.plan` takes them."""
-        return {name: parse(one) for name, one in self.choices.items() if one != DENSE}
+        return {name: parse(one) for name, one in self.choices.items() if one != DENSE_CHOICE}
 
     def __str__(self) -> str:
         return (
@@ -92,7 +92,7 @@ def evolve(
     layers = {name: model.get_submodule(name) for name in costs.of}
     require_ordinary(layers)
     levels = {name: _levels(name, module, weights, costs) for name, module in layers.items()}
-    best = {name: str(start.get(name, DENSE)) for name in layers}
+    best = {name: str(start.get(name, DENSE_CHOICE)) for name in layers}
     _require(start, best, levels, rounds, len(batches))
     generator, budget = random.Random(seed), costs.total(best)
     with eval_mode(model), torch.no_grad(), _stitching(layers, weights) as put:
@@ -155,7 +155,7 @@ def _next(choice: str, levels: Sequence[str], step: int) -> str:
 
 def _levels(name: str, module: nn.Module, weights: Weights, costs: Costs) -> list[str]:
     """The layer's choices, cheapest first: those that have weights, and dense."""
-    found = [DENSE]
+    found = [DENSE_CHOICE]
     for pattern, tensors in weights.items():
         tensor = tensors.get(f"{name}.weight")
         if tensor is None or pattern not in costs.of[name]:
@@ -200,12 +200,12 @@ def _stitching(
 ) -> Generator[Callable[[Choices], None]]:
     """Puts a choice of weights into the layers; their own are put back whatever happens."""
     own = {name: weight_of(module).detach().to("cpu", copy=True) for name, module in layers.items()}
-    now = dict.fromkeys(layers, DENSE)
+    now = dict.fromkeys(layers, DENSE_CHOICE)
 
     def put(choices: Choices) -> None:
         for name, choice in choices.items():
             if choice != now[name]:
-                tensor = own[name] if choice == DENSE else weights[choice][f"{name}.weight"]
+                tensor = own[name] if choice == DENSE_CHOICE else weights[choice][f"{name}.weight"]
                 weight_of(layers[name]).copy_(tensor)
                 now[name] = choice
 

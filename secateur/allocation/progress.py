@@ -14,7 +14,7 @@ from secateur.core.disk.data_files import parse_json
 SAME_LOSS = 1e-4
 
 
-class Kept:
+class Progress:
     """Increases by layer and pattern, in a file where there is one.
 
     The file is a line of JSON that says which call it is of, then a line for each number, added as

@@ -12,9 +12,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from secateur.allocation.progress import Kept, write_json
+from secateur.allocation.progress import Progress, write_json
 from secateur.core.disk.checkpoint import digest
-from secateur.core.disk.data_files import read_json
+from secateur.core.disk.data_files import first_fault, read_json
 from secateur.core.tables import text_table
 from secateur.core.weights import require_ordinary
 from secateur.core.wrappers import unwrapped
@@ -131,10 +131,10 @@ def sense(
     why_not = {name: _misfits(found, shapes[name]) for name, found in patterns_of.items()}
     with eval_mode(model), torch.no_grad():
         listed = as_list(batches) if needs and batches is not None else []
-        kept = Kept(checkpoint, _fingerprint(selection.layers, criterion, listed))
-        dense = kept.dense_loss(_measured(loss, model, "the dense model"))
+        progress = Progress(checkpoint, _fingerprint(selection.layers, criterion, listed))
+        dense = progress.dense_loss(_measured(loss, model, "the dense model"))
         todo = {
-            name: [p for p in chosen if p not in why_not[name] and not kept.has(name, p)]
+            name: [p for p in chosen if p not in why_not[name] and not progress.has(name, p)]
             for name in shapes
         }
         missing = {name: selection.layers[name] for name in shapes if todo[name]}
@@ -144,14 +144,14 @@ def sense(
                 for key in todo[name]:
                     with _pruned(missing[name], patterns_of[name][key].mask(found)):
                         increase = _measured(loss, model, f"{name} pruned to {key}") - dense
-                    kept.add(name, key, increase)
+                    progress.add(name, key, increase)
                     bar.update()
     return Sensitivity(
         name_of(criterion),
         dense,
         tuple(chosen),
         shapes,
-        {name: {key: kept.get(name, key) for key in chosen} for name in shapes},
+        {name: {key: progress.get(name, key) for key in chosen} for name in shapes},
         {name: reasons for name, reasons in why_not.items() if reasons},
         selection.skipped,
     )
@@ -184,9 +184,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
     try:
         file = File.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the top level"
-        raise ValueError(f"{path} is no sensitivity: at {place}: {first['msg']}") from None
+        raise ValueError(f"{path} is no sensitivity: {first_fault(error)}") from None
     if file.version != SENSITIVITY_VERSION:
         raise ValueError(
             f"{path} is a sensitivity of version {file.version}, this library reads "

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from secateur.core.disk.data_files import read_json
+from secateur.core.disk.data_files import first_fault, read_json
 from secateur.core.disk.tensor_files import SUFFIX, is_plain_name
 from secateur.core.version import VERSION
 from secateur.model.plan import Plan, plan_from_dict
@@ -130,9 +130,7 @@ def _validated(data: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return File.model_validate(data).model_dump(exclude={"version"})
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the top level"
-        raise ValueError(f"{path} is damaged: at {place}: {first['msg']}: {AGAIN}") from None
+        raise ValueError(f"{path} is damaged: {first_fault(error)}: {AGAIN}") from None
 
 
 def share_of_zeros(weight: Tensor) -> float:

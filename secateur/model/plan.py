@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from secateur.core.disk.atomic import write_whole
-from secateur.core.disk.data_files import read_yaml
+from secateur.core.disk.data_files import first_fault, read_yaml
 from secateur.core.tables import text_table
 from secateur.core.weights import require_module, why_not_ordinary
 from secateur.core.wrappers import unwrapped
@@ -153,9 +153,7 @@ def plan_from_dict(data: object, where: str) -> Plan:
     try:
         file = File.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the top level"
-        raise ValueError(f"{where} is not a plan: at {place}: {first['msg']}") from None
+        raise ValueError(f"{where} is not a plan: {first_fault(error)}") from None
     if file.version != PLAN_VERSION:
         raise ValueError(
             f"{where} is a plan of version {file.version}, this library reads {PLAN_VERSION}: "

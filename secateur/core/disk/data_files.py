@@ -91,6 +91,13 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
         raise ValueError(f"{where} cannot be read as YAML: {_reason(error)}") from None
 
 
+def first_fault(error: Any) -> str:
+    """The first place that a pydantic `ValidationError` names, and what is wrong there."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "the top level"
+    return f"at {place}: {first['msg']}"
+
+
 def _data(node: Any, seen: set[int], level: int) -> Any:
     """What a YAML node stands for; `seen` are the nodes above and before it."""
     import yaml
