@@ -269,7 +269,7 @@ def test_tests_lie_where_their_sources_lie() -> None:
         path.relative_to(ROOT / "tests").parent.as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")
     }
-    others = {".", "faults", "fidelity"}
+    others = {".", "faults", "fidelity", "guests"}
     homes = {name: ROOT if name.startswith("bench") else ROOT / "secateur" for name in folders}
     missing = {name for name in folders - others if not (homes[name] / name).is_dir()}
     assert not missing

@@ -14,6 +14,7 @@ import secateur as sc
 from secateur.prune.decompose import decompose_
 from secateur.reconstruct import CompensationReport, Solution, alps, compensate, low_rank_part
 from tests.models import ConvNet, Decoder
+from tests.reconstruct.problems import gpt2_and_batches
 from tests.reconstruct.test_lowrank import inputs
 from tests.reconstruct.test_peft import config, merged
 
@@ -112,12 +113,8 @@ def test_weights_of_16_bits_and_a_share_of_parameters(tmp_path: Path) -> None:
 
 
 def test_transposed_weights_of_a_causal_language_model(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 20}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=16, **sizes)).eval()
+    model, batches = gpt2_and_batches(blocks=1)
     dense = copy.deepcopy(model)
-    batches = list(torch.randint(20, (4, 2, 9), generator=torch.Generator().manual_seed(0)))
     plan = sc.plan(model, "2:4", layers="transformer.h.*")
     decompose_(model, plan, sc.refit(sc.wanda), batches, tmp_path / "a", rank=16)
     sc.check(model, plan)

@@ -16,8 +16,8 @@ from secateur.patterns import Pattern
 from secateur.reconstruct import refitted
 from secateur.reconstruct.refit import normalised
 from tests.models import Decoder
+from tests.reconstruct.problems import PAPER_PATTERNS, output_error, problem
 from tests.reconstruct.test_refit import PATTERNS, hessian, row_by_row
-from tests.reconstruct.test_sparsegpt import output_error, problem
 
 
 def project(W: Tensor, n: int, m: int, k: int) -> Tensor:
@@ -70,17 +70,7 @@ def alps_algorithm_1(
     return row_by_row(W_hat, mask, hessian(G)), mask
 
 
-@pytest.mark.parametrize(
-    ("pattern", "options"),
-    [
-        (sc.NM(2, 4), {"n": 2, "m": 4}),
-        (sc.NM(4, 8), {"n": 4, "m": 8}),
-        (sc.NM(1, 4), {"n": 1, "m": 4}),
-        (sc.Unstructured(0.5, "layer"), {"p": 0.5}),
-        (sc.Unstructured(0.75, "layer"), {"p": 0.75}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("pattern", "options"), PAPER_PATTERNS, ids=str)
 def test_is_the_papers_algorithm(pattern: Pattern, options: dict[str, float]) -> None:
     weight, gram = problem(columns=160)
     expected, mask = alps_algorithm_1(weight, gram, **options)  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.reconstruct import compensate, compensation
 from tests.models import ConvNet, Decoder
+from tests.reconstruct.problems import gpt2_and_batches, problem
 from tests.reconstruct.test_peft import config, merged, targeted
-from tests.reconstruct.test_sparsegpt import problem
 
 
 def case(seed: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,13 +243,9 @@ def test_a_dense_model_of_higher_precision_is_the_same_where_nothing_was_pruned(
 
 
 def test_a_causal_language_model_and_transposed_weights(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20}
-    dense = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=16, **sizes)).eval()
+    dense, batches = gpt2_and_batches(blocks=2)
     model = copy.deepcopy(dense)
     plan = sc.plan(model, "2:4", layers="transformer.h.*")
-    batches = list(torch.randint(20, (4, 2, 9), generator=torch.Generator().manual_seed(0)))
     sc.prune_(model, plan, sc.magnitude)
     compensate(model, dense, batches, tmp_path / "a", rank=16)
     read = config(tmp_path / "a")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secateur.patterns import NM, Block, Pattern, Unstructured, parse
 from secateur.reconstruct import alps, compensation, low_rank_part
-from tests.reconstruct.test_sparsegpt import problem
+from tests.reconstruct.problems import problem
 
 PATTERNS = ["2:4", "unstructured:0.5", "unstructured:0.6@layer", "block:4x4@0.5", "channels:0.25"]
 

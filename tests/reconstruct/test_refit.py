@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import secateur as sc
 from secateur.model.statistics import name_of, needed_by
 from secateur.patterns import Pattern
 from secateur.reconstruct import Solution, refitted
 from secateur.reconstruct.refit import DAMPING, DAMPINGS, TOLERANCE
-from tests.reconstruct.test_sparsegpt import output_error, problem
+from tests.reconstruct.problems import model_and_batches, output_error, problem
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -384,16 +384,6 @@ def test_one_batch_takes_the_usual_damping() -> None:
 
 
 # --- as an algorithm -----------------------------------------------------------------------------
-
-
-def model_and_batches() -> tuple[nn.Module, list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 24))
-    mix = torch.randn(16, 64, generator=generator)
-    noise = torch.randn(800, 64, generator=generator)
-    return model, list((torch.randn(800, 16, generator=generator) @ mix + 0.2 * noise).split(200))
 
 
 def test_a_method_with_its_refit_is_an_algorithm() -> None:

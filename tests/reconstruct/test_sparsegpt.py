@@ -16,36 +16,13 @@ from secateur.patterns import Pattern
 from secateur.patterns.grids import Grid
 from secateur.reconstruct import Solution
 from tests.models import Decoder
+from tests.reconstruct.problems import PAPER_PATTERNS, output_error, problem
 
 # By name: `secateur.reconstruct.sparsegpt` is the function.
 walks = importlib.import_module("secateur.reconstruct.sparsegpt")
 
 
-def problem(rows: int = 24, columns: int = 320, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight, and the Gram matrix of correlated inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator)
-    mix *= torch.arange(1, columns + 1).pow(-0.5)[:, None]
-    x = torch.randn(4 * columns, columns, generator=generator) @ mix
-    return torch.randn(rows, columns, generator=generator), x.T @ x / len(x)
-
-
-def output_error(weight: Tensor, other: Tensor, gram: Tensor) -> float:
-    difference = (weight - other).double()
-    return float(((difference @ gram.double()) * difference).sum())
-
-
-@pytest.mark.parametrize(
-    ("pattern", "options"),
-    [
-        (sc.NM(2, 4), {"n": 2, "m": 4}),
-        (sc.NM(4, 8), {"n": 4, "m": 8}),
-        (sc.NM(1, 4), {"n": 1, "m": 4}),
-        (sc.Unstructured(0.5, "layer"), {"p": 0.5}),
-        (sc.Unstructured(0.75, "layer"), {"p": 0.75}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("pattern", "options"), PAPER_PATTERNS, ids=str)
 def test_is_the_papers_algorithm_1(pattern: Pattern, options: dict[str, float]) -> None:
     weight, gram = problem()
     solution = sc.sparsegpt(weight, gram, pattern)

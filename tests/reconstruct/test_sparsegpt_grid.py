@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.patterns import Pattern
 from secateur.patterns.grids import Grid
-from tests.reconstruct.test_sparsegpt import output_error, problem
+from tests.reconstruct.problems import output_error, problem
 
 GRIDS: tuple[Grid, ...] = (sc.Int4(), sc.Int4(None), sc.Int8(), sc.Fp8())
 FORMATS = ("semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8")

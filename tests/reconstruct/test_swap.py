@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import secateur as sc
 from secateur.model.statistics import name_of, needed_by
 from secateur.patterns import Pattern
 from secateur.reconstruct import Solution, refit, swap, swapped
-from tests.reconstruct.test_sparsegpt import problem
+from tests.reconstruct.problems import model_and_batches, problem
 
 PATTERNS: list[Pattern] = [
     sc.NM(2, 4),
@@ -220,16 +220,6 @@ def test_patterns_of_whole_tiles_and_no_gram_matrix_are_refused() -> None:
 def test_what_is_no_method_is_refused(unchecked: None) -> None:
     with pytest.raises(ValueError, match=r"swap takes a criterion .*reconstruct\.swapped"):
         swap("wanda")  # type: ignore[arg-type]
-
-
-def model_and_batches() -> tuple[nn.Module, list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 24))
-    mix = torch.randn(16, 64, generator=generator)
-    noise = torch.randn(800, 64, generator=generator)
-    return model, list((torch.randn(800, 16, generator=generator) @ mix + 0.2 * noise).split(200))
 
 
 @pytest.mark.parametrize("method", [sc.wanda, sc.random, sc.sparsegpt], ids=name_of)
