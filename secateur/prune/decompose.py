@@ -98,7 +98,7 @@ def _decompose(
         raise ValueError("decompose_ runs in one process: start it without torchrun")
     model = unwrapped(model)
     plan = as_plan(model, plan)
-    made = reconstruction(model, plan, algorithm, loss)
+    the_pass = reconstruction(model, plan, algorithm, loss)
     layers = match(model, plan)
     require_sound(layers)
     for name, module in layers.items():
@@ -112,7 +112,7 @@ def _decompose(
     dense = model.state_dict() | {n: w.to("cpu", copy=True) for n, w in weights.items()}
     undo.remember({name: weight_of(module) for name, module in layers.items()})
     with _low_rank_parts_beside(model, plan, layers, listed, rank, offload):
-        pass_over_(made, listed, undo, offload=offload, checkpoint=checkpoint)
+        pass_over_(the_pass, listed, undo, offload=offload, checkpoint=checkpoint)
     undo.call(functools.partial(shutil.rmtree, folder, ignore_errors=True))
     report = compensate(model, dense, listed, folder, rank=rank, offload=offload)
     return replace(report, seconds=time.perf_counter() - begin)

@@ -94,7 +94,7 @@ def reconstruction(
 
 
 def pass_over_(
-    made: Pass,
+    the_pass: Pass,
     batches: Iterable[Batch] | None,
     undo: Undo,
     *,
@@ -104,24 +104,26 @@ def pass_over_(
     """Give every planned layer its new weight; `undo` puts all back if something raises."""
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        layers, listed, saved = _prepared(made, batches, checkpoint, stack)
+        layers, listed, saved = _prepared(the_pass, batches, checkpoint, stack)
         missing = {n: m for n, m in layers.items() if not saved or n not in saved.finished()}
-        if made.blockwise and missing:
-            _foretell(made, missing, listed, offload)
-        dense = _dense_copy(made) if made.distils else None
+        if the_pass.blockwise and missing:
+            _foretell(the_pass, missing, listed, offload)
+        dense = _dense_copy(the_pass) if the_pass.distils else None
         if dense is not None:
-            held_out_loss(made.model, dense, listed)  # before hours of work: is there one?
-        found = gradients(made.model, missing, listed, made.method.needs, made.loss, made.team)
-        stages = stages_of(made, layers, listed, saved, offload=offload)
-        results = solve_stages_(made, layers, stages, saved, found, undo.remember)
+            held_out_loss(the_pass.model, dense, listed)  # before hours of work: is there one?
+        found = gradients(
+            the_pass.model, missing, listed, the_pass.method.needs, the_pass.loss, the_pass.team
+        )
+        stages = stages_of(the_pass, layers, listed, saved, offload=offload)
+        results = solve_stages_(the_pass, layers, stages, saved, found, undo.remember)
         if dense is not None:
             folder = Path(checkpoint) / "distil" if checkpoint else None
-            results = _distilled(made, dense, layers, listed, folder, results)
-        return report_of(made, layers, results, begin)
+            results = _distilled(the_pass, dense, layers, listed, folder, results)
+        return report_of(the_pass, layers, results, begin)
 
 
 def stages_of(
-    made: Pass,
+    the_pass: Pass,
     layers: Mapping[str, nn.Module],
     batches: Sequence[Batch],
     saved: Checkpoint | None,
@@ -133,28 +135,28 @@ def stages_of(
 
     Layers that the checkpoint holds come in their turn without statistics.
     """
-    sums = [name for name in made.method.needs if name in STATISTICS]
+    sums = [name for name in the_pass.method.needs if name in STATISTICS]
     finished = saved.finished() if saved else {}
-    if len(finished) == len(layers) or not (sums or made.blockwise):
+    if len(finished) == len(layers) or not (sums or the_pass.blockwise):
         yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
     else:
         yield from observe(
-            made.model,
+            the_pass.model,
             layers,
             batches,
             sums,
-            sequential=made.sequential,
+            sequential=the_pass.sequential,
             offload=offload,
-            halves=made.blockwise is not None,
+            halves=the_pass.blockwise is not None,
             finished=finished,
-            team=made.team,
+            team=the_pass.team,
             window=window,
         )
 
 
 @torch.no_grad()
 def solve_stages_(
-    made: Pass,
+    the_pass: Pass,
     layers: Mapping[str, nn.Module],
     stages: Generator[Observed],
     saved: Checkpoint | None,
@@ -169,7 +171,7 @@ def solve_stages_(
     """
     results: dict[str, LayerResult] = {}
     masks: dict[str, Tensor] = {}
-    bar = tqdm(total=len(layers), desc=made.name, disable=None)
+    bar = tqdm(total=len(layers), desc=the_pass.name, disable=None)
     with bar, contextlib.closing(stages):
         for observed in stages:
             remember({name: weight_of(layers[name]) for name in observed.statistics})
@@ -177,29 +179,29 @@ def solve_stages_(
             names = [name for name in observed.statistics if name not in results]
             memo = functools.cache(call)  # what depends on the input alone is computed once for all
             found = {n: {**observed.statistics[n], **gradient.pop(n), "memo": memo} for n in names}
-            for turn in _turns(names, made.team):
+            for turn in _turns(names, the_pass.team):
                 solved: tuple[LayerResult, Tensor] | None = None
-                with made.team.raising_together():
-                    if made.team.rank < len(turn):
-                        name = turn[made.team.rank]
-                        with _solving(made, name, layers[name]):
-                            given = _given(made, name, layers[name], found[name])
-                            solution = made.method.solve(given)
+                with the_pass.team.raising_together():
+                    if the_pass.team.rank < len(turn):
+                        name = turn[the_pass.team.rank]
+                        with _solving(the_pass, name, layers[name]):
+                            given = _given(the_pass, name, layers[name], found[name])
+                            solution = the_pass.method.solve(given)
                             solved = _put_in_place_(
-                                made, name, layers[name], given, solution, observed.tokens[name]
+                                the_pass, name, layers[name], given, solution, observed.tokens[name]
                             )
-                for result, mask in _shared(made.team, turn, layers, solved):
+                for result, mask in _shared(the_pass.team, turn, layers, solved):
                     results[result.layer], masks[result.layer] = result, mask
             bar.update(len(observed.statistics))
-            done = _trained(made, observed, layers, masks, results)
-            if saved and done and made.team.rank == 0:
+            done = _trained(the_pass, observed, layers, masks, results)
+            if saved and done and the_pass.team.rank == 0:
                 weights = {name: weight_of(layers[name]) for name in done}
                 saved.add(weights, {name: asdict(results[name]) for name in done})
     return tuple(results[name] for name in layers)
 
 
 def report_of(
-    made: Pass,
+    the_pass: Pass,
     layers: Mapping[str, nn.Module],
     results: Sequence[LayerResult],
     begin: float,
@@ -209,55 +211,55 @@ def report_of(
     zeros = sum(
         round(result.sparsity * weight_of(layers[result.layer]).numel()) for result in results
     )
-    counted = parameters or sum(parameter.numel() for parameter in made.model.parameters())
-    return PruneReport(made.name, tuple(results), time.perf_counter() - begin, zeros, counted)
+    counted = parameters or sum(parameter.numel() for parameter in the_pass.model.parameters())
+    return PruneReport(the_pass.name, tuple(results), time.perf_counter() - begin, zeros, counted)
 
 
 # --- before the pass -----------------------------------------------------------------------------
 
 
 def _prepared(
-    made: Pass,
+    the_pass: Pass,
     batches: Iterable[Batch] | None,
     checkpoint: str | Path | None,
     stack: contextlib.ExitStack,
 ) -> tuple[dict[str, nn.Module], list[Batch], Checkpoint | None]:
     """The planned layers, the batches and the open checkpoint, once everything has been checked."""
-    with made.team.raising_together():
-        layers = match(made.model, made.plan)
+    with the_pass.team.raising_together():
+        layers = match(the_pass.model, the_pass.plan)
         require_sound(layers)
-        _require_data(made, batches)
-        listed = as_list(batches) if made.asks and batches is not None else []
-        run = _fingerprint(made, layers) if checkpoint or made.team.size > 1 else {}
-    data = made.team.all_gather(digest(listed) if checkpoint else "")
+        _require_data(the_pass, batches)
+        listed = as_list(batches) if the_pass.asks and batches is not None else []
+        run = _fingerprint(the_pass, layers) if checkpoint or the_pass.team.size > 1 else {}
+    data = the_pass.team.all_gather(digest(listed) if checkpoint else "")
     saved: Checkpoint | None = None
-    with made.team.raising_together():
+    with the_pass.team.raising_together():
         if checkpoint:
             saved = Checkpoint(checkpoint, run | {"batches": data}, writes=team().rank == 0)
             stack.enter_context(saved)
         finished = list(saved.finished()) if saved else []
-    _require_same(made.team, run | {"checkpoint": finished})
+    _require_same(the_pass.team, run | {"checkpoint": finished})
     return layers, listed, saved
 
 
-def _require_data(made: Pass, batches: Iterable[Batch] | None) -> None:
-    if made.method.needs and batches is None:
+def _require_data(the_pass: Pass, batches: Iterable[Batch] | None) -> None:
+    if the_pass.method.needs and batches is None:
         raise ValueError(
-            f"{made.name} needs calibration data for {', '.join(made.method.needs)}: pass batches, "
-            "or use sc.magnitude"
+            f"{the_pass.name} needs calibration data for {', '.join(the_pass.method.needs)}: "
+            "pass batches, or use sc.magnitude"
         )
-    if made.distils and made.team.size > 1:
+    if the_pass.distils and the_pass.team.size > 1:
         raise ValueError(
-            f"{made.name} trains the whole model in one process, these are {made.team.size}: "
-            "take sc.best, or start it without torchrun"
+            f"{the_pass.name} trains the whole model in one process, these are "
+            f"{the_pass.team.size}: take sc.best, or start it without torchrun"
         )
 
 
-def _fingerprint(made: Pass, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+def _fingerprint(the_pass: Pass, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     return {
-        "method": made.name,
-        "plan": made.plan.to_dict()["layers"],
-        "loss": None if made.loss is None else name_of(made.loss),
+        "method": the_pass.name,
+        "plan": the_pass.plan.to_dict()["layers"],
+        "loss": None if the_pass.loss is None else name_of(the_pass.loss),
         "weights": digest([weight_of(module) for module in layers.values()]),
     }
 
@@ -274,25 +276,27 @@ def _require_same(members: Team, run: Mapping[str, Any]) -> None:
 
 
 def _foretell(
-    made: Pass, missing: Mapping[str, nn.Module], batches: Sequence[Batch], offload: bool
+    the_pass: Pass, missing: Mapping[str, nn.Module], batches: Sequence[Batch], offload: bool
 ) -> None:
     """Write on stderr what the pass will take, where that is known."""
-    assert made.blockwise is not None
-    with made.team.raising_together():
-        if made.team.rank == 0:
-            patterns = made.plan.layers
-            told = foretold(made.model, missing, patterns, batches, made.blockwise, offload=offload)
+    assert the_pass.blockwise is not None
+    with the_pass.team.raising_together():
+        if the_pass.team.rank == 0:
+            patterns = the_pass.plan.layers
+            told = foretold(
+                the_pass.model, missing, patterns, batches, the_pass.blockwise, offload=offload
+            )
             if told is not None:
-                tqdm.write(f"{made.name}: {told}", file=sys.stderr)
+                tqdm.write(f"{the_pass.name}: {told}", file=sys.stderr)
 
 
-def _dense_copy(made: Pass) -> nn.Module:
+def _dense_copy(the_pass: Pass) -> nn.Module:
     try:
-        return copy.deepcopy(made.model)
+        return copy.deepcopy(the_pass.model)
     except Exception as error:  # whatever the modules' own copying raises
         raise ValueError(
-            f"{made.name} trains towards a copy of the dense model, and this "
-            f"{type(made.model).__name__} cannot be copied ({error}): take sc.best, or "
+            f"{the_pass.name} trains towards a copy of the dense model, and this "
+            f"{type(the_pass.model).__name__} cannot be copied ({error}): take sc.best, or "
             "make copy.deepcopy(model) work"
         ) from error
 
@@ -333,21 +337,23 @@ def _turns(names: Sequence[str], members: Team) -> Iterator[Sequence[str]]:
 
 
 @contextlib.contextmanager
-def _solving(made: Pass, name: str, module: nn.Module) -> Iterator[None]:
+def _solving(the_pass: Pass, name: str, module: nn.Module) -> Iterator[None]:
     """What holds while a layer is solved: errors name it, and numbers are not cast."""
     with (
-        room_for([name], f"what {made.name} computes", LESS),
+        room_for([name], f"what {the_pass.name} computes", LESS),
         without_autocast(weight_of(module).device),
         naming(name),
     ):
         yield
 
 
-def _given(made: Pass, name: str, module: nn.Module, found: Mapping[str, Any]) -> Mapping[str, Any]:
+def _given(
+    the_pass: Pass, name: str, module: nn.Module, found: Mapping[str, Any]
+) -> Mapping[str, Any]:
     """What the method is given for the layer; the weight is its own to change."""
     return {
         "weight": _in_float32(_layers.matrix(module)),
-        "pattern": made.plan.layers[name],
+        "pattern": the_pass.plan.layers[name],
         "dtype": weight_of(module).dtype,
         "layer": name,
         **found,
@@ -355,7 +361,7 @@ def _given(made: Pass, name: str, module: nn.Module, found: Mapping[str, Any]) -
 
 
 def _put_in_place_(
-    made: Pass,
+    the_pass: Pass,
     name: str,
     module: nn.Module,
     given: Mapping[str, Any],
@@ -363,15 +369,15 @@ def _put_in_place_(
     tokens: int,
 ) -> tuple[LayerResult, Tensor]:
     """What became of the layer, and its mask, once it has the weight of this solution."""
-    pattern, before = made.plan.layers[name], _in_float32(_layers.matrix(module))
+    pattern, before = the_pass.plan.layers[name], _in_float32(_layers.matrix(module))
     if (violation := pattern.violation(solution.mask)) is not None:
-        raise ValueError(f"{made.name} needs to give a mask of {pattern}, its mask {violation}")
+        raise ValueError(f"{the_pass.name} needs to give a mask of {pattern}, its mask {violation}")
     # What a method leaves as it was, in float32 too, stays to the bit.
     same = (solution.weight == before) | (solution.weight == before.float())
     new = torch.where(same, before, solution.weight).masked_fill(~solution.mask, 0)
     if not new.isfinite().all():
         raise ValueError(
-            f"{made.name} gave weights that are not finite: add calibration data or raise the "
+            f"{the_pass.name} gave weights that are not finite: add calibration data or raise the "
             "damping"
         )
     weight_of(module).copy_(_layers.like_weight(module, new))
@@ -421,7 +427,7 @@ def _shared(
 
 
 def _trained(
-    made: Pass,
+    the_pass: Pass,
     observed: Observed,
     layers: Mapping[str, nn.Module],
     masks: dict[str, Tensor],
@@ -432,12 +438,12 @@ def _trained(
     What was finished before is final too, but not anew.
     """
     half = observed.half
-    if half is None or made.blockwise is None:
+    if half is None or the_pass.blockwise is None:
         return [name for name in observed.statistics if masks.pop(name, None) is not None]
     if not all(name in masks for name in half.layers):
         return []
-    with made.blockwise.room_for(half):
-        before, after = made.blockwise.train_(half, layers, masks, made.team)
+    with the_pass.blockwise.room_for(half):
+        before, after = the_pass.blockwise.train_(half, layers, masks, the_pass.team)
     for name in half.layers:
         del masks[name]
         if after < before:  # moved since, so that it is another now
@@ -452,7 +458,7 @@ def _trained(
 
 
 def _distilled(
-    made: Pass,
+    the_pass: Pass,
     dense: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Sequence[Batch],
@@ -460,9 +466,9 @@ def _distilled(
     results: Sequence[LayerResult],
 ) -> tuple[LayerResult, ...]:
     """The results once the weights of all layers have been trained together."""
-    assert made.blockwise is not None
+    assert the_pass.blockwise is not None
     before, after = train_together_(
-        made.model, dense, layers, batches, made.blockwise.distil, checkpoint
+        the_pass.model, dense, layers, batches, the_pass.blockwise.distil, checkpoint
     )
     note = f"whole model: held-out loss {before:.4g} before training, {after:.4g} after"
     *others, last = (

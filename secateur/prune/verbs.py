@@ -58,9 +58,9 @@ def prune_(
     """
     method = bind_criterion(criterion)
     model = unwrapped(model)
-    made = Pass(model, as_plan(model, plan), method, loss)
+    the_pass = Pass(model, as_plan(model, plan), method, loss)
     with all_or_nothing() as undo:
-        return pass_over_(made, batches, undo, offload=offload, checkpoint=checkpoint)
+        return pass_over_(the_pass, batches, undo, offload=offload, checkpoint=checkpoint)
 
 
 @torch.inference_mode(False)
@@ -86,9 +86,9 @@ def reconstruct_(
             by Ctrl-C, the model is left as it was.
     """
     model = unwrapped(model)
-    made = reconstruction(model, as_plan(model, plan), algorithm, loss)
+    the_pass = reconstruction(model, as_plan(model, plan), algorithm, loss)
     with all_or_nothing() as undo:
-        return pass_over_(made, batches, undo, offload=offload, checkpoint=checkpoint)
+        return pass_over_(the_pass, batches, undo, offload=offload, checkpoint=checkpoint)
 
 
 @torch.no_grad()
