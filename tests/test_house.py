@@ -103,6 +103,10 @@ def test_house_style(path: Path) -> None:
 INHERITING = {"PackedSemi24Fp8Dynamic", "PackedSemi24Int8Dynamic"}
 
 
+# A protocol's members with a body are answers that hold for any class of it.
+PROTOCOLS = {"Pattern"}
+
+
 def inheriting(tree: ast.Module) -> set[str]:
     """The classes that inherit from a class of secateur, of this file or imported from another."""
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
@@ -117,6 +121,7 @@ def inheriting(tree: ast.Module) -> set[str]:
         for alias in names:
             if ours or alias.name.partition(".")[0] == "secateur":
                 own.add(alias.asname or alias.name.partition(".")[0])
+    own -= PROTOCOLS
     return {
         node.name
         for node in ast.walk(tree)
@@ -273,3 +278,19 @@ def test_tests_lie_where_their_sources_lie() -> None:
     homes = {name: ROOT if name.startswith("bench") else ROOT / "secateur" for name in folders}
     missing = {name for name in folders - others if not (homes[name] / name).is_dir()}
     assert not missing
+
+
+# Lines of a function, its docstring included. Kernels are exempt: a kernel is one function.
+LONGEST = 60
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}: {node.name}, {lines} lines"
+        for path in SOURCES
+        if "kernels" not in path.parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST
+    ]
+    assert long == []

@@ -72,11 +72,7 @@ def tune(
     It runs without this too, by a rule. What is found lies beside the compiled kernels and serves
     every process that this user starts from then on.
     """
-    place = find_device(device)
-    if place.type != "cuda":
-        raise ValueError(
-            f"tuning needs a CUDA GPU, got {place.type}: run it where the model will run"
-        )
+    place = _gpu(device)
     cases = _cases(_shapes(model, shapes), formats or ["semi24"], tokens or [1, 16], place)
     found = Found()
     try:
@@ -90,6 +86,15 @@ def tune(
         return
     table(COLUMNS, [_row(case, timed) for case, timed in found])
     say(f"kept in {own_table()}")
+
+
+def _gpu(device: str) -> torch.device:
+    place = find_device(device)
+    if place.type != "cuda":
+        raise ValueError(
+            f"tuning needs a CUDA GPU, got {place.type}: run it where the model will run"
+        )
+    return place
 
 
 def _measure(cases: Sequence[Case], device: torch.device, most: int, found: Found) -> None:
