@@ -1,6 +1,6 @@
-"""Criteria: functions `(weight, statistic...) -> score`; the larger score is kept.
+"""Criteria: functions `(weight, statistic...) -> score`; the largest scores are kept.
 
-The parameter names after `weight` say which statistics a criterion needs
+The names of the parameters after `weight` say which statistics a criterion needs
 (`secateur.model.statistics`).
 """
 

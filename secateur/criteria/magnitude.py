@@ -1,4 +1,4 @@
-"""Magnitude: the weight itself says how much it matters."""
+"""Magnitude: a weight matters as much as it is large."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,5 +10,5 @@ def magnitude(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
 
 
 def magnitude_l2(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """W_ij^2; a block or channel scores its squared L2 norm, single weights as by `magnitude`."""
+    """W_ij^2; a block or channel scores its squared L2 norm. Weights rank as by `magnitude`."""
     return weight.float().square()

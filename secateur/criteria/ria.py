@@ -1,4 +1,4 @@
-"""RIA: a weight matters relative to the others of its row and of its column."""
+"""RIA: a weight matters relative to the other weights in its row and in its column."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +9,7 @@ def ria(
 ) -> Float[Tensor, "out in"]:
     """(|W_ij| / sum_j |W_ij| + |W_ij| / sum_i |W_ij|) * ||x_j||_2^power.
 
-    Relative to its column too, an input whose weights are all small is not lost as a whole.
+    The column's share keeps an input whose weights are all small from being lost as a whole.
     Source: Zhang et al., ICLR 2024, Plug-and-Play: An Efficient Post-training Pruning Method for
     Large Language Models, which compares with Wanda, arXiv:2306.11695.
     """

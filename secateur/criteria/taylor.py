@@ -9,8 +9,8 @@ def taylor(
 ) -> Float[Tensor, "out in"]:
     """(W_ij dL/dW_ij)^2, the first-order estimate of the squared change of the loss.
 
-    A block or channel scores the sum over its weights, as in the paper; single weights come in the
-    order of `snip`.
+    A block or channel scores the sum over its weights, as in the paper; single weights rank as by
+    `snip`.
     Source: Molchanov et al., arXiv:1906.10771, the first-order criterion.
     """
     return (weight.float() * gradient).square()

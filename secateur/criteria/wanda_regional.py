@@ -1,4 +1,4 @@
-"""The score of Wanda++: Wanda, and how much a weight moves what its block puts out."""
+"""The score of Wanda++: Wanda's, plus how much a weight moves its block's output."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,9 +13,9 @@ def wanda_regional(
 ) -> Float[Tensor, "out in"]:
     """(alpha G_ij + ||x_j||_2) |W_ij|, G the regional gradient: Wanda++ without its optimisation.
 
-    The gradients are those of the dense blocks on dense inputs, where the paper takes the inputs
-    that the pruned blocks before make. ||x_j||_2 grows with the calibration data, G does not: the
-    paper's alpha of 100 was chosen on its own data, and much more or less of it needs another.
+    Gradients are taken in the dense blocks on dense inputs; the paper takes them on the outputs of
+    the pruned blocks before. ||x_j||_2 grows with the amount of calibration data, G does not: the
+    paper's alpha of 100 was chosen for its own data, and much more or less data needs another.
     Source: Wanda++, Yang et al., arXiv:2503.04992, the regional gradient score.
     """
     return (alpha * regional_gradient + input_norm) * weight.float().abs()

@@ -1,4 +1,4 @@
-"""Which zeros are usable: a pattern turns scores into a mask and checks masks of others."""
+"""Which zeros are usable: a pattern turns scores into a mask, and checks any other mask."""
 
 from secateur.patterns.block import Block
 from secateur.patterns.channel import Channel

@@ -1,4 +1,4 @@
-"""Block sparsity: tiles of rows x columns, kept or dropped as a whole."""
+"""Block sparsity: tiles of rows x columns that are kept or dropped as a whole."""
 
 import math
 import re

@@ -16,8 +16,8 @@ from secateur.patterns.pattern import Pattern, as_fraction, check_sparsity, unre
 class Channel(Pattern):
     """Whole rows (`side="out"`) or columns (`side="in"`) of the weight are zero.
 
-    A channel's score is the sum of its weights' scores, in float32. Removing the zero channels, so
-    that shapes shrink, is structured pruning and another job; this only zeroes them.
+    A channel's score is the sum of its weights' scores, in float32. The channels are only zeroed:
+    removing them, so that shapes shrink, is structured pruning, which is another job.
     """
 
     sparsity: float

@@ -1,4 +1,4 @@
-"""Keeping exactly k of n, the one selection every pattern is built on."""
+"""The mask of exactly k of n scores, which every pattern is built on."""
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -8,13 +8,13 @@ from torch import Tensor
 # all groups at once. On two CPU threads 4096 x 4096 at 2:4 takes 0.1 s against 0.4 s by sorting.
 PAIRWISE_WIDTH = 16
 
-# Up to so many scores a GPU is done before the next kernel is launched, so that few launches count;
-# with more, comparing all pairs at once takes memory: 3 n bytes a score.
+# Up to this many scores a GPU finishes before the next kernel is launched, so that the number of
+# launches matters; with more, comparing all pairs at once takes memory: 3 n bytes per score.
 AT_ONCE = 2**18
 
 
 def keep_top(score: Shaped[Tensor, "*rows n"], k: int) -> Bool[Tensor, "*rows n"]:
-    """The mask of exactly the `k` largest scores in each row; the lower index wins among equals.
+    """The mask of exactly the `k` largest scores in each row; ties go to the lower index.
 
     Exact and deterministic on every device, which `torch.topk` is not for equal scores.
     """
@@ -27,9 +27,9 @@ def keep_top(score: Shaped[Tensor, "*rows n"], k: int) -> Bool[Tensor, "*rows n"
 
 
 def _by_rank(score: Tensor, k: int) -> Tensor:
-    """Keep the scores that fewer than k others beat; i beats a later j if at least as large.
+    """The scores that fewer than k others beat; i beats a later j if it is at least as large.
 
-    That is by its losses to earlier ones, and by all later ones less those that it beats.
+    A score is beaten by its losses to earlier scores plus the later scores that it does not beat.
     """
     n = score.shape[-1]
     few = score.is_cuda and score.numel() <= AT_ONCE
@@ -39,7 +39,7 @@ def _by_rank(score: Tensor, k: int) -> Tensor:
 
 
 def _losses_in_turns(score: Tensor) -> Tensor:
-    """How many earlier scores beat each, less how many later ones it beats."""
+    """How many earlier scores beat each score, minus how many later scores it beats."""
     columns = score.movedim(-1, 0).contiguous()
     losses = torch.zeros(columns.shape, dtype=torch.int8, device=score.device)
     for i in range(len(columns) - 1):
@@ -50,13 +50,13 @@ def _losses_in_turns(score: Tensor) -> Tensor:
 
 
 def _losses_at_once(score: Tensor) -> Tensor:
-    """The same in four launches, by comparing all pairs at once."""
+    """As `_losses_in_turns`, in four launches: all pairs are compared at once."""
     beats = (score[..., :, None] >= score[..., None, :]).triu().view(torch.int8)
     return (beats - beats.mT).sum(-2, dtype=torch.int8)
 
 
 def _by_threshold(score: Tensor, k: int) -> Tensor:
-    """Keep what is above the k-th largest score, then as many of its equals as the count allows."""
+    """The scores above the k-th largest, and as many of its equals as the count leaves room for."""
     n = score.shape[-1]
     threshold = score.kthvalue(n - k + 1, dim=-1, keepdim=True).values
     above, equal = score > threshold, score == threshold
@@ -65,5 +65,5 @@ def _by_threshold(score: Tensor, k: int) -> Tensor:
 
 
 def count_zeros(sparsity: float, n: int) -> int:
-    """The zeros that a sparsity asks of n weights: `sparsity * n`, rounded half up. Stated once."""
+    """The number of zeros in n weights at this sparsity: `sparsity * n`, rounded half up."""
     return int(sparsity * n + 0.5)

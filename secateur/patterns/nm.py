@@ -16,7 +16,7 @@ from secateur.patterns.unstructured import Unstructured
 
 Remainder = Literal["error", "dense", "pad"]
 
-# 1 - n / m, times m, is off a whole number by less.
+# More than the rounding error of (1 - n / m) * m, which is a whole number.
 ROUNDING = 1e-9
 
 WRITTEN = r"(\d+):(\d+)(?:@(dense|pad)-remainder)?(?:@channels(\d+))?"
@@ -26,15 +26,14 @@ WRITTEN = r"(\d+):(\d+)(?:@(dense|pad)-remainder)?(?:@channels(\d+))?"
 class NM(Pattern):
     """At most `n` nonzeros in every `m` consecutive weights along the input dim.
 
-    `n` is what is *kept* (NVIDIA's and most papers' notation; some tools prune n). 2:4 is what
-    sparse tensor cores multiply. The `remainder` says what happens where `m` does not divide the
-    width: by default that is an error, `"dense"` leaves the last `in % m` columns dense, and
-    `"pad"` counts them as a group filled up with zeros, of which at most `n` are kept: what a
-    runtime needs that pads the inputs.
+    `n` weights are *kept* (NVIDIA's and most papers' notation; some tools prune n). Sparse tensor
+    cores multiply 2:4. The `remainder` says what happens where `m` does not divide the width: it is
+    an error by default; `"dense"` leaves the last `in % m` columns dense; `"pad"` treats them as a
+    group filled up with zeros, of which at most `n` are kept, for runtimes that pad the inputs.
 
-    `channels` is the width at which groups start anew. `plan` sets it for a convolution whose input
-    channels `m` does not divide: the columns of its matrix run over the channels once for each
-    position of the kernel, and no group lies across two positions.
+    `channels` is the width at which groups start again. `plan` sets it for a convolution whose
+    number of input channels `m` does not divide: its matrix's columns run over the channels once
+    for each position of the kernel, and no group spans two positions.
     """
 
     n: int
@@ -139,7 +138,7 @@ class NM(Pattern):
     def _groups(
         self, runs: Shaped[Tensor, "out runs width"], fill: float
     ) -> Shaped[Tensor, "out runs groups m"]:
-        """Each run in groups of m; a partial one is filled up, or left out where it stays dense."""
+        """Each run in groups of m; a partial group is filled up, or left out if it stays dense."""
         if rest := runs.shape[-1] % self.m:
             pad = self.remainder == "pad"
             runs = F.pad(runs, (0, self.m - rest), value=fill) if pad else runs[..., :-rest]

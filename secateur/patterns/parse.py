@@ -9,7 +9,7 @@ from secateur.patterns.nm import NM
 from secateur.patterns.pattern import EXAMPLES, Pattern
 from secateur.patterns.unstructured import Unstructured
 
-# What `parse` knows; a pattern that is added has its line here.
+# The patterns that `parse` knows; a new one gets a line here.
 PATTERNS: tuple[type[Pattern], ...] = (NM, Unstructured, Block, Channel)
 
 
@@ -17,7 +17,7 @@ def as_pattern(given: Pattern | str) -> Pattern:
     """The pattern itself, or the one that a short string names.
 
     Raises:
-        ValueError: if it is neither, or as `parse`.
+        ValueError: if it is neither, or `parse` cannot read it.
     """
     if isinstance(given, str):
         return parse(given)

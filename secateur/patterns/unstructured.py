@@ -21,7 +21,7 @@ from secateur.patterns.pattern import (
 
 Scope = Literal["group", "row", "layer"]
 
-# Columns decided together by an algorithm that walks over them: SparseGPT's mask block B_s = 128.
+# Columns that a walk over columns decides together: SparseGPT's mask block, B_s = 128.
 COLUMNS_TOGETHER = 128
 
 
@@ -30,7 +30,7 @@ class Unstructured(Pattern):
     """Any position may be zero; the `scope` says which weights compete for one budget.
 
     `row`: the inputs of one output (Wanda's comparison group). `layer`: the whole matrix. `group`:
-    every `group_size` consecutive inputs of one output, the last group being what is left.
+    `group_size` consecutive inputs of one output; the last group may be smaller.
     """
 
     sparsity: float
