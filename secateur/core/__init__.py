@@ -1,1 +1,1 @@
-"""What every room stands on: what a weight is, files that are whole or not there, and undo."""
+"""The ground of every room: what a weight is, files that appear whole or not at all, and undo."""

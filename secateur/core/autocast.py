@@ -1,7 +1,7 @@
-"""`torch.autocast` around a call: what it rounds to, and arithmetic that it leaves alone.
+"""`torch.autocast` around a call: the dtype it rounds to, and blocks in which it is off.
 
-A model runs as its user has it run, under autocast too. Sums over its inputs, systems that are
-solved and times that are measured are the library's own, and nothing is rounded there.
+A model runs as its user runs it, under autocast too. Sums over its inputs, linear solves and
+timings are the library's own, and autocast rounds nothing there.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import torch
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast rounds to on this device; None outside of it."""
+    """The dtype that autocast rounds to on this device; None where autocast is off."""
     if not torch.amp.autocast_mode.is_autocast_available(device.type):
         return None
     if not torch.is_autocast_enabled(device.type):
@@ -20,7 +20,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A block in which nothing on this device is rounded by autocast."""
+    """A context in which autocast rounds nothing on this device."""
     if autocast_dtype(device) is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

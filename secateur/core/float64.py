@@ -1,4 +1,4 @@
-"""Float64, which some devices lack (Apple's MPS): what needs it is computed on the CPU then."""
+"""Float64, which some devices lack (Apple's MPS): there it is computed on the CPU."""
 
 import functools
 
@@ -10,12 +10,12 @@ CPU = torch.device("cpu")
 
 
 def in_float64(x: Shaped[Tensor, "*size"]) -> Float64[Tensor, "*size"]:
-    """X in float64: where it is, or on the CPU if its device has none."""
+    """`x` in float64: on its own device, or on the CPU if that has no float64."""
     return x.to(float64_device(x.device)).to(torch.float64)
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 is computed for tensors of this device: there, or on the CPU if it has none."""
+    """The device that computes float64 for this one: itself, or the CPU if it has no float64."""
     return device if _has_float64(device) else CPU
 
 

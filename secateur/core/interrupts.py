@@ -1,4 +1,4 @@
-"""Ctrl-C while something is put back: the first one is heard, those after it wait."""
+"""Ctrl-C while changes are being undone: the first one is handled, later ones wait."""
 
 import contextlib
 import signal
@@ -12,12 +12,12 @@ LATE = 0.05  # seconds; time enough for a function to return
 
 
 class Signals:
-    """The signals that Python functions handle, Ctrl-C among them, while a model is changed.
+    """The signals with Python handlers, Ctrl-C among them, while a model is being changed.
 
-    A handler may raise wherever Python is, also where the model is being put back because of an
-    earlier one. So once a handler has raised, or from `hold` on, signals wait until `release`,
-    which hands them to their handlers. Only the main thread has signals: in any other nothing
-    happens.
+    A handler may raise at any point, even while the model is being put back because of an earlier
+    signal. So once a handler has raised, or after `hold`, signals wait until `release`, which
+    hands them to their handlers. Only the main thread receives signals: in any other thread this
+    does nothing.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Signals:
         self._holding = False
 
     def watch(self) -> None:
-        """From now on, signals come here first."""
+        """Let every signal arrive here before it reaches its handler."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in signal.valid_signals():
@@ -38,12 +38,12 @@ class Signals:
                 signal.signal(number, self._arrived)
 
     def hold(self) -> None:
-        """From now on, signals wait."""
+        """Make signals wait until `release`."""
         self._holding = True
         self.watch()
 
     def release(self) -> None:
-        """Every signal has its handler again, which is called for those that waited."""
+        """Give every signal its handler back, and call the handlers of the signals that waited."""
         self._handed_back.close()
         self.deliver()
 
@@ -54,9 +54,9 @@ class Signals:
             self._handlers[number](number, None)
 
     def release_at_the_end_of(self, stack: contextlib.ExitStack) -> None:
-        """When the stack is closed, every signal has its handler again.
+        """Give every signal its handler back when the stack is closed.
 
-        What waits then came too late: it is heard a moment later, by whoever called.
+        A signal that is still waiting then came too late: the caller gets it a moment later.
         """
         stack.push(self._handed_back.pop_all())
         stack.callback(list, map(_hear_later, self._waiting))  # first, as starting a thread waits
@@ -77,7 +77,7 @@ def _hear_later(number: int) -> None:
 
 
 def _hear(thread: int, number: int) -> None:
-    """In the thread that has signals, so that what it waits for meanwhile is interrupted."""
+    """Raise the signal in the thread that receives signals, to interrupt whatever it waits for."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(thread, number)
     else:  # Windows
@@ -86,7 +86,7 @@ def _hear(thread: int, number: int) -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Signals wait until the block is done."""
+    """Make signals wait until the block is done."""
     signals = Signals()
     try:
         try:
@@ -95,12 +95,12 @@ def held() -> Iterator[None]:
         finally:
             signals.release()
     finally:
-        signals.release()  # what is left if the line before was interrupted; else nothing
+        signals.release()  # does something only if the first release was interrupted
 
 
 @contextlib.contextmanager
 def putting_back() -> Iterator[contextlib.ExitStack]:
-    """A stack of calls that put things back at the end, whatever is raised and however often.
+    """A stack of undo calls that all run at the end, whatever is raised and however often.
 
     Push a call before the change that it undoes: an interrupt may come between any two lines.
     """
@@ -112,4 +112,4 @@ def putting_back() -> Iterator[contextlib.ExitStack]:
             with held():
                 stack.close()
     finally:
-        stack.close()  # what is left if the lines before were interrupted; else nothing
+        stack.close()  # does something only if the first close was interrupted

@@ -1,4 +1,4 @@
-"""An allocation that fails says what it was for, and what needs less."""
+"""Out-of-memory errors that say what the memory was for, and what needs less of it."""
 
 import contextlib
 import re
@@ -8,7 +8,7 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that an allocation failed; on a CPU torch says it in a RuntimeError."""
+    """Whether the error is a failed allocation, which on a CPU torch raises as a RuntimeError."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
@@ -16,16 +16,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def room_for(layers: Sequence[str], what: str, remedy: str) -> Iterator[None]:
-    """An allocation that fails in the block is told in one line: the layers, what, the remedy.
+    """Report an allocation that fails in the block in one line: the layers, `what`, the remedy.
 
     Raises:
-        MemoryError: then; on a GPU torch.OutOfMemoryError.
+        MemoryError: if one fails; on a GPU torch.OutOfMemoryError.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or isinstance(error.__cause__, (RuntimeError, MemoryError)):
-            raise  # something else, or told already
+            raise  # another error, or one that says this already
         on_gpu = isinstance(error, torch.OutOfMemoryError)
         kind = torch.OutOfMemoryError if on_gpu else MemoryError
         more = f" (and {len(layers) - 1} more)" if len(layers) > 1 else ""
@@ -35,7 +35,7 @@ def room_for(layers: Sequence[str], what: str, remedy: str) -> Iterator[None]:
 
 
 def _asked(error: BaseException) -> str:
-    """How much was asked for, where the allocator says so."""
+    """The size of the failed allocation, as words for the message; empty if it is not known."""
     if found := re.search(r"tried to allocate (\d+) bytes", str(error), re.IGNORECASE):
         return f", which took {int(found[1]) / 1e9:.1f} GB more"
     if found := re.search(r"Tried to allocate ([\d.]+ [KMGT]iB)", str(error)):

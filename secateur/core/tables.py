@@ -1,15 +1,15 @@
-"""Plain text and tables of it, for everything that a report prints."""
+"""Plain text and plain-text tables, for everything that a report prints."""
 
 import unicodedata
 from collections.abc import Sequence
 
-# Categories of what a terminal obeys or a reader cannot see: controls, marks of direction and of
-# lines, halves of characters. Names in files from elsewhere may hold them.
+# Unicode categories that a terminal obeys or a reader cannot see: controls, direction marks, line
+# separators, lone surrogates. Names in files from elsewhere may contain them.
 OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with what a terminal would obey spelt out as Python does, but for `keep`.
+    """The text with control characters, except `keep`, written as Python escapes.
 
     A name with escape sequences then cannot clear a screen, set a title or forge a line.
     """
@@ -24,7 +24,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned table; columns of numbers are set right, the others left."""
+    """A table in aligned columns, numbers to the right and text to the left."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]

@@ -1,4 +1,4 @@
-"""Everything as it was, to be put back if a verb raises."""
+"""The state of a model before a verb changed it, put back if the verb raises."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,10 +18,10 @@ PIECE_BYTES = 256 * 2**20
 
 
 class Undo:
-    """What puts a model back: calls, last first, and copies of tensors on disk.
+    """A log of calls that put a model back, run last first, and copies of its tensors on disk.
 
-    A second model would not fit in memory. The copies are in files without a name, mapped into
-    memory: nobody can remove them, and the system does when the process ends.
+    A second model would not fit in memory. The copies are in unlinked files, mapped into memory:
+    nobody can remove them, and the system does when the process ends.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Undo:
         self._folder: Owned | None = None
 
     def call(self, put_back: Callable[..., Any], *arguments: Any) -> None:
-        """Make this call to put back a change; say so before the change is made."""
+        """Add a call that undoes a change; add it before the change is made."""
         self._calls.callback(put_back, *arguments)
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep these tensors as they are now; call it before they are changed."""
+        """Copy these tensors, to be put back as they are now; call it before they are changed."""
         for piece in _pieces(tensors.values()):
             for tensor, original in zip(piece, self._originals(piece), strict=True):
                 self._calls.callback(_copy, tensor, original)
@@ -43,16 +43,16 @@ class Undo:
         self._calls.close()
 
     def forget_at_the_end_of(self, stack: contextlib.ExitStack) -> None:
-        """When the stack is closed, nothing can be put back any more."""
+        """Make the changes final when the stack is closed."""
         stack.callback(self._calls.pop_all)
 
     def tidy(self) -> None:
-        """Remove the folder, which is empty; what was remembered can still be put back."""
+        """Remove the folder, which is empty by now; the copies can still be put back."""
         if self._folder is not None:
             self._folder.remove()
 
     def _originals(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Copies of the tensors, bytes in files without a name."""
+        """Copies of the tensors, mapped from an unlinked file."""
         if self._folder is None:
             self._folder = temporary_folder(PREFIX)
         path = self._folder.path / "originals.safetensors"
@@ -68,11 +68,11 @@ class Undo:
 
 
 def _copy(tensor: Tensor, original: Tensor) -> None:
-    tensor.data.copy_(original)  # `.data` as it is then: it may be another than it was
+    tensor.data.copy_(original)  # `.data` is looked up now: it may have been replaced
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A copy of the tensor's values, as bytes: safetensors does not know every dtype."""
+    """A copy of the tensor on the CPU, as bytes: safetensors does not know every dtype."""
     return tensor.detach().to("cpu", copy=True).contiguous().flatten().view(torch.uint8)
 
 
@@ -90,11 +90,11 @@ def _pieces(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def all_or_nothing() -> Iterator[Undo]:
-    """What was remembered is put back if the block raises, KeyboardInterrupt included.
+    """Undo everything if the block raises, KeyboardInterrupt included.
 
-    A verb is `with all_or_nothing() as undo: return _verb(undo, ...)`. Then what it held is gone,
-    which can take a while, when the block ends, and there is no line at which an interrupt leaves
-    the model changed. A second interrupt waits until the first has had its way.
+    A verb is `with all_or_nothing() as undo: return _verb(undo, ...)`. Its locals, which can take
+    a while to free, are then gone when the block ends, and there is no line at which an interrupt
+    leaves the model changed. A second interrupt waits until the first has been dealt with.
     """
     undo, signals, end = Undo(), Signals(), contextlib.ExitStack()
     try:
@@ -102,7 +102,7 @@ def all_or_nothing() -> Iterator[Undo]:
         yield undo
         undo.tidy()
         signals.hold()
-        signals.deliver()  # the last ones that are in time
+        signals.deliver()  # the last ones that can still undo the verb
         signals.release_at_the_end_of(end)
         undo.forget_at_the_end_of(end)
         end.close()

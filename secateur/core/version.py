@@ -1,3 +1,3 @@
-"""The version of the library, said once."""
+"""The version of the library, stated once."""
 
 VERSION = "0.1.0.dev0"

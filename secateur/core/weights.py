@@ -1,6 +1,6 @@
-"""Whether a weight is an ordinary parameter with data, and the model's own, and the remedy if not.
+"""Whether a weight is an ordinary parameter with data, the model's own, and the remedy if not.
 
-Both halves ask here, before a weight is read or written.
+Both halves ask here before they read or write a weight.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-# What weights are pruned and trained in: of all others steps and sums are lost.
+# The dtypes in which weights are pruned and trained: others lose small steps and sums.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def require_module(model: object, *, changed: bool = True) -> None:
-    """Raise unless it is a module, and one whose layers can be changed where they shall be.
+    """Raise unless this is a module, and one whose layers can be changed if they will be.
 
     Raises:
         ValueError: if it is something else, or a ScriptModule that would be changed.
@@ -40,7 +40,8 @@ def require_module(model: object, *, changed: bool = True) -> None:
 def why_computed(module: nn.Module, name: str = "weight") -> str | None:
     """What computes the tensor of this name, and how to make it a parameter; None for parameters.
 
-    A tensor that the module does not have counts as a parameter.
+    A tensor that the module does not have counts as a parameter. The reason continues a sentence
+    that begins with the tensor's name.
     """
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
@@ -74,9 +75,9 @@ def why_computed(module: nn.Module, name: str = "weight") -> str | None:
 
 
 def why_no_data(module: nn.Module) -> str | None:
-    """Why the module has no dense weight of its own to read, and the remedy; None where it has one.
+    """Why the module has no dense weight of its own to read, and the remedy; None if it has one.
 
-    The words follow the name of the weight.
+    The reason continues a sentence that begins with the weight's name.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return "belongs to a ScriptModule: use the module that it was made of"
@@ -104,9 +105,10 @@ def why_no_data(module: nn.Module) -> str | None:
 
 
 def why_not_ordinary(module: nn.Module, *, written: bool = True) -> str | None:
-    """Why the module's weight is no ordinary parameter with data, and the remedy; None if it is.
+    """Why the module's weight is not an ordinary parameter with data, and the remedy; or None.
 
-    The words follow the name of the weight. What is only read may be an inference tensor.
+    The reason continues a sentence that begins with the weight's name. A weight that is only read
+    may be an inference tensor.
     """
     if reason := why_no_data(module):
         return reason
@@ -139,10 +141,10 @@ def require_ordinary(layers: Mapping[str, nn.Module], *, written: bool = True) -
 
 
 def require_data(layers: Mapping[str, nn.Module]) -> None:
-    """Raise unless these layers have weights of their own to read, of whatever kind.
+    """Raise unless every layer has a weight of its own to read, of whatever kind.
 
     Raises:
-        ValueError: if one has not, with its name, the reason and the remedy.
+        ValueError: if one has none, with its name, the reason and the remedy.
     """
     for name, module in layers.items():
         if reason := why_no_data(module):
@@ -165,9 +167,9 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _shares_elements(tensor: Tensor) -> bool:
-    """Whether two places of the tensor are, or may be, one element in memory.
+    """Whether two positions of the tensor are, or may be, one element in memory.
 
-    From the smallest stride on, each has to step over everything that the smaller ones reach.
+    In ascending order, each stride has to step over everything that the smaller ones reach.
     """
     reached = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -178,14 +180,14 @@ def _shares_elements(tensor: Tensor) -> bool:
     return False
 
 
-# --- of an adapter -------------------------------------------------------------------------------
+# --- adapters ------------------------------------------------------------------------------------
 
 
 def adapters(model: nn.Module) -> dict[str, str]:
-    """The modules that belong to an adapter and not to the model that it adapts, and what they are.
+    """The modules that belong to an adapter and not to the adapted model, and what they are.
 
-    PEFT's layers say which of their children do. Where those are a whole copy of a module that runs
-    in its place, the original is dormant.
+    PEFT's layers name the children that do. Where those are a full copy of a module, the copy runs
+    and the original is dormant.
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -207,15 +209,15 @@ def _inside(module: nn.Module, prefix: str, child: str) -> Iterator[str]:
             yield name
 
 
-# --- of one storage ------------------------------------------------------------------------------
+# --- shared storage ------------------------------------------------------------------------------
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:
     """The modules whose weight shares memory with another parameter of the model, and with which.
 
-    Two modules with one parameter are tied, and so are views of one storage that overlap, such as
-    `weight` and `weight.T`, whoever holds them. The other is named by its module where it is a
-    weight too, and in full where it is not.
+    Two modules with one parameter are tied, and so are overlapping views of one storage, such as
+    `weight` and `weight.T`, whoever holds them. The other parameter is named by its module if it is
+    a weight too, and in full if it is not.
     """
     tensors = dict(_parameters(model))
     tied: dict[str, str] = {}
@@ -233,13 +235,13 @@ def _owner(name: str) -> str:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of every module, shared ones for each module that holds them."""
+    """Yield the parameters of every module, shared ones once for each module that holds them."""
     for prefix, module in model.named_modules():
         yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
 
 
 def sharing(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """The pairs of names whose tensors share an element of memory, in their order."""
+    """Yield the pairs of names whose tensors share an element of memory, in the given order."""
     order = {name: i for i, name in enumerate(tensors)}
     places: dict[Any, list[tuple[int, int, str]]] = {}
     for name, tensor in tensors.items():
@@ -260,10 +262,10 @@ def sharing(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
 
 
 def _place(tensor: Tensor) -> tuple[Any, int, int] | None:
-    """Which memory the tensor lies in, and its first byte and the one after its last.
+    """The memory that a tensor lies in, its first byte there, and the byte after its last.
 
-    Tensors without an address, such as those on the meta device, lie in their storage; those
-    without a storage, such as sparse ones, are places of their own. None for an empty tensor.
+    A tensor without an address, as on the meta device, lies in its storage; one without a storage,
+    such as a sparse tensor, is a place of its own. None for an empty tensor.
     """
     if is_lazy(tensor) or not tensor.numel():
         return None
@@ -281,9 +283,9 @@ def _place(tensor: Tensor) -> tuple[Any, int, int] | None:
 
 
 def _share_an_element(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors share an element, of which the second begins within the first's place.
+    """Whether two tensors share an element; the second begins within the memory of the first.
 
-    Columns beside columns do not, though their places overlap.
+    Two slices of a matrix's columns share none, although their memory interleaves.
     """
     place, other = _place(one), _place(two)
     assert place is not None and other is not None

@@ -1,7 +1,7 @@
-"""Wrappers around a whole model: what they wrap, and the names that its parts have without them.
+"""Wrappers around a whole model: what they wrap, and the names of its parts without them.
 
-`torch.compile` and the data-parallel modules of torch hold a model as a child of their own, so that
-names begin with `_orig_mod.` or `module.`; a plan, a file or a report is about the model inside.
+`torch.compile` and torch's data-parallel modules hold the model as a child, so that names begin
+with `_orig_mod.` or `module.`; a plan, a file or a report is about the model inside.
 """
 
 import sys
@@ -13,9 +13,9 @@ PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of `torch.compile`, `DataParallel` and `DistributedDataParallel`, or itself.
+    """The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`, or itself.
 
-    It is the same object, not a copy: what is changed in it is changed in the wrapped model.
+    It is the same object, not a copy: a change to it changes the wrapped model.
     """
     while child := wrapping(model):
         model = model.get_submodule(child)
@@ -23,9 +23,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that calls hooks at its steps: what one without hooks of its own wraps.
+    """The optimizer that calls step hooks: this one, or the one that it wraps.
 
-    accelerate's, which HF's Trainer hands to callbacks, has it as `.optimizer`.
+    The `accelerate` package's wrapper, which HF's Trainer hands to callbacks, has it as
+    `.optimizer`.
     """
     while not hasattr(optimizer, "_optimizer_step_post_hooks"):
         inner = getattr(optimizer, "optimizer", None)
@@ -39,10 +40,10 @@ def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def unwrapped_name(model: nn.Module, name: str) -> str:
-    """The name that a module or tensor of the model has where neither it nor a part is wrapped.
+    """The name of a module or tensor of the model without the wrappers around it and its parts.
 
-    `_orig_mod.layers.0._orig_mod.weight` is `layers.0.weight`. A name that the model lacks comes
-    back as it is.
+    `_orig_mod.layers.0._orig_mod.weight` is `layers.0.weight`. A name that the model lacks is
+    returned unchanged.
     """
     kept: list[str] = []
     module: nn.Module | None = model
@@ -55,7 +56,7 @@ def unwrapped_name(model: nn.Module, name: str) -> str:
 
 
 def adapted(model: nn.Module) -> nn.Module:
-    """The model that PEFT has put adapters around, without PEFT's own modules, or itself."""
+    """The model inside a PEFT wrapper, whose layers still hold their adapters; or itself."""
     peft = sys.modules.get("peft.peft_model")
     if not (peft and isinstance(model, peft.PeftModel)):
         return model
@@ -64,7 +65,7 @@ def adapted(model: nn.Module) -> nn.Module:
 
 
 def base_name(model: nn.Module, name: str) -> str | None:
-    """As `unwrapped_name`, and as if there were no adapters; None for what belongs to an adapter.
+    """The name without wrappers and without adapters; None for what belongs to an adapter.
 
     `layers.0.base_layer.weight` is `layers.0.weight`.
     """
@@ -83,16 +84,16 @@ def base_name(model: nn.Module, name: str) -> str | None:
 
 
 def _under_adapter(module: nn.Module) -> str:
-    """The name of the child that one of PEFT's layers adapts; empty for other modules."""
+    """The name of the child that a PEFT layer adapts; empty for other modules."""
     if not isinstance(getattr(module, "adapter_layer_names", None), tuple | list):
         return ""
     return next((n for n in ("base_layer", "original_module") if n in module._modules), "")
 
 
 def wrapping(module: nn.Module) -> str:
-    """The name of the child that the module only wraps; empty for a module of any other kind."""
+    """The name of the child that the module wraps; empty if it is no wrapper."""
     if isinstance(module, PARALLEL):
         return "module"
-    # Asked for without an import, which costs seconds: a model is compiled only once it is there.
+    # Looked up without an import, which costs seconds: no model is compiled before it is loaded.
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return "_orig_mod" if dynamo and isinstance(module, dynamo.OptimizedModule) else ""

@@ -1,1 +1,1 @@
-"""Files: whole or not there at all, owned by one process, read in one place."""
+"""Files on disk: each written whole or not at all, owned by one process, and read in one place."""

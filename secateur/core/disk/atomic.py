@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, whatever happens while they are written.
 
-They are written under a name of their own beside the one they take, brought to the disk, and
-renamed. What a kill leaves under such a name is removed by the next call that writes there.
+They are written under a temporary name beside their own, synced to disk, and renamed. What a kill
+leaves under such a name is removed by the next call that writes there.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from pathlib import Path
 
 from secateur.core.disk.owned import Owned, in_use, remove_leftovers
 
-ANY = ".????????.partial"  # how the names end that files and folders have while they are written
+ANY = ".????????.partial"  # the end of a temporary name, as a glob
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file in one piece: a kill leaves the old one or the new one. Text is UTF-8.
+    """Write a file in one piece: a kill leaves either the old or the new one. Text is UTF-8.
 
-    Raises: OSError where it cannot be written; then the old file is as it was.
+    Raises: OSError if it cannot be written; the old file is then unchanged.
     """
     with file_appearing_whole(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -28,9 +28,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def file_appearing_whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes its place at the end, or is gone if the block raises.
+    """The path to write a file to; it takes its place at the end or is removed if the block raises.
 
-    That is a folder of its own: what libraries write beside their files for a while goes with it.
+    The path is in a folder of its own, so that libraries' temporary files beside it go with it.
     """
     clear(path)
     owned = Owned(lambda: _made(_partial(path)))
@@ -45,14 +45,14 @@ def file_appearing_whole(path: Path) -> Iterator[Path]:
 
 
 def clear(path: Path) -> None:
-    """Remove what a kill left of writing this file or folder; the next write would, too."""
+    """Remove what a killed write of this file or folder left; the next write would do so too."""
     remove_leftovers(path.parent, _partials(path))
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Sync a file, or the names in a folder, to the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folder
+        return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems cannot
@@ -63,9 +63,9 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def appearing_whole(folder: Path, replaced: Callable[[str], bool]) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place at the end, or is gone if the block raises.
+    """A new folder that takes the place of `folder` at the end; removed if the block raises.
 
-    Of the old folder, the files whose names are `replaced` go; all others are copied over.
+    Files of the old folder whose names are `replaced` are dropped; all others are copied over.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear(folder)
@@ -91,10 +91,10 @@ def appearing_whole(folder: Path, replaced: Callable[[str], bool]) -> Iterator[P
 
 
 def settle(folder: Path) -> None:
-    """Put the old folder back if a kill left it aside, between the two renames of an exchange.
+    """Put the old folder back if a killed save left it under its temporary name.
 
     Raises:
-        ValueError: if it cannot be renamed; the name that it has is in the message.
+        ValueError: if it cannot be renamed; the message names both.
     """
     folder = folder.resolve()
     aside = _aside(folder)
@@ -104,8 +104,8 @@ def settle(folder: Path) -> None:
         aside.rename(folder)
     except OSError as error:
         raise ValueError(
-            f"a save of {folder} was killed, its old content is {aside}, which cannot be renamed: "
-            f"{error.strerror}: rename it back"
+            f"a save of {folder} was killed and left its old content in {aside}, which cannot be "
+            f"renamed: {error.strerror}: rename it back"
         ) from None
 
 
@@ -114,7 +114,7 @@ def _partial(path: Path) -> Path:
 
 
 def _partials(path: Path) -> str:
-    """The pattern of all names that `_partial` makes."""
+    """A glob for all names that `_partial` makes."""
     return f".{glob.escape(path.name)}{ANY}"
 
 
@@ -135,7 +135,7 @@ def _keep_others(folder: Path, partial: Path, replaced: Callable[[str], bool]) -
 
 
 def _exchange(folder: Path, partial: Path) -> None:
-    """Put `partial` in the folder's place; the old one is put back if that fails."""
+    """Put `partial` in the place of `folder`; put the old folder back if that fails."""
     aside = _aside(folder)
     shutil.rmtree(aside, ignore_errors=True)
     try:

@@ -1,9 +1,8 @@
-"""What a long run has finished, on disk, so that the same call goes on where it was stopped.
+"""The finished work of a long run, on disk, so that the same call resumes where it was stopped.
 
-A `RunFolder` knows which run it is of and which files are its own. Each of these holds tensors and
-what is said of them in one safetensors file, with a hash over both and one over what is said, and
-appears whole or not at all: nothing that is written before is written again, and nothing damaged is
-believed.
+A `RunFolder` knows which run it belongs to and which files are its own. Each is a safetensors file
+with tensors and a description of them, a hash over both and a hash over the description. It appears
+whole or not at all, is never written again, and is not believed if it is damaged.
 """
 
 import hashlib
@@ -24,17 +23,17 @@ from secateur.core.disk.tensor_files import read_metadata, read_tensors, save_fi
 
 PROGRESS = "progress.json"
 VERSION = 1
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in how objects show themselves; another in every process
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in an object's repr; it differs between processes
 LAYERS = r"layers-\d{5,}\.safetensors"
 
 
 def digest(tree: Any) -> str:
-    """A hash of every tensor in the tree, to the bit, and of what else it holds, as text."""
+    """A hash of every tensor in the tree, bit by bit, and of everything else in it, as text."""
     found = hashlib.sha256()
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             _update(found, leaf)
-        elif isinstance(leaf, Mapping):  # a tokenizer's, which pytree does not know
+        elif isinstance(leaf, Mapping):  # a tokenizer's output, which pytree does not know
             found.update(digest(dict(leaf)).encode())
         else:
             found.update(ADDRESS.sub("", repr(leaf)).encode())
@@ -48,10 +47,10 @@ def _update(found: Any, tensor: Tensor) -> None:
 
 
 class RunFolder:
-    """A folder in which one run keeps files that match `own`, and `progress.json` beside them.
+    """A folder in which one run keeps its files, whose names match `own`, and `progress.json`.
 
-    `fingerprint` is plain data that says which run this is; another run's folder is refused. With
-    `writes`, the folder is locked until the block is left, and what a kill left there is removed.
+    `fingerprint` is plain data that identifies the run; another run's folder is refused. With
+    `writes`, the folder is locked until the block is left, and leftovers of a kill are removed.
     """
 
     def __init__(
@@ -90,20 +89,20 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Let others use the folder; one that was made and stayed empty is removed."""
+        """Unlock the folder; remove it if it is new and still empty."""
         if self._lock is not None:
             if self._is_new and not any(self.folder.iterdir()):
                 self.folder.rmdir()
             self._lock.release()
 
     def files(self) -> list[str]:
-        """The names of the run's own files that are there."""
+        """The names of the run's files so far."""
         if not self._progress.exists():
             return []
         return sorted(path.name for path in self.folder.iterdir() if self._own.fullmatch(path.name))
 
     def said(self, file: str) -> Any:
-        """What is said of the tensors of a file.
+        """The description that was written with the tensors of a file.
 
         Raises:
             ValueError: if the file is damaged, or another run's.
@@ -117,7 +116,7 @@ class RunFolder:
         return json.loads(text)
 
     def tensors(self, file: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The tensors of these names in a file, or all, once the file's hash has been verified.
+        """The tensors of these names in a file, or all of them, after verifying the file's hash.
 
         Raises:
             ValueError: if the file is damaged.
@@ -126,14 +125,14 @@ class RunFolder:
             return self._tensors(file, names)
         metadata, every = self._metadata(file), self._tensors(file)
         if metadata.get("sha256") != _hash(every, metadata.get("said", "")):
-            raise self._damaged(file, "its hash is another")
+            raise self._damaged(file, "its hash differs")
         if names is not None and (lacking := [name for name in names if name not in every]):
             raise self._damaged(file, f"it lacks {lacking[0]!r}")
         self._verified.add(file)
         return every if names is None else {name: every[name] for name in names}
 
     def write(self, file: str, tensors: Mapping[str, Tensor], said: Any) -> None:
-        """Write a file of the run; a kill leaves it whole or away."""
+        """Write a file of the run; a kill leaves it whole or absent."""
         if not self._progress.exists():
             state = {"version": VERSION, "fingerprint": self._fingerprint}
             write_whole(self._progress, json.dumps(state))
@@ -149,7 +148,7 @@ class RunFolder:
         (self.folder / file).unlink(missing_ok=True)
 
     def _look(self) -> None:
-        """Raise where the folder is another run's, or not only a run's."""
+        """Raise if the folder is another run's, or holds anything else."""
         if not self.folder.exists():
             return
         if self._progress.exists():
@@ -163,7 +162,7 @@ class RunFolder:
         try:
             state = read_json(self._progress)
             if set(state) != {"version", "fingerprint"} or state["version"] != VERSION:
-                raise ValueError("it is of another form or version")
+                raise ValueError("it has another form or version")
             known = dict(state["fingerprint"])
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
@@ -207,12 +206,12 @@ def _hash(tensors: Mapping[str, Tensor], said: str) -> str:
 
 
 def is_of_checkpoint(name: str) -> bool:
-    """Whether a `Checkpoint` has a file of this name."""
+    """Whether this is the name of a checkpoint's file."""
     return name == PROGRESS or re.fullmatch(LAYERS, name) is not None
 
 
 class Checkpoint:
-    """Finished layers in a folder: weights and report rows, those of one stage in one file."""
+    """Finished layers in a folder: their weights and report rows, one file a stage."""
 
     def __init__(
         self, folder: str | Path, fingerprint: Mapping[str, Any], *, writes: bool = True
@@ -239,7 +238,7 @@ class Checkpoint:
         return self._rows
 
     def weights(self, layers: Collection[str]) -> dict[str, Tensor]:
-        """The weights of those of the layers that are finished."""
+        """The weights of these layers, as far as they are finished."""
         by_file: dict[str, list[str]] = {}
         for name in layers:
             if name in self._file:
@@ -250,7 +249,7 @@ class Checkpoint:
         return found
 
     def add(self, weights: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """Record finished layers; atomic, so that a kill leaves the state before or after."""
+        """Record finished layers atomically: a kill leaves the state before or after."""
         file = f"layers-{self._count:05}.safetensors"
         said = {name: dict(row) for name, row in rows.items()}
         self._folder.write(file, weights, said)

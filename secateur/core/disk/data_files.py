@@ -1,8 +1,8 @@
 """JSON and YAML as plain data: the one reader of each, for files that anybody may have written.
 
-Data is mappings with keys of text, lists, text, finite numbers, true, false and null. What a parser
-would take in silence is refused: a key given twice, a number that is none, a YAML tag or alias that
-makes something else, and nesting so deep that reading it on would end in a RecursionError.
+Plain data is mappings with text keys, lists, text, finite numbers, true, false and null. What a
+parser would silently accept is refused: a duplicate key, NaN or infinity, a YAML tag or alias that
+makes something else, and nesting so deep that recursive code would end in a RecursionError.
 """
 
 import json
@@ -10,17 +10,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-# Real files have a dozen; what goes through data recursively stands ten times as many.
+# Real files have a dozen levels; recursive code can take ten times as many as this.
 MOST_LEVELS = 100
 
 _TAGS = "tag:yaml.org,2002:"
 
 
 def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
-    """The object in a JSON file; `infinite` says that numbers in it may be.
+    """The object in a JSON file; `infinite` allows infinite numbers in it.
 
     Raises:
-        ValueError: if it holds anything else; it names the file.
+        ValueError: if it holds anything else; the message names the file.
         OSError: if the file cannot be read.
     """
     return parse_json(path.read_bytes(), str(path), infinite=infinite)
@@ -64,7 +64,7 @@ def read_yaml(path: Path) -> Any:
     """The data in a YAML or JSON file.
 
     Raises:
-        ValueError: if it is no plain data; it names the file.
+        ValueError: if it is not plain data; the message names the file.
         OSError: if the file cannot be read.
     """
     return parse_yaml(path.read_bytes(), str(path))
@@ -81,8 +81,8 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
     import yaml  # files are rare, and importing it costs 15 ms
 
     try:
-        # Nodes are turned into data here and not by a constructor, which would make dates, sets
-        # and what tags name, and drop all but the last of equal keys.
+        # Nodes become data here, not in PyYAML's constructor, which would make dates, sets and
+        # whatever tags name, and keep only the last of several equal keys.
         node = yaml.compose(_text(content), yaml.SafeLoader)
         data = None if node is None else _data(node, set(), 1)
         _require_whole_characters(data)
@@ -99,7 +99,7 @@ def first_fault(error: Any) -> str:
 
 
 def _data(node: Any, seen: set[int], level: int) -> Any:
-    """What a YAML node stands for; `seen` are the nodes above and before it."""
+    """The data of a YAML node; `seen` are the nodes above and before it."""
     import yaml
 
     if level > MOST_LEVELS:
@@ -162,17 +162,17 @@ def _require_shallow(data: Any) -> None:
 
 
 def _require_whole_characters(data: Any) -> None:
-    """An escape may name half of a character, which can be written nowhere."""
+    """Raise if an escape names a lone surrogate, which cannot be encoded."""
     json.dumps(data, ensure_ascii=False).encode()
 
 
 def _text(content: str | bytes) -> str:
-    """The text; a byte order mark, which some editors write, is no part of it."""
+    """The text without the byte order mark that some editors write."""
     return content if isinstance(content, str) else content.decode("utf-8-sig")
 
 
 def _reason(error: Exception) -> str:
-    """One line."""
+    """The error in one line."""
     if isinstance(error, RecursionError):
         return f"it is nested more than {MOST_LEVELS} levels deep"
     return " ".join(str(error).split())

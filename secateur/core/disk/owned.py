@@ -1,7 +1,7 @@
-"""Files and folders that belong to a living process, and the end of those whose process is gone.
+"""Files and folders owned by a living process, and the removal of those whose process is gone.
 
-The owner holds a lock (flock) on its file or folder, which the system takes back when the process
-ends, however it ends. So whatever has the name of such a file and is not locked is a leftover.
+The owner holds a lock (flock) on its file or folder, which the system releases when the process
+ends, however it ends. So anything with such a name and no lock is a leftover.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked, and so nothing is taken for a leftover
+except ImportError:  # Windows: nothing can be locked, so nothing is taken for a leftover
     fcntl = None  # type: ignore[assignment]
 
-# What flock says where somebody else has the lock; anything else is a file system without locks.
+# flock's errors when somebody else has the lock; any other means a file system without locks.
 TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
@@ -31,7 +31,7 @@ class Lock:
 
     `is_certain` says whether there is a lock at all: some network file systems have none.
 
-    Raises: Taken where somebody else has it.
+    Raises: Taken if somebody else has it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +49,7 @@ class Lock:
                 raise Taken(error.errno, "in use by another process", str(path)) from None
 
     def is_of(self, path: Path) -> bool:
-        """Whether the path still names what is locked; another process may have removed it."""
+        """Whether the path still names the locked file; another process may have removed it."""
         if self._descriptor is None:
             return path.exists()
         try:
@@ -58,16 +58,16 @@ class Lock:
             return False
 
     def release(self) -> None:
-        """Give the lock back; nothing if that is done."""
+        """Release the lock, if it is still held."""
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             os.close(descriptor)
 
 
 class Owned:
-    """A new file or folder that is this process's until `remove` or `release`.
+    """A new file or folder that this process owns until `remove` or `release`.
 
-    `make` creates one under a new name and returns its path.
+    `make` creates it under a new name and returns the path.
     """
 
     def __init__(self, make: Callable[[], Path]) -> None:
@@ -75,32 +75,32 @@ class Owned:
             self.path = make()
             try:
                 self._lock = Lock(self.path)
-            except (Taken, FileNotFoundError):  # taken for a leftover before it was locked
+            except (Taken, FileNotFoundError):  # removed as a leftover before it was locked
                 continue
             if self._lock.is_of(self.path):
                 return
             self._lock.release()
 
     def remove(self) -> None:
-        """Remove it, a folder with what is in it; nothing if it is gone."""
+        """Remove it, a folder with its content, if it is still there."""
         with contextlib.suppress(OSError):
             _remove(self.path)
         self._lock.release()
 
     def release(self) -> None:
-        """Leave it as it is, under whatever name it has now."""
+        """Give up ownership; the file or folder stays, under whatever name it has now."""
         self._lock.release()
 
 
 def temporary_folder(prefix: str, parent: Path | None = None) -> Owned:
-    """A folder in `parent`, or among the temporary files; leftovers of its prefix are removed."""
+    """A new folder in `parent`, or the system's; leftovers with the same prefix are removed."""
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     remove_leftovers(parent, f"{glob.escape(prefix)}*")
     return Owned(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=parent)))
 
 
 def remove_leftovers(parent: Path, pattern: str) -> None:
-    """Remove the files and folders of these names that no living process owns."""
+    """Remove the files and folders that match and that no living process owns."""
     for path in parent.glob(pattern):
         with contextlib.suppress(OSError):  # in use, gone meanwhile, or somebody else's
             lock = Lock(path)
@@ -112,7 +112,7 @@ def remove_leftovers(parent: Path, pattern: str) -> None:
 
 
 def in_use(parent: Path, pattern: str) -> bool:
-    """Whether a living process owns a file or folder of these names."""
+    """Whether a living process owns a file or folder that matches."""
     for path in parent.glob(pattern):
         try:
             Lock(path).release()
@@ -127,7 +127,7 @@ def in_use(parent: Path, pattern: str) -> bool:
 def locked(path: Path, taken: str) -> Iterator[None]:
     """Hold the lock on a file or folder during the block.
 
-    Raises: ValueError with `taken` where another process has it.
+    Raises: ValueError with the message `taken` if another process has it.
     """
     try:
         lock = Lock(path)

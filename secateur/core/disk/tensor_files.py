@@ -1,8 +1,8 @@
-"""Safetensors files and the index of several, the only files that weights are read from.
+"""Safetensors files and the indexes of several, the only files that weights are read from.
 
-What safetensors and the system say about a file is told in one way: ValueError for a file that is
-none, OSError for one that cannot be read or written, each with its name. Importing
-`safetensors.torch` costs 0.1 s, so it waits for the first file.
+Errors of safetensors and the system become one of two, both with the file's name: ValueError if it
+is not a safetensors file, OSError if it cannot be read or written. Importing `safetensors.torch`
+costs 0.1 s, so it waits for the first file.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def load_files(paths: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of these names in the file, on the CPU, and no other; without names, all.
+    """The tensors of these names in the file, on the CPU; all of them without `names`.
 
     Raises:
         ValueError: if it is no safetensors file, or lacks one of them.
@@ -66,7 +66,7 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
 
 
 def read_metadata(path: Path) -> Mapping[str, str]:
-    """What the file says beside its tensors; no tensor is read.
+    """The file's metadata; no tensor is read.
 
     Raises: ValueError or OSError as `read_tensors`.
     """
@@ -83,15 +83,15 @@ def shapes_in(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """
     with _reading(path), safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
-        # An empty slice is the one way to ask for a dtype as torch knows it.
+        # An empty slice is the only way to get the dtype as a torch.dtype.
         return {name: (tuple(s.get_shape()), _dtype(s)) for name, s in slices.items()}
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that an index names, each once: safetensors files that lie beside it.
+    """The files that an index names, each once: safetensors files in the index's folder.
 
     Raises:
-        ValueError: if it is no such index, names another file, or one is missing.
+        ValueError: if it is no such index, names any other file, or one is missing.
         OSError: if it cannot be read.
     """
     listed = read_json(index).get("weight_map")
@@ -110,7 +110,7 @@ def shards(index: Path) -> list[Path]:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether this is the name of a file in a folder, and no way to another folder."""
+    """Whether this is a file's name alone, with no path to another folder in it."""
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
@@ -119,7 +119,7 @@ def save_file(
 ) -> None:
     """Write the tensors under their names; they must be contiguous and share no storage.
 
-    The file can be read by whom other new files can; safetensors alone leaves it to its owner.
+    The file gets the permissions of any new file; safetensors alone gives them to its owner only.
 
     Raises:
         OSError: if it cannot be written, with its name and the reason.
@@ -142,7 +142,7 @@ def save_file(
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What safetensors says about a file that it cannot write becomes an OSError that names it."""
+    """Turn a safetensors error in the block into an OSError that names the file."""
     try:
         yield
     except SafetensorError as error:
@@ -159,11 +159,11 @@ def _reading(path: Path) -> Iterator[None]:
         raise _os_error(error, path) from error
 
 
-def _os_error(said: Exception, path: Path) -> OSError:
-    """The system's error with its number, which safetensors has in words only, and the name."""
-    number = re.search(r"\(os error (\d+)\)", str(said))
-    if number is None and not isinstance(said, FileNotFoundError):
-        return OSError(f"{path}: {said}")
+def _os_error(error: Exception, path: Path) -> OSError:
+    """The system's error with its number, which safetensors has in its text only, and the name."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is None and not isinstance(error, FileNotFoundError):
+        return OSError(f"{path}: {error}")
     code = errno.ENOENT if number is None else int(number[1])
     return OSError(code, os.strerror(code), str(path))
 
