@@ -1,1 +1,1 @@
-"""A model, read: its layers, blocks and statistics, what it returns, and plans for it."""
+"""Reading a model: its layers, blocks, statistics and outputs, and plans for pruning it."""

@@ -1,9 +1,9 @@
 """Chains of blocks: found in the module tree, recorded in one pass, replayed block by block.
 
-A chain is a list of modules of one type that hand their outputs straight to one another, such as
-the decoder layers of a language model. Its calls are recorded with whatever arguments the model
-gives (masks, position embeddings, keywords); what a block received from the one before is left
-open, so that a replay passes on what the blocks, changed meanwhile, return.
+A chain is a list of modules of one type, each of which passes its output straight to the next, such
+as the decoder layers of a language model. Calls are recorded with all the arguments that the model
+gives (masks, position embeddings, keywords), except what comes from the previous block: a replay
+fills that in, so that it passes on what the blocks, changed meanwhile, return.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from secateur.core.interrupts import held, putting_back
 
-# A batch is what the model is called with: one tensor, positional arguments, or keywords.
+# The arguments of one call of the model: one tensor, positional arguments, or keywords.
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
@@ -32,9 +32,9 @@ def run_batch(model: nn.Module, batch: Batch) -> Any:
 
 
 def arguments_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a batch calls the model with.
+    """The positional and keyword arguments that a batch stands for.
 
-    Labels beside the one input of a model that takes no more are left out.
+    Labels are left out if the model takes only the one input beside them.
     """
     if isinstance(batch, Tensor):
         return (batch,), {}
@@ -44,9 +44,9 @@ def arguments_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[
 
 
 def has_labels_beside(model: nn.Module, batch: Batch) -> bool:
-    """Whether it is a pair of tensors of one length, as data sets give, for a model that takes one.
+    """Whether a batch is (inputs, labels), as data sets give it, for a model that takes one input.
 
-    The second is then what the first should become, which losses read and the model does not.
+    That is two tensors of one length; losses read the second, the model does not.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         return False
@@ -66,7 +66,7 @@ def _takes(model: nn.Module, *arguments: Any) -> bool:
 
 
 def require_batch(batch: Any, where: str) -> None:
-    """Raise what is wrong with a batch before a model is asked to run it.
+    """Raise unless a model can be asked to run this batch.
 
     Raises:
         ValueError: if it is no batch, or holds tensors without values.
@@ -83,8 +83,24 @@ def require_batch(batch: Any, where: str) -> None:
         )
 
 
+def require_iterable(batches: object, verb: str) -> None:
+    """Raise unless what the verb was given is an iterable of batches.
+
+    Raises:
+        ValueError: if it is one batch alone, or cannot be iterated over.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise ValueError(
+            f"{verb} needs an iterable of batches, got one {type(batches).__name__}: wrap it in a "
+            "list, or split it, as in tokens.split(8)"
+        )
+    if not isinstance(batches, Iterable):
+        kind = "none" if batches is None else type(batches).__name__
+        raise ValueError(f"{verb} needs an iterable of batches, got {kind}: pass a list of them")
+
+
 def why_not(model: nn.Module, batch: Batch, where: str, error: Exception) -> str:
-    """One line for a batch that the model raised an error on, with what can be done."""
+    """One line that says why the model cannot run a batch, and what can be done."""
     reason = " ".join(str(error).split()).rstrip(".")
     remedy = _BATCH
     if isinstance(batch, Mapping):
@@ -116,16 +132,16 @@ def _one(x: Any) -> str:
 
 
 def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer was called with, `layer(x)` or `layer(input=x)`."""
+    """The input of a layer that was called as `layer(x)` or `layer(input=x)`."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
 
 
 def usable(batch: Any, where: str) -> Batch:
-    """The batch, with copies that autograd can keep of what was made in inference mode.
+    """The batch, with inference-mode tensors copied so that autograd can save them.
 
     Raises:
-        ValueError: if it is none of what a batch may be, or its tensors have no data.
+        ValueError: as `require_batch`.
     """
     require_batch(batch, where)
     plain: Batch = dict(batch) if isinstance(batch, Mapping) else batch
@@ -138,7 +154,7 @@ def usable(batch: Any, where: str) -> Batch:
 def find_chains(
     model: nn.Module, layers: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, nn.Module]]:
-    """Outermost lists of several modules of one type, some holding layers: blocks by name."""
+    """The blocks by name of each outermost list of two or more modules of one type with layers."""
     chains: dict[str, dict[str, nn.Module]] = {}
     for prefix, module in model.named_modules():
         inside = any(prefix.startswith(outer + ".") for outer in chains)
@@ -152,14 +168,14 @@ def find_chains(
 
 @dataclass(frozen=True)
 class FromPrevious:
-    """Stands in a recorded call for the tensor that the previous block returned in this place."""
+    """A placeholder in a recorded call for the previous block's output tensor of this index."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class Call:
-    """A block's recorded arguments, flattened, with places for what the previous block returns."""
+    """A block's recorded arguments, flattened, with placeholders for the last block's output."""
 
     leaves: list[Any]
     spec: pytree.TreeSpec
@@ -172,33 +188,33 @@ class Call:
         return tensors_of(block(*args, **kwargs))
 
     def arguments(self, previous: Sequence[Tensor | None], device: torch.device) -> Any:
-        """Positional and keyword arguments, with what the previous block returned in its places."""
+        """Positional and keyword arguments, with the previous block's output filled in."""
         leaves = [previous[x.index] if isinstance(x, FromPrevious) else x for x in self.leaves]
         return pytree.tree_unflatten(to_device(leaves, device), self.spec)
 
     def kept(
         self, output: Sequence[Tensor], wanted: set[int], previous: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """What the next block wants of this one's output, in its place, where the inputs are."""
+        """This block's output, on the inputs' device; None for tensors that the next leaves out."""
         device = self.device(previous)
         return [t.to(device) if i in wanted else None for i, t in enumerate(output)]
 
     def device(self, previous: Sequence[Tensor | None]) -> torch.device:
-        """Where the inputs of this call are kept."""
+        """The device on which the inputs of this call are kept."""
         return next(x.device for x in [*self.leaves, *previous] if isinstance(x, Tensor))
 
     @property
     def wanted(self) -> set[int]:
-        """The places of the previous block's tensors that this call uses."""
+        """The indices of the previous block's output tensors that this call uses."""
         return {x.index for x in self.leaves if isinstance(x, FromPrevious)}
 
 
 class NotAChain(Exception):
-    """The modules do not hand their outputs straight to one another."""
+    """A module of the list does not pass its output straight to the next one."""
 
 
 class Enough(Exception):
-    """Everything wanted of this forward pass has been seen."""
+    """Stops a forward pass once everything wanted of it has been seen."""
 
 
 def record_all(
@@ -206,12 +222,12 @@ def record_all(
     chain: Mapping[str, nn.Module],
     batches: Sequence[Batch],
     offload: bool,
-    once: bool = False,
+    stand_in: bool = False,
 ) -> list[list[Call]] | None:
     """Every block's call for every batch; None if replaying them does not give the same output.
 
-    With `once`, blocks run for the first batch only, and something of the same shapes stands in for
-    their outputs after that; None also if their calls for the first batch are others then.
+    With `stand_in`, the blocks run for the first batch only; after that zeros of the same shapes
+    stand in for their outputs. None also if the stand-ins change the calls for the first batch.
     """
     blocks = list(chain.values())
     try:
@@ -223,8 +239,8 @@ def record_all(
         if not _same(previous, output):
             return None
         del previous, output
-        with _standing_in(blocks, calls[0], device) if once else contextlib.nullcontext():
-            if once and not _same_calls(calls, _record(model, blocks, batches[0])[0]):
+        with _standing_in(blocks, calls[0], device) if stand_in else contextlib.nullcontext():
+            if stand_in and not _same_calls(calls, _record(model, blocks, batches[0])[0]):
                 return None
             recorded = [_offloaded(calls) if offload else calls]
             for batch in tqdm(batches[1:], desc="recording", leave=False, disable=None):
@@ -272,9 +288,9 @@ def _record(
 
 @contextlib.contextmanager
 def _standing_in(blocks: Sequence[nn.Module], call: Call, device: torch.device) -> Iterator[None]:
-    """Blocks return, instead of running, zeros of the shape of the first tensor that they receive.
+    """Let blocks return zeros, in the shape of their first tensor argument, instead of running.
 
-    Around these zeros they return what the first block does for this call.
+    Everything but the tensors of their output is what the first block returns for this call.
     """
     args, kwargs = call.arguments([], device)
     shape = tensors_of((args, kwargs))[0].shape
@@ -295,7 +311,7 @@ def _standing_in(blocks: Sequence[nn.Module], call: Call, device: torch.device) 
 
 
 def _same_calls(calls: Sequence[Call], others: Sequence[Call]) -> bool:
-    """Whether they pass the same values, but for what comes from blocks: of those, the places."""
+    """Whether both pass the same values, and blocks' outputs in the same positions."""
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -310,7 +326,7 @@ def _same_calls(calls: Sequence[Call], others: Sequence[Call]) -> bool:
 
 @contextlib.contextmanager
 def forward_as(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """The module runs `run(forward, args, kwargs)` in place of its `forward`, between its hooks."""
+    """Make the module run `run(forward, args, kwargs)` for its `forward`; its hooks still run."""
     own, forward = vars(module), module.forward
     with putting_back() as stack:
         if "forward" in own:
@@ -323,9 +339,10 @@ def forward_as(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hooks(handles: Iterable[Any]) -> Iterator[None]:
-    """Hooks that are registered as they are listed, and removed at the end.
+    """Register hooks by exhausting `handles`, and remove them at the end.
 
-    An interrupt may come between one and the next: pass a generator that registers them, no list.
+    An interrupt may come between one and the next: pass a generator that registers them, not a
+    list.
     """
     registered: list[Any] = []
     with putting_back() as stack:
@@ -340,14 +357,14 @@ def to_device(tree: Any, device: torch.device) -> Any:
 
 
 def _offloaded(calls: list[Call]) -> list[Call]:
-    """The calls with their tensors on the CPU; what blocks share is moved once."""
+    """The calls with their tensors on the CPU; a tensor that blocks share is moved once."""
     tensors = {id(x): x for call in calls for x in call.leaves if isinstance(x, Tensor)}
     moved = {key: x.to("cpu") for key, x in tensors.items()}
     return [Call([moved.get(id(x), x) for x in call.leaves], call.spec) for call in calls]
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors of whatever a module returned, in order."""
+    """The tensors in whatever a module returned, in order."""
     return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
 

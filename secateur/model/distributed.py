@@ -1,4 +1,4 @@
-"""Processes that calibrate together, as `torchrun` starts them: each brings batches of its own."""
+"""Processes that calibrate together, as `torchrun` starts them, each with batches of its own."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Team:
-    """Processes that run the same code in step; each method is called by all of them.
+    """Processes that run the same code in step; every method must be called by all of them.
 
-    In a team of one they do nothing.
+    In a team of one the methods do nothing.
     """
 
     size: int
@@ -23,9 +23,9 @@ class Team:
 
     @contextlib.contextmanager
     def raising_together(self) -> Iterator[None]:
-        """What raises inside in one process raises in all, so that none waits for it in vain.
+        """Raise in all processes if the block raises in one, so that none waits for it forever.
 
-        Inside, a process works alone: no method of the team may be called there.
+        Inside the block each process works alone: no method of the team may be called there.
         """
         try:
             yield
@@ -45,13 +45,13 @@ class Team:
         return values
 
     def all_reduce_(self, tensors: Iterable[Tensor]) -> None:
-        """Every tensor becomes its sum over the processes, the same bits in all of them."""
+        """Replace every tensor by its sum over the processes, bit for bit the same in all."""
         if self.size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
     def broadcast_(self, rank: int, tensor: Tensor) -> None:
-        """The tensor becomes what it is in the process of that rank."""
+        """Replace the tensor by the one in the process of that rank."""
         if self.size > 1:
             same = tensor.detach().contiguous()
             dist.broadcast(same, rank)
@@ -62,7 +62,7 @@ ALONE = Team(1, 0)
 
 
 def team() -> Team:
-    """All processes of `torch.distributed` where it has been initialised, else this one alone."""
+    """All processes of `torch.distributed` if it has been initialised, else this one alone."""
     if dist.is_available() and dist.is_initialized():
         return Team(dist.get_world_size(), dist.get_rank())
     return ALONE

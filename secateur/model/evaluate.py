@@ -1,11 +1,11 @@
-"""What pruning cost: perplexity, agreement with the dense model, embeddings, accuracy.
+"""What pruning costs: perplexity, agreement with the dense model, embeddings, accuracy.
 
 Every measure takes any iterable of batches and reads it once. Models run in eval mode without
-gradients and are left as they were; sums are kept in float64.
+gradients and are left as they were; sums are in float64.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from secateur.core.float64 import in_float64
-from secateur.model.blocks import Batch
+from secateur.model.blocks import Batch, require_iterable
 from secateur.model.outputs import (
     answer,
     counted,
@@ -28,20 +28,20 @@ from secateur.model.outputs import (
 )
 from secateur.model.padding import by_name
 
-# Logits turned to float32 at once, 256 MiB: a batch of a large vocabulary would not fit twice.
+# Logits cast to float32 at once, 256 MiB: a batch of a large vocabulary may not fit twice.
 LOGITS_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The mean negative log-likelihood of a next token, in nats, over so many tokens."""
+    """The mean negative log-likelihood of the next token, in nats, and the number of tokens."""
 
     nll: float
     tokens: int
 
     @property
     def perplexity(self) -> float:
-        """exp(nll); infinity where that is no float."""
+        """exp(nll); infinity if that overflows."""
         return math.exp(self.nll) if self.nll < 709 else math.inf  # exp(709.8) overflows
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How close the model's predictions are to the dense model's: `kl` in nats a token."""
+    """How close the model's predictions are to the dense model's: `kl` in nats per token."""
 
     kl: float
     top1: float
@@ -81,14 +81,15 @@ def perplexity(
 ) -> Perplexity:
     """The mean next-token negative log-likelihood of the rows, each row of ids a document.
 
-    A row is read in windows of `window` inputs that advance by `stride` (default: the window), and
-    in each only the tokens not yet counted are: every token but a row's first counts exactly once.
-    A smaller stride gives each token more context and takes longer. Without a window a row is one.
+    A row is read in windows of `window` inputs that advance by `stride` (default: the window). Each
+    window counts only the tokens that none before it has: every token but a row's first counts
+    exactly once. A smaller stride gives each token more context and takes longer. Without `window`,
+    a row is one window.
 
-    Cost: ceil((tokens - window - 1) / stride) + 1 forward passes a batch of rows.
+    Cost: ceil((tokens - window - 1) / stride) + 1 forward passes for each batch of rows.
     Raises:
-        ValueError: if there is no token to predict, ids are no [batch, tokens] integers, or logits
-            are NaN or not one vector a token (the batch is named).
+        ValueError: if there is no token to predict, ids are not [batch, tokens] integers, or logits
+            are NaN or not one vector per token (the batch is named).
     """
     _check_windows(window, stride)
     nll, tokens = 0.0, 0
@@ -114,10 +115,10 @@ def perplexity(
 def compare(model: nn.Module, dense: nn.Module, batches: Iterable[Batch]) -> Agreement:
     """How far the model's logits are from the dense model's: KL(dense || model), same top-1.
 
-    Every position is one count, and padding, as the mask or labels of a batch tell, is none.
+    Every position counts once, except padding according to the batch's mask or labels.
 
     Raises:
-        ValueError: if there is no batch, or logits are NaN or of two shapes (the batch is named).
+        ValueError: if there is no batch, or logits are NaN or differ in shape (the batch is named).
     """
     kl, same, tokens = 0.0, 0, 0
     with eval_mode(model, dense), torch.no_grad():
@@ -136,11 +137,11 @@ def embedding_cosine(model: nn.Module, dense: nn.Module, batches: Iterable[Batch
     """How close the model's sentence embeddings are to the dense model's.
 
     An embedding is the mean of `last_hidden_state` (or of the output tensor) over the tokens that
-    are no padding, as sentence encoders pool; an output of one vector a row is taken as it is.
+    are not padding, as sentence encoders pool; an output of one vector per row is used as it is.
 
     Raises:
-        ValueError: if there is no batch, a row is all padding, or hidden states are NaN or of two
-            shapes (the batch is named).
+        ValueError: if there is no batch, a row is all padding, or hidden states are NaN or differ
+            in shape (the batch is named).
     """
     cosines: list[Tensor] = []
     with eval_mode(model, dense), torch.no_grad():
@@ -161,7 +162,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Batch, Tensor]]) -> float
     """The fraction of rows whose largest logit is their label; a batch is `(inputs, labels)`.
 
     Raises:
-        ValueError: if there is no batch, logits are NaN, or labels are not one integer a row.
+        ValueError: if there is no batch, logits are NaN, or labels are not one integer per row.
     """
     right, rows = 0, 0
     with eval_mode(model), torch.no_grad():
@@ -179,12 +180,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Batch, Tensor]]) -> float
 
 
 def _named(batches: Iterable[Any], verb: str) -> Iterator[tuple[str, Any]]:
-    """Each batch with the words that say which it is; an error if there is none."""
-    if isinstance(batches, (Tensor, Mapping)):
-        raise ValueError(
-            f"{verb} needs an iterable of batches, got one {type(batches).__name__}: wrap it in a "
-            "list, or split it, as in tokens.split(8)"
-        )
+    """Yield each batch with the words that name it; raise if there is none."""
+    require_iterable(batches, verb)
     index = -1
     for index, batch in enumerate(tqdm(batches, desc=verb, leave=False, disable=None)):
         yield f"batch {index}", batch
@@ -209,9 +206,9 @@ def _check_windows(window: int | None, stride: int | None) -> None:
 def _windows(
     predictions: int, window: int | None, stride: int | None
 ) -> Iterator[tuple[int, int, int]]:
-    """`(begin, end, new)`: the inputs of each window, and how many of its last are not yet counted.
+    """Yield `(begin, end, new)`: each window's inputs, the last `new` of which are not yet counted.
 
-    The last window ends with the row and begins where it has full context.
+    The last window ends with the row and begins early enough to have full context.
     """
     width = predictions if window is None else window
     done = 0
@@ -269,7 +266,7 @@ def _pair(
     where: str,
     tensor_of: Callable[[Any, str], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The dense model's tensor and the model's, of one shape and device, and where they count."""
+    """The dense model's tensor and the model's, alike in shape and device, and where they count."""
     output = answer(dense, batch, where)
     reference = tensor_of(output, f"{where} of the dense model")
     found = tensor_of(answer(model, batch, where), where)

@@ -1,7 +1,7 @@
-"""Gradients of a loss for every weight: what criteria get that name one of `GRADIENTS`.
+"""Gradients of a loss for every weight, for criteria that ask for one of `GRADIENTS`.
 
-A sample is a row of a batch. What needs the gradients of single samples runs the model row by row,
-which is exact for any model that answers a row alone as it does in a batch.
+A sample is a row of a batch. Gradients of single samples are taken by running the model row by row,
+which is exact for any model that gives a row alone the output that it has in a batch.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from secateur.model.outputs import answer, counted, eval_mode, on_device
 from secateur.model.padding import SIDES, unpadded
 from secateur.model.statistics import GRADIENTS
 
-# (what the model returned, the batch or row) -> the mean loss of its rows, one number
+# (the model's output, the batch or row) -> the mean loss of the rows, one number
 Loss = Callable[[Any, Batch], Tensor]
 
 
@@ -39,25 +39,25 @@ def gradients(
     loss: Loss | None = None,
     team: Team = ALONE,
 ) -> dict[str, dict[str, Float[Tensor, "out in"]]]:
-    """By layer and name, in float32, those of the statistics of the model as it is now:
+    """The named statistics of each layer, in float32, for the model as it is now.
 
-    - `gradient`: the gradient of the loss, its mean over the samples.
-    - `squared_gradient`: the squared gradient of each sample's loss, their mean.
-    - `regional_gradient`: the root mean square over the samples of the gradient of the norm of
-      what the layer's block puts out, for a given input of that block. A layer outside a list of
+    - `gradient`: the mean over the samples of the gradient of the loss.
+    - `squared_gradient`: the mean over the samples of the squared gradient of a sample's loss.
+    - `regional_gradient`: the root mean square over the samples of the gradient of the norm of the
+      output of the layer's block, for a given input of that block. A layer outside a list of
       blocks is a block of its own. Padding is not run, as in calibration.
 
-    Samples are those of all processes of the `team`. Names of other statistics are passed over.
-    The loss is by default `model_loss`. The model runs in eval mode; neither `.grad` nor
-    `requires_grad` of a parameter is another afterwards.
+    Samples come from all processes of the `team`. Names of other statistics are ignored. The
+    default loss is `model_loss`. The model runs in eval mode; no parameter's `.grad` or
+    `requires_grad` changes.
 
-    Cost: a forward and a backward for each row; of the first statistic alone, for each batch. The
-        regional one takes no loss and keeps the graph of one block only. Memory: for each name a
-        float32 tensor of every layer's weight; of the first two the model's graph and a gradient
-        of all layers in their dtype.
+    Cost: a forward and a backward pass for each row; for `gradient` alone, for each batch.
+        `regional_gradient` takes no loss and keeps the graph of only one block. Memory: for each
+        name a float32 tensor of every layer's weight; for the first two also the model's graph and
+        a gradient of all layers in their dtype.
     Raises:
-        ValueError: if there is no batch, or it cannot be split into rows, the loss is not one
-            finite number that was made from the output, or a gradient is not finite.
+        ValueError: if there is no batch, or one cannot be split into rows, the loss is not one
+            finite number computed from the output, or a gradient is not finite.
     """
     wanted = [name for name in names if name in GRADIENTS]
     if not wanted or not layers:
@@ -104,15 +104,15 @@ def _gradients(
 
 
 def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
-    """The output's own `loss` where it has one, as with labels; else that of the next token.
+    """The output's own `loss` if it has one, as with labels; else a cross-entropy in nats.
 
-    Of a classifier and a pair (inputs, labels) it is the cross-entropy of the labels. That of the
-    next token, in nats, is the mean over the tokens that are no padding, for logits
-    [rows, tokens, vocabulary] of a batch of token ids. Of a model that is no causal language model
-    it would mean nothing: give such a batch labels.
+    For a classifier and a pair (inputs, labels) it is the cross-entropy of the labels. For token
+    ids and logits [rows, tokens, vocabulary] it is the mean cross-entropy of the next token, over
+    the tokens that are not padding. It means nothing for a model that is no causal language model:
+    give such a batch labels.
 
     Raises:
-        ValueError: if the output has no loss and is no logits for ids.
+        ValueError: if the output has no loss, and is neither kind of logits.
     """
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor):
@@ -134,17 +134,17 @@ def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
             "labels, or pass loss=, a function (output, batch) -> a number"
         )
     tokens = counted(batch, output, ids.shape, logits.device)
-    mask = tokens[:, :-1] & tokens[:, 1:]  # padding may be on the left, and foretells nothing
+    mask = tokens[:, :-1] & tokens[:, 1:]  # padding may be on the left, and predicts nothing
     return F.cross_entropy(logits[:, :-1][mask].float(), ids[:, 1:].to(logits.device)[mask])
 
 
 def _are_classes(labels: Shaped[Tensor, "..."], logits: Any) -> bool:
-    """Whether they are one integer for each row of logits [rows, classes]."""
+    """Whether the labels are one integer for each row of logits [rows, classes]."""
     rows = logits.shape[:1] if isinstance(logits, Tensor) and logits.dim() == 2 else None
     return labels.shape == rows and not labels.is_floating_point()
 
 
-# --- of the whole model --------------------------------------------------------------------------
+# --- the whole model -----------------------------------------------------------------------------
 
 
 def _add(
@@ -154,7 +154,7 @@ def _add(
     sums: Mapping[str, Mapping[str, Tensor]],
     loss: Loss,
 ) -> None:
-    """Add the means over all rows; single rows run alone only where their squares are asked for."""
+    """Add the means over all rows; rows run alone only if squared gradients are asked for."""
     rows = sum(_row_count(batch, i) for i, batch in enumerate(batches))
     alone = any("squared_gradient" in of_layer for of_layer in sums.values())
     for i, batch in enumerate(tqdm(batches, desc="gradients", leave=False, disable=None)):
@@ -188,7 +188,7 @@ def _check_loss(value: Any, index: int) -> None:
         )
 
 
-# --- of one block --------------------------------------------------------------------------------
+# --- block by block ------------------------------------------------------------------------------
 
 
 def _add_regional(
@@ -197,7 +197,7 @@ def _add_regional(
     batches: Sequence[Batch],
     sums: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """Each block is differentiated as soon as it has run, and cut off from the next."""
+    """Add the mean squared gradients of each block, which is cut off from the next one's graph."""
     rows = sum(_row_count(batch, i) for i, batch in enumerate(batches))
     sides = _sides(model, batches)
     modules = dict(model.named_modules())
@@ -231,7 +231,7 @@ def _add_regional(
 
 @torch.no_grad()
 def _sides(model: nn.Module, batches: Sequence[Batch]) -> Collection[str]:
-    """Whose padding the model can do without, by the first row that has any."""
+    """The sides whose padding the model can do without, tried on the first row that has any."""
     for i, batch in enumerate(batches):
         for row in _rows(batch, i):
             if any(part is row for part in unpadded(model, row)):
@@ -262,7 +262,7 @@ def _detached(tree: Any) -> Any:
 
 
 def _average_(found: Mapping[str, Mapping[str, Tensor]], rows: int, team: Team) -> None:
-    """Means over the rows of one process become those over all rows, and mean squares roots."""
+    """Average the processes' means, and take the roots of the regional mean squares."""
     share = rows / sum(team.all_gather(rows))
     for of_layer in found.values():
         for key, value in of_layer.items():
@@ -278,7 +278,7 @@ def _zeros(module: nn.Module) -> Tensor:
 
 @contextmanager
 def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Parameters that require gradients, whether or not they did."""
+    """Make the parameters require gradients during the block."""
     with putting_back() as stack:
         for parameter in parameters:
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
@@ -287,7 +287,7 @@ def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def _row_count(batch: Batch, index: int) -> int:
-    """The rows of a batch: the first size of its tensors, some of which may hold one for all."""
+    """The number of rows in a batch: its tensors' first size; 1 stands for one row for all."""
     sizes = {len(x) for x in _leaves(batch)[0] if _has_rows(x)}
     if not sizes or len(sizes - {1}) > 1:
         raise ValueError(
@@ -298,7 +298,7 @@ def _row_count(batch: Batch, index: int) -> int:
 
 
 def _rows(batch: Batch, index: int) -> Iterator[Batch]:
-    """Each row of the batch as a batch of one."""
+    """Yield each row of the batch as a batch of one."""
     leaves, spec = _leaves(batch)
     count = _row_count(batch, index)
     for i in range(count):

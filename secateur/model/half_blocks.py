@@ -1,8 +1,8 @@
 """Half-blocks: where the attention of a block ends and its MLP begins, found by running it.
 
-A block is cut at a tensor through which everything so far reaches what the block returns, such as
-the residual stream between attention and MLP. Gradients tell: a tensor is a cut if the gradient of
-the output with respect to the block's input is all there when it is taken through that tensor.
+A block is cut at a tensor through which everything before it reaches the output, such as the
+residual stream between attention and MLP. Gradients tell: a tensor is a cut if the output's
+gradient at the block's input is the same when it is taken through that tensor alone.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from secateur.model.blocks import Call, Enough, hooks, tensors_of
 # Positional and keyword arguments of a block.
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 
-# Both gradients come from the same operations; what is not a cut differs by a part of the whole.
+# Relative. Both gradients come from the same operations; off a cut, a large part is missing.
 SAME = 1e-3
 
-# One layer alone is what layer by layer reconstruction has solved already.
+# Layer-by-layer reconstruction has solved a single layer already.
 FEWEST = 2
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor, by where it enters: the how manieth call of which module, which argument."""
+    """Where a tensor enters: the module, the number of its call, the position of the argument."""
 
     module: str
     call: int
@@ -41,9 +41,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class HalfBlock:
-    """Layers to be trained together: what they give now and, batch by batch, what they should.
+    """Layers to be trained together, and the output that they should give for each batch.
 
-    A block that cannot be cut, such as a residual block of two convolutions, is a whole here.
+    A block that cannot be cut, such as a residual block of two convolutions, counts as one half.
     """
 
     name: str
@@ -56,7 +56,7 @@ class HalfBlock:
     arguments: Sequence[Sequence[Callable[[], Arguments]]]
 
     def output(self, batch: int, weights: Mapping[str, Tensor]) -> Float[Tensor, "batch ..."]:
-        """The half-block's output for a batch with these weights; gradients reach them alone."""
+        """The half-block's output for a batch with these weights; gradients reach only these."""
         inside = {f"{name}.weight"[len(self.block) + 1 :]: w for name, w in weights.items()}
         fixed = {name: p.detach() for name, p in self.module.named_parameters()}
         found: list[Tensor] = []
@@ -85,11 +85,11 @@ class DenseStream:
         pruned: Sequence[Sequence[Tensor | None]],
         wanted: Sequence[set[int]],
     ) -> list[HalfBlock]:
-        """The half-blocks of a block that is still dense; then the stream goes on to the next one.
+        """The half-blocks of a block that is still dense; the stream then advances past it.
 
-        `layers` are the planned ones in the order in which they run, `calls` those of all parts of
-        batches, `pruned` what the pruned block before gave each of them, `wanted` what the next
-        block wants, nothing if empty.
+        `layers` are the planned ones in the order in which they run. For each part of a batch,
+        `calls` has the block's call, `pruned` the previous block's output in the pruned model, and
+        `wanted` what the next block uses; it is empty if no block follows.
         """
         inside = [layer[len(name) + 1 :] for layer in layers]
         groups: list[tuple[tuple[str, ...], Cut | None]] = []
@@ -131,13 +131,14 @@ class DenseStream:
 def find_cuts(
     block: nn.Module, planned: Sequence[str], arguments: Arguments
 ) -> list[tuple[tuple[str, ...], Cut | None]]:
-    """The planned layers in groups, in the order in which they run, each with the cut behind it.
+    """The planned layers in groups, in the order in which they run, each with the cut after it.
 
-    None stands for the block's output. Names are those within the block. A cut has at least two
-    prunable layers since the one before, one of them planned, and no layer that runs on both sides.
+    None stands for the block's output. Names are relative to the block. Between a cut and the one
+    before it, or the start, there are at least two prunable layers, one of them planned; no layer
+    runs on both sides.
 
-    Cost: the block once with gradients, for this batch, and a backward for each tensor of the
-        output's shape that enters a module between layers.
+    Cost: one run of the block with gradients on this batch, and a backward pass for each tensor of
+        the output's shape that enters a module between layers.
     """
     with torch.enable_grad():
         args, kwargs, x = _with_gradient(arguments)
@@ -165,7 +166,7 @@ def find_cuts(
 def outputs(
     block: nn.Module, cuts: Sequence[Cut | None], run: Callable[[], Any]
 ) -> tuple[list[Float[Tensor, "batch ..."]], list[Tensor]]:
-    """The tensors at the cuts in one run of the block, and what it returned if it came so far."""
+    """The tensors at the cuts during one run, and the block's output if the run reached it."""
     returned: list[Tensor] = []
     found: dict[Cut | None, Tensor] = {}
     counts: dict[str, int] = {}
@@ -200,7 +201,7 @@ def _together(parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
 
 
 def first_tensor(tree: Any) -> Float[Tensor, "batch ..."]:
-    """The first tensor of floating-point numbers: the hidden state, where blocks return more."""
+    """The first floating-point tensor: the hidden state, if a block returns more than that."""
     return next(_floats(tree))[1]
 
 
@@ -210,7 +211,7 @@ def _floats(tree: Any) -> Iterator[tuple[int, Tensor]]:
 
 
 def _with_gradient(arguments: Arguments) -> tuple[Any, Any, Tensor | None]:
-    """The arguments with a first tensor that gradients reach; None where there is no tensor."""
+    """The arguments with gradients for their first tensor, and that tensor; None if none exists."""
     leaves, spec = pytree.tree_flatten(arguments)
     i, first = next(_floats(leaves), (0, None))
     if first is None:
@@ -224,7 +225,7 @@ def _traced(
 ) -> tuple[list[tuple[Cut, Tensor | None, bool]], Tensor]:
     """Calls inside the block, each with the tensor that may be a cut, and the block's output.
 
-    That tensor comes only with calls whose argument gradients reach; prunable calls are marked.
+    The tensor is None if no argument requires gradients; the last item says if a layer is prunable.
     """
     calls: list[tuple[Cut, Tensor | None, bool]] = []
     counts: dict[str, int] = {}
@@ -246,7 +247,7 @@ def _traced(
 
 
 def _cut_test(x: Tensor, output: Tensor) -> Callable[[Tensor], bool]:
-    """Whether all of the output's gradient at x comes through a tensor."""
+    """A test of whether all of the output's gradient at `x` comes through a tensor."""
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(
         output.shape, generator=generator, dtype=torch.float32, device="cpu"
@@ -259,7 +260,7 @@ def _cut_test(x: Tensor, output: Tensor) -> Callable[[Tensor], bool]:
     whole = gradient(output, x, direction)
 
     def is_cut(tensor: Tensor) -> bool:
-        """Token by token: where x is 0 a norm has so large a gradient that it would hide others."""
+        """Whether it does at every token: at x = 0 a norm's huge gradient would hide the others."""
         if tensor.shape != output.shape or tensor is x:
             return False
         through = gradient(tensor, x, gradient(output, tensor, direction))

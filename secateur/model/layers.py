@@ -1,7 +1,7 @@
-"""Names to layers, and a layer's weight as a matrix whose rows are outputs and columns inputs.
+"""Layers by name, and a layer's weight as a matrix whose rows are outputs and columns inputs.
 
 Every algorithm here sees `[out, in]` matrices; this file alone knows how Linear, Conv2d, Embedding
-and GPT-2's transposed Conv1D store them, and how an input becomes rows that meet the columns.
+and GPT-2's transposed Conv1D store them, and how an input becomes rows that match the columns.
 """
 
 import difflib
@@ -27,7 +27,7 @@ Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 DEFAULT_TYPES = (nn.Linear, nn.Conv2d)
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Convolutions without a matrix here, which are left alone with the reason.
+# Convolutions that have no matrix here; they are skipped with a reason.
 OTHER_CONVOLUTIONS = (nn.Conv1d, nn.Conv3d, *TRANSPOSED)
 
 
@@ -37,14 +37,14 @@ def is_prunable(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
-    """The module's weight, which is an ordinary parameter of its own: see `weights_of`."""
+    """The module's weight; `weights_of` has made sure that it is an ordinary parameter."""
     parameter = module._parameters["weight"]
     assert parameter is not None
     return parameter
 
 
 def weights_of(layers: Mapping[str, nn.Module], *, written: bool = True) -> dict[str, nn.Parameter]:
-    """The layers' weights, once all of them are known to be ordinary parameters with data.
+    """The layers' weights, checked to be ordinary parameters with data.
 
     Raises:
         ValueError: if one is not, with the layer, the reason and the remedy.
@@ -56,7 +56,7 @@ def weights_of(layers: Mapping[str, nn.Module], *, written: bool = True) -> dict
 def matrix(
     module: nn.Module, weight: Shaped[Tensor, "..."] | None = None
 ) -> Shaped[Tensor, "out in"]:
-    """The module's weight (or another tensor of its shape) as `[out, in]`; a view where it can be.
+    """The module's weight (or another tensor of its shape) as `[out, in]`; a view where possible.
 
     A Conv2d's columns run over its input channels first, position by position, so that N:M groups
     lie along the input channels as hardware wants them. An Embedding's rows are its entries.
@@ -69,7 +69,7 @@ def matrix(
 
 
 def like_weight(module: nn.Module, rows: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "..."]:
-    """The inverse of `matrix`: an `[out, in]` matrix in the shape that the module stores."""
+    """An `[out, in]` matrix in the shape that the module stores: the inverse of `matrix`."""
     if isinstance(module, nn.Conv2d):
         height, width = module.kernel_size
         stored: Tensor = rows.unflatten(1, (height, width, -1)).permute(0, 3, 1, 2)
@@ -94,7 +94,7 @@ def input_rows(module: nn.Module, x: Float[Tensor, "..."]) -> Float[Tensor, "tok
 
 
 def reading(module: nn.Module) -> Hashable:
-    """What makes one input other rows: modules for which it is equal have the same `input_rows`."""
+    """A key that is equal for modules which make the same `input_rows` of the same input."""
     if not isinstance(module, nn.Conv2d):
         return None
     padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
@@ -108,7 +108,7 @@ def pattern_for(module: nn.Module, pattern: Pattern) -> Pattern:
 
 
 def why_not_prunable(module: nn.Module) -> str | None:
-    """Why this module is left alone by default although it has a weight, or None."""
+    """Why this module is skipped by default although it has a weight, or None."""
     if _is_scripted(module):
         return "a ScriptModule, which cannot be changed: use the module that it was made of"
     weight = module._parameters.get("weight")
@@ -130,7 +130,7 @@ def why_not_prunable(module: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class Selection:
-    """What selectors chose: layers by name, in module order, and what was skipped and why."""
+    """The layers that selectors chose, by name and in module order, and why others were skipped."""
 
     layers: Mapping[str, nn.Module]
     matched_by: Mapping[str, int]
@@ -146,15 +146,14 @@ def select(
 
     A selector is a full name, a glob (`*.mlp.*`), a regular expression after `re:`, a module type
     or a callable `(name, module) -> bool`. `None` means every Linear and Conv2d. A name or glob may
-    be the weight's, `blocks.0.up_proj.weight`. Names are those of the model inside of
-    `torch.compile`, `DataParallel` and `DistributedDataParallel`. The output head and the weights
-    of adapters (PEFT's) are skipped, with the reason, unless named in full; so are weights that
-    share memory with another, and convolutions that cannot be pruned, which are an error if they
-    are named.
+    be the weight's, `blocks.0.up_proj.weight`. Names are without the wrappers of `torch.compile`,
+    `DataParallel` and `DistributedDataParallel`. The output head and the weights of adapters
+    (PEFT's) are skipped, with the reason, unless named in full. So are weights that share memory
+    with another and convolutions that cannot be pruned; naming one of these is an error.
 
     Raises:
-        ValueError: if the model is no ordinary module, or a selector or an ignore matches nothing
-            (with the closest names), or names a layer whose weight cannot be pruned, or no layer is
+        ValueError: if the model is no ordinary module, a selector or an ignore matches nothing
+            (with the closest names) or names a layer whose weight cannot be pruned, or no layer is
             left.
     """
     selection = sorted_out(model, selectors, ignore)
@@ -170,10 +169,10 @@ def sorted_out(
     selectors: Selector | Sequence[Selector] | None = None,
     ignore: Selector | Iterable[Selector] = (),
 ) -> Selection:
-    """What `select` returns, also where no layer is left.
+    """What `select` returns, even if no layer is left.
 
     Raises:
-        ValueError: as `select`, but for that.
+        ValueError: as `select`, except for that.
     """
     require_module(model)
     model = unwrapped(model)
@@ -223,7 +222,7 @@ def sorted_out(
 
 
 def _listed(selectors: Selector | Iterable[Selector]) -> list[Selector]:
-    """One selector counts as a list of one."""
+    """The selectors as a list, one selector as a list of one."""
     if isinstance(selectors, (str, type)) or callable(selectors):
         return [selectors]
     return list(selectors)
@@ -242,7 +241,7 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
 
 
 def _names(selector: Selector, name: str) -> bool:
-    """Whether it is the full name of the layer, or that of its weight."""
+    """Whether the selector is the full name of the layer, or of its weight."""
     return selector in (name, f"{name}.weight" if name else "weight")
 
 
@@ -272,9 +271,9 @@ def _no_match(selector: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _corrected(selector: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The glob or expression with the word that is in no name replaced by one that makes it match.
+    """The glob or regular expression with one unknown word replaced, so that it matches a layer.
 
-    None for a full name, and where no word is like one of the names'.
+    None for a full name, and if no replacement makes it match.
     """
     if not re.search(r"[*?\[]|^re:", selector):
         return None
@@ -294,10 +293,7 @@ def _why_none(skipped: Mapping[str, str]) -> str:
 
 
 def _output_heads(model: nn.Module) -> set[str]:
-    """The projection to the vocabulary, by the name that language models give it.
-
-    Also inside of an adapter that PEFT has put around it.
-    """
+    """The projection to the vocabulary, found by its usual names, even inside a PEFT adapter."""
     return {
         name
         for name, _ in model.named_modules()
@@ -306,7 +302,7 @@ def _output_heads(model: nn.Module) -> set[str]:
 
 
 def _is_scripted(module: nn.Module) -> bool:
-    """Whether it is a layer of TorchScript with a matrix as its weight, which has no other type."""
+    """Whether the module is a TorchScript layer with a matrix for its weight; its type is lost."""
     if not isinstance(module, torch.jit.ScriptModule):
         return False
     own = dict(module.named_parameters(recurse=False))
@@ -314,5 +310,5 @@ def _is_scripted(module: nn.Module) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D (GPT-2), a linear layer that stores `[in, out]`."""
+    """Whether the module is transformers' Conv1D (GPT-2), a linear layer stored as `[in, out]`."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

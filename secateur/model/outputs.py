@@ -1,7 +1,7 @@
-"""What a model returned, logits or hidden states, and which of its positions count.
+"""A model's output, logits or hidden states, and which of its positions count.
 
-Every measure and every loss over outputs asks here, so that padding and the many shapes in which
-models answer are understood in one place.
+Every measure and every loss over outputs asks here, so that padding and the many forms of outputs
+are handled in one place.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from secateur.model.padding import DECODER, has_decoder, tokens_kept
 
 @contextlib.contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Eval mode without key-value caches or fused paths that skip modules; restored at the end."""
+    """Set eval mode without key-value caches or fused paths that skip modules; restore it after."""
     modules = [module for model in models for module in model.modules()]
     found: list[Any] = [getattr(module, "config", None) for module in modules]
     configs = {id(config): config for config in found if hasattr(config, "use_cache")}
@@ -41,10 +41,10 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def answer(model: nn.Module, batch: Batch, where: str) -> Any:
-    """What the model returns for the batch, moved to the model's device.
+    """The model's output for the batch, which is moved to the model's device.
 
     Raises:
-        ValueError: if the model cannot run it; `where` says which batch it was.
+        ValueError: if the model cannot run it; `where` names the batch.
     """
     require_batch(batch, where)
     try:
@@ -57,13 +57,17 @@ def answer(model: nn.Module, batch: Batch, where: str) -> Any:
 
 def on_device(batch: Batch, model: nn.Module) -> Batch:
     """The batch with its tensors on the device of the model's first parameter."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    moved: Batch = to_device(batch, device)
+    moved: Batch = to_device(batch, device_of(model))
     return moved
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter; the CPU for a model without parameters."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def logits_of(output: Any, where: str) -> Float[Tensor, "*positions classes"]:
-    """The output's `logits`, or the output itself where it is a tensor.
+    """The output's `logits`, or the output itself if it is a tensor.
 
     Raises:
         ValueError: if it is neither, or holds NaN.
@@ -72,7 +76,7 @@ def logits_of(output: Any, where: str) -> Float[Tensor, "*positions classes"]:
 
 
 def hidden_of(output: Any, where: str) -> Float[Tensor, "batch *tokens hidden"]:
-    """The output's `last_hidden_state`, or the output itself where it is a tensor.
+    """The output's `last_hidden_state`, or the output itself if it is a tensor.
 
     Raises:
         ValueError: if it is neither, or holds NaN.
@@ -83,12 +87,12 @@ def hidden_of(output: Any, where: str) -> Float[Tensor, "batch *tokens hidden"]:
 def counted(
     batch: Batch, output: Any, positions: torch.Size, device: torch.device
 ) -> Bool[Tensor, "..."]:
-    """True at the positions of the output that are no padding, as far as the batch tells.
+    """True at the output's positions that are not padding, as far as the batch tells.
 
-    What a decoder behind an encoder gives goes by `decoder_attention_mask`, else by the labels:
-    none counts behind the last that is not -100. Other models' goes by `attention_mask`. Where
-    there is none, or the output is no longer one position for a token, all count; the latter, if
-    there is padding, with a warning.
+    The output of a decoder after an encoder follows `decoder_attention_mask`, else the labels:
+    nothing counts after the last one that is not -100. Other models' outputs follow
+    `attention_mask`. All positions count if there is no mask, or if the output does not have one
+    position per token; in the second case, if there is padding, with a warning.
     """
     everywhere = torch.ones(positions, dtype=torch.bool, device=device)
     if not isinstance(batch, Mapping) or len(positions) != 2:
@@ -111,7 +115,7 @@ def divergence(
 ) -> Float[Tensor, "*positions"]:
     """KL(dense || model) = sum_c p_c (log p_c - log q_c) in nats, 0 for classes that p excludes.
 
-    In float32 at least.
+    Computed in float32 at least.
     """
     dtype = torch.promote_types(dense.dtype, torch.float32)
     p, q = F.log_softmax(dense.to(dtype), dim=-1), F.log_softmax(logits.to(dtype), dim=-1)
@@ -121,7 +125,7 @@ def divergence(
 def pooled(
     hidden: Float[Tensor, "batch *tokens hidden"], mask: Bool[Tensor, "..."]
 ) -> Float[Tensor, "batch hidden"]:
-    """The mean over the counted tokens, scaled to length 1; one vector a row is its own mean."""
+    """The mean over the counted tokens, scaled to length 1; a single vector is its own mean."""
     if hidden.dim() == 3:
         weights = mask[..., None].float()
         hidden = (hidden.float() * weights).sum(1) / weights.sum(1)

@@ -1,10 +1,10 @@
 """Batches without their padding, so that no layer sees any.
 
 An attention mask says which positions of the model's *inputs* are padding. It does not say which
-rows of a layer are: experts see the tokens that are routed to them, speech encoders a row for
-several input frames, decoders tokens of another sequence, of the same length by chance or not. So
-nothing is guessed from shapes inside the model. The rows of a padded batch are cut to their own
-tokens, and those of one length run together: whatever reaches a layer then is to be counted.
+rows of a layer's input are: experts see the tokens that are routed to them, speech encoders one row
+for several input frames, decoders the tokens of another sequence, whose length may happen to be the
+same. So nothing is guessed from shapes inside the model. The rows of a padded batch are cut to
+their own tokens, and rows of one length run together: everything that reaches a layer then counts.
 """
 
 import inspect
@@ -20,26 +20,26 @@ from secateur.model.blocks import Batch
 MASK = "attention_mask"
 DECODER, ENCODER = "decoder_", "encoder_"
 
-# What is tried in turn: batches without any padding; with the inputs' but not that of what is to
-# come out of a decoder, for models that take inputs of one length only, such as Whisper; whole.
+# The sides whose padding is removed, tried in turn: all of them; only the decoder's, for models
+# whose inputs must have one length, such as Whisper; none.
 SIDES: tuple[tuple[str, ...], ...] = (("", ENCODER, DECODER), (DECODER,), ())
 
-# Of labels, where there is nothing to predict, as torch's losses and everybody's data have it.
+# The label of positions with nothing to predict, by the convention of torch's losses.
 NO_LABEL = -100
 
 
 def unpadded(model: nn.Module, batch: Batch, sides: Collection[str] = SIDES[0]) -> list[Batch]:
-    """The batch in parts that hold no padding; itself alone if it has none, or no mask.
+    """The batch in parts that hold no padding; just the batch if it has no padding, or no mask.
 
     `attention_mask` is 1 at tokens, [batch, tokens]; or it has queries too, [batch, 1, tokens,
-    tokens], and a token that none of them may look at is padding. It is that of the encoder or the
-    only stack, and of every tensor that comes with the same tokens. What begins with `decoder_`,
-    and the labels of an encoder-decoder model, follow `decoder_attention_mask`, else the labels:
-    behind the last that is not -100 there is no token. `encoder_attention_mask` is that of what
-    begins with `encoder_`. Rows without a token are left out. Positional arguments are known by the
-    names that the model's `forward` gives them. With `sides`, the padding of others stays.
+    tokens], and a token that no query may attend to is padding. It applies to the encoder or the
+    only stack, and to every tensor with the same tokens. Arguments that begin with `decoder_`, and
+    the labels of an encoder-decoder model, follow `decoder_attention_mask`, else the labels: there
+    is no token after the last one that is not -100. Arguments that begin with `encoder_` follow
+    `encoder_attention_mask`. Rows without a token are left out. Positional arguments get their
+    names from the model's `forward`. Padding stays on sides that are not in `sides`.
 
-    Cost: as many calls of the model as a batch has rows of different lengths, on fewer tokens.
+    Cost: one call of the model for each distinct length of a batch's rows, on fewer tokens.
     """
     named = by_name(model, batch)
     if not isinstance(named, Mapping):
@@ -59,7 +59,7 @@ def unpadded(model: nn.Module, batch: Batch, sides: Collection[str] = SIDES[0]) 
 
 
 def by_name(model: nn.Module, batch: Batch) -> Batch:
-    """The arguments by the names in the model's `forward`; the batch where that does not say."""
+    """The arguments by their names in the model's `forward`; the batch if they have none there."""
     if isinstance(batch, Mapping):
         return batch
     arguments = (batch,) if isinstance(batch, Tensor) else batch
@@ -72,9 +72,9 @@ def by_name(model: nn.Module, batch: Batch) -> Batch:
 
 
 def tokens_kept(named: Mapping[str, object], decodes: bool) -> dict[str, Bool[Tensor, "..."]]:
-    """True at tokens, for every sequence of which it is known, by what its names begin with.
+    """Masks that are True at tokens, for each side whose tokens are known, by the side's prefix.
 
-    `decodes` says that there is a decoder behind an encoder, so that labels are those of tokens.
+    `decodes` says that a decoder follows an encoder, so that there is a label for each token.
     """
     kept: dict[str, Tensor] = {}
     for side in ("", ENCODER, DECODER):
@@ -89,7 +89,7 @@ def tokens_kept(named: Mapping[str, object], decodes: bool) -> dict[str, Bool[Te
 
 
 def has_decoder(named: Mapping[str, object]) -> bool:
-    """Whether the batch has tokens of a decoder behind an encoder."""
+    """Whether the batch has tokens for a decoder after an encoder."""
     return any(key.startswith(DECODER) for key in named)
 
 
@@ -98,13 +98,13 @@ def _tokens(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "batch tokens"] | None:
         return mask.bool()
     if mask.dim() != 4 or mask.shape[2] != mask.shape[3]:
         return None
-    # What is added to scores is 0 where a query may look.
+    # A float mask is added to the scores, and is 0 where a query may attend.
     seen = mask >= 0 if mask.is_floating_point() else mask.bool()
     return seen.any(dim=2).any(dim=1)
 
 
 def _side(key: str, kept: Mapping[str, Tensor]) -> str:
-    """Whose tokens the argument comes with."""
+    """The side whose tokens the argument has."""
     if key.startswith(DECODER) or (key == "labels" and DECODER in kept):
         return DECODER
     return ENCODER if key.startswith(ENCODER) and ENCODER in kept else ""
@@ -113,7 +113,7 @@ def _side(key: str, kept: Mapping[str, Tensor]) -> str:
 def _cut(
     key: str, value: object, rows: Int[Tensor, " rows"], kept: Mapping[str, Bool[Tensor, "..."]]
 ) -> object:
-    """These rows of an argument, cut to their tokens where it has these."""
+    """These rows of an argument, cut to their tokens if it has a token axis."""
     side = _side(key, kept)
     tokens = kept.get(side)
     batch = len(next(iter(kept.values())))
@@ -136,7 +136,7 @@ def _cut(
 
 
 def _axes(shape: Sequence[int], tokens: Sequence[int]) -> tuple[int, int] | None:
-    """Where a tensor has rows and tokens: in front; or tokens behind, as frames of speech often."""
+    """The axes of rows and tokens: the first two, or tokens later, as speech frames often are."""
     batch, length = tokens
     if len(shape) > 1 and shape[0] in (1, batch) and shape[1] == length:
         return 0, 1

@@ -24,7 +24,7 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """Each layer's pattern and `[out, in]` shape by name, and why others were left alone."""
+    """Each layer's pattern and `[out, in]` shape by name, and why other layers were skipped."""
 
     layers: Mapping[str, Pattern]
     shapes: Mapping[str, tuple[int, int]]
@@ -58,7 +58,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; `plan_from_dict` reads it back."""
+        """The plan as plain data; `plan_from_dict` reads it back."""
         return {
             "version": PLAN_VERSION,
             "layers": {
@@ -69,13 +69,13 @@ class Plan:
         }
 
     def write(self, path: str | Path) -> None:
-        """Write the plan as YAML, or as JSON where the name ends in .json."""
+        """Write the plan as YAML, or as JSON if the name ends in .json."""
         path = Path(path)
         data = self.to_dict()
         if path.suffix == ".json":
             write_whole(path, json.dumps(data, indent=2))
         else:
-            import yaml  # files are rare, and importing it costs 15 ms
+            import yaml  # plans are rarely written, and importing it costs 15 ms
 
             write_whole(path, yaml.safe_dump(data, sort_keys=False))
 
@@ -87,17 +87,17 @@ def plan(
     layers: Selector | Sequence[Selector] | None = None,
     ignore: Selector | Iterable[Selector] = (),
 ) -> Plan:
-    """Which layers of the model get which pattern; prints itself, changes nothing.
+    """The plan of which layers get which pattern; printing it shows a table. Nothing is changed.
 
     `pattern` is one pattern for all (`"2:4"`, `NM(2, 4)`), or a mapping from selectors to patterns
     in which the first match wins. `layers` and `ignore` take names, globs, `re:` expressions,
-    module types and callables; by default every Linear and Conv2d but tied weights, adapters and
-    the output head. Then layers whose shape cannot have the pattern, such as the first convolution
-    of a CNN, which has three input channels, are skipped with the reason.
+    module types and callables. The default is every Linear and Conv2d except tied weights, adapters
+    and the output head; layers whose shape cannot have the pattern, such as a CNN's first
+    convolution with its three input channels, are then skipped with the reason.
 
     Raises:
-        ValueError: if a selector matches nothing, or the shape of a layer that one selects cannot
-            have its pattern, or of no layer can; all such layers are listed.
+        ValueError: if a selector matches nothing, a selected layer's shape cannot have its pattern,
+            or no layer's shape can; all such layers are listed.
     """
     if isinstance(pattern, Mapping):
         if layers is not None:
@@ -128,15 +128,15 @@ def read_plan(path: str | Path) -> Plan:
     """The plan in a YAML or JSON file.
 
     Raises:
-        ValueError: if it is not a plan, with the file and the place.
+        ValueError: if it is not a plan; the message names the file and the place.
     """
     path = Path(path)
     return plan_from_dict(read_yaml(path), str(path))
 
 
 def plan_from_dict(data: object, where: str) -> Plan:
-    """The plan that `Plan.to_dict` wrote; `where` names its origin in errors."""
-    # pydantic is imported here because reading files is rare and importing it costs 0.1 s.
+    """The plan in the output of `Plan.to_dict`; `where` names its origin in errors."""
+    # Imported here because plans are rarely read, and importing pydantic costs 0.1 s.
     from pydantic import BaseModel, ConfigDict, ValidationError
 
     class Entry(BaseModel):
@@ -167,7 +167,7 @@ def plan_from_dict(data: object, where: str) -> Plan:
 
 
 def as_plan(model: nn.Module, given: Plan | Pattern | str) -> Plan:
-    """The plan itself, or the one that gives a pattern to every layer pruned by default."""
+    """The plan itself, or a plan with this pattern for every layer that is pruned by default."""
     return given if isinstance(given, Plan) else plan(model, given)
 
 
@@ -175,8 +175,8 @@ def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """The plan's layers in the model, in the model's order.
 
     Raises:
-        ValueError: if the plan was made for another model: layers missing, of another shape, or
-            convolutions of other input channels.
+        ValueError: if the plan was made for another model: layers are missing or have another
+            shape, or convolutions have other input channels.
     """
     require_module(model)
     model = unwrapped(model)
@@ -215,7 +215,7 @@ def _shape(name: str, module: nn.Module) -> tuple[int, int]:
 
 
 def _sparsity(pattern: Pattern, shape: tuple[int, int]) -> float:
-    """What the pattern asks of this shape: N:M asks less of a width that m does not divide."""
+    """The pattern's sparsity at this shape: N:M has less where m does not divide the width."""
     zeros = sum((stop - start) * part.sparsity for start, stop, part in pattern.parts(shape))
     return zeros / shape[1]
 
@@ -223,7 +223,7 @@ def _sparsity(pattern: Pattern, shape: tuple[int, int]) -> float:
 def _misfits(
     patterns: Mapping[str, Pattern], shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, str]:
-    """Why a layer's shape cannot have its pattern, for those of which that is so."""
+    """The layers whose shape cannot have their pattern, and why."""
     return {
         name: reason
         for name, pattern in patterns.items()

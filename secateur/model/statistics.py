@@ -1,7 +1,7 @@
 """Statistics: named running sums over the inputs of a layer.
 
-A criterion or an algorithm asks for a statistic by naming a parameter after it. A new statistic is
-a class here and one line in `STATISTICS`.
+A criterion or an algorithm asks for a statistic by naming a parameter after it. To add one, write a
+class here and a line in `STATISTICS`.
 """
 
 import functools
@@ -21,8 +21,8 @@ T = TypeVar("T")
 class Statistic(Protocol):
     """A running sum: made for a number of inputs, updated with rows, read once at the end.
 
-    `sums` are added up over processes, where several calibrate together, before it is read. A
-    batch is known by its number, counted over all processes.
+    If several processes calibrate together, `sums` are added up over them before it is read. A
+    batch is identified by its number, counted over all processes.
     """
 
     @property
@@ -34,7 +34,7 @@ class Statistic(Protocol):
 
 
 class InputNorm:
-    """`input_norm`, [in]: ||x_j||_2 of every input j over all calibration tokens (Wanda's)."""
+    """`input_norm`, [in]: ||x_j||_2 of every input j over all calibration tokens, as in Wanda."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._sum = torch.zeros(in_features, dtype=torch.float32, device=device)
@@ -53,9 +53,9 @@ class InputNorm:
 class Gram:
     """`gram`, [in, in]: G = X^T X / tokens in float32, the Hessian of a layer's output error.
 
-    Cost: 2 tokens in^2 operations; of 16-bit inputs on a GPU in its tensor cores, with in^2 more in
-        float32 memory.
-    Error: that of sums in float32. Products of 16-bit numbers are exact there.
+    Cost: 2 tokens in^2 operations; for 16-bit inputs on a GPU in tensor cores, with in^2 more
+        float32 numbers of memory.
+    Error: float32 summation; products of 16-bit numbers are exact in float32.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -77,29 +77,29 @@ class Gram:
 
 
 def _for_tensor_cores(rows: Tensor) -> bool:
-    """Whether a product of these rows can be summed in float32 without making them float32.
+    """Whether products of these rows can be summed in float32 without casting the rows to float32.
 
-    torch refuses it for float16 where the user lets such products be summed in float16.
+    torch refuses to for float16 if the user allows such products to be summed in float16.
     """
     in_float16 = torch.backends.cuda.matmul.allow_fp16_accumulation
     exact = (torch.bfloat16,) if in_float16 else (torch.bfloat16, torch.float16)
     return rows.is_cuda and rows.dtype in exact
 
 
-# One batch in so many is held out of what is fitted, to choose between fits.
+# One batch in eight is held out of the fit, to choose between fits.
 HELD_OUT = 8
 
 
 def is_held_out(batch: int) -> bool:
-    """Whether the batch, counted from 0, is: the second, and every eighth after it."""
+    """Whether the batch of this number, from 0, is held out: the second, and every eighth after."""
     return batch % HELD_OUT == 1
 
 
 class HeldGram:
     """`held_gram`, [in, in]: the part of `gram` that comes from held-out batches, in its units.
 
-    `gram - held_gram` is what the other batches give. With one batch nothing is held out, and all
-    is zero.
+    `gram - held_gram` is the part of the other batches. With a single batch nothing is held out,
+    and this is zero.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -121,15 +121,15 @@ STATISTICS: Mapping[str, Callable[[int, torch.device], Statistic]] = MappingProx
     {"input_norm": InputNorm, "gram": Gram, "held_gram": HeldGram}
 )
 
-# Not sums over inputs, but asked for in the same way: see `secateur.model.gradients`.
+# These are not sums over inputs, but are asked for in the same way: see `secateur.model.gradients`.
 GRADIENTS = ("gradient", "squared_gradient", "regional_gradient")
 
 
 def needed_by(function: Callable[..., Any], given: tuple[str, ...]) -> tuple[str, ...]:
     """The statistics that a criterion or an algorithm needs: its parameters that are not `given`.
 
-    A parameter that is named like a sum over inputs gets it, also where it has a default, which is
-    for calls by hand. Others with a default are options. (A partial's fixed ones have one.)
+    A parameter named after a sum over inputs gets it even if it has a default, which is then for
+    calls by hand. Other parameters with a default are options, as are those that a partial fixes.
 
     Raises:
         ValueError: if a parameter is neither given nor a statistic.
@@ -151,12 +151,12 @@ def needed_by(function: Callable[..., Any], given: tuple[str, ...]) -> tuple[str
 
 
 def call(function: Callable[..., T], *arguments: Any) -> T:
-    """function(*arguments), computed anew: the `memo` of an algorithm that is called by hand."""
+    """function(*arguments), computed every time: the `memo` of an algorithm called by hand."""
     return function(*arguments)
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The function's name as a user knows it, with the options that a partial fixed."""
+    """The function's name as the user knows it, with the options that a partial fixes."""
     if isinstance(function, functools.partial):
         options = ", ".join(f"{key}={value!r}" for key, value in function.keywords.items())
         return f"{name_of(function.func)}({options})"

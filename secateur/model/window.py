@@ -1,4 +1,4 @@
-"""A model of which one part at a time holds its weights, loaded when it is called."""
+"""A model in which only one part at a time holds its weights, loaded when the part is called."""
 
 import contextlib
 import functools
@@ -12,11 +12,11 @@ from secateur.model.blocks import forward_as
 
 
 class Window:
-    """Puts the weights of one part of a model in place, and drops those of the part before.
+    """The one part of a model whose weights are loaded; loading another drops them.
 
-    The model's parameters are on the meta device, its buffers go where it runs. A part is a block
-    of the chain, or a module outside of it that has tensors of its own; whichever is called next is
-    loaded. A part that is loaded again has its first weights again: what was changed in it is lost.
+    The model's parameters are on the meta device; its buffers are moved to where it runs. A part is
+    a block of the chain, or a module outside it with tensors of its own. A part is loaded when it
+    is called. Loading it again restores its original weights: changes to it are lost.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Window:
         self._loaded = ""
 
     def load(self, name: str) -> None:
-        """Make this the part that holds its weights, unless it is."""
+        """Load this part's weights, unless they are loaded."""
         if name == self._loaded:
             return
         self.drop()
@@ -46,14 +46,14 @@ class Window:
         self._loaded = name
 
     def drop(self) -> None:
-        """Leave no part with weights."""
+        """Drop the weights of the loaded part, if there is one."""
         if self._loaded:
             self.parts[self._loaded].load_state_dict(self._empty[self._loaded], assign=True)
             self._loaded = ""
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Parts are loaded when they are called, and the last one is dropped at the end."""
+        """Load parts when they are called, and drop the last one at the end."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.drop)
             for name, part in self.parts.items():
@@ -69,7 +69,7 @@ def parts_of(model: nn.Module, chain: Mapping[str, nn.Module]) -> dict[str, nn.M
     """The blocks, and every other module with tensors of its own, in the model's order.
 
     Raises:
-        ValueError: if a module that holds others has tensors of its own.
+        ValueError: if a module outside the chain has both children and tensors of its own.
     """
     parts: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -81,7 +81,7 @@ def parts_of(model: nn.Module, chain: Mapping[str, nn.Module]) -> dict[str, nn.M
             if next(module.children(), None) is not None:
                 raise ValueError(
                     f"{name or type(model).__name__} has tensors beside modules of its own and "
-                    "cannot be loaded part by part: load the model whole and call reconstruct_"
+                    "cannot be loaded in parts: load the model whole and call reconstruct_"
                 )
             parts[name] = module
     return parts

@@ -37,7 +37,6 @@ REACHED = ("allocation/sensitivity.py", "allocation/progress.py")
 
 # What only a program can get wrong: no command makes such a call, or has such a model.
 BY_PROGRAMS = (
-    "batches must be an iterable of batches, got one",
     "distil_ needs a loss that is one number",
     "distil_ needs a teacher of its own",
     "distil_ needs float32 parameters",

@@ -143,6 +143,12 @@ def test_perplexity_errors(rows: Any, options: dict[str, int], message: str) -> 
         perplexity(ByContext(), rows, **options)
 
 
+@pytest.mark.parametrize(("given", "kind"), [(3.0, "float"), (None, "none")])
+def test_what_cannot_be_iterated_over_is_named(given: Any, kind: str, unchecked: None) -> None:
+    with pytest.raises(ValueError, match=f"perplexity needs an iterable of batches, got {kind}: "):
+        perplexity(ByContext(), given)
+
+
 def test_perplexity_names_the_batch_with_nan_or_impossible_tokens() -> None:
     model = Bigram([[0.5, 0.5], [0.0, 1.0]])
     fine, impossible = torch.tensor([[0, 1]]), torch.tensor([[1, 0]])

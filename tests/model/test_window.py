@@ -125,7 +125,7 @@ def test_blocks_that_do_not_run_are_recorded_as_if_they_did() -> None:
     with torch.no_grad():
         expected = record_all(model, chain, tokens(3), False)
         before = [block.forwards for block in model.blocks]
-        found = record_all(model, chain, tokens(3), False, once=True)
+        found = record_all(model, chain, tokens(3), False, stand_in=True)
     assert found is not None and calls(found) == calls(expected)
     runs = [b.forwards - n for b, n in zip(model.blocks, before, strict=True)]
     assert runs == [3, 2, 2]  # recorded and replayed for the first batch; the first once more
@@ -137,10 +137,10 @@ def test_blocks_whose_arguments_come_from_others_are_not_recorded_so() -> None:
     with torch.no_grad():
         chain = dict(scaled.blocks.named_children())
         assert record_all(scaled, chain, x, False) is not None
-        assert record_all(scaled, chain, x, False, once=True) is None
+        assert record_all(scaled, chain, x, False, stand_in=True) is None
         wide = dict(widening[0].named_children())
         assert record_all(widening, wide, x, False) is not None
-        assert record_all(widening, wide, x, False, once=True) is None
+        assert record_all(widening, wide, x, False, stand_in=True) is None
 
 
 def test_a_model_that_cannot_run_part_by_part_is_an_error() -> None:

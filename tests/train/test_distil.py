@@ -288,7 +288,7 @@ def test_errors_come_before_anything_is_changed() -> None:
 
     refused("needs a model with zeros, this Sequential has none: prune_ it", *pair()[::-1], data())
     refused("calibration needs at least one batch, got none", model, teacher, [])
-    refused("must be an iterable of batches, got one Tensor: wrap it", model, teacher, data()[0])
+    refused("needs an iterable of batches, got one Tensor: wrap it", model, teacher, data()[0])
     refused("at least 1 step and a learning rate above 0, got 0 and 0.0003", steps=0)
     refused("at least 1 step and a learning rate above 0, got 2 and nan", learning_rate=math.nan)
     refused(r"a teacher of its own, 0.weight is the teacher's too: pass a", model, model, data())
