@@ -60,7 +60,7 @@ class Decoder(nn.Module):
 
 
 class Unchained(nn.Module):
-    """Modules of one type whose outputs are changed on the way to the next: no chain."""
+    """Modules of one type whose outputs are changed on the way to the next, so no chain."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()

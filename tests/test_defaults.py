@@ -1,4 +1,4 @@
-"""What the process takes by default, dtype, device or inference mode, changes no result."""
+"""The process's defaults (dtype, device, inference mode) change no result."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def ids(count: int) -> list[Tensor]:
 
 
 def made(make: Callable[[], Any]) -> Any:
-    """As it is made in a process that has changed no default; without a change it is a no-op."""
+    """The result of a process with unchanged defaults; without a change this is a no-op."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -155,7 +155,7 @@ def test_defaults_change_no_result(verb: str) -> None:
     expected = VERBS[verb]()
     for name, default in DEFAULTS.items():
         if name == "inference_mode" and verb in ("hold", "gradual", "movement"):
-            continue  # there is no training inside of it, whoever does it
+            continue  # nothing can be trained inside it
         with default():
             found = VERBS[verb]()
         assert found.keys() == expected.keys()
@@ -163,7 +163,7 @@ def test_defaults_change_no_result(verb: str) -> None:
             assert same(value, found[key]), f"{key} under {name}"
 
 
-# Of a model of one layer, which sees its inputs before autocast rounds anything.
+# A model of one layer, which sees its inputs before autocast rounds anything.
 OF_ONE_LAYER: dict[str, Callable[[nn.Module, list[Tensor]], Any]] = {
     "wanda": lambda m, x: sc.prune_(m, "2:4", sc.wanda, x),
     "sparsegpt": lambda m, x: sc.reconstruct_(m, "2:4", sc.sparsegpt, x),

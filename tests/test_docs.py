@@ -28,7 +28,7 @@ EXECUTED = [page for page in PAGES if "```{code-cell}" in page.read_text(encodin
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Characters of code that the theme shows without a scroll bar.
+# The width of code, in characters, that the theme shows without a scroll bar.
 FRONT_WIDTH = 72
 FENCE = re.compile(r"^(```+|~~~+).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(?::[^\n]*\n)*(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -135,7 +135,7 @@ def test_reference_pages_show_public_names_in_full(tmp_path: Path) -> None:
         kind = "class" if inspect.isclass(vars(sc)[name]) else "function"
         shown = f".. auto{kind}:: secateur::{name}\n"
         if not callable(vars(sc)[name]):
-            shown = f".. py:data:: secateur.{name}\n\n   `"  # and what is said of it
+            shown = f".. py:data:: secateur.{name}\n\n   `"  # and its description
         assert shown in text
     assert "- `sc.best`: `sc.blockwise(sc.alps)` by its short name" in text
 

@@ -31,7 +31,7 @@ PLANNED = {
     "mix": "2:4@pad-remainder@channels10",
     "fc": PATTERN,
 }
-# What of each layer is zero: 1 of 3 channels, 2 + 2 + 0 of 10, and a half where 4 divides.
+# The zeros of each layer: 1 of 3 channels, 2 + 2 + 0 of 10, and half where 4 divides.
 ZEROS = dict.fromkeys(PLANNED, 1 / 2) | {"stem": 1 / 3, "mix": 4 / 10}
 
 RELOAD = """
@@ -90,7 +90,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         assert not torch.equal(model.fc.weight, before.fc.weight)
     x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(2))
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    with warnings.catch_warnings():  # torch.export's own, of a type of its own
+    with warnings.catch_warnings():  # torch.export's own hook, which has its own type
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
         torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
     return Exported(model, plan, x, path)
@@ -127,14 +127,14 @@ def test_onnx_runtime_gives_the_outputs_of_the_model(exported: Exported) -> None
     with torch.no_grad():
         exact = copy.deepcopy(exported.model).double()(exported.x.double()).numpy()
         ours = exported.model(exported.x).numpy()
-    # A BatchNorm folded into its convolution rounds every weight once more; sums are of up to 144.
+    # A BatchNorm folded into its convolution rounds every weight once more; sums have <= 144 terms.
     budget = 2 * np.abs(ours - exact).max() + 4 * np.finfo(np.float32).eps * np.abs(exact).max()
     assert np.abs(found - exact).max() <= budget
     assert np.abs(exact).max() > 0.1
 
 
 def test_the_file_holds_the_same_exact_zeros(exported: Exported) -> None:
-    """Its weights in a stock model hold the plan, with a zero wherever the model has one."""
+    """The weights in a stock model hold the plan, with a zero wherever the model has one."""
     found, stock = exported.initialisers, ResNet()
     for name in PLANNED:
         weight = exported.model.get_submodule(name).weight

@@ -1,4 +1,4 @@
-"""The front half on a GPU: what it finds there is what it finds on the CPU."""
+"""The front half on a GPU finds what it finds on the CPU."""
 
 import copy
 import itertools
@@ -96,7 +96,7 @@ def test_packed_layers_give_the_pruned_models_answers(
 
 
 def test_without_a_kernel_nothing_is_swapped_and_the_reason_is_said() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(256, 256)).cuda()  # float32: no kernel takes it
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256)).cuda()  # no kernel takes float32
     sc.prune_(model, sc.plan(model, "2:4"))
     report = sc.accelerate_(model, tokens=(1,))
     assert type(model[0]) is torch.nn.Linear

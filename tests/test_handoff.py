@@ -1,4 +1,4 @@
-"""The contract between the halves: whatever the front half leaves, the back half packs exactly."""
+"""The contract between the halves: the back half packs exactly what the front half leaves."""
 
 import copy
 

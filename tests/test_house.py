@@ -59,7 +59,7 @@ def test_every_public_name_says_what_it_is(name: str) -> None:
 
 
 def test_importing_touches_no_optional_package() -> None:
-    """Beyond what torch itself imports, which is the driver's bindings where they are installed."""
+    """Except what torch itself imports: the driver's bindings, where they are installed."""
     optional = [
         "triton",
         "cuda",
@@ -86,9 +86,9 @@ def test_house_style(path: Path) -> None:
     assert ast.get_docstring(tree) or not text.strip(), "every file says what it is for"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            # What calibration gives is handed on whole to a method that is not known here, and what
-            # a shell gives to a command; what stands in for another library's method takes
-            # whatever that takes, and ignores it.
+            # Statistics are passed whole to a method that is not known here, and a shell's options
+            # to a command; a stand-in for another library's method takes and ignores whatever that
+            # takes.
             handed_on = ("statistics", "ignored", *(["options"] if path == COMMAND else []))
             assert node.args.kwarg is None or node.args.kwarg.arg in handed_on, (
                 f"{node.name} takes **{node.args.kwarg}: name its options"
@@ -166,12 +166,12 @@ def test_no_binary_or_large_file_is_tracked() -> None:
     assert large == []
 
 
-# What torch makes in the default dtype or on the default device unless it is told.
+# Torch makes these in the default dtype or on the default device unless it is told otherwise.
 MADE = {"zeros", "ones", "empty", "full", "rand", "randn", "linspace", "logspace", "eye"}
 MADE_OF_INTEGERS = {"arange", "randint", "randperm", "tensor", "as_tensor", "asarray"}
 
 
-# What stands in for torch.ao makes tensors as its users' defaults say.
+# Stand-ins for torch.ao follow their users' defaults.
 OWN = [path for path in SOURCES if "compat" not in path.parts]
 
 
@@ -191,7 +191,7 @@ def test_no_tensor_is_made_by_default(path: Path) -> None:
 
 
 def installed_by_make_test() -> set[str]:
-    """The distributions that the extra `dev` names, with those of the extras it takes in."""
+    """The distributions of the extra `dev`, and of the extras that it includes."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     asked, found = ["dev"], list(project["dependencies"])
@@ -233,7 +233,7 @@ def test_make_test_installs_what_the_tests_and_the_pages_import() -> None:
 
 
 def rooms() -> dict[str, set[str]]:
-    """Room -> the rooms that a file of it imports; the package's own face is no room."""
+    """For each room, the rooms that its files import; `secateur/__init__.py` is no room."""
     folders = {path.parent.name for path in (ROOT / "secateur").glob("*/__init__.py")}
     found: dict[str, set[str]] = {name: set() for name in folders}
     for path in SOURCES:

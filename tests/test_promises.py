@@ -1,4 +1,4 @@
-"""Every test that the page of promises names exists, and every promise names one."""
+"""Every test named on the page of promises exists, and every promise names one."""
 
 import ast
 import re

@@ -17,7 +17,7 @@ TEXT_BYTES = 100_000
 
 
 def commands() -> list[list[str]]:
-    """Every `secateur` command of the README's blocks of shell, in order, as a shell splits it."""
+    """Every `secateur` command in the README's shell blocks, in order, split as a shell does."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     lines = [line for language, block in blocks if not language for line in block.splitlines()]
@@ -107,5 +107,5 @@ def test_every_path_of_the_table_of_additions_exists() -> None:
 
 
 def test_the_design_stays_short() -> None:
-    """README, DESIGN and a listing are read in a sitting, and enough to know where a thing is."""
+    """README, DESIGN and a listing are short enough to read at once and say where everything is."""
     assert len((ROOT / "DESIGN.md").read_text(encoding="utf-8").splitlines()) <= 250

@@ -1,4 +1,4 @@
-"""Devices without float64: what needs it runs on the CPU, and gives what it gives elsewhere."""
+"""Devices without float64: float64 work runs on the CPU, with the results of any other device."""
 
 import copy
 import sys
@@ -24,13 +24,13 @@ from secateur.prune.decompose import decompose_
 from secateur.reconstruct import compensation, refitted, swapped
 from secateur.reconstruct.alps import _eigenvectors
 
-# The CPU of a machine whose other device is played by `torch.device("cpu")`: what is moved there
-# names it so, which a mode sees.
+# Stands for the CPU, while `torch.device("cpu")` plays a device without float64: a mode can tell
+# from the index which tensors were moved here.
 CPU = torch.device("cpu", 0)
 
 
 class NoFloat64(TorchDispatchMode):
-    """No tensor may be float64 but what was moved to the CPU, or made there, and what follows."""
+    """Refuses float64 tensors, except those moved to or made on the CPU, and their results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,10 +182,10 @@ def test_float64_stays_where_there_is_one() -> None:
     assert in_float64(x).tolist() == [1.0, 2.0] and in_float64(x).dtype == torch.float64
     assert float64_device(torch.device("meta")) == torch.device("meta")
     with NoFloat64(), pytest.raises(TypeError, match="float64"):
-        (x * 2).double()  # the simulation sees what it is for
+        (x * 2).double()  # the simulation does refuse float64
 
 
-# What runs on CUDA alone, which has float64.
+# Runs only on CUDA, which has float64.
 CUDA = "kernels"
 
 

@@ -1,4 +1,4 @@
-"""Allocations that fail: told in one line, by layer, with what needs less."""
+"""Failed allocations: reported in one line, with the layer and what needs less memory."""
 
 import subprocess
 import sys
@@ -48,7 +48,7 @@ def test_other_errors_are_left_alone() -> None:
         assert not is_out_of_memory(error)
 
 
-# Each in a process of its own that may take no more than 4 GB of addresses beside what it has.
+# Each in its own process, limited to 4 GB of address space beyond what it has.
 LIMITED = """
 import resource, sys
 import torch

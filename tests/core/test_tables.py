@@ -1,4 +1,4 @@
-"""What is printed: aligned, and nothing that a terminal would obey."""
+"""Printed tables: aligned, and without anything that a terminal would obey."""
 
 import unicodedata
 

@@ -1,4 +1,4 @@
-"""What is an ordinary weight, what is not and what to do, and which weights share memory."""
+"""Which weights are ordinary, what to do about others, and which weights share memory."""
 
 import copy
 from collections.abc import Callable
@@ -288,7 +288,7 @@ def test_a_scripted_part_is_left_alone_and_said() -> None:
     assert plan.skipped["1"].startswith("a ScriptModule, which cannot be changed")
 
 
-# --- of one storage ------------------------------------------------------------------------------
+# --- shared storage ------------------------------------------------------------------------------
 
 
 def two(first: Tensor, second: Tensor) -> nn.Sequential:
@@ -349,7 +349,7 @@ def test_views_beside_one_another_are_not(first: Tensor, second: Tensor) -> None
     st.booleans(),
 )
 def test_tied_is_what_shares_an_element(boxes, transposed: bool) -> None:
-    """Against what writing to one does to the others."""
+    """Checked by writing to one tensor and looking at the others."""
     base = torch.zeros(8, 8)
     parts = [base[a : a + b, c : c + d] for a, b, c, d in boxes]
     parts[-1] = parts[-1].t() if transposed else parts[-1]

@@ -1,4 +1,4 @@
-"""What a wrapped model wraps, and what its parts are called."""
+"""The model inside a wrapper, and the names of its parts."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ WRAPS: list[Wrap] = [compiled, nn.DataParallel]
 
 
 class Net(nn.Module):
-    """Its own children have the names that wrappers use."""
+    """A model whose own children have the names that wrappers use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Net(nn.Module):
         return result
 
 
-# Not compiled twice: of a compiled model torch.compile makes a function, which is no model.
+# Not compiled twice: torch.compile turns a compiled model into a function, which is no model.
 @pytest.mark.parametrize("outer, inner", [(compiled, nn.DataParallel), (nn.DataParallel, compiled)])
 def test_a_wrapped_model_is_the_very_model_inside(outer: Wrap, inner: Wrap) -> None:
     model = Net()

@@ -15,7 +15,7 @@ from secateur.model.statistics import GRADIENTS, needed_by
 CRITERIA: list[Callable[..., Tensor]] = [vars(criteria)[name] for name in criteria.__all__]
 each_criterion = pytest.mark.parametrize("criterion", CRITERIA, ids=criteria.__all__)
 
-# The baseline, and a norm of what `magnitude` has the source of.
+# A baseline, and a variant of `magnitude`, which has the source.
 WITHOUT_A_PAPER = {sc.random, criteria.magnitude_l2}
 
 

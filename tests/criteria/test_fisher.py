@@ -1,4 +1,4 @@
-"""Fisher: squared gradients of single samples, not of their mean."""
+"""Fisher: the mean of the samples' squared gradients, not the square of the mean."""
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def test_gradients_that_cancel_still_count() -> None:
 
 
 def test_is_the_second_order_change_of_the_loss_of_a_calibrated_classifier() -> None:
-    """At a model that gives the true probabilities the Fisher matrix is the Hessian."""
+    """For a model that gives the true probabilities, the Fisher matrix is the Hessian."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(1, 6, generator=generator)
     x = torch.randn(40_000, 6, generator=generator)

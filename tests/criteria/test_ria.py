@@ -20,7 +20,7 @@ def test_worked_by_hand() -> None:
 
 
 def test_an_input_with_small_weights_is_not_lost_as_a_whole() -> None:
-    """Wanda drops column 0 in every row; by its column it keeps the weight that stands out."""
+    """Wanda drops column 0 in every row; RIA keeps the weight that stands out in that column."""
     weight = torch.ones(4, 2)
     weight[:, 0] = torch.tensor([0.4, 0.01, 0.01, 0.01])
     norm, one = torch.ones(2), sc.NM(1, 2)

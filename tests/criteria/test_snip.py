@@ -1,4 +1,4 @@
-"""SNIP: the derivative of the loss by a factor on each weight."""
+"""SNIP: the derivative of the loss with respect to a factor on each weight."""
 
 import torch
 from torch.nn import functional as F

@@ -1,4 +1,4 @@
-"""The score of Wanda++: Wanda's, and the regional gradient alpha times."""
+"""The score of Wanda++: Wanda's, plus alpha times the regional gradient."""
 
 from functools import partial
 

@@ -1,7 +1,7 @@
-"""A file that was damaged in any way is told by its name, or read as what it was.
+"""A file damaged in any way is an error that names the file, or is read as what it was.
 
-Of a file with a hash, that is what was written. A file that anybody may write, such as a plan or a
-state dict of somebody else, has none: there it is what a second reader finds in it.
+For a file with a hash, that is what was written. A file that anybody may write, such as a plan or
+somebody else's state dict, has no hash: there it is what a second reader finds in it.
 """
 
 import copy
@@ -35,7 +35,7 @@ from tests.faults.verbs import TRIED, batches, dense, pruned
 
 Values = dict[str, Any]
 
-# What no file says of itself: a number where text is due, text that leads out of the folder, ...
+# Values that no file has: a number in place of text, text that leads out of the folder, ...
 ODD = (None, True, -1, 0, 1.5, 8, 16, 70, 1e300, "x", "../x", "a.bin", "\x1b[2J", "", [], {}, [[]])
 ODD += ({"a": 1}, 2**63)
 ODD_TEXT = (
@@ -75,7 +75,7 @@ DTYPES = {
 
 
 def damaged(content: bytes, name: str, chosen: random.Random) -> bytes:
-    """The content of a file of this name with one fault, of the bytes or of what they mean."""
+    """The content of a file of this name with one fault, in its bytes or in its meaning."""
     if not content:
         return chosen.randbytes(3)
     if chosen.random() < 0.5:
@@ -105,7 +105,7 @@ def damaged(content: bytes, name: str, chosen: random.Random) -> bytes:
 
 def _bytes(content: bytes, chosen: random.Random) -> bytes:
     a, b = sorted(chosen.choices(range(len(content)), k=2))
-    # Many faults begin near the front, where a header is, of whatever size the file is.
+    # Many faults begin near the front, where headers are, whatever the size of the file.
     a = min(a, chosen.randrange(1, 400)) if chosen.random() < 0.4 else a
     few = a + chosen.randrange(1, 9)
     kinds: list[Callable[[], bytes]] = [
@@ -124,7 +124,7 @@ def _bytes(content: bytes, chosen: random.Random) -> bytes:
 
 
 def _meaning(text: str, chosen: random.Random) -> str:
-    """The JSON text with one value or key that is gone, another, odd, or there twice."""
+    """The JSON text with one value or key removed, changed, replaced by an odd one, or doubled."""
     data = json.loads(text)
     spots = list(_spots(data))
     if not spots:
@@ -154,7 +154,7 @@ def _meaning(text: str, chosen: random.Random) -> str:
 
 
 def _spots(data: Any) -> Any:
-    """Every place of a value in plain data."""
+    """The path of every value in plain data."""
     for key in list(data) if isinstance(data, dict) else range(len(data)):
         yield data, key
         if isinstance(data[key], (dict, list)):
@@ -166,10 +166,10 @@ def _spots(data: Any) -> Any:
 
 @dataclass(frozen=True)
 class Kind:
-    """Files that `write` makes in an empty folder, those that are damaged, and how they are read.
+    """Files that `write` makes in an empty folder, the ones to damage, and how they are read.
 
-    `says` finds by other means what the files say now, None where it cannot tell; files without it
-    have a hash, or say again what they said.
+    `says` finds by other means what the files hold now, or None if it cannot; files without it
+    have a hash, or hold what they held before.
     """
 
     write: Callable[[Path], Any]
@@ -243,9 +243,9 @@ def _foreign(folder: Path) -> None:
 def _foreign_says(folder: Path) -> Values | None:
     config = json.loads((folder / "model/config.json").read_text())
     if config.get("dtype", "float32") != "float32" or config.get("tie_word_embeddings"):
-        return None  # such a model is made of other values than are stored, and rightly
+        return None  # such a model rightly has other values than are stored
     if config["num_hidden_layers"] < 1:
-        return None  # of layers that a config has not, transformers says that they are left out
+        return None  # transformers reports that layers missing from the config are left out
     index = json.loads((folder / "model/model.safetensors.index.json").read_text())
     found: Values = {}
     for name in set(index["weight_map"].values()):
@@ -320,7 +320,7 @@ def _read_bare(folder: Path) -> Values:
 
 
 def _bare_says(folder: Path) -> Values:
-    """Its matrices, but for those that their names say to leave alone; there are none here."""
+    """The model's matrices; no name here says to leave one alone."""
     tensors = in_file(folder / "weights.safetensors")
     return {n: tensors[n] for n in _read_bare(folder) if n in tensors}
 
@@ -378,7 +378,7 @@ KINDS: Mapping[str, Kind] = {
 
 
 def plain(value: Any) -> Any:
-    """Something that equals another's if and only if the values are the same, to the bit."""
+    """A key that is equal for two values if and only if they are the same, bit for bit."""
     if isinstance(value, Tensor):
         return value.dtype, value.shape, value.contiguous().flatten().view(torch.uint8).tolist()
     if isinstance(value, Mapping):
@@ -389,7 +389,7 @@ def plain(value: Any) -> Any:
 
 
 def fault(kind: Kind, folder: Path, expected: Any) -> str | None:
-    """What is wrong with how the damaged files of the folder are read; None if nothing is."""
+    """What is wrong with the reading of the folder's damaged files; None if nothing is."""
     try:
         found = kind.read(folder)
     except (ValueError, OSError) as error:

@@ -27,14 +27,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def ctrl_c() -> Iterator[None]:
-    """Python's own handler; a process that a shell has put into the background has none."""
+    """Python's own handler; a process that a shell started in the background has none."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def interrupted_at(line: int, work: Callable[[], Any]) -> tuple[int, bool]:
-    """Raise KeyboardInterrupt before that line of this library; the lines that ran, and whether."""
+    """The number of lines of this library that ran, and whether the interrupt was raised."""
     lines = 0
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -60,7 +60,7 @@ def interrupted_at(line: int, work: Callable[[], Any]) -> tuple[int, bool]:
 
 
 def places(lines: int, name: str) -> list[int]:
-    """Where to interrupt: a seeded sample, and the last lines, at which all has been changed."""
+    """Where to interrupt: a seeded sample, and the last lines, when everything has been changed."""
     chosen = random.Random(name)
     some = {chosen.randint(1, lines) for _ in range(TRIED)}
     return sorted(some | {lines - i for i in range(min(TRIED, lines))})
@@ -93,7 +93,7 @@ def run(verb: Verb, line: int, folder: Path) -> tuple[int, bool]:
 def test_pressed_again_and_again_while_it_is_put_back(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every call that puts something back is met by one more Ctrl-C, and by one of another kind."""
+    """Another Ctrl-C and another kind of signal come during every call that undoes something."""
     verb, model = VERBS[name], VERBS[name].make()
     before = everything(model)
     restore, pressed = Undo.restore, []
@@ -116,7 +116,7 @@ def test_pressed_again_and_again_while_it_is_put_back(
     "name", ["prune_ wanda", "reconstruct_ blockwise", "distil_", "decompose_"]
 )
 def test_by_real_signals(name: str, tmp_path: Path) -> None:
-    """In a process of its own: what is raised in a finaliser is no business of pytest's."""
+    """In a process of its own: pytest must not see what is raised in a finaliser."""
     code = "import sys; from tests.faults.test_interrupts import pressing; pressing(*sys.argv[1:])"
     command = [sys.executable, "-c", code, name, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -126,7 +126,7 @@ def test_by_real_signals(name: str, tmp_path: Path) -> None:
 
 
 def pressing(name: str, folder: str) -> None:
-    """Press Ctrl-C three times in a row, at some time in each of several calls, and report."""
+    """Press Ctrl-C three times in a row at some moment of each of several calls, and report."""
     sys.unraisablehook = lambda _: None
     signal.signal(signal.SIGINT, _interrupt)
     verb, chosen = VERBS[name], random.Random(name)
@@ -175,7 +175,7 @@ def _press_thrice(delay: float) -> None:
 
 
 def test_an_error_and_then_an_interrupt(tmp_path: Path) -> None:
-    """What raised first was no interrupt; the one that comes while it is put back is not lost."""
+    """The first error was no interrupt; an interrupt during the undoing is not lost."""
     model = VERBS["prune_"].make()
     before, calls = everything(model), []
 
@@ -206,7 +206,7 @@ def test_one_that_comes_too_late_is_heard_by_the_caller(monkeypatch: pytest.Monk
     report, (reads, writes) = None, os.pipe()
     with pytest.raises(KeyboardInterrupt):
         report = secateur.prune_(model, "2:4")
-        os.read(reads, 1)  # for ever, if the interrupt does not end it
+        os.read(reads, 1)  # forever, if the interrupt does not end it
     os.close(reads)
     os.close(writes)
     assert report is not None
@@ -216,7 +216,7 @@ def test_one_that_comes_too_late_is_heard_by_the_caller(monkeypatch: pytest.Monk
 def test_originals_are_in_files_without_a_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever empties the folder of temporary files meanwhile takes nothing."""
+    """Whoever empties the folder of temporary files meanwhile takes nothing away."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model = VERBS["prune_"].make()
     before, seen = everything(model), []

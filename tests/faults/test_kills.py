@@ -1,9 +1,8 @@
-"""A process that is killed at any of its file operations loses nothing: the same call goes on.
+"""A process killed at any of its file operations loses nothing: the same call resumes.
 
 A child makes the call and kills itself before its k-th operation on a file under the test's
 folder, for a seeded sample of k and for the first and the last ones. Then the same call is made
-again: it has to end as the undisturbed one does, with no file left that the undisturbed one leaves
-not.
+again: it has to end as an undisturbed call does, and leave no other files than that.
 """
 
 import os
@@ -27,7 +26,7 @@ from secateur.model.outputs import answer
 from secateur.reconstruct import compensate
 from tests.faults.verbs import TRIED, batches, dense, pruned
 
-# What Python says of its own file operations; safetensors writes without asking it.
+# Python's audit events for file operations; safetensors writes without them.
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 Result = dict[str, Tensor]
@@ -88,7 +87,7 @@ CALLS: Mapping[str, Callable[[Path], Result]] = {
 
 
 def operations(folder: Path, kill_at: int, call: Callable[[Path], Any]) -> int:
-    """The number of file operations of the call; with `kill_at`, it ends before that one."""
+    """The number of file operations of the call; `kill_at` ends the process before that one."""
     count, base = 0, str(folder)
 
     def operation(*_: object) -> None:
@@ -115,7 +114,7 @@ def operations(folder: Path, kill_at: int, call: Callable[[Path], Any]) -> int:
 
 
 def in_child(folder: Path, kill_at: int, call: Callable[[Path], Any]) -> int:
-    """The same in a process of its own, and the count, or -1 if it was killed."""
+    """The count from a process of its own, or -1 if it was killed."""
     reads, writes = os.pipe()
     if (child := os.fork()) == 0:
         os.close(reads)
@@ -162,7 +161,7 @@ def test_at_any_file_operation(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_two_processes_do_not_share_a_checkpoint(tmp_path: Path) -> None:
-    """The second one is told; when the first is gone, its checkpoint is anybody's."""
+    """The second one is refused; once the first is gone, anybody may use its checkpoint."""
     from secateur.core.disk.checkpoint import Checkpoint
 
     with Checkpoint(tmp_path / "run", {}) as first:

@@ -1,7 +1,7 @@
 """Every verb, on models and inputs of every kind: it does its work, or says why it cannot.
 
-What raises has changed nothing, and says which layer or which argument is meant. What prunes keeps
-what it keeps to the bit, and its result passes `check`; what packs and saves can be undone.
+A verb that raises has changed nothing, and names the layer or the argument. One that prunes keeps
+weights bit for bit, and its result passes `check`; one that packs and saves can be undone.
 """
 
 import copy
@@ -37,7 +37,7 @@ NAME = "blocks.0.up_proj"
 
 
 def changed(change: Callable[[Any], Any], name: str = NAME) -> Callable[[], nn.Module]:
-    """A pruned model of which one module has been changed in place."""
+    """A pruned model with one module changed in place."""
 
     def make() -> nn.Module:
         model = pruned()
@@ -48,7 +48,7 @@ def changed(change: Callable[[Any], Any], name: str = NAME) -> Callable[[], nn.M
 
 
 def weight(change: Callable[[Tensor], Tensor], name: str = NAME) -> Callable[[], nn.Module]:
-    """A pruned model of which one weight has been made another."""
+    """A pruned model with one weight replaced."""
 
     def replace(module: nn.Module) -> None:
         module.weight = nn.Parameter(change(module.weight.detach()), requires_grad=False)
@@ -258,7 +258,7 @@ def _parameters(model: Any) -> Any:
 
 Call = Callable[[Any, Any, Any, Path], Any]
 
-# A verb takes the model, a pattern, batches and a folder, and uses those that it has a use for.
+# A verb takes the model, a pattern, batches and a folder, and uses the ones that it needs.
 CALLS: Mapping[str, Call] = {
     "plan": lambda m, p, b, f: sc.plan(m, p),
     "inspect": lambda m, p, b, f: inspect(m),
@@ -283,7 +283,7 @@ READS = ("plan", "inspect", "sense", "save")
 
 
 def snapshot(model: Any) -> dict[str, Any]:
-    """As `everything`, also of a model that has tensors without values, or is none."""
+    """As `everything`, even for a model that has tensors without values, or is no model."""
     if not isinstance(model, nn.Module):
         return {"tensors": {}}
     found = everything(model)
@@ -292,7 +292,7 @@ def snapshot(model: Any) -> dict[str, Any]:
 
 
 def as_bytes(tensor: Any) -> Tensor:
-    """What the tensor holds to the bit, NaN and the sign of zero too, as what can be compared."""
+    """A key for the tensor's exact bits, NaN and the sign of zero included."""
     if tensor.is_meta:
         return torch.empty(0)
     if tensor.is_quantized:
@@ -302,7 +302,7 @@ def as_bytes(tensor: Any) -> Tensor:
 
 
 def fault(name: str, model: Any, pattern: Any, data: Any, folder: Path) -> str | None:
-    """What is wrong with how the verb takes this; None if nothing is."""
+    """What is wrong with the verb's response to this; None if nothing is."""
     before = snapshot(model)
     weights = _weights(model)
     try:
@@ -330,7 +330,7 @@ def _weights(model: Any) -> dict[str, Tensor]:
 
 
 def _pruned_wrong(name: str, model: Any, pattern: Any, before: dict[str, Tensor]) -> str | None:
-    """What breaks the contract of a pruned model."""
+    """What in the model breaks the contract of pruned models."""
     sc.check(model, pattern)
     now = dict(model.named_parameters())
     planned = {f"{layer}.weight".lstrip(".") for layer in sc.plan(model, pattern).layers}
@@ -372,7 +372,7 @@ GRIDS: Mapping[str, tuple[Any, Any, Any]] = {
 
 
 def report(folder: str) -> None:
-    """Try a seeded sample of each grid, all of it where much is tried, and print what is wrong."""
+    """Try a seeded sample of each grid, or all of it if many are asked for; print what is wrong."""
     tried, wrong = 0, []
     warnings.simplefilter("ignore")
     for name, (call, verbs, others) in GRIDS.items():
@@ -387,7 +387,7 @@ def report(folder: str) -> None:
 
 
 def test_odd_inputs(tmp_path: Path) -> None:
-    """In a process of its own, without the checks of types that only the tests turn on."""
+    """In a process of its own, without the runtime type checks of the tests."""
     code = "import sys; from tests.faults.test_odd_inputs import report; report(sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -17,7 +17,7 @@ from secateur.prune.permute import permute_
 
 WIDTH = 16
 
-# How many places of each case are tried: seeded samples, and more on demand (FAULTS=200).
+# How many places are tried for each case: a seeded sample, more on demand (FAULTS=200).
 TRIED = int(os.environ.get("FAULTS", "8"))
 
 
@@ -70,7 +70,7 @@ def batches() -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Verb:
-    """A call that changes what `make` gives; `folder` is one of its own, empty at first."""
+    """A call that changes the model that `make` returns; it gets an empty `folder` of its own."""
 
     make: Callable[[], nn.Module]
     call: Callable[[nn.Module, Path], Any]
@@ -117,7 +117,7 @@ VERBS: Mapping[str, Verb] = {
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """All that a verb may not leave changed: values, modules, modes, hooks, gradients, globals."""
+    """All that a failed verb must not change: values, modules, modes, hooks, gradients, globals."""
     return {
         "tensors": {
             n: t.detach().clone()
@@ -141,7 +141,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What is another, in words."""
+    """What differs, in words."""
     found = [key for key in before if key != "tensors" and before[key] != after[key]]
     one, two = before["tensors"], after["tensors"]
     found += [n for n in one.keys() | two.keys() if n not in one or n not in two]

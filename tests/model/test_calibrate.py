@@ -1,4 +1,4 @@
-"""Calibration: what layers see, block by block, held to plain hooks on the whole model."""
+"""Calibration: what layers see, block by block, compared with hooks on the whole model."""
 
 import contextlib
 import copy
@@ -57,7 +57,7 @@ def vectors(width: int = 8) -> list[Tensor]:
 
 
 class Branches(nn.Module):
-    """Convolutions that read one input by different kernels and strides, as a ResNet's shortcut."""
+    """Convolutions that read one input with different kernels and strides, as in a ResNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def test_layers_that_share_an_input_come_together_and_share_one_gram() -> None:
 
 
 def test_one_block_runs_at_a_time() -> None:
-    """Without pruning stage by stage a block runs: traced, recorded, checked, summed, passed on."""
+    """A whole block at a time, it runs to be traced, recorded, checked, summed and passed on."""
     model, batches = Decoder(blocks=4), tokens(3)
     for _ in observe(model, select(model).layers, batches, ["input_norm"], sequential=False):
         pass
@@ -182,7 +182,7 @@ def test_batches_may_be_tensors_tuples_and_dicts() -> None:
 
 
 class ByKeyword(nn.Module):
-    """Gives its layers their input by name, two of them the same."""
+    """Passes its layers their input by keyword; two of them share it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ def test_what_is_no_batch_is_named(batch: object) -> None:
 
 @pytest.mark.filterwarnings("ignore:batches are pairs")
 def test_every_verb_runs_pairs_of_inputs_and_labels() -> None:
-    """Also where the whole model is trained, and what that takes is rehearsed."""
+    """Even those that train the whole model, and estimate the cost by running a part of it."""
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     pairs = [(x, torch.zeros(5, dtype=torch.long)) for x in vectors()]
@@ -364,7 +364,7 @@ def test_every_verb_runs_pairs_of_inputs_and_labels() -> None:
     ids=["wanda", "gpt"],
 )
 def test_token_ids_are_no_activations(verb: Any, method: Any, length: int) -> None:
-    """Also where there are as many as the embedding is wide."""
+    """Even if there are as many as the embedding is wide."""
     model = nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 64))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = [torch.randint(0, 96, (4, length)) for _ in range(2)]

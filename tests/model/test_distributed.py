@@ -22,7 +22,7 @@ from secateur.reconstruct import Solution
 from tests.models import Decoder, Experts
 
 SIZE = 2
-# Which of the batches are each process's: uneven, and laid end to end by rank.
+# The batches of each process: uneven in number, in order of rank.
 FIRST = 3
 
 
@@ -37,14 +37,14 @@ def decoder() -> Decoder:
 
 
 def held(weight: Tensor, gram: Tensor, held_gram: Tensor, pattern: Any) -> Solution:
-    """The weight times the share of each input that was held out: shows that very statistic."""
+    """The weight times the held-out share of each input, which makes that statistic visible."""
     mask = pattern.mask(weight.abs())
     share = held_gram.diagonal() / gram.diagonal()
     return Solution((weight * share).masked_fill(~mask, 0), mask)
 
 
 def of_experts() -> tuple[nn.Module, list[Tensor]]:
-    """The second process's rows reach an expert that the first one's do not."""
+    """The second process's rows reach an expert that the first process's do not."""
     torch.manual_seed(0)
     data = torch.randn(5, 40, 8)
     data[:, :, 0] = data[:, :, 0].abs() + 0.01
@@ -86,7 +86,7 @@ def fails_in_second(weight: Tensor, gram: Tensor, pattern: Any) -> Solution:
 
 
 def refused(rank: int) -> dict[str, tuple[str, bool]]:
-    """What each call raised in this process, and whether the model was left as it was."""
+    """The error of each call in this process, and whether the model was left unchanged."""
     mine = [slice(0, FIRST), slice(FIRST, None)][rank]
     other_plan = sc.plan(decoder(), ["2:4", "1:4"][rank])
     dented = decoder()
@@ -156,20 +156,20 @@ def half_blocks(data: list[Tensor]) -> tuple[dict[str, Tensor], Any]:
 
 
 def eight() -> list[Tensor]:
-    """As many as the held-out ones of the second process are counted in: the same ones then."""
+    """Eight batches: then the second process holds out the same ones as the first."""
     generator = torch.Generator().manual_seed(2)
     return [torch.randint(20, (4, 12), generator=generator) for _ in range(8)]
 
 
 def copied(rank: int) -> Tensor:
-    """The second process's tensor, in memory of another order than its own."""
+    """The second process's tensor, with a memory order different from its own."""
     tensor = (torch.arange(6.0) + 10 * rank).view(2, 3).T
     team().broadcast_(1, tensor)
     return tensor
 
 
 def work(rank: int, folder: Path) -> None:
-    """What each of the two processes does; its findings go to a file."""
+    """Run the checks in one of the two processes; write its findings to a file."""
     dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=SIZE)
     part = [slice(0, FIRST), slice(FIRST, None)][rank]
     found = {name: run(part) for name, run in CASES.items()}
@@ -188,7 +188,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the processes found, by rank; they run with the runtime type checks of this one off."""
+    """The findings of the processes, by rank; they run without runtime type checks."""
     folder = tmp_path_factory.mktemp("team")
     code = "import sys, pathlib; from tests.model.test_distributed import work; "
     code += "work(int(sys.argv[1]), pathlib.Path(sys.argv[2]))"
@@ -213,7 +213,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_end_with_the_model_of_one(name: str, found: list[dict[str, Any]]) -> None:
-    """Masks are equal, weights up to the order of float32 sums, and both processes' bit for bit."""
+    """Masks agree, weights up to the order of float32 sums; the processes agree bit for bit."""
     model, report = CASES[name](slice(None))
     (first, of_first), (second, of_second) = (results["cases"][name] for results in found)
     for key, expected in model.state_dict().items():
@@ -229,14 +229,14 @@ def test_two_processes_end_with_the_model_of_one(name: str, found: list[dict[str
 
 
 def errors(report: Any) -> list[float]:
-    """Held-out errors before and after, of one half-block after another."""
+    """Held-out errors before and after, for each half-block in order."""
     notes = "; ".join(layer.note for layer in report.layers)
     found = re.findall(r"held-out error (\S+) before training, (\S+) after", notes)
     return [float(error) for pair in found for error in pair]
 
 
 def test_half_blocks_follow_the_mean_gradient_of_the_processes(found: list[dict[str, Any]]) -> None:
-    """With the same batches in both processes that is each one's own: the result of one alone."""
+    """With the same batches in both processes, the mean is each one's own: the result is one's."""
     expected, report = half_blocks(eight())
     for results in found:
         model, same_report = results["halves of the same"]
@@ -256,12 +256,12 @@ def test_half_blocks_of_uneven_shares_end_alike_and_lose_less(found: list[dict[s
 
 
 def test_each_layer_is_solved_by_one_process(found: list[dict[str, Any]]) -> None:
-    """The layers of a stage (queries, keys, values) are dealt out: the fifth call is later."""
+    """The layers of a stage (queries, keys, values) are shared out: the fifth call is later."""
     expected = decoder()
     sc.reconstruct_(expected, "2:4", sc.sparsegpt, batches())
     for results in found:
         resumed = results["resumed"]
-        # First process: q, v, o, up, down of the first block, where it is stopped.
+        # The first process: q, v, o, up, down of the first block, where it is stopped.
         assert int(resumed.pop("finished")) == 3
         for key, value in expected.state_dict().items():
             assert torch.equal(value == 0, resumed[key] == 0), key

@@ -1,4 +1,4 @@
-"""Perplexity, agreement, cosine and accuracy against figures worked by hand."""
+"""Perplexity, agreement, cosine and accuracy against figures computed by hand."""
 
 import math
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def counting(tokens: int) -> Tensor:
 
 
 def same_cost(k: float) -> float:
-    """What `ByContext` charges for one token: its share among 32 right answers is log 32 more."""
+    """The cost of one token under `ByContext`: log 32 more for its share among 32 right answers."""
     return k / 8 + math.log(32)
 
 
@@ -69,7 +69,7 @@ def test_perplexity_beyond_floats_is_infinite() -> None:
         (None, None, [(0, 6)], [1, 2, 3, 4, 5, 6, 7]),
         (7, 3, [(0, 6)], [1, 2, 3, 4, 5, 6, 7]),
         (50, None, [(0, 6)], [1, 2, 3, 4, 5, 6, 7]),
-        # windows that advance by themselves; the last is moved back to have full context
+        # windows that advance by their width; the last is moved back to have full context
         (3, None, [(0, 2), (3, 5), (4, 6)], [1, 2, 3, 1, 2, 3, 3]),
         (4, 2, [(0, 3), (2, 5), (3, 6)], [1, 2, 3, 4, 3, 4, 4]),
         (4, 1, [(0, 3), (1, 4), (2, 5), (3, 6)], [1, 2, 3, 4, 4, 4, 4]),
@@ -220,7 +220,7 @@ def test_compare_errors() -> None:
 
 
 class Encoder(nn.Module):
-    """Hidden states are a table's rows, as sentence encoders return them."""
+    """Returns rows of a table as hidden states, as sentence encoders do."""
 
     def __init__(self, table: list[list[float]]) -> None:
         super().__init__()

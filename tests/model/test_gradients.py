@@ -1,4 +1,4 @@
-"""Gradients: held to autograd row by row, and the model is left as it was."""
+"""Gradients: compared with autograd row by row, and the model is left as it was."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -136,7 +136,7 @@ def test_the_model_is_left_as_it_was(names: list[str]) -> None:
 
 
 def test_gradients_of_bfloat16_weights_are_summed_in_float32() -> None:
-    """Of 600 equal rows the sum of bfloat16 would stall at 256 times the first."""
+    """Summed in bfloat16, 600 equal rows would stall at 256 times the first."""
     layer = nn.Linear(2, 1, bias=False).bfloat16()
     x = torch.ones(600, 2, dtype=torch.bfloat16)
 
@@ -201,14 +201,14 @@ def test_padding_is_not_predicted() -> None:
     expected = -(p[0, 0, 2] + p[0, 1, 3] + p[0, 2, 4] + p[1, 0, 3]) / 4
     torch.testing.assert_close(found, expected)
     assert not torch.equal(found, model_loss(logits, {"input_ids": ids}))
-    left = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # what stands before it foretells no token
+    left = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # the padding before it predicts no token
     found = model_loss(logits, {"input_ids": ids, "attention_mask": left})
     expected = -(p[0, 0, 2] + p[0, 1, 3] + p[0, 2, 4] + p[1, 2, 0]) / 4
     torch.testing.assert_close(found, expected)
 
 
 def test_a_pair_of_inputs_and_labels_gives_the_cross_entropy_of_a_model_of_one_argument() -> None:
-    """As a DataLoader of pictures gives them; the labels never reach the model."""
+    """As an image DataLoader gives them; the labels never reach the model."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     rows, labels = torch.randn(5, 2, 2), torch.tensor([0, 2, 1, 1, 0])
@@ -282,7 +282,7 @@ def test_pruning_scores_by_the_gradients_of_the_dense_model(criterion) -> None: 
     sc.prune_(model, "2:4", criterion, iter(batches))
     for name, layer in layers.items():
         if criterion is wanda_regional:
-            continue  # its norms are those of pruned inputs
+            continue  # its norms come from pruned inputs
         statistic = found[name]["squared_gradient" if criterion is fisher else "gradient"]
         mask = sc.NM(2, 4).mask(criterion(dense[name], statistic))
         assert torch.equal(layer.weight.detach(), dense[name].masked_fill(~mask, 0))

@@ -10,7 +10,7 @@ from secateur.patterns import NM, Unstructured
 
 
 class Conv1D(nn.Module):
-    """A linear layer that stores [in, out], as GPT-2's in transformers does."""
+    """A linear layer that stores [in, out], as transformers' GPT-2 does."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def test_wrapped_models_have_the_names_of_what_they_wrap() -> None:
 
 
 class Adapted(nn.Module):
-    """A layer with an adapter as PEFT writes it down: the children that are its own, by name."""
+    """A layer with an adapter as PEFT marks it, by the names of the adapter's children."""
 
     adapter_layer_names = ("left", "right")
 

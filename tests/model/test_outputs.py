@@ -1,4 +1,4 @@
-"""What a model returned: logits, hidden states, padding, and the modes that are put back."""
+"""A model's output: logits, hidden states, padding, and the modes that are restored."""
 
 import math
 from collections import OrderedDict
@@ -78,7 +78,7 @@ def test_counted_is_the_attention_mask_where_the_output_has_its_tokens() -> None
 
 
 def test_what_a_decoder_gives_counts_by_its_own_mask_or_the_labels() -> None:
-    """Although the encoder's mask is of the same shape; by the batch's names, or the output's."""
+    """Even if the encoder's mask has the same shape; names in the batch or the output tell."""
     behind_an_encoder = SimpleNamespace(encoder_last_hidden_state=torch.zeros(1))
     ids, positions = torch.ones_like(MASK), torch.Size([2, 3])
     by_mask = {"attention_mask": ids, "decoder_input_ids": ids, "decoder_attention_mask": MASK}
@@ -89,7 +89,7 @@ def test_what_a_decoder_gives_counts_by_its_own_mask_or_the_labels() -> None:
     labels = torch.tensor([[-100, 4, -100], [4, 5, 6]])
     found = counted({"attention_mask": MASK, "labels": labels}, behind_an_encoder, positions, CPU)
     assert found.tolist() == [[True, True, False], [True, True, True]]
-    # Those of a language model leave out prompts too, and say nothing of padding.
+    # A language model's labels leave out prompts too, and say nothing about padding.
     assert counted({"labels": labels}, None, positions, CPU).all()
 
 
@@ -105,7 +105,7 @@ def test_divergence_is_that_of_a_hand_worked_pair() -> None:
     found = divergence(p.log()[None], q.log()[None])
     assert found.tolist() == pytest.approx([0.5 * math.log(2)], rel=1e-6)
     assert float(divergence(q.log()[None], p.log()[None])) == math.inf
-    # A class that underflows to probability 0 adds nothing, whatever the other model says of it.
+    # A class that underflows to probability 0 adds nothing, whatever the other model gives it.
     tiny = torch.tensor([[0.0, -300.0]])
     assert float(divergence(tiny, torch.tensor([[0.0, -math.inf]]))) == 0.0
 

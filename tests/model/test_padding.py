@@ -1,4 +1,4 @@
-"""Batches without their padding: cut by what masks say, and what layers count then."""
+"""Batches without their padding: cut by their masks, and what layers then count."""
 
 from typing import Any
 
@@ -19,13 +19,13 @@ RIGHT = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
 
 
 class Anything(nn.Module):
-    """Takes what it is given; its `forward` names nothing."""
+    """Takes any arguments; its `forward` names none."""
 
     def forward(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 class EncoderDecoder(Anything):
-    """Says of itself what transformers' models say."""
+    """Declares itself an encoder-decoder, as transformers' models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class EncoderDecoder(Anything):
 
 
 def parts(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
-    """Each part with lists in place of tensors, the longest last."""
+    """Each part with lists for tensors, the longest last."""
     return [
         {key: x.tolist() if isinstance(x, Tensor) else x for key, x in part.items()}
         for part in unpadded(model, batch)
@@ -134,7 +134,7 @@ def test_frames_may_lie_behind_the_channels() -> None:
 
 
 def test_the_encoders_mask_is_not_the_decoders() -> None:
-    """Although all tensors are of one shape."""
+    """Even if all tensors have one shape."""
     batch = {"input_ids": IDS, "attention_mask": RIGHT, "decoder_input_ids": IDS + 20}
     first, second = parts(Anything(), batch)
     assert (first["input_ids"], second["input_ids"]) == ([[1, 2], [9, 10]], [[5, 6, 7, 8]])
@@ -153,7 +153,7 @@ def test_the_encoders_mask_is_not_the_decoders() -> None:
 def test_behind_the_last_label_a_decoder_has_no_token() -> None:
     labels = torch.tensor([[5, -100, 7, -100], [5, 6, 7, 8], [5, -100, -100, -100]])
     batch = {"input_ids": IDS, "labels": labels}
-    (same,) = unpadded(Anything(), batch)  # of a language model: a prompt has no labels either
+    (same,) = unpadded(Anything(), batch)  # a language model's: a prompt has no labels either
     assert same is batch
     assert [part["labels"] for part in parts(EncoderDecoder(), batch)] == [
         [[5]],
@@ -174,7 +174,7 @@ def test_encoder_states_that_a_decoder_is_given_have_a_mask_of_their_own() -> No
 
 
 class Routed(nn.Module):
-    """Flattens tokens and gives each to one of two experts, and through a layer that all see."""
+    """Flattens tokens and sends each to one of two experts, and all through one more layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def test_experts_count_the_tokens_that_are_routed_to_them_and_no_padding() -> No
 
 
 def test_held_out_batches_are_counted_as_they_were_given() -> None:
-    """Not as the parts in which they run."""
+    """Not by the parts in which they run."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(13, 4), nn.Linear(4, 4, bias=False))
     model.forward = lambda input_ids, attention_mask: model[1](model[0](input_ids))  # type: ignore[method-assign]
@@ -244,7 +244,7 @@ def test_a_batch_of_padding_alone_is_left_out_and_only_such_are_an_error() -> No
 
 
 class OneLength(nn.Module):
-    """Takes inputs of four frames and no others, as Whisper does of 3,000."""
+    """Takes only inputs of four frames, as Whisper takes only 3,000."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ SPEECH = {
 
 
 def counts(model: nn.Module, batch: Any) -> dict[int, set[str]]:
-    """Which layers saw how many tokens."""
+    """The number of tokens that each layer saw."""
     torch.manual_seed(0)
     found: dict[int, set[str]] = {}
     for name, count in grams(model.eval(), [batch])[1].items():

@@ -45,7 +45,7 @@ def test_layers_that_do_not_fit_are_all_listed() -> None:
 
 
 def test_by_default_layers_that_do_not_fit_are_left_alone_and_said() -> None:
-    """The first convolution of a network for images in three colours cannot have 2:4."""
+    """The first convolution of a network for three-channel images cannot have 2:4."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4))
     plan = sc.plan(net, "2:4")
     assert list(plan.layers) == list(plan.shapes) == ["1", "3"]
@@ -101,7 +101,7 @@ def test_a_padded_remainder_is_pruned_too() -> None:
 
 
 def test_groups_of_a_convolution_lie_along_its_channels_at_every_position(tmp_path: Path) -> None:
-    """2 x 2 positions of 6 channels are 24 columns, which 4 divides, but not the 6."""
+    """2 x 2 positions of 6 channels are 24 columns; 4 divides the 24, but not the 6."""
     net = nn.Sequential(nn.Conv2d(6, 5, 2))
     with pytest.raises(ValueError, match="0: 2:4 needs in_channels divisible by 4, got 6"):
         sc.plan(net, "2:4")

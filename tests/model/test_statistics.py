@@ -59,7 +59,7 @@ def test_low_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
 
 
 class OnGpu(Tensor):
-    """Rows that say they are on a GPU, with torch's product for those, which CPUs lack."""
+    """Rows that claim to be on a GPU, with torch's product for such rows, which CPUs lack."""
 
     is_cuda = True
 
@@ -85,7 +85,7 @@ products: list[torch.dtype] = []
 
 @pytest.fixture(params=[False, True])
 def in_float16(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether the user lets products of float16 be summed in float16."""
+    """Set whether float16 products may be summed in float16."""
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_fp16_accumulation = matmul.allow_fp16_accumulation, request.param
     yield request.param
@@ -94,7 +94,7 @@ def in_float16(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_16_bit_rows_stay_16_bits_on_a_gpu(dtype: torch.dtype, in_float16: bool) -> None:
-    """But float16 where torch would refuse that product."""
+    """Except float16 where torch would refuse that product."""
     products.clear()
     rows = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     statistic = STATISTICS["gram"](6, torch.device("cpu"))

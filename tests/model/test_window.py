@@ -26,7 +26,7 @@ def tokens(batches: int) -> list[Tensor]:
 
 
 def windowed(model: nn.Module) -> tuple[Window, Counter[str]]:
-    """A window on the model, whose weights are taken away; and how often each part is read."""
+    """A window on the model, whose weights are removed, and how often each part is read."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layers = select(model).layers
     (chain,) = find_chains(model, layers).values()
@@ -90,7 +90,7 @@ def test_statistics_through_a_window_are_those_of_the_whole_model() -> None:
 
 
 class Scaled(nn.Module):
-    """Every block also receives what was computed from the hidden state in between."""
+    """Every block also receives a tensor computed from the hidden state between blocks."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def random_weight(rows: int = 8, columns: int = 300, seed: int = 0) -> Tensor:
-    """Normal weights, two of each four zero."""
+    """Normal weights with two zeros in every four."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     rank = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
@@ -108,7 +108,7 @@ def test_scale_times_code_is_exact_for_16_bit_scales(grid: Grid, dtype: torch.dt
 def test_a_weight_on_the_grid_is_recognised(
     grid: Grid, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """Any scales, any codes, whether or not they reach the largest: bit for bit."""
+    """For any scales and codes, whether or not they reach the largest, bit for bit."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
     reach = data.draw(st.floats(0.02, 1.0))
     columns = data.draw(st.sampled_from([4, 16, 20, 64, 132, 260]))

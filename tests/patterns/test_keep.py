@@ -1,4 +1,4 @@
-"""`keep_top`: exactly k, ties to the lower index, by either of its two ways."""
+"""`keep_top`: exactly k, ties to the lower index, by each of its algorithms."""
 
 import pytest
 import torch

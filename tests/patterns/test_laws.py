@@ -108,7 +108,7 @@ def test_pruning_again_by_magnitude_changes_nothing(pattern: Pattern) -> None:
 @given(seed=st.integers(0, 1000))
 @settings(max_examples=5)
 def test_no_single_exchange_would_keep_more_score(pattern: Pattern, seed: int) -> None:
-    """The mask is the best: the kept score equals the best found by brute force over units."""
+    """The mask is the best: its kept score equals the best found by sorting units."""
     score = scores(seed)
     kept = float((score * pattern.mask(score)).sum())
     assert kept == pytest.approx(best_score(pattern, score), rel=1e-5)
@@ -273,7 +273,7 @@ def test_a_violation_names_the_columns_of_a_group(
 def test_a_padded_pattern_is_the_plain_one_on_padded_channels(
     channels: int, positions: int, m: int, seed: int, data: st.DataObject
 ) -> None:
-    """What a runtime sees that pads the channels of [out, positions, channels] with zeros."""
+    """As for a runtime that pads the channels of [out, positions, channels] with zeros."""
     n = data.draw(st.integers(1, m))
     pattern = NM(n, m, "pad", channels)
     score = torch.rand(3, positions, channels, generator=torch.Generator().manual_seed(seed)) + 0.1

@@ -1,4 +1,4 @@
-"""Patterns as strings: what is read, and what a wrong string is told."""
+"""Patterns as strings: what is read, and the errors for wrong strings."""
 
 import pytest
 

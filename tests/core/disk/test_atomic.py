@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, and what is not replaced stays."""
+"""A folder appears whole or not at all, and files that are not replaced stay."""
 
 import os
 import signal
@@ -89,7 +89,7 @@ def test_a_kill_between_the_renames_is_healed_by_the_next_call(tmp_path: Path) -
     settle(folder)
     assert contents(tmp_path) == {"out/model": "0"}
     (tmp_path / ".out.replaced").mkdir()
-    settle(folder)  # the folder is there: what is aside is a leftover
+    settle(folder)  # the folder is there, so the one aside is a leftover
     with appearing_whole(folder, replaced) as partial:
         (partial / "model").write_text("1")
     assert contents(tmp_path) == {"out/model": "1"}
@@ -145,7 +145,7 @@ def test_leftovers_of_the_killed_are_removed_and_those_of_the_living_stay(
     assert len(list(tmp_path.iterdir())) == 2
     with appearing_whole(folder, replaced) as mine:
         (mine / "model").write_text("mine")
-        assert len(list(tmp_path.iterdir())) == 2  # mine and other's
+        assert len(list(tmp_path.iterdir())) == 2  # this name's and another's
         with appearing_whole(folder, replaced) as second:
             assert mine.exists()
             (second / "model").write_text("second")

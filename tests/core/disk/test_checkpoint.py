@@ -1,4 +1,4 @@
-"""A checkpoint believes only its own run's files, whole, and rewrites none of them."""
+"""A checkpoint believes only its own run's undamaged files, and never rewrites them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One reader of JSON and one of YAML: data as it was written, or a line that names the file."""
+"""The readers of JSON and YAML: data as it was written, or a one-line error that names the file."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Safetensors files are written as other files are."""
+"""Safetensors files are written like any other file."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def test_a_file_comes_back_and_others_may_read_it(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("")
     tensors = {"a": torch.arange(6).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
-    for _ in range(2):  # a new file, and one that is there
+    for _ in range(2):  # a new file, and an existing one
         save_file(tensors, tmp_path / "tensors", {"format": "pt"})
         assert (tmp_path / "tensors").stat().st_mode == plain.stat().st_mode
     found = load_file(tmp_path / "tensors")
