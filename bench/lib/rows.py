@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from secateur.core.processor import processor
+
 Row = Mapping[str, str | int | float]
 
 
@@ -55,12 +57,7 @@ def device_name(device: str) -> str:
     """The GPU's name, or the processor's."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return processor()
 
 
 def commit() -> str:

@@ -5,24 +5,22 @@ tokens -> the microseconds of each candidate, and why others were not among them
 """
 
 import json
-import platform
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from math import isfinite
-from pathlib import Path
 
 import torch
 
 from secateur.accelerate.candidates import DENSE, PREPACKED
 from secateur.core.disk.data_files import parse_json
+from secateur.core.processor import processor
 from secateur.core.version import VERSION
 from secateur.formats.kernels.cubins import FOLDER_VARIABLE
 from secateur.formats.kernels.measured import Entries, add, chip, own_file, read
 
 FILE = "measured.json"
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -104,18 +102,8 @@ def place(device: torch.device) -> str:
         where = chip(device)
     else:
         capability = torch.backends.cpu.get_cpu_capability()
-        where = f"{_processor()}, {capability}, {torch.get_num_threads()} threads"
+        where = f"{processor()}, {capability}, {torch.get_num_threads()} threads"
     return f"{where}, torch {torch.__version__}, secateur {VERSION}"
-
-
-@cache
-def _processor() -> str:
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 @cache

@@ -5,10 +5,10 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
+from secateur.core.processor import processor
 from secateur.core.version import VERSION
 from secateur.report.rows import Row, fold, numeric_columns, without_empty
 
@@ -168,7 +168,7 @@ def provenance() -> dict[str, str]:
         "secateur": VERSION,
         "torch": torch.__version__,
         "Python": platform.python_version(),
-        "CPU": f"{_processor()}, {os.cpu_count()} cores",
+        "CPU": f"{processor()}, {os.cpu_count()} cores",
         "threads": f"{torch.get_num_threads()}",
     }
     if torch.cuda.is_available():
@@ -178,12 +178,3 @@ def provenance() -> dict[str, str]:
         facts["GPU"] = "none"
     facts["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return facts
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -590,7 +590,7 @@ def test_another_device_version_or_set_of_implementations_measures(
 ) -> None:
     run_toy(nn.Sequential(halved()), bucketed(), (1,))
     with monkeypatch.context() as patch:
-        patch.setattr(remembered, "_processor", lambda: "another chip")
+        patch.setattr(remembered, "processor", lambda: "another chip")
         assert len(run_toy(nn.Sequential(halved()), bucketed(), (1,))[1].asked) == 1
     with monkeypatch.context() as patch:
         patch.setattr(remembered, "VERSION", "9.9")
