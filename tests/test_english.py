@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 # Rooms, and the pages of `docs`, that have not been rewritten yet.
 LEFT = {
-    *("accelerate", "allocation", "cli", "compat", "files", "formats", "integrations"),
-    *("prune", "reconstruct", "report", "train", "patterns/grids.py", "docs", "README.md"),
+    *("accelerate", "allocation", "cli", "compat", "files", "formats"),
+    *("prune", "reconstruct", "train", "patterns/grids.py", "docs", "README.md"),
 }
 
 # How a docstring does not begin: it says what is returned, or, with a verb, what is done.
@@ -38,7 +38,6 @@ TRANSLATED = {
     r"puts? out": "returns, gives",
     r"foretells?": "predicts",
     r"in the same words": "alike",
-    r"goes? on from there": "continues",
 }
 
 # "That of" and "those of" stand for a noun that is mostly better repeated.

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def test_plain_data_comes_back_from_yaml(data: dict[str, Any]) -> None:
         assert found == data and repr(found) == repr(data)
 
 
+def assert_refused(read: Callable[[Path], Any], content: bytes, reason: str, path: Path) -> None:
+    """Assert that a file with this content is refused in one line that names it."""
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as raised:
+        read(path)
+    kind = path.suffix[1:].upper()
+    assert str(raised.value).startswith(f"{path} cannot be read as {kind}: {reason}")
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     "content, reason",
     [
@@ -63,12 +74,7 @@ def test_plain_data_comes_back_from_yaml(data: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_no_plain_json_is_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "data.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError) as raised:
-        read_json(path)
-    assert str(raised.value).startswith(f"{path} cannot be read as JSON: {reason}")
-    assert "\n" not in str(raised.value)
+    assert_refused(read_json, content, reason, tmp_path / "data.json")
 
 
 @pytest.mark.parametrize(
@@ -102,12 +108,7 @@ def test_what_is_no_plain_json_is_one_line(content: bytes, reason: str, tmp_path
     ],
 )
 def test_what_is_no_plain_yaml_is_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "data.yaml"
-    path.write_bytes(content)
-    with pytest.raises(ValueError) as raised:
-        read_yaml(path)
-    assert str(raised.value).startswith(f"{path} cannot be read as YAML: {reason}")
-    assert "\n" not in str(raised.value)
+    assert_refused(read_yaml, content, reason, tmp_path / "data.yaml")
 
 
 def test_as_deep_as_allowed_is_read(tmp_path: Path) -> None:
