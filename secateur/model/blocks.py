@@ -26,7 +26,7 @@ Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
 def run_batch(model: nn.Module, batch: Batch) -> Any:
-    """Call the model with a batch: a tensor, positional arguments or keywords."""
+    """The model's output for a batch: a tensor, positional arguments or keywords."""
     args, kwargs = arguments_of(model, batch)
     return model(*args, **kwargs)
 
@@ -154,7 +154,7 @@ def usable(batch: Any, where: str) -> Batch:
 def find_chains(
     model: nn.Module, layers: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, nn.Module]]:
-    """The blocks by name of each outermost list of two or more modules of one type with layers."""
+    """The blocks of each chain by name: the outermost lists of modules of one type with layers."""
     chains: dict[str, dict[str, nn.Module]] = {}
     for prefix, module in model.named_modules():
         inside = any(prefix.startswith(outer + ".") for outer in chains)
@@ -369,7 +369,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Equal up to what non-deterministic kernels may differ by."""
+    """Whether both are equal up to the differences of non-deterministic kernels."""
     return len(a) == len(b) and all(
         x.shape == y.shape and bool((x.float() - y.float()).norm() <= 1e-3 * y.float().norm())
         for x, y in zip(a, b, strict=True)

@@ -103,7 +103,7 @@ def reading(module: nn.Module) -> Hashable:
 
 
 def pattern_for(module: nn.Module, pattern: Pattern) -> Pattern:
-    """The pattern as the module's matrix has it: N:M starts anew at each position of a kernel."""
+    """The pattern for the module's matrix: N:M groups start again at each position of a kernel."""
     return pattern.on_kernel(module.weight.shape[1]) if isinstance(module, nn.Conv2d) else pattern
 
 

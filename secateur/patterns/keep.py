@@ -50,7 +50,7 @@ def _losses_in_turns(score: Tensor) -> Tensor:
 
 
 def _losses_at_once(score: Tensor) -> Tensor:
-    """As `_losses_in_turns`, in four launches: all pairs are compared at once."""
+    """The same as `_losses_in_turns` in four launches: all pairs are compared at once."""
     beats = (score[..., :, None] >= score[..., None, :]).triu().view(torch.int8)
     return (beats - beats.mT).sum(-2, dtype=torch.int8)
 
