@@ -154,7 +154,7 @@ def usable(batch: Any, where: str) -> Batch:
 def find_chains(
     model: nn.Module, layers: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, nn.Module]]:
-    """The blocks of each chain by name: the outermost lists of modules of one type with layers."""
+    """Each chain's blocks by name: outermost lists of several modules of one type with layers."""
     chains: dict[str, dict[str, nn.Module]] = {}
     for prefix, module in model.named_modules():
         inside = any(prefix.startswith(outer + ".") for outer in chains)
