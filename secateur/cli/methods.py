@@ -56,7 +56,7 @@ def method_help() -> str:
 
 
 @dataclass(frozen=True)
-class Method:
+class ChosenMethod:
     """A criterion or an algorithm with its options fixed, and the statistics that it needs."""
 
     name: str
@@ -82,7 +82,7 @@ class Method:
         return prune_(model, plan, self.function, batches, offload=offload, checkpoint=checkpoint)
 
 
-def find_method(name: str, options: Sequence[str] = ()) -> Method:
+def find_method(name: str, options: Sequence[str] = ()) -> ChosenMethod:
     """The method of that name with options such as `damping=0.1`.
 
     Raises:
@@ -93,11 +93,11 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
         wrapper: Callable[..., Any] = {w.__name__: w for w in wrappers}[inner[1]]
         algorithm = wrapper(find_method(inner[2]).function, **_options(name, wrapper, options))
         each = algorithm.method if isinstance(algorithm, reconstruct.Blockwise) else algorithm
-        return Method(name, algorithm, True, needed_by(each, given=ALGORITHM_GIVEN))
+        return ChosenMethod(name, algorithm, True, needed_by(each, given=ALGORITHM_GIVEN))
     presets = presets_by_name()
     if preset := presets.get(name):
         _options(name, lambda: None, options)
-        return Method(name, preset, True, needed_by(preset.method, given=ALGORITHM_GIVEN))
+        return ChosenMethod(name, preset, True, needed_by(preset.method, given=ALGORITHM_GIVEN))
     algorithms = algorithms_by_name()
     known = {**criteria_by_name(), **algorithms}
     if name not in known:
@@ -110,10 +110,10 @@ def find_method(name: str, options: Sequence[str] = ()) -> Method:
     given = ALGORITHM_GIVEN if refits else CRITERION_GIVEN
     needs = needed_by(function, given=given)
     fixed = _options(name, function, options)
-    return Method(name, partial(function, **fixed) if fixed else function, refits, needs)
+    return ChosenMethod(name, partial(function, **fixed) if fixed else function, refits, needs)
 
 
-def find_criterion(name: str) -> Method:
+def find_criterion(name: str) -> ChosenMethod:
     """The criterion of that name.
 
     Raises:

@@ -10,7 +10,7 @@ from secateur.cli import options as o
 from secateur.cli.command import command
 from secateur.cli.console import caution, emit
 from secateur.cli.groups import Choice, Data, HeldOut, Loading, Out
-from secateur.cli.methods import Method, find_method, method_help
+from secateur.cli.methods import ChosenMethod, find_method, method_help
 from secateur.cli.quality import quality
 from secateur.cli.source import Opened
 from secateur.cli.summary import Summary, summarize
@@ -89,7 +89,7 @@ def _calibration(source: Opened, data: Data, sample: int) -> list[Batch]:
     return [*batches, *sampled_rows(source.model, ids, sample)]
 
 
-def _require_data(method: Method, data: Data, sample: int) -> None:
+def _require_data(method: ChosenMethod, data: Data, sample: int) -> None:
     """Check that the method has the data it needs; data that it does not need is said on stderr."""
     if sample and not method.needs:
         raise ValueError(
