@@ -137,7 +137,7 @@ def test_reference_pages_show_public_names_in_full(tmp_path: Path) -> None:
         if not callable(vars(sc)[name]):
             shown = f".. py:data:: secateur.{name}\n\n   `"  # and its description
         assert shown in text
-    assert "- `sc.best`: `sc.blockwise(sc.alps)` by its short name" in text
+    assert "- `sc.best`: `sc.blockwise(sc.alps)` under a short name" in text
 
 
 def test_docstring_sections_become_fields() -> None:
