@@ -1,4 +1,4 @@
-"""The base of sparsifiers: it prepares a model, steps its masks and squashes them into weights."""
+"""The base class of sparsifiers: prepare a model, step its masks, squash them into the weights."""
 
 import contextlib
 import copy
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.compat.torchao.fake_sparsity import (
     FakeSparsity,
     as_mask,
+    detach,
     has_mask,
     mask_of,
     put_mask,
@@ -38,14 +39,13 @@ from secateur.compat.torchao.swap import require_mapping, swap_prepared
 
 
 class BaseSparsifier:
-    """Masks on the tensors of a model; a subclass says in `update_mask` how they are chosen.
+    """Masks on the tensors of a model, which a subclass chooses in `update_mask`.
 
-    `update_mask(self, module, tensor_name, ...)` is called by `step` for each tensor with the
-    group's settings. It gets those that it names, or all of them if it takes `**kwargs`. It writes
-    into `module.parametrizations[tensor_name][0].mask`, or replaces the `data` of that tensor.
-    `defaults` are the settings of a tensor for which the config of `prepare` has no others.
-    `groups` holds the settings, `state[tensor_fqn]` the `mask` and what a subclass wants to keep
-    between steps.
+    `step` calls `update_mask(self, module, tensor_name, ...)` for each tensor, with the settings of
+    its group: those that the method names, or all if it takes `**kwargs`. The method writes into
+    `module.parametrizations[tensor_name][0].mask`, or replaces the `data` of that tensor.
+    `defaults` are the settings of a tensor unless the config of `prepare` overrides them. `groups`
+    holds the settings, `state[tensor_fqn]` the `mask` and what a subclass keeps between steps.
 
     Raises:
         TypeError: if the class has no `update_mask`.
@@ -81,9 +81,9 @@ class BaseSparsifier:
 
     @property
     def state(self) -> defaultdict[str, dict[str, Any]]:
-        """Of each tensor the mask itself, the last one after `squash_mask`, and what was put there.
+        """For each tensor its mask, even after `squash_mask`, and whatever was stored beside it.
 
-        The mask is looked up, so that it is the one in use after `model.to()` as well.
+        The mask is looked up each time, so it is the one in use even after `model.to()`.
         """
         for group in self.groups:
             if has_mask(group["module"], group["tensor_name"]):
@@ -96,7 +96,7 @@ class BaseSparsifier:
         self._state = defaultdict(dict, state)
 
     def complete(self, group: Group) -> Group:
-        """The group with what it leaves out; subclasses raise a ValueError for what cannot be."""
+        """The group with its gaps filled; subclasses raise a ValueError for impossible settings."""
         return group
 
     def prepare(self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None = None) -> None:
@@ -104,7 +104,7 @@ class BaseSparsifier:
 
         The config is a list of dicts `{"tensor_fqn": "layer.weight", ...}` whose other keys are
         settings of that tensor; None stands for the weights of all linear layers. After
-        `squash_mask` the sparsifier can be prepared again, and begins anew.
+        `squash_mask` the sparsifier can be prepared again and starts afresh.
 
         Raises:
             ValueError: before the model is changed, if the sparsifier is prepared already, or a
@@ -129,9 +129,9 @@ class BaseSparsifier:
     def make_config_from_model(
         self, model: nn.Module, SUPPORTED_MODULES: Collection[type[nn.Module]] = (nn.Linear,)
     ) -> None:
-        """Set `config` to that of None: the weights of the layers of these types.
+        """Set `config` to what None stands for: the weights of the layers of these types.
 
-        Left out are weights that are tied to another's, computed by a parametrization, or read by a
+        It leaves out weights that are tied to others, computed by a parametrization, or read by a
         module that does not call the layer (nn.MultiheadAttention).
         """
         self.config = layer_weights(model, tuple(SUPPORTED_MODULES))
@@ -142,29 +142,30 @@ class BaseSparsifier:
 
     @torch.no_grad()
     def step(self, use_path: bool = True) -> None:
-        """Update every mask, or none if one cannot be; nothing if `enable_mask_update` is False.
+        """Update all masks, or none if one fails or `enable_mask_update` is False.
 
-        `use_path` is accepted and has no effect: tensors are always found by their module.
+        `use_path` is accepted without effect: tensors are always found through their module.
         """
         self._require_masks("step")
         self.step_count += 1
         if not self.enable_mask_update:
             return
-        with _masks_as_they_were(self.groups):
+        with _masks_as_they_were(self._masked_tensors()):
             for group in self.groups:
                 self.update_mask(**group)
                 mask = mask_of(group["module"], group["tensor_name"])
                 require_binary(mask, group["tensor_fqn"])
+            self._complete_masks()
 
     def squash_mask(
         self,
         params_to_keep: Sequence[str] | None = None,
         params_to_keep_per_layer: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """Make the zeros part of the weights, which are plain parameters again, the same objects.
+        """Make the zeros part of the weights, which become plain parameters, the same objects.
 
-        Settings that are to be kept, for all tensors or by module name, are written to the
-        module's `sparse_params`.
+        The settings to keep, for all tensors or by module name, are written to the module's
+        `sparse_params`.
 
         Raises:
             ValueError: before anything is changed, if a setting or module is unknown (with the
@@ -174,7 +175,7 @@ class BaseSparsifier:
         self._require_masks("squash_mask")
         kept = settings_to_keep(self.groups, params_to_keep or (), params_to_keep_per_layer or {})
         self.state = self.state  # with the masks that are now removed
-        detach_masks(self.groups, squash=True)
+        self._detach(squash=True)
         for module, parameters in kept.items():
             # nn.Module's own setter only knows tensors and modules.
             object.__setattr__(module, "sparse_params", parameters)
@@ -188,8 +189,8 @@ class BaseSparsifier:
     ) -> nn.Module:
         """The model with each prepared leaf module of a type T replaced by `mapping[T].from_dense`.
 
-        `from_dense` gets the prepared module, whose weight has its zeros. The module itself, if
-        that is what is replaced, is replaced in the result only.
+        `from_dense` gets the prepared module, whose weight shows its zeros. If the model itself is
+        such a module, only the result is replaced.
 
         Raises:
             ValueError: without a mapping, or if a class in it has no `from_dense`.
@@ -201,7 +202,7 @@ class BaseSparsifier:
     def state_dict(self) -> dict[str, Any]:
         """Copies of `{"state": {tensor_fqn: {"mask": ...}}, "groups": [...]}`: no modules.
 
-        After `squash_mask` the masks are those that were squashed.
+        After `squash_mask` it still has the masks that were squashed.
         """
         if self._pickled is not None:
             return copy.deepcopy(self._pickled)
@@ -209,11 +210,10 @@ class BaseSparsifier:
         return copy.deepcopy({"state": dict(self.state), "groups": kept})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Have the masks, settings and state of another sparsifier, as copies.
+        """Copy the masks, settings and state of another sparsifier.
 
-        The tensors that are masked afterwards are those of the state: others that were prepared
-        become plain, others of the model get a mask. `strict=False` leaves out tensors that the
-        model does not have.
+        Afterwards exactly the tensors of that state are masked: others that were prepared become
+        plain parameters. `strict=False` ignores tensors that the model does not have.
 
         Raises:
             ValueError: before anything is changed, if `prepare` has not named the model, or a
@@ -221,11 +221,7 @@ class BaseSparsifier:
         """
         if self.model is None:
             raise ValueError("load_state_dict needs a model: call prepare(model, config) first")
-        if missing := {"state", "groups"} - set(state_dict):
-            raise ValueError(
-                f"load_state_dict needs a sparsifier's state_dict, {sorted(missing)[0]!r} is not "
-                "in it: the model's own is for model.load_state_dict"
-            )
+        require_state(state_dict)
         groups = self._loaded_groups(self.model, state_dict, strict)
         states = state_dict["state"]
         masks = [_loaded_mask(group, states.get(group["tensor_fqn"], {})) for group in groups]
@@ -260,7 +256,7 @@ class BaseSparsifier:
                     raise
                 continue
             require_usable(found)
-            # A config's initial mask, which torchao leaves in its groups, is in the state as it is.
+            # torchao leaves a config's initial mask in its groups; the state has the current one.
             settings = self.defaults | {k: saved[k] for k in saved if k != "mask"}
             groups.append(self.complete(copy.deepcopy(settings) | classes.get(fqn, {}) | found))
         return groups
@@ -268,9 +264,21 @@ class BaseSparsifier:
     def _begin(
         self, model: nn.Module, config: Sequence[Mapping[str, Any]] | None, groups: list[Group]
     ) -> None:
-        """Take on a model, as if it were the first."""
+        """Start afresh with this model."""
         self.model, self.config, self.groups, self.state = model, config, groups, {}
         self.step_count, self._pickled = 0, None
+
+    def _masked_tensors(self) -> list[tuple[nn.Module, str]]:
+        """Every tensor with a mask of this sparsifier, as a module and the name in it."""
+        return [(group["module"], group["tensor_name"]) for group in self.groups]
+
+    def _complete_masks(self) -> None:
+        """Do what a subclass has to do when every mask is updated."""
+
+    def _detach(self, *, squash: bool) -> None:
+        """Remove all masks, with their zeros made part of the parameters or without."""
+        for module, tensor_name in reversed(self._masked_tensors()):
+            detach(module, tensor_name, squash=squash)
 
     def _require_free(self, how: str) -> None:
         """Raise if masks of an earlier `prepare` are in place; `how` says how to remove them."""
@@ -294,16 +302,16 @@ class BaseSparsifier:
                 )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BaseSparsifier":
-        """The copy's model is a copy, too: the one in `memo` if they are copied together."""
+        """A copy whose model is a copy as well: the one in `memo` if both are copied together."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         vars(new).update(copy.deepcopy(vars(self), memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: all but the model, because torch pickles no parametrized module.
+        """The attributes without the model, because torch cannot pickle parametrized modules.
 
-        What is unpickled has settings and `state_dict()`, and can be prepared.
+        The unpickled sparsifier has the settings and the `state_dict()`, and can be prepared.
         """
         return {**vars(self), "model": None, "groups": [], "_pickled": self.state_dict()}
 
@@ -320,7 +328,7 @@ register_sparsifier(BaseSparsifier)
 
 
 def _with_any_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """The method, with keywords that it does not name left out: a subclass hands on all it gets."""
+    """The method, ignoring keywords that it does not name: a subclass may pass on all it gets."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return function
@@ -331,17 +339,26 @@ def _with_any_settings(function: Callable[..., None]) -> Callable[..., None]:
     )
 
 
+def require_state(state_dict: Mapping[str, Any]) -> None:
+    """Raise unless this is the state of a sparsifier."""
+    if missing := {"state", "groups"} - set(state_dict):
+        raise ValueError(
+            f"load_state_dict needs a sparsifier's state_dict, {sorted(missing)[0]!r} is not "
+            "in it: the model's own is for model.load_state_dict"
+        )
+
+
 @contextlib.contextmanager
-def _masks_as_they_were(groups: Sequence[Group]) -> Iterator[None]:
-    """The groups' masks are put back if the block raises."""
-    masks = [mask_of(group["module"], group["tensor_name"]) for group in groups]
+def _masks_as_they_were(tensors: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Restore the masks of these tensors if the block raises."""
+    masks = [mask_of(*tensor) for tensor in tensors]
     before = [mask.clone() for mask in masks]
     try:
         yield
     except BaseException:
-        for group, mask, values in zip(groups, masks, before, strict=True):
+        for tensor, mask, values in zip(tensors, masks, before, strict=True):
             mask.data = values
-            put_mask(group["module"], group["tensor_name"], mask)
+            put_mask(*tensor, mask)
         raise
 
 

@@ -1,14 +1,15 @@
-"""The layouts and configurations of `quantize_` and `sparsify_`, each as a format and a pattern."""
+"""The layouts and configurations of `quantize_` and `sparsify_`, as formats and patterns."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from secateur.formats.format import Format
 from secateur.patterns import NM, Pattern, Unstructured
 
 TWO_OF_FOUR = NM(2, 4)
-ANY = Unstructured(0.0)  # no zeros are asked for, only an ordinary, finite weight
-MARLIN_GROUP = 128  # inputs that share a scale, as Marlin and `semi24_int4` have them
-PER_OUTPUT = (None, -1)  # how one scale for all inputs of an output is asked for
+ANY = Unstructured(0.0)  # asks for no zeros, only for an ordinary, finite weight
+MARLIN_GROUP = 128  # inputs that share a scale, in Marlin and in `semi24_int4`
+PER_OUTPUT = (None, -1)  # the group sizes that stand for one scale for all inputs of an output
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class SemiSparseWeightConfig:
     """
 
     alg_id: int = 0
+    format: ClassVar[Format] = Format("semi24")
+    pattern: ClassVar[Pattern] = TWO_OF_FOUR
 
     def __post_init__(self) -> None:
         if self.alg_id:
@@ -54,18 +57,10 @@ class SemiSparseWeightConfig:
                 "algorithm is searched for each layer when it first runs"
             )
 
-    @property
-    def format(self) -> Format:
-        return Format("semi24")
-
-    @property
-    def pattern(self) -> Pattern:
-        return TWO_OF_FOUR
-
 
 @dataclass(frozen=True)
 class BlockSparseWeightConfig:
-    """Blocks of weights of which some are zero, stored exactly: the format `block`.
+    """Blocks of weights, some of them zero, stored exactly: the format `block`.
 
     `blocksize` is the side of a square block, or (rows, columns), rows along the outputs.
 
@@ -73,6 +68,7 @@ class BlockSparseWeightConfig:
     """
 
     blocksize: int | tuple[int, int] = 64
+    pattern: ClassVar[Pattern] = ANY
 
     def __post_init__(self) -> None:
         if min(self._sides) < 1:
@@ -90,10 +86,6 @@ class BlockSparseWeightConfig:
     def format(self) -> Format:
         return Format("block", self._sides)
 
-    @property
-    def pattern(self) -> Pattern:
-        return ANY
-
 
 @dataclass(frozen=True)
 class Int4WeightOnlyConfig:
@@ -106,6 +98,7 @@ class Int4WeightOnlyConfig:
 
     group_size: int | None = MARLIN_GROUP
     layout: object = None
+    pattern: ClassVar[Pattern] = TWO_OF_FOUR
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, MarlinSparseLayout):
@@ -122,10 +115,6 @@ class Int4WeightOnlyConfig:
     @property
     def format(self) -> Format:
         return Format("semi24_int4", (None,) if self.group_size in PER_OUTPUT else ())
-
-    @property
-    def pattern(self) -> Pattern:
-        return TWO_OF_FOUR
 
 
 @dataclass(frozen=True)
@@ -166,6 +155,8 @@ class Float8DynamicActivationFloat8SemiSparseWeightConfig:
     """
 
     layout: object = CutlassSemiSparseLayout()
+    format: ClassVar[Format] = Format("semi24_fp8_dynamic")
+    pattern: ClassVar[Pattern] = TWO_OF_FOUR
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, CutlassSemiSparseLayout):
@@ -174,26 +165,13 @@ class Float8DynamicActivationFloat8SemiSparseWeightConfig:
                 f"layout=CutlassSemiSparseLayout(), got {_shown(self.layout)}: leave it out"
             )
 
-    @property
-    def format(self) -> Format:
-        return Format("semi24_fp8_dynamic")
-
-    @property
-    def pattern(self) -> Pattern:
-        return TWO_OF_FOUR
-
 
 @dataclass(frozen=True)
 class Float8DynamicActivationFloat8WeightConfig:
     """Weights and inputs rounded to float8, a scale for each output and token: `fp8_dynamic`."""
 
-    @property
-    def format(self) -> Format:
-        return Format("fp8_dynamic")
-
-    @property
-    def pattern(self) -> Pattern:
-        return ANY
+    format: ClassVar[Format] = Format("fp8_dynamic")
+    pattern: ClassVar[Pattern] = ANY
 
 
 Config = (
@@ -205,7 +183,7 @@ Config = (
     | Float8DynamicActivationFloat8WeightConfig
 )
 
-# The older spellings, which are called like functions.
+# The older spellings, called like functions.
 semi_sparse_weight = SemiSparseWeightConfig
 block_sparse_weight = BlockSparseWeightConfig
 int4_weight_only = Int4WeightOnlyConfig

@@ -1,13 +1,13 @@
 """Training with 2:4 weights or activations, emulated in dense arithmetic.
 
-Each forward prunes anew and multiplies dense matrices that contain the zeros: the numbers of sparse
-training on any device, and slower than dense training, because pruning is added and no kernel
-skips the zeros. To learn whether a model bears 2:4 it serves; to keep zeros through training at
-the cost of dense, use `sc.hold`.
+Each forward prunes again and multiplies dense matrices that contain the zeros. It gives the numbers
+of sparse training on any device, but is slower than dense training, because it adds the pruning and
+no kernel skips the zeros. It shows whether a model tolerates 2:4; to keep zeros through training at
+the cost of dense training, use `sc.hold`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,17 +16,20 @@ from torch.nn import functional as F
 
 from secateur.compat.torchao.names import closest
 from secateur.compat.torchao.swap import HOOKS
+from secateur.compat.torchao.tiles import tiled, untiled
 from secateur.core.undo import all_or_nothing
 from secateur.formats.pack import swap
 
-TILE = 4  # rows and columns of a tile; half of each row and of each column stays
+T = TypeVar("T", bound=nn.Linear)
+
+TILE = 4  # rows and columns of a tile; half of each row and each column stays
 KEPT = TILE // 2
 ALGORITHMS = ("", "largest_abs_values_greedy")
 BACKENDS = ("cutlass", "cusparselt")
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The matrix with the zeros of its tiles; the gradient passes as it is."""
+    """The matrix with the zeros of its tiles; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -40,10 +43,9 @@ class _StraightThrough(torch.autograd.Function):
 def semi_structured_sparsify(
     x: Float[Tensor, "..."], algo: str = "", backend: str = "cutlass"
 ) -> Float[Tensor, "rows columns"]:
-    """The matrix, dense, 2:4 along its rows and its columns by magnitude in tiles of 4 x 4.
+    """The dense matrix, made 2:4 along rows and columns by magnitude in tiles of 4 x 4.
 
-    The gradient of the result is handed on unchanged to every entry. The backends give the
-    same result.
+    The gradient of the result passes unchanged to every entry. All backends give the same result.
 
     Raises:
         ValueError: for another algorithm or backend, or a tensor that is no matrix.
@@ -69,15 +71,13 @@ def semi_structured_sparsify(
 def tile_mask(x: Float[Tensor, "rows columns"]) -> Bool[Tensor, "rows columns"]:
     """The mask, True = keep: the largest magnitudes, at most 2 in each row and column of a tile.
 
-    In each tile of 4 x 4, entries are taken by magnitude, of equals the first in row order, and
-    kept while fewer than two of their row and of their column are. That keeps 8 of 16, sometimes
-    7, because what is left can lie in a full row. Tiles at the edges are filled up with zeros.
+    Each tile of 4 x 4 goes through its entries by magnitude, ties in row order, and keeps an entry
+    while fewer than two of its row and of its column are kept. That keeps 8 of 16, sometimes 7,
+    because those that remain can lie in a full row. Tiles at the edges are filled up with zeros.
 
     Source: the greedy choice of torch._sparse_semi_structured_tile.
     """
-    rows, columns = x.shape
-    filled = F.pad(x.detach().abs(), (0, -columns % TILE, 0, -rows % TILE))
-    tiles = filled.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).flatten(2)
+    tiles = tiled(x.detach().abs(), (TILE, TILE))
     order = tiles.argsort(dim=-1, descending=True, stable=True)
     in_row, in_column = (torch.zeros_like(order[..., :TILE]) for _ in range(2))
     keep = torch.zeros_like(tiles, dtype=torch.bool)
@@ -88,11 +88,26 @@ def tile_mask(x: Float[Tensor, "rows columns"]) -> Bool[Tensor, "rows columns"]:
         keep.scatter_(-1, entry, free)
         in_row.scatter_add_(-1, row, free.long())
         in_column.scatter_add_(-1, column, free.long())
-    whole: Tensor = keep.unflatten(2, (TILE, TILE)).transpose(1, 2).flatten(2).flatten(0, 1)
-    return whole[:rows, :columns]
+    return untiled(keep, (TILE, TILE), x.shape)
 
 
-class SemiSparseLinear(nn.Linear):
+class _Emulated(nn.Linear):
+    """A linear layer that takes the place of a dense one and gives it back."""
+
+    @classmethod
+    def from_dense(cls: type[T], linear: nn.Linear) -> T:
+        """The layer with the very parameters, hooks and training mode of a dense one."""
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        _take_over(new, linear)
+        return new
+
+    @classmethod
+    def to_dense(cls, semi_sparse_linear: nn.Linear) -> nn.Linear:
+        """The dense layer with the very parameters of this one, none of which is zeroed."""
+        return _dense(semi_sparse_linear)
+
+
+class SemiSparseLinear(_Emulated):
     """A linear layer whose weight is 2:4 in every forward and backward; its parameter stays dense.
 
     The output and the input's gradient are those of the pruned weight, which is 2:4 in both
@@ -103,23 +118,8 @@ class SemiSparseLinear(nn.Linear):
     def forward(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         return F.linear(input, _pruned(self.weight), self.bias)
 
-    @classmethod
-    def from_dense(cls, linear: nn.Linear) -> "SemiSparseLinear":
-        """The layer with the very parameters, hooks and training mode of a dense one."""
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        _take_over(new, linear)
-        return new
 
-    @classmethod
-    def to_dense(cls, semi_sparse_linear: nn.Linear) -> nn.Linear:
-        """The dense layer with the very parameters of this one, of which none is zeroed.
-
-        `semi_structured_sparsify(layer.weight)` is the weight that it was trained with.
-        """
-        return _dense(semi_sparse_linear)
-
-
-class SemiSparseActivationLinear(nn.Linear):
+class SemiSparseActivationLinear(_Emulated):
     """A linear layer whose input, as a matrix of tokens, is 2:4 in every forward.
 
     The weight's gradient is that of the pruned input, the input's gradient the dense one.
@@ -130,23 +130,11 @@ class SemiSparseActivationLinear(nn.Linear):
         tokens = _pruned(input.reshape(-1, self.in_features))
         return F.linear(tokens.view_as(input), self.weight, self.bias)
 
-    @classmethod
-    def from_dense(cls, linear: nn.Linear) -> "SemiSparseActivationLinear":
-        """The layer with the very parameters, hooks and training mode of a dense one."""
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        _take_over(new, linear)
-        return new
-
-    @classmethod
-    def to_dense(cls, semi_sparse_linear: nn.Linear) -> nn.Linear:
-        """The dense layer with the very parameters of this one."""
-        return _dense(semi_sparse_linear)
-
 
 def swap_linear_with_semi_sparse_linear(
     model: nn.Module, config: Mapping[str, type[nn.Module]]
 ) -> None:
-    """Replace the linear layers that the config names by the class that it gives for each.
+    """Replace the linear layers named by the config, each by the class given for it.
 
     Names are those of `model.named_modules()`. Parameters, hooks and the training mode are kept.
 
@@ -186,9 +174,7 @@ def swap_semi_sparse_linear_with_linear(model: nn.Module) -> None:
         ValueError: before anything is changed, if the model itself is one.
     """
     found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (SemiSparseLinear, SemiSparseActivationLinear))
+        name: module for name, module in model.named_modules() if isinstance(module, _Emulated)
     }
     if "" in found:
         raise ValueError(
@@ -212,7 +198,7 @@ def _dense(layer: nn.Linear) -> nn.Linear:
 
 
 def _take_over(new: nn.Linear, old: nn.Linear) -> None:
-    """Parameters themselves, so that an optimizer still has them; hooks and training mode."""
+    """Share parameters, which an optimizer may hold, and copy hooks and the training mode."""
     new.weight, new.bias = old.weight, old.bias
     new.train(old.training)
     for name in HOOKS:

@@ -1,4 +1,4 @@
-"""Sparsifiers that look at weights alone: the norm of blocks, the distance to the diagonal."""
+"""Sparsifiers that look at weights alone: by the norm of blocks or the distance to the diagonal."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,37 +8,37 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from secateur.compat.torchao.base_sparsifier import BaseSparsifier
 from secateur.compat.torchao.fake_sparsity import mask_of, original_of, set_mask, unmasked
 from secateur.compat.torchao.groups import Group
 from secateur.compat.torchao.names import in_short
+from secateur.compat.torchao.tiles import tile_means, tiled, untiled
 from secateur.criteria import magnitude, magnitude_l2
 from secateur.model import layers as _layers
 from secateur.patterns import keep_top
 
-# What an element of a weight counts: 2 or None for W^2, 1 for |W|, or a function of the weight.
+# The score of a weight's elements: W^2 for 2 or None, |W| for 1, or a function of the weight.
 Norm = int | Callable[[Tensor], Tensor] | None
 
 
 class WeightNormSparsifier(BaseSparsifier):
-    """Zeros in the blocks of a weight with the smallest norm, in all of a block or in some of it.
+    """Zeros in the blocks of a weight with the smallest norm, in all of a block or in part of it.
 
-    In the `sparsity_level` share of the blocks, those with the smallest mean norm, the
-    `zeros_per_block` smallest elements become zero; None means the whole block. 2:4 is
-    `WeightNormSparsifier(1.0, (1, 4), 2)`. A block is (rows, cols) of the weight as `[out, in]`; of
-    a Conv2d the columns are input channels, position by position. A block that
-    reaches beyond the weight is what is left of it, with as many zeros as another has, or all.
+    A share `sparsity_level` of the blocks, those with the smallest mean norm, gets zeros at its
+    `zeros_per_block` smallest elements; None means the whole block. 2:4 is
+    `WeightNormSparsifier(1.0, (1, 4), 2)`. A block is (rows, cols) of the weight as `[out, in]`;
+    the columns of a Conv2d are its input channels, position by position. A block that reaches
+    beyond the weight is cut off, and gets as many zeros as the others, or all that fit.
 
-    Counts are exact: of n blocks `round(sparsity_level * n)`, halves to the even one, but below
-    level 1 at least one block is left alone; levels beyond [0, 1] count as its ends. Among equals
-    the lower index is kept. Every step chooses among the masked weights, so that a zero stays one
-    while the level does not fall; where it falls, the largest hidden weights come back first.
+    Counts are exact: `round(sparsity_level * n)` of n blocks, halves rounded to even, but below
+    level 1 at least one block is left alone; levels outside [0, 1] count as 0 or 1. Ties keep the
+    lower index. Every step chooses among the masked weights, so zeros stay zeros unless the level
+    falls; then the largest hidden weights come back first.
 
     Raises:
         ValueError: at construction and by `prepare`, if a level is no number, a block has no size,
-            more zeros than elements are asked, a norm is unknown or a tensor is no matrix; by
+            a block has fewer elements than zeros, a norm is unknown or a tensor is no matrix; by
             `step`, if a norm gives negative numbers or NaN.
     """
 
@@ -78,9 +78,9 @@ class WeightNormSparsifier(BaseSparsifier):
         module_fqn: str = "",
         tensor_fqn: str = "",
     ) -> None:
-        """Choose the mask of one tensor; a `norm` of its own goes before the sparsifier's.
+        """Choose the mask of one tensor; its own `norm` overrides the sparsifier's.
 
-        The names are for messages.
+        The names are only used in messages.
         """
         original = _as_matrix(module, original_of(module, tensor_name))
         kept = _as_matrix(module, mask_of(module, tensor_name)) != 0
@@ -95,7 +95,7 @@ class WeightNormSparsifier(BaseSparsifier):
         set_mask(module, tensor_name, _like_tensor(module, keep))
 
     def norm_fn(self, weight: Tensor) -> Tensor:
-        """What each element of a weight counts."""
+        """The score of each element of a weight."""
         return _norm_function(self.norm)(weight)
 
     def _make_tensor_mask(
@@ -106,7 +106,7 @@ class WeightNormSparsifier(BaseSparsifier):
         sparse_block_shape: Sequence[int],
         mask: Tensor | None = None,
     ) -> Float[Tensor, "out in"]:
-        """0 in the share of whole blocks with the smallest mean, 1 elsewhere; also into `mask`."""
+        """The mask, 0 in the share of whole blocks of smallest mean; also written to `mask`."""
         whole = math.prod(sparse_block_shape)
         return _into(mask, _keep(data, data, sparsity_level, sparse_block_shape, whole).to(data))
 
@@ -117,14 +117,14 @@ class WeightNormSparsifier(BaseSparsifier):
         zeros_per_block: int,
         mask: Tensor | None = None,
     ) -> Float[Tensor, "out in"]:
-        """0 at the smallest elements of every block, 1 elsewhere; also into `mask`."""
+        """The mask, 0 at the smallest elements of every block; also written to `mask`."""
         return _into(mask, _keep(data, data, 1.0, sparse_block_shape, zeros_per_block).to(data))
 
 
 class NearlyDiagonalSparsifier(BaseSparsifier):
-    """Zeros everywhere but in a band around the diagonal that is `nearliness` elements wide.
+    """Zeros everywhere but in a band of width `nearliness` around the diagonal.
 
-    The width is odd: 1 is the diagonal, 3 has a neighbour on either side. 0 or less leaves nothing.
+    The width is odd: 1 is the diagonal, 3 adds a neighbour on either side, 0 or less is all zeros.
 
     Raises:
         ValueError: at construction and by `prepare`, if the width is even, reaches beyond the
@@ -173,25 +173,23 @@ def _keep(
     block: Sequence[int],
     zeros: int,
 ) -> Bool[Tensor, "out in"]:
-    """True where the block is kept, or the element in its block."""
+    """The mask, True where the block is kept, or the element within its block."""
     whole = math.prod(block)
-    real = _tiles(torch.ones_like(score), block)
-    tiles, behind = _tiles(score, block), _tiles(hidden, block)
-    means, means_behind = (x.sum(-1) / real.sum(-1) for x in (tiles, behind))
+    tiles, behind = tiled(score, block), tiled(hidden, block)
+    means, means_behind = tile_means(score, block), tile_means(hidden, block)
     keep = keep_top(
         _in_order(means, means_behind).flatten(), means.numel() - _affected(level, means.numel())
     ).view(*means.shape, 1)
     if zeros < whole:
-        # What a block lacks at the edge counts as kept, so that the zeros are real ones.
+        # What a block lacks at the edge counts as kept, so that zeros lie inside the weight.
+        real = tiled(torch.ones_like(score), block)
         order = _in_order(tiles, behind).masked_fill(real == 0, math.inf)
         keep = keep | keep_top(order, whole - zeros)
-    in_tiles: Tensor = keep.expand(*means.shape, whole).unflatten(-1, tuple(block))
-    rows = in_tiles.transpose(1, 2).flatten(2).flatten(0, 1)
-    return rows[: score.shape[0], : score.shape[1]]
+    return untiled(keep.expand(*means.shape, whole), block, score.shape)
 
 
 def _into(mask: Tensor | None, values: Tensor) -> Tensor:
-    """The values, as the data of the mask if there is one."""
+    """The mask with these values as its data, or the values if there is no mask."""
     if mask is None:
         return values
     mask.data = values
@@ -199,7 +197,7 @@ def _into(mask: Tensor | None, values: Tensor) -> Tensor:
 
 
 def _in_order(score: Tensor, hidden: Tensor) -> Tensor:
-    """Scores, but what is 0 only because it is masked is ordered by what the mask hides."""
+    """The scores, with what is 0 only because it is masked ordered by what the mask hides."""
     return torch.where(score > 0, score, -1 / hidden)
 
 
@@ -207,19 +205,8 @@ def _affected(level: float, n: int) -> int:
     return n if level >= 1 else min(round(max(level, 0) * n), n - 1)
 
 
-def _tiles(
-    matrix: Float[Tensor, "out in"], block: Sequence[int]
-) -> Float[Tensor, "rows cols elements"]:
-    """The blocks, filled up with zeros at the edges."""
-    rows, cols = block
-    padded = F.pad(matrix, (0, -matrix.shape[1] % cols, 0, -matrix.shape[0] % rows))
-    tiles: Tensor = padded.unflatten(1, (-1, cols)).unflatten(0, (-1, rows))
-    flat: Tensor = tiles.transpose(1, 2).flatten(2)
-    return flat
-
-
 def _as_matrix(module: nn.Module, tensor: Tensor) -> Tensor:
-    """A Conv2d's weight as `[out, in]`, matrices as they are."""
+    """The weight of a Conv2d as `[out, in]`; a matrix unchanged."""
     return tensor if tensor.dim() == 2 else _layers.matrix(module, tensor)
 
 
@@ -227,7 +214,7 @@ def _like_tensor(module: nn.Module, rows: Tensor) -> Tensor:
     return _layers.like_weight(module, rows) if isinstance(module, nn.Conv2d) else rows
 
 
-# --- what cannot be ------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 def _require_blocks(what: str, settings: dict[str, Any]) -> None:

@@ -7,19 +7,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur.compat.torchao.tiles import tile_means
 from secateur.patterns.keep import count_zeros, keep_top
 
 
 class SupermaskLinear(nn.Linear):
-    """A linear layer that keeps its blocks of highest score, and learns scores and weights.
+    """A linear layer that keeps the blocks with the highest scores, and learns scores and weights.
 
-    `scores` has one entry for a block of `blocksize` x `blocksize` weights; at the edges blocks may
-    be smaller. The forward uses exactly `round(sparsity_level * blocks)` zero blocks, equal scores
-    by the lower index. Gradients pass the mask unchanged: to the scores that of block times weight,
-    to the weights the dense one, so that a block that returns has been trained meanwhile.
+    `scores` has one entry per block of `blocksize` x `blocksize` weights; blocks at the edges may
+    be smaller. The forward has exactly `round(sparsity_level * blocks)` zero blocks; ties keep the
+    lower index. Gradients pass the mask unchanged: a score gets its block's gradient times weight,
+    a weight its dense gradient, so that a block that returns has been trained in the meantime.
 
-    `from_linear` starts from the mean magnitudes of the blocks. A layer made by its constructor has
-    random weights, and scores to match. `fixed_mask` and `fixed_weight` keep either from learning.
+    `from_linear` starts from the mean magnitudes of the blocks. The constructor draws random
+    weights, and starts from theirs. `fixed_mask` and `fixed_weight` keep either from learning.
 
     Source: edge-popup, Ramanujan et al., arXiv:1911.13299, section 3, on blocks.
     Raises:
@@ -57,10 +58,10 @@ class SupermaskLinear(nn.Linear):
     def from_linear(
         cls, linear: nn.Module, sparsity_level: float = 0.0, blocksize: int = 1
     ) -> "SupermaskLinear":
-        """The layer with a copy of these weights, which keeps its blocks of largest magnitude.
+        """A layer with a copy of these weights that keeps the blocks of largest magnitude.
 
         Raises:
-            ValueError: if it is no linear layer, or as the class.
+            ValueError: if this is no linear layer, or as the class.
         """
         if not isinstance(linear, nn.Linear):
             raise ValueError(
@@ -99,7 +100,7 @@ class SupermaskLinear(nn.Linear):
         return linear.train(supermask_linear.training)
 
     def get_mask(self) -> Float[Tensor, "out in"]:
-        """The mask, 1 = keep, in the weight's dtype; its gradient reaches the scores unchanged."""
+        """The mask, 1 = keep, in the weight's dtype; gradients pass unchanged to the scores."""
         scores = self._spread(self.scores)
         return self._keep().to(scores.dtype) + (scores - scores.detach())
 
@@ -107,7 +108,7 @@ class SupermaskLinear(nn.Linear):
         weight = self.weight.detach()
         zeroed = weight.masked_fill(~self._keep(), 0)
         scores = self._spread(self.scores)
-        # both differences are 0: what they add is a gradient
+        # both differences are 0 and only add a gradient
         straight = (self.weight - weight) + weight * (scores - scores.detach())
         return F.linear(input, zeroed + straight, self.bias)
 
@@ -117,7 +118,7 @@ class SupermaskLinear(nn.Linear):
         return self._spread(keep.view_as(self.scores))
 
     def _spread(self, blocks: Tensor) -> Tensor:
-        """One entry for each weight of what has one for each block."""
+        """The entries of the blocks, repeated for each weight."""
         b = self.blocksize
         whole: Tensor = blocks.repeat_interleave(b, 0).repeat_interleave(b, 1)
         return whole[: self.out_features, : self.in_features]
@@ -130,11 +131,6 @@ class SupermaskLinear(nn.Linear):
 
 
 def _magnitudes(weight: Tensor, b: int) -> Float[Tensor, "row_blocks column_blocks"]:
-    """The mean magnitude of each block; at the edges of what there is of it."""
-    padding = (0, -weight.shape[1] % b, 0, -weight.shape[0] % b)
-    sums, counts = (
-        F.pad(m, padding).unflatten(1, (-1, b)).unflatten(0, (-1, b)).sum((1, 3))
-        for m in (weight.detach().float().abs(), torch.ones_like(weight, dtype=torch.float32))
-    )
-    means: Tensor = sums / counts
+    """The mean magnitude of each block."""
+    means = tile_means(weight.detach().float().abs(), (b, b))
     return means.to(weight.dtype)

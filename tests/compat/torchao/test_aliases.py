@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -66,21 +67,30 @@ def test_an_old_path_has_its_names_and_they_are_the_same_objects(path: str) -> N
 def test_an_alias_only_re_exports(file: Path) -> None:
     docstring, *rest = ast.parse(file.read_text()).body
     assert isinstance(docstring, ast.Expr)
-    imported = set[str]()
-    for node in rest[:-1]:
-        assert isinstance(node, ast.ImportFrom) and node.level == 0
-        assert all(alias.asname is None for alias in node.names)
-        imported |= {alias.name for alias in node.names}
-    if rest:
-        assert isinstance(rest[-1], ast.Assign)
-        assert set(ast.literal_eval(rest[-1].value)) == imported <= set(torchao.__all__)
+    for node in rest:
+        if isinstance(node, ast.Assign):
+            assert node is rest[-1] and ast.unparse(node.targets) == "__all__"
+        else:
+            assert isinstance(node, ast.ImportFrom) and node.level == 0
+            assert all(alias.asname is None for alias in node.names)
+    module = importlib.import_module(module_of(file))
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    listed = list(getattr(module, "__all__", ()))
+    assert len(set(listed)) == len(listed) and set(listed) == public <= set(torchao.__all__)
+    assert all(vars(module)[name] is vars(torchao)[name] for name in listed)
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join((torchao.__name__, *parts)).removesuffix(".__init__")
 
 
 def test_every_name_is_on_an_old_path() -> None:
     listed = set[str]()
     for file in FILES:
-        module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        listed |= set(
-            getattr(importlib.import_module(f"{torchao.__name__}.{module}"), "__all__", ())
-        )
+        listed |= set(getattr(importlib.import_module(module_of(file)), "__all__", ()))
     assert listed == set(torchao.__all__)

@@ -1,27 +1,6 @@
-"""Those names of `torchao.quantization` that have a format here."""
+"""Those names of `torchao.quantization` that have a format here: those of its `quant_api`."""
 
-from secateur.compat.torchao.configs import (
-    Float8DynamicActivationFloat8SemiSparseWeightConfig,
-    Float8DynamicActivationFloat8WeightConfig,
-    Int4WeightOnlyConfig,
-    Int8DynamicActivationInt8WeightConfig,
-    float8_dynamic_activation_float8_semi_sparse_weight,
-    float8_dynamic_activation_float8_weight,
-    int4_weight_only,
-    int8_dynamic_activation_int8_semi_sparse_weight,
-    int8_dynamic_activation_int8_weight,
-)
-from secateur.compat.torchao.inference import quantize_
+from secateur.compat.torchao.quantization import quant_api
+from secateur.compat.torchao.quantization.quant_api import *  # noqa: F403  # all of __all__
 
-__all__ = [
-    "Float8DynamicActivationFloat8SemiSparseWeightConfig",
-    "Float8DynamicActivationFloat8WeightConfig",
-    "Int4WeightOnlyConfig",
-    "Int8DynamicActivationInt8WeightConfig",
-    "float8_dynamic_activation_float8_semi_sparse_weight",
-    "float8_dynamic_activation_float8_weight",
-    "int4_weight_only",
-    "int8_dynamic_activation_int8_semi_sparse_weight",
-    "int8_dynamic_activation_int8_weight",
-    "quantize_",
-]
+__all__ = quant_api.__all__

@@ -1,25 +1,8 @@
-"""The names of `torchao.sparsity`."""
+"""The names of `torchao.sparsity`: those of its `sparse_api`, and three more."""
 
-from secateur.compat.torchao.configs import (
-    BlockSparseWeightConfig,
-    SemiSparseWeightConfig,
-    block_sparse_weight,
-    int8_dynamic_activation_int8_semi_sparse_weight,
-    semi_sparse_weight,
-)
-from secateur.compat.torchao.inference import apply_fake_sparsity, sparsify_
+from secateur.compat.torchao.sparsity import sparse_api
+from secateur.compat.torchao.sparsity.sparse_api import *  # noqa: F403  # all of __all__
 from secateur.compat.torchao.supermask import SupermaskLinear
 from secateur.compat.torchao.wanda import PerChannelNormObserver, WandaSparsifier
 
-__all__ = [
-    "BlockSparseWeightConfig",
-    "PerChannelNormObserver",
-    "SemiSparseWeightConfig",
-    "SupermaskLinear",
-    "WandaSparsifier",
-    "apply_fake_sparsity",
-    "block_sparse_weight",
-    "int8_dynamic_activation_int8_semi_sparse_weight",
-    "semi_sparse_weight",
-    "sparsify_",
-]
+__all__ = ["PerChannelNormObserver", "SupermaskLinear", "WandaSparsifier", *sparse_api.__all__]

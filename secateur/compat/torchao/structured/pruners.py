@@ -1,4 +1,4 @@
-"""Which channels go: those of least weight, or those nearest to all others."""
+"""Which channels go: those with the smallest weights, or those nearest to all others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,19 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.compat.torchao.fake_sparsity import mask_of
 from secateur.compat.torchao.groups import Group
 from secateur.compat.torchao.structured.sparsifier import BaseStructuredSparsifier
 from secateur.core.float64 import in_float64
 
-# How far apart the channels of a layer are: [channels, weights] -> [channels, channels].
+# The distances between a layer's channels: [channels, weights] -> [channels, channels].
 Distance = Callable[[Tensor], Tensor]
 
 
 class SaliencyPruner(BaseStructuredSparsifier):
-    """Drops the channels whose weights have the least L1 norm: `int(level * n)` of n units.
+    """Drops the channels whose weights have the smallest L1 norm: `int(level * n)` of n units.
 
-    A unit is the channels that go together, and its norm the sum over the tensors of the config.
+    A unit is a set of channels that go together; its norm is the sum over the config's tensors.
     `sparsity_level` is a setting of each tensor, or of all in `defaults`.
 
     Raises:
@@ -33,16 +32,14 @@ class SaliencyPruner(BaseStructuredSparsifier):
         self, module: nn.Module, tensor_name: str, tensor_fqn: str, sparsity_level: float
     ) -> None:
         """Choose the channels of one tensor, together with those that they depend on."""
-        keep = self.least(tensor_fqn, _l1, lambda n: int(sparsity_level * n))
-        mask = mask_of(module, tensor_name)
-        mask.data = keep.to(mask.device)
+        self.keep(tensor_fqn, self.least(tensor_fqn, _l1, lambda n: int(sparsity_level * n)))
 
 
 class LSTMSaliencyPruner(BaseStructuredSparsifier):
     """`SaliencyPruner` for the weights of recurrent layers: hidden units go, from every gate.
 
-    A unit's norm is the sum over its rows in all gates, and over the layers and directions of the
-    module, of the tensors in the config: one `nn.LSTM` has one hidden size.
+    The norm of a unit is the sum over its rows in all gates, layers and directions of the module,
+    as far as the config names their tensors: one `nn.LSTM` has one hidden size.
 
     Raises:
         ValueError: as `SaliencyPruner`, and by `prepare` for tensors of other modules.
@@ -60,17 +57,15 @@ class LSTMSaliencyPruner(BaseStructuredSparsifier):
         self, module: nn.Module, tensor_name: str, tensor_fqn: str, sparsity_level: float
     ) -> None:
         """Choose the hidden units, the same for each tensor of the module."""
-        keep = self.least(tensor_fqn, _l1, lambda n: int(sparsity_level * n))
-        mask = mask_of(module, tensor_name)
-        mask.data = keep.to(mask.device)
+        self.keep(tensor_fqn, self.least(tensor_fqn, _l1, lambda n: int(sparsity_level * n)))
 
 
 class FPGMPruner(BaseStructuredSparsifier):
-    """Drops the channels nearest to all others, which these can stand for: `round(level * n)`.
+    """Drops the `round(level * n)` channels nearest to all others, which can stand in for them.
 
-    A channel's score is the sum of its distances to the others of its tensor, so the least is next
-    to the geometric median. `dist` is 2 or None for Euclidean distances, 1 for sums of absolute
-    differences, or a function `[channels, weights] -> [channels, channels]`.
+    A channel's score is the sum of its distances to the other channels of its tensor, so the lowest
+    score is next to the geometric median. `dist` is 2 or None for Euclidean distances, 1 for sums
+    of absolute differences, or a function `[channels, weights] -> [channels, channels]`.
 
     Source: He et al., Filter Pruning via Geometric Median, arXiv:1811.00250, eq. 4 to 6.
 
@@ -91,18 +86,16 @@ class FPGMPruner(BaseStructuredSparsifier):
         self, module: nn.Module, tensor_name: str, tensor_fqn: str, sparsity_level: float
     ) -> None:
         """Choose the channels of one tensor, together with those that they depend on."""
-        # In float64 distances are exact; a function may have tensors of the weight's dtype.
+        # Distances are exact in float64; a user's function gets the weight's own dtype.
         score = self._compute_distance if callable(self.dist) else self._exact_distance
-        keep = self.least(tensor_fqn, score, lambda n: round(sparsity_level * n))
-        mask = mask_of(module, tensor_name)
-        mask.data = keep.to(mask.device)
+        self.keep(tensor_fqn, self.least(tensor_fqn, score, lambda n: round(sparsity_level * n)))
 
     def _compute_distance(self, t: Float[Tensor, "channels ..."]) -> Float[Tensor, " channels"]:
-        """The sum of the distances of each channel, the first dimension, to all of them."""
+        """For each channel, an index of the first dimension, the sum of its distances to all."""
         rows = t.flatten(1)
         if callable(self.dist):
             return self.dist(rows).abs().sum(1)
-        # Differences: by products, those of near rows would round to noise.
+        # By differences: computed by products, small distances would be rounding noise.
         p = float(self.dist or 2)
         return torch.cdist(rows, rows, p, "donot_use_mm_for_euclid_dist").sum(1)
 

@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from secateur.compat.torchao.base_sparsifier import BaseSparsifier
+from secateur.compat.torchao.base_sparsifier import BaseSparsifier, require_state
 from secateur.compat.torchao.fake_sparsity import (
     attach,
-    detach,
     mask_of,
-    put_mask,
     require_tensor,
     unmasked,
 )
-from secateur.compat.torchao.groups import Group, make_groups, require_model, settings_to_keep
+from secateur.compat.torchao.groups import Group, make_groups, require_model
 from secateur.compat.torchao.names import closest, in_short
 from secateur.compat.torchao.structured.mask import FakeStructuredSparsity, Masked
 from secateur.compat.torchao.structured.prepare import (
@@ -126,7 +124,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
                 self._prepare()
                 for fqn, mask in initial.items():
                     if mask is not None:
-                        self._set(fqn, mask)
+                        self.keep(fqn, mask)
                 self._mask_all(self._removed())
                 self._tell_zeros("prepare", held | stuck)
             except BaseException:
@@ -148,24 +146,15 @@ class BaseStructuredSparsifier(BaseSparsifier):
             keep = torch.ones(tensor.shape[each.dim], dtype=torch.bool).to(tensor.device)
             attach(each.module, each.tensor_name, FakeStructuredSparsity(keep, each.dim))
 
-    @torch.no_grad()
-    def step(self, use_path: bool = True) -> None:
-        """Update every mask, or none if one cannot be; nothing if `enable_mask_update` is False.
+    def keep(self, tensor_fqn: str, mask: Bool[Tensor, " channels"]) -> None:
+        """Make this the mask of a tensor that the config names."""
+        group = next(group for group in self.groups if group["tensor_fqn"] == tensor_fqn)
+        own = mask_of(group["module"], group["tensor_name"])
+        own.data = mask.to(own.device, torch.bool)
 
-        Raises:
-            ValueError: if `update_mask` drops a part of a unit, or all channels of a tensor.
-        """
-        self._require_masks("step")
-        masks = [mask_of(each.module, each.tensor_name) for each in self._masked]
-        before = [mask.clone() for mask in masks]
-        try:
-            super().step(use_path)
-            self._mask_all(self._removed())
-        except BaseException:
-            for each, mask, values in zip(self._masked, masks, before, strict=True):
-                mask.data = values
-                put_mask(each.module, each.tensor_name, mask)
-            raise
+    def _complete_masks(self) -> None:
+        """Mask what goes together with what `update_mask` has dropped."""
+        self._mask_all(self._removed())
 
     def least(
         self,
@@ -228,33 +217,19 @@ class BaseStructuredSparsifier(BaseSparsifier):
         params_to_keep: Sequence[str] | None = None,
         params_to_keep_per_layer: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """Make the zeros part of the parameters, which keep their shapes.
-
-        Raises:
-            ValueError: before anything is changed, if a setting or module is unknown, or there is
-                no mask.
-        """
-        self._require_masks("squash_mask")
-        kept = settings_to_keep(self.groups, params_to_keep or (), params_to_keep_per_layer or {})
-        self.state = self.state  # with the masks that are now removed
-        self._detach(squash=True)
+        """Make the zeros part of the parameters, as in `BaseSparsifier`; shapes stay."""
+        super().squash_mask(params_to_keep, params_to_keep_per_layer)
         self._masked, self.channels = [], None
-        for module, parameters in kept.items():
-            object.__setattr__(module, "sparse_params", parameters)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Have the masks, settings and state of another sparsifier, as copies.
+        """Copy the masks, settings and state of another sparsifier.
 
         Raises:
-            ValueError: before anything is changed, if this one is not prepared for the same
-                tensors (`strict=False` passes over those that it has not), or a mask does not fit.
+            ValueError: before anything is changed, if this one is not prepared for the same tensors
+                (`strict=False` ignores tensors that it lacks), or a mask does not fit.
         """
         self._require_masks("load_state_dict")
-        if missing := {"state", "groups"} - set(state_dict):
-            raise ValueError(
-                f"load_state_dict needs a sparsifier's state_dict, {sorted(missing)[0]!r} is not "
-                "in it: the model's own is for model.load_state_dict"
-            )
+        require_state(state_dict)
         mine = {group["tensor_fqn"]: group for group in self.groups}
         saved = {group["tensor_fqn"]: group for group in state_dict["groups"]}
         if strict and (other := set(mine) ^ set(saved)):
@@ -271,11 +246,11 @@ class BaseStructuredSparsifier(BaseSparsifier):
         try:
             for name, mask in masks.items():
                 if mask is not None:
-                    self._set(name, mask)
+                    self.keep(name, mask)
             self._mask_all(self._removed())
         except BaseException:
             for name, mask in before.items():
-                self._set(name, mask)
+                self.keep(name, mask)
             raise
         local = {"module", "module_fqn", "tensor_name", "tensor_fqn", "mask"}
         for name in both:
@@ -286,7 +261,7 @@ class BaseStructuredSparsifier(BaseSparsifier):
             self.state[name] = {k: copy.deepcopy(v) for k, v in values.items() if k != "mask"}
 
     def __getstate__(self) -> dict[str, Any]:
-        """As in `BaseSparsifier`: settings and masks, without the model."""
+        """As in `BaseSparsifier`: the settings and masks, without the model."""
         return {**super().__getstate__(), "_masked": [], "channels": None}
 
     def _channels(self) -> Channels:
@@ -297,11 +272,6 @@ class BaseStructuredSparsifier(BaseSparsifier):
         return {
             g["tensor_fqn"]: mask_of(g["module"], g["tensor_name"]).clone() for g in self.groups
         }
-
-    def _set(self, tensor_fqn: str, keep: Tensor) -> None:
-        group = next(group for group in self.groups if group["tensor_fqn"] == tensor_fqn)
-        mask = mask_of(group["module"], group["tensor_name"])
-        mask.data = keep.to(mask.device, torch.bool)
 
     def _removed(self) -> Removed:
         """The units that the masks of the config's tensors drop.
@@ -349,9 +319,8 @@ class BaseStructuredSparsifier(BaseSparsifier):
             stacklevel=3,
         )
 
-    def _detach(self, *, squash: bool) -> None:
-        for each in reversed(self._masked):
-            detach(each.module, each.tensor_name, squash=squash)
+    def _masked_tensors(self) -> list[tuple[nn.Module, str]]:
+        return [(each.module, each.tensor_name) for each in self._masked]
 
 
 def _initial_mask(group: Group) -> Tensor | None:
