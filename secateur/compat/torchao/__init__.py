@@ -1,8 +1,8 @@
-"""The names of `torchao.sparsity` and `torch.ao.pruning`, with the calls that they took.
+"""The names of `torchao.sparsity` and `torch.ao.pruning`, called as before.
 
-What differs is where the old ones went wrong, and is listed in the migration guide
-(`docs/migrate.md`). The old import paths are below this one: `torchao.X` is
-`secateur.compat.torchao.X`, `torch.ao.pruning` is `secateur.compat.torchao.prototype.sparsity`.
+They differ only where the old ones went wrong, as the migration guide (`docs/migrate.md`) lists.
+The old import paths are below this one: `torchao.X` is `secateur.compat.torchao.X`,
+`torch.ao.pruning` is `secateur.compat.torchao.prototype.sparsity`.
 """
 
 from secateur.compat.torchao.base_scheduler import BaseScheduler

@@ -1,4 +1,4 @@
-"""The base of schedulers: they write the level of each group, which the next step masks by."""
+"""The base class of schedulers, which set each group's level for the sparsifier's next step."""
 
 import copy
 import warnings
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class BaseScheduler:
-    """Sparsity levels that change with the epoch; a subclass says how in `get_sl`.
+    """Sparsity levels that change with the epoch, by a subclass's `get_sl`.
 
-    `base_sl` holds the groups' levels at construction, which is where a schedule is to end.
-    `last_epoch` is the epoch whose levels are in force; construction steps once, to epoch 0.
+    `base_sl` holds the groups' levels at construction, where a schedule should end. `last_epoch` is
+    the epoch whose levels are in force; construction steps once, to epoch 0.
 
     Raises:
         TypeError: if it is not given a sparsifier of this package, or the class has no `get_sl`.
@@ -39,7 +39,7 @@ class BaseScheduler:
         for group in sparsifier.groups:
             if "sparsity_level" not in group:
                 raise ValueError(
-                    f"{type(self).__name__} needs groups with a sparsity_level, that of "
+                    f"{type(self).__name__} needs groups with a sparsity_level, "
                     f"{group['tensor_fqn']} has none: give one in the config"
                 )
         self.sparsifier = sparsifier
@@ -60,9 +60,9 @@ class BaseScheduler:
         return list(self._last_sl)
 
     def step(self, epoch: int | None = None) -> None:
-        """Go on by one epoch: write the levels and let the sparsifier update its masks.
+        """Advance by one epoch: write the levels and let the sparsifier update its masks.
 
-        `epoch` is accepted for what is printed and changes nothing.
+        `epoch` is only used in what is printed.
 
         Raises:
             ValueError: before anything is changed, if there is not one level for each group.
@@ -97,12 +97,12 @@ class BaseScheduler:
         self.sparsifier.enable_mask_update = True
 
     def _make_sure_a_list(self, var: T | Sequence[T], name: str = "the setting") -> list[T]:
-        """One value for each group: this one for all of them, or as many as there are.
+        """A value for each group: the same for all, or one from a list with a value for each.
 
         Raises:
-            ValueError: if there are others than one for each.
+            ValueError: if a list has another length.
         """
-        # What is no sparsifier at all is told by the constructor.
+        # The constructor refuses anything but a sparsifier later.
         n = len(self.sparsifier.groups) if isinstance(self.sparsifier, BaseSparsifier) else 1
         if not isinstance(var, (list, tuple)):
             return [var] * n  # type: ignore[list-item]  # a Sequence that is one value: none here
@@ -120,7 +120,7 @@ class BaseScheduler:
             print(f"{at}sparsity level of group {group} is {sl:.4e}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of what changes: all but the sparsifier and functions."""
+        """Copies of everything that changes: all but the sparsifier and functions."""
         return {
             key: copy.deepcopy(value)
             for key, value in vars(self).items()
@@ -128,7 +128,7 @@ class BaseScheduler:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where another scheduler stood; load the sparsifier's state beside it."""
+        """Resume where another scheduler stopped; load the sparsifier's state as well."""
         vars(self).update(copy.deepcopy(dict(state_dict)))
 
     def __repr__(self) -> str:
@@ -137,5 +137,5 @@ class BaseScheduler:
 
 
 def _is_code(value: Any) -> bool:
-    """A function, or a list with one in it: no data."""
+    """Whether this is a function or a list with one in it, not data."""
     return callable(value) or (isinstance(value, list) and any(callable(v) for v in value))

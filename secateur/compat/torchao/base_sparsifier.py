@@ -179,6 +179,7 @@ class BaseSparsifier:
         for module, parameters in kept.items():
             # nn.Module's own setter only knows tensors and modules.
             object.__setattr__(module, "sparse_params", parameters)
+        self._squashed()
 
     def convert(
         self,
@@ -273,7 +274,10 @@ class BaseSparsifier:
         return [(group["module"], group["tensor_name"]) for group in self.groups]
 
     def _complete_masks(self) -> None:
-        """Do what a subclass has to do when every mask is updated."""
+        """Do what a subclass has to do once every mask is updated."""
+
+    def _squashed(self) -> None:
+        """Do what a subclass has to do once the masks are squashed."""
 
     def _detach(self, *, squash: bool) -> None:
         """Remove all masks, with their zeros made part of the parameters or without."""

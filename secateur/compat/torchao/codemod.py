@@ -1,7 +1,7 @@
-"""The imports of torchao's and torch's pruning in a source, rewritten to those of this package.
+"""Rewriting the imports of torchao's and torch's pruning in a source to those of this package.
 
-Nothing but import statements is edited, byte for byte: what stands around them stays as it was.
-Which names there are is asked of the modules themselves.
+Only import statements are edited; everything around them stays the same, byte for byte. The modules
+themselves say which names they have.
 """
 
 import ast
@@ -14,7 +14,7 @@ PACKAGE = "secateur.compat.torchao"
 SPARSE = f"{PACKAGE}.sparsity"
 PROTOTYPE = f"{PACKAGE}.prototype.sparsity"
 
-# Old prefix -> new one; the first that fits holds.
+# Old prefix -> new prefix; the first match wins.
 MOVED = {
     "torchao.sparsity.prototype.training": f"{SPARSE}.training",
     "torchao.sparsity.prototype": PROTOTYPE,
@@ -23,7 +23,7 @@ MOVED = {
     "torch.ao.pruning._experimental.pruner": f"{PROTOTYPE}.pruner",
     "torch.ao.pruning": PROTOTYPE,
 }
-# torchao still has these: they move only in a file that takes a sparse layout from there.
+# torchao still has these, so they move only in a file that imports a sparse layout from there.
 WITH_SPARSE = {
     "torchao.quantization": f"{PACKAGE}.quantization",
     "torchao.dtypes": f"{PACKAGE}.dtypes",
@@ -43,7 +43,7 @@ BY_NAME = "import its names one by one (from ... import ...) and migrate again"
 
 @dataclass(frozen=True)
 class Moved:
-    """An import that was rewritten: its line, the modules before and after, and the names."""
+    """A rewritten import: its line, the old module and the new one, and the names."""
 
     line: int
     old: str
@@ -53,7 +53,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Left:
-    """A use of the old packages that was not changed, and why."""
+    """A use of the old packages that was left unchanged, and why."""
 
     line: int
     what: str
@@ -62,7 +62,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Migration:
-    """A source after its imports were rewritten, with what was and was not."""
+    """A source with rewritten imports, and what was moved or left."""
 
     source: bytes
     moved: tuple[Moved, ...]
@@ -80,16 +80,16 @@ class _Edit:
 def migrate_source(source: bytes) -> Migration:
     """The Python source with its imports rewritten, and what was moved or left.
 
-    A name that is not here stays where it was imported from; so do modules that are used through
-    their full name, or through attributes that are not here.
+    A name that does not exist here is still imported from where it was, and so are modules that are
+    used by their full name or for attributes that do not exist here.
 
     Raises:
-        ValueError: if it is not Python in UTF-8.
+        ValueError: if the source is not Python in UTF-8.
     """
     mark, body = (BOM, source[len(BOM) :]) if source.startswith(BOM) else (b"", source)
     try:
         tree = ast.parse(body.decode("utf-8"))
-    # no UTF-8 or null bytes: ValueError; nested too deep: either of the last
+    # ValueError: not UTF-8, or null bytes; the last two: nested too deeply
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"it cannot be parsed ({error}): it is left as it is") from None
     rules = MOVED | (WITH_SPARSE if _is_sparse(tree) else {})
@@ -105,7 +105,7 @@ def migrate_source(source: bytes) -> Migration:
 
 
 def _is_sparse(tree: ast.Module) -> bool:
-    """Whether the file takes a sparse layout or configuration from torchao."""
+    """Whether the file imports a sparse layout or configuration from torchao."""
     return any(
         alias.name in SPARSE_NAMES
         for node in ast.walk(tree)
@@ -123,7 +123,7 @@ def _edit(node: ast.AST, tree: ast.Module, rules: dict[str, str]) -> _Edit | Non
 
 
 def _from(node: ast.ImportFrom, old: str, tree: ast.Module, rules: dict[str, str]) -> _Edit | None:
-    """`from old import names`, by where each name is now; what is not here keeps its old line."""
+    """The edit of `from old import names`; names that do not exist here keep their old import."""
     kept, homes = list[ast.alias](), dict[str, list[ast.alias]]()
     left = list[Left]()
     for alias in node.names:
@@ -148,7 +148,7 @@ def _from(node: ast.ImportFrom, old: str, tree: ast.Module, rules: dict[str, str
 def _home(
     old: str, alias: ast.alias, tree: ast.Module, rules: dict[str, str]
 ) -> tuple[str, ast.alias] | str | None:
-    """The new module of a name and what it is there; or why it stays; None if it is not ours."""
+    """The new module and alias of a name, or why it stays, or None if it is none of ours."""
     new, here = _renamed(old, rules), alias.asname or alias.name
     if new is None and (module := _renamed(f"{old}.{alias.name}", rules)) is not None:
         parent, _, name = module.rpartition(".")  # from torchao import sparsity
@@ -169,7 +169,7 @@ def _home(
 
 
 def _import(node: ast.Import, tree: ast.Module, rules: dict[str, str]) -> _Edit | None:
-    """`import old as name`, where every attribute that is used of it is here."""
+    """The edit of `import old as name`, if every attribute that is used of it exists here."""
     written, moved, left = list[str](), list[Moved](), list[Left]()
     for alias in node.names:
         new = _renamed(alias.name, rules)
@@ -190,7 +190,7 @@ def _import(node: ast.Import, tree: ast.Module, rules: dict[str, str]) -> _Edit 
 
 
 def _why_not_module(new: str, name: str, tree: ast.Module) -> str | None:
-    """None if a module of that name is here and has all that the file takes from it by `name.`."""
+    """Why `name` cannot be this new module, or None if it has all that the file uses of it."""
     module = _module(new)
     if module is None:
         return f"{new} does not exist: {PACKAGE} has no such module"
@@ -206,7 +206,7 @@ def _why_not_module(new: str, name: str, tree: ast.Module) -> str | None:
 
 
 def _full_names(tree: ast.Module) -> Iterator[Left]:
-    """Uses such as `torch.ao.pruning.X(...)`, which no import statement tells of."""
+    """Uses such as `torch.ao.pruning.X(...)`, which no import statement shows."""
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and id(node) not in inner:
@@ -247,7 +247,7 @@ def _written(module: str, aliases: Sequence[ast.alias]) -> str:
 
 
 def _rewritten(body: bytes, edits: Sequence[_Edit]) -> bytes:
-    """The source with each node's text replaced, last first so that positions hold."""
+    """The source with each node's text replaced, from the last so that positions stay valid."""
     lines = body.splitlines(keepends=True)
     starts = [0]
     for line in lines:
@@ -268,7 +268,7 @@ def _rewritten(body: bytes, edits: Sequence[_Edit]) -> bytes:
 
 
 def _in_place(text: bytes, edit: _Edit) -> bytes | None:
-    """The statement with nothing but its module exchanged, if all of it moves and it is found."""
+    """The statement with only its module replaced, or None if not all of its names move there."""
     moved, node = edit.moved[0], edit.node
     if not isinstance(node, ast.ImportFrom):
         return None

@@ -1,4 +1,4 @@
-"""What a moved name does otherwise than before, in a sentence each; `docs/migrate.md` says more."""
+"""How each moved name differs from the old one, in a sentence; `docs/migrate.md` says more."""
 
 SAME = "the same"
 
@@ -44,7 +44,7 @@ DIFFERENCES = {
     "swap_linear_with_semi_sparse_linear": "unknown names are errors with the closest ones",
     "swap_semi_sparse_linear_with_linear": "keeps training mode, hooks and shared layers",
 }
-# Older spellings, by what they are now.
+# Older spelling -> the name that it has now.
 SPELLINGS = {
     "block_sparse_weight": "BlockSparseWeightConfig",
     "float8_dynamic_activation_float8_semi_sparse_weight": (
@@ -58,5 +58,5 @@ SPELLINGS = {
 
 
 def difference(name: str) -> str:
-    """What is different about a name, or that nothing is."""
+    """How a name differs from the old one, or that it does not."""
     return DIFFERENCES.get(SPELLINGS.get(name, name), SAME)

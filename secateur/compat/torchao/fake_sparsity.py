@@ -1,4 +1,4 @@
-"""FakeSparsity: a parametrization that shows a weight with zeros and keeps what they hide."""
+"""FakeSparsity: a parametrization that shows a weight with zeros and keeps what is behind them."""
 
 from typing import cast
 
@@ -12,21 +12,21 @@ from secateur.compat.torchao.shipped import ShippedFakeSparsity
 
 
 class FakeSparsity(ShippedFakeSparsity):
-    """The weight where its mask is not 0, else 0; what is hidden stays in `original`.
+    """The weight where its mask is not 0, else 0; hidden values stay in `original`.
 
-    The mask has the weight's dtype, 1 = keep, so that `mask.mean()` is the density, it follows
-    `.to()`, and it loads from checkpoints of `torchao`. `module.parametrizations.weight[0].mask` is
-    the one place where it is: replace its `data`, not the tensor.
+    The mask, 1 = keep, has the weight's dtype, so that `mask.mean()` is the density; it follows
+    `.to()` and loads from checkpoints of `torchao`. It is stored once, as
+    `module.parametrizations.weight[0].mask`: replace its `data`, not the tensor.
 
-    The zeros are +0.0 whatever they hide, be it infinite or negative, and the weight keeps its
-    dtype whatever the mask's is. Gradients of hidden weights are 0.
+    The zeros are +0.0 whatever they hide, even infinities and negative numbers, and the weight
+    keeps its dtype whatever the mask's dtype. Gradients of hidden weights are 0.
 
     Raises:
         ValueError: at the forward, if mask and weight have different shapes.
     """
 
     mask: Tensor
-    state_dict = nn.Module.state_dict  # that of torch.ao.pruning leaves out the mask
+    state_dict = nn.Module.state_dict  # torch.ao.pruning's leaves out the mask
 
     def __init__(self, mask: Shaped[Tensor, "..."]) -> None:
         nn.Module.__init__(self)
@@ -42,17 +42,17 @@ class FakeSparsity(ShippedFakeSparsity):
 
 
 def mask_of(module: nn.Module, tensor_name: str) -> Tensor:
-    """The mask of a prepared tensor, the object itself."""
+    """The mask of a prepared tensor, not a copy."""
     return cast(Tensor, _parametrization(module, tensor_name)[0].mask)
 
 
 def original_of(module: nn.Module, tensor_name: str) -> Tensor:
-    """What the mask of a prepared tensor is applied to."""
+    """The values that the mask of a prepared tensor is applied to."""
     return cast(Tensor, _parametrization(module, tensor_name).original).detach()
 
 
 def unmasked(module: nn.Module, tensor_name: str) -> Tensor:
-    """The tensor without zeros of a mask, whether it is prepared or not."""
+    """The tensor without the zeros of a mask, prepared or not."""
     if has_mask(module, tensor_name):
         return original_of(module, tensor_name)
     return cast(Tensor, module._parameters[tensor_name]).detach()
@@ -71,22 +71,22 @@ def set_mask(module: nn.Module, tensor_name: str, keep: Bool[Tensor, "..."]) -> 
 
 
 def put_mask(module: nn.Module, tensor_name: str, mask: Tensor) -> None:
-    """Make this very tensor the mask of a prepared tensor."""
+    """Make this tensor itself the mask of a prepared tensor."""
     _parametrization(module, tensor_name)[0].mask = mask
 
 
 def attach(module: nn.Module, tensor_name: str, parametrization: nn.Module) -> None:
-    """Parametrize a tensor, so that `detach` can put it back in its place."""
+    """Parametrize a tensor so that `detach` can restore it, in its place."""
     order = tuple(module._parameters)
     parametrize.register_parametrization(module, tensor_name, parametrization)
     parametrization.parameter_order = order  # type: ignore[assignment]  # any attribute will do
 
 
 def detach(module: nn.Module, tensor_name: str, *, squash: bool) -> None:
-    """Make a prepared tensor a plain parameter, with its zeros or without.
+    """Make a prepared tensor a plain parameter, with or without its zeros.
 
-    torch would leave it behind the module's other parameters, where an optimizer made from
-    `model.parameters()` would give it the state of another. Undo `attach` in reverse order.
+    torch would move it behind the module's other parameters, where an optimizer made from
+    `model.parameters()` would give it another's state. Undo `attach` in reverse order.
     """
     order = cast(tuple[str, ...], _parametrization(module, tensor_name)[0].parameter_order)
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=squash)
@@ -112,7 +112,7 @@ def as_mask(mask: Tensor, tensor: Tensor, tensor_fqn: str) -> Tensor:
 
 
 def require_tensor(mask: Tensor, tensor_fqn: str) -> None:
-    """Raise unless a mask that somebody gave is a tensor."""
+    """Raise unless a mask given by the user is a tensor."""
     if not isinstance(mask, Tensor):
         raise ValueError(
             f"the mask of {tensor_fqn} needs to be a tensor, got {in_short(mask)}: write "
@@ -121,7 +121,7 @@ def require_tensor(mask: Tensor, tensor_fqn: str) -> None:
 
 
 def require_binary(mask: Tensor, tensor_fqn: str) -> None:
-    """Raise unless the mask says keep or drop of each weight, and nothing in between."""
+    """Raise unless the mask keeps or drops each weight, with nothing in between."""
     if mask.dtype != torch.bool and (other := (mask != 0) & (mask != 1)).any():
         raise ValueError(
             f"the mask of {tensor_fqn} needs values of 0 or 1, got {float(mask[other][0]):g}: a "

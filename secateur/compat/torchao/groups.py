@@ -1,7 +1,7 @@
 """Configurations of sparsifiers: a list of dicts that name tensors becomes a list of groups.
 
-A group is what `update_mask` is called with: the sparsifier's defaults, what the dict says, and
-where the tensor is (`module`, `module_fqn`, `tensor_name`, `tensor_fqn`).
+A group holds the arguments of `update_mask`: the sparsifier's defaults, the settings in the dict,
+and the place of the tensor (`module`, `module_fqn`, `tensor_name`, `tensor_fqn`).
 """
 
 import copy
@@ -18,7 +18,7 @@ from secateur.model.layers import why_not_prunable
 
 Group = dict[str, Any]
 
-# Keys of a group that belong to one model in one process: no part of a state.
+# Keys of a group that belong to one model in one process and are not saved.
 LOCAL = ("module", "module_fqn", "tensor_name", "parametrization")
 
 
@@ -64,7 +64,7 @@ def make_groups(
 
 
 def layer_weights(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[Group]:
-    """The config of every layer of these types whose weight is a plain parameter of its own."""
+    """The config for all layers of these types whose weight is a plain parameter, not tied."""
     holders = _holders(model)
     return [
         {"tensor_fqn": f"{name}.weight".removeprefix(".")}
@@ -76,13 +76,13 @@ def layer_weights(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[
 
 
 def require_model(verb: str, model: nn.Module) -> None:
-    """Raise unless it is a module, and no class of modules."""
+    """Raise unless this is a module; a class is not."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{verb} needs a model, an nn.Module, got {in_short(model)}")
 
 
 def attach_masks(groups: Sequence[Group]) -> None:
-    """Parametrize every group's tensor, with all ones or the mask that the group came with."""
+    """Parametrize every group's tensor with ones, or with the mask in its group."""
     done: list[Group] = []
     try:
         for group in groups:
@@ -105,13 +105,13 @@ def attach_masks(groups: Sequence[Group]) -> None:
 
 
 def detach_masks(groups: Sequence[Group], *, squash: bool) -> None:
-    """Make every group's tensor a plain parameter, with its zeros or without."""
+    """Make every group's tensor a plain parameter, with or without its zeros."""
     for group in reversed(groups):
         detach(group["module"], group["tensor_name"], squash=squash)
 
 
 def locate(model: nn.Module, tensor_fqn: str, what: str) -> Group:
-    """Where a parameter of the model is, prepared or not.
+    """The place of a parameter in the model, prepared or not.
 
     Raises:
         ValueError: with the closest names, if there is no such parameter.
@@ -136,8 +136,8 @@ def settings_to_keep(
     """Module -> the settings that it keeps when masks are squashed.
 
     Raises:
-        ValueError: with the closest names, if a setting or module is unknown, or if two tensors of
-            a module have different ones.
+        ValueError: if a setting or module is unknown, with the closest names, or if two tensors of
+            a module have different values.
     """
     names = {group["module_fqn"] for group in groups}
     for layer in per_layer:
@@ -194,7 +194,7 @@ def _group(model: nn.Module, element: Mapping[str, Any], defaults: Mapping[str, 
 
 
 def _holders(model: nn.Module) -> dict[int, list[str]]:
-    """Parameter -> the names under which modules hold it; a module used twice counts once."""
+    """The id of each parameter -> its names; a module that is used twice counts once."""
     holders: dict[int, list[str]] = {}
     for module_fqn, module in model.named_modules():
         for tensor_name, parameter in module._parameters.items():

@@ -1,4 +1,4 @@
-"""`sparsify_` and `quantize_`: the linear layers of a model in a packed format, under old names."""
+"""`sparsify_` and `quantize_`: pack the linear layers of a model, under the old names."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,20 +24,20 @@ NAMES_SHOWN = 3  # of the layers that a filter could have matched
 def sparsify_(
     model: nn.Module, config: Config | Change, filter_fn: Filter | None = None
 ) -> nn.Module:
-    """The model itself, its matching layers now packed in the format that the config stands for.
+    """The same model, with its matching layers packed in the format that the config stands for.
 
-    `filter_fn(module, name)` says which modules; inside one that matches it is not asked again.
-    Without it: linear layers, but packed and tied ones and those of `nn.MultiheadAttention`. The
-    config may be a function, too, which returns what takes a module's place.
+    `filter_fn(module, name)` selects modules; it is not asked again inside a module that matches.
+    Without it, all linear layers match except packed and tied ones and those of
+    `nn.MultiheadAttention`. The config may also be a function that returns a module's replacement.
 
-    Weights are looked at before anything is changed. A layer that no kernel can run here is packed
-    all the same, with a warning: its reference computes the right result, slower than dense.
+    All weights are checked before anything is changed. A layer that no kernel can run here is still
+    packed, with a warning: its reference computes the right result, slower than dense.
 
     Cost: dense and packed weights of all matching layers at once.
     Raises:
-        ValueError: naming the layer and the first weights at fault, if a weight has not the zeros
-            of the format, cannot be stored in it, or no module matches. Then nothing has changed,
-            unless a function has changed modules in place.
+        ValueError: naming the layer and the first weights at fault, if a weight lacks the zeros of
+            the format or cannot be stored in it, or if no module matches. Nothing has changed then,
+            unless a function changed modules in place.
     """
     return _apply("sparsify_", model, config, filter_fn)
 
@@ -45,10 +45,10 @@ def sparsify_(
 def quantize_(
     model: nn.Module, config: Config | Change, filter_fn: Filter | None = None
 ) -> nn.Module:
-    """The model itself, with its matching layers packed: the same function as `sparsify_`.
+    """The same model, with its matching layers packed: the same function as `sparsify_`.
 
-    Formats that round weights, or inputs as well, start here from weights that are 2:4 already:
-    nothing is zeroed on the way.
+    Formats that round weights, or inputs as well, expect weights that are already 2:4: nothing is
+    zeroed on the way.
 
     Cost: as `sparsify_`.
     Raises:
@@ -58,13 +58,13 @@ def quantize_(
 
 
 def apply_fake_sparsity(model: nn.Module, filter_fn: Filter | None = None) -> nn.Module:
-    """The model itself, its matching layers now 2:4 by magnitude, in ordinary dense weights.
+    """The same model, with its matching layers 2:4 by magnitude, in ordinary dense weights.
 
     The same as `sc.prune_(model, "2:4")` on the layers that `sparsify_` would pack.
 
     Raises:
-        ValueError: before anything is changed, naming the layers whose inputs are no multiple of 4,
-            or if no module matches.
+        ValueError: before anything is changed, if a layer's inputs are no multiple of 4, naming
+            the layers, or if no module matches.
     """
     names = list(_chosen("apply_fake_sparsity", model, filter_fn))
     prune_(model, plan(model, TWO_OF_FOUR, layers=names))
@@ -103,7 +103,7 @@ def _advice(config: object) -> str:
 
 
 def _chosen(verb: str, model: nn.Module, filter_fn: Filter | None) -> dict[str, nn.Module]:
-    """The outermost modules that match, by the name under which the model lists them."""
+    """The outermost modules that match, by the names under which the model lists them."""
     wanted = _by_default(model) if filter_fn is None else filter_fn
     names = {id(module): name for name, module in model.named_modules()}
     chosen = {names[id(module)]: module for module in _matching(model, "", wanted)}
@@ -127,7 +127,7 @@ def _matching(module: nn.Module, name: str, wanted: Filter) -> Iterator[nn.Modul
 
 
 def _by_default(model: nn.Module) -> Filter:
-    """Linear layers whose weight is theirs alone, is not packed yet, and is read by calling."""
+    """The filter for linear layers that are not tied, not packed, and run by being called."""
     tied = tied_weights(model)
 
     def wanted(module: nn.Module, name: str) -> bool:
@@ -143,7 +143,7 @@ def _by_default(model: nn.Module) -> Filter:
 def _packed(
     verb: str, model: nn.Module, config: Config, chosen: Mapping[str, nn.Module]
 ) -> dict[str, SparseLinear]:
-    """Every chosen layer packed; the model is not touched."""
+    """Every chosen layer, packed; the model stays as it is."""
     linears = {name: _linear(verb, name, module) for name, module in chosen.items()}
     shapes = {name: (each.out_features, each.in_features) for name, each in linears.items()}
     tied, format = tied_weights(model), config.format
@@ -173,7 +173,7 @@ def _linear(verb: str, name: str, module: nn.Module) -> nn.Linear:
 
 
 def _called(verb: str, change: Change, chosen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """What the function makes of each module that it does not return itself."""
+    """The replacements that the function makes, without modules that it returns themselves."""
     made = {name: change(module) for name, module in chosen.items()}
     for name, new in made.items():
         if not isinstance(new, nn.Module):

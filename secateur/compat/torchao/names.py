@@ -1,4 +1,4 @@
-"""Fully qualified names (FQNs) of modules and tensors, both ways."""
+"""Fully qualified names (FQNs) of modules and tensors, in both directions."""
 
 import difflib
 import reprlib
@@ -27,10 +27,10 @@ def fqn_to_module(model: nn.Module | None, path: str) -> nn.Module | Tensor | No
 
 
 def get_arg_info_from_tensor_fqn(model: nn.Module, tensor_fqn: str) -> dict[str, Any]:
-    """The name in its parts: `module_fqn`, `module`, `tensor_name` and `tensor_fqn`.
+    """The parts of a name: `module_fqn`, `module`, `tensor_name` and `tensor_fqn`.
 
-    The last part names the tensor, and a tensor of the model itself has the module "". `module` is
-    None if the model has no such module; whether it has the tensor is not looked at.
+    The last part names the tensor; the module of the model's own tensors is "". `module` is None if
+    the model has no such module. Whether the tensor exists is not checked.
     """
     tensor_fqn = tensor_fqn.removeprefix(".")
     module_fqn, _, tensor_name = tensor_fqn.rpartition(".")
@@ -44,12 +44,12 @@ def get_arg_info_from_tensor_fqn(model: nn.Module, tensor_fqn: str) -> dict[str,
 
 
 def in_short(value: object) -> str:
-    """What a value is, on one line: models and long lists are cut."""
+    """The value on one line, with models and long lists cut short."""
     return " ".join(reprlib.repr(value).split())
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """The names most like this one, quoted and in a row, for the end of an error."""
+    """The names most like this one, quoted and joined, for the end of an error."""
     names = list(names)
     # 0.4: 'seq.0.weight' still finds '0.weight' and 'linear.weight' finds 'linear1.weight'.
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]

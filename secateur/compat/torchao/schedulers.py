@@ -1,4 +1,4 @@
-"""Schedulers: sparsity levels by a function of the epoch, and along a cubic curve."""
+"""Schedulers: sparsity levels given by a function of the epoch, or along a cubic curve."""
 
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -11,7 +11,7 @@ from secateur.compat.torchao.names import in_short
 class LambdaSL(BaseScheduler):
     """The final level times `sl_lambda(epoch)`, one function for all groups or one for each.
 
-    The product is handed on as it is, also beyond 1. Functions are no part of `state_dict`.
+    The product is passed on unchanged, even above 1. `state_dict` has no functions.
 
     Raises:
         ValueError: if there is not one function for each group.
@@ -103,7 +103,7 @@ class CubicSL(BaseScheduler):
         s_0: float, s_f: float, t: int, t_0: int, dt: int, n: int, initially_zero: bool = False
     ) -> float:
         """The level at step t."""
-        # Not `schedules.cubic`: a level may be 1, which no sparsity there is.
+        # Not `schedules.cubic`, whose sparsities are below 1: a level may be 1.
         if t < t_0:
             return 0.0 if initially_zero else s_0
         left = max(1 - (t - t_0) / (n * dt), 0.0)

@@ -1,6 +1,6 @@
-"""The classes of `torch.ao.pruning` that torch still ships: `isinstance` finds ours among them.
+"""The classes of `torch.ao.pruning` that torch still ships, so that ours are instances of them.
 
-Where torch ships none any more, a parametrization is an `nn.Module`.
+Once torch no longer ships them, a parametrization is a plain `nn.Module`.
 """
 
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ __all__ = ["ShippedFakeSparsity", "ShippedFakeStructuredSparsity", "register_spa
 
 
 def register_sparsifier(kind: type) -> None:
-    """Have code of torch that asks for a `torch.ao.pruning.BaseSparsifier` take this class."""
+    """Let code of torch that asks for a `torch.ao.pruning.BaseSparsifier` accept this class."""
     try:
         from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
     except ImportError:

@@ -1,4 +1,4 @@
-"""Exchanging prepared modules for those of another library, which read their masked weights."""
+"""Replacing prepared modules by another library's, which read their masked weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ HOOKS = (
 
 
 def module_contains_param(module: nn.Module, parametrization: type[nn.Module]) -> bool:
-    """Whether a tensor of this very module has a parametrization of that class."""
+    """Whether a tensor of this module itself has a parametrization of that class."""
     if not parametrize.is_parametrized(module):
         return False
     parametrized = module.get_submodule("parametrizations")
@@ -31,7 +31,7 @@ def module_contains_param(module: nn.Module, parametrization: type[nn.Module]) -
 def swap_module(mod: nn.Module, mapping: Mapping[type[nn.Module], Any]) -> nn.Module:
     """`mapping[T].from_dense(mod)` for a module of type T, on its device and with its hooks.
 
-    T is the type that it had before parametrizations; a module of another type is returned as is.
+    T is its type without parametrizations; a module of any other type is returned unchanged.
 
     Raises:
         ValueError: if the module's tensors lie on several devices.

@@ -11,8 +11,8 @@ from secateur.patterns import NM, Block
 def mask_creator(tensor: Float[Tensor, "..."], N: int = 2, M: int = 4) -> Float[Tensor, "..."]:
     """The mask, 1 = keep, of the N largest magnitudes in every M along the input dimension.
 
-    That is the second dimension of a Conv2d's weight, the last of any other. Of equals the first
-    are kept. The mask has the tensor's dtype.
+    The input dimension is the second of a Conv2d's weight, the last of any other. Ties keep the
+    first. The mask has the tensor's dtype.
 
     Raises:
         ValueError: if it is no weight, or its input dimension no multiple of M.
@@ -36,7 +36,7 @@ def create_block_sparse_tensor(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
 ) -> Shaped[Tensor, "M N"]:
-    """Ones in blocks at random places, zeros in the exact share `sparsity` of the blocks.
+    """Ones in random blocks, zeros in exactly the share `sparsity` of the blocks.
 
     It is on the GPU if there is one and no device is named.
 
@@ -51,7 +51,7 @@ def create_block_sparse_tensor(
 def create_semi_structured_tensor(
     r: int, c: int, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Shaped[Tensor, "r c"]:
-    """Random weights from 1 to 2, one in every two; the rest are 0, so that it is 2:4 and 4:8, too.
+    """Random weights from 1 to 2, one of every two, the other 0; this is also 2:4 and 4:8.
 
     It is on the GPU if there is one and no device is named.
 

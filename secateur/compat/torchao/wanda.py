@@ -1,4 +1,4 @@
-"""WandaSparsifier: weights by what they are times how large their inputs are, as in the paper."""
+"""WandaSparsifier: a weight's score is its magnitude times its input's norm, as in the paper."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,9 +24,9 @@ OBSERVER = "activation_post_process"
 
 
 class PerChannelNormObserver(nn.Module):
-    """Passes tensors through and remembers `norm`, the L2 norm of each channel over all of them.
+    """Passes tensors through and accumulates `norm`, the L2 norm of each channel over all of them.
 
-    The channel is the last dimension. Before the first tensor `norm` is empty.
+    Channels are the last dimension. Before the first tensor `norm` is empty.
     """
 
     def __init__(self) -> None:
@@ -49,14 +49,14 @@ class WandaSparsifier(BaseSparsifier):
     """Zeros where |W_ij| * ||x_j||_2 is smallest within an output row, or within an N:M group.
 
     `prepare` observes the inputs of the layers that it masks; run calibration data through the
-    model, then `step`. Every step chooses anew from all data so far and from the unmasked weight.
-    With a `semi_structured_block_size` of m, half of each m consecutive inputs become zero
-    whatever the `sparsity_level`; without one, that share of each row.
+    model, then `step`. Every step chooses anew from all data so far and the unmasked weight. With a
+    `semi_structured_block_size` of m, half of each m consecutive inputs become zero, whatever the
+    `sparsity_level`; without one, that share of each row does.
 
     Source: Wanda, Sun et al., arXiv:2306.11695, eq. 1.
     Raises:
-        ValueError: at construction and by `prepare`, if a level is not in [0, 1], the inputs of a
-            layer are no multiple of m, or it is no layer whose weight multiplies its input; by
+        ValueError: at construction and by `prepare`, if a level is not in [0, 1], the number of a
+            layer's inputs is no multiple of m, or its weight does not multiply its input; by
             `step`, if a layer has seen no input.
     """
 
@@ -97,12 +97,7 @@ class WandaSparsifier(BaseSparsifier):
         _stop_observing(group["module"] for group in before if group["module"] not in now)
         self._observe()
 
-    def squash_mask(
-        self,
-        params_to_keep: Sequence[str] | None = None,
-        params_to_keep_per_layer: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        super().squash_mask(params_to_keep, params_to_keep_per_layer)
+    def _squashed(self) -> None:
         _stop_observing(group["module"] for group in self.groups)
 
     def update_mask(
@@ -136,7 +131,7 @@ class WandaSparsifier(BaseSparsifier):
 
 
 def _see_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The hook of every observed module; without a state, so that copies observe for themselves."""
+    """Observe the input of a module; a hook without state, so that copies have their own norms."""
     x = args[0] if args else kwargs["input"]
     module.get_submodule(OBSERVER)(_layers.input_rows(module, x.detach()))
 
@@ -157,7 +152,7 @@ def _pattern(level: float, block_size: int | None) -> Pattern:
             "each row"
         )
     if block_size is None:
-        # A pattern's sparsity is below 1; the number next to it rounds to all of a row.
+        # A pattern's sparsity is below 1; the closest number to it rounds to a whole row.
         return Unstructured(min(level, math.nextafter(1, 0)))
     if not isinstance(block_size, Integral) or block_size < 2:
         raise ValueError(

@@ -18,12 +18,12 @@ from secateur.prune.channels.flow import (
 from secateur.prune.channels.trace import layer_of, shape_of, where
 from secateur.prune.channels.units import Flow, Ids, along
 
-# Gates of recurrent layers: so many runs of rows in each of their weights.
+# The gates of recurrent layers: the number of runs of rows in each of their weights.
 GATES = {"aten::lstm": 4, "aten::gru": 3, "aten::rnn_tanh": 1, "aten::rnn_relu": 1}
 
 
 def linear(flows: Flows, node: fx.Node) -> Flow:
-    """X W^T + b: the last dimension meets the columns, rows are new."""
+    """X W^T + b: the last dimension meets the columns, and the rows make new channels."""
     x, weight = cast(fx.Node, node.args[0]), cast(fx.Node, node.args[1])
     bias = argument(node, 2, "bias", None)
     dim = len(shape_of(x)) - 1
@@ -32,7 +32,7 @@ def linear(flows: Flows, node: fx.Node) -> Flow:
 
 
 def addmm(flows: Flows, node: fx.Node) -> Flow:
-    """B + x W, as GPT-2's Conv1D has it: the weight has inputs in rows and outputs in columns."""
+    """B + x W, as in GPT-2's Conv1D: the weight's rows are inputs, its columns outputs."""
     bias, x, weight = (cast(fx.Node, argument) for argument in node.args[:3])
     outside = _read(flows, node, x, 1, weight, bias, None, columns=0)
     return [*outside, *_made(flows, node, weight, 1, bias, 1)]
@@ -71,7 +71,7 @@ def transposed_convolution(flows: Flows, node: fx.Node) -> Flow:
 
 
 def _grouped(flows: Flows, node: fx.Node, dim: int, groups: int) -> Flow:
-    """A depthwise convolution keeps its channels; other groups stay as they are."""
+    """A depthwise convolution passes channels through; any other grouping freezes them."""
     x, weight = cast(fx.Node, node.args[0]), cast(fx.Node, node.args[1])
     made = _made(flows, node, weight, 0, argument(node, 2, "bias", None), dim)
     inside, outside = flows.split(flows.get(x), [dim])
@@ -94,7 +94,7 @@ def embedding(flows: Flows, node: fx.Node) -> Flow:
 
 
 def batch_norm(flows: Flows, node: fx.Node) -> Flow:
-    """Channel by channel; scale, shift and running statistics go with theirs."""
+    """Works channel by channel; scale, shift and running statistics go with the channel."""
     inputs = [_along_channels(flows, n, node) for n in node.all_input_nodes]
     flow = flows.merge(inputs, node)
     flows.parts[node.name] = [flow, [], []]
@@ -102,7 +102,7 @@ def batch_norm(flows: Flows, node: fx.Node) -> Flow:
 
 
 def group_norm(flows: Flows, node: fx.Node) -> Flow:
-    """Whole groups go, so that the statistics of those that are left stay what they are."""
+    """Only whole groups go, so that the statistics of the remaining groups do not change."""
     x, groups = cast(fx.Node, node.args[0]), cast(int, node.args[1])
     inside, _ = flows.split(flows.get(x), [1])
     for ids in inside:
@@ -112,7 +112,7 @@ def group_norm(flows: Flows, node: fx.Node) -> Flow:
 
 
 def layer_norm(flows: Flows, node: fx.Node) -> Flow:
-    """The width shrinks, and what is left is normalised over what is left."""
+    """The width shrinks, and the norm runs over the channels that are left."""
     x, normalised = cast(fx.Node, node.args[0]), cast(Sequence[int], node.args[1])
     ndim = len(shape_of(x))
     flow = flows.merge([flows.shaped(n) for n in node.all_input_nodes], node)
@@ -130,7 +130,7 @@ def prelu(flows: Flows, node: fx.Node) -> Flow:
 
 
 def pool(flows: Flows, node: fx.Node) -> Flow:
-    """Poolings and changes of resolution: channels stay, positions are mixed."""
+    """Pooling and resizing: channels pass through, positions are mixed."""
     name = operation(node)
     spatial = next((int(d) for d in "123" if f"{d}d" in name), 0)
     ndim = len(shape_of(cast(fx.Node, node.args[0])))
@@ -142,7 +142,7 @@ def pool(flows: Flows, node: fx.Node) -> Flow:
 
 
 def recurrent(flows: Flows, node: fx.Node) -> Flow:
-    """Hidden units go from every gate, layer and direction: torch has one hidden size for all."""
+    """A hidden unit goes from all gates, layers and directions, which share one hidden size."""
     x, states, weights = node.args[0], node.args[1], cast(Sequence[fx.Node], node.args[2])
     layers, both = cast(int, node.args[4]), cast(bool, node.args[7])
     directions, gates = 1 + both, GATES[operation(node)]
@@ -188,7 +188,7 @@ def _recurrent_weights(
 
 
 def _recurrent_states(flows: Flows, node: fx.Node, states: Sequence[fx.Node], ids: Ids) -> None:
-    """The first states: zeros that the layer makes by itself, or somebody's."""
+    """Tie the initial states, unless they are the zeros that the layer makes itself."""
     for state in states:
         if operation(state) == "aten::zeros":
             flows.of[state.name] = [ids]
@@ -207,7 +207,7 @@ def _read(
     zero: str | None,
     columns: int = 1,
 ) -> Flow:
-    """Tie the input's channels to the weight's columns; returns the rest of the input's flow."""
+    """Tie the input's channels to the weight's columns; return the rest of the input's flow."""
     inside, outside = flows.split(flows.get(x), [dim])
     _join(flows, node, [np.moveaxis(i, dim, -1) for i in inside], flows.consume(weight, columns))
     name = flows.name(weight)
@@ -227,7 +227,7 @@ def _join(flows: Flows, node: fx.Node, inside: Flow, columns: Ids | None) -> Non
 
 
 def _made(flows: Flows, node: fx.Node, weight: fx.Node, row_dim: int, bias: Any, dim: int) -> Flow:
-    """The channels that a weight makes, in a dimension of the result; its bias goes with them."""
+    """The channels that a weight makes, in a dimension of the result, tied to its bias."""
     rows = flows.ids(weight, row_dim)
     if name := flows.name(weight):
         flows.made.add((name, row_dim))
@@ -244,7 +244,7 @@ def _made(flows: Flows, node: fx.Node, weight: fx.Node, row_dim: int, bias: Any,
 
 
 def _along_channels(flows: Flows, source: fx.Node, node: fx.Node) -> Shaped:
-    """A tensor of one dimension has one number for each channel, which is dimension 1."""
+    """The flow of an operand; one with a single dimension has a number per channel, dimension 1."""
     flow, shape = flows.shaped(source)
     ndim = len(shape_of(cast(fx.Node, node.args[0])))
     if len(shape) != 1:
@@ -281,7 +281,7 @@ _NAMED: dict[str, Rule] = {
         "prelu": prelu,
     },
 }
-# Operations whose buffers have a value for each channel, and shrink with it.
+# Operations whose buffers have a value per channel and shrink with the channels.
 STATISTICS = frozenset(f"aten::{name}" for name in _BATCH.split())
 LAYERS: dict[str, Rule] = {
     **{f"aten::{name}": rule for name, rule in _NAMED.items()},

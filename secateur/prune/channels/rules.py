@@ -1,4 +1,4 @@
-"""Rules for operations that move, choose and combine elements, and for products of activations."""
+"""Rules for operations that move, select and combine elements, and for products of activations."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -27,7 +27,7 @@ def same(flows: Flows, node: fx.Node) -> Flow:
 
 
 def moved(flows: Flows, node: fx.Node) -> Flow:
-    """Any operation that only moves elements, applied to the numbers of their units."""
+    """Applies an operation that only moves elements to the numbers of their units."""
     shape, flow = shape_of(_source(node)), []
     for ids in flows.get(node.args[0]):
         numbers = torch.from_numpy(np.broadcast_to(ids, shape).copy())
@@ -91,7 +91,7 @@ def slice_(flows: Flows, node: fx.Node) -> Flow:
 
 
 def split(flows: Flows, node: fx.Node) -> Flow:
-    """`split`, `chunk`, `unbind`: the parts are told apart by their shapes."""
+    """`split`, `chunk`, `unbind`: the shapes of the parts say where each begins."""
     last = 1 if operation(node) == "aten::unbind" else 2
     dim = argument(node, last, "dim", 0)
     start, parts = 0, list[Flow]()
@@ -130,7 +130,7 @@ def pad(flows: Flows, node: fx.Node) -> Flow:
 
 
 def along_dims(flows: Flows, node: fx.Node) -> Flow:
-    """Softmax and running sums: what they run along stays, other dimensions are as they were."""
+    """Softmax and running sums freeze the dimension that they run along, and no other."""
     flow = flows.get(node.args[0])
     dim = cast(int, argument(node, 1, "dim", -1)) % len(shape_of(node))
     inside, outside = flows.split(flow, [dim])
@@ -139,7 +139,7 @@ def along_dims(flows: Flows, node: fx.Node) -> Flow:
 
 
 def reduce(flows: Flows, node: fx.Node) -> Flow:
-    """Sums, means and extremes: what they run over stays, but for a mean of squares."""
+    """Sums, means and extremes freeze what they run over, except for a mean of squares."""
     source = _source(node)
     ndim = len(shape_of(source))
     given = argument(node, 1, "dim", None)
@@ -157,7 +157,7 @@ def reduce(flows: Flows, node: fx.Node) -> Flow:
 
 
 def is_mean_of_squares(node: fx.Node) -> bool:
-    """A mean of x ** 2: the statistic by which RMSNorm divides, over the channels that are left."""
+    """Whether this is a mean of x ** 2, RMSNorm's statistic, which can run over fewer channels."""
     source = node.args[0] if node.args else None
     return (
         operation(node) == "aten::mean"
@@ -168,7 +168,7 @@ def is_mean_of_squares(node: fx.Node) -> bool:
 
 
 def matmul(flows: Flows, node: fx.Node) -> Flow:
-    """A @ b: what is summed over goes from both, what is not stays apart."""
+    """A @ b: what is summed over goes from both operands; other dimensions stay separate."""
     a, b = cast(fx.Node, node.args[0]), cast(fx.Node, node.args[1])
     (flow_a, shape_a), (flow_b, shape_b) = flows.shaped(a), flows.shaped(b)
     if min(len(shape_a), len(shape_b)) < 2:
@@ -183,7 +183,7 @@ def matmul(flows: Flows, node: fx.Node) -> Flow:
 
 
 def attention(flows: Flows, node: fx.Node) -> Flow:
-    """softmax(q k^T) v: heads go together with those that they meet; q and k share their width."""
+    """softmax(q k^T) v: heads that meet go together, and q and k share the width of a head."""
     nodes = [cast(fx.Node, argument(node, i, name, None)) for i, name in enumerate(_QKV)]
     (q, shape_q), (k, shape_k), (v, shape_v) = (flows.shaped(n) for n in nodes)
     if node.kwargs.get("enable_gqa", False):
@@ -215,14 +215,14 @@ def attention(flows: Flows, node: fx.Node) -> Flow:
 def _grouped(
     flow: Flow, shape: tuple[int, ...], queries: tuple[int, ...]
 ) -> tuple[Flow, tuple[int, ...]]:
-    """Heads of keys or values, each as often as there are query heads that read it."""
+    """The heads of keys or values, each repeated for the query heads that read it."""
     times = queries[-3] // shape[-3]
     heads = [np.repeat(ids, times, -3) if ids.shape[-3] > 1 else ids for ids in flow]
     return heads, (*shape[:-3], queries[-3], *shape[-2:])
 
 
 def _contracted(flows: Flows, flow: Flow, dim: int) -> tuple[Flow, Flow]:
-    """The arrays along what is summed over, and the others; what is both is one in the sum."""
+    """The arrays along the summed dimension and the others; one that has both is tied along it."""
     for ids in flow:
         if dim in varying(ids) and len(varying(ids)) > 1:
             flows.units.tie_along(ids, [dim])
@@ -232,7 +232,7 @@ def _contracted(flows: Flows, flow: Flow, dim: int) -> tuple[Flow, Flow]:
 def _contract(
     flows: Flows, node: fx.Node, inner: tuple[Flow, Flow], nodes: tuple[fx.Node, fx.Node]
 ) -> None:
-    """Tie what is multiplied and summed; what goes must be 0 in one of them, so in the first."""
+    """Tie what is multiplied and summed; what goes has to be 0 in one operand, here the first."""
     first, second = inner
     if not first or not second:
         frozen(flows, node, [*first, *second], "sums over it with what stays")
@@ -246,7 +246,7 @@ def _contract(
 def _joined(
     flows: Flows, node: fx.Node, inputs: Sequence[tuple[Flow, tuple[int, ...]]], dim: int
 ) -> Flow:
-    """Tensors one after the other in a dimension."""
+    """The flow of tensors that are concatenated in a dimension."""
     pieces: list[Ids | None] = []
     others = []
     for flow, shape in inputs:
@@ -297,7 +297,7 @@ _NAMED: dict[str, Rule] = {
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum"), along_dims),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), split),
     **dict.fromkeys(("matmul", "bmm", "mm"), matmul),
-    # What torch does not tag as pointwise, though it is.
+    # Pointwise, although torch does not tag them so.
     **dict.fromkeys(("hardswish", "log_sigmoid"), pointwise),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "masked_fill", "where"), pointwise),
     **{"permute": permute, "transpose": transpose, "t": transpose, "expand": expand},

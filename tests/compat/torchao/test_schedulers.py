@@ -163,7 +163,7 @@ def test_what_cannot_be_scheduled_is_an_error() -> None:
         ao.CubicSL(ao.WeightNormSparsifier())
     band = ao.NearlyDiagonalSparsifier()
     band.prepare(nn.Sequential(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match=r"a sparsity_level, that of 0.weight has none"):
+    with pytest.raises(ValueError, match=r"groups with a sparsity_level, 0.weight has none"):
         ao.CubicSL(band)
 
 

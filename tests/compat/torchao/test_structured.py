@@ -23,7 +23,9 @@ from tests.prune.channels.models import (
     Words,
     all_but,
     images,
+    inner_weights,
     lively,
+    llama,
     numbers,
     sequences,
 )
@@ -339,6 +341,19 @@ def test_a_pruner_of_ones_own_drops_a_row_without_example_inputs() -> None:
     assert model[2].in_features == 5
 
 
+def test_a_mask_that_is_written_by_hand_is_pruned_with_all_that_goes_with_it() -> None:
+    model = lively(nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3)))
+    before = copy.deepcopy(model)
+    sparsifier = Row()
+    sparsifier.prepare(model, config("0"), sequences(4))
+    model[0].parametrizations.weight[0].mask[1] = False
+    sparsifier.prune()
+    with torch.no_grad():
+        before[0].weight[1], before[0].bias[1] = 0, 0
+    assert model[0].out_features == 5
+    torch.testing.assert_close(model(sequences(4)), before(sequences(4)))
+
+
 def test_half_a_unit_is_an_error_and_the_masks_are_as_they_were() -> None:
     model = lively(ResNet())
     sparsifier = Row()
@@ -442,30 +457,13 @@ def test_an_initial_mask_applies_at_once() -> None:
 
 
 def test_a_language_model_of_transformers_reloads_by_its_configuration() -> None:
-    transformers = pytest.importorskip("transformers")
-
-    def make(heads: int = 4, groups: int = 2, hidden: int = 24) -> nn.Module:
-        return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=32,
-                hidden_size=16,
-                intermediate_size=hidden,
-                num_hidden_layers=2,
-                num_attention_heads=heads,
-                num_key_value_heads=groups,
-                head_dim=4,
-            )
-        )
-
-    model, batch = lively(make()), {"input_ids": torch.arange(10).view(2, 5)}
+    model, batch = lively(llama()), {"input_ids": torch.arange(10).view(2, 5)}
     sparsifier = SaliencyPruner({"sparsity_level": 0.5})
-    inner = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in inner]
-    sparsifier.prepare(model, config(*names), batch)
+    sparsifier.prepare(model, [{"tensor_fqn": name} for name in inner_weights(model)], batch)
     sparsifier.step()
     masked = model(**batch).logits
     sparsifier.prune()
-    fresh = make(2, 1, 12).double().eval()
+    fresh = llama(2, 1, 12).double().eval()
     fresh.load_state_dict(model.state_dict())
     for pruned in (model, fresh):
         torch.testing.assert_close(pruned(**batch).logits, masked, rtol=1e-9, atol=1e-9)

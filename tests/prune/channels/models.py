@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -168,6 +169,28 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.middle(self.first(x)))
+
+
+def llama(heads: int = 4, groups: int = 2, hidden: int = 24) -> nn.Module:
+    """A language model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=hidden,
+            num_hidden_layers=2,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            head_dim=4,
+        )
+    )
+
+
+def inner_weights(model: nn.Module) -> list[str]:
+    """The weights of a llama whose channels are heads or hidden units."""
+    inner = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    return weights(*(n for n, _ in model.named_modules() if n.split(".")[-1] in inner))
 
 
 def weights(*layers: str) -> list[str]:

@@ -20,7 +20,9 @@ from tests.prune.channels.models import (
     Words,
     all_but,
     images,
+    inner_weights,
     lively,
+    llama,
     numbers,
     sequences,
     weights,
@@ -302,25 +304,8 @@ def test_norms_without_parameters() -> None:
 
 
 def test_a_language_model_of_transformers_reloads_by_its_configuration() -> None:
-    transformers = pytest.importorskip("transformers")
-
-    def make(heads: int = 4, groups: int = 2, hidden: int = 24) -> nn.Module:
-        return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=32,
-                hidden_size=16,
-                intermediate_size=hidden,
-                num_hidden_layers=2,
-                num_attention_heads=heads,
-                num_key_value_heads=groups,
-                head_dim=4,
-            )
-        )
-
-    model, batch = lively(make()), {"input_ids": torch.arange(10).view(2, 5)}
-    inner = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in inner]
-    pruned_as_masked(model, batch, weights(*names), lambda: make(2, 1, 12))
+    model, batch = lively(llama()), {"input_ids": torch.arange(10).view(2, 5)}
+    pruned_as_masked(model, batch, inner_weights(model), lambda: llama(2, 1, 12))
 
 
 class RootMeanSquare(nn.Module):

@@ -11,8 +11,8 @@ from secateur.compat.torchao.shipped import ShippedFakeStructuredSparsity
 class FakeStructuredSparsity(ShippedFakeStructuredSparsity):
     """A parameter without some of its channels: slices of one dimension show as 0.
 
-    The mask is a bool for each slice, True = keep. It is no part of the model's state: take it from
-    the sparsifier's `state_dict()`.
+    The mask has a bool for each slice, True = keep. It is not part of the model's state: take it
+    from the sparsifier's `state_dict()`.
 
     Raises:
         ValueError: at the forward, if the mask does not have as many elements.

@@ -209,16 +209,10 @@ class BaseStructuredSparsifier(BaseSparsifier):
             held = engine.remove_(model, followed, masked)
             gone = {unit: why for unit, why in self._stuck.items() if masked[unit]}
             self._tell_zeros("prune", held | gone)
-        self._masked, self.channels = [], None
+        self._squashed()
         return model
 
-    def squash_mask(
-        self,
-        params_to_keep: Sequence[str] | None = None,
-        params_to_keep_per_layer: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        """Make the zeros part of the parameters, as in `BaseSparsifier`; shapes stay."""
-        super().squash_mask(params_to_keep, params_to_keep_per_layer)
+    def _squashed(self) -> None:
         self._masked, self.channels = [], None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
@@ -333,7 +327,7 @@ def _initial_mask(group: Group) -> Tensor | None:
 
 
 def _like(batch: Batch, model: nn.Module) -> Any:
-    """The batch with the model's precision."""
+    """The batch in the model's precision."""
     tensors = (*model.parameters(), *model.buffers())
     like = next((t for t in tensors if t.is_floating_point()), torch.zeros(0))
     return pytree.tree_map_only(
