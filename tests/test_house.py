@@ -215,6 +215,16 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+def test_make_help_tells_what_every_target_does() -> None:
+    """And no target is missing from `.PHONY`, where a file of its name would switch it off."""
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split()
+    assert phony == re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    told = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    lines = [line.split(maxsplit=1) for line in told.splitlines()]
+    assert [line[0] for line in lines] == phony and all(len(line) == 2 for line in lines)
+
+
 def test_make_test_installs_what_the_tests_and_the_pages_import() -> None:
     folders = ("tests", "bench", "docs", "examples")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
