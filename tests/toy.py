@@ -6,139 +6,93 @@ both with an arrangement as large as what is stored; `dense` holds the dense wei
 rounded to eighths, and rounds its inputs to sixteenths.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from secateur.formats.contract import Implementation
-from secateur.formats.op import register
+from secateur.formats.contract import Implementation, Packed
+from secateur.formats.reference import REFERENCE, anywhere
+from secateur.formats.reference import linear as reference
 
 MOST_OF_FEW = 8
 
 
 @dataclass(frozen=True)
-class PackedToy:
-    shape: tuple[int, int]
-    values: Tensor
-    format: str = "toy"
+class Toy:
+    """`step` is between columns that are stored; those of a format that rounds are all of them."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
+    name: str
+    implementations: tuple[Implementation, ...] = field(compare=False)
+    step: int = 2
+    is_exact: bool = True
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"values": self.values}
+    tensors = ("values",)
+    prune_to = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Toy":
+        return self
+
+    def why_not(self, weight: Tensor) -> str | None:
+        zeros = self.name != "toy" or not weight[:, 1::2].any()
+        return None if zeros else "toy needs zeros at odd inputs"
+
+    def density(self, weight: Tensor) -> float:
+        return 1 / self.step
+
+    def pack(self, weight: Tensor) -> Packed:
+        values = weight[:, :: self.step]
+        values = values.clone() if self.is_exact else (8 * values).round() / 8
+        return Packed(self, (weight.shape[0], weight.shape[1]), {"values": values})
+
+    def unpack(self, packed: Packed) -> Tensor:
+        dense = packed["values"].new_zeros(packed.shape)
+        dense[:, :: self.step] = packed["values"]
+        return dense
+
+    def empty(self, shape: tuple[int, int], stored: int, dtype: torch.dtype) -> Packed:
+        return self.pack(torch.zeros(shape, dtype=dtype))
+
+    def why_broken(self, packed: Packed) -> str | None:
+        return None
 
 
-@dataclass(frozen=True)
-class PackedLean(PackedToy):
-    format: str = "lean"
+def rounded_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    return dense_linear((16 * x).round() / 16, packed["values"], bias)
 
 
-@dataclass(frozen=True)
-class PackedRounded(PackedToy):
-    format: str = "rounded"
-
-
-def unpack(packed: PackedToy) -> Tensor:
-    dense = packed.values.new_zeros(packed.shape)
-    dense[:, ::2] = packed.values
-    return dense
-
-
-def rounded_linear(x: Tensor, packed: PackedToy, bias: Tensor | None) -> Tensor:
-    return dense_linear((16 * x).round() / 16, packed.values, bias)
-
-
-def any_number(packed: PackedToy, tokens: int) -> str | None:
-    return None
-
-
-def few(packed: PackedToy, tokens: int) -> str | None:
+def few(packed: Packed, tokens: int) -> str | None:
     return None if tokens <= MOST_OF_FEW else f"few takes at most {MOST_OF_FEW} tokens"
 
 
-def half(x: Tensor, packed: PackedToy, bias: Tensor | None, values: Tensor) -> Tensor:
+def half(x: Tensor, packed: Packed, bias: Tensor | None, values: Tensor) -> Tensor:
     return dense_linear(x[:, ::2], values, bias)
 
 
-def whole(x: Tensor, packed: PackedToy, bias: Tensor | None, weight: Tensor) -> Tensor:
+def whole(x: Tensor, packed: Packed, bias: Tensor | None, weight: Tensor) -> Tensor:
     return dense_linear(x, weight, bias)
 
 
-def reference(x: Tensor, packed: PackedToy, bias: Tensor | None) -> Tensor:
-    return dense_linear(x, unpack(packed), bias)
-
-
-def values(packed: PackedToy) -> tuple[Tensor]:
-    return (packed.values.clone(),)
+def values(packed: Packed) -> tuple[Tensor]:
+    return (packed["values"].clone(),)
 
 
 TOY = (
     Implementation("few", half, few, ("values",), values),
-    Implementation("many", half, any_number, ("values",), values),
-    Implementation("dense", whole, any_number, ("weight",), lambda packed: (unpack(packed),)),
-    Implementation("reference", reference, any_number),
+    Implementation("many", half, anywhere, ("values",), values),
+    Implementation("dense", whole, anywhere, ("weight",), lambda packed: (packed.dense(),)),
+    REFERENCE,
 )
-LEAN = (TOY[0], Implementation("many", reference, any_number), TOY[3])
 ROUNDED = (
-    Implementation("fast", rounded_linear, any_number),
-    Implementation("reference", rounded_linear, any_number),
+    Implementation("fast", rounded_linear, anywhere),
+    Implementation("reference", rounded_linear, anywhere),
 )
 
-
-def folder(
-    name: str,
-    packed_type: type[PackedToy],
-    implementations: tuple[Implementation, ...],
-    **functions: Callable[..., Any] | None,
-) -> SimpleNamespace:
-    unpacked = functions["unpack"]
-    assert unpacked is not None
-    linear, unpack_op = register(name, packed_type, ("values",), unpacked, implementations)
-    return SimpleNamespace(
-        IMPLEMENTATIONS=implementations,
-        LINEAR=linear,
-        UNPACK=unpack_op,
-        packed_type=packed_type,
-        empty=None,
-        broken=None,
-        **functions,
-    )
-
-
-toy = folder(
-    "toy",
-    PackedToy,
-    TOY,
-    pack=lambda weight: PackedToy(tuple(weight.shape), weight[:, ::2].clone()),
-    unpack=unpack,
-    dequantised=None,
-    why_not=lambda weight: "toy needs zeros at odd inputs" if weight[:, 1::2].any() else None,
-    density=lambda weight: 0.5,
-)
-lean = folder(
-    "lean",
-    PackedLean,
-    LEAN,
-    pack=lambda weight: PackedLean(tuple(weight.shape), weight[:, ::2].clone()),
-    unpack=unpack,
-    dequantised=None,
-    why_not=lambda weight: None,
-    density=lambda weight: 0.5,
-)
-rounded = folder(
-    "rounded",
-    PackedRounded,
-    ROUNDED,
-    pack=lambda weight: PackedRounded(tuple(weight.shape), (8 * weight).round() / 8),
-    unpack=lambda packed: packed.values.clone(),
-    dequantised=lambda packed: packed.values.clone(),
-    why_not=lambda weight: None,
-    density=lambda weight: 1.0,
-)
+toy = Toy("toy", TOY)
+lean = Toy("lean", (TOY[0], Implementation("many", reference, anywhere), REFERENCE))
+rounded = Toy("rounded", ROUNDED, step=1, is_exact=False)

@@ -153,7 +153,7 @@ def most_tokens(layer: SparseLinear, implementation: str, tokens: Sequence[int])
 
     Raises: ValueError if it takes none, or the format has none of this name.
     """
-    known = {entry.name: entry for entry in layer.format.folder.IMPLEMENTATIONS}
+    known = {entry.name: entry for entry in layer.format.implementations}
     if implementation not in known:
         raise ValueError(f"{layer.format} has no implementation {implementation!r}")
     problems = {n: known[implementation].why_not(layer.packed, n) for n in tokens}

@@ -26,7 +26,6 @@ from torch import Tensor
 from bench.lib import cold
 from bench.lib.peer_kernels import CUBLAS, CUSPARSELT_ROWS, peers
 from bench.lib.shapes import SHAPES, TOKENS_OF_DECODE
-from secateur.formats.contract import packed_bytes
 from secateur.formats.format import dequantised
 from secateur.formats.kernels.decode24.arrange import FORMATS as KINDS
 from secateur.formats.kernels.decode24.choose import choose
@@ -76,7 +75,7 @@ def ours(
     most = cold.most_tokens(layer, IMPLEMENTATION, tokens) if weight.is_cuda else None
     runs = "" if most else " reference"
     layer.use(((IMPLEMENTATION, most), REFERENCE) if most else (REFERENCE,))
-    nbytes = packed_bytes(layer.packed)
+    nbytes = layer.packed.nbytes
 
     def make() -> cold.Run:
         return deepcopy(layer)

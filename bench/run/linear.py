@@ -29,7 +29,7 @@ from secateur.accelerate.candidates import (
     sparse_candidates,
 )
 from secateur.formats import Format, parse_format
-from secateur.formats.contract import packed_bytes
+from secateur.formats.block import Blocks
 from secateur.formats.kernels.timing import Timing, copies_for
 from secateur.formats.pack import packed_linear
 
@@ -46,10 +46,10 @@ def sparse_weight(shape: tuple[int, int], format: Format, sparsity: float) -> Te
     generator = torch.Generator().manual_seed(0)
     out, width = shape
     weight = torch.randn(out, width, generator=generator)
-    if format.name == "semi24":
+    if str(format) == "semi24":
         rank = torch.rand(out, width // 4, 4, generator=generator).argsort(-1)
         return weight * (rank < 2).flatten(1)
-    rows, cols = format.block or (1, 1)
+    rows, cols = (format.rows, format.cols) if isinstance(format, Blocks) else (1, 1)
     keep = torch.rand(out // rows, 1, width // cols, 1, generator=generator) >= sparsity
     return weight * keep.expand(-1, rows, -1, cols).reshape(out, width)
 
@@ -60,7 +60,7 @@ def candidates(linear: nn.Linear, format: Format, tokens: int) -> list[Candidate
     if not sparse:
         layer = packed_linear("", linear, format)
         layer.use((("reference", None),))
-        sparse = [Candidate(f"{format} reference", lambda: layer, packed_bytes(layer.packed))]
+        sparse = [Candidate(f"{format} reference", lambda: layer, layer.packed.nbytes)]
     return [*dense_candidates(linear, tokens), *sparse]
 
 

@@ -31,7 +31,6 @@ from bench.lib.shapes import SHAPES, TOKENS_OF_PREFILL
 from secateur.accelerate.report import LayerReport
 from secateur.accelerate.verb import accelerate_
 from secateur.formats import SparseLinear
-from secateur.formats.contract import packed_bytes
 from secateur.formats.dynamic import quantised
 from secateur.formats.format import dequantised
 from secateur.formats.kernels.cusparselt import STEPS
@@ -122,7 +121,7 @@ def bytes_read(layer: nn.Linear) -> int:
     if not isinstance(layer, SparseLinear):
         return layer.weight.nbytes
     arranged = [nbytes for nbytes in layer.arranged_bytes.values() if nbytes]
-    return min(arranged, default=packed_bytes(layer.packed))
+    return min(arranged, default=layer.packed.nbytes)
 
 
 def layer_of(name: str, arguments: argparse.Namespace) -> cold.Layer:

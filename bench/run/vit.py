@@ -113,7 +113,7 @@ def pack(model: nn.Module, configuration: Configuration, tokens: Sequence[int]) 
     for globs, format in configuration.packed.items():
         sc.pack_(model, format, named(model, globs))
     for layer in packed_layers(model):
-        known = {entry.name: entry for entry in layer.format.folder.IMPLEMENTATIONS}
+        known = {entry.name: entry for entry in layer.format.implementations}
         able = [
             name
             for name in FOR_MANY

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from secateur.core.float64 import in_float64
 from secateur.core.memory import is_out_of_memory
-from secateur.formats.contract import Packed, packed_bytes
-from secateur.formats.format import Format, dequantised, parse_format
+from secateur.formats.contract import Format, Packed
+from secateur.formats.format import dequantised
 from secateur.formats.kernels.cusparselt_child import NoSearch
 from secateur.formats.linear import REFERENCE, SparseLinear
 from secateur.formats.pack import packed_linear
@@ -83,7 +83,7 @@ def why_not_each(layer: SparseLinear, tokens: int) -> dict[str, str | None]:
     """For each implementation but the reference: None if it can run here, else the reason."""
     return {
         f"{layer.format} {implementation.name}": implementation.why_not(layer.packed, tokens)
-        for implementation in layer.format.folder.IMPLEMENTATIONS
+        for implementation in layer.format.implementations
         if implementation.name != "reference"
     }
 
@@ -94,7 +94,7 @@ def packed_candidates(layer: SparseLinear, tokens: int) -> tuple[list[Candidate]
     Cost: one arrangement of each.
     """
     quantised = None if layer.format.is_exact else layer.packed
-    stored = packed_bytes(layer.packed)
+    stored = layer.packed.nbytes
     found, failed = list[Candidate](), list[str]()
     for name, problem in why_not_each(layer, tokens).items():
         if problem is not None:
@@ -167,15 +167,9 @@ def _target(
         usual = torch.nn.functional.linear(x, linear.weight, linear.bias)
     else:
         exact, magnitude = _exact(dequantised(quantised), linear.bias, x)
-        usual = _reference(quantised)(x, quantised, linear.bias)
+        usual = quantised.format.implementations[-1].linear(x, quantised, linear.bias)
     error = float((in_float64(usual) - exact).abs().max())
     return exact, 2 * (error + _rounding(x.dtype, exact, magnitude))
-
-
-def _reference(packed: Packed) -> Callable[..., Tensor]:
-    """The linear that defines what is correct for this packed weight's format."""
-    implementations = parse_format(packed.format).folder.IMPLEMENTATIONS
-    return next(found.linear for found in implementations if found.name == "reference")
 
 
 def _exact(

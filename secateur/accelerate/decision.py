@@ -10,8 +10,7 @@ from typing import Literal
 from secateur.accelerate.candidates import DENSE, PREPACKED, why_not_each
 from secateur.accelerate.measurements import Found
 from secateur.accelerate.report import Measured, best_dense
-from secateur.formats.contract import packed_bytes
-from secateur.formats.format import Format
+from secateur.formats.contract import Format
 from secateur.formats.linear import PROBED_TOKENS, SparseLinear, Table
 
 LEAST_GAIN = 1.05  # what a change is worth; less may be noise
@@ -84,7 +83,7 @@ def decide(
 
 def _choices(layer: SparseLinear, found: Sequence[Found]) -> Iterator[_Choice]:
     """For each set of the format's implementations, the fastest of it at every number of tokens."""
-    format, stored = layer.format, packed_bytes(layer.packed)
+    format, stored = layer.format, layer.packed.nbytes
     prefix = f"{format} "
     times = [
         {name: us for name, us in one.microseconds.items() if name.startswith(prefix)}
@@ -125,7 +124,7 @@ def _table(
         rows.append((name, count))
     problems = {
         implementation.name: partial(implementation.why_not, layer.packed)
-        for implementation in layer.format.folder.IMPLEMENTATIONS
+        for implementation in layer.format.implementations
     }
     last, limit = short[-1], tokens[-1]
     beyond = [last, *problems.keys() & short, *([DENSE] if policy == "fastest" else [])]

@@ -6,20 +6,17 @@ from importlib.util import find_spec
 
 import torch
 
-from secateur.formats.contract import Implementation, Packed
-from secateur.formats.format import FOLDERS, PER_OUTPUT, Format
+from secateur.formats.contract import Format, Implementation, Packed
+from secateur.formats.format import FORMATS
 
 STATES = ("yes", "no", "info")
 TOKENS = (1, 4096)  # generating text, and reading a prompt or a batch of images
 SHAPE = (256, 256)  # whole tiles of every implementation
-BLOCK = (64, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPTIONAL = {  # module to look for -> what it would give; looked up, never imported
     "triton": "block-sparse and quantising kernels on a GPU",
     "cuda.bindings.nvrtc": "compiling the CUDA kernels at first use",
 }
-# What to prune to for a format that has something to run it, to be faster than dense.
-PRUNE_TO = {"semi24": "2:4", "block:64x64": "block:64x64@0.8", "csr": "unstructured:0.9"}
 # Extras of the package -> the module by which it is missed, and what it is for.
 EXTRAS = {
     "hf": ("transformers", "models in Hugging Face folders"),
@@ -56,7 +53,7 @@ def digest(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     machine = f"torch {told['torch'].detail}; a CPU with {told['cpu'].detail}; "
     machine += gpu.detail if gpu.state == "yes" else "no CUDA GPU"
     able, unable = _by_format(findings)
-    wanted = [pattern for format, pattern in PRUNE_TO.items() if format in able]
+    wanted = [format.prune_to for format in FORMATS if format.prune_to and str(format) in able]
     here = f"{', '.join(able) or 'nothing'}"
     if wanted:
         here += f"; prune to {' or '.join(wanted)}, and `secateur bench FOLDER` measures what gains"
@@ -82,7 +79,7 @@ def digest(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 def _by_format(findings: Sequence[Finding]) -> tuple[list[str], dict[str, str]]:
     """Formats that more than a reference multiplies here, and why the others have nothing."""
-    rows: dict[str, list[Finding]] = {str(format): [] for format in _formats()}
+    rows: dict[str, list[Finding]] = {str(format): [] for format in FORMATS}
     for finding in findings:
         format, _, implementation = finding.capability.rpartition(" ")
         if format in rows and implementation != "reference":
@@ -92,7 +89,7 @@ def _by_format(findings: Sequence[Finding]) -> tuple[list[str], dict[str, str]]:
         runs = [one for one in found if one.state == "yes"]
         if runs:
             able.append(format)
-        elif ":channel" not in format:  # as the same format without it
+        elif format.partition(":")[0] not in unable:  # as the same format with other options
             unable[format] = found[0].detail if found else "it saves room, and is fast nowhere yet"
     return able, unable
 
@@ -125,21 +122,11 @@ def _packages() -> list[Finding]:
 def _implementations(device: torch.device) -> list[Finding]:
     found = list[Finding]()
     dtypes = DTYPES if device.type == "cuda" else DTYPES[::-1]
-    for format in _formats():
+    for format in FORMATS:
         dense = (torch.zeros(SHAPE, dtype=dtype, device=device) for dtype in dtypes)
         packed = [format.pack(weight) for weight in dense]
-        for implementation in format.folder.IMPLEMENTATIONS:
+        for implementation in format.implementations:
             found.append(_examined(format, implementation, packed, device))
-    return found
-
-
-def _formats() -> list[Format]:
-    """Every format, with each of its options."""
-    found = list[Format]()
-    for name in FOLDERS:
-        found.append(Format(name, BLOCK if name == "block" else ()))
-        if name == "semi24_int4":
-            found.append(Format(name, PER_OUTPUT))
     return found
 
 

@@ -28,8 +28,8 @@ from secateur.core.autocast import without_autocast
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import adapters, require_module, tied_weights
 from secateur.core.wrappers import unwrapped
-from secateur.formats.contract import DTYPES, packed_bytes
-from secateur.formats.format import Format, parse_format, weight_error
+from secateur.formats.contract import DTYPES, Format
+from secateur.formats.format import parse_format, weight_error
 from secateur.formats.fuse import join_activations_
 from secateur.formats.kernels.cusparselt_child import one_child
 from secateur.formats.kernels.timing import (
@@ -359,8 +359,8 @@ def _measured(
 
 def _holds(layer: SparseLinear, table: Table) -> tuple[Held, ...]:
     """The packed tensors, and what each implementation arranged from them for its tokens."""
-    names = ", ".join(layer.packed.tensors())
-    held = [Held(str(layer.format), packed_bytes(layer.packed), f"{names}: what is saved")]
+    names = ", ".join(layer.packed.tensors)
+    held = [Held(str(layer.format), layer.packed.nbytes, f"{names}: what is saved")]
     ranges: dict[str, list[str]] = {}
     lowest = 1
     for name, limit in table:

@@ -14,8 +14,8 @@ from secateur.accelerate.report import LayerReport
 from secateur.accelerate.verb import DEFAULT_FORMATS, accelerate_
 from secateur.allocation import DENSE_CHOICE, Allocation, Costs, Sensitivity, allocate
 from secateur.allocation.budget import figure, front_of
-from secateur.formats.contract import packed_bytes
-from secateur.formats.format import Format, parse_format
+from secateur.formats.contract import Format
+from secateur.formats.format import parse_format
 from secateur.formats.kernels.timing import compare, copies_for
 from secateur.formats.pack import named_linears
 from secateur.patterns import parse
@@ -243,7 +243,7 @@ def _per_layer(
 
 def _packed_bytes(weight: Tensor, formats: Sequence[Format]) -> list[int]:
     fitting = [format for format in formats if format.why_not(weight) is None]
-    return [packed_bytes(format.pack(weight)) for format in fitting]
+    return [format.pack(weight).nbytes for format in fitting]
 
 
 def _choices(sensitivity: Sensitivity, layer: str) -> list[str]:

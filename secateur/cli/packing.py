@@ -7,7 +7,6 @@ from torch import nn
 
 from secateur.accelerate.candidates import why_not_each
 from secateur.formats import SparseLinear
-from secateur.formats.contract import packed_bytes
 from secateur.formats.format import parse_format
 from secateur.formats.pack import is_linear
 from secateur.model.plan import Plan
@@ -42,7 +41,7 @@ def packed_size(model: nn.Module, plan: Plan | None, stored: int) -> int | None:
         for name in linears if layers is None else layers:
             weight = linears[name].weight.detach()
             if chosen.why_not(weight) is None:
-                saved += weight.nbytes - packed_bytes(chosen.pack(weight))
+                saved += weight.nbytes - chosen.pack(weight).nbytes
     return stored - saved if saved else None
 
 

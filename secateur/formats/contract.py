@@ -1,40 +1,117 @@
-"""What every format provides, and the checks that all of them make on a dense weight.
+"""What a format is, what it makes of a weight, and the checks that all of them make on a dense one.
 
-A format is a folder with four roles: `packed.py` (how a weight is stored), `reference.py` (what its
-linear computes), one file an implementation (how that can be run) and `__init__.py` (the tuple of
-implementations, in order of preference, and the names that torch knows the format by).
+A format is a frozen value that stores weights (`Blocks(64, 64)`, `Quantised(Int4(), NM(2, 4))`) and
+knows what can multiply by them: `reference.py` says what is right, other implementations have one
+file each.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
-from torch._ops import OpOverload
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-QUANTISABLE = (torch.float32, torch.bfloat16, torch.float16)
 MOST_WEIGHTS = 2**31 - 1  # crow_indices and col_indices are int32
 
 
 @runtime_checkable
-class Packed(Protocol):
-    """A packed weight: its dense shape and the plain tensors that a checkpoint stores.
+class Format(Protocol):
+    """How a weight is stored, and what can multiply by it; a frozen value.
 
-    `dtype` is that of the dense weight: of `scales` where the format has them, else of `values`.
+    `str(format)` is its name with its options, as `parse_format` reads it. Formats of one name
+    share their operators, and so their `tensors`: what they store, in the operators' order.
     """
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def name(self) -> str: ...
     @property
-    def values(self) -> Tensor: ...
+    def tensors(self) -> tuple[str, ...]: ...
     @property
-    def format(self) -> str: ...
+    def implementations(self) -> tuple["Implementation", ...]:
+        """In order of preference where nothing was measured; the last one is the reference."""
+        ...
+
     @property
-    def dtype(self) -> torch.dtype: ...
-    def tensors(self) -> dict[str, Tensor]: ...
+    def is_exact(self) -> bool:
+        """Whether the dense weight comes back as it was; if not, packing rounds it to a grid."""
+        ...
+
+    @property
+    def prune_to(self) -> str:
+        """What to prune to for it to be faster than dense where something runs it, if anything."""
+        ...
+
+    def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Format":
+        """The format of this name that has these tensors: itself, unless the name has options."""
+        ...
+
+    def why_not(self, weight: Tensor) -> str | None:
+        """None if this dense weight can be stored so and is smaller for it, else the reason."""
+        ...
+
+    def density(self, weight: Float[Tensor, "out in"]) -> float:
+        """The fraction of this weight that `pack` would store values for."""
+        ...
+
+    def pack(self, weight: Tensor) -> "Packed":
+        """The packed weight, whether or not it is smaller than the dense one.
+
+        Raises: ValueError where the format cannot hold this weight.
+        """
+        ...
+
+    def unpack(self, packed: "Packed") -> Float[Tensor, "out in"]:
+        """The weight that the packed one stands for, exactly; in float32 where it is quantised."""
+        ...
+
+    def empty(self, shape: tuple[int, int], stored: int, dtype: torch.dtype) -> "Packed":
+        """Zeros of these sizes, for a loader to fill.
+
+        `stored` is the length of `values`.
+
+        Raises: ValueError if the sizes do not agree.
+        """
+        ...
+
+    def why_broken(self, packed: "Packed") -> str | None:
+        """None if the tensors are such as `pack` makes, else what is wrong with them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed weight: its format, its dense shape and the plain tensors that a checkpoint stores.
+
+    One of them is `values`.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dense weight's."""
+        return self.tensors[typed_tensor(self.tensors)].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors["values"].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that a checkpoint stores."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The dense weight in its dtype, rounded once to it where it is quantised."""
+        return self.format.unpack(self).to(self.dtype)
 
 
 def _no_arrangement(packed: Packed) -> tuple[Tensor, ...]:
@@ -62,46 +139,9 @@ class Implementation:
     activations: tuple[str, ...] = ()
 
 
-@runtime_checkable
-class Folder(Protocol):
-    """What the package of a format exports, so that layers and measurements treat all alike.
-
-    `dequantised(packed)` is the weight that the linear multiplies by, before any rounding to the
-    layer's dtype, where `pack` rounds weights to a grid; None where packing is exact.
-    """
-
-    @property
-    def IMPLEMENTATIONS(self) -> tuple[Implementation, ...]: ...
-    @property
-    def LINEAR(self) -> OpOverload: ...
-    @property
-    def UNPACK(self) -> OpOverload: ...
-    @property
-    def packed_type(self) -> Callable[..., Packed]: ...
-    @property
-    def pack(self) -> Callable[..., Packed]: ...
-    @property
-    def unpack(self) -> Callable[..., Tensor]: ...
-    @property
-    def dequantised(self) -> Callable[..., Tensor] | None: ...
-    @property
-    def why_not(self) -> Callable[..., str | None]: ...
-    @property
-    def density(self) -> Callable[..., float]: ...
-    @property
-    def empty(self) -> Callable[..., Packed]: ...
-    @property
-    def broken(self) -> Callable[..., str | None]: ...
-
-
 def typed_tensor(names: Collection[str]) -> str:
     """Which of a format's tensors has the dense weight's dtype; casting a layer casts it alone."""
     return "scales" if "scales" in names else "values"
-
-
-def packed_bytes(packed: Packed) -> int:
-    """Bytes of the tensors that a checkpoint stores."""
-    return sum(tensor.nbytes for tensor in packed.tensors().values())
 
 
 def first_true(mask: Bool[Tensor, "out in"]) -> tuple[int, int]:
@@ -110,8 +150,16 @@ def first_true(mask: Bool[Tensor, "out in"]) -> tuple[int, int]:
     return row, column
 
 
+def why_no_weight(weight: Tensor, format: Format) -> str | None:
+    """None for a matrix of floating-point numbers, else that the format needs one."""
+    if weight.dim() != 2 or weight.dtype not in DTYPES:
+        got = f"{tuple(weight.shape)} of {weight.dtype}"
+        return f"{format} needs a 2-D floating-point weight, got {got}"
+    return None
+
+
 def check_dense(weight: Tensor) -> None:
-    """Nothing, for a weight that some format may store.
+    """Raise unless some format can store this weight.
 
     Raises: ValueError for another rank or dtype, more weights than 32-bit indices can number, or a
         weight that is not finite (its position is named).
@@ -140,23 +188,6 @@ def check_dense(weight: Tensor) -> None:
         )
 
 
-def check_quantisable(weight: Tensor, format: str) -> None:
-    """Nothing, for a weight that a quantised format may store.
-
-    Raises: ValueError where `check_dense` raises it, and for a float64 weight.
-    """
-    check_dense(weight)
-    if weight.dtype not in QUANTISABLE:
-        raise ValueError(f"pack {_narrower(weight, format)}")
-
-
-def why_not_quantisable(weight: Tensor, format: str) -> str | None:
-    """None, or that a quantised format cannot store this dtype."""
-    return None if weight.dtype in QUANTISABLE else _narrower(weight, format)
-
-
-def _narrower(weight: Tensor, format: str) -> str:
-    return (
-        f"into {format} needs a float32, bfloat16 or float16 weight, got {weight.dtype}: "
-        "scale x code is computed in float32, cast the layer with .float() first"
-    )
+def shape_of(weight: Float[Tensor, "out in"]) -> tuple[int, int]:
+    """Its two sizes."""
+    return weight.shape[0], weight.shape[1]

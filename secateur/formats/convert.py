@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.formats import compressed_rows
 from secateur.formats.contract import Packed
-from secateur.formats.format import parse_format
 
 LAYOUTS = {
     "sparse_coo": torch.sparse_coo,
@@ -41,7 +41,7 @@ def to_torch_sparse(weight: Packed | Tensor, layout: str) -> Tensor:
         direct = _direct(weight, layout)
         if direct is not None:
             return direct
-    dense = weight if isinstance(weight, Tensor) else _unpacked(weight)
+    dense = weight if isinstance(weight, Tensor) else weight.dense()
     rows, cols = BSR_BLOCK
     if layout == "sparse_bsr" and (dense.shape[0] % rows or dense.shape[1] % cols):
         raise ValueError(
@@ -72,10 +72,10 @@ def from_torch_sparse(tensor: Tensor) -> Float[Tensor, "out in"]:
 
 def _direct(packed: Packed, layout: str) -> Tensor | None:
     """The tensors themselves, where the packed form and torch's agree."""
-    agrees = {"sparse_bsr": "block", "sparse_csr": "csr"}.get(layout)
-    if agrees is None or parse_format(packed.format).name != agrees:
+    tensors = packed.tensors
+    own = "sparse_bsr" if tensors["values"].dim() == 3 else "sparse_csr"  # blocks, or weights
+    if packed.format.tensors != compressed_rows.TENSORS or layout != own:
         return None
-    tensors = packed.tensors()
     with _without_beta_notice():
         return torch.sparse_compressed_tensor(
             tensors["crow_indices"],
@@ -85,10 +85,6 @@ def _direct(packed: Packed, layout: str) -> Tensor | None:
             layout=LAYOUTS[layout],
             check_invariants=True,
         )
-
-
-def _unpacked(packed: Packed) -> Tensor:
-    return parse_format(packed.format).folder.unpack(packed)
 
 
 @contextmanager

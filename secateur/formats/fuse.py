@@ -74,7 +74,7 @@ def _applied_by(module: nn.Module) -> set[str]:
     """The activations that something which the layer runs applies, if none is joined yet."""
     if not isinstance(module, SparseLinear) or module.activation or module._forward_hooks:
         return set()
-    rows = table(module.dispatch, module.format.folder.IMPLEMENTATIONS)
+    rows = table(module.dispatch, module.format.implementations)
     return {name for _, implementation, _ in rows for name in implementation.activations}
 
 

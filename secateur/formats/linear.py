@@ -1,6 +1,6 @@
 """`SparseLinear`: an `nn.Linear` whose weight is stored packed and multiplied as it is stored."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from secateur.core.autocast import autocast_dtype, without_autocast
 from secateur.formats.activations import ACTIVATIONS
-from secateur.formats.contract import DTYPES, Implementation, Packed, typed_tensor
+from secateur.formats.contract import DTYPES, Format, Implementation, Packed, typed_tensor
 from secateur.formats.format import parse_format
+from secateur.formats.op import linear_operator, register, unpack_operator
 from secateur.formats.read_only import ReadOnlyWeight
 
 # Token counts at which the default choice asks each implementation whether it can run. A limit is
@@ -56,12 +57,14 @@ class SparseLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.out_features, self.in_features = packed.shape
-        self.format = parse_format(packed.format)
+        self.format = packed.format
+        register(self.format)
+        self._operators = self.format.name
         self.name = name  # only for error messages
         self.activation = ""  # that is applied to the results; `join_activations_` sets it
-        self._stored = tuple(packed.tensors())
+        self._stored = tuple(packed.tensors)
         self._typed = typed_tensor(self._stored)
-        for key, tensor in packed.tensors().items():
+        for key, tensor in packed.tensors.items():
             self.register_buffer(key, tensor)
         self.register_parameter("bias", bias)
         self._arranged: tuple[str, ...] = ()
@@ -70,7 +73,8 @@ class SparseLinear(nn.Linear):
     @property
     def packed(self) -> Packed:
         """The packed weight; its tensors are this layer's buffers, not copies."""
-        return self.format.folder.packed_type((self.out_features, self.in_features), *self._parts())
+        tensors = dict(zip(self._stored, self._parts(), strict=True))
+        return Packed(self.format, (self.out_features, self.in_features), tensors)
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +89,7 @@ class SparseLinear(nn.Linear):
     def arranged_bytes(self) -> dict[str, int]:
         """Of each implementation in use, the bytes that it arranged for itself."""
         names = dict.fromkeys(word.partition("<=")[0] for word in self.dispatch.split())
-        known = {entry.name: entry for entry in self.format.folder.IMPLEMENTATIONS}
+        known = {entry.name: entry for entry in self.format.implementations}
         return {
             name: sum(
                 self.get_buffer(f"arranged_{name}_{key}").nbytes for key in known[name].arrangement
@@ -100,11 +104,11 @@ class SparseLinear(nn.Linear):
         It is unpacked afresh, so a write would be lost. `unpack_(model)` gives the layer a weight
         that can be changed.
 
-        Cost: unpacks the whole weight at every access; ask `packed.dtype` and `values.device`.
+        Cost: unpacks the whole weight at every access; ask `packed.dtype` and `packed.device`.
         """
         with torch.no_grad():
             sizes = (self.out_features, self.in_features)
-            dense: Tensor = self.format.folder.UNPACK(*self._parts(), *sizes)
+            dense: Tensor = unpack_operator(self._operators)(*self._parts(), *sizes)
         if torch.compiler.is_compiling():  # models read weight.dtype in forward; see no subclass
             return dense
         return dense.as_subclass(ReadOnlyWeight)
@@ -168,7 +172,7 @@ class SparseLinear(nn.Linear):
             part.to(lower) if key == self._typed else part
             for key, part in zip(self._stored, self._parts(), strict=True)
         ]
-        result: Tensor = self.format.folder.LINEAR(
+        result: Tensor = linear_operator(self._operators)(
             input.to(lower),
             *parts,
             None if self.bias is None else self.bias.to(lower),
@@ -195,7 +199,7 @@ class SparseLinear(nn.Linear):
         if activation and torch.is_grad_enabled():
             if input.requires_grad or (bias is not None and bias.requires_grad):
                 activation = ""  # the operator's gradients are those of the linear alone
-        result: Tensor = self.format.folder.LINEAR(
+        result: Tensor = linear_operator(self._operators)(
             input,
             *self._parts(),
             bias,
@@ -223,7 +227,7 @@ class SparseLinear(nn.Linear):
         for tokens in PROBED_TOKENS:
             name = next(
                 implementation.name
-                for implementation in self.format.folder.IMPLEMENTATIONS
+                for implementation in self.format.implementations
                 if implementation.why_not(packed, tokens) is None
             )
             if rows and rows[-1][0] == name:
@@ -232,7 +236,7 @@ class SparseLinear(nn.Linear):
         return (*rows[:-1], (rows[-1][0], None))
 
     def _validated(self, table: Table) -> tuple[Implementation, ...]:
-        known = {entry.name: entry for entry in self.format.folder.IMPLEMENTATIONS}
+        known = {entry.name: entry for entry in self.format.implementations}
         limits = [limit for _, limit in table[:-1]]
         rising = all(
             limit is not None and limit > (before or 0)
@@ -252,6 +256,11 @@ class SparseLinear(nn.Linear):
             if problem is not None:
                 raise ValueError(f"{self._title()} cannot run {name} here: {problem}")
         return tuple(known[name] for name, _ in table)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a layer that was pickled, perhaps in another process."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        register(self.format)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
         before = self._buffers[self._typed]
@@ -313,9 +322,9 @@ class SparseLinear(nn.Linear):
                 return f"{key} has no data (meta device)"
         if not parts or any(given[key].is_meta for key in self._stored):
             return None
-        packed = [given[key].detach().to(self.get_buffer(key).dtype) for key in self._stored]
-        sizes = (self.out_features, self.in_features)
-        return self.format.folder.broken(self.format.folder.packed_type(sizes, *packed))
+        new_parts = {k: given[k].detach().to(self.get_buffer(k).dtype) for k in self._stored}
+        packed = Packed(self.format, (self.out_features, self.in_features), new_parts)
+        return self.format.why_broken(packed)
 
 
 def describe(linear: SparseLinear) -> dict[str, int | str | bool]:
@@ -326,14 +335,17 @@ def describe(linear: SparseLinear) -> dict[str, int | str | bool]:
         "in_features": linear.in_features,
         "bias": linear.bias is not None,
         "dtype": _short(linear.packed.dtype),
-        "stored": len(linear.packed.values),
+        "stored": len(linear.packed["values"]),
     }
 
 
-def empty_from(description: dict[str, Any], name: str = "") -> SparseLinear:
+def empty_from(
+    description: dict[str, Any], name: str = "", formats: Sequence[Format] = ()
+) -> SparseLinear:
     """A layer of zeros of the described sizes, for `load_state_dict` to fill.
 
     Nothing but the listed keys and known names is accepted, so a description may come from a file.
+    `formats` are yours that it may name beside the library's.
 
     Raises: ValueError if a key is missing, unknown or of another type, or the sizes do not agree.
     """
@@ -357,7 +369,7 @@ def empty_from(description: dict[str, Any], name: str = "") -> SparseLinear:
         )
     dtype = dtypes[description["dtype"]]
     shape = description["out_features"], description["in_features"]
-    packed = parse_format(description["format"]).empty(shape, description["stored"], dtype)
+    packed = parse_format(description["format"], formats).empty(shape, description["stored"], dtype)
     bias = (
         nn.Parameter(torch.zeros(shape[0], dtype=dtype, device="cpu"))
         if description["bias"]

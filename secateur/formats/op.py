@@ -10,7 +10,7 @@ operator of its own, because its body reads the number of nonzeros from the data
     secateur::<format>_unpack(Tensor <stored>..., int out_features, int in_features) -> Tensor
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from secateur.formats.activations import ACTIVATIONS
-from secateur.formats.contract import Implementation, Packed, typed_tensor
+from secateur.formats.contract import Format, Implementation, Packed, typed_tensor
 
 LIBRARY = torch.library.Library("secateur", "FRAGMENT")
+DEFINED: dict[str, Format] = {}  # by the name that torch knows its operators by
 NO_LIMIT = 2**63 - 1  # the last row of a dispatch table serves every larger number of tokens
 
 Row = tuple[int, Implementation, slice]
@@ -50,23 +51,35 @@ def table(dispatch: str, implementations: tuple[Implementation, ...]) -> tuple[R
     return tuple(rows)
 
 
-def register(
-    name: str,
-    packed_type: Callable[..., Packed],
-    tensors: tuple[str, ...],
-    unpack: Callable[[Any], Tensor],
-    implementations: tuple[Implementation, ...],
-) -> tuple[OpOverload, OpOverload]:
-    """`<name>_linear` and `<name>_unpack`, newly defined; called once, on import of the format.
+def register(format: Format) -> None:
+    """Define `<name>_linear` and `<name>_unpack`, unless formats of this name have them.
 
-    `tensors` names what is stored, in the order of `packed_type`'s fields. The operators are
-    registered for every device: an implementation, not the operator, knows where it runs. The
-    linear's input and bias have gradients, the packed weight is frozen: `grad @ weight`, dense, and
-    that of the unrounded inputs (straight through) where a format rounds them.
+    The operators are defined for every device: an implementation, not the operator, knows where it
+    runs. The linear's input and bias have gradients, the packed weight is frozen: `grad @ weight`,
+    dense, and that of the unrounded inputs (straight through) where a format rounds them.
+
+    Raises: ValueError if another kind of format has this name.
     """
-    linear, unpacked = _define(name, packed_type, tensors, unpack, implementations)
-    _differentiate(linear, unpacked, len(tensors))
-    return linear, unpacked
+    known = DEFINED.get(format.name)
+    if known is None:
+        _define(format.name, format.tensors)
+    elif known.tensors != format.tensors or _kind(known) != _kind(format):
+        raise ValueError(
+            f"a format needs a name of its own, {format.name!r} is that of {known!r}: rename it"
+        )
+    DEFINED[format.name] = format
+
+
+def linear_operator(name: str) -> OpOverload:
+    """`secateur::<name>_linear`, of the formats of this name."""
+    operator: OpOverload = getattr(torch.ops.secateur, f"{name}_linear").default
+    return operator
+
+
+def unpack_operator(name: str) -> OpOverload:
+    """`secateur::<name>_unpack`, of the formats of this name."""
+    operator: OpOverload = getattr(torch.ops.secateur, f"{name}_unpack").default
+    return operator
 
 
 def operator(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> OpOverload:
@@ -82,13 +95,18 @@ def operator(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor
     return overload
 
 
-def _define(
-    name: str,
-    packed_type: Callable[..., Packed],
-    tensors: tuple[str, ...],
-    unpack: Callable[[Any], Tensor],
-    implementations: tuple[Implementation, ...],
-) -> tuple[OpOverload, OpOverload]:
+def _kind(format: Format) -> tuple[str, str]:
+    """The class by name: one that was defined again, in a notebook, is the same."""
+    return type(format).__module__, type(format).__qualname__
+
+
+def _packed(name: str, shape: tuple[int, int], stored: Sequence[Tensor]) -> Packed:
+    format = DEFINED[name]
+    tensors = dict(zip(format.tensors, stored, strict=True))
+    return Packed(format.like(shape, tensors), shape, tensors)
+
+
+def _define(name: str, tensors: tuple[str, ...]) -> None:
     fields = ", ".join(f"Tensor {tensor}" for tensor in tensors)
     count, typed = len(tensors), tensors.index(typed_tensor(tensors))
 
@@ -100,23 +118,15 @@ def _define(
         flat = x.reshape(-1, in_features)
         if flat.shape[0] == 0:
             return x.new_empty((*x.shape[:-1], out_features))
-        packed = packed_type((out_features, in_features), *stored)
-        rows = table(dispatch, implementations)
-        _, implementation, part = next(row for row in rows if flat.shape[0] <= row[0])
-        if activation in implementation.activations:
-            result = implementation.linear(
-                flat, packed, bias, *arrangement[part], activation=activation
-            )
-        else:
-            result = implementation.linear(flat, packed, bias, *arrangement[part])
-            result = ACTIVATIONS[activation](result) if activation else result
+        packed = _packed(name, (out_features, in_features), stored)
+        result = _run(packed, flat, bias, arrangement, dispatch, activation)
         return result.reshape(*x.shape[:-1], out_features).contiguous()
 
     def fake_linear(x: Tensor, *rest: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], rest[count + 1]))
 
     def run_unpack(*rest: Any) -> Tensor:
-        return unpack(packed_type(rest[count:], *rest[:count]))
+        return _packed(name, rest[count:], rest[:count]).dense()
 
     def fake_unpack(*rest: Any) -> Tensor:
         like: Tensor = rest[typed]
@@ -128,12 +138,30 @@ def _define(
         run_linear,
         fake_linear,
     )
-    unpacked = operator(
+    unpack = operator(
         f"{name}_unpack({fields}, int out_features, int in_features) -> Tensor",
         run_unpack,
         fake_unpack,
     )
-    return linear, unpacked
+    _differentiate(linear, unpack, count)
+
+
+def _run(
+    packed: Packed,
+    x: Tensor,
+    bias: Tensor | None,
+    arrangement: Sequence[Tensor],
+    dispatch: str,
+    activation: str,
+) -> Tensor:
+    """The result of the implementation that serves this number of tokens."""
+    rows = table(dispatch, packed.format.implementations)
+    _, implementation, part = next(row for row in rows if x.shape[0] <= row[0])
+    arranged = arrangement[part]
+    if activation in implementation.activations:
+        return implementation.linear(x, packed, bias, *arranged, activation=activation)
+    result = implementation.linear(x, packed, bias, *arranged)
+    return ACTIVATIONS[activation](result) if activation else result
 
 
 def _differentiate(linear_op: OpOverload, unpack_op: OpOverload, count: int) -> None:

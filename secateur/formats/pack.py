@@ -13,7 +13,8 @@ from secateur.core.memory import room_for
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import adapters, require_data, require_module, tied_weights, why_computed
 from secateur.core.wrappers import unwrapped
-from secateur.formats.format import Format, parse_format, weight_error
+from secateur.formats.contract import Format
+from secateur.formats.format import parse_format, weight_error
 from secateur.formats.fuse import separate_activations_
 from secateur.formats.linear import SparseLinear, Table
 
@@ -314,7 +315,7 @@ def _refuse_bare(model: nn.Module, found: Mapping[str, nn.Module], verb: str) ->
 
 def _dense_linear(linear: SparseLinear) -> nn.Linear:
     dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(linear.format.folder.unpack(linear.packed))
+    dense.weight = nn.Parameter(linear.packed.dense())
     dense.bias = linear.bias
     return dense.train(linear.training)
 

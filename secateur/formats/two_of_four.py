@@ -2,11 +2,13 @@
 
 Shared by the formats that store 2:4 weights, whatever they store for each kept one. A group's
 nibble holds its first kept column in the low two bits and the second, always larger, in the high
-two: the order that sparse `mma` demands.
+two: the order that sparse `mma` demands. Byte `j` of a row of metadata holds group `2j` in its low
+and `2j + 1` in its high nibble, so that four bytes read as a little-endian word list eight groups
+from bit 0 upwards. With an odd number of groups the last high nibble is zero.
 """
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from secateur.formats.contract import first_true
@@ -76,15 +78,15 @@ def scatter(
     return dense.scatter_(2, _positions(nibbles), kept.unflatten(1, (groups, 2))).flatten(1)
 
 
-def join(nibbles: UInt8[Tensor, "out nibbles"]) -> UInt8[Tensor, "out bytes"]:
+def pack_nibbles(nibbles: UInt8[Tensor, "out nibbles"]) -> UInt8[Tensor, "out bytes"]:
     """Two nibbles a byte, the even one in the low half; an odd number ends on a zero half."""
     even = torch.nn.functional.pad(nibbles, (0, nibbles.shape[1] % 2))
     return even[:, 0::2] | even[:, 1::2] << 4
 
 
-def split(joined: UInt8[Tensor, "out bytes"], count: int) -> UInt8[Tensor, "out nibbles"]:
-    """The first `count` nibbles of every row; the reverse of `join`."""
-    return torch.stack((joined & 15, joined >> 4), dim=2).flatten(1)[:, :count]
+def unpack_nibbles(packed: UInt8[Tensor, "out bytes"], count: int) -> UInt8[Tensor, "out nibbles"]:
+    """The first `count` nibbles of every row; the reverse of `pack_nibbles`."""
+    return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :count]
 
 
 def empty_metadata(shape: tuple[int, int], stored: int, format: str) -> UInt8[Tensor, "out bytes"]:
@@ -100,24 +102,15 @@ def empty_metadata(shape: tuple[int, int], stored: int, format: str) -> UInt8[Te
     return torch.zeros(shape[0], (shape[1] // 4 + 1) // 2, dtype=torch.uint8, device="cpu")
 
 
-def broken(metadata: UInt8[Tensor, "out bytes"], groups: int) -> str | None:
+def why_broken(metadata: UInt8[Tensor, "out bytes"], groups: int) -> str | None:
     """None if every group names two ascending columns, else the first that does not."""
-    nibbles = split(metadata, groups)
+    nibbles = unpack_nibbles(metadata, groups)
     wrong = (nibbles & 3) >= (nibbles >> 2)
     if bool(wrong.any()):
         row, group = first_true(wrong)
         return f"metadata of row {row} columns {4 * group}..{4 * group + 3} are not two ascending"
     if groups % 2 and bool((metadata[:, -1] >> 4).any()):
         return f"metadata name columns from {4 * groups} on, which the weight lacks"
-    return None
-
-
-def broken_scales(scales: Float[Tensor, "out scale_groups"]) -> str | None:
-    """None if all scales are finite, else the first that is not."""
-    infinite = ~scales.isfinite()
-    if bool(infinite.any()):
-        row, group = first_true(infinite)
-        return f"scales of row {row} group {group} are {scales[row, group]}"
     return None
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from secateur.formats.format import Format
+from secateur.formats.contract import Format
 from secateur.formats.linear import SparseLinear
 
 Likeness = tuple[Format, tuple[int, int], torch.dtype, torch.device, str, bool]
@@ -46,11 +46,11 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1, 16)) -> int:
 def _likeness(layer: SparseLinear) -> Likeness:
     """What decides which kernels a layer runs."""
     packed = layer.packed
-    like = (layer.format, packed.shape, packed.dtype, packed.values.device)
+    like = (layer.format, packed.shape, packed.dtype, packed.device)
     return (*like, layer.dispatch, layer.bias is None)
 
 
 def _run(layer: SparseLinear, tokens: int) -> None:
     packed = layer.packed
-    x = torch.zeros(tokens, layer.in_features, dtype=packed.dtype, device=packed.values.device)
+    x = torch.zeros(tokens, layer.in_features, dtype=packed.dtype, device=packed.device)
     layer.forward(x)  # not called: hooks of the user's would see the zeros

@@ -10,9 +10,8 @@ rounding, so trying each with its two neighbours finds every such scale. Other g
 of a few clips: a smaller scale cuts the largest weights off and rounds all others more finely.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -32,17 +31,35 @@ INT4_CLIPS = tuple(1 - step / 40 for step in range(29))  # 1.0 to 0.3
 INT8_CLIPS = tuple(1 - step / 40 for step in range(11))  # 1.0 to 0.75
 FP8_CLIPS = tuple(1 - step / 16 for step in range(8))  # 1.0 to 0.56: one power of two repeats
 
-Nearest = Callable[[Tensor], Tensor]
 
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that quantised weights may take: `scale x code`, a scale for each group.
 
-@runtime_checkable
-class Grid(Protocol):
-    """The numbers that quantised weights may take: `scale x code`, a scale for each group."""
+    Codes are `code_dtype` numbers of at most `largest` in magnitude, `bits` each: all integers
+    there, or all e4m3 floats. A group is `group_size` consecutive inputs of an output, kept or
+    pruned, the last may be shorter; None is all inputs of an output. Grids with the same codes and
+    groups are equal. `Int4`, `Int8` and `Fp8` make them.
+    """
 
-    @property
-    def group_size(self) -> int | None:
-        """Consecutive inputs of an output that share a scale; None for all of them."""
-        ...
+    name: str
+    bits: int
+    largest: float
+    group_size: int | None
+    code_dtype: torch.dtype
+    clips: tuple[float, ...]  # that are tried for a scale
+
+    def __repr__(self) -> str:
+        """As it is spelt: `Int4(group_size=128)`, `Int8()`."""
+        has_groups = self.bits < 8  # 8-bit grids have one scale for every output
+        return f"{self.name.capitalize()}({f'group_size={self.group_size}' if has_groups else ''})"
+
+    def nearest(self, ratios: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The nearest code of every weight / scale, as a float; of the two zeros of e4m3 +0."""
+        if not self.code_dtype.is_floating_point:
+            return ratios.round().clamp_(-self.largest, self.largest)
+        codes = ratios.clamp(-self.largest, self.largest).to(self.code_dtype)
+        return codes.to(ratios.dtype).add_(0.0)
 
     def scales(
         self, weight: Float[Tensor, "out in"], curvature: Float[Tensor, " in"] | None = None
@@ -56,179 +73,88 @@ class Grid(Protocol):
         Raises: ValueError for a weight that is not finite, or of another dtype than float32,
             bfloat16 and float16.
         """
-        ...
+        _check(weight)
+        size, columns = self.group_size, weight.shape[1]
+        width = max(1, columns if size is None else min(size, columns))
+        bends = None if curvature is None else _grouped(curvature.float()[None], width)
+        on_cpu = weight.device.type == "cpu"
+        most = WEIGHTS_AT_ONCE if on_cpu else WEIGHTS_AT_ONCE_ELSEWHERE
+        found = [
+            _searched(self, _grouped(rows, width), bends)
+            for rows in weight.detach().split(max(1, most // max(1, columns)))
+        ]
+        return torch.cat(found)
 
     def codes(
         self, weight: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"]
     ) -> Shaped[Tensor, "out in"]:
-        """The nearest code of every weight.
+        """The nearest code of every weight, in `code_dtype`.
 
         Raises: ValueError for weights or scales that are not finite.
         """
-        ...
+        return self.nearest(_ratios(weight, scales, self.group_size)).to(self.code_dtype)
 
     def dequantised(
         self, codes: Shaped[Tensor, "out in"], scales: Float[Tensor, "out groups"]
     ) -> Float[Tensor, "out in"]:
         """`scale x code`: exact in float32 for 16-bit scales, rounded once for float32 ones."""
-        ...
+        spread = _spread(scales, codes.shape[1], self.group_size)
+        return codes.to(spread.dtype).mul_(spread)
 
 
-@dataclass(frozen=True)
-class Int4:
-    """Codes -7 to 7, a scale for every `group_size` consecutive inputs of an output, or for all.
+def Int4(group_size: int | None = 128) -> Grid:
+    """The grid of codes -7 to 7, a scale for every `group_size` inputs of an output, or for all.
 
     Symmetric: -8 is left out, so that a code is a sign and a magnitude. The groups count the
     weight's own inputs, kept or pruned; the last may be shorter.
+
+    Raises: ValueError for a group_size below 1.
     """
-
-    group_size: int | None = 128
-
-    def __post_init__(self) -> None:
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(
-                f"Int4 needs a group_size of at least 1, got {self.group_size}: "
-                "pass None for one scale per output"
-            )
-
-    def scales(
-        self, weight: Float[Tensor, "out in"], curvature: Float[Tensor, " in"] | None = None
-    ) -> Float[Tensor, "out groups"]:
-        """The scales that lose least of the weight; see `Grid.scales`."""
-        levels = tuple(map(float, range(7, 0, -1)))
-        return _scales(weight, curvature, self.group_size, levels, INT4_CLIPS, _nearest_int4)
-
-    def codes(
-        self, weight: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"]
-    ) -> Shaped[Tensor, "out in"]:
-        """The nearest code of every weight, as int8."""
-        return _nearest_int4(_ratios(weight, scales, self.group_size)).to(torch.int8)
-
-    def dequantised(
-        self, codes: Shaped[Tensor, "out in"], scales: Float[Tensor, "out groups"]
-    ) -> Float[Tensor, "out in"]:
-        """`scale x code`; see `Grid.dequantised`."""
-        return _products(codes, scales, self.group_size)
+    if group_size is not None and group_size < 1:
+        raise ValueError(
+            f"Int4 needs a group_size of at least 1, got {group_size}: "
+            "pass None for one scale per output"
+        )
+    return Grid("int4", 4, 7.0, group_size, torch.int8, INT4_CLIPS)
 
 
-@dataclass(frozen=True)
-class Int8:
-    """Codes -127 to 127, a scale for every output."""
-
-    @property
-    def group_size(self) -> None:
-        """None: one scale for all inputs of an output."""
-        return None
-
-    def scales(
-        self, weight: Float[Tensor, "out in"], curvature: Float[Tensor, " in"] | None = None
-    ) -> Float[Tensor, "out groups"]:
-        """The scales that lose least of the weight; see `Grid.scales`."""
-        levels = tuple(map(float, range(127, 0, -1)))
-        return _scales(weight, curvature, None, levels, INT8_CLIPS, _nearest_int8)
-
-    def codes(
-        self, weight: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"]
-    ) -> Shaped[Tensor, "out in"]:
-        """The nearest code of every weight, as int8."""
-        return _nearest_int8(_ratios(weight, scales, None)).to(torch.int8)
-
-    def dequantised(
-        self, codes: Shaped[Tensor, "out in"], scales: Float[Tensor, "out groups"]
-    ) -> Float[Tensor, "out in"]:
-        """`scale x code`; see `Grid.dequantised`."""
-        return _products(codes, scales, None)
+def Int8() -> Grid:
+    """The grid of codes -127 to 127, a scale for every output."""
+    return Grid("int8", 8, 127.0, None, torch.int8, INT8_CLIPS)
 
 
-@dataclass(frozen=True)
-class Fp8:
-    """Codes that are 8-bit floats (e4m3fn: magnitudes up to 448), a scale for every output."""
-
-    @property
-    def group_size(self) -> None:
-        """None: one scale for all inputs of an output."""
-        return None
-
-    def scales(
-        self, weight: Float[Tensor, "out in"], curvature: Float[Tensor, " in"] | None = None
-    ) -> Float[Tensor, "out groups"]:
-        """The scales that lose least of the weight; see `Grid.scales`."""
-        return _scales(weight, curvature, None, _fp8_levels(), FP8_CLIPS, _nearest_fp8)
-
-    def codes(
-        self, weight: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"]
-    ) -> Shaped[Tensor, "out in"]:
-        """The nearest code of every weight, as float8_e4m3fn; zeros are +0."""
-        return _nearest_fp8(_ratios(weight, scales, None)).to(torch.float8_e4m3fn)
-
-    def dequantised(
-        self, codes: Shaped[Tensor, "out in"], scales: Float[Tensor, "out groups"]
-    ) -> Float[Tensor, "out in"]:
-        """`scale x code`; see `Grid.dequantised`."""
-        return _products(codes, scales, None)
+def Fp8() -> Grid:
+    """The grid of 8-bit floats (e4m3fn: magnitudes up to 448), a scale for every output."""
+    return Grid("fp8", 8, 448.0, None, torch.float8_e4m3fn, FP8_CLIPS)
 
 
-def _nearest_int4(ratios: Tensor) -> Tensor:
-    return ratios.round().clamp_(-7, 7)
-
-
-def _nearest_int8(ratios: Tensor) -> Tensor:
-    return ratios.round().clamp_(-127, 127)
-
-
-def _nearest_fp8(ratios: Tensor) -> Tensor:
-    """e4m3 values; adding zero makes -0 a +0."""
-    return ratios.clamp(-448, 448).to(torch.float8_e4m3fn).to(ratios.dtype).add_(0.0)
-
-
-def _fp8_levels() -> tuple[float, ...]:
-    """Every positive magnitude of e4m3fn, the largest first; 0x7F is NaN."""
-    bits = torch.arange(0x7E, 0, -1, dtype=torch.uint8, device="cpu")
-    return tuple(bits.view(torch.float8_e4m3fn).float().tolist())
-
-
-def _scales(
-    weight: Tensor,
-    curvature: Tensor | None,
-    group_size: int | None,
-    levels: tuple[float, ...],
-    clips: tuple[float, ...],
-    nearest: Nearest,
-) -> Float[Tensor, "out groups"]:
-    """The search, some rows at a time."""
-    _check(weight)
-    width = max(1, weight.shape[1] if group_size is None else min(group_size, weight.shape[1]))
-    bends = None if curvature is None else _grouped(curvature.float()[None], width)
-    on_cpu = weight.device.type == "cpu"
-    most = WEIGHTS_AT_ONCE if on_cpu else WEIGHTS_AT_ONCE_ELSEWHERE
-    found = [
-        _searched(_grouped(rows, width), bends, levels, clips, nearest)
-        for rows in weight.detach().split(max(1, most // max(1, weight.shape[1])))
-    ]
-    return torch.cat(found)
+@cache
+def _levels(grid: Grid) -> tuple[float, ...]:
+    """Every positive magnitude of a code, the largest first."""
+    if not grid.code_dtype.is_floating_point:
+        return tuple(map(float, range(int(grid.largest), 0, -1)))
+    bits = torch.arange(0x7E, 0, -1, dtype=torch.uint8, device="cpu")  # 0x7F is NaN
+    return tuple(bits.view(grid.code_dtype).float().tolist())
 
 
 def _searched(
+    grid: Grid,
     grouped: Float[Tensor, "rows groups width"],
     curvature: Float[Tensor, "1 groups width"] | None,
-    levels: tuple[float, ...],
-    clips: tuple[float, ...],
-    nearest: Nearest,
 ) -> Float[Tensor, "rows groups"]:
     most = grouped.float().abs().amax(-1)
-    scales, exact = _recognised(grouped, most, levels, nearest)
+    scales, exact = _recognised(grid, grouped, most)
     rest = ~exact
     if bool(rest.any()):
         bends = None if curvature is None else curvature.expand_as(grouped)[rest]
-        scales[rest] = _clipped(grouped[rest], most[rest], bends, levels[0], clips, nearest)
+        scales[rest] = _clipped(grid, grouped[rest], most[rest], bends)
     return scales.masked_fill_(most == 0, 1.0)
 
 
 def _recognised(
+    grid: Grid,
     grouped: Float[Tensor, "rows groups width"],
     most: Float[Tensor, "rows groups"],
-    levels: tuple[float, ...],
-    nearest: Nearest,
 ) -> tuple[Float[Tensor, "rows groups"], Bool[Tensor, "rows groups"]]:
     """Scales of the groups that lie on the grid, and which these are.
 
@@ -239,12 +165,12 @@ def _recognised(
     scales = torch.ones_like(most, dtype=grouped.dtype)
     exact = most == 0
     probed = grouped[..., :PROBED]
-    for level in levels:
+    for level in _levels(grid):
         for step in (0, 1, -1):
             tried = _neighbour((most / level).to(grouped.dtype), step)
-            hit = ~exact & _equal(probed, tried, nearest)
+            hit = ~exact & _equal(grid, probed, tried)
             if grouped.shape[-1] > PROBED and bool(hit.any()):
-                hit[hit.clone()] = _equal(grouped[hit], tried[hit], nearest)
+                hit[hit.clone()] = _equal(grid, grouped[hit], tried[hit])
             scales = torch.where(hit, tried, scales)
             exact |= hit
         if bool(exact.all()):
@@ -253,31 +179,29 @@ def _recognised(
 
 
 def _clipped(
+    grid: Grid,
     groups: Float[Tensor, "groups width"],
     most: Float[Tensor, " groups"],
     curvature: Float[Tensor, "groups width"] | None,
-    largest: float,
-    clips: tuple[float, ...],
-    nearest: Nearest,
 ) -> Float[Tensor, " groups"]:
-    """The best of the clips; of equals the first."""
+    """The best of the clips, the first one if several are."""
     wide = groups.float()
     best = torch.full_like(most, torch.inf)
     scales = torch.ones_like(most, dtype=groups.dtype)
-    for clip in clips:
-        tried = _neighbour((most * clip / largest).to(groups.dtype), 0)
+    for clip in grid.clips:
+        tried = _neighbour((most * clip / grid.largest).to(groups.dtype), 0)
         s = tried.float()[:, None]
-        errors = (nearest(wide / s) * s - wide).square_()
+        errors = (grid.nearest(wide / s) * s - wide).square_()
         error = errors.sum(-1) if curvature is None else (errors * curvature).sum(-1)
         better = error < best
         best, scales = torch.where(better, error, best), torch.where(better, tried, scales)
     return scales
 
 
-def _equal(groups: Tensor, scales: Tensor, nearest: Nearest) -> Tensor:
+def _equal(grid: Grid, groups: Tensor, scales: Tensor) -> Tensor:
     """Whether each group is scale x code, rounded to its dtype, bit for bit but for zeros' sign."""
     s = scales.float()[..., None]
-    return ((nearest(groups.float() / s) * s).to(groups.dtype) == groups).all(-1)
+    return ((grid.nearest(groups.float() / s) * s).to(groups.dtype) == groups).all(-1)
 
 
 def _neighbour(scales: Tensor, step: int) -> Tensor:
@@ -314,11 +238,6 @@ def _ratios(weight: Tensor, scales: Tensor, group_size: int | None) -> Tensor:
             "take those that the grid's scales(weight) gives"
         )
     return weight.float() / _spread(scales, weight.shape[1], group_size).float()
-
-
-def _products(codes: Tensor, scales: Tensor, group_size: int | None) -> Tensor:
-    spread = _spread(scales, codes.shape[1], group_size)
-    return codes.to(spread.dtype).mul_(spread)
 
 
 def _check(weight: Tensor) -> None:

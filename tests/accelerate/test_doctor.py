@@ -2,28 +2,28 @@
 
 import sys
 import tomllib
+from copy import copy
 from pathlib import Path
 
 import torch
 from pytest import MonkeyPatch
 
 from secateur.accelerate import doctor as module
-from secateur.accelerate.doctor import EXTRAS, PRUNE_TO, STATES, Finding, digest, doctor
+from secateur.accelerate.doctor import EXTRAS, STATES, Finding, digest, doctor
 from secateur.formats.contract import Implementation, Packed
-from secateur.formats.format import FOLDERS, parse_format
+from secateur.formats.format import FORMATS, parse_format
 from secateur.formats.kernels.gpu import why_no_gpu
+from secateur.formats.reference import REFERENCE
 from secateur.patterns import parse
 
 
 def test_every_implementation_is_examined() -> None:
     found = {entry.capability: entry for entry in doctor()}
-    for name, folder in FOLDERS.items():
-        formats = [f"{name}:64x64" if name == "block" else name]
-        formats += ["semi24_int4:channel"] if name == "semi24_int4" else []
-        for format in formats:
-            for implementation in folder.IMPLEMENTATIONS:
-                assert f"{format} {implementation.name}" in found
-            assert found[f"{format} reference"].state == "yes"
+    assert {"block:64x64", "semi24_int4", "semi24_int4:channel"} <= set(map(str, FORMATS))
+    for format in FORMATS:
+        for implementation in format.implementations:
+            assert f"{format} {implementation.name}" in found
+        assert found[f"{format} reference"].state == "yes"
     assert {entry.state for entry in found.values()} <= set(STATES)
 
 
@@ -64,17 +64,18 @@ def test_implementations_are_asked_at_few_and_many_tokens(monkeypatch: MonkeyPat
     asked: list[tuple[str, int]] = []
 
     def few(packed: Packed, tokens: int) -> str | None:
-        asked.append((packed.format, tokens))
+        asked.append((str(packed.format), tokens))
         if packed.dtype == torch.float32:
             return "needs 16 bits"
         return None if tokens < 65 else "takes at most 64 tokens"
 
-    folder = FOLDERS["semi24_int4"]
-    reference = folder.IMPLEMENTATIONS[-1]
-    entries = (Implementation("few", reference.linear, few), reference)
-    monkeypatch.setattr(folder, "IMPLEMENTATIONS", entries)
+    entries = (Implementation("few", REFERENCE.linear, few), REFERENCE)
+    formats = [copy(parse_format(text)) for text in ("semi24_int4", "semi24_int4:channel")]
+    for format in formats:
+        object.__setattr__(format, "implementations", entries)
+    monkeypatch.setattr(module, "FORMATS", formats)
     found = {entry.capability: entry for entry in doctor()}
-    for format in ("semi24_int4", "semi24_int4:channel"):
+    for format in map(str, formats):
         assert found[f"{format} few"] == Finding(
             f"{format} few",
             "yes",
@@ -125,7 +126,9 @@ def test_a_machine_with_a_gpu_is_told_what_it_can_run_and_lacks(monkeypatch: Mon
 def test_the_extras_and_the_patterns_exist() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert EXTRAS.keys() == project["optional-dependencies"].keys() - {"docs", "dev"}
-    for format, pattern in PRUNE_TO.items():
+    wanted = {str(format): format.prune_to for format in FORMATS if format.prune_to}
+    assert wanted.keys() == {"semi24", "block:64x64", "csr"}
+    for format, pattern in wanted.items():
         chosen = parse_format(format)
         torch.manual_seed(0)
         weight = torch.randn(128, 128)

@@ -5,6 +5,7 @@ The clock is injected, so that nothing here depends on how fast this machine is.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from secateur.accelerate.report import AccelerateReport
 from secateur.accelerate.verb import _accelerate, accelerate_
 from secateur.core.undo import Undo
 from secateur.formats import SparseLinear
-from secateur.formats.format import FOLDERS, Format, parse_format, weight_error
+from secateur.formats.contract import Format
+from secateur.formats.format import parse_format, weight_error
 from secateur.formats.kernels.gpu import why_no_gpu
 from secateur.formats.kernels.timing import Calls, Timing, VariantFailed
 from tests import toy
@@ -88,7 +90,7 @@ def test_a_faster_layer_is_swapped_and_computes_the_same() -> None:
     assert (layer.layer, layer.shape, layer.format) == ("0", (16, 24), "block:4x8")
     assert layer.reason == "faster than dense at every number of tokens"
     assert layer.bytes_before == 16 * 24 * 4
-    stored = sum(tensor.nbytes for tensor in model[0].packed.tensors().values())
+    stored = sum(tensor.nbytes for tensor in model[0].packed.tensors.values())
     assert layer.bytes_after == model[0].nbytes > stored  # with what the implementation arranged
     assert [entry.tokens for entry in layer.measured] == [1, 16]
     assert layer.measured[0].ratio_to("dense") == pytest.approx(100 / 30)
@@ -387,13 +389,6 @@ def test_a_quantised_layer_says_how_far_it_is_off(monkeypatch: pytest.MonkeyPatc
 # --- one format, an implementation for each number of tokens -------------------------------------
 
 
-@pytest.fixture
-def toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FOLDERS, "toy", toy.toy)
-    monkeypatch.setitem(FOLDERS, "lean", toy.lean)
-    monkeypatch.setitem(FOLDERS, "rounded", toy.rounded)
-
-
 def halved(out: int = 16) -> nn.Linear:
     layer = nn.Linear(24, out, dtype=torch.float64)  # no prepacked dense
     layer.weight.data[:, 1::2] = 0
@@ -417,10 +412,10 @@ def bucketed(
 def run_toy(
     model: nn.Module, times: Times, tokens: Sequence[int] = (1, 16, 64), **options: object
 ) -> tuple[AccelerateReport, Clock]:
-    return run(model, times, tokens, **{"formats": ("toy",), **options})  # type: ignore[arg-type]
+    return run(model, times, tokens, **{"formats": (toy.toy,), **options})  # type: ignore[arg-type]
 
 
-def test_each_number_of_tokens_has_its_own_implementation(toys: None) -> None:
+def test_each_number_of_tokens_has_its_own_implementation() -> None:
     model = nn.Sequential(halved())
     expected = {n: model(tokens_in(n, 24, dtype=torch.float64)) for n in (1, 5, 16, 17, 99)}
     report, _ = run_toy(model, bucketed())
@@ -441,7 +436,7 @@ def test_each_number_of_tokens_has_its_own_implementation(toys: None) -> None:
         assert torch.allclose(model(x), wanted, atol=1e-12)
 
 
-def test_the_report_says_what_is_held_and_why(toys: None) -> None:
+def test_the_report_says_what_is_held_and_why() -> None:
     report, _ = run_toy(nn.Sequential(halved()), bucketed())
     (layer,) = report.layers
     assert [(one.name, one.nbytes, one.why) for one in layer.holds] == [
@@ -455,7 +450,7 @@ def test_the_report_says_what_is_held_and_why(toys: None) -> None:
     assert layer.cannot == ("few takes at most 8 tokens",)
 
 
-def test_an_implementation_may_come_back_at_more_tokens(toys: None) -> None:
+def test_an_implementation_may_come_back_at_more_tokens() -> None:
     model = nn.Sequential(halved())
     run_toy(model, bucketed({1: {"toy many": 2.0}}))
     assert model[0].dispatch == "many<=1 dense<=16 many"
@@ -464,7 +459,7 @@ def test_an_implementation_may_come_back_at_more_tokens(toys: None) -> None:
     assert torch.allclose(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
 
 
-def test_dense_against_itself_is_no_gain(toys: None) -> None:
+def test_dense_against_itself_is_no_gain() -> None:
     times = {"dense": 10.0, "toy few": 11.0, "toy many": 11.0, "toy dense": 8.0}
     model = nn.Sequential(halved())
     report, _ = run_toy(model, times, (1,))
@@ -472,20 +467,20 @@ def test_dense_against_itself_is_no_gain(toys: None) -> None:
     assert report.layers[0].reason == "at 1 token toy few is 0.91x of the best dense"
 
 
-def test_above_what_was_measured_the_last_goes_on_as_far_as_it_can(toys: None) -> None:
+def test_above_what_was_measured_the_last_goes_on_as_far_as_it_can() -> None:
     model = nn.Sequential(halved())
     run_toy(model, bucketed(), (1,))
     assert model[0].dispatch == "few<=8 dense"
 
 
-def test_policy_memory_takes_the_fastest_that_is_smaller_than_dense(toys: None) -> None:
+def test_policy_memory_takes_the_fastest_that_is_smaller_than_dense() -> None:
     """`many` alone is smaller; with the arrangement of `few` beside it is not."""
 
     def times(tokens: int, name: str) -> float:
         return {"dense": 10.0, "lean few": 4.0, "lean many": 9.0}[name]
 
     model = nn.Sequential(halved())
-    report, _ = run_toy(model, times, (1, 16), formats=("lean",), policy="memory")
+    report, _ = run_toy(model, times, (1, 16), formats=(toy.lean,), policy="memory")
     (layer,) = report.layers
     assert model[0].dispatch == "many" and layer.bytes_after == TOY_BYTES < DENSE_BYTES
     assert [one.fastest_sparse for one in layer.measured] == ["lean many"] * 2
@@ -496,11 +491,11 @@ def test_policy_memory_takes_the_fastest_that_is_smaller_than_dense(toys: None) 
     )
     assert f"0: dropped: {layer.dropped[0]}" in str(report)
     fastest = nn.Sequential(halved())
-    run_toy(fastest, times, (1, 16), formats=("lean",))
+    run_toy(fastest, times, (1, 16), formats=(toy.lean,))
     assert fastest[0].dispatch == "few<=1 many"
 
 
-def test_policy_memory_leaves_dense_what_would_take_more(toys: None) -> None:
+def test_policy_memory_leaves_dense_what_would_take_more() -> None:
     model = nn.Sequential(halved())
     report, _ = run_toy(model, bucketed(), policy="memory")
     assert kinds(model) == [nn.Linear]
@@ -512,16 +507,16 @@ def test_other_policies_are_refused(unchecked: None) -> None:
         accelerate_(nn.Sequential(linear()), policy="least")  # type: ignore[arg-type]
 
 
-def test_the_best_dense_quantised_is_shown_beside(toys: None) -> None:
+def test_the_best_dense_quantised_is_shown_beside() -> None:
     model = nn.Sequential(halved(), nn.Linear(24, 8, dtype=torch.float64))
     times = bucketed({n: {"rounded fast": 5.0} for n in BUCKETS})
-    report, _ = run_toy(model, times, formats=("toy", "rounded"))
+    report, _ = run_toy(model, times, formats=(toy.toy, toy.rounded))
     assert [layer.format for layer in report.layers] == ["rounded", "rounded"]
     assert report.dense_formats == ("rounded",) and not report.sparse
     assert report.headline.startswith("0 of 2 layers run sparse and 2 dense quantised, each faster")
     model = nn.Sequential(halved())
     times = bucketed({n: {"rounded fast": 9.9} for n in BUCKETS})
-    report, _ = run_toy(model, times, formats=("toy", "rounded"), remeasure=True)
+    report, _ = run_toy(model, times, formats=(toy.toy, toy.rounded), remeasure=True)
     assert report.layers[0].format == "toy"
     at = report.columns.index("dense quantised us")
     assert report.columns[at + 1] == "vs quantised"
@@ -531,7 +526,7 @@ def test_the_best_dense_quantised_is_shown_beside(toys: None) -> None:
 # --- what is remembered --------------------------------------------------------------------------
 
 
-def test_a_like_model_is_not_measured_again(toys: None) -> None:
+def test_a_like_model_is_not_measured_again() -> None:
     first, _ = run_toy(nn.Sequential(halved()), bucketed())
     model = nn.Sequential(halved(), halved())
     report, clock = run_toy(model, FAST)  # whose times are never asked for
@@ -546,7 +541,7 @@ def test_a_like_model_is_not_measured_again(toys: None) -> None:
     assert str(report).splitlines()[1].endswith(line)
 
 
-def test_what_is_new_is_measured(toys: None) -> None:
+def test_what_is_new_is_measured() -> None:
     run_toy(nn.Sequential(halved()), bucketed(), (1, 16))
     report, clock = run_toy(nn.Sequential(halved()), bucketed())
     assert [count for count, _ in clock.asked] == [64]
@@ -560,7 +555,7 @@ def test_what_is_new_is_measured(toys: None) -> None:
         times = bucketed({1: {"dense prepacked": 10.0}})
         assert len(run_toy(model, times, (1,))[1].asked) == 1
     times = bucketed({1: {"rounded fast": 5.0}})
-    _, clock = run_toy(nn.Sequential(halved()), times, (1,), formats=("toy", "rounded"))
+    _, clock = run_toy(nn.Sequential(halved()), times, (1,), formats=(toy.toy, toy.rounded))
     assert len(clock.asked) == 1  # other formats
 
 
@@ -574,7 +569,7 @@ def test_times_of_a_busy_machine_serve_one_call(spread: float, again: list[int])
     assert [count for count, _ in quiet.asked] == again
 
 
-def test_remeasure_measures_afresh(toys: None) -> None:
+def test_remeasure_measures_afresh() -> None:
     run_toy(nn.Sequential(halved()), bucketed(), (1,))
     slow = bucketed({1: {"toy few": 40.0, "toy many": 40.0}})
     model = nn.Sequential(halved())
@@ -586,7 +581,7 @@ def test_remeasure_measures_afresh(toys: None) -> None:
 
 
 def test_another_device_version_or_set_of_implementations_measures(
-    toys: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_toy(nn.Sequential(halved()), bucketed(), (1,))
     with monkeypatch.context() as patch:
@@ -596,8 +591,9 @@ def test_another_device_version_or_set_of_implementations_measures(
         patch.setattr(remembered, "VERSION", "9.9")
         assert len(run_toy(nn.Sequential(halved()), bucketed(), (1,))[1].asked) == 1
     cannot = toy.Implementation("many", toy.half, lambda *_: "not here", ("values",), toy.values)
-    monkeypatch.setattr(toy.toy, "IMPLEMENTATIONS", (toy.TOY[0], cannot, *toy.TOY[2:]))
-    assert len(run_toy(nn.Sequential(halved()), bucketed(), (1,))[1].asked) == 1
+    other = replace(toy.toy, implementations=(toy.TOY[0], cannot, *toy.TOY[2:]))
+    model = nn.Sequential(halved())
+    assert len(run_toy(model, bucketed(), (1,), formats=(other,))[1].asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -611,7 +607,7 @@ def test_another_device_version_or_set_of_implementations_measures(
         '\\"cannot\\": {}, \\"dropped\\": [], \\"arranged\\": {}}"}}}',
     ],
 )
-def test_a_damaged_file_is_an_error_that_names_it(toys: None, tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
     (tmp_path / "measured.json").write_text(text)
     model = nn.Sequential(halved())
     message = r"measured\.json (needs to be a table|cannot be read as JSON).*: delete it, and accel"
@@ -622,7 +618,7 @@ def test_a_damaged_file_is_an_error_that_names_it(toys: None, tmp_path: Path, te
 
 
 def test_where_nothing_can_be_kept_a_warning_says_so(
-    toys: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(remembered, "own_file", lambda name: tmp_path / "file" / name)
@@ -632,7 +628,7 @@ def test_where_nothing_can_be_kept_a_warning_says_so(
     assert report.layers[0].format == "toy"
 
 
-def test_an_interruption_keeps_what_was_measured(toys: None) -> None:
+def test_an_interruption_keeps_what_was_measured() -> None:
     stopping = Stopping(KeyboardInterrupt(), after=7)  # four candidates at 1 token, three at 16
     model = nn.Sequential(halved())
 
@@ -673,10 +669,12 @@ class Failing(Clock):
     ids=["library", "memory"],
 )
 def test_a_candidate_that_fails_is_dropped_alone(
-    toys: None, problem: BaseException, reason: str, again: int
+    problem: BaseException, reason: str, again: int
 ) -> None:
     model = nn.Sequential(halved())
-    report = _accelerate(Undo(), model, (1, 64), ("toy",), None, False, Failing("toy few", problem))
+    report = _accelerate(
+        Undo(), model, (1, 64), (toy.toy,), None, False, Failing("toy few", problem)
+    )
     assert model[0].dispatch == "many"
     assert report.layers[0].dropped == (reason,)
     assert f"0: dropped: {reason}" in str(report)
@@ -684,34 +682,31 @@ def test_a_candidate_that_fails_is_dropped_alone(
     assert len(clock.asked) == again  # memory may be free the next time
 
 
-def test_without_dense_there_is_nothing_to_compare_with(toys: None) -> None:
+def test_without_dense_there_is_nothing_to_compare_with() -> None:
     model = nn.Sequential(halved())
     clock = Failing("dense", RuntimeError("status 7"))
-    report = _accelerate(Undo(), model, (1,), ("toy",), None, False, clock)
+    report = _accelerate(Undo(), model, (1,), (toy.toy,), None, False, clock)
     assert kinds(model) == [nn.Linear]
     assert report.layers[0].reason == "could not be measured: dense failed: status 7"
 
 
 def test_a_layer_that_cannot_be_arranged_in_the_end_stays_dense(
-    toys: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refused(*_: object) -> None:
         raise torch.OutOfMemoryError("3 GiB")
 
     run_toy(nn.Sequential(halved()), bucketed())
-    monkeypatch.setattr(
-        toy.toy,
-        "IMPLEMENTATIONS",
-        (toy.Implementation("few", toy.half, toy.few, ("values",), refused), *toy.TOY[1:]),
-    )
+    few = toy.Implementation("few", toy.half, toy.few, ("values",), refused)
+    other = replace(toy.toy, implementations=(few, *toy.TOY[1:]))
     model = nn.Sequential(halved())
-    report, clock = run_toy(model, bucketed())
+    report, clock = run_toy(model, bucketed(), formats=(other,))
     assert kinds(model) == [nn.Linear] and clock.asked == []
     (layer,) = report.layers
     assert layer.reason == "toy was faster, but packing it ran out of memory: 3 GiB"
     assert layer.bytes_after == layer.bytes_before and not layer.table
     with pytest.raises(ValueError, match="needs every listed layer to gain, '0' does not .toy was"):
-        run_toy(model, bucketed(), layers=["0"], strict=True)
+        run_toy(model, bucketed(), formats=(other,), layers=["0"], strict=True)
 
 
 def test_what_cannot_be_measured_says_why() -> None:

@@ -12,7 +12,6 @@ import secateur as sc
 from secateur.accelerate.report import AccelerateReport
 from secateur.accelerate.verb import Timing
 from secateur.allocation import Sensitivity, allocate, costs, monotone
-from secateur.formats.contract import packed_bytes
 from secateur.formats.kernels.timing import Calls
 
 PATTERNS = ("2:4", "unstructured:0.9", "block:64x64@0.75")
@@ -76,7 +75,7 @@ def test_bytes_are_those_of_the_smallest_format() -> None:
         pruned = copy.deepcopy(found)
         sc.prune_(pruned, sc.plan(pruned, pattern, layers=["0"]))
         sc.pack_(pruned, format, ["0"])
-        return packed_bytes(pruned[0].packed)
+        return pruned[0].packed.nbytes
 
     assert table.of["0"]["dense"] == weight.nbytes
     # in float32 2:4 keeps half the bytes and two bits for each kept weight

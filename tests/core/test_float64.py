@@ -18,7 +18,6 @@ from secateur.allocation import owl
 from secateur.core import float64
 from secateur.core.float64 import float64_device, in_float64
 from secateur.formats.format import parse_format, weight_error
-from secateur.formats.int8_dynamic import reference
 from secateur.model.evaluate import compare, perplexity
 from secateur.prune.decompose import decompose_
 from secateur.reconstruct import compensation, refitted, swapped
@@ -116,9 +115,12 @@ def distilled(folder: Path) -> Any:
 
 def packed_error(folder: Path) -> Any:
     weight = model()[0].weight.detach()
-    packed = parse_format("int8_dynamic").folder.pack(weight)
+    packed = parse_format("int8_dynamic").pack(weight)
     x = batches()[0]
-    return [torch.tensor(weight_error(weight, packed)), reference.linear(x, packed, None)]
+    return [
+        torch.tensor(weight_error(weight, packed)),
+        packed.format.implementations[-1].linear(x, packed, None),
+    ]
 
 
 RUNS = {

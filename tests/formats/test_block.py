@@ -1,14 +1,11 @@
 """The block layout, its errors, and the CPU implementation's own choices."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from pytest import MonkeyPatch
 
-from secateur.formats import block
-from secateur.formats.block import cpu
-from tests.formats.weights import allowed_error, exact_linear, fitting_weight, tokens_in
+from secateur.formats.block import Blocks, cpu
+from tests.formats.weights import allowed_error, changed, exact_linear, fitting_weight, tokens_in
 
 WEIGHT = torch.tensor(
     [
@@ -23,67 +20,68 @@ WEIGHT = torch.tensor(
 
 
 def test_layout_is_that_of_torch_bsr() -> None:
-    packed = block.pack(WEIGHT, (2, 2))
-    assert packed.crow_indices.tolist() == [0, 1, 1, 3]
-    assert packed.col_indices.tolist() == [1, 0, 2]
-    assert packed.values.tolist() == [[[1, 2], [3, 0]], [[4, 0], [0, 0]], [[0, 5], [0, 0]]]
-    assert packed.crow_indices.dtype == packed.col_indices.dtype == torch.int32
-    assert packed.format == "block:2x2"
+    packed = Blocks(2, 2).pack(WEIGHT)
+    assert packed["crow_indices"].tolist() == [0, 1, 1, 3]
+    assert packed["col_indices"].tolist() == [1, 0, 2]
+    assert packed["values"].tolist() == [[[1, 2], [3, 0]], [[4, 0], [0, 0]], [[0, 5], [0, 0]]]
+    assert packed["crow_indices"].dtype == packed["col_indices"].dtype == torch.int32
+    assert packed.format == Blocks(2, 2)
 
 
 def test_a_kept_block_keeps_its_negative_zeros() -> None:
-    packed = block.pack(torch.tensor([[1.0, -0.0, -0.0, -0.0]]), (1, 2))
-    assert packed.col_indices.tolist() == [0]
-    assert packed.values.signbit().tolist() == [[[False, True]]]
+    packed = Blocks(1, 2).pack(torch.tensor([[1.0, -0.0, -0.0, -0.0]]))
+    assert packed["col_indices"].tolist() == [0]
+    assert packed["values"].signbit().tolist() == [[[False, True]]]
 
 
 def test_blocks_that_do_not_divide_the_shape_are_refused() -> None:
     message = r"block:4x3 needs a weight whose shape is a multiple of 4x3, got 6x6: choose rows"
     with pytest.raises(ValueError, match=message):
-        block.pack(WEIGHT, (4, 3))
+        Blocks(4, 3).pack(WEIGHT)
     with pytest.raises(ValueError, match="block:3x4 needs"):
-        block.pack(WEIGHT, (3, 4))
+        Blocks(3, 4).pack(WEIGHT)
 
 
 def test_why_not_asks_for_a_zero_block() -> None:
-    assert block.why_not(WEIGHT, (2, 2)) is None
-    assert block.why_not(WEIGHT, (6, 6)) == "no 6x6 block is zero: nothing to gain"
-    assert "multiple of 4x3" in (block.why_not(WEIGHT, (4, 3)) or "")
+    assert Blocks(2, 2).why_not(WEIGHT) is None
+    assert Blocks(6, 6).why_not(WEIGHT) == "no 6x6 block is zero: nothing to gain"
+    assert "multiple of 4x3" in (Blocks(4, 3).why_not(WEIGHT) or "")
 
 
 def test_density_counts_blocks() -> None:
-    assert block.density(WEIGHT, (2, 2)) == pytest.approx(3 / 9)
+    assert Blocks(2, 2).density(WEIGHT) == pytest.approx(3 / 9)
 
 
 def test_broken_indices_are_named() -> None:
-    good = block.pack(WEIGHT, (2, 2))
-    assert block.broken(good) is None
+    good = Blocks(2, 2).pack(WEIGHT)
+    assert Blocks(2, 2).why_broken(good) is None
     crow = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
     falling = torch.tensor([0, 2, 1, 3], dtype=torch.int32)
-    assert "crow_indices do not rise" in (block.broken(replace(good, crow_indices=crow)) or "")
-    assert "crow_indices do not rise" in (block.broken(replace(good, crow_indices=falling)) or "")
+    for indices in (crow, falling):
+        bad = changed(good, crow_indices=indices)
+        assert "crow_indices do not rise" in (Blocks(2, 2).why_broken(bad) or "")
     for columns, words in (
         ([1, 0, 3], "leave 0..2"),
         ([1, -1, 2], "leave 0..2"),
         ([1, 2, 2], "do not ascend"),
         ([1, 2, 0], "do not ascend"),
     ):
-        bad = replace(good, col_indices=torch.tensor(columns, dtype=torch.int32))
-        assert words in (block.broken(bad) or "")
+        bad = changed(good, col_indices=torch.tensor(columns, dtype=torch.int32))
+        assert words in (Blocks(2, 2).why_broken(bad) or "")
 
 
 def test_an_empty_one_has_the_sizes_of_a_packed_one() -> None:
-    packed, empty = block.pack(WEIGHT, (2, 2)), block.empty((6, 6), 3, torch.float32, (2, 2))
-    for key, tensor in packed.tensors().items():
-        assert empty.tensors()[key].shape == tensor.shape
-        assert empty.tensors()[key].dtype == tensor.dtype
+    packed, empty = Blocks(2, 2).pack(WEIGHT), Blocks(2, 2).empty((6, 6), 3, torch.float32)
+    for key, tensor in packed.tensors.items():
+        assert empty.tensors[key].shape == tensor.shape
+        assert empty.tensors[key].dtype == tensor.dtype
     for shape, stored, size in (((6, 6), 10, (2, 2)), ((6, 5), 1, (2, 2)), ((5, 6), 1, (2, 2))):
         with pytest.raises(ValueError, match="needs a shape that holds"):
-            block.empty(shape, stored, torch.float32, size)
+            Blocks(*size).empty(shape, stored, torch.float32)
 
 
 def test_the_arrangement_spells_out_the_rows() -> None:
-    (rows,) = cpu.arrange(block.pack(WEIGHT, (2, 2)))
+    (rows,) = cpu.arrange(Blocks(2, 2).pack(WEIGHT))
     assert rows.tolist() == [0, 2, 2]
 
 
@@ -94,7 +92,7 @@ def test_runs_and_sides_change_nothing(
     monkeypatch: MonkeyPatch, tokens: int, blocks_in_a_run: int, dtype: torch.dtype
 ) -> None:
     weight = fitting_weight("block:8x4", 32, 48, dtype)
-    packed = block.pack(weight, (8, 4))
+    packed = Blocks(8, 4).pack(weight)
     x, bias = tokens_in(tokens, 48, dtype=dtype), tokens_in(32, dtype=dtype, seed=3)
     monkeypatch.setattr(cpu, "RUN_BYTES", blocks_in_a_run * max(8 * tokens, 8 * 4) * 4)
     result = cpu.linear(x, packed, bias, *cpu.arrange(packed))
@@ -106,7 +104,7 @@ def test_runs_and_sides_change_nothing(
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_memory_stays_bounded(monkeypatch: MonkeyPatch, tokens: int) -> None:
     """No product, and so no gathered run, exceeds RUN_BYTES, however many blocks there are."""
-    packed = block.pack(torch.ones(64, 64), (4, 4))
+    packed = Blocks(4, 4).pack(torch.ones(64, 64))
     sizes: list[int] = []
     multiply = torch.bmm
 
@@ -130,7 +128,7 @@ def test_16_bit_sums_are_taken_in_float32(
 ) -> None:
     """Adding 512 blocks of ones in bfloat16 would stop at 1024, where 4 more is half a step."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {cpu.NATIVE[dtype]: native})
-    packed = block.pack(torch.ones(4, 2048, dtype=dtype), (4, 4))
+    packed = Blocks(4, 4).pack(torch.ones(4, 2048, dtype=dtype))
     result = cpu.linear(torch.ones(tokens, 2048, dtype=dtype), packed, None, *cpu.arrange(packed))
     assert torch.equal(result, torch.full((tokens, 4), 2048.0, dtype=dtype))
 
@@ -167,7 +165,7 @@ def test_16_bit_weights_are_widened_where_the_processor_lacks_units(
     for dtype, multiplied in expected.items():
         seen.clear()
         weight = fitting_weight("block:8x4", 32, 48, dtype)
-        packed, x = block.pack(weight, (8, 4)), tokens_in(3, 48, dtype=dtype)
+        packed, x = Blocks(8, 4).pack(weight), tokens_in(3, 48, dtype=dtype)
         result = cpu.linear(x, packed, None, *cpu.arrange(packed))
         assert set(seen) == {multiplied}
         error = float((result - exact_linear(x, weight, None)).abs().max())
@@ -175,14 +173,14 @@ def test_16_bit_weights_are_widened_where_the_processor_lacks_units(
 
 
 def test_same_bits_every_time() -> None:
-    packed = block.pack(fitting_weight("block:8x4", 64, 64), (8, 4))
+    packed = Blocks(8, 4).pack(fitting_weight("block:8x4", 64, 64))
     x, arranged = tokens_in(20, 64), cpu.arrange(packed)
     first = cpu.linear(x, packed, None, *arranged)
     assert all(torch.equal(first, cpu.linear(x, packed, None, *arranged)) for _ in range(5))
 
 
 def test_it_says_which_device_it_needs() -> None:
-    packed = block.pack(WEIGHT, (2, 2))
+    packed = Blocks(2, 2).pack(WEIGHT)
     assert cpu.why_not(packed, 1) is None
-    meta = replace(packed, values=packed.values.to("meta"))
+    meta = changed(packed, values=packed["values"].to("meta"))
     assert cpu.why_not(meta, 1) == "block cpu needs a weight on the CPU, got meta"

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # the checks import the same helpers as the tests
 
 from secateur.core.undo import Undo
 from secateur.formats.fuse import Joined, join_activations_
+from secateur.formats.op import linear_operator
 from tests.formats.weights import DYNAMIC, FORMATS, sparse_linear, tokens_in
 
 
@@ -89,7 +90,7 @@ def check_export() -> None:
         model = Block(format).eval()
         free = {"x": {0: torch.export.Dim("tokens", min=2, max=64)}}
         program = torch.export.export(model, (tokens_in(3, 24),), dynamic_shapes=free)
-        name = str(model.up.format.folder.LINEAR)
+        name = str(linear_operator(model.up.format.name))
         called = [node for node in program.graph.nodes if str(node.target) == name]
         assert len(called) == 2
         with tempfile.TemporaryDirectory() as folder:

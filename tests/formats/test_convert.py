@@ -45,9 +45,9 @@ def test_bsr_keeps_a_packed_weight_s_own_blocks_and_memory() -> None:
     packed = parse_format("block:1x2").pack(HAND)
     bsr = to_torch_sparse(packed, "sparse_bsr")
     assert bsr.values().shape == (3, 1, 2)
-    assert bsr.values().data_ptr() == packed.values.data_ptr()
+    assert bsr.values().data_ptr() == packed["values"].data_ptr()
     csr = parse_format("csr").pack(HAND)
-    assert to_torch_sparse(csr, "sparse_csr").values().data_ptr() == csr.values.data_ptr()
+    assert to_torch_sparse(csr, "sparse_csr").values().data_ptr() == csr["values"].data_ptr()
 
 
 def test_bsr_of_a_dense_weight_is_in_blocks_of_64() -> None:

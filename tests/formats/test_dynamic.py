@@ -1,8 +1,8 @@
 """Formats that round inputs token by token: codes, error, odd inputs, laws, how they are run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,26 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.formats import (
-    SparseLinear,
-    dynamic,
-    fp8_dynamic,
-    int8_dynamic,
-    parse_format,
-    semi24_fp8,
-    semi24_fp8_dynamic,
-    semi24_int8,
-    semi24_int8_dynamic,
-)
-from secateur.formats.contract import packed_bytes
+from secateur.formats import SparseLinear, dynamic, parse_format
+from secateur.formats.contract import Packed
 from secateur.formats.dynamic import quantised
 from secateur.formats.format import dequantised, weight_error
-from secateur.formats.fp8_dynamic import torch_scaled as fp8_torch
-from secateur.formats.int8_dynamic import torch_scaled as int8_torch
 from secateur.formats.kernels import cusparselt, quantise
 from secateur.formats.kernels.cusparselt import Setting
 from secateur.formats.kernels.gpu import why_no_gpu
-from secateur.formats.semi24_int8_dynamic import cusparselt as int8_cusparselt
+from secateur.formats.quantised import Quantised, torch_fp8, torch_int8
+from secateur.formats.quantised import cusparselt as int8_cusparselt
 from tests.formats.kernels.fake_cusparselt import Fake, install
 from tests.formats.weights import (
     DYNAMIC,
@@ -44,6 +33,11 @@ from tests.formats.weights import (
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 DENSE = ("int8_dynamic", "fp8_dynamic")
 SPARSE = ("semi24_int8_dynamic", "semi24_fp8_dynamic")
+SEMI24_INT8, SEMI24_FP8, DENSE_INT8, DENSE_FP8 = (
+    Quantised(grid, pattern, rounds_inputs=True)
+    for pattern in (sc.NM(2, 4), None)
+    for grid in (sc.Int8(), sc.Fp8())
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -193,18 +187,18 @@ def test_tokens_do_not_see_each_other(format: str, order: list[int], more: int, 
 
 @pytest.mark.parametrize(
     ("chosen", "weight_only"),
-    [(semi24_int8_dynamic, semi24_int8), (semi24_fp8_dynamic, semi24_fp8)],
+    [(one, replace(one, rounds_inputs=False)) for one in (SEMI24_INT8, SEMI24_FP8)],
     ids=SPARSE,
 )
 def test_the_sparse_ones_store_what_the_weight_only_ones_do(
-    chosen: ModuleType, weight_only: ModuleType
+    chosen: Quantised, weight_only: Quantised
 ) -> None:
     weight = fitting_weight("semi24", 16, 64, torch.bfloat16)
     ours, theirs = chosen.pack(weight), weight_only.pack(weight)
-    assert ours.format == theirs.format + "_dynamic"
-    assert list(ours.tensors()) == list(theirs.tensors())
-    for key, tensor in theirs.tensors().items():
-        assert torch.equal(ours.tensors()[key], tensor)
+    assert str(ours.format) == f"{theirs.format}_dynamic"
+    assert list(ours.tensors) == list(theirs.tensors)
+    for key, tensor in theirs.tensors.items():
+        assert torch.equal(ours.tensors[key], tensor)
     assert chosen.empty((16, 64), 16, torch.bfloat16).format == ours.format
     name = ours.format
     assert chosen.why_not(weight) is None and chosen.density(weight) == 0.5
@@ -215,18 +209,18 @@ def test_the_sparse_ones_store_what_the_weight_only_ones_do(
 
 def test_dense_codes_by_hand() -> None:
     weight = torch.tensor([[127.0, -3, 1, 2], [-254, 0, 2, 4]])
-    packed = int8_dynamic.pack(weight)
-    assert packed.scales.tolist() == [[1.0], [2.0]]
-    assert packed.values.tolist() == [[127, -3, 1, 2], [-127, 0, 1, 2]]
-    floats = fp8_dynamic.pack(torch.tensor([[448.0, -3, -1, 0.125]]))
-    assert floats.scales.tolist() == [[1.0]]
-    assert floats.values.tolist() == [[0x7E, 0xC4, 0xB8, 0x20]]
+    packed = DENSE_INT8.pack(weight)
+    assert packed["scales"].tolist() == [[1.0], [2.0]]
+    assert packed["values"].tolist() == [[127, -3, 1, 2], [-127, 0, 1, 2]]
+    floats = DENSE_FP8.pack(torch.tensor([[448.0, -3, -1, 0.125]]))
+    assert floats["scales"].tolist() == [[1.0]]
+    assert floats["values"].tolist() == [[0x7E, 0xC4, 0xB8, 0x20]]
 
 
 def test_the_row_that_the_page_draws() -> None:
-    packed = int8_dynamic.pack(torch.tensor([[63.5, 1, 0, -1, 2.5, 2, 0.5, 0]]))
-    assert packed.scales.tolist() == [[0.5]]
-    assert packed.values.tolist() == [[127, 2, 0, -2, 5, 4, 1, 0]]
+    packed = DENSE_INT8.pack(torch.tensor([[63.5, 1, 0, -1, 2.5, 2, 0.5, 0]]))
+    assert packed["scales"].tolist() == [[0.5]]
+    assert packed["values"].tolist() == [[127, 2, 0, -2, 5, 4, 1, 0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -242,24 +236,24 @@ def test_a_weight_without_zeros_is_packed_dense(
     scales = grid.scales(weight)
     assert torch.equal(dequantised(packed), grid.dequantised(grid.codes(weight, scales), scales))
     assert 0 < weight_error(weight, packed) < most
-    assert packed_bytes(packed) == weight.numel() + 16 * weight.element_size()
-    dense = chosen.folder.unpack(packed)
-    assert torch.equal(chosen.folder.unpack(chosen.pack(dense)), dense)
-    assert chosen.folder.broken(packed) is None
+    assert packed.nbytes == weight.numel() + 16 * weight.element_size()
+    dense = packed.dense()
+    assert torch.equal(chosen.pack(dense).dense(), dense)
+    assert chosen.why_broken(packed) is None
 
 
 @pytest.mark.parametrize("format", DENSE)
 def test_damage_is_located_and_other_dtypes_are_refused(format: str) -> None:
     chosen = parse_format(format)
     packed = chosen.pack(tokens_in(3, 8))
-    tensors = {key: tensor.clone() for key, tensor in packed.tensors().items()}
+    tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
     tensors["values"][2, 5] = -128 if format == "int8_dynamic" else 0xFF
     what = "the code -128" if format == "int8_dynamic" else "a NaN"
-    damaged = chosen.folder.packed_type((3, 8), *tensors.values())
-    assert chosen.folder.broken(damaged) == f"values of row 2 column 5 hold {what}"
-    tensors = packed.tensors() | {"scales": torch.full((3, 1), torch.nan)}
-    damaged = chosen.folder.packed_type((3, 8), *tensors.values())
-    assert chosen.folder.broken(damaged) == "scales of row 0 group 0 are nan"
+    damaged = replace(packed, tensors=tensors)
+    assert chosen.why_broken(damaged) == f"values of row 2 column 5 hold {what}"
+    tensors = dict(packed.tensors) | {"scales": torch.full((3, 1), torch.nan)}
+    damaged = replace(packed, tensors=tensors)
+    assert chosen.why_broken(damaged) == "scales of row 0 group 0 are nan"
     with pytest.raises(ValueError, match=f"pack into {format} needs a float32"):
         chosen.pack(torch.ones(3, 8, dtype=torch.float64))
     assert "got torch.float64" in (chosen.why_not(torch.ones(3, 8, dtype=torch.float64)) or "")
@@ -343,13 +337,13 @@ def test_dense_int8_through_torch(
         return multiply(left, right)
 
     monkeypatch.setattr(torch, "_int_mm", watched)
-    is_right("int8_dynamic", int8_torch.linear, tokens, dtype)
+    is_right("int8_dynamic", torch_int8.linear, tokens, dtype)
     assert all(rows > 16 and rows % 8 == 0 and rows >= tokens for rows in seen) and seen
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 33])
 def test_dense_fp8_through_torch(plain: None, tokens: int) -> None:
-    is_right("fp8_dynamic", fp8_torch.linear, tokens, torch.bfloat16)
+    is_right("fp8_dynamic", torch_fp8.linear, tokens, torch.bfloat16)
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 65])
@@ -365,10 +359,8 @@ def test_sparse_through_cusparselt(
     times = {good: 10.0, wrong: 1.0}
     fake = install(monkeypatch, tmp_path_factory.mktemp("cache"), Fake(times, wrong={wrong}))
 
-    def run(
-        x: Tensor, packed: semi24_int8_dynamic.PackedSemi24Int8Dynamic, bias: Tensor | None
-    ) -> Tensor:
-        return int8_cusparselt.linear(x, packed, bias, *int8_cusparselt.arranged(packed))
+    def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        return int8_cusparselt.linear(x, packed, bias, *int8_cusparselt.arrange(packed))
 
     is_right("semi24_int8_dynamic", run, tokens, dtype)
     searched = len(fake.seen)
@@ -384,8 +376,8 @@ def test_float16_holds_the_product_of_codes(
     install(monkeypatch, tmp_path_factory.mktemp("cache"), Fake({Setting(0): 1.0}))
     weight = torch.zeros(32, 64, dtype=torch.float16)
     weight[:, ::2] = 100
-    packed, x = semi24_int8_dynamic.pack(weight), torch.ones(2, 64, dtype=torch.float16)
-    result = int8_cusparselt.linear(x, packed, None, *int8_cusparselt.arranged(packed))
+    packed, x = SEMI24_INT8.pack(weight), torch.ones(2, 64, dtype=torch.float16)
+    result = int8_cusparselt.linear(x, packed, None, *int8_cusparselt.arrange(packed))
     assert torch.allclose(result, torch.full_like(result, 3200), rtol=2e-3)
 
 
@@ -395,10 +387,9 @@ def test_an_arrangement_survives_a_cast(
     """`.to(torch.bfloat16)` of a bfloat16 layer casts every buffer of another floating dtype."""
     install(monkeypatch, tmp_path_factory.mktemp("cache"), Fake({}))
     packed = sparse_linear("semi24_int8_dynamic", 32, 64, torch.bfloat16).packed
-    assert isinstance(packed, semi24_int8_dynamic.PackedSemi24Int8Dynamic)
-    arranged = int8_cusparselt.arranged(packed)
+    arranged = int8_cusparselt.arrange(packed)
     assert all(tensor.dtype == torch.uint8 for tensor in arranged)
-    scales = packed.scales[:, 0].float()
+    scales = packed["scales"][:, 0].float()
     assert torch.equal(arranged[1].view(torch.float32) * int8_cusparselt.HEADROOM, scales)
 
 
@@ -407,16 +398,16 @@ def test_an_arrangement_survives_a_cast(
 
 def test_what_torchs_products_need() -> None:
     whole, ragged = torch.zeros(16, 16), torch.zeros(12, 16)
-    said = int8_torch.why_not(int8_dynamic.pack(ragged), 1)
+    said = torch_int8.why_not(DENSE_INT8.pack(ragged), 1)
     assert said == (
         "int8_dynamic torch needs out_features and in_features that are multiples of 8, "
         "got 12 x 16: pad the layer with zeros"
     )
-    said = fp8_torch.why_not(fp8_dynamic.pack(whole[:8].bfloat16()), 1)
+    said = torch_fp8.why_not(DENSE_FP8.pack(whole[:8].bfloat16()), 1)
     assert said is not None and "multiples of 16, got 8 x 16: pad" in said
-    said = fp8_torch.why_not(fp8_dynamic.pack(whole), 1)
+    said = torch_fp8.why_not(DENSE_FP8.pack(whole), 1)
     assert said == "fp8_dynamic torch needs bfloat16, got torch.float32: cast the layer"
-    said = int8_torch.why_not(int8_dynamic.pack(whole), 1)
+    said = torch_int8.why_not(DENSE_INT8.pack(whole), 1)
     assert said == why_no_gpu(torch.device("cpu"))
 
 
@@ -448,7 +439,7 @@ def test_what_cusparselt_on_codes_needs(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(module, "why_not", on_device(module.why_not, device))
 
     def said_of(rows: int, dtype: torch.dtype) -> str | None:
-        return int8_cusparselt.why_not(semi24_int8_dynamic.pack(torch.zeros(rows, 64).to(dtype)), 9)
+        return int8_cusparselt.why_not(SEMI24_INT8.pack(torch.zeros(rows, 64).to(dtype)), 9)
 
     assert said_of(32, torch.float16) is None
     said = said_of(32, torch.float32)

@@ -61,7 +61,7 @@ def held_to_float64(layer: SparseLinear, name: str, x: Tensor) -> None:
     rounding += 2.0**-23 * magnitude
     if "fp8" in str(layer.format) and name != "decode":
         rounding += FP8_SUM * (layer.in_features / 32) ** 0.5 * product.abs().max()
-    known = {entry.name: entry for entry in layer.format.folder.IMPLEMENTATIONS}
+    known = {entry.name: entry for entry in layer.format.implementations}
     theirs = 0.0
     if name != "decode":
         theirs = float((known["reference"].linear(x, packed, bias).double() - exact).abs().max())
@@ -76,11 +76,7 @@ def held_to_float64(layer: SparseLinear, name: str, x: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("format", "name"),
-    [
-        (format, entry.name)
-        for format in DYNAMIC
-        for entry in parse_format(format).folder.IMPLEMENTATIONS
-    ],
+    [(format, entry.name) for format in DYNAMIC for entry in parse_format(format).implementations],
 )
 def test_every_implementation_is_right(
     format: str, name: str, dtype: torch.dtype, shape: tuple[int, int], tokens: int
@@ -92,7 +88,7 @@ def test_every_implementation_is_right(
 
 def needed(layer: SparseLinear, name: str, tokens: int) -> Implementation:
     """The layer's implementation of this name; the test is skipped where it cannot run."""
-    runs = next(e for e in layer.format.folder.IMPLEMENTATIONS if e.name == name)
+    runs = next(e for e in layer.format.implementations if e.name == name)
     problem = runs.why_not(layer.packed, tokens)
     if problem is not None:
         pytest.skip(problem)
@@ -124,7 +120,7 @@ def test_prefill_beside_the_reference_at_odd_tokens(format: str, bias: bool) -> 
     x, offset = inputs(300, RAGGED[1], torch.bfloat16), layer.bias if bias else None
     x[3], x[40] = 0, 1e-39
     x[50, 7], x[258, 0], x[299, -1] = 3e4, torch.nan, -torch.inf
-    known = {entry.name: entry for entry in layer.format.folder.IMPLEMENTATIONS}
+    known = {entry.name: entry for entry in layer.format.implementations}
     wanted = known["reference"].linear(x, layer.packed, offset)
     result = runs.linear(x, layer.packed, offset, *runs.arrange(layer.packed))
     assert result.isnan().any(1).nonzero().flatten().tolist() == [258, 299]

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from secateur.formats import Format, parse_format
+import secateur as sc
+from secateur.formats import parse_format
+from secateur.formats.block import Blocks
+from secateur.formats.csr import Csr
+from secateur.formats.quantised import Quantised
 from tests.formats.weights import fitting_weight
 
 
@@ -20,9 +24,9 @@ def test_a_format_prints_as_it_parses(text: str) -> None:
 
 
 def test_a_format_is_itself() -> None:
-    assert parse_format("block:16x32") == Format("block", (16, 32))
-    assert parse_format(Format("csr")) == Format("csr")
-    assert parse_format("semi24_int4:channel") == Format("semi24_int4", (None,))
+    assert parse_format("block:16x32") == Blocks(16, 32)
+    assert parse_format(Csr()) == Csr()
+    assert parse_format("semi24_int4:channel") == Quantised(sc.Int4(None), sc.NM(2, 4))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,6 @@ def test_options_reach_the_format() -> None:
     chosen = parse_format("block:2x4")
     weight = torch.zeros(4, 8)
     weight[0, 0] = 1.0
-    assert chosen.pack(weight).format == "block:2x4"
+    assert chosen.pack(weight).format == chosen
     assert chosen.density(weight) == 0.25
-    assert chosen.empty((4, 8), 3, torch.float64).tensors()["values"].shape == (3, 2, 4)
+    assert chosen.empty((4, 8), 3, torch.float64).tensors["values"].shape == (3, 2, 4)

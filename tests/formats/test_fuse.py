@@ -17,7 +17,8 @@ from secateur.formats.activations import ACTIVATIONS
 from secateur.formats.fuse import Joined, join_activations_
 from secateur.formats.kernels import prefill24
 from secateur.formats.linear import SparseLinear
-from secateur.formats.two_of_four import scatter, split
+from secateur.formats.op import linear_operator
+from secateur.formats.two_of_four import scatter, unpack_nibbles
 from tests.formats.weights import sparse_linear, tokens_in
 
 FORMAT = "semi24_int8_dynamic"
@@ -29,7 +30,7 @@ def prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prefill` runs here: the definition, then the activation, in float32."""
 
     def arrange(values: Tensor, metadata: Tensor) -> Tensor:
-        nibbles = split(metadata, values.shape[1] // 2)
+        nibbles = unpack_nibbles(metadata, values.shape[1] // 2)
         return scatter(values, nibbles).view(torch.uint8)[None]
 
     def linear(
@@ -107,7 +108,7 @@ def test_gradients_are_those_of_both() -> None:
         layer = model[0]
         arranged = [layer.get_buffer("arranged_prefill_tiles")]
         rest = (32, 48, arranged, "prefill", "gelu")
-        layer.format.folder.LINEAR(x, *layer.packed.tensors().values(), bias, *rest)
+        linear_operator(layer.format.name)(x, *layer.packed.tensors.values(), bias, *rest)
 
 
 def test_what_cannot_apply_it_is_followed_by_it() -> None:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from secateur.formats import SparseLinear, describe, empty_from, parse_format, semi24
+from secateur.formats import SparseLinear, describe, empty_from, parse_format
 from secateur.formats.format import dequantised
+from secateur.formats.semi24 import Semi24
 from tests.formats.weights import (
     DYNAMIC,
     EXACT,
@@ -150,7 +151,7 @@ def test_copies_are_equal_and_separate(format: str) -> None:
 def test_a_state_dict_restores_it(format: str, tmp_path: Path) -> None:
     layer, x = sparse_linear(format, seed=0), tokens_in(5, 24)
     state = layer.state_dict()
-    assert list(state) == ["bias", *layer.packed.tensors()]
+    assert list(state) == ["bias", *layer.packed.tensors]
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -265,14 +266,14 @@ def test_half_of_a_packed_weight_is_refused(format: str) -> None:
     with torch.no_grad():
         other.bias += 1
     before, x = copy.deepcopy(layer.state_dict()), tokens_in(5, 24)
-    for key in layer.packed.tensors():
+    for key in layer.packed.tensors:
         lacking = {name: t for name, t in other.state_dict().items() if name != key}
         for strict in (True, False):
             with pytest.raises(RuntimeError, match=rf"it has \w+ and lacks {key}, of one packed"):
                 layer.load_state_dict(lacking, strict=strict)
             assert torch.equal(layer.bias, before["bias"])
     found = layer.load_state_dict({"bias": other.bias, "extra": torch.zeros(1)}, strict=False)
-    assert found.missing_keys == list(layer.packed.tensors()) and found.unexpected_keys == ["extra"]
+    assert found.missing_keys == list(layer.packed.tensors) and found.unexpected_keys == ["extra"]
     assert torch.equal(layer(x), other(x))
 
 
@@ -345,9 +346,9 @@ def test_casting_is_casting_the_dense_weight(format: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("format", QUANTISED + DYNAMIC)
 def test_casting_a_quantised_layer_casts_its_scales_alone(format: str, dtype: torch.dtype) -> None:
     layer = sparse_linear(format)
-    before = {name: tensor.clone() for name, tensor in layer.packed.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in layer.packed.tensors.items()}
     assert layer.to(dtype) is layer
-    after = layer.packed.tensors()
+    after = layer.packed.tensors
     assert layer.packed.dtype == layer.weight.dtype == dtype
     assert torch.equal(after["scales"], before["scales"].to(dtype))
     for name in after.keys() - {"scales"}:
@@ -391,7 +392,7 @@ def test_use_names_what_runs() -> None:
     assert layer.dispatch == "cpu" and "arranged_cpu_block_rows" in dict(layer.named_buffers())
     layer.use((("reference", None),))
     assert layer.dispatch == "reference" and list(dict(layer.named_buffers())) == [
-        *layer.packed.tensors()
+        *layer.packed.tensors
     ]
     assert is_right(layer, x)
     layer.use((("cpu", 4), ("reference", None)))
@@ -461,23 +462,23 @@ def test_a_damaged_description_is_refused(change: dict[str, object], message: st
 
 def test_nbytes_are_those_of_what_is_stored_and_arranged() -> None:
     layer = sparse_linear("block:4x8")
-    stored = sum(tensor.nbytes for tensor in layer.packed.tensors().values())
+    stored = sum(tensor.nbytes for tensor in layer.packed.tensors.values())
     assert layer.dispatch == "cpu"
-    assert layer.nbytes == stored + 4 * len(layer.packed.tensors()["col_indices"]) > stored
+    assert layer.nbytes == stored + 4 * len(layer.packed.tensors["col_indices"]) > stored
     layer.use((("reference", None),))
     assert layer.nbytes == stored
     layer.use((("cpu", 4), ("reference", None)))
     assert layer.nbytes > stored
     layer.register_buffer("other", torch.zeros(100))
-    assert layer.nbytes == stored + 4 * len(layer.packed.tensors()["col_indices"])
+    assert layer.nbytes == stored + 4 * len(layer.packed.tensors["col_indices"])
 
 
 def test_nbytes_of_a_layer_with_units_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: values and metadata once as stored, once as the kernel reads them."""
     weight = fitting_weight("semi24", 32, 256, torch.bfloat16)
-    decode, *_, reference = semi24.IMPLEMENTATIONS
+    decode, *_, reference = Semi24.implementations
     here = replace(decode, why_not=lambda packed, tokens: None)
-    monkeypatch.setattr(semi24, "IMPLEMENTATIONS", (here, reference))
+    monkeypatch.setattr(Semi24, "implementations", (here, reference))
     layer = SparseLinear(parse_format("semi24").pack(weight))
     assert layer.dispatch == "decode"
     assert layer.nbytes == 2 * 0.5625 * weight.nbytes

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secateur.formats import parse_format
 from secateur.formats.contract import Implementation
-from secateur.formats.op import NO_LIMIT, table
+from secateur.formats.op import NO_LIMIT, linear_operator, table, unpack_operator
 from tests.formats.weights import (
     DYNAMIC,
     EXACT,
@@ -25,11 +25,10 @@ def operands(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], str]:
     """The dense weight, its packed tensors, an arrangement and the implementation it is for."""
     weight = fitting_weight(format, 8, 16, dtype)
-    folder = parse_format(format).folder
     packed = packed_weight(format, weight)
-    here = [runs for runs in folder.IMPLEMENTATIONS if runs.why_not(packed, 1) is None]
+    here = [runs for runs in packed.format.implementations if runs.why_not(packed, 1) is None]
     runs = here[0 if arranged else -1]
-    return weight, list(packed.tensors().values()), list(runs.arrange(packed)), runs.name
+    return weight, list(packed.tensors.values()), list(runs.arrange(packed)), runs.name
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -38,7 +37,7 @@ def test_opcheck_of_the_linear(format: str, bias: bool) -> None:
     _, tensors, arrangement, name = operands(format)
     x = tokens_in(3, 16).requires_grad_()
     offset = tokens_in(8, seed=3).requires_grad_() if bias else None
-    linear = parse_format(format).folder.LINEAR
+    linear = linear_operator(parse_format(format).name)
     torch.library.opcheck(linear, (x, *tensors, offset, 8, 16, arrangement, name, ""))
     x = tokens_in(3, 1, 16).requires_grad_()
     torch.library.opcheck(linear, (x, *tensors, offset, 8, 16, [], "reference", ""))
@@ -47,7 +46,7 @@ def test_opcheck_of_the_linear(format: str, bias: bool) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_opcheck_of_unpack(format: str) -> None:
     weight, tensors, _, _ = operands(format)
-    unpack = parse_format(format).folder.UNPACK
+    unpack = unpack_operator(parse_format(format).name)
     torch.library.opcheck(unpack, (*tensors, 8, 16))
     assert torch.equal(unpack(*tensors, 8, 16), weight)
 
@@ -56,7 +55,7 @@ def test_opcheck_of_unpack(format: str) -> None:
 @pytest.mark.parametrize("format", EXACT + QUANTISED)
 def test_gradients_of_input_and_bias(format: str, arranged: bool) -> None:
     weight, tensors, arrangement, name = operands(format, torch.float64, arranged)
-    linear = parse_format(format).folder.LINEAR
+    linear = linear_operator(parse_format(format).name)
     x = tokens_in(3, 16, dtype=torch.float64).requires_grad_()
     bias = tokens_in(8, dtype=torch.float64, seed=3).requires_grad_()
 
@@ -78,7 +77,7 @@ def test_a_dynamic_format_hands_gradients_straight_through(format: str) -> None:
     weight, tensors, _, _ = operands(format, torch.float64)
     x = tokens_in(3, 16, dtype=torch.float64).requires_grad_()
     bias, up = tokens_in(8, dtype=torch.float64).requires_grad_(), tokens_in(3, 8).double()
-    linear = parse_format(format).folder.LINEAR
+    linear = linear_operator(parse_format(format).name)
     result = linear(x, *tensors, bias, 8, 16, [], "reference", "")
     grads = torch.autograd.grad(result, (x, bias), up)
     assert torch.allclose(grads[0], up @ weight) and torch.allclose(grads[1], up.sum(0))
@@ -87,7 +86,7 @@ def test_a_dynamic_format_hands_gradients_straight_through(format: str) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_only_the_wanted_gradient_is_computed(format: str) -> None:
     weight, tensors, _, _ = operands(format, torch.float64)
-    linear = parse_format(format).folder.LINEAR
+    linear = linear_operator(parse_format(format).name)
     x = tokens_in(3, 16, dtype=torch.float64).requires_grad_()
     linear(x, *tensors, None, 8, 16, [], "reference", "").sum().backward()
     assert x.grad is not None and torch.allclose(x.grad, weight.sum(0).expand(3, 16))
@@ -125,7 +124,7 @@ def test_the_number_of_tokens_decides_at_run_time(
     _, tensors, arrangement, _ = operands("block:4x8")
     seen: list[str] = []
     watch_bmm(monkeypatch, seen)
-    linear = parse_format("block:4x8").folder.LINEAR
+    linear = linear_operator(parse_format("block:4x8").name)
     for shape in ((tokens, 16), (1, tokens, 16)):
         linear(tokens_in(*shape), *tensors, None, 8, 16, arrangement, "cpu<=4 reference", "")
     assert seen == (["cpu", "cpu"] if ran == "cpu" else [])
@@ -145,7 +144,7 @@ def test_no_tokens_run_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     _, tensors, arrangement, _ = operands("block:4x8")
     seen: list[str] = []
     watch_bmm(monkeypatch, seen)
-    linear = parse_format("block:4x8").folder.LINEAR
+    linear = linear_operator(parse_format("block:4x8").name)
     result = linear(tokens_in(2, 0, 16), *tensors, None, 8, 16, arrangement, "cpu", "")
     assert result.shape == (2, 0, 8) and not seen
 

@@ -76,8 +76,8 @@ def test_the_report_counts_what_is_arranged_too() -> None:
     model = nn.Sequential(nn.Linear(24, 16))
     model[0].weight.data.copy_(weight)
     report = pack_(model, "block:4x8")
-    stored = sum(tensor.nbytes for tensor in model[0].packed.tensors().values())
-    blocks = len(model[0].packed.values)
+    stored = sum(tensor.nbytes for tensor in model[0].packed.tensors.values())
+    blocks = len(model[0].packed["values"])
     assert model[0].dispatch == "cpu" and blocks > 0
     assert report.bytes_after == model[0].nbytes == stored + 4 * blocks
     again = unpack_(model)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.formats import SparseLinear, parse_format, semi24
+from secateur.formats import SparseLinear, parse_format
 from secateur.formats.kernels.cusparselt import Setting
 from secateur.formats.kernels.gpu import why_no_gpu
 from secateur.formats.pack import packed_linear
-from secateur.formats.semi24 import cusparselt, dense
+from secateur.formats.semi24 import Semi24, cusparselt, dense
 from tests.formats.kernels.fake_cusparselt import Fake, forget, install
 from tests.formats.weights import allowed_error, exact_linear, fitting_weight, tokens_in
 
@@ -43,9 +43,9 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"decode": few, "cusparselt": any_number, "dense": any_number}
     here = tuple(
         replace(entry, why_not=asked.get(entry.name, entry.why_not))
-        for entry in semi24.IMPLEMENTATIONS
+        for entry in Semi24.implementations
     )
-    monkeypatch.setattr(semi24, "IMPLEMENTATIONS", here)
+    monkeypatch.setattr(Semi24, "implementations", here)
 
 
 def layer_in(dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> SparseLinear:

@@ -1,7 +1,5 @@
 """2:4 weights on a grid: bytes, what rounding keeps and loses, and damaged tensors."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,21 +7,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.formats import (
-    describe,
-    empty_from,
-    parse_format,
-    semi24,
-    semi24_fp8,
-    semi24_int4,
-    semi24_int8,
-)
-from secateur.formats.contract import packed_bytes
+from secateur.formats import describe, empty_from, parse_format
 from secateur.formats.format import dequantised, weight_error
 from secateur.formats.linear import SparseLinear
+from secateur.formats.quantised import Quantised
+from secateur.formats.quantised.codes import kept_codes
+from secateur.formats.semi24 import Semi24
 from secateur.patterns.grids import Grid
-from tests.formats.weights import QUANTISED, fitting_weight, tokens_in
+from tests.formats.weights import QUANTISED, changed, fitting_weight, tokens_in
 
+INT4, INT4_CHANNEL, INT8, FP8 = (
+    Quantised(grid, sc.NM(2, 4)) for grid in (sc.Int4(), sc.Int4(None), sc.Int8(), sc.Fp8())
+)
 NAMES = (*QUANTISED, "semi24_int4:channel")
 GRID: dict[str, Grid] = {
     "semi24_int4": sc.Int4(),
@@ -46,47 +41,49 @@ def any_weight(out: int, width: int, dtype: torch.dtype = torch.float32, seed: i
 
 def test_int4_bytes_by_hand() -> None:
     weight = torch.tensor([[7.0, 0, 0, -3, 0, -1, 2, 0, 0, 0, 5, 0]])
-    packed = semi24_int4.pack(weight)
-    assert packed.scales.tolist() == [[1.0]]
+    packed = INT4.pack(weight)
+    assert packed["scales"].tolist() == [[1.0]]
     # two's complement nibbles, first kept code low: (7, -3), (-1, 2), (0, 5)
-    assert packed.values.tolist() == [[0x7 | 0xD << 4, 0xF | 0x2 << 4, 0x0 | 0x5 << 4]]
-    assert torch.equal(packed.metadata, semi24.pack(weight).metadata)
-    assert semi24_int4.packed.codes_of(packed).tolist() == [[7, -3, -1, 2, 0, 5]]
-    assert torch.equal(semi24_int4.unpack(packed), weight)
+    assert packed["values"].tolist() == [[0x7 | 0xD << 4, 0xF | 0x2 << 4, 0x0 | 0x5 << 4]]
+    assert torch.equal(packed["metadata"], Semi24().pack(weight)["metadata"])
+    assert kept_codes(sc.Int4(), packed).tolist() == [[7, -3, -1, 2, 0, 5]]
+    assert torch.equal(packed.dense(), weight)
 
 
 def test_the_row_that_the_page_draws() -> None:
     row = [3.5, 0, 0, -1, 0, 2, 0.5, 0, 0, 0, -2, 0, 0, 0, 0, 0]
-    packed = semi24_int4.pack(torch.tensor([row]))
-    assert packed.scales.tolist() == [[0.5]]
-    assert packed.values.tolist() == [[0b1110_0111, 0b0001_0100, 0b1100_0000, 0]]
-    assert semi24_int4.packed.codes_of(packed).tolist() == [[7, -2, 4, 1, 0, -4, 0, 0]]
+    packed = INT4.pack(torch.tensor([row]))
+    assert packed["scales"].tolist() == [[0.5]]
+    assert packed["values"].tolist() == [[0b1110_0111, 0b0001_0100, 0b1100_0000, 0]]
+    assert kept_codes(sc.Int4(), packed).tolist() == [[7, -2, 4, 1, 0, -4, 0, 0]]
 
 
 def test_int8_and_fp8_bytes_by_hand() -> None:
     weight = torch.tensor([[127.0, 0, 0, -3, 0, -1, 2, 0]])
-    packed = semi24_int8.pack(weight)
-    assert packed.scales.tolist() == [[1.0]] and packed.values.tolist() == [[127, -3, -1, 2]]
+    packed = INT8.pack(weight)
+    assert packed["scales"].tolist() == [[1.0]] and packed["values"].tolist() == [[127, -3, -1, 2]]
     weight = torch.tensor([[448.0, 0, 0, -3, 0, -1, 0.125, 0]])
-    floats = semi24_fp8.pack(weight)
-    assert floats.scales.tolist() == [[1.0]]
-    assert floats.values.tolist() == [[0x7E, 0xC4, 0xB8, 0x20]]  # sign, 4 exponent, 3 mantissa bits
+    floats = FP8.pack(weight)
+    assert floats["scales"].tolist() == [[1.0]]
+    assert floats["values"].tolist() == [
+        [0x7E, 0xC4, 0xB8, 0x20]
+    ]  # sign, 4 exponent, 3 mantissa bits
 
 
 def test_a_scale_belongs_to_128_inputs_kept_or_not() -> None:
     weight = torch.zeros(1, 132)
     weight[0, 124:132] = torch.tensor([0.0, 7, 1, 0, 0, 70, 10, 0])
-    packed = semi24_int4.pack(weight)
-    assert packed.scales.tolist() == [[1.0, 10.0]]
-    assert packed.values.tolist()[0][-2:] == [0x17, 0x17]
-    whole = semi24_int4.pack(weight, None)
-    assert whole.scales.shape == (1, 1) and whole.format == "semi24_int4:channel"
+    packed = INT4.pack(weight)
+    assert packed["scales"].tolist() == [[1.0, 10.0]]
+    assert packed["values"].tolist()[0][-2:] == [0x17, 0x17]
+    whole = INT4_CHANNEL.pack(weight)
+    assert whole["scales"].shape == (1, 1) and whole.format == INT4_CHANNEL
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_they_take_the_documented_bytes(dtype: torch.dtype) -> None:
     weight = any_weight(8, 1024, dtype)
-    taken = {name: packed_bytes(parse_format(name).pack(weight)) for name in NAMES}
+    taken = {name: parse_format(name).pack(weight).nbytes for name in NAMES}
     assert taken["semi24_int4"] == 0.390625 * weight.numel()
     assert taken["semi24_int4:channel"] == 0.375 * weight.numel() + 2 * 8
     assert taken["semi24_int8"] == taken["semi24_fp8"] == 0.625 * weight.numel() + 2 * 8
@@ -102,11 +99,11 @@ def test_packing_what_was_unpacked_changes_nothing(
     chosen = parse_format(name)
     weight = any_weight(4, width, dtype, seed)
     packed = chosen.pack(weight)
-    assert chosen.folder.broken(packed) is None and packed.dtype == dtype
-    dense = chosen.folder.unpack(packed)
+    assert chosen.why_broken(packed) is None and packed.dtype == dtype
+    dense = packed.dense()
     assert dense.dtype == dtype and torch.equal(dense, dequantised(packed).to(dtype))
     assert not bool(dense[weight == 0].any()) and not bool(dense[weight == 0].signbit().any())
-    assert torch.equal(chosen.folder.unpack(chosen.pack(dense)), dense)
+    assert torch.equal(chosen.pack(dense).dense(), dense)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,7 +113,7 @@ def test_the_codes_are_those_of_the_grid(name: str, dtype: torch.dtype) -> None:
     packed = parse_format(name).pack(weight)
     scales = grid.scales(weight)
     expected = grid.dequantised(grid.codes(weight, scales), scales)
-    assert torch.equal(packed.tensors()["scales"], scales)
+    assert torch.equal(packed.tensors["scales"], scales)
     assert torch.equal(dequantised(packed), expected)
     error = weight_error(weight, packed)
     lost = (weight.double() - expected.double()).norm() / weight.double().norm()
@@ -131,17 +128,17 @@ def test_the_reference_multiplies_by_the_unrounded_weight(name: str) -> None:
     chosen = parse_format(name)
     packed = chosen.pack(any_weight(16, 260, torch.bfloat16))
     x, bias = tokens_in(5, 260, dtype=torch.bfloat16), tokens_in(16, dtype=torch.bfloat16)
-    result = chosen.folder.IMPLEMENTATIONS[-1].linear(x, packed, bias)
+    result = chosen.implementations[-1].linear(x, packed, bias)
     wide = nn.functional.linear(x.float(), dequantised(packed), bias.float())
     assert result.dtype == torch.bfloat16 and torch.equal(result, wide.bfloat16())
-    assert not torch.equal(chosen.folder.unpack(packed).float(), dequantised(packed))
+    assert not torch.equal(packed.dense().float(), dequantised(packed))
 
 
 def test_a_row_of_at_most_128_inputs_has_one_scale_either_way() -> None:
     weight = any_weight(4, 128)
-    groups, rows = semi24_int4.pack(weight), semi24_int4.pack(weight, None)
-    assert groups.format == rows.format == "semi24_int4"
-    assert torch.equal(groups.scales, rows.scales)
+    groups, rows = INT4.pack(weight), INT4_CHANNEL.pack(weight)
+    assert groups.format == rows.format == INT4
+    assert torch.equal(groups["scales"], rows["scales"])
 
 
 def test_a_layer_with_a_scale_for_every_output_is_described_and_made_again() -> None:
@@ -173,7 +170,7 @@ def test_another_group_size_is_refused() -> None:
     with pytest.raises(
         ValueError, match="semi24_int4 needs a group_size of 128, or None .* got 64"
     ):
-        semi24_int4.pack(any_weight(4, 128), 64)
+        Quantised(sc.Int4(64), sc.NM(2, 4))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -182,9 +179,9 @@ def test_an_empty_one_has_the_sizes_of_a_packed_one(name: str) -> None:
     packed = chosen.pack(any_weight(3, 260, torch.bfloat16))
     empty = chosen.empty((3, 260), 3, torch.bfloat16)
     assert empty.format == packed.format and empty.dtype == torch.bfloat16
-    for key, tensor in packed.tensors().items():
-        assert empty.tensors()[key].shape == tensor.shape
-        assert empty.tensors()[key].dtype == tensor.dtype
+    for key, tensor in packed.tensors.items():
+        assert empty.tensors[key].shape == tensor.shape
+        assert empty.tensors[key].dtype == tensor.dtype
     with pytest.raises(ValueError, match="3 rows of a multiple of 4 inputs, got 2 x 260"):
         chosen.empty((3, 260), 2, torch.bfloat16)
 
@@ -193,18 +190,18 @@ def test_an_empty_one_has_the_sizes_of_a_packed_one(name: str) -> None:
 def test_damaged_tensors_are_located(name: str) -> None:
     chosen = parse_format(name)
     packed = chosen.pack(any_weight(3, 260))
-    tensors = packed.tensors()
+    tensors = packed.tensors
     values, scales, metadata = (tensors[key].clone() for key in ("values", "scales", "metadata"))
     values[2, 5] = {"semi24_int8": -128, "semi24_fp8": 0xFF}.get(name, 0x81)
     code = {"semi24_int8": "the code -128", "semi24_fp8": "a NaN"}.get(name, "the code -8")
     first = 20 if "int4" in name else 8  # a byte is a group of four, or half of one
-    said = chosen.folder.broken(replace(packed, values=values))  # type: ignore[type-var]
+    said = chosen.why_broken(changed(packed, values=values))
     assert said == f"values of row 2 columns {first}..{first + 3} hold {code}"
     scales[1, 0] = torch.inf
-    said = chosen.folder.broken(replace(packed, scales=scales))  # type: ignore[type-var]
+    said = chosen.why_broken(changed(packed, scales=scales))
     assert said == "scales of row 1 group 0 are inf"
     metadata[0, 0] = 0
-    said = chosen.folder.broken(replace(packed, metadata=metadata))  # type: ignore[type-var]
+    said = chosen.why_broken(changed(packed, metadata=metadata))
     assert said == "metadata of row 0 columns 0..3 are not two ascending"
 
 

@@ -18,11 +18,11 @@ def test_every_group_of_at_most_two_has_two_ascending_positions() -> None:
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_nibbles_are_joined_in_twos(count: int) -> None:
     nibbles = torch.arange(1, 2 * count + 1, dtype=torch.uint8).reshape(2, count) % 16
-    joined = two_of_four.join(nibbles)
+    joined = two_of_four.pack_nibbles(nibbles)
     assert joined.shape == (2, (count + 1) // 2)
     second = int(nibbles[0, 1]) if count > 1 else 0
     assert int(joined[0, 0]) == int(nibbles[0, 0]) + 16 * second
-    assert torch.equal(two_of_four.split(joined, count), nibbles)
+    assert torch.equal(two_of_four.unpack_nibbles(joined, count), nibbles)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.uint8], ids=str)
@@ -35,9 +35,9 @@ def test_entries_of_any_type_go_back_to_where_they_came_from(dtype: torch.dtype)
 
 
 def test_broken_metadata_is_located() -> None:
-    metadata = two_of_four.join(two_of_four.nibbles_of(torch.zeros(2, 16)))
-    assert two_of_four.broken(metadata, 4) is None
+    metadata = two_of_four.pack_nibbles(two_of_four.nibbles_of(torch.zeros(2, 16)))
+    assert two_of_four.why_broken(metadata, 4) is None
     metadata[1, 1] = 0b0100 | 0b0101 << 4  # group 3 names column 1 twice
-    assert two_of_four.broken(metadata, 4) == (
+    assert two_of_four.why_broken(metadata, 4) == (
         "metadata of row 1 columns 12..15 are not two ascending"
     )

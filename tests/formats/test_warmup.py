@@ -48,7 +48,7 @@ def test_each_kind_of_layer_runs_once_for_each_number_of_tokens(
     assert [layer for layer, _ in runs] == [layer for layer in kinds for _ in range(2)]
     for number, (layer, x) in enumerate(runs):
         assert x.shape == ((3, 1)[number % 2], layer.in_features)
-        assert x.dtype == layer.packed.dtype and x.device == layer.packed.values.device
+        assert x.dtype == layer.packed.dtype and x.device == layer.packed["values"].device
         assert not x.any()
 
 

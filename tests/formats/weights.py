@@ -1,9 +1,12 @@
 """Weights that fit each format, and the error that a correct linear may make."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from secateur.formats import SparseLinear, parse_format
+from secateur.formats.block import Blocks
 from secateur.formats.contract import Packed
 from secateur.formats.dynamic import quantised
 from secateur.formats.format import dequantised
@@ -24,7 +27,8 @@ def fitting_weight(
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, width, generator=generator)
-    rows, cols = parse_format(format).block or (1, 1)
+    chosen = parse_format(format)
+    rows, cols = (chosen.rows, chosen.cols) if isinstance(chosen, Blocks) else (1, 1)
     if format.startswith("semi24"):
         rank = torch.rand(out, width // 4, 4, generator=generator).argsort(-1)
         keep = (rank < 2).flatten(1)
@@ -32,10 +36,10 @@ def fitting_weight(
         tiles = torch.rand(out // rows, 1, width // cols, 1, generator=generator) < 0.3
         keep = tiles.expand(-1, rows, -1, cols).reshape(out, width)
     weight = weight * keep
-    if parse_format(format).is_exact:
+    if chosen.is_exact:
         return weight.to(dtype)
     grid = torch.bfloat16 if dtype == torch.float64 else dtype
-    return dequantised(parse_format(format).pack(weight.to(grid))).to(dtype)
+    return dequantised(chosen.pack(weight.to(grid))).to(dtype)
 
 
 def packed_weight(format: str, weight: Tensor) -> Packed:
@@ -44,9 +48,14 @@ def packed_weight(format: str, weight: Tensor) -> Packed:
     if chosen.is_exact or weight.dtype != torch.float64:
         return chosen.pack(weight)
     packed = chosen.pack(weight.bfloat16())
-    tensors = packed.tensors()
+    tensors = dict(packed.tensors)
     tensors["scales"] = tensors["scales"].double()
-    return chosen.folder.packed_type(packed.shape, *tensors.values())
+    return replace(packed, tensors=tensors)
+
+
+def changed(packed: Packed, **tensors: Tensor) -> Packed:
+    """The packed weight with other tensors of these names."""
+    return replace(packed, tensors={**packed.tensors, **tensors})
 
 
 def sparse_linear(

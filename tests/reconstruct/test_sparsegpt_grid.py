@@ -17,9 +17,9 @@ DENSE = sc.Unstructured(0.0)
 
 
 def nearest(grid: Grid, ratio: Tensor) -> Tensor:
-    if isinstance(grid, sc.Fp8):
+    if grid.name == "fp8":
         return ratio.clamp(-448, 448).float().to(torch.float8_e4m3fn).double()
-    largest = 7 if isinstance(grid, sc.Int4) else 127
+    largest = 7 if grid.name == "int4" else 127
     return ratio.round().clamp(-largest, largest)
 
 

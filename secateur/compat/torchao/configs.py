@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.formats.format import Format
-from secateur.patterns import NM, Pattern, Unstructured
+from secateur.formats import Format
+from secateur.formats.block import Blocks
+from secateur.formats.quantised import Quantised
+from secateur.formats.semi24 import Semi24
+from secateur.patterns import NM, Fp8, Int4, Int8, Pattern, Unstructured
 
 TWO_OF_FOUR = NM(2, 4)
 ANY = Unstructured(0.0)  # asks for no zeros, only for an ordinary, finite weight
@@ -47,7 +50,7 @@ class SemiSparseWeightConfig:
     """
 
     alg_id: int = 0
-    format: ClassVar[Format] = Format("semi24")
+    format: ClassVar[Format] = Semi24()
     pattern: ClassVar[Pattern] = TWO_OF_FOUR
 
     def __post_init__(self) -> None:
@@ -84,7 +87,7 @@ class BlockSparseWeightConfig:
 
     @property
     def format(self) -> Format:
-        return Format("block", self._sides)
+        return Blocks(*self._sides)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class Int4WeightOnlyConfig:
 
     @property
     def format(self) -> Format:
-        return Format("semi24_int4", (None,) if self.group_size in PER_OUTPUT else ())
+        group_size = None if self.group_size in PER_OUTPUT else self.group_size
+        return Quantised(Int4(group_size), TWO_OF_FOUR)
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class Int8DynamicActivationInt8WeightConfig:
 
     @property
     def format(self) -> Format:
-        return Format("semi24_int8_dynamic" if self._is_sparse else "int8_dynamic")
+        return Quantised(Int8(), TWO_OF_FOUR if self._is_sparse else None, rounds_inputs=True)
 
     @property
     def pattern(self) -> Pattern:
@@ -155,7 +159,7 @@ class Float8DynamicActivationFloat8SemiSparseWeightConfig:
     """
 
     layout: object = CutlassSemiSparseLayout()
-    format: ClassVar[Format] = Format("semi24_fp8_dynamic")
+    format: ClassVar[Format] = Quantised(Fp8(), TWO_OF_FOUR, rounds_inputs=True)
     pattern: ClassVar[Pattern] = TWO_OF_FOUR
 
     def __post_init__(self) -> None:
@@ -170,7 +174,7 @@ class Float8DynamicActivationFloat8SemiSparseWeightConfig:
 class Float8DynamicActivationFloat8WeightConfig:
     """Weights and inputs rounded to float8, a scale for each output and token: `fp8_dynamic`."""
 
-    format: ClassVar[Format] = Format("fp8_dynamic")
+    format: ClassVar[Format] = Quantised(Fp8(), rounds_inputs=True)
     pattern: ClassVar[Pattern] = ANY
 
 

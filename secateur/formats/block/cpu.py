@@ -33,27 +33,28 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from secateur.formats.block.packed import PackedBlock, block_rows
+from secateur.formats.compressed_rows import rows_of
+from secateur.formats.contract import Packed
 
 RUN_BYTES = 2 * 2**20  # gathered columns of one run; 1-4 MiB measure alike, 8 MiB and more lose
 FEW_TOKENS = 12  # x on the left up to here; measured crossover between 8 and 16
 NATIVE = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}  # measured with both
 
 
-def why_not(packed: PackedBlock, tokens: int) -> str | None:
+def why_not(packed: Packed, tokens: int) -> str | None:
     """None on a CPU, else the device that it does not serve."""
-    device = packed.values.device.type
+    device = packed.device.type
     return None if device == "cpu" else f"block cpu needs a weight on the CPU, got {device}"
 
 
-def arrange(packed: PackedBlock) -> tuple[Int32[Tensor, " blocks"]]:
+def arrange(packed: Packed) -> tuple[Int32[Tensor, " blocks"]]:
     """The row of blocks of each stored block: `crow_indices` spelt out once, not per call."""
-    return (block_rows(packed),)
+    return (rows_of(packed["crow_indices"], len(packed["values"])),)
 
 
 def linear(
     x: Float[Tensor, "tokens in"],
-    packed: PackedBlock,
+    packed: Packed,
     bias: Float[Tensor, " out"] | None,
     rows_of_blocks: Int32[Tensor, " blocks"],
 ) -> Float[Tensor, "tokens out"]:
@@ -61,7 +62,8 @@ def linear(
 
     Cost: density x dense operations; beside x and y, three times `RUN_BYTES`.
     """
-    tokens, (rows, cols) = x.shape[0], packed.block
+    blocks = packed["values"]
+    tokens, (_, rows, cols) = x.shape[0], blocks.shape
     few = tokens <= FEW_TOKENS
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sums
     narrow = x.dtype if _multiplies(x.dtype) else wide  # of the products
@@ -71,8 +73,8 @@ def linear(
     largest = max(tokens * cols, tokens * rows, rows * cols if narrow != x.dtype else 0)
     run = max(1, RUN_BYTES // (largest * wide.itemsize))
     for values, column, row in zip(
-        packed.values.split(run),
-        packed.col_indices.split(run),
+        blocks.split(run),
+        packed["col_indices"].split(run),
         rows_of_blocks.split(run),
         strict=True,
     ):
@@ -90,7 +92,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def _start(
-    packed: PackedBlock,
+    packed: Packed,
     bias: Float[Tensor, " out"] | None,
     dtype: torch.dtype,
     tokens: int,
@@ -99,11 +101,11 @@ def _start(
     """The sums before the first block: the bias or zeros, as [row of blocks, tokens, rows] or
     [row of blocks, rows, tokens].
     """
-    rows = packed.block[0]
+    rows = packed["values"].shape[1]
     row_blocks = packed.shape[0] // rows
     shape = (row_blocks, tokens, rows) if few else (row_blocks, rows, tokens)
     if bias is None:
-        return torch.zeros(shape, dtype=dtype, device=packed.values.device)
+        return torch.zeros(shape, dtype=dtype, device=packed.device)
     start = bias.to(dtype).view(row_blocks, rows).unsqueeze(1 if few else 2)
     # a copy even where the bias is already of this shape and dtype: the sums are added to in place
     return start.expand(shape).clone(memory_format=torch.contiguous_format)

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.formats.csr.packed import PackedCsr
+from secateur.formats.contract import Packed
 
 
-def why_not(packed: PackedCsr, tokens: int) -> str | None:
+def why_not(packed: Packed, tokens: int) -> str | None:
     """None for float32 and float64 on a CPU, else the reason."""
-    device, dtype = packed.values.device.type, packed.values.dtype
+    device, dtype = packed.device.type, packed.dtype
     if device != "cpu":
         return f"csr torch_csr needs a weight on the CPU, got {device}"
     if dtype not in (torch.float32, torch.float64):
@@ -30,7 +30,7 @@ def why_not(packed: PackedCsr, tokens: int) -> str | None:
     return None
 
 
-def arrange(packed: PackedCsr) -> tuple[Tensor, ...]:
+def arrange(packed: Packed) -> tuple[Tensor, ...]:
     """No tensors; draws torch's once-per-process notices about CSR tensors before any forward.
 
     They say that CSR is in beta and, in torch 2.11, that its checks are off, to those who chose
@@ -43,7 +43,7 @@ def arrange(packed: PackedCsr) -> tuple[Tensor, ...]:
 
 
 def linear(
-    x: Float[Tensor, "tokens in"], packed: PackedCsr, bias: Float[Tensor, " out"] | None
+    x: Float[Tensor, "tokens in"], packed: Packed, bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "tokens out"]:
     """`(weight @ x.T).T + bias`.
 
@@ -53,11 +53,11 @@ def linear(
     return product if bias is None else product + bias
 
 
-def _as_torch(packed: PackedCsr) -> Tensor:
+def _as_torch(packed: Packed) -> Tensor:
     return torch.sparse_csr_tensor(
-        packed.crow_indices,
-        packed.col_indices,
-        packed.values,
+        packed["crow_indices"],
+        packed["col_indices"],
+        packed["values"],
         size=packed.shape,
         check_invariants=False,  # checked when packed or loaded; here it would cost every call
     )

@@ -1,43 +1,101 @@
 """2:4 weights: at most two nonzeros in every four consecutive inputs, half the values stored."""
 
-from secateur.formats.contract import Implementation
-from secateur.formats.op import register
-from secateur.formats.semi24 import cusparselt, decode, dense, reference
-from secateur.formats.semi24.packed import (
-    PackedSemi24,
-    broken,
-    density,
-    empty,
-    pack,
-    unpack,
-    why_not,
-)
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-# In order of preference where nothing was measured. Above 64 tokens that is cuSPARSELt: on an H200
-# dense was the faster one of most shapes at 256 tokens, but not at 1024, and holds more bytes.
-IMPLEMENTATIONS = (
-    Implementation("decode", decode.linear, decode.why_not, ("units",), decode.arranged),
-    Implementation(
-        "cusparselt", cusparselt.linear, cusparselt.why_not, ("blob",), cusparselt.arranged
-    ),
-    Implementation("dense", dense.linear, dense.why_not, ("weight",), dense.arranged),
-    Implementation("reference", reference.linear, reference.why_not),
-)
-LINEAR, UNPACK = register("semi24", PackedSemi24, ("values", "metadata"), unpack, IMPLEMENTATIONS)
-packed_type = PackedSemi24
-dequantised = None  # packing is exact
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-__all__ = [
-    "IMPLEMENTATIONS",
-    "LINEAR",
-    "UNPACK",
-    "PackedSemi24",
-    "broken",
-    "density",
-    "dequantised",
-    "empty",
-    "pack",
-    "packed_type",
-    "unpack",
-    "why_not",
-]
+from secateur.formats import two_of_four
+from secateur.formats.contract import (
+    Implementation,
+    Packed,
+    check_dense,
+    shape_of,
+    why_no_weight,
+)
+from secateur.formats.reference import REFERENCE
+from secateur.formats.semi24 import cusparselt, decode, dense
+
+
+@dataclass(frozen=True)
+class Semi24:
+    """Two values for every four consecutive inputs, and the columns they come from.
+
+    | tensor | type | shape |
+    |---|---|---|
+    | `values` | the weight's | `[out, in / 2]` |
+    | `metadata` | uint8 | `[out, ceil(in / 8)]` |
+
+    The metadata is described in `secateur.formats.two_of_four`.
+    """
+
+    name = "semi24"
+    tensors = ("values", "metadata")
+    # In order of preference where nothing was measured. Above 64 tokens that is cuSPARSELt: on an
+    # H200 dense was the faster one of most shapes at 256 tokens, but not at 1024, and holds more.
+    implementations = (
+        Implementation("decode", decode.linear, decode.why_not, ("units",), decode.arrange),
+        Implementation(
+            "cusparselt", cusparselt.linear, cusparselt.why_not, ("blob",), cusparselt.arrange
+        ),
+        Implementation("dense", dense.linear, dense.why_not, ("weight",), dense.arrange),
+        REFERENCE,
+    )
+    is_exact = True
+    prune_to = "2:4"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Semi24":
+        """Itself: its name has no options."""
+        return self
+
+    def why_not(self, weight: Tensor) -> str | None:
+        """None if the weight is at most 2:4, else where it is not."""
+        return why_no_weight(weight, self) or two_of_four.why_not(weight, self.name)
+
+    def density(self, weight: Float[Tensor, "out in"]) -> float:
+        """The fraction of the weight that `pack` stores values for: always half."""
+        return 0.5
+
+    def pack(self, weight: Tensor) -> Packed:
+        """The 2:4 weight as its kept values and their 2-bit positions; unpacking gives `weight`.
+
+        A group with fewer than two nonzeros stores explicit zeros, so any weight that is *at most*
+        2:4 packs. Nonzeros come back bit for bit; -0.0 counts as zero and comes back as +0.0.
+
+        Cost: 0.5625 of the bytes of a 16-bit dense weight.   (8 values + 8 x 2 bits for 16 weights)
+        Raises: ValueError if a group of four has more than two nonzeros, if in_features is not a
+            multiple of 4, or if a weight is not finite.
+        Source: PTX ISA, sparse `mma.sp` operand A; layout is ours, arranged per kernel on load.
+        """
+        check_dense(weight)
+        nibbles = two_of_four.nibbles_of(weight)
+        kept = two_of_four.gather(weight, nibbles)
+        metadata = two_of_four.pack_nibbles(nibbles)
+        tensors = {"values": kept.masked_fill(kept == 0, 0.0), "metadata": metadata}
+        return Packed(self, shape_of(weight), tensors)
+
+    def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
+        """The dense weight.
+
+        Cost: one dense weight, and eight bytes per kept value while it runs.
+        """
+        nibbles = two_of_four.unpack_nibbles(packed["metadata"], packed.shape[1] // 4)
+        return two_of_four.scatter(packed["values"], nibbles)
+
+    def empty(self, shape: tuple[int, int], stored: int, dtype: torch.dtype) -> Packed:
+        """Zeros of the right sizes, for a loader to fill.
+
+        Raises: ValueError if the description is of another shape.
+        """
+        metadata = two_of_four.empty_metadata(shape, stored, self.name)
+        values = torch.zeros(shape[0], shape[1] // 2, dtype=dtype, device="cpu")
+        return Packed(self, shape, {"values": values, "metadata": metadata})
+
+    def why_broken(self, packed: Packed) -> str | None:
+        """None if every group names two ascending columns, else the first that does not."""
+        return two_of_four.why_broken(packed["metadata"], packed.shape[1] // 4)

@@ -3,29 +3,29 @@
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from secateur.formats.contract import Packed
 from secateur.formats.kernels import cusparselt, cusparselt_settings
-from secateur.formats.semi24.packed import PackedSemi24, unpack
 
 
-def why_not(packed: PackedSemi24, tokens: int) -> str | None:
+def why_not(packed: Packed, tokens: int) -> str | None:
     """None if the library can run this layer here, else the reason. Any number of tokens will do:
     where another implementation is faster is for measurements to say.
     """
-    return cusparselt.why_not(packed.shape, packed.dtype, packed.values.device)
+    return cusparselt.why_not(packed.shape, packed.dtype, packed.device)
 
 
-def arranged(packed: PackedSemi24) -> tuple[Shaped[Tensor, "..."]]:
+def arrange(packed: Packed) -> tuple[Shaped[Tensor, "..."]]:
     """The weight as the library reads it; opaque, so it is made on load and never saved.
 
     Cost: 0.5625 of the dense weight's bytes, beside as many that are stored; for a moment the
         dense weight, too.
     """
-    return (cusparselt.compress(unpack(packed)),)
+    return (cusparselt.compress(packed.dense()),)
 
 
 def linear(
     x: Float[Tensor, "tokens in"],
-    packed: PackedSemi24,
+    packed: Packed,
     bias: Float[Tensor, " out"] | None,
     blob: Shaped[Tensor, "..."],
 ) -> Float[Tensor, "tokens out"]:

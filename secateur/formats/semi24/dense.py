@@ -5,13 +5,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
+from secateur.formats.contract import Packed
 from secateur.formats.kernels.gpu import why_no_gpu
-from secateur.formats.semi24.packed import PackedSemi24, unpack
 
 
-def why_not(packed: PackedSemi24, tokens: int) -> str | None:
+def why_not(packed: Packed, tokens: int) -> str | None:
     """None on a GPU in 16 bits, where sparse implementations take the other numbers of tokens."""
-    device, dtype = packed.values.device, packed.dtype
+    device, dtype = packed.device, packed.dtype
     if (problem := why_no_gpu(device)) is not None:
         return problem
     if dtype not in (torch.bfloat16, torch.float16):
@@ -22,18 +22,18 @@ def why_not(packed: PackedSemi24, tokens: int) -> str | None:
     return None
 
 
-def arranged(packed: PackedSemi24) -> tuple[Float[Tensor, "out in"]]:
+def arrange(packed: Packed) -> tuple[Float[Tensor, "out in"]]:
     """The dense weight, made on load and never saved.
 
     Cost: all of the dense weight's bytes, beside the 0.5625 that are stored: a layer that runs this
         takes more memory than one that was never packed.
     """
-    return (unpack(packed),)
+    return (packed.dense(),)
 
 
 def linear(
     x: Float[Tensor, "tokens in"],
-    packed: PackedSemi24,
+    packed: Packed,
     bias: Float[Tensor, " out"] | None,
     weight: Float[Tensor, "out in"],
 ) -> Float[Tensor, "tokens out"]:

@@ -110,7 +110,7 @@ def test_an_inference_block_packs_every_layer(index: int) -> None:
         exec(migrated(blocks()[index]), {"model": model})
     assert isinstance(model.up, sc.SparseLinear) and isinstance(model.down, sc.SparseLinear)
     assert {str(model.up.format), str(model.down.format)} == {FORMATS[index]}
-    weight = model.up.packed.values
+    weight = model.up.packed["values"]
     x = torch.randn(4, 256, device=weight.device)
     dense = dense.to(weight.device)
     if index == 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur.formats.kernels.decode24.arrange import Kind, arrange, unit_bytes
-from secateur.formats.semi24 import pack
+from secateur.formats.semi24 import Semi24
 
 # What a 16-bit float read from a register has to be multiplied by: see `expand` in kernel.cu.
 RESTORE = {
@@ -102,14 +102,14 @@ def test_lanes_read_the_weight(kind: Kind, dtype: torch.dtype, columns: int) -> 
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(32, columns, generator=generator)
     order = torch.rand(32, columns // 4, 4, generator=generator).argsort(-1)
-    packed = pack((weight * (order < 2).flatten(1)).to(dtype))
-    codes, numbers = codes_of(kind, packed.values, dtype)
+    packed = Semi24().pack((weight * (order < 2).flatten(1)).to(dtype))
+    codes, numbers = codes_of(kind, packed["values"], dtype)
     expected = torch.zeros(32, columns // 4, 4, dtype=torch.float64)
-    nibbles = torch.stack((packed.metadata & 15, packed.metadata >> 4), 2).flatten(1)
+    nibbles = torch.stack((packed["metadata"] & 15, packed["metadata"] >> 4), 2).flatten(1)
     places = torch.stack((nibbles & 3, nibbles >> 2), 2).long()
     expected.scatter_(2, places, numbers.unflatten(1, (-1, 2)))
 
-    units = arrange(kind, codes, packed.metadata, None, dtype)
+    units = arrange(kind, codes, packed["metadata"], None, dtype)
     assert units.shape == (2, 2, unit_bytes(kind, False))
     dense = read_back(units, kind, dtype)
     assert torch.equal(dense[:, :columns], expected.flatten(1))

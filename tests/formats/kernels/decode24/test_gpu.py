@@ -95,7 +95,7 @@ def held_to_float64(layer: SparseLinear, x: Tensor) -> None:
     bias = 0 if layer.bias is None else layer.bias.double()
     exact = x.double() @ weight.T + bias
     packed = layer.packed
-    reference = next(e for e in layer.format.folder.IMPLEMENTATIONS if e.name == "reference")
+    reference = next(e for e in layer.format.implementations if e.name == "reference")
     theirs = (reference.linear(x, packed, layer.bias).double() - exact).abs().max()
     magnitude = (x.double().abs() @ weight.abs().T).max()
     rounding = torch.finfo(x.dtype).eps * exact.abs().max() + 2.0**-23 * magnitude

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.formats import semi24
 from secateur.formats.kernels.decode24 import tune as module
 from secateur.formats.kernels.decode24.arrange import Kind
 from secateur.formats.kernels.decode24.config import Case, Config
@@ -27,6 +26,7 @@ from secateur.formats.kernels.decode24.tune import (
     problem,
     tune,
 )
+from secateur.formats.semi24 import Semi24
 from tests.formats.kernels.decode24.test_arrange import read_back
 
 CPU = torch.device("cpu")
@@ -92,9 +92,9 @@ def test_the_exact_result_of_groups_with_scales() -> None:
 def test_the_exact_result_is_that_of_the_format() -> None:
     made = problem(SMALL, CPU, 1)
     weight = read_back(made.weights[0], Kind.W16, torch.bfloat16).to(torch.bfloat16)
-    packed = semi24.pack(weight)
+    packed = Semi24().pack(weight)
     assert int(weight.count_nonzero()) == weight.numel() // 2
-    expected = made.x.double() @ semi24.unpack(packed).double().T
+    expected = made.x.double() @ packed.dense().double().T
     assert torch.allclose(made.exact, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.formats import parse_format, semi24_fp8, semi24_int8
+from secateur.formats import parse_format
 from secateur.formats.kernels.prefill24.arrange import COLUMNS, ROWS, TILE_BYTES, arrange
+from secateur.formats.quantised.codes import codes_of
+from secateur.patterns import Fp8, Int8
 from tests.formats.weights import fitting_weight
 
-FORMATS = {"semi24_int8_dynamic": semi24_int8, "semi24_fp8_dynamic": semi24_fp8}
+FORMATS = {"semi24_int8_dynamic": Int8(), "semi24_fp8_dynamic": Fp8()}
 SHAPES = ((16, 16), (128, 128), (144, 240), (272, 128), (128, 272), (400, 1296))
 
 
@@ -45,11 +47,11 @@ def test_lanes_read_the_weight(format: str, shape: tuple[int, int]) -> None:
     """Beyond its rows and columns they read zeros."""
     rows, columns = shape
     packed = parse_format(format).pack(fitting_weight(format, rows, columns, torch.bfloat16))
-    entries = parse_format(format).folder.IMPLEMENTATIONS
+    entries = parse_format(format).implementations
     (tiles,) = next(entry for entry in entries if entry.name == "prefill").arrange(packed)
     assert tiles.shape == (-(-rows // ROWS), -(-columns // COLUMNS), TILE_BYTES)
     assert tiles.dtype == torch.uint8 and tiles.is_contiguous()
-    expected = FORMATS[format].packed.codes_of(packed).view(torch.uint8)
+    expected = codes_of(FORMATS[format], packed).view(torch.uint8)
     assert 2 * int(expected.count_nonzero()) > 0.9 * expected.numel()
     dense = read_back(tiles)
     assert torch.equal(dense[:rows, :columns], expected)

@@ -9,27 +9,38 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.formats import dynamic
-from secateur.formats.fp8_dynamic.packed import PackedFp8Dynamic, codes_of
+from secateur.formats.contract import Implementation, Packed
 from secateur.formats.kernels import quantise
+from secateur.formats.quantised.codes import codes_of
+from secateur.patterns import NM
+from secateur.patterns.grids import Fp8, Grid
 
+GRID = Fp8()
 MULTIPLE = 16  # of both sizes of the weight, as torch demands
 
 
-def why_not(packed: PackedFp8Dynamic, tokens: int) -> str | None:
+def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Implementation | None:
+    """For 8-bit floats without zeros that are left out, inputs rounded to the same."""
+    if pattern is not None or grid != GRID or not rounds_inputs:
+        return None
+    return Implementation("torch", linear, why_not)
+
+
+def why_not(packed: Packed, tokens: int) -> str | None:
     """None if torch's scaled product can run this layer here, else the reason."""
     out, width = packed.shape
     if out % MULTIPLE or width % MULTIPLE or not out or not width:
         return (
-            f"fp8_dynamic torch needs out_features and in_features that are multiples of "
+            f"{packed.format} torch needs out_features and in_features that are multiples of "
             f"{MULTIPLE}, got {out} x {width}: pad the layer with zeros"
         )
     if packed.dtype != torch.bfloat16:
-        return f"fp8_dynamic torch needs bfloat16, got {packed.dtype}: cast the layer"
-    return dynamic.why_not(torch.float8_e4m3fn, packed.values.device)
+        return f"{packed.format} torch needs bfloat16, got {packed.dtype}: cast the layer"
+    return dynamic.why_not(torch.float8_e4m3fn, packed.device)
 
 
 def linear(
-    x: Float[Tensor, "tokens in"], packed: PackedFp8Dynamic, bias: Float[Tensor, " out"] | None
+    x: Float[Tensor, "tokens in"], packed: Packed, bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "tokens out"]:
     """`(q @ codes.T) * token scales * scales + bias`.
 
@@ -39,9 +50,9 @@ def linear(
     tokens, token_scales = quantise.quantise(x, torch.float8_e4m3fn, len(x))
     result: Tensor = torch._scaled_mm(
         tokens,
-        codes_of(packed).t(),
+        codes_of(GRID, packed).t(),
         scale_a=token_scales[:, None],
-        scale_b=packed.scales.float().t(),
+        scale_b=packed["scales"].float().t(),
         bias=bias,
         out_dtype=x.dtype,
         use_fast_accum=True,

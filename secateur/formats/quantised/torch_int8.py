@@ -9,31 +9,42 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.formats import dynamic
-from secateur.formats.int8_dynamic.packed import PackedInt8Dynamic, codes_of
+from secateur.formats.contract import Implementation, Packed
 from secateur.formats.kernels import quantise
+from secateur.formats.quantised.codes import codes_of
+from secateur.patterns import NM
+from secateur.patterns.grids import Grid, Int8
 
+GRID = Int8()
 MULTIPLE = 8  # of both sizes of the weight, as torch demands; tokens are padded to it
 LEAST_ROWS = 24  # torch demands more than 16, and 24 is the next multiple
 
 
-def why_not(packed: PackedInt8Dynamic, tokens: int) -> str | None:
+def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Implementation | None:
+    """For 8-bit integers without zeros that are left out, inputs rounded to the same."""
+    if pattern is not None or grid != GRID or not rounds_inputs:
+        return None
+    return Implementation("torch", linear, why_not)
+
+
+def why_not(packed: Packed, tokens: int) -> str | None:
     """None if torch's integer product can run this layer here, else the reason."""
     out, width = packed.shape
     if out % MULTIPLE or width % MULTIPLE or not out or not width:
         return (
-            f"int8_dynamic torch needs out_features and in_features that are multiples of "
+            f"{packed.format} torch needs out_features and in_features that are multiples of "
             f"{MULTIPLE}, got {out} x {width}: pad the layer with zeros"
         )
     if packed.dtype == torch.float64:
-        return "int8_dynamic torch needs at most float32, got torch.float64: cast the layer"
-    return dynamic.why_not(torch.int8, packed.values.device)
+        return f"{packed.format} torch needs at most float32, got torch.float64: cast the layer"
+    return dynamic.why_not(torch.int8, packed.device)
 
 
 def linear(
-    x: Float[Tensor, "tokens in"], packed: PackedInt8Dynamic, bias: Float[Tensor, " out"] | None
+    x: Float[Tensor, "tokens in"], packed: Packed, bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "tokens out"]:
     """The definition's result: sums are exact integers, scaled in float32 and rounded once."""
     rows = max(LEAST_ROWS, -(-len(x) // MULTIPLE) * MULTIPLE)
     tokens, token_scales = quantise.quantise(x, torch.int8, rows)
-    sums = torch._int_mm(tokens, codes_of(packed).t())
-    return quantise.scale_bias(sums, token_scales, packed.scales[:, 0], bias, x.dtype)
+    sums = torch._int_mm(tokens, codes_of(GRID, packed).t())
+    return quantise.scale_bias(sums, token_scales, packed["scales"][:, 0], bias, x.dtype)

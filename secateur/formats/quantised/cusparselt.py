@@ -9,18 +9,28 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from secateur.formats import dynamic
+from secateur.formats.contract import Implementation, Packed
 from secateur.formats.kernels import cusparselt, cusparselt_settings, quantise
-from secateur.formats.semi24_int8.packed import codes_of
-from secateur.formats.semi24_int8_dynamic.packed import PackedSemi24Int8Dynamic
+from secateur.formats.quantised.codes import codes_of
+from secateur.patterns import NM
+from secateur.patterns.grids import Grid, Int8
 
 # A power of two not below the largest code: products of codes and row scales, divided by it, are
 # y / max |x|, which fits float16 where x and y do, with room for sums.
 HEADROOM = 128.0
+GRID = Int8()
 
 
-def why_not(packed: PackedSemi24Int8Dynamic, tokens: int) -> str | None:
+def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Implementation | None:
+    """For 2:4 weights of 8-bit integers, inputs rounded to the same."""
+    if pattern is None or grid != GRID or not rounds_inputs:
+        return None
+    return Implementation("cusparselt", linear, why_not, ("blob", "alpha"), arrange)
+
+
+def why_not(packed: Packed, tokens: int) -> str | None:
     """None if the library can run this layer here, else the reason."""
-    device = packed.values.device
+    device = packed.device
     problem = cusparselt.why_not(packed.shape, torch.int8, device)
     if problem is None and packed.dtype not in (torch.bfloat16, torch.float16):
         problem = (
@@ -29,22 +39,20 @@ def why_not(packed: PackedSemi24Int8Dynamic, tokens: int) -> str | None:
     return problem or dynamic.why_not(torch.int8, device)
 
 
-def arranged(
-    packed: PackedSemi24Int8Dynamic,
-) -> tuple[UInt8[Tensor, "..."], UInt8[Tensor, " bytes"]]:
+def arrange(packed: Packed) -> tuple[UInt8[Tensor, "..."], UInt8[Tensor, " bytes"]]:
     """The codes and the scales as the library reads them; made on load and never saved.
 
     The scales are bytes, since casting a module casts every floating buffer.
 
     Cost: 0.625 bytes a weight, and for a moment one byte a weight.
     """
-    alpha = packed.scales[:, 0].float() / HEADROOM
-    return cusparselt.compress(codes_of(packed)).view(torch.uint8), alpha.view(torch.uint8)
+    alpha = packed["scales"][:, 0].float() / HEADROOM
+    return cusparselt.compress(codes_of(GRID, packed)).view(torch.uint8), alpha.view(torch.uint8)
 
 
 def linear(
     x: Float[Tensor, "tokens in"],
-    packed: PackedSemi24Int8Dynamic,
+    packed: Packed,
     bias: Float[Tensor, " out"] | None,
     blob: UInt8[Tensor, "..."],
     alpha: UInt8[Tensor, " bytes"],
@@ -63,7 +71,7 @@ def linear(
     """
     step = cusparselt.STEPS[torch.int8]
     tokens, token_scales = quantise.quantise(x, torch.int8, -(-len(x) // step) * step)
-    row_scales, weight, out = alpha.view(torch.float32), blob.view(torch.int8), len(packed.scales)
+    row_scales, weight, out = alpha.view(torch.float32), blob.view(torch.int8), packed.shape[0]
 
     product = cusparselt_settings.product(weight, tokens, out, None, row_scales, x.dtype)
     return quantise.scale_bias(product, token_scales, None, bias, x.dtype, HEADROOM)

@@ -1,0 +1,112 @@
+"""Unstructured weights as nonzeros and a bitmask: the smallest form below about 90 % zeros."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from secateur.formats.contract import Packed, check_dense, shape_of, why_no_weight
+from secateur.formats.reference import REFERENCE
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """The nonzeros in row order, and a bit for every weight.
+
+    | tensor | type | shape |
+    |---|---|---|
+    | `values` | the weight's | `[nonzeros]` |
+    | `bitmask` | uint8 | `[out, ceil(in / 8)]` |
+
+    Bit `b` of byte `j` of a row of `bitmask` is column `8j + b`; 1 = keep. A row starts on a byte
+    of its own, and the unused bits of its last byte are zero.
+    """
+
+    name = "bitmap"
+    tensors = ("values", "bitmask")
+    implementations = (REFERENCE,)
+    is_exact = True
+    prune_to = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Bitmap":
+        """Itself: its name has no options."""
+        return self
+
+    def why_not(self, weight: Tensor) -> str | None:
+        """None if the packed weight is smaller than the dense one, else by how much it is not."""
+        if (problem := why_no_weight(weight, self)) is not None:
+            return problem
+        mask_bytes = weight.shape[0] * ((weight.shape[1] + 7) // 8)
+        ratio = self.density(weight) + mask_bytes / max(1, weight.nbytes)
+        if ratio >= 1:
+            return f"bitmap would store {ratio:.2f}x the bytes of the dense weight: nothing to gain"
+        return None
+
+    def density(self, weight: Float[Tensor, "out in"]) -> float:
+        """The fraction of the weight that `pack` stores values for."""
+        return int(weight.count_nonzero()) / max(1, weight.numel())
+
+    def pack(self, weight: Tensor) -> Packed:
+        """The nonzeros and their bitmask; unpacking gives `weight`, any pattern, any sparsity.
+
+        Nonzeros come back bit for bit; -0.0 counts as zero and comes back as +0.0.
+
+        Cost: density x dense bytes, + 1 bit a weight: 0.5625 of a 16-bit weight that is half zeros.
+        Raises: ValueError if a weight is not finite.
+        """
+        check_dense(weight)
+        keep = weight != 0
+        return Packed(self, shape_of(weight), {"values": weight[keep], "bitmask": _pack_bits(keep)})
+
+    def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
+        """The dense weight.
+
+        Cost: one dense weight, and nine bytes a weight while the bits are spread out.
+        """
+        dense = packed["values"].new_zeros(packed.shape)
+        return dense.masked_scatter_(_unpack_bits(packed), packed["values"])
+
+    def empty(self, shape: tuple[int, int], stored: int, dtype: torch.dtype) -> Packed:
+        """Zeros of the right sizes, for a loader to fill.
+
+        Raises: ValueError if more is stored than there are weights.
+        """
+        if stored > shape[0] * shape[1]:
+            raise ValueError(
+                f"bitmap needs at most {shape[0] * shape[1]} values, got {stored}: "
+                "the description is damaged, save the model again"
+            )
+        bitmask = torch.zeros(shape[0], (shape[1] + 7) // 8, dtype=torch.uint8, device="cpu")
+        values = torch.zeros(stored, dtype=dtype, device="cpu")
+        return Packed(self, shape, {"values": values, "bitmask": bitmask})
+
+    def why_broken(self, packed: Packed) -> str | None:
+        """None if there is a value for every bit, and no bit for no weight, else what is wrong."""
+        used = packed.shape[1] % 8
+        if used and bool((packed["bitmask"][:, -1] >> used).any()):
+            return f"bitmask keeps columns from {packed.shape[1]} on, which the weight lacks"
+        bits, stored = int(_unpack_bits(packed).sum()), len(packed["values"])
+        if bits != stored:
+            return f"bitmask keeps {bits} weights, but {stored} values are stored"
+        return None
+
+
+def _pack_bits(keep: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
+    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8))
+    bits: Tensor = padded.unflatten(1, (-1, 8)) << _shifts(keep)
+    return bits.sum(2, dtype=torch.uint8)
+
+
+def _unpack_bits(packed: Packed) -> Bool[Tensor, "out in"]:
+    bits: Tensor = (packed["bitmask"].unsqueeze(2) >> _shifts(packed["bitmask"])) & 1
+    keep: Tensor = bits.flatten(1)[:, : packed.shape[1]].bool()
+    return keep
+
+
+def _shifts(like: Tensor) -> UInt8[Tensor, " 8"]:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)

@@ -1,0 +1,208 @@
+"""Weights rounded to a grid: all of them, or the kept ones of 2:4; inputs are rounded if asked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.formats import two_of_four
+from secateur.formats.contract import (
+    Implementation,
+    Packed,
+    check_dense,
+    shape_of,
+    why_no_weight,
+)
+from secateur.formats.quantised import (
+    codes,
+    cusparselt,
+    decode,
+    prefill,
+    reference,
+    torch_fp8,
+    torch_int8,
+)
+from secateur.patterns import NM
+from secateur.patterns.grids import Fp8, Grid, Int4, Int8
+
+QUANTISABLE = (torch.float32, torch.bfloat16, torch.float16)
+TWO_OF_FOUR = NM(2, 4)
+GROUP_SIZE = 128  # inputs, kept or not, that share a scale, where a row has several
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The weight rounded to `grid`, and the codes that its pattern keeps: all, or 2:4.
+
+    | tensor | type | shape |
+    |---|---|---|
+    | `values` | codes, see `codes.py` | `[out, kept codes]`, of 4 bits half as many bytes |
+    | `metadata` | uint8, see `two_of_four.py` | `[out, ceil(in / 8)]`, of a 2:4 weight alone |
+    | `scales` | the weight's | `[out, 1]`, or `[out, ceil(in / 128)]` for groups |
+
+    With `rounds_inputs` the linear rounds each token to 8-bit codes, too, with a scale of its own
+    (`dynamic.py`), and multiplies codes.
+
+    Raises: ValueError for another pattern than 2:4, another group_size than 128 or None, and groups
+        where inputs are rounded.
+    """
+
+    grid: Grid
+    pattern: NM | None = None
+    rounds_inputs: bool = False
+    implementations: tuple[Implementation, ...] = field(init=False, repr=False, compare=False)
+
+    is_exact = False
+    prune_to = ""
+
+    def __post_init__(self) -> None:
+        if self.pattern not in (None, TWO_OF_FOUR):
+            raise ValueError(
+                f"a quantised format stores every weight or 2:4, got {self.pattern}: "
+                "pass pattern=None or NM(2, 4)"
+            )
+        if self.grid.group_size not in (None, GROUP_SIZE):
+            raise ValueError(
+                f"{self.name} needs a group_size of {GROUP_SIZE}, or None for one scale per "
+                f"output, got {self.grid.group_size}: pass a grid with one of them"
+            )
+        if self.rounds_inputs and self.grid.group_size is not None:
+            raise ValueError(
+                f"{self.name} needs one scale per output, got one for every "
+                f"{self.grid.group_size} inputs: pass a grid with group_size=None"
+            )
+        able = (
+            file.implementation(self.grid, self.pattern, self.rounds_inputs)
+            for file in (decode, prefill, cusparselt, torch_int8, torch_fp8, reference)
+        )
+        object.__setattr__(self, "implementations", tuple(filter(None, able)))
+
+    @property
+    def name(self) -> str:
+        """`semi24_int8_dynamic`, for example."""
+        positions = "" if self.pattern is None else "semi24_"
+        return f"{positions}{self.grid.name}{'_dynamic' if self.rounds_inputs else ''}"
+
+    def __str__(self) -> str:
+        has_one_scale = self.grid.bits < 8 and self.grid.group_size is None
+        return f"{self.name}:channel" if has_one_scale else self.name
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of what is stored."""
+        return ("values", "scales") if self.pattern is None else ("values", "metadata", "scales")
+
+    def why_not(self, weight: Tensor) -> str | None:
+        """None if the weight is no float64 and fits the pattern, else what it is."""
+        problem = why_no_weight(weight, self) or self._why_not_quantisable(weight)
+        if problem is None and self.pattern is not None:
+            return two_of_four.why_not(weight, self.name)
+        return problem
+
+    def density(self, weight: Float[Tensor, "out in"]) -> float:
+        """The fraction of the weight that `pack` stores codes for: always half for 2:4."""
+        return 1.0 if self.pattern is None else 0.5
+
+    def pack(self, weight: Tensor) -> Packed:
+        """The weight rounded to the grid: lossy, unless it lies on that grid already.
+
+        The scales are those that lose least, see `Grid.scales`. A weight that has been unpacked, or
+        reconstructed with the same `grid`, lies on the grid and comes back bit for bit. (Not
+        promised where its scale or a product underflows the dtype.)
+
+        Cost: a code for each weight, or half as many and 0.125 bytes a weight for 2:4, and the
+            scales. In parts of a 16-bit weight: 0.5 for 8-bit codes, 0.3125 in 2:4; 0.195 for 4-bit
+            codes in 2:4 with groups of 128. (8 codes x 4 bits + 8 x 2 bits for 16 weights, 16 bits
+            for 128)
+        Raises: ValueError if a weight is not finite, for a float64 weight, and for 2:4 if a group
+            of four has more than two nonzeros or in_features is not a multiple of 4.
+        """
+        check_dense(weight)
+        if (problem := self._why_not_quantisable(weight)) is not None:
+            raise ValueError(f"pack {problem}")
+        nibbles = None if self.pattern is None else two_of_four.nibbles_of(weight)
+        scales = self.grid.scales(weight)
+        kept, metadata = self.grid.codes(weight, scales), dict[str, Tensor]()
+        if nibbles is not None:
+            bits = two_of_four.gather(kept.view(torch.uint8), nibbles)
+            kept, metadata = bits.view(kept.dtype), {"metadata": two_of_four.pack_nibbles(nibbles)}
+        values = codes.stored(self.grid, kept)
+        return self._packed(shape_of(weight), {"values": values, **metadata, "scales": scales})
+
+    def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
+        """The dense weight as scale x code, in float32: exact for 16-bit scales.
+
+        Cost: one dense weight in float32, and for 2:4 eight bytes per kept code while it runs.
+        """
+        return self.grid.dequantised(codes.codes_of(self.grid, packed), packed["scales"])
+
+    def empty(self, shape: tuple[int, int], stored: int, dtype: torch.dtype) -> Packed:
+        """Zeros of the right sizes, for a loader to fill.
+
+        Raises: ValueError if the description is of another shape.
+        """
+        rows, width = shape
+        groups = 1 if self.grid.group_size is None else -(-width // self.grid.group_size)
+        scales = torch.zeros(rows, groups, dtype=dtype, device="cpu")
+        if self.pattern is not None:
+            metadata = two_of_four.empty_metadata(shape, stored, self.name)
+            values = codes.empty(self.grid, rows, width // 2)
+            tensors = {"values": values, "metadata": metadata, "scales": scales}
+            return self._packed(shape, tensors)
+        if stored != rows:
+            raise ValueError(
+                f"{self.name} needs {rows} rows of codes, got {stored}: "
+                "the description is damaged, save the model again"
+            )
+        values = codes.empty(self.grid, rows, width)
+        return self._packed(shape, {"values": values, "scales": scales})
+
+    def why_broken(self, packed: Packed) -> str | None:
+        """None if positions, codes and scales are such as `pack` makes, else what is wrong."""
+        problem = None
+        if self.pattern is not None:
+            problem = two_of_four.why_broken(packed["metadata"], packed.shape[1] // 4)
+        return problem or codes.why_broken(self.grid, packed)
+
+    def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Quantised":
+        """The format of this name that has these tensors, which tell whether there are groups.
+
+        Where one group holds all inputs, the format with groups has the same tensors and is it.
+        """
+        if self.grid.bits == 8 or self.rounds_inputs:
+            return self
+        has_one_scale = tensors["scales"].shape[1] == 1 and shape[1] > GROUP_SIZE
+        size = None if has_one_scale else GROUP_SIZE
+        return self if size == self.grid.group_size else _with_groups(self, size)
+
+    def _packed(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Packed:
+        return Packed(self.like(shape, tensors), shape, tensors)
+
+    def _why_not_quantisable(self, weight: Tensor) -> str | None:
+        if weight.dtype in QUANTISABLE:
+            return None
+        return (
+            f"into {self.name} needs a float32, bfloat16 or float16 weight, got {weight.dtype}: "
+            "scale x code is computed in float32, cast the layer with .float() first"
+        )
+
+
+@cache  # an operator asks at every call
+def _with_groups(format: Quantised, size: int | None) -> Quantised:
+    return replace(format, grid=replace(format.grid, group_size=size))
+
+
+# Those that have a use, and so a name that can be typed.
+FORMATS = (
+    Quantised(Int4(), TWO_OF_FOUR),
+    Quantised(Int4(None), TWO_OF_FOUR),
+    Quantised(Int8(), TWO_OF_FOUR),
+    Quantised(Fp8(), TWO_OF_FOUR),
+    Quantised(Int8(), TWO_OF_FOUR, rounds_inputs=True),
+    Quantised(Fp8(), TWO_OF_FOUR, rounds_inputs=True),
+    Quantised(Int8(), rounds_inputs=True),
+    Quantised(Fp8(), rounds_inputs=True),
+)
