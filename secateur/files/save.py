@@ -9,7 +9,7 @@ under the stock name they would warn and go on with random ones. `secateur.json`
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -34,7 +34,7 @@ from secateur.files.sidecar import (
     share_of_zeros,
     verify,
 )
-from secateur.formats import SparseLinear, describe, empty_from
+from secateur.formats import Format, SparseLinear, describe, empty_from
 from secateur.formats.pack import swap
 from secateur.integrations.transformers import (
     is_transformers,
@@ -142,12 +142,14 @@ def write_model(
         ).write(partial)
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(
+    folder: str | Path, model: nn.Module | None = None, *, formats: Sequence[Format] = ()
+) -> nn.Module:
     """The model that `save` wrote, all of its files verified by their hashes.
 
     A transformers model is made from the folder alone, in eval mode. Any other needs `model`, an
     instance of the same class and sizes: its weights are replaced, its packed layers exchanged, and
-    it is returned.
+    it is returned. `formats` are those of your own that its layers were packed in.
 
     Cost: reads the files twice. With `model`, up to twice its weights in memory, and a copy of
         them on disk meanwhile.
@@ -156,10 +158,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             weights are not those of `model`. Whatever is raised, `model` is left as it was.
     """
     with all_or_nothing() as undo:
-        return _loaded(Path(folder), model, undo)
+        return _loaded(Path(folder), model, formats, undo)
 
 
-def _loaded(folder: Path, model: nn.Module | None, undo: Undo) -> nn.Module:
+def _loaded(
+    folder: Path, model: nn.Module | None, formats: Sequence[Format], undo: Undo
+) -> nn.Module:
     settle(folder)
     sidecar = read_sidecar(folder)
     verify(folder, sidecar)
@@ -176,7 +180,7 @@ def _loaded(folder: Path, model: nn.Module | None, undo: Undo) -> nn.Module:
     else:
         tensors = _read_shards(folder, sidecar)
     model = unloaded(folder) if model is None else model
-    _replace_weights(adapted(unwrapped(model)), sidecar, tensors, folder, undo)
+    _replace_weights(adapted(unwrapped(model)), sidecar, tensors, folder, formats, undo)
     return model
 
 
@@ -391,7 +395,12 @@ def _read_shards(folder: Path, sidecar: Sidecar) -> dict[str, Tensor]:
 
 
 def _replace_weights(
-    model: nn.Module, sidecar: Sidecar, tensors: dict[str, Tensor], folder: Path, undo: Undo
+    model: nn.Module,
+    sidecar: Sidecar,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    formats: Sequence[Format],
+    undo: Undo,
 ) -> None:
     """Give the model these tensors and packed layers once all are known to fit."""
     for name, other in sidecar.tied.items():
@@ -399,7 +408,7 @@ def _replace_weights(
             if one not in tensors and two in tensors:
                 tensors[one] = tensors[two]
     packed = {
-        name: _packed_layer(model, name, dict(entry), tensors, folder)
+        name: _packed_layer(model, name, dict(entry), tensors, folder, formats)
         for name, entry in sidecar.packed.items()
     }
     prefixes = tuple(f"{name}." for name in packed)
@@ -418,6 +427,7 @@ def _packed_layer(
     description: dict[str, Any],
     tensors: Mapping[str, Tensor],
     folder: Path,
+    formats: Sequence[Format],
 ) -> nn.Module:
     """The packed layer of that name, filled, on the device of the layer that it replaces."""
     layer = dict(model.named_modules()).get(name)
@@ -429,7 +439,7 @@ def _packed_layer(
         )
     own = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
     try:
-        packed = empty_from(description, name)
+        packed = empty_from(description, name, formats)
         packed.load_state_dict(own)
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())
