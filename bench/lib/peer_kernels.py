@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.lib.cold import Candidate, Run, Tuned, product
 from secateur.formats.kernels.cusparselt import Case, Setting, case_of
-from secateur.formats.kernels.cusparselt_search import Found
+from secateur.formats.kernels.cusparselt_search import SearchResult
 from secateur.formats.kernels.cusparselt_settings import search_isolated
 
 CUBLAS = "cublas bf16"
@@ -68,7 +68,7 @@ def cusparselt(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> list[Ca
 
         return run
 
-    found: dict[Case, Found] = {}
+    found: dict[Case, SearchResult] = {}
 
     def tune(runs: Sequence[Run], x: Tensor) -> Tuned:
         case = case_of(x, out, bias)
@@ -89,7 +89,7 @@ def cusparselt(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> list[Ca
     return [shared(CUSPARSELT_SHIPPED), shared(CUSPARSELT, tune=tune)]
 
 
-def described(found: Found) -> str:
+def described(found: SearchResult) -> str:
     """`algorithm 5 split_k 8 mode 1; 1 setting wrong, 9 refused`."""
     best = found.setting
     split = f" split_k {best.split_k} mode {best.split_k_mode}" if best.split_k > 1 else ""

@@ -34,7 +34,7 @@ from bench.lib.configurations import CONFIGURATIONS, EVERYTHING, Configuration, 
 from bench.lib.rows import Row, append
 from secateur.accelerate.candidates import first_line
 from secateur.core.undo import Undo
-from secateur.formats.fuse import join_activations_
+from secateur.formats.fuse import fuse_activations_
 
 FOR_MANY = ("prefill", "cusparselt")  # implementations for many tokens, the preferred first
 # `max-autotune`, whose Triton products are left out: they lost to cuBLAS at each of this encoder's
@@ -123,7 +123,7 @@ def pack(model: nn.Module, configuration: Configuration, tokens: Sequence[int]) 
             layer.use(((able[0], None),))
     if configuration.tried:
         sc.accelerate_(model, tokens, configuration.tried, named(model, EVERYTHING))
-    join_activations_(model, Undo())
+    fuse_activations_(model, Undo())
     if packed_layers(model):
         sc.warmup(model, tokens)
 

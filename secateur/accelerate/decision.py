@@ -8,8 +8,8 @@ from math import prod
 from typing import Literal
 
 from secateur.accelerate.candidates import DENSE, PREPACKED, why_not_each
-from secateur.accelerate.measurements import Found
-from secateur.accelerate.report import Measured, best_dense
+from secateur.accelerate.measurements import Measurement
+from secateur.accelerate.report import LayerTimes, best_dense
 from secateur.formats.contract import Format
 from secateur.formats.linear import PROBED_TOKENS, SparseLinear, Table
 
@@ -25,7 +25,7 @@ class Decision:
 
     format: Format | None
     table: Table
-    measured: tuple[Measured, ...]
+    measured: tuple[LayerTimes, ...]
     reason: str
     cannot: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class _Choice:
 def decide(
     layers: Mapping[Format, SparseLinear],
     tokens: tuple[int, ...],
-    found: Sequence[Found],
+    found: Sequence[Measurement],
     dense_bytes: int,
     policy: Policy,
 ) -> Decision:
@@ -69,19 +69,21 @@ def decide(
     best = max(gaining, key=lambda one: (prod(one.ratios), -one.nbytes), default=None)
     names = [_fastest(one.microseconds) for one in found] if best is None else best.names
     measured = tuple(
-        Measured(count, tuple(one.microseconds.items()), name, one.remembered)
+        LayerTimes(count, tuple(one.microseconds.items()), name, one.remembered)
         for count, one, name in zip(tokens, found, names, strict=True)
     )
     if best is None:
-        bare = [f"{one} has no implementation but the reference here" for one in _bare(layers)]
-        why = dict.fromkeys([*_losses(measured), *dropped, *cannot, *bare])
+        unmeasurable = [
+            f"{one} has no implementation but the reference here" for one in _unmeasurable(layers)
+        ]
+        why = dict.fromkeys([*_losses(measured), *dropped, *cannot, *unmeasurable])
         return Decision(None, (), measured, "; ".join(why), cannot, dropped)
     table = _table(layers[best.format], best.names, tokens, policy)
     reason = _gains(tokens, best.ratios)
     return Decision(best.format, table, measured, reason, cannot, dropped)
 
 
-def _choices(layer: SparseLinear, found: Sequence[Found]) -> Iterator[_Choice]:
+def _choices(layer: SparseLinear, found: Sequence[Measurement]) -> Iterator[_Choice]:
     """For each set of the format's implementations, the fastest of it at every number of tokens."""
     format, stored = layer.format, layer.packed.nbytes
     prefix = f"{format} "
@@ -148,7 +150,7 @@ def _is_dense(name: str) -> bool:
     return name in (DENSE, PREPACKED) or name.endswith(f" {DENSE}")
 
 
-def _bare(layers: Mapping[Format, SparseLinear]) -> list[Format]:
+def _unmeasurable(layers: Mapping[Format, SparseLinear]) -> list[Format]:
     """Formats without anything that could be measured on any device."""
     return [format for format, layer in layers.items() if not why_not_each(layer, 1)]
 
@@ -161,7 +163,7 @@ def _gains(tokens: Sequence[int], ratios: Sequence[float]) -> str:
     return f"faster than dense at tokens {', '.join(faster)}, as fast at {', '.join(others)}"
 
 
-def _losses(measured: Sequence[Measured]) -> list[str]:
+def _losses(measured: Sequence[LayerTimes]) -> list[str]:
     """Where the fastest sparse candidate does not gain enough."""
     return [
         f"at {entry.tokens} token{'s' * (entry.tokens != 1)} {entry.fastest_sparse} is "

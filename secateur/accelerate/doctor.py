@@ -12,7 +12,7 @@ from secateur.formats.format import FORMATS
 STATES = ("yes", "no", "info")
 TOKENS = (1, 4096)  # generating text, and reading a prompt or a batch of images
 SHAPE = (256, 256)  # whole tiles of every implementation
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ASKED = (torch.bfloat16, torch.float16, torch.float32)
 OPTIONAL = {  # module to look for -> what it would give; looked up, never imported
     "triton": "block-sparse and quantising kernels on a GPU",
     "cuda.bindings.nvrtc": "compiling the CUDA kernels at first use",
@@ -121,7 +121,7 @@ def _packages() -> list[Finding]:
 
 def _implementations(device: torch.device) -> list[Finding]:
     found = list[Finding]()
-    dtypes = DTYPES if device.type == "cuda" else DTYPES[::-1]
+    dtypes = ASKED if device.type == "cuda" else ASKED[::-1]
     for format in FORMATS:
         dense = (torch.zeros(SHAPE, dtype=dtype, device=device) for dtype in dtypes)
         packed = [format.pack(weight) for weight in dense]

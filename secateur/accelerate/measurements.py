@@ -24,7 +24,7 @@ FILE = "measured.json"
 
 
 @dataclass(frozen=True)
-class Found:
+class Measurement:
     """One layer at one number of tokens: the median microseconds of each candidate.
 
     `cannot` is what implementations said that cannot run here, by candidate, `dropped` why others
@@ -41,8 +41,8 @@ class Found:
     steady: bool = True
 
 
-def parse(text: str) -> Found:
-    """The measurement that `keep` wrote.
+def parse(text: str) -> Measurement:
+    """The measurement that `store` wrote.
 
     Raises: ValueError if the text is none.
     """
@@ -61,13 +61,13 @@ def parse(text: str) -> Found:
         right = False
     if not right:
         raise ValueError(f"a measurement needs times, bytes and reasons, got {text!r}")
-    return Found(times, cannot, dropped, arranged, remembered=True)
+    return Measurement(times, cannot, dropped, arranged, remembered=True)
 
 
 ENTRIES = Entries("measurements", parse, "delete it, and accelerate_ measures again")
 
 
-def recall(device: torch.device, layer: str, tokens: int) -> Found | None:
+def lookup(device: torch.device, layer: str, tokens: int) -> Measurement | None:
     """What was measured for such a layer on such a device with these versions, if anything.
 
     Raises: ValueError if the file is damaged; it names the file.
@@ -80,8 +80,8 @@ def recall(device: torch.device, layer: str, tokens: int) -> Found | None:
     return None if text is None else parse(text)
 
 
-def keep(device: torch.device, layer: str, tokens: int, found: Found) -> None:
-    """Nothing; the file has this too. Where nothing can be written a warning says so once.
+def store(device: torch.device, layer: str, tokens: int, found: Measurement) -> None:
+    """Store the measurement in this machine's file; warn once if it cannot be written.
 
     Raises: ValueError if the file is damaged; it names the file.
     """

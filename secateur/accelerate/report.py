@@ -12,10 +12,10 @@ REASONS_SHOWN = 8  # groups of layers that the printed report explains before it
 
 
 @dataclass(frozen=True)
-class Measured:
+class LayerTimes:
     """One layer at one number of tokens: the time of each candidate, and the one that would run.
 
-    That is the fastest of those that were measured, or of those of the format that was chosen.
+    The fastest candidate, of the chosen format if one was chosen.
     `remembered` times are from an earlier call on a like layer.
     """
 
@@ -44,7 +44,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldBytes:
     """Bytes that a layer holds, what they are and why: its packed weight, or an arrangement."""
 
     name: str
@@ -66,14 +66,14 @@ class LayerReport:
     layer: str
     shape: tuple[int, int]
     format: str
-    measured: tuple[Measured, ...]
+    measured: tuple[LayerTimes, ...]
     measured_on: str
     bytes_before: int
     bytes_after: int
     reason: str
     weight_error: float = 0.0
     table: tuple[tuple[str, int | None], ...] = ()
-    holds: tuple[Held, ...] = ()
+    holds: tuple[HeldBytes, ...] = ()
     cannot: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
@@ -83,7 +83,7 @@ class AccelerateReport:
     """What `accelerate_` measured and decided; printing it gives a table.
 
     `dense_formats` are those tried that store every weight, rounded: a sparse format that rounds
-    has to beat them, too. `joined` are the layers that now apply the activation after them, and
+    has to beat them, too. `fused` are the layers that now apply the activation after them, and
     which one it is. `advice` is what would be faster on this machine, where nothing is.
     `model_bytes` are those of the whole model before, parameters and buffers.
     """
@@ -94,7 +94,7 @@ class AccelerateReport:
     layers: tuple[LayerReport, ...]
     policy: str = "fastest"
     dense_formats: tuple[str, ...] = ()
-    joined: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, str] = field(default_factory=dict)
     advice: str = ""
     model_bytes: int = 0
 
@@ -172,7 +172,7 @@ class AccelerateReport:
         for layer in self.layers:
             for reason in _reasons(layer):
                 reasons.setdefault(reason, []).append(layer.layer)
-        for name, activation in self.joined.items():
+        for name, activation in self.fused.items():
             reasons.setdefault(f"applies the {activation} after it", []).append(name)
         lines += [
             _grouped(names, reason) for reason, names in list(reasons.items())[:REASONS_SHOWN]
@@ -183,7 +183,7 @@ class AccelerateReport:
             lines.append(self.advice)
         return "\n".join(lines)
 
-    def _row(self, layer: LayerReport, measured: Measured) -> tuple[str, ...]:
+    def _row(self, layer: LayerReport, measured: LayerTimes) -> tuple[str, ...]:
         times = dict(measured.microseconds)
         sparse = measured.fastest_sparse
         out, width = layer.shape

@@ -22,15 +22,15 @@ from secateur.accelerate.candidates import (
     why_not_each,
 )
 from secateur.accelerate.decision import Decision, Policy, decide
-from secateur.accelerate.measurements import Found, keep, recall
-from secateur.accelerate.report import AccelerateReport, Held, LayerReport
+from secateur.accelerate.measurements import Measurement, lookup, store
+from secateur.accelerate.report import AccelerateReport, HeldBytes, LayerReport
 from secateur.core.autocast import without_autocast
 from secateur.core.undo import Undo, all_or_nothing
-from secateur.core.weights import adapters, require_module, tied_weights
+from secateur.core.weights import DTYPES, adapters, require_module, tied_weights
 from secateur.core.wrappers import unwrapped
-from secateur.formats.contract import DTYPES, Format
+from secateur.formats.contract import Format
 from secateur.formats.format import parse_format, weight_error
-from secateur.formats.fuse import join_activations_
+from secateur.formats.fuse import fuse_activations_
 from secateur.formats.kernels.cusparselt_child import one_child
 from secateur.formats.kernels.timing import (
     Calls,
@@ -167,7 +167,7 @@ def _accelerate(
     if strict:
         _demand_gains(report, layers)
     swap(model, packed, undo)
-    return replace(report, joined=join_activations_(model, undo))
+    return replace(report, fused=fuse_activations_(model, undo))
 
 
 def _advice(model: nn.Module, report: AccelerateReport) -> str:
@@ -175,7 +175,7 @@ def _advice(model: nn.Module, report: AccelerateReport) -> str:
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     dense = [linears[layer.layer] for layer in report.layers if layer.layer in linears]
     weights = [linear.weight.detach() for linear in dense]
-    usable = [weight for weight in weights if _unmeasurable(weight) is None]
+    usable = [weight for weight in weights if _why_unmeasurable(weight) is None]
     if report.changed or not usable or any(weight.is_cuda for weight in usable):
         return ""
     return blocks_that_gain(
@@ -207,7 +207,7 @@ def _groups(
     skipped: dict[str, str] = {}
     for name, linear in tqdm(linears.items(), desc="look", unit="layer", disable=None):
         weight = linear.weight.detach()
-        problem = left.get(name) or why_not_layer(name, linear, tied) or _unmeasurable(weight)
+        problem = left.get(name) or why_not_layer(name, linear, tied) or _why_unmeasurable(weight)
         if problem is not None:
             skipped[name] = problem
             continue
@@ -255,16 +255,16 @@ def _measured_decision(
     remeasure: bool,
 ) -> Decision:
     """The format that gains most over all numbers of tokens, or none, from measurements."""
-    device, key, found = linear.weight.device, _key(like), list[Found]()
+    device, key, found = linear.weight.device, _key(like), list[Measurement]()
     try:
         layers = {format: packed_linear("", linear, format, REFERENCE) for format in like[0]}
         for count in tokens:
-            known = None if remeasure else recall(device, key, count)
+            known = None if remeasure else lookup(device, key, count)
             if known is None or known.cannot != _cannot(layers.values(), count):
                 known = _times(linear, layers, count, timer)
                 passing = any(word in why for word in PASSING for why in known.dropped)
                 if known.steady and not passing:
-                    keep(device, key, count, known)
+                    store(device, key, count, known)
             found.append(known)
     except (RuntimeError, MemoryError) as problem:  # dense itself failed: no room, most likely
         return Decision(None, (), (), f"could not be measured: {first_line(problem)}")
@@ -273,7 +273,7 @@ def _measured_decision(
 
 def _times(
     linear: nn.Linear, layers: Mapping[Format, SparseLinear], tokens: int, timer: Timer
-) -> Found:
+) -> Measurement:
     """Median microseconds of every candidate that works, and why the others do not.
 
     Raises: RuntimeError or MemoryError if dense itself cannot be measured.
@@ -310,7 +310,7 @@ def _times(
                 raise
             del calls[failed_one.variant]
             dropped.append(failure(failed_one.variant, failed_one.problem))
-    return Found(
+    return Measurement(
         {name: timing.median_us for name, timing in timings.items()},
         _cannot(layers.values(), tokens),
         tuple(dropped),
@@ -357,10 +357,10 @@ def _measured(
     )
 
 
-def _holds(layer: SparseLinear, table: Table) -> tuple[Held, ...]:
+def _holds(layer: SparseLinear, table: Table) -> tuple[HeldBytes, ...]:
     """The packed tensors, and what each implementation arranged from them for its tokens."""
     names = ", ".join(layer.packed.tensors)
-    held = [Held(str(layer.format), layer.packed.nbytes, f"{names}: what is saved")]
+    held = [HeldBytes(str(layer.format), layer.packed.nbytes, f"{names}: what is saved")]
     ranges: dict[str, list[str]] = {}
     lowest = 1
     for name, limit in table:
@@ -368,7 +368,7 @@ def _holds(layer: SparseLinear, table: Table) -> tuple[Held, ...]:
         ranges.setdefault(name, []).append(f"{lowest}{upper}")
         lowest = lowest if limit is None else limit + 1
     for name, nbytes in layer.arranged_bytes.items():
-        held.append(Held(name, nbytes, f"at tokens {', '.join(ranges[name])}"))
+        held.append(HeldBytes(name, nbytes, f"at tokens {', '.join(ranges[name])}"))
     return tuple(held)
 
 
@@ -384,7 +384,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     return named_linears(model, list(linears))
 
 
-def _unmeasurable(weight: Tensor) -> str | None:
+def _why_unmeasurable(weight: Tensor) -> str | None:
     if weight.device.type not in ("cpu", "cuda"):
         return f"it is on {weight.device.type}, where nothing can be measured"
     if weight.dtype not in DTYPES:

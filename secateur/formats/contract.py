@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from secateur.core.weights import DTYPES
+
 MOST_WEIGHTS = 2**31 - 1  # crow_indices and col_indices are int32
 
 

@@ -1,7 +1,7 @@
 """Activations that layers apply themselves: `activation(layer(x))` becomes one operator.
 
-No compiler can join an activation to an operator that it cannot look into, so that it costs a pass
-over the results: read, computed, written.
+No compiler can fuse an activation with an operator that it cannot look into, so that it costs a
+pass over the results: read, computed, written.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from secateur.formats.op import table
 PROBES = torch.linspace(-6.0, 6.0, 241, dtype=torch.float32, device="cpu")
 
 
-class Joined(nn.Module):
+class Fused(nn.Module):
     """Stands where an activation stood that the layer before it applies now: hands its input on."""
 
     def __init__(self, activation: nn.Module) -> None:
@@ -30,7 +30,7 @@ class Joined(nn.Module):
         return input
 
 
-def join_activations_(model: nn.Module, undo: Undo) -> dict[str, str]:
+def fuse_activations_(model: nn.Module, undo: Undo) -> dict[str, str]:
     """The layers that apply their activation themselves from now on, and which one it is.
 
     A packed layer does where an implementation that it runs is able to, if it and a module that
@@ -40,7 +40,7 @@ def join_activations_(model: nn.Module, undo: Undo) -> dict[str, str]:
     several places, as what follows it elsewhere may differ. `unpack_` undoes it, and a saved model
     knows nothing of it.
     """
-    joined: dict[str, str] = {}
+    fused: dict[str, str] = {}
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     for place, parent in list(model.named_modules()):
         children = dict(parent.named_children())
@@ -54,15 +54,15 @@ def join_activations_(model: nn.Module, undo: Undo) -> dict[str, str]:
                 undo.call(setattr, children[layer], "activation", "")
                 children[layer].activation = name
                 undo.call(parent.set_submodule, activation, children[activation])
-                parent.set_submodule(activation, Joined(children[activation]))
-                joined[f"{place}.{layer}".removeprefix(".")] = name
-    return joined
+                parent.set_submodule(activation, Fused(children[activation]))
+                fused[f"{place}.{layer}".removeprefix(".")] = name
+    return fused
 
 
 def separate_activations_(model: nn.Module, undo: Undo) -> None:
     """Put activations back where they stood; layers no longer apply them."""
     for place, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, Joined):
+        if isinstance(module, Fused):
             undo.call(model.set_submodule, place, module)
             model.set_submodule(place, module.activation)
         elif isinstance(module, SparseLinear) and module.activation:
@@ -71,7 +71,7 @@ def separate_activations_(model: nn.Module, undo: Undo) -> None:
 
 
 def _applied_by(module: nn.Module) -> set[str]:
-    """The activations that something which the layer runs applies, if none is joined yet."""
+    """The activations that something which the layer runs applies, if none is fused yet."""
     if not isinstance(module, SparseLinear) or module.activation or module._forward_hooks:
         return set()
     rows = table(module.dispatch, module.format.implementations)

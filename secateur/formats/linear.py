@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.core.autocast import autocast_dtype, without_autocast
+from secateur.core.weights import DTYPES
 from secateur.formats.activations import ACTIVATIONS
-from secateur.formats.contract import DTYPES, Format, Implementation, Packed, typed_tensor
+from secateur.formats.contract import Format, Implementation, Packed, typed_tensor
 from secateur.formats.format import parse_format
 from secateur.formats.op import linear_operator, register, unpack_operator
 from secateur.formats.read_only import ReadOnlyWeight
@@ -61,7 +62,7 @@ class SparseLinear(nn.Linear):
         register(self.format)
         self._operators = self.format.name
         self.name = name  # only for error messages
-        self.activation = ""  # that is applied to the results; `join_activations_` sets it
+        self.activation = ""  # that is applied to the results; `fuse_activations_` sets it
         self._stored = tuple(packed.tensors)
         self._typed = typed_tensor(self._stored)
         for key, tensor in packed.tensors.items():
@@ -123,7 +124,7 @@ class SparseLinear(nn.Linear):
         super().__setattr__(name, value)
 
     def use(self, table: Table) -> None:
-        """Nothing; from now on runs the implementations of `table` and arranges their tensors.
+        """Run the implementations of `table` from now on, their tensors arranged.
 
         Rows are (implementation, largest number of tokens), ascending; the last limit is None.
 
@@ -149,7 +150,7 @@ class SparseLinear(nn.Linear):
         )
 
     def forward(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        """`input @ weight.T + bias`, from the packed weight; then the activation, if one is joined.
+        """`input @ weight.T + bias`, from the packed weight; then the activation, if one is fused.
 
         Raises: ValueError for an input of another dtype or width.
         """

@@ -136,7 +136,7 @@ def unpack_(model: nn.Module) -> PackReport:
     The restored weights require gradients, whatever they did before they were packed.
 
     Cost: dense and packed weights of all packed layers at once.
-    Raises: ValueError if the model itself is one bare `SparseLinear`; then nothing has changed.
+    Raises: ValueError if the model itself is one lone `SparseLinear`; then nothing has changed.
     """
     require_module(model)
     with all_or_nothing() as undo:
@@ -147,7 +147,7 @@ def _unpack(model: nn.Module, undo: Undo) -> PackReport:
     found = {
         name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)
     }
-    _refuse_bare(model, found, "unpack_")
+    _refuse_lone_layer(model, found, "unpack_")
     dense = dict[str, nn.Linear]()
     for name, layer in found.items():
         with room_for([name], "its dense weight", "unpack_ on a machine with more memory"):
@@ -201,7 +201,7 @@ def named_linears(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Linea
                 "leave it out of layers"
             )
         found[name] = module
-    _refuse_bare(model, found, "pack_")
+    _refuse_lone_layer(model, found, "pack_")
     require_data(found)
     return found
 
@@ -261,7 +261,7 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], undo: Undo) ->
 
 
 def refuse_save_pretrained(*arguments: object, **ignored: object) -> None:
-    """Nothing is written: in the place of a transformers model's method while layers are packed.
+    """Refuse to write: in the place of a transformers model's method while layers are packed.
 
     Stock transformers finds none of the packed tensors, and would go on with random weights.
     """
@@ -295,7 +295,7 @@ def _fitting(model: nn.Module, format: Format, tied: Mapping[str, str]) -> dict[
             fitting[name] = module
         else:
             reasons.append(f"{name!r}: {problem}")
-    _refuse_bare(model, fitting, "pack_")
+    _refuse_lone_layer(model, fitting, "pack_")
     if not fitting:
         shown = "; ".join(reasons[:REASONS_SHOWN]) or "the model has no nn.Linear"
         raise ValueError(
@@ -305,7 +305,7 @@ def _fitting(model: nn.Module, format: Format, tied: Mapping[str, str]) -> dict[
     return fitting
 
 
-def _refuse_bare(model: nn.Module, found: Mapping[str, nn.Module], verb: str) -> None:
+def _refuse_lone_layer(model: nn.Module, found: Mapping[str, nn.Module], verb: str) -> None:
     if "" in found:
         raise ValueError(
             f"{verb} needs a model that holds its layers, got a bare {type(model).__name__}: "

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANTISABLE = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 # Of a search: on a CPU its temporaries, 4 MiB each, then fit caches; on others every operation
 # costs a launch, however few numbers it has.
@@ -241,7 +241,7 @@ def _ratios(weight: Tensor, scales: Tensor, group_size: int | None) -> Tensor:
 
 
 def _check(weight: Tensor) -> None:
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in QUANTISABLE:
         raise ValueError(
             f"a grid needs a float32, bfloat16 or float16 weight, got {weight.dtype}: scale x code "
             "is computed in float32, cast the weight with .float() first"

@@ -15,7 +15,7 @@ from secateur.accelerate.advice import (
     TILE,
     blocks_that_gain,
 )
-from secateur.accelerate.report import AccelerateReport, LayerReport, Measured
+from secateur.accelerate.report import AccelerateReport, LayerReport, LayerTimes
 from secateur.accelerate.verb import accelerate_
 from secateur.patterns import parse
 
@@ -37,7 +37,7 @@ class Machine:
         shape = (weight.shape[0], weight.shape[1])
         self.seen.append(shape)
         ratios = self.gains.get(shape, ())
-        measured = tuple(Measured(1, (("dense", 10.0 * r), ("x", 10.0)), "x") for r in ratios)
+        measured = tuple(LayerTimes(1, (("dense", 10.0 * r), ("x", 10.0)), "x") for r in ratios)
         name = FORMAT if ratios else "dense"
         layer = LayerReport("0", shape, name, measured, "0", 0, 0, "")
         return AccelerateReport("cpu", 1, (1, 16), (layer,))
@@ -85,5 +85,5 @@ def test_accelerate_advises_where_nothing_gains_and_only_there(
     report = accelerate_(model, tokens=(1,))
     assert report.advice == "advice ([(128, 64)], torch.float32, (1,))"
     assert str(report).endswith(f"\n{report.advice}") and report.to_dict()["advice"]
-    monkeypatch.setattr(accelerate, "_unmeasurable", lambda weight: "no")
+    monkeypatch.setattr(accelerate, "_why_unmeasurable", lambda weight: "no")
     assert accelerate_(model, tokens=(1,)).advice == ""

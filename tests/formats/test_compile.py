@@ -21,7 +21,7 @@ if __name__ == "__main__":  # the checks import the same helpers as the tests
     WITH_TORCH = frozenset(sys.modules)  # it imports the driver's bindings where they are installed
 
 from secateur.core.undo import Undo
-from secateur.formats.fuse import Joined, join_activations_
+from secateur.formats.fuse import Fused, fuse_activations_
 from secateur.formats.op import linear_operator
 from tests.formats.weights import DYNAMIC, FORMATS, sparse_linear, tokens_in
 
@@ -162,8 +162,8 @@ def check_dynamic_on_a_gpu() -> None:
         layer = sparse_linear(format, 128, 256, torch.bfloat16)
         model = nn.Sequential(layer, nn.GELU()).cuda().eval()
         plain = model(tokens_in(300, 256, dtype=torch.bfloat16).cuda()).detach()
-        join_activations_(model, Undo())
-        assert isinstance(model[1], Joined) == ("prefill" in layer.dispatch), layer.dispatch
+        fuse_activations_(model, Undo())
+        assert isinstance(model[1], Fused) == ("prefill" in layer.dispatch), layer.dispatch
         compiled = torch.compile(model, fullgraph=True)
         for tokens in (7, 300):
             x = tokens_in(tokens, 256, dtype=torch.bfloat16).cuda()

@@ -1,4 +1,4 @@
-"""Activations that layers apply themselves: the same results, and nothing joined that is not alike.
+"""Activations that layers apply themselves: the same results, and nothing fused that is not alike.
 
 The kernel that applies them is replaced by torch, as there is no GPU here.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from secateur.core.undo import Undo
 from secateur.formats import dynamic, unpack_
 from secateur.formats.activations import ACTIVATIONS
-from secateur.formats.fuse import Joined, join_activations_
+from secateur.formats.fuse import Fused, fuse_activations_
 from secateur.formats.kernels import prefill24
 from secateur.formats.linear import SparseLinear
 from secateur.formats.op import linear_operator
@@ -86,7 +86,7 @@ def test_the_layer_applies_what_the_module_computed(module: nn.Module, name: str
     x = tokens_in(5, 48, dtype=torch.bfloat16)
     with torch.no_grad():
         wanted = model(x)
-        assert join_activations_(model, Undo()) == {"0": name}
+        assert fuse_activations_(model, Undo()) == {"0": name}
         found = model(x)
     assert seen == ["", name]
     assert near(found, wanted, 2**-8)
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_both() -> None:
     for _ in range(2):
         results.append(model(x))
         grads.append(torch.autograd.grad(results[-1].square().sum(), (x, bias)))
-        join_activations_(model, Undo())
+        fuse_activations_(model, Undo())
     assert model[0].activation == "gelu" and torch.equal(*results)
     assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
     with pytest.raises(ValueError, match="no gradients through 'gelu': call it without activation"):
@@ -119,7 +119,7 @@ def test_what_cannot_apply_it_is_followed_by_it() -> None:
     few, many = tokens_in(4, 48, dtype=torch.bfloat16), tokens_in(5, 48, dtype=torch.bfloat16)
     with torch.no_grad():
         wanted = model(few)
-        join_activations_(model, Undo())
+        fuse_activations_(model, Undo())
         assert torch.equal(model(few), wanted) and seen == []
         model(many)
     assert seen == ["silu"]
@@ -163,7 +163,7 @@ def test_nothing_is_joined_that_computes_something_else(act: nn.Module) -> None:
 
 def stays(model: MLP) -> None:
     act, random = model.act, torch.get_rng_state()
-    assert join_activations_(model, Undo()) == {}
+    assert fuse_activations_(model, Undo()) == {}
     assert model.act is act and model.fc.activation == ""
     assert torch.equal(random, torch.get_rng_state())
 
@@ -184,7 +184,7 @@ def test_a_gate_applies_its_activation_and_the_product_stays() -> None:
     x = tokens_in(3, 48, dtype=torch.bfloat16)
     with torch.no_grad():
         wanted = model["mlp"](x)
-        assert join_activations_(model, Undo()) == {"mlp.gate": "silu"}
+        assert fuse_activations_(model, Undo()) == {"mlp.gate": "silu"}
         assert near(model["mlp"](x), wanted, 2**-7)
 
 
@@ -195,25 +195,25 @@ def test_a_layer_of_two_places_and_a_forward_put_in_place_stay() -> None:
     x = tokens_in(3, 48, dtype=torch.bfloat16)
     with torch.no_grad():
         wanted = model[1](x)
-        assert join_activations_(model, Undo()) == {} and torch.equal(model[1](x), wanted)
+        assert fuse_activations_(model, Undo()) == {} and torch.equal(model[1](x), wanted)
     replaced = nn.Sequential(packed(), nn.GELU())
     replaced.forward = lambda x: replaced[0](x)  # type: ignore[method-assign]
-    assert join_activations_(replaced, Undo()) == {}
+    assert fuse_activations_(replaced, Undo()) == {}
 
 
 def test_hooks_and_what_cannot_apply_it_stay() -> None:
     hooked, slow = packed(), packed(runs="reference")
     hooked.register_forward_hook(lambda module, args, output: None)
-    assert join_activations_(nn.Sequential(hooked, nn.GELU()), Undo()) == {}
-    assert join_activations_(nn.Sequential(slow, nn.GELU()), Undo()) == {}
+    assert fuse_activations_(nn.Sequential(hooked, nn.GELU()), Undo()) == {}
+    assert fuse_activations_(nn.Sequential(slow, nn.GELU()), Undo()) == {}
 
 
 def test_it_is_undone_with_the_packing_and_joined_once() -> None:
     act = nn.GELU()
     model = nn.Sequential(packed(), act, packed(16, 32))
     keys = list(model.state_dict())
-    join_activations_(model, Undo())
-    assert isinstance(model[1], Joined) and join_activations_(model, Undo()) == {}
+    fuse_activations_(model, Undo())
+    assert isinstance(model[1], Fused) and fuse_activations_(model, Undo()) == {}
     other = copy.deepcopy(model)
     x = tokens_in(3, 48, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.accelerate.report import AccelerateReport, LayerReport, Measured
+from secateur.accelerate.report import AccelerateReport, LayerReport, LayerTimes
 from secateur.allocation import Allocation, Point, Sensitivity
 from secateur.model.plan import Plan, plan
 from secateur.patterns import NM, Block
@@ -100,11 +100,11 @@ def speed() -> AccelerateReport:
         (
             LayerReport(
                 "fast", (64, 64), "block:64x64",
-                (Measured(1, times, "block:64x64 cpu"), Measured(16, times, "block:64x64 cpu")),
+                (LayerTimes(1, times, "block:64x64 cpu"), LayerTimes(16, times, "block:64x64 cpu")),
                 "fast", 16384, 4096, "faster than dense at every number of tokens",
             ),
             LayerReport(
-                "slow", (32, 32), "dense", (Measured(1, slow, "csr torch_csr"),), "slow", 4096,
+                "slow", (32, 32), "dense", (LayerTimes(1, slow, "csr torch_csr"),), "slow", 4096,
                 4096, "csr is 0.50x of dense",
             ),
         ),

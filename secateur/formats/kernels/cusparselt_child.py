@@ -20,7 +20,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from secateur.formats.kernels.cusparselt import Case, Setting, compress
-from secateur.formats.kernels.cusparselt_search import Found, Past, Watch, first_line, search
+from secateur.formats.kernels.cusparselt_search import Past, SearchResult, Watch, first_line, search
 from secateur.formats.kernels.isolated import (
     Child,
     ChildEnded,
@@ -60,7 +60,7 @@ class Search:
 # ---- the parent's side ---------------------------------------------------------------------------
 
 
-def searched(wanted: Search, past: Past, crashed: Crashed) -> Found:
+def searched(wanted: Search, past: Past, crashed: Crashed) -> SearchResult:
     """What `cusparselt_search.search` found in a child; nothing was tried in this process.
 
     `past` is what is known already, and knows more afterwards. `crashed` is told each setting that
@@ -190,7 +190,7 @@ def _gpu(device: torch.device) -> tuple[str, Mapping[str, str]]:
     return uuid, {"CUDA_VISIBLE_DEVICES": f"GPU-{uuid}"}
 
 
-def _asked(child: Child, wanted: Search, past: Past) -> Found:
+def _asked(child: Child, wanted: Search, past: Past) -> SearchResult:
     """What the child found; without room it is asked again once this process holds none in reserve.
 
     Raises: ChildEnded, NoSearch, and RuntimeError if nothing is right.
@@ -212,7 +212,7 @@ def _asked(child: Child, wanted: Search, past: Past) -> Found:
             elif "alive" not in row:
                 last = row
         if "found" in last:
-            return Found(Setting.parse(last["found"]), float(last["us"]), past.dropped)
+            return SearchResult(Setting.parse(last["found"]), float(last["us"]), past.dropped)
         if "none" in last:
             raise RuntimeError(last["none"])
         if wanted.device.type == "cuda":

@@ -34,7 +34,7 @@ NO_MEMORY = "ran out of memory"
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The fastest right setting, its microseconds, and why each that was dropped was dropped."""
 
     setting: Setting
@@ -71,7 +71,7 @@ def search(
     exact: Callable[[Tensor], Tensor],
     past: Past | None = None,
     watch: Watch | None = None,
-) -> Found:
+) -> SearchResult:
     """The fastest setting whose results are right. Call it where a crash does no harm.
 
     `exact(x)` is `x @ W.T` for the weight of the blob, in float32, or in float64 for int32 results.
@@ -105,7 +105,7 @@ def allowed(case: Case) -> float:
 
 def _search(
     case: Case, blob: Tensor, exact: Callable[[Tensor], Tensor], past: Past, watch: Watch
-) -> Found:
+) -> SearchResult:
     trying = _Trying(case, _copies(blob), _screen(case, blob.device, exact), past, watch)
     refused = 0
     for algorithm in range(MOST_ALGORITHMS):
@@ -121,7 +121,7 @@ def _search(
         with watch.trying([setting]):
             problem = _wrong_later(case, blob, setting, exact, watch.alive)
         if problem is None:
-            return Found(setting, past.us[setting], past.dropped)
+            return SearchResult(setting, past.us[setting], past.dropped)
         trying.drop(setting, problem)
     reasons = "; ".join(list(dict.fromkeys(past.dropped.values()))[:REASONS])
     if any(NO_MEMORY in reason for reason in past.dropped.values()):

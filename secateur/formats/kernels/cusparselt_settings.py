@@ -25,7 +25,7 @@ from secateur.formats.kernels.cusparselt_child import (
     one_thread,
     searched,
 )
-from secateur.formats.kernels.cusparselt_search import Found, Past
+from secateur.formats.kernels.cusparselt_search import Past, SearchResult
 from secateur.formats.kernels.isolated import left_over
 from secateur.formats.kernels.measured import Entries, add, chip, own_file, read
 
@@ -111,7 +111,7 @@ def setting_for(case: Case, device: torch.device) -> Setting:
         return DEFAULT
 
 
-def search_isolated(case: Case, device: torch.device) -> Found:
+def search_isolated(case: Case, device: torch.device) -> SearchResult:
     """What a search in a child process finds. It keeps nothing but what crashed.
 
     Raises: what `cusparselt_child.searched` raises; ValueError if the file of what crashed is

@@ -73,7 +73,7 @@ def read(path: Path, entries: Entries) -> Table:
 
 
 def add(path: Path, entries: Entries, place: tuple[str, str, str], text: str) -> None:
-    """Nothing; the table in the file now has this entry, beside all that it had.
+    """Add the entry to the table in the file, beside all that it has.
 
     The file appears whole or stays as it was. Of two processes that add at once, one entry may be
     lost, and is measured again.

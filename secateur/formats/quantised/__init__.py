@@ -26,9 +26,8 @@ from secateur.formats.quantised import (
     torch_int8,
 )
 from secateur.patterns import NM
-from secateur.patterns.grids import Fp8, Grid, Int4, Int8
+from secateur.patterns.grids import QUANTISABLE, Fp8, Grid, Int4, Int8
 
-QUANTISABLE = (torch.float32, torch.bfloat16, torch.float16)
 TWO_OF_FOUR = NM(2, 4)
 GROUP_SIZE = 128  # inputs, kept or not, that share a scale, where a row has several
 

@@ -7,7 +7,7 @@ import torch
 
 from bench.lib import cold, peer_kernels
 from secateur.formats.kernels.cusparselt import Setting
-from secateur.formats.kernels.cusparselt_search import Found
+from secateur.formats.kernels.cusparselt_search import SearchResult
 from tests.formats.kernels.fake_cusparselt import Fake, forget, install
 
 
@@ -29,11 +29,11 @@ def test_the_int4_peer_is_packed_as_torch_does() -> None:
 
 def test_a_search_is_described_in_a_row() -> None:
     dropped = {Setting(1): "wrong by 1.0e-01 where 7.8e-03 is allowed", Setting(7): "CUDA error"}
-    found = Found(Setting(5, 8, 1), 1.0, dropped)
+    found = SearchResult(Setting(5, 8, 1), 1.0, dropped)
     assert (
         peer_kernels.described(found) == "algorithm 5 split_k 8 mode 1; 1 setting wrong, 1 refused"
     )
-    plain = Found(Setting(2), 1.0, {})
+    plain = SearchResult(Setting(2), 1.0, {})
     assert peer_kernels.described(plain) == "algorithm 2; 0 settings wrong, 0 refused"
 
 

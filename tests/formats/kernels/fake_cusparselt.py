@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.formats.kernels import cusparselt_child, cusparselt_search, cusparselt_settings
 from secateur.formats.kernels.cusparselt import STEPS, Setting
-from secateur.formats.kernels.cusparselt_search import Found, Past
+from secateur.formats.kernels.cusparselt_search import Past, SearchResult
 
 REFUSED = "CUDA error: operation not supported when calling `cusparseLtMatmulAlgSetAttribute`"
 
@@ -98,7 +98,7 @@ class Fake:
         return times
 
 
-def here(wanted: cusparselt_child.Search, past: Past, crashed: object) -> Found:
+def here(wanted: cusparselt_child.Search, past: Past, crashed: object) -> SearchResult:
     """What a child does, in this process, on weights like a child's."""
     weight = cusparselt_child.random_weight(wanted.case, wanted.device)
     exact = partial(cusparselt_child._exact, weight=weight, wide=torch.float64)

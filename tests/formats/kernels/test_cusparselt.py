@@ -56,7 +56,7 @@ def case_in(dtype: torch.dtype = torch.bfloat16, tokens: int = 128) -> Case:
     return Case(dtype, dtype, OUT, WIDTH, tokens, None, False)
 
 
-def searched(case: Case, weight: Tensor | None = None) -> cusparselt_search.Found:
+def searched(case: Case, weight: Tensor | None = None) -> cusparselt_search.SearchResult:
     weight = weight_in(case.dtype) if weight is None else weight
     return search(case, compress(weight), lambda x: x.double() @ weight.double().t())
 
