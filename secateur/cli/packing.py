@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.accelerate.candidates import why_not_each
 from secateur.formats import SparseLinear
-from secateur.formats.format import parse_format
+from secateur.formats.format import FORMATS, parse_format
 from secateur.formats.pack import is_linear
 from secateur.model.plan import Plan
-from secateur.patterns import NM, Pattern
+from secateur.patterns import Pattern
 
 
 def formats_for(
@@ -20,13 +20,14 @@ def formats_for(
     if format is not None or plan is None:
         return {format or "semi24": None}
     modules = dict(model.named_modules())
-    chosen: dict[str, list[str] | None] = {}
+    smallest: dict[Pattern, str] = {}
+    chosen: dict[str, list[str]] = {}
     for name, pattern in plan.layers.items():
-        if name in modules and is_linear(modules[name]):
-            layers = chosen.setdefault(_format_of(pattern), [])
-            assert layers is not None
-            layers.append(name)
-    return chosen
+        if name in modules and is_linear(module := modules[name]):
+            if pattern not in smallest:
+                smallest[pattern] = _smallest(pattern, module.weight.detach())
+            chosen.setdefault(smallest[pattern], []).append(name)
+    return dict(chosen)
 
 
 def packed_size(model: nn.Module, plan: Plan | None, stored: int) -> int | None:
@@ -70,9 +71,12 @@ def slower_here(model: nn.Module) -> list[str]:
     return lines
 
 
-def _format_of(pattern: Pattern) -> str:
-    """The format that stores this pattern's zeros in the least room."""
+def _smallest(pattern: Pattern, weight: Tensor) -> str:
+    """The exact format that takes the least room for a weight of this pattern."""
     rows, columns = pattern.tile
-    if (rows, columns) != (1, 1):
-        return f"block:{rows}x{columns}"
-    return "semi24" if isinstance(pattern, NM) and (pattern.n, pattern.m) == (2, 4) else "bitmap"
+    tiled = [parse_format(f"block:{rows}x{columns}")] if rows * columns > 1 else []
+    exact = [*tiled, *(format for format in FORMATS if format.is_exact)]
+    fitting = [format for format in exact if format.why_not(weight) is None]
+    if not fitting:
+        return str(exact[-1])  # says why it does not hold the weight
+    return str(min(fitting, key=lambda format: format.pack(weight).nbytes))

@@ -14,7 +14,6 @@ from secateur.cli.source import Opened, bytes_of, model_files, parameters_in
 from secateur.model.blocks import Batch
 from secateur.model.layers import DEFAULT_TYPES
 from secateur.model.plan import Plan
-from secateur.patterns import NM
 from secateur.prune.verbs import PruneReport
 from secateur.report.content import as_bytes, metric
 
@@ -108,7 +107,7 @@ def summarize(summary: Summary) -> None:
 
 def _lines(summary: Summary) -> list[tuple[str, str, str, str]]:
     sizes, (was, now) = summary.sizes, summary.zeros
-    lines = [("zeros in plan", f"{was:.1%}", f"{now:.1%}", _checked(summary.plan))]
+    lines = [("zeros in plan", f"{was:.1%}", f"{now:.1%}", "every layer checked")]
     was, now = summary.zeros_of_all
     everything = f"{summary.parameters:,} parameters, embeddings and all"
     lines.append(("zeros of all", f"{was:.1%}", f"{now:.1%}", everything))
@@ -140,14 +139,6 @@ def _calibration(summary: Summary) -> str:
         len(next(iter(b.values())) if isinstance(b, Mapping) else b) for b in summary.batches
     )
     return f"calibration {rows} rows, {tokens_in(summary.batches):,} tokens, {took}"
-
-
-def _checked(plan: Plan) -> str:
-    groups = {pattern.m for pattern in plan.layers.values() if isinstance(pattern, NM)}
-    every = all(isinstance(pattern, NM) for pattern in plan.layers.values())
-    if every and len(groups) == 1:
-        return f"every group of {groups.pop()} checked"
-    return "every layer checked"
 
 
 def _next(summary: Summary) -> list[str]:

@@ -46,7 +46,7 @@ def test_the_summary_says_what_was_done_and_what_was_not_measured(
     assert "pattern 2:4 / method magnitude / 14 of 15 layers" in text
     assert "left alone: lm_head: its weight is tied to model.embed_tokens" in text
     lines = {line[:13].strip(): line[13:].split() for line in text.splitlines()}
-    assert lines["zeros in plan"] == "0.0% 50.0% every group of 4 checked".split()
+    assert lines["zeros in plan"] == "0.0% 50.0% every layer checked".split()
     model = load_folder(tmp_path / "out")  # tied embeddings, counted once
     everything = sum(p.numel() for p in model.parameters())
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
