@@ -1,18 +1,17 @@
 """Unstructured weights as nonzeros and a bitmask: the smallest form below about 90 % zeros."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from secateur.formats.contract import Packed, check_dense, shape_of, why_no_weight
+from secateur.formats.contract import Format, Packed, check_dense, shape_of, why_no_weight
 from secateur.formats.reference import REFERENCE
 
 
 @dataclass(frozen=True)
-class Bitmap:
+class Bitmap(Format):
     """The nonzeros in row order, and a bit for every weight.
 
     | tensor | type | shape |
@@ -28,14 +27,6 @@ class Bitmap:
     tensors = ("values", "bitmask")
     implementations = (REFERENCE,)
     is_exact = True
-    prune_to = ""
-
-    def __str__(self) -> str:
-        return self.name
-
-    def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Bitmap":
-        """Itself: its name has no options."""
-        return self
 
     def why_not(self, weight: Tensor) -> str | None:
         """None if the packed weight is smaller than the dense one, else by how much it is not."""

@@ -43,11 +43,14 @@ class Format(Protocol):
     @property
     def prune_to(self) -> str:
         """What to prune to for it to be faster than dense where something runs it, if anything."""
-        ...
+        return ""
+
+    def __str__(self) -> str:
+        return self.name
 
     def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Format":
         """The format of this name that has these tensors: itself, unless the name has options."""
-        ...
+        return self
 
     def why_not(self, weight: Tensor) -> str | None:
         """None if this dense weight can be stored so and is smaller for it, else the reason."""

@@ -32,20 +32,13 @@ def kept_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Format):
     """The rows that are not all zero, and which they are."""
 
     name = "rows"
     tensors = ("values", "rows")
     implementations = (Implementation("kept", kept_rows, anywhere), REFERENCE)
     is_exact = True
-    prune_to = ""
-
-    def __str__(self) -> str:
-        return self.name
-
-    def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Rows":
-        return self
 
     def why_not(self, weight: Tensor) -> str | None:
         return "no row is zero" if bool((weight != 0).any(1).all()) else None

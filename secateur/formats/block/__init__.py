@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur.formats import compressed_rows
 from secateur.formats.block import cpu
 from secateur.formats.contract import (
+    Format,
     Implementation,
     Packed,
     check_dense,
@@ -21,7 +22,7 @@ from secateur.formats.reference import REFERENCE
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Format):
     """The nonzero blocks of a weight in row order, and where they are.
 
     | tensor | type | shape |

@@ -1,6 +1,5 @@
 """Unstructured weights as compressed sparse rows, in torch's words."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from secateur.formats import compressed_rows
 from secateur.formats.contract import (
+    Format,
     Implementation,
     Packed,
     check_dense,
@@ -20,7 +20,7 @@ from secateur.formats.reference import REFERENCE
 
 
 @dataclass(frozen=True)
-class Csr:
+class Csr(Format):
     """The nonzeros in row order, where each row starts, and the column of each.
 
     | tensor | type | shape |
@@ -38,13 +38,6 @@ class Csr:
     )
     is_exact = True
     prune_to = "unstructured:0.9"
-
-    def __str__(self) -> str:
-        return self.name
-
-    def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Csr":
-        """Itself: its name has no options."""
-        return self
 
     def why_not(self, weight: Tensor) -> str | None:
         """None if the packed weight is smaller than the dense one, else by how much it is not."""

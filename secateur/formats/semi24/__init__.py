@@ -1,6 +1,5 @@
 """2:4 weights: at most two nonzeros in every four consecutive inputs, half the values stored."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from secateur.formats import two_of_four
 from secateur.formats.contract import (
+    Format,
     Implementation,
     Packed,
     check_dense,
@@ -20,7 +20,7 @@ from secateur.formats.semi24 import cusparselt, decode, dense
 
 
 @dataclass(frozen=True)
-class Semi24:
+class Semi24(Format):
     """Two values for every four consecutive inputs, and the columns they come from.
 
     | tensor | type | shape |
@@ -45,13 +45,6 @@ class Semi24:
     )
     is_exact = True
     prune_to = "2:4"
-
-    def __str__(self) -> str:
-        return self.name
-
-    def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Semi24":
-        """Itself: its name has no options."""
-        return self
 
     def why_not(self, weight: Tensor) -> str | None:
         """None if the weight is at most 2:4, else where it is not."""
