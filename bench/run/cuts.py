@@ -18,13 +18,13 @@ import torch
 
 from bench.lib.results import RESULTS, read
 from secateur.formats.kernels.decode24.arrange import Kind
-from secateur.formats.kernels.decode24.config import Case, Config
+from secateur.formats.kernels.decode24.config import Case, LaunchConfig
 from secateur.formats.kernels.decode24.rule import COSTS, Costs, quantities
 
 OLDER = 9  # commas in a cut that was measured before cuts had a stay
 SWEEPS = 3000  # of the descent; the coefficients have settled long before
 
-Timings = Sequence[tuple[Case, Config, float]]
+Timings = Sequence[tuple[Case, LaunchConfig, float]]
 
 
 def timings(results: Path) -> Timings:
@@ -40,7 +40,7 @@ def timings(results: Path) -> Timings:
             cut = row["cut"]
             if cut.count(",") == OLDER:
                 cut = f"{cut},0"
-            found.append((case, Config.parse(cut), float(row["us"])))
+            found.append((case, LaunchConfig.parse(cut), float(row["us"])))
     return found
 
 

@@ -19,11 +19,11 @@ from secateur.cli import tune as tuning
 from secateur.formats.kernels.decode24 import choose
 from secateur.formats.kernels.decode24.arrange import Kind
 from secateur.formats.kernels.decode24.choose import own_table
-from secateur.formats.kernels.decode24.config import Case, Config
+from secateur.formats.kernels.decode24.config import Case, LaunchConfig
 from secateur.formats.kernels.decode24.tune import Timed
 
 CHIP = "A GPU, 132 SMs"
-FAST, SLOW, RULE = (Config(1, warps, 2, 1, 1, 3, 1) for warps in (2, 4, 8))
+FAST, SLOW, RULE = (LaunchConfig(1, warps, 2, 1, 1, 3, 1) for warps in (2, 4, 8))
 BF16 = torch.bfloat16
 
 
@@ -33,7 +33,7 @@ class Gpu:
     def __init__(self) -> None:
         self.capability = (9, 0)
         self.asked: list[Case] = []
-        self.known: dict[Case, Sequence[Config]] = {}
+        self.known: dict[Case, Sequence[LaunchConfig]] = {}
         self.most = 0
         self.stop_after = 99
         self.nothing_right = False
@@ -43,7 +43,7 @@ class Gpu:
         cases: Sequence[Case],
         device: torch.device,
         most: int,
-        known: Mapping[Case, Sequence[Config]],
+        known: Mapping[Case, Sequence[LaunchConfig]],
     ) -> Iterator[tuple[Case, list[Timed]]]:
         self.asked, self.most, self.known = list(cases), most, dict(known)
         for number, case in enumerate(cases):

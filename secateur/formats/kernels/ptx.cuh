@@ -1,8 +1,8 @@
 // PTX that the kernels share, each instruction with what it promises. Names follow the PTX ISA.
 //
 // Shared-memory addresses are 32-bit (`shared_address`); that is what the instructions take, and it
-// halves the registers of address arithmetic. PORTABLE leaves out what needs sm_90: bulk copies,
-// mbarriers, clusters and dependent launch.
+// halves the registers of address arithmetic. What an architecture lacks is assembled only where a kernel
+// calls it, so that kernels leave it out by `if constexpr`.
 
 using u8 = unsigned char;
 using u16 = unsigned short;
@@ -94,8 +94,6 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 // ---- mbarriers and bulk copies, sm_90 ----------------------------------------------------------
-
-#if !PORTABLE
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
@@ -270,8 +268,6 @@ __device__ __forceinline__ void wait_for_predecessor() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-#endif
-
 // ---- arithmetic --------------------------------------------------------------------------------
 
 // d += A B: A is 16x32 and 2:4, stored as 16x16 kept values in `a` and their positions in
@@ -332,20 +328,14 @@ __device__ __forceinline__ u16 round_16(float f) {
     return bits;
 }
 
-#if CODES && FP8
 // Two e4m3 codes, `low` in the low byte; what is beyond the largest becomes the largest.
 __device__ __forceinline__ u32 e4m3_pair(float low, float high) {
     u16 bits;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
     return bits;
 }
-#elif CODES
-__device__ u32 e4m3_pair(float low, float high);
-#endif
 
 // ---- warpgroup multiplication, sm_90a ----------------------------------------------------------
-
-#if WGMMA
 
 // A shared-memory operand whose rows are 128 bytes, permuted in 16-byte pieces by the row (128-byte
 // swizzle), eight rows to 1024 bytes. Adding b / 16 moves it by b bytes along the row.
@@ -425,38 +415,33 @@ __device__ __forceinline__ void multiply_sparse_warpgroup(
     }
 }
 
-#if CODES
 #define D64 D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define D128 D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, " \
     "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, " \
     "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#if FP8
-#define CODE_TYPES "f32.e4m3.e4m3"
-#define CODE_SIGNS ", 1, 1"
-#define SUM_OF(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#else
-#define CODE_TYPES "s32.s8.s8"
-#define CODE_SIGNS ""
-#define SUM_OF(n) "+r"(d[n][0]), "+r"(d[n][1]), "+r"(d[n][2]), "+r"(d[n][3])
-#endif
-#define SUMS_OF(n) SUM_OF(n), SUM_OF(n + 1), SUM_OF(n + 2), SUM_OF(n + 3), SUM_OF(n + 4), SUM_OF(n + 5), \
-    SUM_OF(n + 6), SUM_OF(n + 7)
+#define SUM_OF(r, n) r(d[n][0]), r(d[n][1]), r(d[n][2]), r(d[n][3])
+#define SUMS_OF(r, n) SUM_OF(r, n), SUM_OF(r, n + 1), SUM_OF(r, n + 2), SUM_OF(r, n + 3), \
+    SUM_OF(r, n + 4), SUM_OF(r, n + 5), SUM_OF(r, n + 6), SUM_OF(r, n + 7)
+#define SPARSE_CODES(TYPES, SIGNS, r) \
+    asm volatile( \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %134, 0;\n" \
+        "wgmma.mma_async.sp.sync.aligned.m64n256k64." TYPES " {" D128 "}, " \
+        "{%128, %129, %130, %131}, %132, %133, 0, add" SIGNS ";\n}" \
+        : SUMS_OF(r, 0), SUMS_OF(r, 8), SUMS_OF(r, 16), SUMS_OF(r, 24) \
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(metadata), "r"(add))
 
 // d = A B, or d += A B with `add`, for 8-bit codes: A is 64 x 64 and 2:4, 16 rows in each of the four
 // warps, stored as 64 x 32 kept codes in `a`; B is 64 columns of 256 tokens in shared memory. Every
-// lane's metadata is used. Sums are int32; of e4m3 they are float, of which sm_90 keeps 14 bits.
-template <class Sum>
+// lane's metadata is used. Codes are int8 where sums are int32, and e4m3 where they are float, of
+// which sm_90 keeps 14 bits.
 __device__ __forceinline__ void multiply_sparse_codes(
-    Sum (&d)[32][4], const uint4& a, u64 b, u32 metadata, int add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %134, 0;\n"
-        "wgmma.mma_async.sp.sync.aligned.m64n256k64." CODE_TYPES " {" D128 "}, "
-        "{%128, %129, %130, %131}, %132, %133, 0, add" CODE_SIGNS ";\n}"
-        : SUMS_OF(0), SUMS_OF(8), SUMS_OF(16), SUMS_OF(24)
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(metadata), "r"(add));
+    int (&d)[32][4], const uint4& a, u64 b, u32 metadata, int add) {
+    SPARSE_CODES("s32.s8.s8", "", "+r");
 }
-#endif
 
-#endif
+__device__ __forceinline__ void multiply_sparse_codes(
+    float (&d)[32][4], const uint4& a, u64 b, u32 metadata, int add) {
+    SPARSE_CODES("f32.e4m3.e4m3", ", 1, 1", "+f");
+}

@@ -10,13 +10,18 @@ from pathlib import Path
 
 import torch
 
-from secateur.formats.kernels.decode24.config import CLUSTERS_FROM, WARPGROUPS_ON, Case, Config
+from secateur.formats.kernels.decode24.config import (
+    CLUSTERS_FROM,
+    WARPGROUPS_ON,
+    Case,
+    LaunchConfig,
+)
 from secateur.formats.kernels.decode24.cuts import PORTABLE
 from secateur.formats.kernels.decode24.rule import by_rule
 from secateur.formats.kernels.measured import Entries, Table, add, chip, own_file, read
 
 PACKAGED = Path(__file__).parent / "tuned.json"
-CUTS = Entries("cuts", Config.parse, "delete it and run `secateur tune`")
+CUTS = Entries("cuts", LaunchConfig.parse, "delete it and run `secateur tune`")
 
 
 def own_table() -> Path:
@@ -24,12 +29,12 @@ def own_table() -> Path:
     return own_file("decode24.json")
 
 
-def choose(case: Case, device: torch.device) -> Config:
+def choose(case: Case, device: torch.device) -> LaunchConfig:
     """The cut for this case on this device."""
     for path in _places():
         found = _table(path).get(chip(device), {}).get(case.weight, {}).get(str(case.tokens))
         if found is not None:
-            return Config.parse(found)
+            return LaunchConfig.parse(found)
     capability = torch.cuda.get_device_capability(device)
     if capability < CLUSTERS_FROM:
         return PORTABLE
@@ -37,7 +42,7 @@ def choose(case: Case, device: torch.device) -> Config:
     return by_rule(case, count, warpgroups=capability == WARPGROUPS_ON)
 
 
-def remember(path: Path, chip_name: str, case: Case, config: Config) -> None:
+def remember(path: Path, chip_name: str, case: Case, config: LaunchConfig) -> None:
     """Nothing; the table in the file now has this cut for the case, beside all that it had.
 
     The file appears whole or stays as it was. A layer that has run already keeps its cut until the

@@ -24,9 +24,10 @@ REGISTERS = 65536  # of an SM
 HELD = 12  # by a thread beside its sums and weights, about; the compiler can do with a few less
 COPY_BYTES = 128  # bulk copies are slower to places that are not aligned to it
 ATOM_BYTES = 1024  # wgmma's swizzled operand starts at a multiple of it
-# When the next kernel's CTAs may start: at once; when this one's activations are there; after its
-# loop; or when the kernel before releases it, so that they come about when its activations do.
-EARLY, AFTER_X, LATE, RELEASED = 0, 1, 2, 3
+# `Trigger` of kernel.cu: when the next kernel's CTAs may start. At once; when this one's inputs
+# are there; after its loop; or when the kernel before releases it, so that they come about when its
+# activations do.
+EARLY, AFTER_INPUTS, AFTER_LOOP, RELEASED = 0, 1, 2, 3
 # How long CTAs in excess stay, in thousands of cycles: a little where the next kernel's CTAs come
 # at once, else most of the time that the others' weights take, at so many bytes in a thousand.
 STAY_EARLY, MOST_STAY, STAY_BYTES = 2, 4, 20_000
@@ -87,7 +88,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Config:
+class LaunchConfig:
     """One cut. A cluster of `cluster` CTAs, each of `warp_rows` x `splits` warps.
 
     A warp has `tiles` x 16 rows and 1 / (cluster splits) of the columns, in `stages` of `units` x
@@ -113,17 +114,18 @@ class Config:
         return ",".join(map(str, astuple(self)))
 
     @staticmethod
-    def parse(text: str) -> "Config":
+    def parse(text: str) -> "LaunchConfig":
         """The cut that `str` wrote.
 
         Raises: ValueError if the text is no list of as many integers.
         """
         numbers = [int(word) for word in text.split(",")]
-        if len(numbers) != len(fields(Config)):
+        if len(numbers) != len(fields(LaunchConfig)):
             raise ValueError(
-                f"a cut needs {len(fields(Config))} numbers, got {text!r}: run secateur tune again"
+                f"a launch config needs {len(fields(LaunchConfig))} numbers, got {text!r}: "
+                "run secateur tune again"
             )
-        return Config(*numbers)
+        return LaunchConfig(*numbers)
 
     @property
     def warps(self) -> int:
@@ -150,7 +152,7 @@ class Config:
         """Clusters with rows to compute."""
         return ceil(case.row_tiles / self.tiles_of_cluster)
 
-    def with_stay(self, case: Case) -> "Config":
+    def with_stay(self, case: Case) -> "LaunchConfig":
         """This cut with the stay that is about right; what is right can only be measured."""
         if self.trigger == EARLY:
             return replace(self, stay=STAY_EARLY)
@@ -179,28 +181,28 @@ class Config:
         return slack + _aligned(x) + ring + sums
 
     def defines(self, case: Case, portable: bool) -> tuple[tuple[str, int], ...]:
-        """The macros of `kernel.cu`."""
+        """The macros of `kernel.cu`, whose head says what each means."""
         return (
-            ("FORMAT", int(case.kind)),
-            ("GROUPED", int(case.grouped)),
+            ("KIND", int(case.kind)),
+            ("GROUP_SCALES", int(case.grouped)),
             ("HALF", int(case.dtype == torch.float16)),
-            ("NT", case.token_tiles),
-            ("PAIRS", case.pairs),
-            ("S", self.cluster),
-            ("WR", self.warp_rows),
-            ("WK", self.splits),
-            ("MT", self.tiles),
-            ("CU", self.units),
-            ("ST", self.stages),
+            ("TOKEN_TILES", case.token_tiles),
+            ("TOKEN_PAIRS", case.pairs),
+            ("CLUSTER", self.cluster),
+            ("WARP_ROWS", self.warp_rows),
+            ("WARP_SPLITS", self.splits),
+            ("WARP_TILES", self.tiles),
+            ("STEP_UNITS", self.units),
+            ("STAGES", self.stages),
             ("TRIGGER", self.trigger),
             ("STREAM", int(self.x_stages > 0)),
-            ("XST", max(2, self.x_stages)),
-            ("EVEN", int(case.units % (self.cluster * self.splits * self.units) == 0)),
+            ("X_STAGES", max(2, self.x_stages)),
+            ("WHOLE_STEPS", int(case.units % (self.cluster * self.splits * self.units) == 0)),
             ("REFILL", int(self.steps(case) > self.stages)),
-            ("BLOCKS", self.blocks(case)),
+            ("CTAS_PER_SM", self.blocks(case)),
             ("WGMMA", self.warpgroup),
-            ("AHEAD", self.ahead),
-            ("STAY", self.stay),
+            ("READ_AHEAD", self.ahead),
+            ("STAY_KILOCYCLES", self.stay),
             ("PORTABLE", int(portable)),
         )
 

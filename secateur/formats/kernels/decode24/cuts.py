@@ -7,20 +7,20 @@ from math import ceil
 
 from secateur.formats.kernels.decode24.arrange import Kind
 from secateur.formats.kernels.decode24.config import (
-    AFTER_X,
+    AFTER_INPUTS,
+    AFTER_LOOP,
     EARLY,
-    LATE,
     RELEASED,
     RESERVED_BYTES,
     SM_BYTES,
     Case,
-    Config,
+    LaunchConfig,
 )
 
 MOST_BYTES = 227 * 1024  # of shared memory that a CTA may ask for on sm_90 and sm_100
 # Before sm_90: nothing that needs it, and shared memory for the least of those devices (99 KB). It
 # has been run compiled for sm_90 only.
-PORTABLE = Config(1, 4, 1, 1, 1, 3, AFTER_X, 3)
+PORTABLE = LaunchConfig(1, 4, 1, 1, 1, 3, AFTER_INPUTS, 3)
 CLUSTERS = (1, 2, 4, 8)
 WASTES = (1.36, 2.0, 8.0)  # how much more than its share an SM may do; the first that leaves a cut
 COARSE = 1.34  # times that where rows go by 64, for warpgroups
@@ -29,7 +29,7 @@ MOST_STAGES = 8
 LEAST_SHARE = 0.5  # row tiles of an SM; layers smaller than that cannot fill the device
 
 
-def cuts(case: Case, clusters: Mapping[int, int], warpgroups: bool) -> list[Config]:
+def cuts(case: Case, clusters: Mapping[int, int], warpgroups: bool) -> list[LaunchConfig]:
     """Every cut worth measuring; `clusters` is how many of each size the device holds at once.
 
     In as few waves as can be; every SM with about its share of rows and every warp with its share
@@ -45,7 +45,7 @@ def cuts(case: Case, clusters: Mapping[int, int], warpgroups: bool) -> list[Conf
 
 def _cuts(
     case: Case, clusters: Mapping[int, int], warpgroups: bool, waste: float, waves: int
-) -> Iterator[Config]:
+) -> Iterator[LaunchConfig]:
     streams = (0,) if case.tokens <= 8 else (0, 3) if case.tokens <= 32 else (0, 3, 4)
     groups = (0,) if not warpgroups or case.tokens <= 2 else (1,) if case.tokens > 16 else (0, 1)
     share = max(LEAST_SHARE, case.row_tiles / (clusters[1] * waves))
@@ -58,13 +58,13 @@ def _cuts(
                 if rows / cluster > allowed or ceil(case.row_tiles / rows) > count * waves:
                     continue
                 for splits in (1, 2, 3, 4, 6, 8, 12, 16):
-                    part = Config(
-                        cluster, warp_rows, splits, tiles, 1, 2, AFTER_X, x_stages, warpgroup
+                    part = LaunchConfig(
+                        cluster, warp_rows, splits, tiles, 1, 2, AFTER_INPUTS, x_stages, warpgroup
                     )
                     yield from _deep(case, part, waste)
 
 
-def _deep(case: Case, part: Config, waste: float) -> Iterator[Config]:
+def _deep(case: Case, part: LaunchConfig, waste: float) -> Iterator[LaunchConfig]:
     """The cut with every sensible depth of its ring and moment of its trigger."""
     slices = part.cluster * part.splits
     if not 4 <= part.warps <= (20 if part.warpgroup else 16):
@@ -72,7 +72,9 @@ def _deep(case: Case, part: Config, waste: float) -> Iterator[Config]:
     if ceil(case.units / slices) * slices > waste * case.units:
         return
     few = case.tokens <= 2
-    triggers = (EARLY, RELEASED) if few else (RELEASED, AFTER_X, LATE)[: 2 + (case.tokens > 16)]
+    triggers = (
+        (EARLY, RELEASED) if few else (RELEASED, AFTER_INPUTS, AFTER_LOOP)[: 2 + (case.tokens > 16)]
+    )
     for units in (1, 2, 4) if case.tokens <= 8 and case.kind is not Kind.W16 else (1, 2):
         if part.x_stages and units * part.splits > 4:
             continue
@@ -84,7 +86,7 @@ def _deep(case: Case, part: Config, waste: float) -> Iterator[Config]:
                         yield cut.with_stay(case)
 
 
-def _depths(case: Case, part: Config) -> list[int]:
+def _depths(case: Case, part: LaunchConfig) -> list[int]:
     """The most stages that fit in half of an SM's shared memory, and in all of it."""
     found = set[int]()
     deep = [replace(part, stages=stages) for stages in range(1, MOST_STAGES + 1)]

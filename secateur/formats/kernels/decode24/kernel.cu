@@ -4,16 +4,21 @@
 // stream: the weights are read once, in order, in pieces of one to a few KB, with enough of them
 // under way; what is not weights (activations, sums, results) must not hold the stream up.
 //
+// The bound is packed bytes / memory bandwidth. On an H200 (4.8 TB/s by its data sheet) one token takes
+//   28672 x 4096   16-bit 30.0 us, 4.4 TB/s, 92 %    int4 12.4 us, 3.7 TB/s, 77 %
+//    6144 x 4096   16-bit  7.0 us, 4.0 TB/s, 84 %    int4  3.3 us, 2.9 TB/s, 60 %
+// (docs/formats/measured-gpu.md, bench/results/decode_2026-11-23_nvidia-h200_b42fe9c.csv).
+//
 //   D[16 rows, 8 tokens] += A[16 rows, 32 columns, 2:4] B[32 columns, 8 tokens]        mma.sp m16n8k32
 //
 // Weights are operand A, tokens the 8 columns of operand B. A **unit** is 16 rows x 128 columns of W
-// (four mma.sp); it is stored as one run of bytes, units of the same 16 rows one after another:
+// (four mma.sp); it is stored as one run of bytes, units of the same 16 rows, a **tile**, one after another:
 //
 //   values    W16: 4 x 512 B   for each 32 columns, 16 B a lane: the registers R0..R3 of operand A
 //             int8, fp8: 2 x 512 B   for each 64 columns, 16 B a lane: two words for each 32 columns
 //             int4: 512 B      16 B a lane: one word for each 32 columns
 //   metadata  256 B            8 B a lane: one word for each 64 columns
-//   scales    32 B             only where GROUPED: lane/4 reads rows g and g+8 in one word
+//   scales    32 B             only with GROUP_SCALES: lane/4 reads rows g and g+8 in one word
 //
 // Lane l of a warp has g = l/4, t = l%4. R0 is row g, kept columns 2t and 2t+1 of 16; R1 row g+8;
 // R2, R3 the same rows, kept columns 2t+8, 2t+9. A metadata word holds in its low half the four
@@ -24,93 +29,133 @@
 // leave float32's range, so the activations are multiplied by 2^64 on their way to shared memory
 // (or, where activations are streamed, the weights by 2^126 or 2^120).
 //
-// A cluster of S CTAs computes 16 WR MT rows; each CTA takes 1/S of the columns, and its WR x WK
-// warps split rows and columns again. Each warp runs through its own part of the weights with its own
-// ring of ST stages, filled by bulk copies: no CTA-wide synchronisation while weights flow. At the
-// end each warp sends its sums to the CTA of the cluster that owns them, which adds them in a fixed
-// order and stores: deterministic, no workspace, no atomics.
+// A cluster computes 16 WARP_ROWS WARP_TILES rows; each of its CTAs takes a part of the columns, and
+// the CTA's WARP_ROWS x WARP_SPLITS warps split rows and columns again. Each warp runs through its own
+// part of the weights with its own ring of stages, filled by bulk copies: no CTA-wide synchronisation
+// while weights flow. At the end each warp sends its sums to the CTA of the cluster that owns them,
+// which adds them in a fixed order and stores: deterministic, no workspace, no atomics.
 //
 // Kernels follow one another by programmatic dependent launch: the ring is filled before
 // `wait_for_predecessor`, because weights do not depend on the kernel before.
 //
-// CTAs in excess, launched only to fill the device, stay STAY thousand cycles after the wait, until
-// those of the kernel behind are placed, one on each SM: on an SM that is left empty two would be
-// placed, and each would be slow. Too long a stay delays the kernel's own end.
+// M tokens, N rows of W (out_features), K columns (in_features). All else is fixed when it is compiled,
+// by macros that `LaunchConfig.defines` sets (config.py): from the layer and the number of tokens,
+// from the fields of the launch config, from both together, and from the device.
 //
-// STREAM: activations pass through a ring of their own instead of lying whole in shared memory; for
-// token counts where they would not fit.
-// PORTABLE (sm_80 to sm_89): no clusters, bulk copies or dependent launch; each lane copies the 16
-// byte pieces that it will read.
+//   macro            values    from     meaning
+//   KIND             `Kind`    layer    how values are stored
+//   GROUP_SCALES     0, 1      layer    each 128 columns of a row have a scale, which lies in the unit
+//   HALF             0, 1      layer    x, y, scales and bias are float16, not bfloat16
+//   TOKEN_TILES      1 2 4 8   tokens   operands B, of 8 tokens, for each operand A
+//   TOKEN_PAIRS      1, 4      tokens   pairs of a token tile that are summed: 1 for up to 2 tokens
+//   CLUSTER          1 2 4 8   config   CTAs that split the columns
+//   WARP_ROWS        1..20     config   warps of a CTA that have rows of their own
+//   WARP_SPLITS      1..16     config   warps of a CTA that split the columns of the same rows
+//   WARP_TILES       1..8      config   tiles of 16 rows of a warp
+//   STEP_UNITS       1 2 4     config   units of each tile that a warp multiplies in one step
+//   STAGES           1..8      config   steps that a warp's ring holds
+//   STREAM           0, 1      config   activations pass through a ring of the CTA, because they would not
+//                                       fit; else they lie whole in shared memory
+//   X_STAGES         2..4      config   steps that the activations' ring holds
+//   TRIGGER          `Trigger` config   when the next kernel's CTAs may start
+//   WGMMA            0, 1      config   four warps multiply together (sm_90a)
+//   READ_AHEAD       0, 1      config   weights leave the ring a step before they are multiplied, the first
+//                                       ones before the wait for the kernel ahead
+//   STAY_KILOCYCLES  0..       config   how long CTAs without rows stay: see `keep_apart`
+//   WHOLE_STEPS      0, 1      both     every step of every warp has STEP_UNITS units
+//   REFILL           0, 1      both     some warp makes more steps than its ring holds
+//   CTAS_PER_SM      1, 2      both     as many fit by shared memory and registers
+//   PORTABLE         0, 1      device   sm_80 to sm_89: no clusters, bulk copies or dependent launch; each
+//                                       lane copies the 16 byte pieces that it will read
 //
 // Source: PTX ISA for the instructions' register layouts. The design follows measurements of the
 // parts, see docs/log.
-//
-// M tokens, N rows of W (out_features), K columns (in_features).
 
 #include "ptx.cuh"
 
-#if WGMMA
-static_assert(WR % 4 == 0, "a warpgroup is four warps of rows");
-#endif
+enum Kind { W16, INT8, FP8, INT4 };
+// At once; when this kernel's activations are there; after its loop; when the kernel before has ended,
+// so that the next CTAs come about when its activations do.
+enum Trigger { EARLY, AFTER_INPUTS, AFTER_LOOP, RELEASED };
 
-constexpr int W16 = 0, INT8 = 1, FP8 = 2, INT4 = 3;
+static_assert(!WGMMA || WARP_ROWS % 4 == 0, "a warpgroup is four warps of rows");
+static_assert(!PORTABLE || (CLUSTER == 1 && STREAM && STAGES == X_STAGES),
+              "without clusters one group of copies feeds both rings");
+static_assert(!PORTABLE || !READ_AHEAD, "a stage is complete only when its step begins");
 
-constexpr int WARPS = WR * WK;
+constexpr int WARPS = WARP_ROWS * WARP_SPLITS;
 constexpr int THREADS = 32 * WARPS;
-constexpr int SLICES = S * WK;             // parts that the columns are split into
-constexpr int TILES = WR * MT;             // of 16 rows, in a cluster
+constexpr int SLICES = CLUSTER * WARP_SPLITS;             // parts that the columns are split into
+constexpr int CLUSTER_TILES = WARP_ROWS * WARP_TILES;
+constexpr int ROWS = 16 * CLUSTER_TILES;                  // of a cluster
 constexpr int UNIT_COLUMNS = 128;
-constexpr int VALUE_BYTES = FORMAT == W16 ? 2048 : FORMAT == INT4 ? 512 : 1024;
+constexpr int VALUE_BYTES = KIND == W16 ? 2048 : KIND == INT4 ? 512 : 1024;
 constexpr int META_BYTES = 256;
-constexpr int SCALE_BYTES = GROUPED ? 32 : 0;
+constexpr int SCALE_BYTES = GROUP_SCALES ? 32 : 0;
 constexpr int UNIT_BYTES = VALUE_BYTES + META_BYTES + SCALE_BYTES;
-constexpr int CHUNK_BYTES = (CU * UNIT_BYTES + 127) / 128 * 128;   // of a tile: bulk copies are slower
-constexpr int STAGE_BYTES = MT * CHUNK_BYTES;                     // to places not aligned to 128 bytes
-constexpr int RING_BYTES = WARPS * ST * STAGE_BYTES;
+constexpr int CHUNK_BYTES = (STEP_UNITS * UNIT_BYTES + 127) / 128 * 128;   // of a tile: bulk copies are slower
+constexpr int STAGE_BYTES = WARP_TILES * CHUNK_BYTES;                     // to places not aligned to 128 bytes
+constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 
 // Activations in shared memory, for mma. Resident: rows padded by 16 bytes so that the eight rows of a matrix
 // lie in different banks. Streamed: 256-byte rows whose 16-byte pieces are permuted by the token.
 // For wgmma, resident or streamed: blocks of 64 columns, 128-byte rows, permuted likewise.
-constexpr int STEP_UNITS = STREAM ? WK * CU : CU;
-constexpr int X_UNIT_BYTES = 8 * NT * 2 * UNIT_COLUMNS;        // streamed: one unit's columns, all tokens
-constexpr int X_STAGE_BYTES = STEP_UNITS * X_UNIT_BYTES;
-constexpr int X_BLOCK_BYTES = X_UNIT_BYTES / 2;                // wgmma: 64 columns, all tokens
+constexpr int STRIDE = STREAM ? WARP_SPLITS * STEP_UNITS : STEP_UNITS;   // units from a warp's step to its next
+constexpr int X_UNIT_BYTES = 8 * TOKEN_TILES * 2 * UNIT_COLUMNS;         // streamed: one unit's columns, all tokens
+constexpr int X_STAGE_BYTES = STRIDE * X_UNIT_BYTES;
+constexpr int X_BLOCK_BYTES = X_UNIT_BYTES / 2;                          // wgmma: 64 columns, all tokens
+constexpr u32 X_ALIGNED = WGMMA ? 1024 : 128;
 
 // Sums on their way, in parts of 16 rows x 16 tokens (8, or 2, where there are no more), one from each
 // slice. A lane sends what it has of a row in one piece: the two tokens 2t, 2t+1 of one token tile, or
 // of two tiles together. The upper eight rows, and the next part, start in other banks than the lower.
-constexpr int TILES_IN_PART = NT == 1 ? 1 : 2;
-constexpr int PARTS = TILES * NT / TILES_IN_PART;
-constexpr int OWNED = (PARTS + S - 1) / S;
+constexpr int TILES_IN_PART = TOKEN_TILES == 1 ? 1 : 2;
+constexpr int PARTS = CLUSTER_TILES * TOKEN_TILES / TILES_IN_PART;
+constexpr int OWNED = (PARTS + CLUSTER - 1) / CLUSTER;
 constexpr int SENT = 2 * TILES_IN_PART;                        // floats of a lane's piece
-constexpr int POSITIONS = SENT * PAIRS;                        // of a row: the part's tokens
-constexpr int EIGHT_ROWS = (8 + (PAIRS > 1)) * POSITIONS * 4;  // bytes
+constexpr int POSITIONS = SENT * TOKEN_PAIRS;                  // of a row: the part's tokens
+constexpr int EIGHT_ROWS = (8 + (TOKEN_PAIRS > 1)) * POSITIONS * 4;  // bytes
 constexpr int PART_BYTES = 2 * EIGHT_ROWS;
 // Rows that a thread adds up and stores at once: as many as leave work for every thread.
 constexpr int most_rows(int run) {
     return run > 2 && OWNED * POSITIONS * 16 / run < THREADS ? most_rows(run / 2) : run;
 }
-constexpr int RUN = PAIRS == 1 ? 1 : most_rows(8);
-constexpr int ROWS = 16 * TILES;                               // of a cluster
-
-// AHEAD: weights are read from the ring one step ahead of the multiplications, the first ones before
-// the wait for the kernel ahead.
-#if PORTABLE
-static_assert(!AHEAD, "a stage is complete only when its step begins");
-#endif
+constexpr int RUN = TOKEN_PAIRS == 1 ? 1 : most_rows(8);
 
 // The scale of codes that are subnormal floats, and of the activations: see `expand`.
-constexpr bool RAISED_X = !HALF && FORMAT != W16 && !STREAM;
-constexpr bool RAISED_W = !HALF && FORMAT != W16 && STREAM;
+constexpr bool RAISED_X = !HALF && KIND != W16 && !STREAM;
+constexpr bool RAISED_W = !HALF && KIND != W16 && STREAM;
 constexpr u32 RAISE_X = 0x5F805F80;                            // 2^64, twice
-constexpr u32 RAISE_W = FORMAT == FP8 ? 0x7B807B80 : 0x7E807E80;   // 2^120, 2^126
+constexpr u32 RAISE_W = KIND == FP8 ? 0x7B807B80 : 0x7E807E80;   // 2^120, 2^126
 constexpr float RESTORE =
-    FORMAT == W16 ? 1.0f
-    : HALF ? (FORMAT == FP8 ? 0x1p8f : 0x1p24f)
-    : STREAM ? (FORMAT == FP8 ? 1.0f : 0x1p7f)
-    : (FORMAT == FP8 ? 0x1p56f : 0x1p69f);
+    KIND == W16 ? 1.0f
+    : HALF ? (KIND == FP8 ? 0x1p8f : 0x1p24f)
+    : STREAM ? (KIND == FP8 ? 1.0f : 0x1p7f)
+    : (KIND == FP8 ? 0x1p56f : 0x1p69f);
 
 extern __shared__ __align__(128) u8 shared[];
+
+// ---- the kernel behind -------------------------------------------------------------------------
+
+// Lets the next kernel's CTAs start, if this is the moment that was chosen.
+template <Trigger MOMENT>
+__device__ __forceinline__ void trigger() {
+    if constexpr (!PORTABLE && TRIGGER == MOMENT) launch_dependents();
+}
+
+// What CTAs without rows do, which are launched only to fill the device: they stay after the wait until
+// those of the kernel behind are placed, one on each SM. On an SM that is left empty two would be placed,
+// and each would be slow. Too long a stay delays the kernel's own end.
+__device__ __forceinline__ void keep_apart() {
+    if constexpr (!PORTABLE) {
+        launch_dependents();               // else the kernel behind could not start before this ends
+        wait_for_predecessor();
+        if constexpr (STAY_KILOCYCLES > 0)
+            for (const u32 begin = cycles(); cycles() - begin < 1000 * STAY_KILOCYCLES;) {}
+    }
+}
+
+// ---- weights -----------------------------------------------------------------------------------
 
 // A unit's bytes as a lane loads them.
 struct Unit {
@@ -122,18 +167,118 @@ struct Unit {
         #pragma unroll
         for (int i = 0; i < VALUE_BYTES / 512; ++i) values[i] = load_shared_128(unit + 512 * i + 16 * lane);
         metadata = load_shared_64(unit + VALUE_BYTES + 8 * lane);
-        if constexpr (GROUPED) scales = load_shared_32(unit + VALUE_BYTES + META_BYTES + lane / 4 * 4);
+        if constexpr (GROUP_SCALES) scales = load_shared_32(unit + VALUE_BYTES + META_BYTES + lane / 4 * 4);
     }
 
     // A word that is known only when every load has arrived.
     __device__ __forceinline__ u32 any() const {
         u32 word = metadata.x;
-        if constexpr (GROUPED) word ^= scales;
+        if constexpr (GROUP_SCALES) word ^= scales;
         #pragma unroll
         for (int i = 0; i < VALUE_BYTES / 512; ++i) word ^= values[i].x;
         return word;
     }
 };
+
+// ---- activations -------------------------------------------------------------------------------
+
+// Where the activations lie that a lane's multiplications read.
+struct Inputs {
+    u32 base[TOKEN_TILES];  // mma, resident: the token's row, and the lane's 8 columns; streamed: the token's row
+    u32 permute;            // mma, streamed: what the token permutes its 16-byte pieces by
+    u32 piece;              // mma, streamed: the lane's 8 columns, as a 16-byte piece
+
+    __device__ __forceinline__ Inputs(u32 shared, u32 pitch, int lane, int M) {
+        const int row = lane % 8;
+        #pragma unroll
+        for (int nt = 0; nt < TOKEN_TILES; ++nt) {
+            if constexpr (WGMMA) base[nt] = shared;
+            else if constexpr (STREAM) base[nt] = shared + (8 * nt + row) * 2 * UNIT_COLUMNS;
+            else base[nt] = shared + min(8 * nt + row, M - 1) * pitch + 16 * (lane / 8);
+        }
+        permute = row;
+        piece = lane / 8;
+    }
+
+    // The address of 32 columns, `step` of a unit that starts `bytes` into the row (or stage).
+    __device__ __forceinline__ u32 at(int nt, u32 bytes, int step) const {
+        if constexpr (STREAM) return base[nt] + bytes + 16 * ((4 * step + piece) ^ permute);
+        else return base[nt] + bytes + 64 * step;
+    }
+};
+
+// A thread's walk over the 16-byte pieces of all tokens. Its divisions are done before the wait for
+// the kernel ahead.
+struct Walk {
+    int token, piece, token_step, piece_step;
+
+    __device__ __forceinline__ explicit Walk(int pieces) {
+        if constexpr (STREAM) return;      // which walks by stages
+        token = threadIdx.x / pieces, piece = threadIdx.x % pieces;
+        token_step = THREADS / pieces, piece_step = THREADS % pieces;
+        asm volatile("" : "+r"(token), "+r"(piece), "+r"(token_step), "+r"(piece_step));
+    }
+
+    __device__ __forceinline__ void advance(int pieces) {
+        token += token_step, piece += piece_step;
+        if (piece >= pieces) piece -= pieces, ++token;
+    }
+};
+
+// This thread's share of the activations, whole. Loads go out in batches.
+__device__ __forceinline__ void load_resident(
+    u32 to, u32 pitch, const u16* x, int M, int K, int first_column, int pieces, Walk walk) {
+    constexpr int BATCH = TOKEN_PAIRS == 1 ? 4 : 8;
+    while (walk.token < M) {
+        uint4 v[BATCH];
+        u32 at[BATCH];
+        bool valid[BATCH];
+        #pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int column = first_column + 8 * walk.piece;
+            valid[i] = walk.token < M;
+            at[i] = to + (WGMMA ? walk.piece / 8 * X_BLOCK_BYTES + 128 * walk.token
+                                      + 16 * ((walk.piece ^ walk.token) & 7)
+                                : walk.token * pitch + 16 * walk.piece);
+            v[i] = make_uint4(0, 0, 0, 0);                     // beyond K: a unit's padding
+            if (valid[i] && column < K)
+                v[i] = *reinterpret_cast<const uint4*>(x + static_cast<size_t>(walk.token) * K + column);
+            walk.advance(pieces);
+        }
+        #pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            if constexpr (RAISED_X) {
+                v[i].x = multiply_bf16x2(v[i].x, RAISE_X);
+                v[i].y = multiply_bf16x2(v[i].y, RAISE_X);
+                v[i].z = multiply_bf16x2(v[i].z, RAISE_X);
+                v[i].w = multiply_bf16x2(v[i].w, RAISE_X);
+            }
+            if (valid[i]) store_shared_128(at[i], v[i]);
+        }
+    }
+}
+
+// This thread's share of one stage of streamed activations: STRIDE units, all 8 TOKEN_TILES token rows.
+__device__ __forceinline__ void load_streamed(u32 to, const u16* x, int M, int K, int first_column) {
+    constexpr int PIECES = X_STAGE_BYTES / 16;
+    #pragma unroll
+    for (int done = 0; done < PIECES; done += THREADS) {
+        const int index = done + threadIdx.x;
+        if (PIECES % THREADS == 0 || index < PIECES) {
+            const int unit = index / (X_UNIT_BYTES / 16);
+            const int token = index / 16 % (8 * TOKEN_TILES);
+            const int piece = index % 16;
+            const int column = first_column + UNIT_COLUMNS * unit + 8 * piece;
+            const bool valid = token < M && column < K;
+            const u16* from = x + (valid ? static_cast<size_t>(token) * K + column : 0);
+            const u32 at = WGMMA ? piece / 8 * X_BLOCK_BYTES + 128 * token + 16 * ((piece ^ token) & 7)
+                                 : 2 * UNIT_COLUMNS * token + 16 * (piece ^ (token & 7));
+            copy_16(to + unit * X_UNIT_BYTES + at, from, valid);
+        }
+    }
+}
+
+// ---- multiplication ----------------------------------------------------------------------------
 
 // The A registers of four mma.sp.
 //
@@ -148,15 +293,15 @@ __device__ __forceinline__ void expand(u32 (&a)[4][4], const Unit& unit) {
         #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const u32 w = words[j];
-            if constexpr (FORMAT == W16) {
+            if constexpr (KIND == W16) {
                 a[i][j] = w;
-            } else if constexpr (FORMAT == INT4) {
+            } else if constexpr (KIND == INT4) {
                 #pragma unroll
                 for (int r = 0; r < 4; ++r) a[j][r] = __funnelshift_l(w, w, 4 * r) & 0x80078007u;
             } else {
                 u32& first = a[2 * i + j / 2][2 * (j % 2)];
                 u32& second = a[2 * i + j / 2][2 * (j % 2) + 1];
-                if constexpr (FORMAT == INT8) {
+                if constexpr (KIND == INT8) {
                     first = w & 0x807F807Fu;
                     second = __funnelshift_l(w, w, 8) & 0x807F807Fu;
                 } else if constexpr (HALF) {
@@ -190,53 +335,38 @@ __device__ __forceinline__ void add_scaled(float (&acc)[4], const float (&sum)[4
     acc[3] += high * sum[3];
 }
 
-// acc += A B over a unit's four mma.sp; with GROUPED the unit has scales of its own.
+// acc += A B over a unit's four mma.sp; with GROUP_SCALES the unit has scales of its own.
 __device__ __forceinline__ void multiply_unit(
     float (&acc)[4], const u32 (&a)[4][4], const u32 (&b)[4][4], const Unit& unit) {
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float(&d)[4] = GROUPED ? sum : acc;
+    float(&d)[4] = GROUP_SCALES ? sum : acc;
     multiply_sparse<HALF, 0>(d, a[0], b[0], unit.metadata.x);
     multiply_sparse<HALF, 1>(d, a[1], b[1], unit.metadata.x);
     multiply_sparse<HALF, 0>(d, a[2], b[2], unit.metadata.y);
     multiply_sparse<HALF, 1>(d, a[3], b[3], unit.metadata.y);
-    if constexpr (GROUPED) add_scaled(acc, sum, unit.scales);
+    if constexpr (GROUP_SCALES) add_scaled(acc, sum, unit.scales);
 }
 
-// Where the activations of a lane's matrix row lie.
-struct Activations {
-    u32 base[NT];     // resident: the token's row, and the lane's 8 columns; streamed: the token's row
-    u32 permute;      // streamed: what the token permutes its 16-byte pieces by
-    u32 piece;        // streamed: the lane's 8 columns, as a 16-byte piece
-
-    // The address of 32 columns, `step` of a unit that starts `bytes` into the row (or stage).
-    __device__ __forceinline__ u32 at(int nt, u32 bytes, int step) const {
-        if constexpr (STREAM) return base[nt] + bytes + 16 * ((4 * step + piece) ^ permute);
-        else return base[nt] + bytes + 64 * step;
-    }
-};
-
-#if !WGMMA
-
-// One unit of columns for all MT tiles of the warp. B fragments are shared by the tiles; where all
+// One unit of columns for all WARP_TILES tiles of the warp. B fragments are shared by the tiles; where all
 // tokens' fragments would not fit in registers, the expanded weights stay instead.
-__device__ __forceinline__ void multiply_units(
-    float (&acc)[MT][NT][4], const Unit (&unit)[MT], const Activations& x, u32 x_bytes) {
-    constexpr int TOGETHER = NT < 2 ? NT : 2;        // token tiles whose B fragments are held at once
-    constexpr bool ONCE = NT == TOGETHER;
-    u32 a[ONCE ? 1 : MT][4][4];
+__device__ __forceinline__ void multiply_by_warp(
+    float (&acc)[WARP_TILES][TOKEN_TILES][4], const Unit (&unit)[WARP_TILES], const Inputs& x, u32 x_bytes) {
+    constexpr int TOGETHER = TOKEN_TILES < 2 ? TOKEN_TILES : 2;        // token tiles whose B fragments are held at once
+    constexpr bool ONCE = TOKEN_TILES == TOGETHER;
+    u32 a[ONCE ? 1 : WARP_TILES][4][4];
     if constexpr (!ONCE) {
         #pragma unroll
-        for (int m = 0; m < MT; ++m) expand(a[m], unit[m]);
+        for (int m = 0; m < WARP_TILES; ++m) expand(a[m], unit[m]);
     }
     #pragma unroll
-    for (int first = 0; first < NT; first += TOGETHER) {
+    for (int first = 0; first < TOKEN_TILES; first += TOGETHER) {
         u32 b[TOGETHER][4][4];
         #pragma unroll
         for (int n = 0; n < TOGETHER; ++n)
             #pragma unroll
             for (int s = 0; s < 4; ++s) load_matrices(b[n][s], x.at(first + n, x_bytes, s));
         #pragma unroll
-        for (int m = 0; m < MT; ++m) {
+        for (int m = 0; m < WARP_TILES; ++m) {
             if constexpr (ONCE) expand(a[0], unit[m]);
             #pragma unroll
             for (int n = 0; n < TOGETHER; ++n)
@@ -245,104 +375,32 @@ __device__ __forceinline__ void multiply_units(
     }
 }
 
-#else
-
 // The same by warpgroups: B stays in shared memory, and four warps read it once for 64 rows.
-__device__ __forceinline__ void multiply_units(
-    float (&acc)[MT][NT][4], const Unit (&unit)[MT], u32 x_unit) {
+__device__ __forceinline__ void multiply_by_warpgroup(
+    float (&acc)[WARP_TILES][TOKEN_TILES][4], const Unit (&unit)[WARP_TILES], u32 x_unit) {
     constexpr u64 STEP = 64 >> 4, BLOCK = X_BLOCK_BYTES >> 4;
     const u64 b = swizzled_operand(x_unit);
     #pragma unroll
-    for (int m = 0; m < MT; ++m) {
+    for (int m = 0; m < WARP_TILES; ++m) {
         u32 a[4][4];
-        float sum[NT][4];
-        float(&d)[NT][4] = GROUPED ? sum : acc[m];
+        float sum[TOKEN_TILES][4];
+        float(&d)[TOKEN_TILES][4] = GROUP_SCALES ? sum : acc[m];
         expand(a, unit[m]);
         wgmma_fence();
-        multiply_sparse_warpgroup<HALF, 0, NT>(d, a[0], b, unit[m].metadata.x, !GROUPED);
-        multiply_sparse_warpgroup<HALF, 1, NT>(d, a[1], b + STEP, unit[m].metadata.x, 1);
-        multiply_sparse_warpgroup<HALF, 0, NT>(d, a[2], b + BLOCK, unit[m].metadata.y, 1);
-        multiply_sparse_warpgroup<HALF, 1, NT>(d, a[3], b + BLOCK + STEP, unit[m].metadata.y, 1);
+        multiply_sparse_warpgroup<HALF, 0, TOKEN_TILES>(d, a[0], b, unit[m].metadata.x, !GROUP_SCALES);
+        multiply_sparse_warpgroup<HALF, 1, TOKEN_TILES>(d, a[1], b + STEP, unit[m].metadata.x, 1);
+        multiply_sparse_warpgroup<HALF, 0, TOKEN_TILES>(d, a[2], b + BLOCK, unit[m].metadata.y, 1);
+        multiply_sparse_warpgroup<HALF, 1, TOKEN_TILES>(d, a[3], b + BLOCK + STEP, unit[m].metadata.y, 1);
         wgmma_commit();
         wgmma_wait();
-        if constexpr (GROUPED) {
+        if constexpr (GROUP_SCALES) {
             #pragma unroll
-            for (int n = 0; n < NT; ++n) add_scaled(acc[m][n], sum[n], unit[m].scales);
+            for (int n = 0; n < TOKEN_TILES; ++n) add_scaled(acc[m][n], sum[n], unit[m].scales);
         }
     }
 }
 
-#endif
-
-// A thread's walk over the 16-byte pieces of all tokens. Its divisions are done before the wait for
-// the kernel ahead.
-struct Walk {
-    int token, piece, token_step, piece_step;
-
-    __device__ __forceinline__ explicit Walk(int pieces) {
-        token = threadIdx.x / pieces, piece = threadIdx.x % pieces;
-        token_step = THREADS / pieces, piece_step = THREADS % pieces;
-        asm volatile("" : "+r"(token), "+r"(piece), "+r"(token_step), "+r"(piece_step));
-    }
-
-    __device__ __forceinline__ void advance(int pieces) {
-        token += token_step, piece += piece_step;
-        if (piece >= pieces) piece -= pieces, ++token;
-    }
-};
-
-// This thread's share of the activations, whole. Loads go out in batches.
-__device__ __forceinline__ void load_resident(
-    u32 to, u32 pitch, const u16* x, int M, int K, int first_column, int pieces, Walk walk) {
-    constexpr int BATCH = PAIRS == 1 ? 4 : 8;
-    while (walk.token < M) {
-        uint4 v[BATCH];
-        u32 at[BATCH];
-        bool valid[BATCH];
-        #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const int column = first_column + 8 * walk.piece;
-            valid[i] = walk.token < M;
-            at[i] = to + (WGMMA ? walk.piece / 8 * X_BLOCK_BYTES + 128 * walk.token
-                                      + 16 * ((walk.piece ^ walk.token) & 7)
-                                : walk.token * pitch + 16 * walk.piece);
-            v[i] = make_uint4(0, 0, 0, 0);                     // beyond K: a unit's padding
-            if (valid[i] && column < K)
-                v[i] = *reinterpret_cast<const uint4*>(x + static_cast<size_t>(walk.token) * K + column);
-            walk.advance(pieces);
-        }
-        #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            if constexpr (RAISED_X) {
-                v[i].x = multiply_bf16x2(v[i].x, RAISE_X);
-                v[i].y = multiply_bf16x2(v[i].y, RAISE_X);
-                v[i].z = multiply_bf16x2(v[i].z, RAISE_X);
-                v[i].w = multiply_bf16x2(v[i].w, RAISE_X);
-            }
-            if (valid[i]) store_shared_128(at[i], v[i]);
-        }
-    }
-}
-
-// This thread's share of one stage of streamed activations: STEP_UNITS units, all 8 NT token rows.
-__device__ __forceinline__ void load_streamed(u32 to, const u16* x, int M, int K, int first_column) {
-    constexpr int PIECES = X_STAGE_BYTES / 16;
-    #pragma unroll
-    for (int done = 0; done < PIECES; done += THREADS) {
-        const int index = done + threadIdx.x;
-        if (PIECES % THREADS == 0 || index < PIECES) {
-            const int unit = index / (X_UNIT_BYTES / 16);
-            const int token = index / 16 % (8 * NT);
-            const int piece = index % 16;
-            const int column = first_column + UNIT_COLUMNS * unit + 8 * piece;
-            const bool valid = token < M && column < K;
-            const u16* from = x + (valid ? static_cast<size_t>(token) * K + column : 0);
-            const u32 at = WGMMA ? piece / 8 * X_BLOCK_BYTES + 128 * token + 16 * ((piece ^ token) & 7)
-                                 : 2 * UNIT_COLUMNS * token + 16 * (piece ^ (token & 7));
-            copy_16(to + unit * X_UNIT_BYTES + at, from, valid);
-        }
-    }
-}
+// ---- sums and results --------------------------------------------------------------------------
 
 // Neighbouring 16-bit numbers, read and written in one access.
 template <int COUNT>
@@ -365,8 +423,10 @@ __device__ __forceinline__ void store_result(
     *reinterpret_cast<Numbers<COUNT>*>(y) = result;
 }
 
+// ---- the kernel --------------------------------------------------------------------------------
+
 // Registers are shared out to four warps at a time.
-extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS) decode(
+extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, CTAS_PER_SM) decode(
     const u16* __restrict__ x,             // [M, K]
     const u8* __restrict__ weight,         // [N / 16, units, UNIT_BYTES]
     const u16* __restrict__ row_scales,    // [N], or null: 1
@@ -374,89 +434,75 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
     u16* __restrict__ y,                   // [M, N]
     int M, int N, int K) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int group = WGMMA ? 4 : 1;       // warps that must have the same columns
-    const int warp_row = warp / group / WK * group + warp % group, warp_slice = warp / group % WK;
+    const int group = WGMMA ? 4 : 1;   // warps that must have the same columns
+    const int warp_row = warp / group / WARP_SPLITS * group + warp % group, warp_slice = warp / group % WARP_SPLITS;
     const int units = (K + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
     const int tiles = N / 16;
-    const int first_tile = static_cast<int>(blockIdx.x) / S * TILES;
-#if PORTABLE
-    constexpr int rank = 0;
-    static_assert(S == 1 && STREAM && ST == XST, "without clusters one group of copies feeds both rings");
-    if (first_tile >= tiles) return;
-#else
-    const int rank = S == 1 ? 0 : static_cast<int>(cluster_rank());
-    if (first_tile >= tiles) {             // launched only to keep the next kernel's CTAs apart
-        launch_dependents();               // else the kernel behind could not start before this ends
-        wait_for_predecessor();
-        if constexpr (STAY > 0)
-            for (const u32 begin = cycles(); cycles() - begin < 1000 * STAY;) {}
-        return;
-    }
-#endif
+    const int first_tile = static_cast<int>(blockIdx.x) / CLUSTER * CLUSTER_TILES;
+    int rank = 0;
+    if constexpr (CLUSTER > 1) rank = static_cast<int>(cluster_rank());
+    if (first_tile >= tiles) return keep_apart();
 
     // This CTA's units, this warp's first unit and number of steps.
-    const int from = units * rank / S, to = units * (rank + 1) / S;
-    const int first = STREAM ? from + warp_slice * CU : from + (to - from) * warp_slice / WK;
-    const int last = STREAM ? to : from + (to - from) * (warp_slice + 1) / WK;
-    const int steps = ((STREAM ? to - from : last - first) + STEP_UNITS - 1) / STEP_UNITS;
+    const int from = units * rank / CLUSTER, to = units * (rank + 1) / CLUSTER;
+    const int first = STREAM ? from + warp_slice * STEP_UNITS : from + (to - from) * warp_slice / WARP_SPLITS;
+    const int last = STREAM ? to : from + (to - from) * (warp_slice + 1) / WARP_SPLITS;
+    const int steps = ((STREAM ? to - from : last - first) + STRIDE - 1) / STRIDE;
 
-    const u32 pitch = (units + S - 1) / S * 2 * UNIT_COLUMNS + 16;   // the same in all CTAs
-    const u32 x_bytes_all = STREAM ? XST * X_STAGE_BYTES
-                            : WGMMA ? (units + S - 1) / S * X_UNIT_BYTES : M * pitch;
-    constexpr u32 ALIGNED = WGMMA ? 1024 : 128;
-    const u32 x_shared = (shared_address(shared) + ALIGNED - 1) / ALIGNED * ALIGNED;
+    const u32 pitch = (units + CLUSTER - 1) / CLUSTER * 2 * UNIT_COLUMNS + 16;   // the same in all CTAs
+    const u32 x_bytes_all = STREAM ? X_STAGES * X_STAGE_BYTES
+                            : WGMMA ? (units + CLUSTER - 1) / CLUSTER * X_UNIT_BYTES : M * pitch;
+    const u32 x_shared = (shared_address(shared) + X_ALIGNED - 1) / X_ALIGNED * X_ALIGNED;
     const u32 rings = x_shared + (x_bytes_all + 127) / 128 * 128;
-    const u32 ring = rings + warp * ST * STAGE_BYTES;
+    const u32 ring = rings + warp * STAGES * STAGE_BYTES;
     const u32 sums = STREAM ? x_shared : rings + RING_BYTES;
     __shared__ __align__(16) u16 scales_here[ROWS], bias_here[ROWS];
-#if !PORTABLE
-    __shared__ __align__(8) u64 barriers[WARPS * ST + 1];
-    const u32 landed = shared_address(&barriers[warp * ST]);
-    const u32 summed = shared_address(&barriers[WARPS * ST]);
-    const u64 policy = evict_first();
-#endif
+    __shared__ __align__(8) u64 barriers[WARPS * STAGES + 1];
+    const u32 landed = PORTABLE ? 0 : shared_address(barriers + warp * STAGES);
+    const u32 summed = PORTABLE ? 0 : shared_address(barriers + WARPS * STAGES);
+    u64 policy;
+    if constexpr (!PORTABLE) policy = evict_first();
 
-    const u8* source[MT];
+    const u8* source[WARP_TILES];
     #pragma unroll
-    for (int m = 0; m < MT; ++m) {
-        const int tile = min(first_tile + warp_row * MT + m, tiles - 1);   // beyond N: read, never stored
+    for (int m = 0; m < WARP_TILES; ++m) {
+        const int tile = min(first_tile + warp_row * WARP_TILES + m, tiles - 1);   // beyond N: read, never stored
         source[m] = weight + (static_cast<size_t>(tile) * units + first) * UNIT_BYTES;
     }
 
-    // Units of step i: CU, but for the last.
-    auto units_of = [&](int i) { return EVEN ? CU : min(CU, last - first - i * STEP_UNITS); };
+    // Units of step i: STEP_UNITS, but for the last.
+    auto units_of = [&](int i) { return WHOLE_STEPS ? STEP_UNITS : min(STEP_UNITS, last - first - i * STRIDE); };
 
     // Starts the copies of step i into its stage, once `after` is known; for bulk copies, called by one lane.
     auto fetch = [&](int i, int stage_index, u32 after) {
         const int count = units_of(i);
         const u32 stage = ring + stage_index * STAGE_BYTES + (after & K >> 31);   // K is no negative number
-        const u32 offset = i * STEP_UNITS * UNIT_BYTES;        // of a row tile: below 2^31
-#if PORTABLE
-        #pragma unroll
-        for (int m = 0; m < MT; ++m)
-            for (int byte = 16 * lane; byte < count * UNIT_BYTES; byte += 16 * 32)
-                copy_16(stage + m * CHUNK_BYTES + byte, source[m] + offset + byte, true);
-#else
-        if (!EVEN && count <= 0) return;
-        const u32 barrier = landed + stage_index * 8;
-        barrier_expect(barrier, MT * count * UNIT_BYTES);
-        #pragma unroll
-        for (int m = 0; m < MT; ++m)
-            copy_bulk(stage + m * CHUNK_BYTES, source[m] + offset, count * UNIT_BYTES, barrier, policy);
-#endif
+        const u32 offset = i * STRIDE * UNIT_BYTES;        // of a row tile: below 2^31
+        if constexpr (PORTABLE) {
+            #pragma unroll
+            for (int m = 0; m < WARP_TILES; ++m)
+                for (int byte = 16 * lane; byte < count * UNIT_BYTES; byte += 16 * 32)
+                    copy_16(stage + m * CHUNK_BYTES + byte, source[m] + offset + byte, true);
+        } else {
+            if (!WHOLE_STEPS && count <= 0) return;
+            const u32 barrier = landed + stage_index * 8;
+            barrier_expect(barrier, WARP_TILES * count * UNIT_BYTES);
+            #pragma unroll
+            for (int m = 0; m < WARP_TILES; ++m)
+                copy_bulk(stage + m * CHUNK_BYTES, source[m] + offset, count * UNIT_BYTES, barrier, policy);
+        }
     };
 
     // Reads step i from its stage, whole. Where there are fewer units, what lies behind them is read
     // in vain.
-    Unit unit[CU][MT];
+    Unit unit[STEP_UNITS][WARP_TILES];
     auto take = [&](int i, int stage_index, u32 parity) {
-#if !PORTABLE
-        if (EVEN || units_of(i) > 0) barrier_wait(landed + 8 * stage_index, parity);
-#endif
+        if constexpr (!PORTABLE)
+            if (WHOLE_STEPS || units_of(i) > 0) barrier_wait(landed + 8 * stage_index, parity);
         #pragma unroll
-        for (int c = 0; c < CU; ++c)
+        for (int c = 0; c < STEP_UNITS; ++c)
             #pragma unroll
-            for (int m = 0; m < MT; ++m)
+            for (int m = 0; m < WARP_TILES; ++m)
                 unit[c][m].load(ring + stage_index * STAGE_BYTES + m * CHUNK_BYTES + c * UNIT_BYTES, lane);
     };
 
@@ -464,46 +510,44 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
     // be in a queue when the copy writes, whatever is synchronised between them, so the copy is made to
     // depend on what was loaded.
     auto refill = [&](int i, int stage_index) {
-#if !PORTABLE
-        if constexpr (REFILL) {
+        if constexpr (!PORTABLE && REFILL) {
             u32 loaded = 0;
             #pragma unroll
-            for (int c = 0; c < CU; ++c)
+            for (int c = 0; c < STEP_UNITS; ++c)
                 #pragma unroll
-                for (int m = 0; m < MT; ++m) loaded ^= unit[c][m].any();
+                for (int m = 0; m < WARP_TILES; ++m) loaded ^= unit[c][m].any();
             __syncwarp();
-            if (i + ST < steps && one_lane()) fetch(i + ST, stage_index, loaded);
+            if (i + STAGES < steps && one_lane()) fetch(i + STAGES, stage_index, loaded);
         }
-#endif
     };
 
-#if !PORTABLE
-    if (lane == 0) {
-        #pragma unroll
-        for (int i = 0; i < ST; ++i) barrier_init(landed + 8 * i, 1);
-        if (warp == 0) barrier_init(summed, 1 + WARPS);
-        barrier_init_done();
-    }
-    __syncwarp();
-    if constexpr (TRIGGER == 0) launch_dependents();
-    if (one_lane()) {
-        #pragma unroll
-        for (int i = 0; i < ST; ++i)
-            if (i < steps) fetch(i, i, 0);
-    }
-    __syncwarp();
-    if (S > 1 && threadIdx.x == 0) {       // the bytes that come from other CTAs
-        int bytes = 0;
-        #pragma unroll
-        for (int local = 0; local < OWNED; ++local) {
-            const int part = local * S + rank;
-            const int pairs = min(max((M - 8 * (part * TILES_IN_PART % NT) + 1) / 2, 0), 4);
-            if (part < PARTS) bytes += (SLICES - WK) * 16 * 4 * SENT * pairs;
+    if constexpr (!PORTABLE) {
+        if (lane == 0) {
+            #pragma unroll
+            for (int i = 0; i < STAGES; ++i) barrier_init(landed + 8 * i, 1);
+            if (warp == 0) barrier_init(summed, 1 + WARPS);
+            barrier_init_done();
         }
-        barrier_expect(summed, bytes);
+        __syncwarp();
+        trigger<EARLY>();
+        if (one_lane()) {
+            #pragma unroll
+            for (int i = 0; i < STAGES; ++i)
+                if (i < steps) fetch(i, i, 0);
+        }
+        __syncwarp();
+        if (CLUSTER > 1 && threadIdx.x == 0) {   // the bytes that come from other CTAs
+            int bytes = 0;
+            #pragma unroll
+            for (int local = 0; local < OWNED; ++local) {
+                const int part = local * CLUSTER + rank;
+                const int pairs = min(max((M - 8 * (part * TILES_IN_PART % TOKEN_TILES) + 1) / 2, 0), 4);
+                if (part < PARTS) bytes += (SLICES - WARP_SPLITS) * 16 * 4 * SENT * pairs;
+            }
+            barrier_expect(summed, bytes);
+        }
+        if constexpr (CLUSTER > 1) cluster_arrive_relaxed();   // waited for before the first sum is sent
     }
-    if constexpr (S > 1) cluster_arrive_relaxed();   // waited for before the first sum is sent
-#endif
     // The rows' scales and bias are asked for now: at the end, memory would be waited for.
     for (int piece = threadIdx.x; piece < ROWS / 8; piece += THREADS) {
         const int n = 16 * first_tile + 8 * piece;
@@ -511,94 +555,74 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
         if (bias && n < N) copy_16(shared_address(bias_here + 8 * piece), bias + n, true);
     }
     commit_copies();
-#if !PORTABLE
-#if !STREAM
     const Walk walk((to - from) * 16);
-#endif
-    if (AHEAD && steps > 0) take(0, 0, 0), refill(0, 0);
-    wait_for_predecessor();
-    if constexpr (TRIGGER == 3) launch_dependents();
-#endif
+    if (READ_AHEAD && steps > 0) take(0, 0, 0), refill(0, 0);
+    if constexpr (!PORTABLE) wait_for_predecessor();
+    trigger<RELEASED>();
 
-#if !WGMMA
-    Activations activations;
-    {
-        const int row = lane % 8;
+    const Inputs inputs(x_shared, pitch, lane, M);
+    auto stream_inputs = [&](int step, int stage) {
+        if constexpr (PORTABLE) fetch(step, stage, 0);
+        load_streamed(x_shared + stage * X_STAGE_BYTES, x, M, K, (from + step * STRIDE) * UNIT_COLUMNS);
+    };
+    if constexpr (STREAM) {
         #pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-            if constexpr (STREAM) activations.base[nt] = x_shared + (8 * nt + row) * 2 * UNIT_COLUMNS;
-            else activations.base[nt] = x_shared + min(8 * nt + row, M - 1) * pitch + 16 * (lane / 8);
+        for (int i = 0; i < X_STAGES - 1; ++i) {
+            if (i < steps) stream_inputs(i, i);
+            commit_copies();
         }
-        activations.permute = row;
-        activations.piece = lane / 8;
+    } else {
+        load_resident(x_shared, pitch, x, M, K, from * UNIT_COLUMNS, (to - from) * 16, walk);
+        if constexpr (WGMMA) fence_async_proxy();
+        __syncthreads();
     }
-#endif
-#if STREAM
-    #pragma unroll
-    for (int i = 0; i < XST - 1; ++i) {
-        if (i < steps) {
-#if PORTABLE
-            fetch(i, i, 0);
-#endif
-            load_streamed(x_shared + i * X_STAGE_BYTES, x, M, K, (from + i * STEP_UNITS) * UNIT_COLUMNS);
-        }
-        commit_copies();
-    }
-#else
-    load_resident(x_shared, pitch, x, M, K, from * UNIT_COLUMNS, (to - from) * 16, walk);
-#if WGMMA
-    fence_async_proxy();
-#endif
-    __syncthreads();
-#endif
-#if !PORTABLE
-    if constexpr (TRIGGER == 1) launch_dependents();
-#endif
+    trigger<AFTER_INPUTS>();
 
-    float acc[MT][NT][4] = {};
+    auto load_weights = [&](int step, int stage, u32 parity) {
+        take(step, stage, parity);
+        refill(step, stage);
+    };
+    auto wait_inputs = [&](int step) {     // and starts the copies of those that take the last step's place
+        wait_copies<X_STAGES - 2>();
+        if constexpr (WGMMA) fence_async_proxy();
+        __syncthreads();
+        const int later = step + X_STAGES - 1;
+        if (later < steps) stream_inputs(later, later % X_STAGES);
+        commit_copies();
+    };
+    float acc[WARP_TILES][TOKEN_TILES][4] = {};
+    constexpr int X_UNIT = WGMMA || STREAM ? X_UNIT_BYTES : 2 * UNIT_COLUMNS;    // from a unit's columns to the next
+    auto inputs_of = [&](int step) -> u32 {                            // where its columns start
+        if constexpr (STREAM) return step % X_STAGES * X_STAGE_BYTES + warp_slice * STEP_UNITS * X_UNIT_BYTES;
+        else return (first - from + step * STRIDE) * X_UNIT;
+    };
+    auto multiply = [&](const Unit (&units)[STEP_UNITS][WARP_TILES], int step, u32 x_bytes) {
+        #pragma unroll
+        for (int c = 0; c < STEP_UNITS; ++c) {
+            if (!WHOLE_STEPS && c >= units_of(step)) break;
+            if constexpr (WGMMA) multiply_by_warpgroup(acc, units[c], x_shared + x_bytes + c * X_UNIT);
+            else multiply_by_warp(acc, units[c], inputs, x_bytes + c * X_UNIT);
+        }
+    };
+
     u32 parity = 0;
     #pragma unroll 1
-    for (int turn = 0; turn < steps; turn += ST, parity ^= 1) {
+    for (int turn = 0; turn < steps; turn += STAGES, parity ^= 1) {
         #pragma unroll
-        for (int st = 0; st < ST; ++st) {
-            const int i = turn + st;
-            if (i >= steps) break;
-            u32 x_bytes = (first - from + i * STEP_UNITS) * (WGMMA ? X_UNIT_BYTES : 2 * UNIT_COLUMNS);
-#if STREAM
-            wait_copies<XST - 2>();
-#if WGMMA
-            fence_async_proxy();
-#endif
-            __syncthreads();
-            const int next = i + XST - 1;
-            if (next < steps) {
-#if PORTABLE
-                fetch(next, next % XST, 0);
-#endif
-                load_streamed(x_shared + next % XST * X_STAGE_BYTES, x, M, K, (from + next * STEP_UNITS) * UNIT_COLUMNS);
-            }
-            commit_copies();
-            x_bytes = i % XST * X_STAGE_BYTES + warp_slice * CU * X_UNIT_BYTES;
-#endif
-            if constexpr (!AHEAD) take(i, st, parity), refill(i, st);
-            Unit now[CU][MT];
+        for (int stage = 0; stage < STAGES; ++stage) {
+            const int step = turn + stage, next = (stage + 1) % STAGES;
+            if (step >= steps) break;
+            if constexpr (STREAM) wait_inputs(step);
+            const u32 x_bytes = inputs_of(step);
+            if constexpr (!READ_AHEAD) load_weights(step, stage, parity);
+            Unit now[STEP_UNITS][WARP_TILES];
             #pragma unroll
-            for (int c = 0; c < CU; ++c)
+            for (int c = 0; c < STEP_UNITS; ++c)
                 #pragma unroll
-                for (int m = 0; m < MT; ++m) now[c][m] = unit[c][m];
-            if constexpr (AHEAD)
-                if (i + 1 < steps) take(i + 1, (st + 1) % ST, st + 1 == ST ? parity ^ 1 : parity);
-            #pragma unroll
-            for (int c = 0; c < CU; ++c) {
-                if (!EVEN && c >= units_of(i)) break;
-#if WGMMA
-                multiply_units(acc, now[c], x_shared + x_bytes + c * X_UNIT_BYTES);
-#else
-                multiply_units(acc, now[c], activations, x_bytes + c * (STREAM ? X_UNIT_BYTES : 2 * UNIT_COLUMNS));
-#endif
-            }
-            if constexpr (AHEAD)
-                if (i + 1 < steps) refill(i + 1, (st + 1) % ST);
+                for (int m = 0; m < WARP_TILES; ++m) now[c][m] = unit[c][m];
+            if (READ_AHEAD && step + 1 < steps) take(step + 1, next, next == 0 ? parity ^ 1 : parity);
+            multiply(now, step, x_bytes);
+            if (READ_AHEAD && step + 1 < steps) refill(step + 1, next);
         }
     }
 
@@ -606,31 +630,29 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
 
     // Hand the sums to their owners. With STREAM they take the place of both rings, so that every CTA
     // of the cluster must have left its loop.
-#if !PORTABLE
-    if constexpr (TRIGGER == 2) launch_dependents();
-    if constexpr (S > 1) {
+    trigger<AFTER_LOOP>();
+    if constexpr (CLUSTER > 1) {
         cluster_wait();
         if constexpr (STREAM) {
             cluster_arrive();
             cluster_wait();
         }
     }
-#endif
-    if constexpr (S == 1 && STREAM) __syncthreads();
-    const int slice = rank * WK + warp_slice;
+    if constexpr (CLUSTER == 1 && STREAM) __syncthreads();
+    const int slice = rank * WARP_SPLITS + warp_slice;
     #pragma unroll
-    for (int m = 0; m < MT; ++m) {
+    for (int m = 0; m < WARP_TILES; ++m) {
         #pragma unroll
-        for (int nt = 0; nt < NT; nt += TILES_IN_PART) {
-            const int part = ((warp_row * MT + m) * NT + nt) / TILES_IN_PART;
+        for (int nt = 0; nt < TOKEN_TILES; nt += TILES_IN_PART) {
+            const int part = ((warp_row * WARP_TILES + m) * TOKEN_TILES + nt) / TILES_IN_PART;
             const int pair = lane % 4;
             if (8 * nt + 2 * pair >= M) continue;
-            const u32 at = sums + (part / S * SLICES + slice) * PART_BYTES
+            const u32 at = sums + (part / CLUSTER * SLICES + slice) * PART_BYTES
                          + (lane / 4 * POSITIONS + SENT * pair) * 4;
             const float(&one)[4] = acc[m][nt];
             const float(&two)[4] = acc[m][nt + TILES_IN_PART - 1];
-            const u32 owner = part % S;
-            if (S == 1 || owner == rank) {
+            const u32 owner = part % CLUSTER;
+            if (CLUSTER == 1 || owner == rank) {
                 if constexpr (TILES_IN_PART == 1) {
                     store_shared_float2(at, one[0], one[1]);
                     store_shared_float2(at + EIGHT_ROWS, one[2], one[3]);
@@ -639,8 +661,7 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
                     store_shared_float4(at + EIGHT_ROWS, one[2], one[3], two[2], two[3]);
                 }
             }
-#if !PORTABLE
-            else {
+            else if constexpr (CLUSTER > 1) {
                 const u32 barrier = in_cta(summed, owner), there = in_cta(at, owner);
                 if constexpr (TILES_IN_PART == 1) {
                     store_remote(there, one[0], one[1], barrier);
@@ -650,17 +671,14 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
                     store_remote(there + EIGHT_ROWS, one[2], one[3], two[2], two[3], barrier);
                 }
             }
-#endif
         }
     }
-    if constexpr (S == 1) __syncthreads();
-#if !PORTABLE
+    if constexpr (CLUSTER == 1) __syncthreads();
     else {
         __syncwarp();
         if (lane == 0) barrier_arrive(summed);         // this warp's sums for this CTA itself
         barrier_wait_cluster(summed, 0);
     }
-#endif
 
     // Add the slices in order, restore the scale, and store.
     constexpr int ITEMS = POSITIONS * (16 / RUN);      // of a part
@@ -668,11 +686,11 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, BLOCKS
         const int local = index / ITEMS;
         const int position = RUN == 1 ? index / 16 % POSITIONS : index % POSITIONS;
         const int row = RUN == 1 ? index % 16 : index / POSITIONS % (16 / RUN) * RUN;
-        const int part = local * S + rank;
-        const int here = part * TILES_IN_PART / NT * 16 + row;
+        const int part = local * CLUSTER + rank;
+        const int here = part * TILES_IN_PART / TOKEN_TILES * 16 + row;
         const int n = 16 * first_tile + here;
-        const int token = part * TILES_IN_PART % NT * 8
-                        + (NT == 1 ? position : position / 4 * 2 + position % 4 / 2 * 8 + position % 2);
+        const int token = part * TILES_IN_PART % TOKEN_TILES * 8
+                        + (TOKEN_TILES == 1 ? position : position / 4 * 2 + position % 4 / 2 * 8 + position % 2);
         if (part >= PARTS || n >= N || token >= M) continue;
         const u32 at = sums + local * SLICES * PART_BYTES
                      + row / 8 * EIGHT_ROWS + (row % 8 * POSITIONS + position) * 4;

@@ -16,7 +16,7 @@ from secateur.formats.kernels.decode24.config import (
     SM_BYTES,
     SPARSE_FROM,
     Case,
-    Config,
+    LaunchConfig,
     bucket,
 )
 from secateur.formats.kernels.gpu import why_no_gpu
@@ -111,7 +111,9 @@ def _launch(
     return prepared(case, choose(case, device), device)
 
 
-def prepared(case: Case, config: Config, device: torch.device, dependent: bool = True) -> Launch:
+def prepared(
+    case: Case, config: LaunchConfig, device: torch.device, dependent: bool = True
+) -> Launch:
     """A launch of this cut.
 
     The grid is filled up to what the device holds with one CTA on each SM: with fewer, the CTAs of

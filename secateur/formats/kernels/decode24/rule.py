@@ -11,7 +11,7 @@ from math import ceil
 from typing import NamedTuple
 
 from secateur.formats.kernels.decode24.arrange import UNIT_COLUMNS, UNIT_ROWS
-from secateur.formats.kernels.decode24.config import EARLY, RELEASED, Case, Config
+from secateur.formats.kernels.decode24.config import EARLY, RELEASED, Case, LaunchConfig
 from secateur.formats.kernels.decode24.cuts import CLUSTERS, cuts
 
 # Clusters of 4 and 8 leave SMs over where a GPC's SMs are no multiple: 30 of 33 and 15 of 16 places
@@ -60,7 +60,7 @@ COSTS = {  # for up to so many tokens: python -m bench.run.cuts
 
 
 @cache  # looking through all cuts takes a tenth of a second
-def by_rule(case: Case, multiprocessors: int, warpgroups: bool = True) -> Config:
+def by_rule(case: Case, multiprocessors: int, warpgroups: bool = True) -> LaunchConfig:
     """The cheapest cut of a case, for a device with clusters and so many SMs."""
     fitting = {1: multiprocessors}
     for size in CLUSTERS[1:]:
@@ -70,13 +70,13 @@ def by_rule(case: Case, multiprocessors: int, warpgroups: bool = True) -> Config
     return min(found, key=lambda cut: (expected_us(case, cut), str(cut)))
 
 
-def expected_us(case: Case, cut: Config) -> float:
+def expected_us(case: Case, cut: LaunchConfig) -> float:
     """What the model says of a cut."""
     costs = next(costs for most, costs in COSTS.items() if case.tokens <= most)
     return sum(cost * amount for cost, amount in zip(costs, quantities(case, cut), strict=True))
 
 
-def quantities(case: Case, cut: Config) -> tuple[float, ...]:
+def quantities(case: Case, cut: LaunchConfig) -> tuple[float, ...]:
     """What each of `Costs` multiplies, in their order."""
     units = ceil(case.units / cut.cluster)  # of columns, in a CTA
     row_bytes = 4 * 2 if case.pairs == 1 else 4 * 8 * min(case.token_tiles, 2)

@@ -21,7 +21,7 @@ from secateur.formats.kernels.decode24.config import (
     SM_BYTES,
     WARPGROUPS_ON,
     Case,
-    Config,
+    LaunchConfig,
 )
 from secateur.formats.kernels.decode24.cuts import CLUSTERS, cuts
 from secateur.formats.kernels.decode24.multiply import SOURCE, prepared
@@ -43,7 +43,7 @@ NIBBLES = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)
 class Timed:
     """A cut, and the microseconds of one launch in a chain with cold weights."""
 
-    config: Config
+    config: LaunchConfig
     us: float
 
 
@@ -52,7 +52,7 @@ def tune(
     device: torch.device,
     most: int = MOST_CUTS,
     workers: int | None = None,
-    known: Mapping[Case, Sequence[Config]] | None = None,
+    known: Mapping[Case, Sequence[LaunchConfig]] | None = None,
 ) -> Iterator[tuple[Case, list[Timed]]]:
     """For each case the cuts that were measured, fastest first.
 
@@ -84,17 +84,19 @@ def _drawn(
     clusters: Mapping[int, int],
     warpgroups: bool,
     most: int,
-    known: Sequence[Config],
-) -> list[Config]:
+    known: Sequence[LaunchConfig],
+) -> list[LaunchConfig]:
     found = cuts(case, clusters, warpgroups)
-    even = [cut for cut in found if ("EVEN", 1) in cut.defines(case, False)]
+    even = [cut for cut in found if ("WHOLE_STEPS", 1) in cut.defines(case, False)]
     drawn = even or found
     Random(0).shuffle(drawn)
     varied = [replace(cut, stay=stay) for cut in known for stay in (cut.stay, *STAYS)]
     return list(dict.fromkeys([*varied, *drawn[:most]]))
 
 
-def _measured(problem: "Problem", drawn: Sequence[Config], device: torch.device) -> list[Timed]:
+def _measured(
+    problem: "Problem", drawn: Sequence[LaunchConfig], device: torch.device
+) -> list[Timed]:
     """Cuts that are right, fastest first; the first few by the median of three chains."""
     timed = list[Timed]()
     for cut in drawn:
@@ -132,14 +134,14 @@ def resident_clusters(device: torch.device) -> dict[int, int]:
     case = Case(Kind.INT4, True, torch.bfloat16, UNIT_ROWS, UNIT_COLUMNS, 1)
     found = {}
     for cluster in CLUSTERS:
-        cut = Config(cluster, 4, 1, 1, 1, 2, EARLY)
+        cut = LaunchConfig(cluster, 4, 1, 1, 1, 2, EARLY)
         kernel = load(SOURCE, cut.defines(case, False), device)
         found[cluster] = kernel.most_clusters(cluster, cut.threads, SM_BYTES // 2)
     return found
 
 
 def compile_all(
-    cases: Iterable[tuple[Case, Config]], device: torch.device, workers: int | None
+    cases: Iterable[tuple[Case, LaunchConfig]], device: torch.device, workers: int | None
 ) -> None:
     """Nothing; puts the machine code of all these cuts in the cache, in parallel processes."""
     arch = arch_of(torch.cuda.get_device_capability(device))

@@ -5,7 +5,7 @@
 //
 // Weights are operand A, from registers; tokens are operand B, from shared memory. A CTA computes
 // 128 rows x 256 tokens: two warpgroups of 64 rows each read the same tokens. A third copies blocks of
-// 128 columns into a ring of ST stages. The CTAs of a cluster have the same tokens and rows of their
+// 128 columns into a ring of STAGES stages. The CTAs of a cluster have the same tokens and rows of their
 // own: each copies its share of the tokens to all of them, because the L2 cache could not feed each by
 // itself.
 //
@@ -80,14 +80,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
     const int first = static_cast<int>(blockIdx.x) / CLUSTER, clusters = static_cast<int>(gridDim.x) / CLUSTER;
 
     const u32 ring = (shared_address(shared) + 1023) / 1024 * 1024;
-    const u32 results = ring + ST * STAGE_BYTES;
-    __shared__ __align__(8) u64 barriers[2 * ST];
+    const u32 results = ring + STAGES * STAGE_BYTES;
+    __shared__ __align__(8) u64 barriers[2 * STAGES];
     __shared__ float scales_here[CONSUMERS][TOKENS];
-    const u32 full = shared_address(barriers), empty = full + 8 * ST;
+    const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
 
     if (threadIdx.x == 0) {
         #pragma unroll
-        for (int i = 0; i < ST; ++i) {
+        for (int i = 0; i < STAGES; ++i) {
             barrier_init(full + 8 * i, 1);
             barrier_init(empty + 8 * i, CLUSTER * CONSUMERS * 4);
         }
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
                     barrier_expect(barrier, STAGE_BYTES);
                     copy_box_to_all<CLUSTER>(at + rank * (B_BYTES / CLUSTER), codes, block * COLUMNS, token, barrier);
                     copy_bulk_to_all<1>(at + B_BYTES, a, A_BYTES, barrier);
-                    if (++stage == ST) stage = 0, parity ^= 1;
+                    if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
             }
         }
@@ -171,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
                     release(before);
                 }
                 before = stage;
-                if (++stage == ST) stage = 0, parity ^= 1;
+                if (++stage == STAGES) stage = 0, parity ^= 1;
             };
             #pragma unroll 1
             for (int block = 0; block < blocks; block += 2) {

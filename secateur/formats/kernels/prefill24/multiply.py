@@ -113,9 +113,6 @@ def _defines(codes: torch.dtype, dtype: torch.dtype) -> tuple[tuple[str, int], .
     return (
         ("FP8", int(codes == torch.float8_e4m3fn)),
         ("HALF", int(dtype == torch.float16)),
-        ("CODES", 1),
-        ("PORTABLE", 0),
-        ("WGMMA", 1),
     )
 
 
@@ -132,7 +129,7 @@ def _multiply(
     device: torch.device, codes: torch.dtype, dtype: torch.dtype, activation: str = ""
 ) -> Launch:
     which = ACTIVATIONS.index(activation) + 1 if activation else 0
-    ring = (("CLUSTER", CLUSTER), ("ST", STAGES))
+    ring = (("CLUSTER", CLUSTER), ("STAGES", STAGES))
     defines = (*_defines(codes, dtype), *ring, ("ACTIVATION", which))
     kernel = load(MULTIPLY, defines, device)
     clusters = kernel.most_clusters(CLUSTER, THREADS, SHARED_BYTES)

@@ -10,15 +10,15 @@ import torch
 from secateur.formats.kernels.decode24 import choose as module
 from secateur.formats.kernels.decode24.arrange import Kind
 from secateur.formats.kernels.decode24.choose import choose, own_table, remember
-from secateur.formats.kernels.decode24.config import Case, Config
+from secateur.formats.kernels.decode24.config import Case, LaunchConfig
 from secateur.formats.kernels.decode24.cuts import PORTABLE
 from secateur.formats.kernels.measured import chip
 
 GPU = torch.device("cuda:0")
 CHIP = "A GPU, 132 SMs"
 CASE = Case(Kind.INT4, True, torch.bfloat16, 4096, 14336, 8)
-FIRST, SECOND = Config(1, 2, 3, 1, 1, 2, 0), Config(2, 4, 1, 1, 1, 3, 1)
-BY_RULE = Config(8, 8, 8, 8, 8, 8, 2)
+FIRST, SECOND = LaunchConfig(1, 2, 3, 1, 1, 2, 0), LaunchConfig(2, 4, 1, 1, 1, 3, 1)
+BY_RULE = LaunchConfig(8, 8, 8, 8, 8, 8, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_what_was_not_measured_goes_by_rule(table: object) -> None:
 def test_the_rule_is_told_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def by_rule(case: Case, multiprocessors: int, warpgroups: bool) -> Config:
+    def by_rule(case: Case, multiprocessors: int, warpgroups: bool) -> LaunchConfig:
         asked.append((case, multiprocessors, warpgroups))
         return BY_RULE
 

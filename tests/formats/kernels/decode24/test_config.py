@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from secateur.formats.kernels.decode24.arrange import Kind
-from secateur.formats.kernels.decode24.config import Case, Config, bucket
+from secateur.formats.kernels.decode24.config import Case, LaunchConfig, bucket
 
 
 def case(kind: Kind = Kind.INT4, tokens: int = 1, columns: int = 4096, rows: int = 4096) -> Case:
     return Case(kind, kind is Kind.INT4, torch.bfloat16, rows, columns, tokens)
 
 
-RESIDENT = Config(2, 4, 2, 1, 1, 4, 1)
-STREAMED = Config(2, 8, 1, 1, 1, 3, 1, x_stages=3, warpgroup=1)
+RESIDENT = LaunchConfig(2, 4, 2, 1, 1, 4, 1)
+STREAMED = LaunchConfig(2, 8, 1, 1, 1, 3, 1, x_stages=3, warpgroup=1)
 
 
 @pytest.mark.parametrize(
@@ -41,20 +41,20 @@ def test_a_case_counts_tiles_and_units_and_has_a_name() -> None:
 
 
 def test_a_cut_is_written_and_read_again() -> None:
-    cut = Config(1, 2, 3, 4, 5, 6, 0, 8, 1, 1, 7)
+    cut = LaunchConfig(1, 2, 3, 4, 5, 6, 0, 8, 1, 1, 7)
     assert str(cut) == "1,2,3,4,5,6,0,8,1,1,7"
-    assert Config.parse(str(cut)) == cut
-    assert Config.parse(str(RESIDENT)) == RESIDENT
+    assert LaunchConfig.parse(str(cut)) == cut
+    assert LaunchConfig.parse(str(RESIDENT)) == RESIDENT
     for text in ("1,2,3", "1,2,3,4,5,6,0,8,1,1,1,1"):
         with pytest.raises(ValueError, match=f"needs 11 numbers, got '{text}': run secateur tune"):
-            Config.parse(text)
+            LaunchConfig.parse(text)
     with pytest.raises(ValueError, match="invalid literal"):
-        Config.parse("a,2,3,4,5,6,0,8,1,1,0")
+        LaunchConfig.parse("a,2,3,4,5,6,0,8,1,1,0")
 
 
 def test_about_how_long_ctas_in_excess_stay() -> None:
     """20 of a CTA's bytes in a cycle, at most 4000 cycles; 2000 where the next come early."""
-    cut = Config(4, 10, 1, 1, 2, 3, 3)
+    cut = LaunchConfig(4, 10, 1, 1, 2, 3, 3)
     assert cut.with_stay(case()) == replace(cut, stay=3)  # 32 / 4 units x 10 tiles x 800 bytes
     assert cut.with_stay(case(Kind.W16)) == replace(cut, stay=4)
     assert replace(cut, cluster=8, stay=1).with_stay(case()) == replace(cut, cluster=8, stay=2)
@@ -62,7 +62,7 @@ def test_about_how_long_ctas_in_excess_stay() -> None:
 
 
 def test_a_cut_counts_warps_clusters_and_steps() -> None:
-    cut = Config(2, 4, 2, 3, 2, 4, 1)
+    cut = LaunchConfig(2, 4, 2, 3, 2, 4, 1)
     assert (cut.warps, cut.threads, cut.tiles_of_cluster) == (8, 256, 12)
     assert cut.clusters(case()) == 22  # 256 tiles of rows, 12 to each cluster
     assert cut.steps(case()) == 4  # 32 units, in four slices, two at a time
@@ -107,20 +107,41 @@ def test_two_blocks_where_memory_and_registers_allow() -> None:
 def test_the_macros() -> None:
     macros = dict(RESIDENT.defines(case(tokens=2), portable=False))
     assert macros == {
-        "FORMAT": 3, "GROUPED": 1, "HALF": 0, "NT": 1, "PAIRS": 1, "S": 2, "WR": 4, "WK": 2,
-        "MT": 1, "CU": 1, "ST": 4, "TRIGGER": 1, "STREAM": 0, "XST": 2, "EVEN": 1, "REFILL": 1,
-        "BLOCKS": 2, "WGMMA": 0, "AHEAD": 0, "STAY": 0, "PORTABLE": 0,
-    }  # fmt: skip
+        "KIND": 3,
+        "GROUP_SCALES": 1,
+        "HALF": 0,
+        "TOKEN_TILES": 1,
+        "TOKEN_PAIRS": 1,
+        "CLUSTER": 2,
+        "WARP_ROWS": 4,
+        "WARP_SPLITS": 2,
+        "WARP_TILES": 1,
+        "STEP_UNITS": 1,
+        "STAGES": 4,
+        "TRIGGER": 1,
+        "STREAM": 0,
+        "X_STAGES": 2,
+        "WHOLE_STEPS": 1,
+        "REFILL": 1,
+        "CTAS_PER_SM": 2,
+        "WGMMA": 0,
+        "READ_AHEAD": 0,
+        "STAY_KILOCYCLES": 0,
+        "PORTABLE": 0,
+    }
     half = replace(case(Kind.W16, tokens=64), dtype=torch.float16)
     macros = dict(STREAMED.defines(half, portable=True))
-    found = {name: macros[name] for name in ("FORMAT", "GROUPED", "HALF", "NT", "PAIRS")}
-    assert found == {"FORMAT": 0, "GROUPED": 0, "HALF": 1, "NT": 8, "PAIRS": 4}
-    found = {name: macros[name] for name in ("STREAM", "XST", "WGMMA", "PORTABLE")}
-    assert found == {"STREAM": 1, "XST": 3, "WGMMA": 1, "PORTABLE": 1}
+    found = {
+        name: macros[name]
+        for name in ("KIND", "GROUP_SCALES", "HALF", "TOKEN_TILES", "TOKEN_PAIRS")
+    }
+    assert found == {"KIND": 0, "GROUP_SCALES": 0, "HALF": 1, "TOKEN_TILES": 8, "TOKEN_PAIRS": 4}
+    found = {name: macros[name] for name in ("STREAM", "X_STAGES", "WGMMA", "PORTABLE")}
+    assert found == {"STREAM": 1, "X_STAGES": 3, "WGMMA": 1, "PORTABLE": 1}
 
 
 def test_the_macros_of_a_part_that_is_not_whole() -> None:
     """33 units in four slices; and a weight so narrow that its ring is filled once."""
-    assert dict(RESIDENT.defines(case(columns=4160), False))["EVEN"] == 0
+    assert dict(RESIDENT.defines(case(columns=4160), False))["WHOLE_STEPS"] == 0
     narrow = dict(RESIDENT.defines(case(columns=2048), False))
-    assert (narrow["EVEN"], narrow["REFILL"]) == (1, 0)
+    assert (narrow["WHOLE_STEPS"], narrow["REFILL"]) == (1, 0)

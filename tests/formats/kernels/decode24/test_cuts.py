@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from secateur.formats.kernels.decode24.arrange import Kind
-from secateur.formats.kernels.decode24.config import BUCKETS, REGISTERS, Case, Config
+from secateur.formats.kernels.decode24.config import BUCKETS, REGISTERS, Case, LaunchConfig
 from secateur.formats.kernels.decode24.cuts import MOST_BYTES, PORTABLE, cuts
 
 H200 = {1: 132, 2: 66, 4: 30, 8: 15}
@@ -66,4 +66,4 @@ def test_the_portable_cut_fits_every_device(kind: Kind) -> None:
         assert PORTABLE.shared_bytes(layer) + PORTABLE.static_bytes <= SMALLER_BLOCK
     # what the kernel's portable form asserts
     assert PORTABLE.cluster == 1 and PORTABLE.x_stages == PORTABLE.stages
-    assert replace(PORTABLE, warpgroup=0, ahead=0) == PORTABLE == Config.parse(str(PORTABLE))
+    assert replace(PORTABLE, warpgroup=0, ahead=0) == PORTABLE == LaunchConfig.parse(str(PORTABLE))

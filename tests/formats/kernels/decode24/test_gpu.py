@@ -13,7 +13,7 @@ from secateur.formats import SparseLinear, parse_format
 from secateur.formats.format import dequantised
 from secateur.formats.kernels.decode24.arrange import FORMATS, Kind
 from secateur.formats.kernels.decode24.choose import choose
-from secateur.formats.kernels.decode24.config import BUCKETS, Case, Config
+from secateur.formats.kernels.decode24.config import BUCKETS, Case, LaunchConfig
 from secateur.formats.kernels.decode24.cuts import MOST_BYTES, PORTABLE
 from secateur.formats.kernels.decode24.multiply import ARGUMENTS, SOURCE, prepared
 from secateur.formats.kernels.decode24.tune import Problem, compile_all, error, problem
@@ -35,7 +35,7 @@ CUTS = [
 ]  # fmt: skip
 GIVEN = [
     (case, cut)
-    for cut in map(Config.parse, CUTS)
+    for cut in map(LaunchConfig.parse, CUTS)
     for kind in (Kind.W16, Kind.INT4, Kind.FP8)
     for tokens in (1, 7, 16, 40)
     for case in [Case(kind, kind is Kind.INT4, torch.bfloat16, 1056, 1984, tokens)]
@@ -314,7 +314,7 @@ def test_the_portable_form_is_right(
 
 
 @pytest.mark.parametrize(("case", "cut"), GIVEN, ids=str)
-def test_every_kind_of_cut_is_right(case: Case, cut: Config) -> None:
+def test_every_kind_of_cut_is_right(case: Case, cut: LaunchConfig) -> None:
     if cut.warpgroup and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs sm_90 for wgmma")
     launch = prepared(case.widest, cut, device())

@@ -13,7 +13,7 @@ import torch
 
 from secateur.formats.kernels.decode24.arrange import Kind
 from secateur.formats.kernels.decode24.choose import PACKAGED
-from secateur.formats.kernels.decode24.config import BUCKETS, Case, Config
+from secateur.formats.kernels.decode24.config import BUCKETS, Case, LaunchConfig
 from secateur.formats.kernels.decode24.cuts import MOST_BYTES, PORTABLE
 from secateur.formats.kernels.decode24.multiply import SOURCE
 from secateur.formats.kernels.decode24.rule import by_rule
@@ -48,24 +48,39 @@ COMPILED = [(arch, case) for arch in ARCHS for case in ruled(arch)]
 
 # What a rule may never choose: by hand, for Hopper.
 FED = {
-    "resident, one CTA": (layer(Kind.W16, False, BF16, 8), Config(1, 2, 4, 2, 1, 2, 2)),
-    "resident, ahead": (layer(Kind.INT4, True, BF16, 2), Config(2, 4, 2, 1, 2, 3, 0, ahead=1)),
-    "resident, ahead, fp8": (layer(Kind.FP8, False, HALF, 2), Config(4, 4, 1, 2, 1, 4, 0, ahead=1)),
-    "resident, one scale": (layer(Kind.INT4, False, HALF, 16), Config(2, 4, 2, 1, 1, 3, 1)),
-    "resident, ragged": (layer(Kind.INT4, True, BF16, 16, 4160), Config(2, 4, 2, 2, 2, 3, 1)),
-    "streamed": (layer(Kind.FP8, False, BF16, 16), Config(2, 4, 2, 1, 1, 3, 1, x_stages=3)),
-    "streamed, ragged": (layer(Kind.INT8, False, HALF, 32, 4160), Config(4, 4, 1, 2, 1, 3, 2, 3)),
-    "warpgroup": (layer(Kind.INT8, False, BF16, 16), Config(2, 4, 2, 1, 2, 3, 1, 0, warpgroup=1)),
-    "warpgroup, streamed": (layer(Kind.INT4, True, HALF, 64), Config(8, 8, 1, 1, 1, 3, 1, 4, 1)),
+    "resident, one CTA": (layer(Kind.W16, False, BF16, 8), LaunchConfig(1, 2, 4, 2, 1, 2, 2)),
+    "resident, ahead": (
+        layer(Kind.INT4, True, BF16, 2),
+        LaunchConfig(2, 4, 2, 1, 2, 3, 0, ahead=1),
+    ),
+    "resident, ahead, fp8": (
+        layer(Kind.FP8, False, HALF, 2),
+        LaunchConfig(4, 4, 1, 2, 1, 4, 0, ahead=1),
+    ),
+    "resident, one scale": (layer(Kind.INT4, False, HALF, 16), LaunchConfig(2, 4, 2, 1, 1, 3, 1)),
+    "resident, ragged": (layer(Kind.INT4, True, BF16, 16, 4160), LaunchConfig(2, 4, 2, 2, 2, 3, 1)),
+    "streamed": (layer(Kind.FP8, False, BF16, 16), LaunchConfig(2, 4, 2, 1, 1, 3, 1, x_stages=3)),
+    "streamed, ragged": (
+        layer(Kind.INT8, False, HALF, 32, 4160),
+        LaunchConfig(4, 4, 1, 2, 1, 3, 2, 3),
+    ),
+    "warpgroup": (
+        layer(Kind.INT8, False, BF16, 16),
+        LaunchConfig(2, 4, 2, 1, 2, 3, 1, 0, warpgroup=1),
+    ),
+    "warpgroup, streamed": (
+        layer(Kind.INT4, True, HALF, 64),
+        LaunchConfig(8, 8, 1, 1, 1, 3, 1, 4, 1),
+    ),
 }
 
 
-def compiled(case: Case, cut: Config, arch: str, folder: Path) -> CubinInfo:
+def compiled(case: Case, cut: LaunchConfig, arch: str, folder: Path) -> CubinInfo:
     defines = cut.defines(case, portable=arch in WITHOUT_CLUSTERS)
     return info(compile_cubin(SOURCE, defines, arch), folder)
 
 
-def cut_for(case: Case, arch: str) -> Config:
+def cut_for(case: Case, arch: str) -> LaunchConfig:
     """What `choose` takes without a table."""
     if arch in WITHOUT_CLUSTERS:
         return PORTABLE
@@ -77,7 +92,7 @@ def products(found: CubinInfo) -> set[str]:
     return {".".join(o.split(".")[:2]) for o in found.opcodes if re.match(r"[A-Z]+MMA\.", o)}
 
 
-def check_hopper(cut: Config, found: CubinInfo) -> None:
+def check_hopper(cut: LaunchConfig, found: CubinInfo) -> None:
     """Only sparse products, by warps or warpgroups as the cut says; bulk copies; no spills."""
     assert products(found) == {"HGMMA.SP" if cut.warpgroup else "HMMA.SP"}
     assert any(opcode.startswith("UBLKCP") for opcode in found.opcodes)
@@ -125,12 +140,15 @@ def test_every_way_of_feeding_compiles(name: str, tmp_path: Path) -> None:
 def test_the_portable_form_is_checked_by_the_compiler() -> None:
     """A cut with clusters, or one that reads ahead, is refused and not run wrongly."""
     case = layer(Kind.INT4, True, BF16, 2)
-    for cut in (Config(2, 4, 2, 1, 1, 3, 1, 3), Config(1, 4, 2, 1, 1, 3, 1, 3, ahead=1)):
+    for cut in (
+        LaunchConfig(2, 4, 2, 1, 1, 3, 1, 3),
+        LaunchConfig(1, 4, 2, 1, 1, 3, 1, 3, ahead=1),
+    ):
         with pytest.raises(RuntimeError, match=r"kernel\.cu did not compile for sm_80"):
             compile_cubin(SOURCE, cut.defines(case, portable=True), "sm_80")
 
 
-def packaged() -> list[tuple[Case, Config]]:
+def packaged() -> list[tuple[Case, LaunchConfig]]:
     """Every case with its cut in the table that comes with the package."""
     if not PACKAGED.exists():
         return []
@@ -143,7 +161,7 @@ def packaged() -> list[tuple[Case, Config]]:
             for tokens, text in cuts.items():
                 case = Case(kind, grouped, BF16, int(match[3]), int(match[4]), int(tokens))
                 assert case.weight == weight
-                found.append((case, Config.parse(text)))
+                found.append((case, LaunchConfig.parse(text)))
     return found
 
 

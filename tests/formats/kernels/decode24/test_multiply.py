@@ -9,7 +9,7 @@ import torch
 
 from secateur.formats.kernels.decode24 import multiply, why_not
 from secateur.formats.kernels.decode24.arrange import Kind
-from secateur.formats.kernels.decode24.config import SM_BYTES, Case, Config
+from secateur.formats.kernels.decode24.config import SM_BYTES, Case, LaunchConfig
 from secateur.formats.kernels.decode24.multiply import prepared
 from secateur.formats.kernels.launch import Kernel
 
@@ -68,13 +68,13 @@ def test_a_bias_of_another_dtype_is_refused() -> None:
 
 
 CASE = Case(Kind.INT4, True, BF16, 4096, 4096, 2)
-CUT = Config(2, 4, 2, 1, 1, 4, 1)
+CUT = LaunchConfig(2, 4, 2, 1, 1, 4, 1)
 
 
 def launched(
     monkeypatch: pytest.MonkeyPatch,
     case: Case = CASE,
-    cut: Config = CUT,
+    cut: LaunchConfig = CUT,
     dependent: bool = True,
     capability: tuple[int, int] = (9, 0),
 ) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_the_grid_fills_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked["shared_bytes"] == SM_BYTES // 3 > CUT.shared_bytes(CASE)  # never three
     assert asked["arguments"] == "PPPPPiii"
     assert asked["dependent"] is True and asked["defines"]["PORTABLE"] == 0
-    deep = Config(2, 4, 2, 1, 4, 4, 1)
+    deep = LaunchConfig(2, 4, 2, 1, 4, 4, 1)
     assert launched(monkeypatch, cut=deep)["shared_bytes"] == deep.shared_bytes(CASE) > 10**5
     many = Case(Kind.INT4, True, BF16, 2 * 4096, 4096, 2)
     assert launched(monkeypatch, many)["grid"] == 256  # all that have rows
@@ -126,7 +126,7 @@ def test_dependent_launch_can_be_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("unchecked")
 def test_older_gpus_get_the_portable_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = launched(monkeypatch, cut=Config(1, 4, 2, 1, 1, 3, 1, 3), capability=(8, 9))
+    asked = launched(monkeypatch, cut=LaunchConfig(1, 4, 2, 1, 1, 3, 1, 3), capability=(8, 9))
     assert asked["defines"]["PORTABLE"] == 1
     assert "counted" not in asked and asked["dependent"] is False
     assert asked["grid"] == 64

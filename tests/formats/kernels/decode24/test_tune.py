@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.formats.kernels.decode24 import tune as module
 from secateur.formats.kernels.decode24.arrange import Kind
-from secateur.formats.kernels.decode24.config import Case, Config
+from secateur.formats.kernels.decode24.config import Case, LaunchConfig
 from secateur.formats.kernels.decode24.tune import (
     LARGEST_ERROR,
     STAYS,
@@ -33,14 +33,14 @@ CPU = torch.device("cpu")
 H200 = {1: 132, 2: 66, 4: 30, 8: 15}
 CASE = Case(Kind.INT4, True, torch.bfloat16, 4096, 4096, 16)
 SMALL = Case(Kind.W16, False, torch.bfloat16, 32, 256, 3)
-KNOWN = Config(1, 1, 4, 1, 1, 1, 1)
+KNOWN = LaunchConfig(1, 1, 4, 1, 1, 1, 1)
 
 
 def test_cuts_are_drawn_alike_every_time() -> None:
     drawn = _drawn(CASE, H200, True, 20, ())
     assert drawn == _drawn(CASE, H200, True, 20, ())
     assert len(drawn) == len(set(drawn)) == 20
-    assert all(dict(cut.defines(CASE, False))["EVEN"] == 1 for cut in drawn)
+    assert all(dict(cut.defines(CASE, False))["WHOLE_STEPS"] == 1 for cut in drawn)
     assert drawn == _drawn(CASE, H200, True, 40, ())[:20] != sorted(drawn, key=str)
 
 
@@ -146,22 +146,22 @@ def measured_error(made: Problem, result: Tensor, nbytes: int) -> float:
 class Bench:
     """Stands in for a GPU: prescribed times of a cut's chains, and cuts that are wrong or large."""
 
-    def __init__(self, times: Mapping[Config, Sequence[float]]) -> None:
+    def __init__(self, times: Mapping[LaunchConfig, Sequence[float]]) -> None:
         self.times = {cut: iter(us) for cut, us in times.items()}
-        self.wrong: list[Config] = []
-        self.refused: dict[Config, str] = {}
+        self.wrong: list[LaunchConfig] = []
+        self.refused: dict[LaunchConfig, str] = {}
         self.cases: list[Case] = []
 
-    def prepared(self, case: Case, cut: Config, device: torch.device) -> Config:
+    def prepared(self, case: Case, cut: LaunchConfig, device: torch.device) -> LaunchConfig:
         self.cases.append(case)
         if cut in self.refused:
             raise RuntimeError(self.refused[cut])
         return cut
 
-    def error(self, problem: object, launch: Config, device: torch.device) -> float:
+    def error(self, problem: object, launch: LaunchConfig, device: torch.device) -> float:
         return float("nan") if launch in self.wrong else 2e-3
 
-    def chain(self, problem: object, launch: Config, device: torch.device) -> float:
+    def chain(self, problem: object, launch: LaunchConfig, device: torch.device) -> float:
         return next(self.times[launch])
 
 
@@ -175,7 +175,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Bench:
     return bench
 
 
-def cut(number: int) -> Config:
+def cut(number: int) -> LaunchConfig:
     return replace(KNOWN, cluster=number)
 
 
@@ -204,10 +204,10 @@ def test_what_is_wrong_or_does_not_fit_is_passed_over(bench: Bench) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_all_is_compiled_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[tuple[Case, Config]] = []
+    compiled: list[tuple[Case, LaunchConfig]] = []
     asked: list[tuple[Case, int]] = []
 
-    def measured(made: Case, drawn: Sequence[Config], device: torch.device) -> list[Timed]:
+    def measured(made: Case, drawn: Sequence[LaunchConfig], device: torch.device) -> list[Timed]:
         asked.append((made, len(compiled)))
         return [Timed(cut, 1.0) for cut in drawn]
 

@@ -55,7 +55,7 @@ def compiled(
 def test_the_product_is_sparse_and_of_codes(
     activation: int, codes: torch.dtype, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    more = {"CLUSTER": CLUSTER, "ST": STAGES, "ACTIVATION": activation}
+    more = {"CLUSTER": CLUSTER, "STAGES": STAGES, "ACTIVATION": activation}
     found = compiled(MULTIPLY, codes, dtype, tmp_path, **more)
     products = {opcode for opcode in found.opcodes if "MMA." in opcode}
     assert len(products) == 1 and all(opcode.startswith(CODES[codes]) for opcode in products)
@@ -95,7 +95,7 @@ def test_sizes_on_both_sides_are_the_same(tmp_path: Path) -> None:
     }
     lines = [f"static_assert({name} == {value});" for name, value in wanted.items()]
     path = tmp_path / "kernel.cu"
-    ring = (("CLUSTER", CLUSTER), ("ST", STAGES), ("ACTIVATION", 0))
+    ring = (("CLUSTER", CLUSTER), ("STAGES", STAGES), ("ACTIVATION", 0))
     defines = (*multiply._defines(torch.int8, DTYPES[0]), *ring)
     path.write_text("\n".join((MULTIPLY.text(), *lines)))
     compile_cubin(replace(MULTIPLY, file=str(path)), defines, HOPPER)

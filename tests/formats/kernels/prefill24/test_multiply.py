@@ -118,9 +118,9 @@ def test_a_cta_rounds_a_token_and_the_product_fills_the_device(
     y = linear(x, tiles, scales, bias, torch.float8_e4m3fn)
     rounds, multiplies = asked["quantise"], asked["prefill"]
     assert (rounds["grid"], rounds["threads"], rounds["shared_bytes"]) == (300, 128, 0)
-    shared = {"FP8": 1, "HALF": 1, "CODES": 1, "PORTABLE": 0, "WGMMA": 1}
+    shared = {"FP8": 1, "HALF": 1}
     assert rounds["defines"] == shared | {"ITEMS": 2}
-    assert multiplies["defines"] == shared | {"CLUSTER": 2, "ST": 4, "ACTIVATION": 0}
+    assert multiplies["defines"] == shared | {"CLUSTER": 2, "STAGES": 4, "ACTIVATION": 0}
     assert (multiplies["grid"], multiplies["cluster"], multiplies["threads"]) == (132, 2, 384)
     assert rounds["dependent"] and multiplies["dependent"]
     assert rounds["stream"] == multiplies["stream"] == 5
