@@ -1,10 +1,13 @@
-// Activations of a number in float32. ACTIVATION: 0 none, 1 gelu, 2 gelu_tanh, 3 silu, 4 relu.
+// Activations of a number in float32. The macro ACTIVATION names one of `Activation`, in the order of
+// `ACTIVATIONS` in prefill24/multiply.py.
 //
 // Instructions of the multi-function unit (2^x, 1/x) are within 2 ulp, far below the rounding to 16
 // bits that follows. NaN stays NaN.
 
 #pragma once
 #include "ptx.cuh"
+
+enum Activation { NONE, GELU, GELU_TANH, SILU, RELU };
 
 // 2^x
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -40,15 +43,10 @@ __device__ __forceinline__ float times_sigmoid(float x, float u) {
 }
 
 __device__ __forceinline__ float activated(float x) {
-#if ACTIVATION == 1
-    return gelu(x);
-#elif ACTIVATION == 2                                  // tanh(u) = 2 sigmoid(2u) - 1
-    return times_sigmoid(x, x * fmaf(x * x, 2.0f * 0.79788456f * 0.044715f, 2.0f * 0.79788456f));
-#elif ACTIVATION == 3
-    return times_sigmoid(x, x);
-#elif ACTIVATION == 4
-    return x < 0.0f ? 0.0f : x;
-#else
-    return x;
-#endif
+    if constexpr (ACTIVATION == GELU) return gelu(x);
+    else if constexpr (ACTIVATION == GELU_TANH)            // tanh(u) = 2 sigmoid(2u) - 1
+        return times_sigmoid(x, x * fmaf(x * x, 2.0f * 0.79788456f * 0.044715f, 2.0f * 0.79788456f));
+    else if constexpr (ACTIVATION == SILU) return times_sigmoid(x, x);
+    else if constexpr (ACTIVATION == RELU) return x < 0.0f ? 0.0f : x;
+    else return x;
 }
