@@ -111,15 +111,15 @@ def observe(
     with eval_mode(model), torch.no_grad():
         trace, parts = trace_together(model, layers, inputs, parts, team)
         recorder = _Recorder(
-            trace,
-            [part.of for part in parts],
-            tuple(statistics),
-            sequential,
-            device,
-            halves,
-            finished,
-            team,
-            window,
+            trace=trace,
+            batch_of=[part.of for part in parts],
+            statistics=tuple(statistics),
+            sequential=sequential,
+            device=device,
+            halves=halves,
+            finished=finished,
+            team=team,
+            window=window,
             first_batch=sum(counts[: team.rank]),
         )
         for chain, wanted in segments(model, layers, trace):
@@ -228,7 +228,7 @@ LESS = (
 
 @dataclass(frozen=True)
 class _Recorder:
-    """What stays the same from block to block."""
+    """Sums what layers see, with everything that stays the same from block to block."""
 
     trace: LayerTrace
     batch_of: Sequence[int]

@@ -25,7 +25,7 @@ from secateur.model.blocks import Batch, arguments_of, run_batch, to_device
 from secateur.model.calibrate import Observed, observe
 from secateur.model.half_blocks import HalfBlock, first_tensor
 from secateur.model.layers import weight_of
-from secateur.model.outputs import divergence, eval_mode
+from secateur.model.outputs import divergence, eval_mode, on_device
 from secateur.model.statistics import HELD_OUT, STATISTICS
 from secateur.patterns import Pattern
 from secateur.reconstruct.blockwise import Blockwise
@@ -185,9 +185,8 @@ def _training(
 
 def seconds_of_a_forward(model: nn.Module, batch: Batch) -> float:
     """How long the model runs on the batch."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with eval_mode(model), torch.no_grad():
-        return _seconds(partial(run_batch, model, to_device(batch, device)))
+        return _seconds(partial(run_batch, model, on_device(batch, model)))
 
 
 def seconds_of_a_step(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> float:
