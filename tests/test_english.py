@@ -12,11 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Rooms, and the pages of `docs`, that have not been rewritten yet.
-LEFT = {
-    *("accelerate", "allocation", "cli", "compat", "files", "formats"),
-    *("prune", "reconstruct", "train", "patterns/grids.py", "docs", "README.md"),
-}
+# Rooms that have not been rewritten yet.
+LEFT = {"allocation", "formats", "prune", "reconstruct", "train"}
 
 # How a docstring does not begin: it says what is returned, or, with a verb, what is done.
 OPENING = r"(?:Nothing|That|Those|So|Also|Here|Then)\b(?! `)"
@@ -42,7 +39,7 @@ TRANSLATED = {
 
 # "That of" and "those of" stand for a noun that is mostly better repeated.
 CHAINS = r"\b(?:that|those) of\b"
-CHAINS_PER_1000_LINES = 1.0
+CHAINS_PER_1000_LINES = 2.0
 
 
 def faults(text: str) -> list[str]:

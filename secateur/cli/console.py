@@ -26,7 +26,7 @@ UNWRAPPED = 10_000
 # Characters of an error; a list of every layer of a large model would hide the advice after it.
 LONGEST = 800
 
-# Cells of at most so many characters are not broken in a narrow terminal.
+# Cells of at most this many characters are not broken in a narrow terminal.
 SHORT = 14
 # Reasons for leaving layers alone that are spelt out; further ones are only counted.
 REASONS_SHOWN = 6

@@ -207,7 +207,7 @@ def require_writable(folder: str | Path, *, overwrite: bool = False) -> None:
             )
         _require_none_taken(folder, filter(is_read_by_loaders, _names(folder)))
     parent = next(p for p in folder.parents if p.exists())
-    try:  # permissions alone do not tell: root has all of them, also where nothing can be written
+    try:  # permissions alone do not tell: root has them even where nothing can be written
         temporary_folder(PROBE, parent).remove()
     except OSError as error:
         raise ValueError(

@@ -35,7 +35,7 @@ DIFFERENCES = {
     "apply_fake_sparsity": "returns the model; layers that cannot be 2:4 are named",
     "create_block_sparse_tensor": "the share of zero blocks is exact; any device",
     "create_semi_structured_tensor": "any device",
-    "mask_creator": "groups never cross rows; of equals the first are kept",
+    "mask_creator": "groups never cross rows; ties go to the first",
     "quantize_": "returns the model; changes nothing if a layer does not fit; packs into "
     "SparseLinear instead of a tensor subclass",
     "semi_structured_sparsify": "returns a dense tensor with zeros; one algorithm",

@@ -1,4 +1,4 @@
-"""Those names of `torchao.quantization` that have a format here: those of its `quant_api`."""
+"""The names of `torchao.quantization` that have a format here, all from its `quant_api`."""
 
 from secateur.compat.torchao.quantization import quant_api
 from secateur.compat.torchao.quantization.quant_api import *  # noqa: F403  # all of __all__

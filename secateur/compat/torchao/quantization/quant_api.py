@@ -1,4 +1,4 @@
-"""Those names of `torchao.quantization.quant_api` that have a format here."""
+"""The names of `torchao.quantization.quant_api` that have a format here."""
 
 from secateur.compat.torchao.configs import (
     Float8DynamicActivationFloat8SemiSparseWeightConfig,
