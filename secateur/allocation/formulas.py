@@ -11,7 +11,7 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, find_chains
 from secateur.model.calibrate import observe
 from secateur.model.layers import Selector
-from secateur.patterns import Pattern, as_pattern, is_of_any_sparsity
+from secateur.patterns import Pattern, as_pattern, takes_any_sparsity
 
 
 def erk(
@@ -97,7 +97,7 @@ def owl(
 def _free(pattern: str | Pattern, who: str) -> Pattern:
     """The pattern, if its sparsity can be any number."""
     chosen = as_pattern(pattern)
-    if is_of_any_sparsity(chosen):
+    if takes_any_sparsity(chosen):
         return chosen
     raise ValueError(
         f"{who} needs a pattern of any sparsity, got {chosen}: such as 'unstructured:0.7'"

@@ -248,7 +248,7 @@ def _pruned(module: nn.Module, mask: Bool[Tensor, "out in"]) -> Generator[None]:
     assert weight is not None
     before = weight.detach().clone()
     try:
-        weight.masked_fill_(~_layers.like_weight(module, mask), 0)
+        weight.masked_fill_(~_layers.from_matrix(module, mask), 0)
         yield
     finally:
         weight.copy_(before)

@@ -221,7 +221,7 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     """
     tensors = dict(_parameters(model))
     tied: dict[str, str] = {}
-    for name, other in sharing(tensors):
+    for name, other in pairs_sharing_memory(tensors):
         for one, two in ((name, other), (other, name)):
             module, _, key = one.rpartition(".")
             if key == "weight":
@@ -240,7 +240,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from module.named_parameters(prefix, recurse=False, remove_duplicate=False)
 
 
-def sharing(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+def pairs_sharing_memory(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Yield the pairs of names whose tensors share an element of memory, in the given order."""
     order = {name: i for i, name in enumerate(tensors)}
     places: dict[Any, list[tuple[int, int, str]]] = {}

@@ -22,7 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def optimizer_with_hooks(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that calls step hooks: this one, or the one that it wraps.
 
     The `accelerate` package's wrapper, which HF's Trainer hands to callbacks, has it as

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from secateur.core.weights import DTYPES
+from secateur.patterns.pattern import where_first
 
 MOST_WEIGHTS = 2**31 - 1  # crow_indices and col_indices are int32
 
@@ -148,12 +149,6 @@ def typed_tensor(names: Collection[str]) -> str:
     return "scales" if "scales" in names else "values"
 
 
-def first_true(mask: Bool[Tensor, "out in"]) -> tuple[int, int]:
-    """Row and column of the first True in row order; the caller knows that there is one."""
-    row, column = divmod(int(mask.flatten().to(torch.uint8).argmax()), mask.shape[1])
-    return row, column
-
-
 def why_no_weight(weight: Tensor, format: Format) -> str | None:
     """None for a matrix of floating-point numbers, else that the format needs one."""
     if weight.dim() != 2 or weight.dtype not in DTYPES:
@@ -185,7 +180,7 @@ def check_dense(weight: Tensor) -> None:
         )
     finite = weight.isfinite()
     if not bool(finite.all()):
-        row, column = first_true(~finite)
+        row, column = where_first(~finite)
         raise ValueError(
             f"pack needs finite weights, row {row} column {column} is {weight[row, column]}: "
             "repair the checkpoint or the training run that made it"

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
-from secateur.formats.contract import first_true
+from secateur.patterns.pattern import where_first
 
 # Kept positions of a group of four, from its four "is not zero" bits (bit 0 = first column):
 # first | second << 2 with first < second, the order that sparse `mma` demands. Fewer than two
@@ -107,7 +107,7 @@ def why_broken(metadata: UInt8[Tensor, "out bytes"], groups: int) -> str | None:
     nibbles = unpack_nibbles(metadata, groups)
     wrong = (nibbles & 3) >= (nibbles >> 2)
     if bool(wrong.any()):
-        row, group = first_true(wrong)
+        row, group = where_first(wrong)
         return f"metadata of row {row} columns {4 * group}..{4 * group + 3} are not two ascending"
     if groups % 2 and bool((metadata[:, -1] >> 4).any()):
         return f"metadata name columns from {4 * groups} on, which the weight lacks"
@@ -122,7 +122,7 @@ def _nibbles(weight: Shaped[Tensor, "out in"]) -> UInt8[Tensor, "out groups"]:
 
 def _crowded(weight: Tensor, nibbles: Tensor) -> tuple[int, int, int]:
     """Row, first column and number of nonzeros of the first group that keeps more than two."""
-    row, group = first_true(nibbles == MISFIT)
+    row, group = where_first(nibbles == MISFIT)
     columns = slice(4 * group, 4 * group + 4)
     return row, 4 * group, int((weight[row, columns] != 0).sum())
 

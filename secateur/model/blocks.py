@@ -137,7 +137,7 @@ def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     return x
 
 
-def usable(batch: Any, where: str) -> Batch:
+def as_batch(batch: Any, where: str) -> Batch:
     """The batch, with inference-mode tensors copied so that autograd can save them.
 
     Raises:

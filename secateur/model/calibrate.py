@@ -29,6 +29,7 @@ from secateur.model.blocks import (
     Batch,
     Call,
     Enough,
+    as_batch,
     has_labels_beside,
     hooks,
     input_of,
@@ -36,7 +37,6 @@ from secateur.model.blocks import (
     require_iterable,
     run_batch,
     to_device,
-    usable,
 )
 from secateur.model.distributed import ALONE, Team
 from secateur.model.half_blocks import DenseStream, HalfBlock
@@ -220,7 +220,7 @@ def _replay_chain(
 # --- summing what layers see ---------------------------------------------------------------------
 
 # The memory goes to a Gram matrix, in^2 whatever the data.
-LESS = (
+LESS_MEMORY = (
     "leave the layer out of the plan (ignore=), pass shorter batches, or take a method that needs "
     "no Gram matrix, such as sc.wanda"
 )
@@ -255,13 +255,13 @@ class _Recorder:
             stage = {name: layers[name] for name in names if name not in self.finished}
             if not stage:
                 continue
-            with room_for(list(stage), f"the {self._described(stage)} of its inputs", LESS):
+            with room_for(list(stage), f"the {self._described(stage)} of its inputs", LESS_MEMORY):
                 sums = self._sum(block, stage, runs, share=True)
                 if any(s.was_not_shared for s in sums.values()):
                     sums = self._sum(block, stage, runs, share=False)
             if unseen := [name for name in stage if sums[name].tokens == 0]:
                 raise ValueError(received_nothing(unseen))
-            with room_for(list(stage), f"the {self._described(stage)} of its inputs", LESS):
+            with room_for(list(stage), f"the {self._described(stage)} of its inputs", LESS_MEMORY):
                 values = {id(s): s.values(name) for name, s in sums.items()}
             yield Observed(
                 block,
@@ -366,7 +366,7 @@ def as_list(batches: Iterable[Batch]) -> list[Batch]:
         ValueError: if it is one batch alone, or there is none.
     """
     require_iterable(batches, "calibration")
-    listed = [usable(batch, f"calibration batch {i}") for i, batch in enumerate(batches)]
+    listed = [as_batch(batch, f"calibration batch {i}") for i, batch in enumerate(batches)]
     if not listed:
         raise ValueError("calibration needs at least one batch, got none")
     return listed

@@ -68,7 +68,7 @@ def matrix(
     return tensor.mT if _is_conv1d(module) else tensor
 
 
-def like_weight(module: nn.Module, rows: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "..."]:
+def from_matrix(module: nn.Module, rows: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "..."]:
     """An `[out, in]` matrix in the shape that the module stores: the inverse of `matrix`."""
     if isinstance(module, nn.Conv2d):
         height, width = module.kernel_size
@@ -93,7 +93,7 @@ def input_rows(module: nn.Module, x: Float[Tensor, "..."]) -> Float[Tensor, "tok
     return x.reshape(-1, x.shape[-1])
 
 
-def reading(module: nn.Module) -> Hashable:
+def rows_key(module: nn.Module) -> Hashable:
     """A key that is equal for modules which make the same `input_rows` of the same input."""
     if not isinstance(module, nn.Conv2d):
         return None
@@ -156,7 +156,7 @@ def select(
             (with the closest names) or names a layer whose weight cannot be pruned, or no layer is
             left.
     """
-    selection = sorted_out(model, selectors, ignore)
+    selection = select_any(model, selectors, ignore)
     if not selection.layers:
         raise ValueError(
             f"no layer is left to prune in {type(model).__name__}: {_why_none(selection.skipped)}"
@@ -164,7 +164,7 @@ def select(
     return selection
 
 
-def sorted_out(
+def select_any(
     model: nn.Module,
     selectors: Selector | Sequence[Selector] | None = None,
     ignore: Selector | Iterable[Selector] = (),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.model.blocks import Batch, find_chains, hooks, input_of, run_batch, why_not
 from secateur.model.distributed import Team
-from secateur.model.layers import reading
+from secateur.model.layers import rows_key
 from secateur.model.padding import SIDES, unpadded
 
 # Layers that share an input run close to one another; the keys and values of many decoder layers
@@ -141,7 +141,7 @@ def _trace(model: nn.Module, layers: Mapping[str, nn.Module], parts: Sequence[Pa
             same = [
                 first
                 for input_, first in recent
-                if input_() is x and reading(layers[first]) == reading(module)
+                if input_() is x and rows_key(layers[first]) == rows_key(module)
             ]
             leader[name] = same[0] if same else name
             recent.append((weakref.ref(x), leader[name]))

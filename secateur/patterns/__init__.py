@@ -6,7 +6,7 @@ from secateur.patterns.grids import Fp8, Grid, Int4, Int8
 from secateur.patterns.keep import keep_top
 from secateur.patterns.nm import NM
 from secateur.patterns.parse import as_pattern, parse
-from secateur.patterns.pattern import Pattern, is_of_any_sparsity
+from secateur.patterns.pattern import Pattern, takes_any_sparsity
 from secateur.patterns.unstructured import Unstructured
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Pattern",
     "Unstructured",
     "as_pattern",
-    "is_of_any_sparsity",
     "keep_top",
     "parse",
+    "takes_any_sparsity",
 ]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -113,7 +114,7 @@ def as_fraction(number: str, text: str) -> float:
         raise ValueError(f"cannot read the sparsity {number!r} in the pattern {text!r}") from None
 
 
-def is_of_any_sparsity(pattern: Pattern) -> bool:
+def takes_any_sparsity(pattern: Pattern) -> bool:
     """Whether the pattern can have any sparsity, which N:M cannot."""
     return pattern.at(IRRATIONAL).sparsity == IRRATIONAL
 
@@ -124,5 +125,5 @@ IRRATIONAL = 1 / math.pi
 
 def where_first(bad: Bool[Tensor, "rows columns"]) -> tuple[int, int]:
     """The row and column of the first True, in row order; there must be one."""
-    row, column = divmod(int(bad.flatten().int().argmax()), bad.shape[1])
+    row, column = divmod(int(bad.flatten().to(torch.uint8).argmax()), bad.shape[1])
     return row, column

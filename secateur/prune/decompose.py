@@ -138,7 +138,7 @@ def _low_rank_parts_beside(
                     B, A = low_rank_part(W, statistics["input_norm"], plan.layers[name], rank)
                     with without_autocast(W.device):
                         rest = W.float() - B.float() @ A.float()
-                    weight_of(module).copy_(_layers.like_weight(module, rest))
+                    weight_of(module).copy_(_layers.from_matrix(module, rest))
                     hook = module.register_forward_hook(adding(B, A), with_kwargs=True)
                     stack.callback(hook.remove)
         yield

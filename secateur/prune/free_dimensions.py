@@ -96,7 +96,7 @@ class Pair:
 
 
 def _put(module: nn.Module, rows: Float[Tensor, "out in"]) -> None:
-    weight_of(module).copy_(_layers.like_weight(module, rows))
+    weight_of(module).copy_(_layers.from_matrix(module, rows))
 
 
 def find_pairs(

@@ -25,7 +25,7 @@ from secateur.core.memory import room_for
 from secateur.core.undo import Undo
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch
-from secateur.model.calibrate import LESS, Observed, as_list, observe
+from secateur.model.calibrate import LESS_MEMORY, Observed, as_list, observe
 from secateur.model.distributed import ALONE, Team, team
 from secateur.model.gradients import Loss, gradients
 from secateur.model.layers import weight_of
@@ -340,7 +340,7 @@ def _turns(names: Sequence[str], members: Team) -> Iterator[Sequence[str]]:
 def _solving(the_pass: Pass, name: str, module: nn.Module) -> Iterator[None]:
     """What holds while a layer is solved: errors name it, and numbers are not cast."""
     with (
-        room_for([name], f"what {the_pass.name} computes", LESS),
+        room_for([name], f"what {the_pass.name} computes", LESS_MEMORY),
         without_autocast(weight_of(module).device),
         naming(name),
     ):
@@ -380,7 +380,7 @@ def _put_in_place_(
             f"{the_pass.name} gave weights that are not finite: add calibration data or raise the "
             "damping"
         )
-    weight_of(module).copy_(_layers.like_weight(module, new))
+    weight_of(module).copy_(_layers.from_matrix(module, new))
     after = _layers.matrix(module)
     result = LayerResult(
         name,

@@ -183,7 +183,7 @@ class _Training:
         stored = {name: weight_of(layers[name]).detach() for name in half.layers}
         self._dtypes = {name: weight.dtype for name, weight in stored.items()}
         self._dropped = {
-            name: _layers.like_weight(layers[name], ~masks[name]) for name in half.layers
+            name: _layers.from_matrix(layers[name], ~masks[name]) for name in half.layers
         }
         self.weights = {
             name: weight.to(torch.float32, copy=True).requires_grad_()

@@ -189,7 +189,7 @@ def _skipped(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, st
         for name, module in modules.items()
         if (reason := why_not_ordinary(module))
     }
-    selection = _layers.sorted_out(model, [lambda name, module: True])
+    selection = _layers.select_any(model, [lambda name, module: True])
     for name, module in selection.layers.items():
         if not isinstance(module, _layers.DEFAULT_TYPES):
             reasons.setdefault(name, f"{type(module).__name__}: name it to prune it")

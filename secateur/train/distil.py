@@ -17,7 +17,7 @@ from secateur.core.disk.checkpoint import digest
 from secateur.core.interrupts import putting_back
 from secateur.core.tables import text_table
 from secateur.core.undo import Undo, all_or_nothing
-from secateur.core.weights import require_module, sharing
+from secateur.core.weights import pairs_sharing_memory, require_module
 from secateur.core.wrappers import unwrapped
 from secateur.model.blocks import Batch
 from secateur.model.calibrate import as_list
@@ -254,7 +254,7 @@ def _trained(model: nn.Module, teacher: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name."""
     named = {f"model {name}": p for name, p in model.named_parameters()}
     taught = {f"teacher {name}": p for name, p in teacher.named_parameters()}
-    shared = {one for one, two in sharing({**named, **taught}) if two in taught}
+    shared = {one for one, two in pairs_sharing_memory({**named, **taught}) if two in taught}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(

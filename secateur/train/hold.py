@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from secateur.core.weights import adapters, require_data, require_module, require_ordinary
-from secateur.core.wrappers import stepping, unwrapped
+from secateur.core.wrappers import optimizer_with_hooks, unwrapped
 from secateur.model import layers as _layers
 from secateur.model.layers import weight_of
 
@@ -31,7 +31,7 @@ class HeldMasks:
         }
         self._layers = layers
         self._rule = rule
-        self._handle = stepping(optimizer).register_step_post_hook(self._after_step)
+        self._handle = optimizer_with_hooks(optimizer).register_step_post_hook(self._after_step)
 
     def release(self) -> None:
         """Stop holding; the weights stay as they are."""
@@ -49,7 +49,7 @@ class HeldMasks:
         for name, module in self._layers.items():
             if self._rule is not None:
                 weight, mask = _layers.matrix(module), _layers.matrix(module, self.masks[name])
-                self.masks[name] = _layers.like_weight(
+                self.masks[name] = _layers.from_matrix(
                     module, self._rule(name, weight, mask, self.steps)
                 )
             weight_of(module).masked_fill_(~self.masks[name], 0)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from secateur.core.wrappers import stepping
+from secateur.core.wrappers import optimizer_with_hooks
 from secateur.model import layers as _layers
 from secateur.model.layers import weight_of, weights_of
 from secateur.model.plan import Plan, match
@@ -51,7 +51,7 @@ class Moving:
         }
         self._hidden = {name: torch.zeros_like(weight_of(m)) for name, m in layers.items()}
         self._layers, self._learn, self._choose = layers, learn, choose
-        optimizer = stepping(optimizer)
+        optimizer = optimizer_with_hooks(optimizer)
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -116,7 +116,7 @@ class Moving:
             W = torch.where(M, a, hidden)  # an optimizer's momentum moves dropped weights as well
             chosen = self._choose(name, _layers.matrix(module, self.scores[name]), self.steps)
             if chosen is not None:
-                M.copy_(_layers.like_weight(module, chosen))
+                M.copy_(_layers.from_matrix(module, chosen))
             a.copy_(W.masked_fill(~M, 0))
             hidden.copy_(W.masked_fill(M, 0))
 

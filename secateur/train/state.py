@@ -23,9 +23,9 @@ class TrainingState:
         self._file, self.losses, self.seconds = "", list[float](), 0.0
         try:
             for file in self._folder.files()[-1:]:
-                said = self._folder.said(file)
-                self.losses = [float(loss) for loss in said["losses"]]
-                self.seconds = float(said["seconds"])
+                description = self._folder.description(file)
+                self.losses = [float(loss) for loss in description["losses"]]
+                self.seconds = float(description["seconds"])
                 self._file = file
         except BaseException:
             self._folder.close()

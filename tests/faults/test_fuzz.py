@@ -83,7 +83,7 @@ def damaged(content: bytes, name: str, chosen: random.Random) -> bytes:
     if name.endswith(".safetensors"):
         size = int.from_bytes(content[:8], "little")
         text = content[8 : 8 + size].decode()
-        said = json.loads(text).get("__metadata__", {}).get("said")
+        said = json.loads(text).get("__metadata__", {}).get("description")
         if said and chosen.random() < 0.5:  # JSON within JSON, of a checkpoint
             text = text.replace(json.dumps(said), json.dumps(_meaning(said, chosen)))
         else:

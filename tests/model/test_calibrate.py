@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.model.blocks import run_batch, usable
+from secateur.model.blocks import as_batch, run_batch
 from secateur.model.calibrate import observe
 from secateur.model.evaluate import compare
 from secateur.model.layers import input_rows, select
@@ -337,7 +337,7 @@ def test_activations_that_are_not_finite_are_named(bad: float) -> None:
 @pytest.mark.parametrize("batch", [None, 3.0, "text", {1, 2}], ids=repr)
 def test_what_is_no_batch_is_named(batch: object) -> None:
     with pytest.raises(ValueError, match="batch 2 is .*: a batch is a tensor, a tuple of pos"):
-        usable(batch, "batch 2")
+        as_batch(batch, "batch 2")
 
 
 @pytest.mark.filterwarnings("ignore:batches are pairs")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from secateur.model.layers import input_rows, like_weight, matrix, pattern_for, select
+from secateur.model.layers import from_matrix, input_rows, matrix, pattern_for, select
 from secateur.patterns import NM, Unstructured
 
 
@@ -40,10 +40,10 @@ def test_the_matrix_times_input_rows_is_the_convolution(conv: nn.Conv2d) -> None
 @pytest.mark.parametrize(
     "module", [*CONVOLUTIONS, nn.Linear(6, 5), nn.Embedding(7, 6), Conv1D(5, 6)], ids=str
 )
-def test_like_weight_undoes_matrix(module: nn.Module) -> None:
+def test_from_matrix_undoes_matrix(module: nn.Module) -> None:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    assert torch.equal(like_weight(module, matrix(module)), weight)
+    assert torch.equal(from_matrix(module, matrix(module)), weight)
 
 
 def test_conv1d_is_seen_transposed() -> None:

@@ -211,7 +211,7 @@ def _as_matrix(module: nn.Module, tensor: Tensor) -> Tensor:
 
 
 def _like_tensor(module: nn.Module, rows: Tensor) -> Tensor:
-    return _layers.like_weight(module, rows) if isinstance(module, nn.Conv2d) else rows
+    return _layers.from_matrix(module, rows) if isinstance(module, nn.Conv2d) else rows
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class WandaSparsifier(BaseSparsifier):
         weight = _layers.matrix(module, original_of(module, tensor_name))
         scores = score(wanda, name, weight, {"input_norm": norm.to(weight.device)})
         mask = _pattern(sparsity_level, semi_structured_block_size).mask(scores)
-        set_mask(module, tensor_name, _layers.like_weight(module, mask))
+        set_mask(module, tensor_name, _layers.from_matrix(module, mask))
 
     def _observe(self) -> None:
         for module in (group["module"] for group in self.groups):

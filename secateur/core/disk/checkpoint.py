@@ -101,7 +101,7 @@ class RunFolder:
             return []
         return sorted(path.name for path in self.folder.iterdir() if self._own.fullmatch(path.name))
 
-    def said(self, file: str) -> Any:
+    def description(self, file: str) -> Any:
         """The description that was written with the tensors of a file.
 
         Raises:
@@ -110,9 +110,9 @@ class RunFolder:
         metadata = self._metadata(file)
         if metadata.get("run") != self._run:
             raise self._damaged(file, "it is another run's")
-        text = metadata.get("said", "")
-        if metadata.get("said_sha256") != _hash({}, text):
-            raise self._damaged(file, "what it says of its tensors was changed")
+        text = metadata.get("description", "")
+        if metadata.get("description_sha256") != _hash({}, text):
+            raise self._damaged(file, "its description of the tensors was changed")
         return json.loads(text)
 
     def tensors(self, file: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -124,21 +124,21 @@ class RunFolder:
         if file in self._verified:
             return self._tensors(file, names)
         metadata, every = self._metadata(file), self._tensors(file)
-        if metadata.get("sha256") != _hash(every, metadata.get("said", "")):
+        if metadata.get("sha256") != _hash(every, metadata.get("description", "")):
             raise self._damaged(file, "its hash differs")
         if names is not None and (lacking := [name for name in names if name not in every]):
             raise self._damaged(file, f"it lacks {lacking[0]!r}")
         self._verified.add(file)
         return every if names is None else {name: every[name] for name in names}
 
-    def write(self, file: str, tensors: Mapping[str, Tensor], said: Any) -> None:
+    def write(self, file: str, tensors: Mapping[str, Tensor], description: Any) -> None:
         """Write a file of the run; a kill leaves it whole or absent."""
         if not self._progress.exists():
             state = {"version": VERSION, "fingerprint": self._fingerprint}
             write_whole(self._progress, json.dumps(state))
         on_cpu = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-        text = json.dumps(said)
-        metadata = {"run": self._run, "said": text, "said_sha256": _hash({}, text)}
+        text = json.dumps(description)
+        metadata = {"run": self._run, "description": text, "description_sha256": _hash({}, text)}
         metadata["sha256"] = _hash(on_cpu, text)
         with file_appearing_whole(self.folder / file) as partial:
             save_file(on_cpu, partial, metadata)
@@ -194,8 +194,8 @@ class RunFolder:
         )
 
 
-def _hash(tensors: Mapping[str, Tensor], said: str) -> str:
-    found = hashlib.sha256(said.encode())
+def _hash(tensors: Mapping[str, Tensor], description: str) -> str:
+    found = hashlib.sha256(description.encode())
     for name in sorted(tensors):
         found.update(name.encode())
         _update(found, tensors[name])
@@ -222,7 +222,7 @@ class Checkpoint:
         self._count = 0
         try:
             for file in self._folder.files():
-                self._keep(file, self._folder.said(file))
+                self._keep(file, self._folder.description(file))
         except BaseException:
             self._folder.close()
             raise
@@ -251,9 +251,9 @@ class Checkpoint:
     def add(self, weights: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Record finished layers atomically: a kill leaves the state before or after."""
         file = f"layers-{self._count:05}.safetensors"
-        said = {name: dict(row) for name, row in rows.items()}
-        self._folder.write(file, weights, said)
-        self._keep(file, said)
+        plain = {name: dict(row) for name, row in rows.items()}
+        self._folder.write(file, weights, plain)
+        self._keep(file, plain)
 
     def _keep(self, file: str, rows: dict[str, dict[str, Any]]) -> None:
         self._rows |= rows

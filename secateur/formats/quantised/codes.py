@@ -16,8 +16,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from secateur.formats import two_of_four
-from secateur.formats.contract import Packed, first_true
+from secateur.formats.contract import Packed
 from secateur.patterns.grids import Grid
+from secateur.patterns.pattern import where_first
 
 
 def stored(grid: Grid, codes: Shaped[Tensor, "out kept"]) -> Shaped[Tensor, "out bytes"]:
@@ -59,7 +60,7 @@ def why_broken(grid: Grid, packed: Packed) -> str | None:
     kept = kept_codes(grid, packed)
     outside = ~(kept.half().abs() <= grid.largest)  # float16 holds every code; NaN is not less
     if bool(outside.any()):
-        row, column = first_true(outside)
+        row, column = where_first(outside)
         what = "a NaN" if kept.dtype.is_floating_point else f"the code {kept[row, column]}"
         if "metadata" in packed.tensors:
             group = column // 2 * 4
@@ -71,6 +72,6 @@ def why_broken(grid: Grid, packed: Packed) -> str | None:
 def _why_not_finite(scales: Float[Tensor, "out groups"]) -> str | None:
     infinite = ~scales.isfinite()
     if bool(infinite.any()):
-        row, group = first_true(infinite)
+        row, group = where_first(infinite)
         return f"scales of row {row} group {group} are {scales[row, group]}"
     return None

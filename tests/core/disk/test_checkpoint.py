@@ -32,7 +32,7 @@ def test_it_grows_by_a_file_and_rewrites_none(tmp_path: Path) -> None:
     assert found.keys() == {"b", "c"} and torch.equal(found["c"], torch.ones(2))
 
 
-@pytest.mark.parametrize("where", ["one value", "what is said", "another run's", "cut off"])
+@pytest.mark.parametrize("where", ["one value", "the description", "another run's", "cut off"])
 def test_a_damaged_file_is_named_and_made_again(where: str, tmp_path: Path) -> None:
     model = dense()
     sc.reconstruct_(model, "2:4", sc.sparsegpt, batches(), checkpoint=tmp_path)
@@ -40,8 +40,8 @@ def test_a_damaged_file_is_named_and_made_again(where: str, tmp_path: Path) -> N
     whole, metadata = load_file(file), dict(read_metadata(file))
     if where == "one value":
         next(iter(whole.values())).view(torch.int32)[0, 0] ^= 1
-    elif where == "what is said":
-        metadata["said"] = metadata["said"].replace("0.5", "0.6")
+    elif where == "the description":
+        metadata["description"] = metadata["description"].replace("0.5", "0.6")
     elif where == "another run's":
         metadata["run"] = "0" * 64
     save_file(whole, file, metadata)
