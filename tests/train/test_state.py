@@ -76,7 +76,7 @@ def test_folders_of_other_runs_are_refused(tmp_path: Path) -> None:
     ):
         TrainingState(folder, {"seed": 1, "steps": 6})
     (folder / "progress.json").write_text(json.dumps({"fingerprint": {}}))
-    with pytest.raises(ValueError, match=r"progress.json is not a checkpoint: it is of another"):
+    with pytest.raises(ValueError, match=r"progress.json is not a checkpoint: it has another form"):
         TrainingState(folder, {})
     with pytest.raises(ValueError, match="needs an empty folder or its own, .* has 'state'"):
         TrainingState(tmp_path, {})
