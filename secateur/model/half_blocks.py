@@ -24,10 +24,10 @@ from secateur.model.blocks import Call, Enough, hooks, tensors_of
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 
 # Relative. Both gradients come from the same operations; off a cut, a large part is missing.
-SAME = 1e-3
+CUT_TOLERANCE = 1e-3
 
 # Layer-by-layer reconstruction has solved a single layer already.
-FEWEST = 2
+FEWEST_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,9 @@ def find_cuts(
         for i, (cut, tensor, prunable) in enumerate(calls):
             done = [name for name in left if name in since]
             later = {c.module for c, _, _ in calls[i:]}
-            possible = len(since) >= FEWEST and 0 < len(done) < len(left) and not since & later
+            possible = (
+                len(since) >= FEWEST_LAYERS and 0 < len(done) < len(left) and not since & later
+            )
             if possible and tensor is not None and id(tensor) not in tried:
                 tried.add(id(tensor))
                 if is_cut(tensor):
@@ -264,6 +266,6 @@ def _cut_test(x: Tensor, output: Tensor) -> Callable[[Tensor], bool]:
         if tensor.shape != output.shape or tensor is x:
             return False
         through = gradient(tensor, x, gradient(output, tensor, direction))
-        return bool(((through - whole).norm(dim=-1) <= SAME * whole.norm(dim=-1)).all())
+        return bool(((through - whole).norm(dim=-1) <= CUT_TOLERANCE * whole.norm(dim=-1)).all())
 
     return is_cut

@@ -24,7 +24,7 @@ from secateur.model.calibrate import as_list
 from secateur.model.layers import weight_of
 from secateur.model.outputs import answer, eval_mode
 from secateur.train.hold import HeldMasks, hold
-from secateur.train.loss import Loss, output_loss
+from secateur.train.loss import DistillationLoss, output_loss
 from secateur.train.state import TrainingState
 
 # The share of the steps before the learning rate is full, because Adam's first moments come from
@@ -77,7 +77,7 @@ def distil_(
     *,
     steps: int,
     learning_rate: float = 3e-4,
-    loss: Loss | None = None,
+    loss: DistillationLoss | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
 ) -> DistilReport:
@@ -148,7 +148,7 @@ class _Distillation:
     batches: list[Batch]
     steps: int
     learning_rate: float
-    loss: Loss
+    loss: DistillationLoss
     seed: int
 
     def __post_init__(self) -> None:
@@ -283,7 +283,7 @@ def _report(run: _Distillation, losses: Sequence[float], seconds: float) -> Dist
     )
 
 
-def _name(loss: Loss) -> str:
+def _name(loss: DistillationLoss) -> str:
     return getattr(loss, "__name__", type(loss).__name__)
 
 

@@ -11,7 +11,7 @@ from secateur.model.blocks import Batch
 from secateur.model.outputs import counted, divergence, hidden_of, logits_of, pooled
 
 # (what the model returned, what the teacher returned, the batch) -> a scalar to minimize
-Loss = Callable[[Any, Any, Batch], Tensor]
+DistillationLoss = Callable[[Any, Any, Batch], Tensor]
 
 
 def output_loss(output: Any, target: Any, batch: Batch) -> Float[Tensor, ""]:
