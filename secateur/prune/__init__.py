@@ -1,4 +1,4 @@
-"""The verbs that change a model's weights, or nothing if they raise."""
+"""The verbs that change a model's weights; one that raises has changed nothing."""
 
 from secateur.prune.decompose import decompose_
 from secateur.prune.permute import permute_

@@ -1,7 +1,8 @@
-"""A model as sparse plus low rank: weights with zeros, and a LoRA adapter that was found before.
+"""A model as sparse plus low rank: weights with zeros, and a LoRA adapter found before them.
 
-`secateur.reconstruct.compensate` adds a low-rank part to what is already pruned. Here it comes
-first: each weight is split in two, one part is pruned, and the other runs beside it meanwhile.
+`secateur.reconstruct.compensate` adds a low-rank part to weights that are already pruned. Here the
+low-rank part comes first: each weight is split in two, and while one part is pruned the other runs
+beside it.
 """
 
 import contextlib
@@ -58,19 +59,20 @@ def decompose_(
 ) -> CompensationReport:
     """Prune the dense model, and write the LoRA adapter for PEFT that belongs to it.
 
-    As `reconstruct_` and then `compensate`, with the factors where zeros can count on them: each
-    layer's low-rank part (`secateur.reconstruct.low_rank_part`) is taken out of its weight and
-    added by a hook, the algorithm prunes what is left, with its own plan, and `compensate` replaces
-    the factors by the best for the zeros that were found. The model is left with zeros, without
-    hooks and without the low-rank part: it is of use with the adapter only. `rank` or `extra`, and
-    the report, are as in `compensate`, the rest as in `reconstruct_`. It runs in one process.
+    Like `reconstruct_` followed by `compensate`, except that the zeros are chosen with low-rank
+    factors already in place: each layer's low-rank part (`secateur.reconstruct.low_rank_part`) is
+    subtracted from its weight and added back by a hook, the algorithm prunes the rest by its plan,
+    and `compensate` replaces the factors by the best ones for these zeros. The model ends up with
+    zeros, without hooks and without the low-rank part: use it with the adapter only. `rank`,
+    `extra` and the report are as in `compensate`, the rest as in `reconstruct_`. It runs in one
+    process.
 
     Cost: `reconstruct_`, `compensate`, a pass over the data, and a copy of the planned weights on
         the CPU.
     Raises:
         ValueError: before anything is changed, if the folder exists, a layer is not linear, the
-            rank does not suit one, or as `reconstruct_`. Whatever is raised, also by Ctrl-C, the
-            model is left as it was and nothing is written.
+            rank does not suit a layer, or as `reconstruct_`. Whatever is raised, also by Ctrl-C,
+            the model is left as it was and nothing is written.
     Source: OATS, Zhang and Papyan 2024, arXiv:2409.13652, for the order; EoRA, arXiv:2410.21271.
     """
     with all_or_nothing() as undo:
@@ -127,7 +129,7 @@ def _low_rank_parts_beside(
     rank: int,
     offload: bool,
 ) -> Iterator[None]:
-    """Take each layer's low-rank part out of its weight, and add it by a hook for the while."""
+    """Subtract each layer's low-rank part from its weight; inside, a hook adds it back."""
     norms = observe(model, layers, batches, ["input_norm"], sequential=False, offload=offload)
     with putting_back() as stack:
         with torch.no_grad(), contextlib.closing(norms) as seen:

@@ -1,4 +1,4 @@
-"""Free dimensions: hidden units whose order nothing sees but the layers that make and read them."""
+"""Free dimensions: hidden units whose order only the layers that make and read them can see."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from secateur.patterns import NM, Pattern
 
 @dataclass(frozen=True)
 class Free:
-    """A free dimension by name: the outputs of the producers, which the consumer alone reads.
+    """A free dimension by name: outputs of the producers that only the consumer reads.
 
-    Names are the last parts of module names, behind a common beginning: `("fc1",)` and `"fc2"` are
-    `layers.3.fc1` and `layers.3.fc2`. `within_heads` is for values and the output projection of
-    attention, whose channels may change places within their head only.
+    Names are the last parts of module names with a common prefix: `("fc1",)` and `"fc2"` match
+    `layers.3.fc1` and `layers.3.fc2`. `within_heads` is for the values and the output projection of
+    attention, whose channels may change places only within their head.
     """
 
     producers: tuple[str, ...]
@@ -27,7 +27,7 @@ class Free:
     within_heads: bool = False
 
 
-# The first that fits decides, so gated MLPs come before those with an up-projection alone.
+# The first match decides, so gated MLPs come before MLPs with an up-projection alone.
 FREE = (
     Free(("gate_proj", "up_proj"), "down_proj"),
     Free(("up_proj",), "down_proj"),
@@ -53,10 +53,10 @@ FREE = (
 
 @dataclass(frozen=True)
 class Pair:
-    """A consumer and its producers; the outputs of each of their heads have an order of their own.
+    """A consumer and its producers; each head has an order of its own.
 
-    An MLP is one head. With grouped queries several runs of the consumer's columns, those of
-    neighbouring query heads, read the same head of the producer.
+    An MLP is one head. With grouped queries, neighbouring query heads, each a run of the consumer's
+    columns, read the same head of the producer.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Pair:
         return torch.arange(weight.shape[1], device=weight.device).view(self.heads, -1, self.width)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All that is changed."""
+        """All parameters that `permute_` changes."""
         modules = {**self.producers, self.name: self.consumer}
         return {
             f"{name}.{key}": parameter
@@ -80,7 +80,7 @@ class Pair:
         }
 
     def permute_(self, order: Int[Tensor, "heads width"]) -> None:
-        """Columns of the consumer, rows and biases of the producers."""
+        """Reorder the columns of the consumer, and the rows and biases of the producers."""
         columns = self.columns()
         order = order.to(columns.device)
         moved = columns.gather(2, order[:, None].expand_as(columns)).flatten()
@@ -89,10 +89,10 @@ class Pair:
         rows = (first + order).flatten()
         for module in self.producers.values():
             weight = _layers.matrix(module)
-            there = rows.to(weight.device)
-            _put(module, weight[there])
+            rows = rows.to(weight.device)
+            _put(module, weight[rows])
             if (bias := module._parameters.get("bias")) is not None:
-                bias.copy_(bias[there])
+                bias.copy_(bias[rows])
 
 
 def _put(module: nn.Module, rows: Float[Tensor, "out in"]) -> None:
@@ -102,7 +102,7 @@ def _put(module: nn.Module, rows: Float[Tensor, "out in"]) -> None:
 def find_pairs(
     model: nn.Module, patterns: Mapping[str, Pattern], free: Sequence[Free]
 ) -> tuple[dict[str, Pair], dict[str, str]]:
-    """The layers whose inputs are free and have an N:M pattern, and why the others are left."""
+    """The layers with free inputs and an N:M pattern, and why each of the others is left alone."""
     modules = dict(model.named_modules())
     addresses = [p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False)]
     shared = {address for address, n in Counter(addresses).items() if n > 1}
@@ -128,10 +128,10 @@ def _pair(
 ) -> Pair | str:
     """The layer with its producers, or why it has none."""
     if not isinstance(pattern, NM):
-        return f"{pattern} is no N:M pattern, only these have groups of inputs to be rearranged"
+        return f"{pattern} is no N:M pattern, and no other has groups of inputs to rearrange"
     known = next(((f, p) for f in free if (p := _producers(name, f, modules))), None)
     if known is None:
-        return "its inputs are no free dimension by any name in free="
+        return "no name in free= makes its inputs a free dimension"
     dimension, names = known
     for member in (*names, name):
         if reason := _why_fixed(modules[member], shared):
@@ -151,7 +151,7 @@ def _pair(
 
 
 def _producers(name: str, free: Free, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """The producers' names for a consumer of this name; none where it is not of this kind."""
+    """The producers' names for a consumer of this name; empty where `free` does not match it."""
     if not f".{name}".endswith(f".{free.consumer}"):
         return ()
     beginning = name.removesuffix(free.consumer)
@@ -175,12 +175,12 @@ def _why_fixed(module: nn.Module, shared: set[int]) -> str | None:
     return None
 
 
-# What attention modules call the width of a head.
+# The attributes in which attention modules keep the width of a head.
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 def _head_width(name: str, modules: Mapping[str, nn.Module]) -> int | None:
-    """The width of a head as the innermost module around this one says."""
+    """The width of a head, from the innermost module around this one that has it."""
     while name:
         name = name.rpartition(".")[0]
         known = [vars(modules[name]).get(key) for key in HEAD_WIDTHS]

@@ -1,7 +1,7 @@
 """One pass over a model: every planned layer gets a new weight, or all stay as they were.
 
-`pass_over_` prepares the pass, `solve_stages_` goes through the layers in stages, those whose
-inputs are known together; everything else here is a step of one of the two.
+`pass_over_` prepares the pass, and `solve_stages_` goes through the layers in stages: layers whose
+inputs are known at the same time. Everything else here is a step of one of the two.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ from secateur.train.together import held_out_loss, train_together_
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass that can be made: a method bound to the layers of a plan.
+    """A pass about to be made: a method for the layers of a plan.
 
-    With `sequential`, each layer sees what the changed layers before it pass on. `blockwise` trains
+    With `sequential`, each layer's inputs come from the layers already changed. `blockwise` trains
     half-blocks, and perhaps the whole model, after the method.
     """
 
@@ -57,7 +57,7 @@ class Pass:
 
     @property
     def name(self) -> str:
-        """The method's, as a user writes it."""
+        """The method's name, as a user writes it."""
         return self.blockwise.name if self.blockwise else self.method.name
 
     @property
@@ -72,7 +72,7 @@ class Pass:
 
     @property
     def team(self) -> Team:
-        """The processes that have to be asked: without data, each does the same on its own."""
+        """The processes to agree with: without data, each does the same on its own."""
         return team() if self.asks else ALONE
 
 
@@ -131,9 +131,10 @@ def stages_of(
     offload: bool,
     window: Window | None = None,
 ) -> Generator[Observed]:
-    """The layers with the statistics that the method needs, in the order of solving them.
+    """The layers with the statistics that the method needs, in the order in which to solve them.
 
-    Layers that the checkpoint holds come in their turn without statistics.
+    Layers in the checkpoint are still yielded, in order and without statistics, so that the caller
+    can restore them.
     """
     sums = [name for name in the_pass.method.needs if name in STATISTICS]
     finished = saved.finished() if saved else {}
@@ -165,9 +166,9 @@ def solve_stages_(
 ) -> tuple[LayerResult, ...]:
     """What became of each layer, stage by stage; weights go to `remember` before they change.
 
-    The processes of a team solve a layer each at a time. Not rows of one layer: what most methods
-    need of a Gram matrix is the larger part of their work, and criteria and patterns look at
-    several rows.
+    Each process of a team solves one layer at a time. They do not share out the rows of a layer:
+    most of a method's work is on the Gram matrix, which every process would repeat, and criteria
+    and patterns look at several rows together.
     """
     results: dict[str, LayerResult] = {}
     masks: dict[str, Tensor] = {}
@@ -177,7 +178,7 @@ def solve_stages_(
             remember({name: weight_of(layers[name]) for name in observed.statistics})
             results |= _restored_(layers, observed.statistics, saved)
             names = [name for name in observed.statistics if name not in results]
-            memo = functools.cache(call)  # what depends on the input alone is computed once for all
+            memo = functools.cache(call)  # what depends on the input alone is computed once
             found = {n: {**observed.statistics[n], **gradient.pop(n), "memo": memo} for n in names}
             for turn in _turns(names, the_pass.team):
                 solved: tuple[LayerResult, Tensor] | None = None
@@ -207,7 +208,7 @@ def report_of(
     begin: float,
     parameters: int | None = None,
 ) -> PruneReport:
-    """The report of a pass that began then; `parameters` are the model's, counted if not given."""
+    """The report of a pass that began at `begin`; `parameters` is counted if it is not given."""
     zeros = sum(
         round(result.sparsity * weight_of(layers[result.layer]).numel()) for result in results
     )
@@ -265,20 +266,20 @@ def _fingerprint(the_pass: Pass, layers: Mapping[str, nn.Module]) -> dict[str, A
 
 
 def _require_same(members: Team, run: Mapping[str, Any]) -> None:
-    """Require that all processes are about to do the same, but for their batches."""
+    """Raise unless all processes are about to do the same, apart from their batches."""
     for rank, other in enumerate(members.all_gather(run)):
         if different := [key for key in run if other[key] != run[key]]:
             raise ValueError(
                 f"processes that calibrate together need the same {different[0]}, process {rank} "
                 "has another: give all of them one model, plan, method and checkpoint, and "
-                "batches of their own"
+                "each its own batches"
             )
 
 
 def _foretell(
     the_pass: Pass, missing: Mapping[str, nn.Module], batches: Sequence[Batch], offload: bool
 ) -> None:
-    """Write on stderr what the pass will take, where that is known."""
+    """Write to stderr what the pass will take, where an estimate is possible."""
     assert the_pass.blockwise is not None
     with the_pass.team.raising_together():
         if the_pass.team.rank == 0:
@@ -307,7 +308,7 @@ def _dense_copy(the_pass: Pass) -> nn.Module:
 def _restored_(
     layers: Mapping[str, nn.Module], stage: Iterable[str], saved: Checkpoint | None
 ) -> dict[str, LayerResult]:
-    """The results of layers that the checkpoint holds, whose weights are put in place."""
+    """The results of the layers in the checkpoint, once their weights are back in place."""
     if saved is None:
         return {}
     restored = saved.weights(list(stage))
@@ -317,7 +318,7 @@ def _restored_(
 
 
 def result_of(row: Mapping[str, Any]) -> LayerResult:
-    """The report row that a checkpoint kept.
+    """The report row in a checkpoint.
 
     Raises:
         ValueError: if another version of the library wrote it.
@@ -326,19 +327,19 @@ def result_of(row: Mapping[str, Any]) -> LayerResult:
         return LayerResult(**row)
     except TypeError as error:
         raise ValueError(
-            f"the checkpoint has a report row of another version: {error}: choose another folder"
+            f"the checkpoint has a report row from another version: {error}: choose another folder"
         ) from None
 
 
 def _turns(names: Sequence[str], members: Team) -> Iterator[Sequence[str]]:
-    """The layers in turns: in each, as many as there are processes, for each one."""
+    """The layers in turns, each with at most one layer for every process."""
     for first in range(0, len(names), members.size):
         yield names[first : first + members.size]
 
 
 @contextlib.contextmanager
 def _solving(the_pass: Pass, name: str, module: nn.Module) -> Iterator[None]:
-    """What holds while a layer is solved: errors name it, and numbers are not cast."""
+    """Name the layer in errors, and switch autocast off, while it is solved."""
     with (
         room_for([name], f"what {the_pass.name} computes", LESS_MEMORY),
         without_autocast(weight_of(module).device),
@@ -350,7 +351,7 @@ def _solving(the_pass: Pass, name: str, module: nn.Module) -> Iterator[None]:
 def _given(
     the_pass: Pass, name: str, module: nn.Module, found: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """What the method is given for the layer; the weight is its own to change."""
+    """What the method is given for the layer; the weight is a copy that it may change."""
     return {
         "weight": _in_float32(_layers.matrix(module)),
         "pattern": the_pass.plan.layers[name],
@@ -368,11 +369,11 @@ def _put_in_place_(
     solution: Solution,
     tokens: int,
 ) -> tuple[LayerResult, Tensor]:
-    """What became of the layer, and its mask, once it has the weight of this solution."""
+    """What became of the layer, and its mask, once the solution's weight is in place."""
     pattern, before = the_pass.plan.layers[name], _in_float32(_layers.matrix(module))
     if (violation := pattern.violation(solution.mask)) is not None:
         raise ValueError(f"{the_pass.name} needs to give a mask of {pattern}, its mask {violation}")
-    # What a method leaves as it was, in float32 too, stays to the bit.
+    # What a method left unchanged, even only in float32, stays the same to the bit.
     same = (solution.weight == before) | (solution.weight == before.float())
     new = torch.where(same, before, solution.weight).masked_fill(~solution.mask, 0)
     if not new.isfinite().all():
@@ -422,7 +423,7 @@ def _shared(
         members.broadcast_(rank, weight_of(layers[name]))
         if solved and members.size == 1:
             yield solved
-        else:  # the same everywhere, though who solved it knows which kept weights are 0
+        else:  # the same everywhere, though only the solver knows which kept weights are 0
             yield result, _layers.matrix(layers[name]) != 0
 
 
@@ -433,9 +434,9 @@ def _trained(
     masks: dict[str, Tensor],
     results: dict[str, LayerResult],
 ) -> Sequence[str]:
-    """The layers that are final now: those observed, or their half-block, once it is trained.
+    """The layers that became final now: the observed ones, or their half-block once it is trained.
 
-    What was finished before is final too, but not anew.
+    Layers restored from a checkpoint were final before and are not among them.
     """
     half = observed.half
     if half is None or the_pass.blockwise is None:
@@ -446,7 +447,7 @@ def _trained(
         before, after = the_pass.blockwise.train_(half, layers, masks, the_pass.team)
     for name in half.layers:
         del masks[name]
-        if after < before:  # moved since, so that it is another now
+        if after < before:  # trained since it was measured
             results[name] = replace(results[name], error=None)
     last = results[half.layers[-1]]
     note = f"{half.name}: held-out error {before:.4g} before training, {after:.4g} after"

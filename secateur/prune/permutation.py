@@ -1,8 +1,8 @@
-"""Orders of a weight's columns in which an N:M pattern keeps more of the score.
+"""An order of a weight's columns in which an N:M pattern keeps more of the score.
 
 A group of m neighbouring columns keeps n weights of every row, so a group of large columns loses
-large weights while a group of small ones keeps small ones. Columns are dealt out so that groups
-are alike, then exchanged between groups, one slot at a time, by linear assignment.
+large weights while a group of small columns keeps small ones. The columns are dealt out to make the
+groups alike, then exchanged between groups, one slot at a time, by linear assignment.
 """
 
 from typing import Any
@@ -14,25 +14,25 @@ from torch import Tensor
 from secateur.core.float64 import in_float64
 from secateur.patterns import NM
 
-# Groups that exchange columns among themselves; an assignment takes time by the cube of them.
+# Groups that exchange columns with one another; an assignment takes the cube of their number.
 GROUPS_AT_ONCE = 256
 
-# Of the kept score: a round over the slots that gains less is the last one.
+# Share of the kept score: a round over the slots that gains less is the last.
 LEAST_GAIN = 1e-4
 
 
 @torch.no_grad()
 def find_permutation(score: Float[Tensor, "out in"], pattern: NM) -> Int[Tensor, " in"]:
-    """The order p of the columns such that `score[:, p]` keeps much under the pattern.
+    """An order p of the columns for which the pattern keeps more of `score[:, p]`.
 
-    It never keeps less than the columns as they are, which are the answer where nothing better is
-    found. Otherwise it is close to a local optimum: the last round of assigning the columns of each
-    slot anew, among 256 groups at a time, gained less than a ten-thousandth.
+    Never worse than the original order, which is returned if no better one is found. Otherwise it
+    is close to a local optimum: the last round of reassigning the columns of each slot, among 256
+    groups at a time, gained less than a ten-thousandth.
 
     Cost: a few rounds, each of at most 256 * in * out operations and, on the CPU, in / 256
         assignments of 256 columns. Memory: three copies of the scores, in float32 at least.
     Raises:
-        ValueError: if the width is no multiple of m, a score is not finite, or scipy is missing.
+        ValueError: if the width is not a multiple of m, a score is not finite, or scipy is missing.
     Source: heuristic allocation, then linear sum assignment: Zhang et al., Plug-and-Play, ICLR
         2024. The objective: Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021.
     """
@@ -51,7 +51,7 @@ def find_permutation(score: Float[Tensor, "out in"], pattern: NM) -> Int[Tensor,
     columns = score.to(torch.promote_types(score.dtype, torch.float32)).T.contiguous()
     groups = _dealt(columns, pattern.m)
     blocks = -(-len(groups) // GROUPS_AT_ONCE)
-    for i in range(blocks):  # every so manieth, since neighbouring groups hold columns alike
+    for i in range(blocks):  # interleaved, since neighbouring groups hold similar columns
         groups[i::blocks] = _refined(optimize, columns, groups[i::blocks], pattern.n)
     better = _kept(columns, groups, pattern.n) > _kept(columns, identity.view_as(groups), pattern.n)
     return groups.flatten() if better else identity
@@ -63,7 +63,7 @@ def kept_score(score: Float[Tensor, "out in"], pattern: NM) -> float:
 
 
 def _dealt(columns: Float[Tensor, "in out"], m: int) -> Int[Tensor, "groups {m}"]:
-    """Columns in order of their sums, dealt to the groups to and fro."""
+    """The groups, with columns dealt to them in order of their sums, back and forth."""
     dealt = columns.sum(1).argsort(descending=True, stable=True).view(m, -1)
     dealt[1::2] = dealt[1::2].flip(1)
     return dealt.T.contiguous()
@@ -72,7 +72,7 @@ def _dealt(columns: Float[Tensor, "in out"], m: int) -> Int[Tensor, "groups {m}"
 def _refined(
     optimize: Any, columns: Float[Tensor, "in out"], groups: Int[Tensor, "groups m"], n: int
 ) -> Int[Tensor, "groups m"]:
-    """The groups after rounds over the slots, until a round gains next to nothing."""
+    """The groups after rounds over the slots; the last is the first to gain next to nothing."""
     kept = _kept(columns, groups, n)
     while True:
         before = kept
@@ -90,10 +90,10 @@ def _reassigned(
     n: int,
     slot: int,
 ) -> Int[Tensor, "groups m"]:
-    """The groups with the columns of this slot given to those where they add the most.
+    """The groups after the columns of this slot went to the groups where they add the most.
 
     With t the n-th largest of the others in a row, a column c adds max(0, c - t) there, which is
-    (c - t + |c - t|) / 2. Each c and each t is used once, so only the distances |c - t| count.
+    (c - t + |c - t|) / 2. Each c and each t is used once, so only the distances |c - t| matter.
     """
     others = torch.cat([groups[:, :slot], groups[:, slot + 1 :]], 1)
     threshold = columns[others].topk(n, dim=1).values[:, -1]
@@ -109,7 +109,7 @@ def _kept(columns: Float[Tensor, "in out"], groups: Int[Tensor, "groups m"], n: 
 
 
 def _scipy() -> Any:
-    """The module `optimize` of scipy: an extra, and 0.2 s to import."""
+    """The module `scipy.optimize`, imported here because scipy is an extra and takes 0.2 s."""
     try:
         from scipy import optimize
     except ImportError:

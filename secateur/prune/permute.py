@@ -1,8 +1,8 @@
-"""Hidden units in an order in which N:M pruning loses less and the model computes the same.
+"""An order of hidden units in which N:M pruning loses less and the model computes the same.
 
-Between `up_proj` and `down_proj` nothing sees in which order the units come, nor within a head
-between `v_proj` and `o_proj`. So the columns of the second may be reordered as its pattern likes
-best, if the rows of the first are reordered alike: the weights are others, the function is not.
+Nothing sees the order of the units between `up_proj` and `down_proj`, nor their order within a head
+between `v_proj` and `o_proj`. So the columns of the second layer may be reordered to suit its
+pattern if the rows of the first are reordered alike: the weights change, the function does not.
 """
 
 import math
@@ -91,11 +91,11 @@ def permute_(
 ) -> PermuteReport:
     """Reorder the hidden units of a dense model so that its N:M patterns keep more of the score.
 
-    The model computes what it did, up to rounding; prune it afterwards. Only layers whose inputs
-    are a free dimension gain: the second layer of an MLP, and the output projection of attention
-    within its heads, by the names in `free`. Each is verified by running the first batch before
-    and after, and put back where the output is another, with the reason in the report. `batches`
-    give the criterion's statistics too, those of the dense model; `loss` is as in `prune_`.
+    The model computes the same as before, up to rounding; prune it afterwards. Only layers whose
+    inputs are a free dimension gain: the second layer of an MLP, and the output projection of
+    attention within its heads, by the names in `free`. Each is verified by running the first batch
+    before and after, and put back where the output changes, with the reason in the report.
+    `batches` also give the criterion's statistics on the dense model; `loss` is as in `prune_`.
 
     Cost: two runs of the first batch for each layer permuted, besides the statistics and the
         search (`secateur.prune.permutation`).
@@ -107,14 +107,14 @@ def permute_(
     begin = time.perf_counter()
     model = unwrapped(model)
     plan = as_plan(model, plan)
-    needed_by(criterion, given=CRITERION_GIVEN)  # which refuses what is no criterion
+    needed_by(criterion, given=CRITERION_GIVEN)  # refuses a function that is no criterion
     listed = as_list(batches)
     require_sound(match(model, plan))
     pairs, left = find_pairs(model, plan.layers, free)
     if not pairs:
         name, reason = next(iter(left.items()))
         raise ValueError(
-            f"permute_ needs a layer with free inputs, none of the {len(left)} planned has: "
+            f"permute_ needs a layer with free inputs, none of the {len(left)} planned has any: "
             f"{name}: {reason}"
         )
     consumers = {name: pair.consumer for name, pair in pairs.items()}
@@ -140,22 +140,23 @@ def permute_(
         return PermuteReport(tuple(done.values()), in_order, time.perf_counter() - begin)
 
 
-# --- the orders, and whether they change nothing -------------------------------------------------
+# --- finding an order, and verifying it ----------------------------------------------------------
 
 
 def _order(
     pair: Pair, scores: Float[Tensor, "out in"]
 ) -> tuple[Int[Tensor, "heads width"], float, float]:
+    """An order for each head, and the shares of the score kept before and after."""
     if not scores.isfinite().all():
         raise ValueError(
-            f"permute_ needs finite scores, those of {pair.name} are not: repair its weights or "
-            "the data"
+            f"permute_ needs finite scores, {pair.name} has NaN or infinite ones: repair its "
+            "weights or the data"
         )
-    # Of all zeros nothing is kept; a negative sum must not turn more into less.
+    # 1 where all scores are zero; the absolute value, lest a negative sum turn more into less.
     total = abs(float(in_float64(scores).sum())) or 1.0
     orders, before, after = [], 0.0, 0.0
     for head in pair.columns():
-        # Runs that share an order are more rows of the same columns.
+        # Runs that share an order count as more rows of the same columns.
         rows = torch.cat([scores[:, run] for run in head])
         orders.append(find_permutation(rows, pair.pattern))
         before += kept_score(rows, pair.pattern) / total
@@ -166,15 +167,15 @@ def _order(
 def _permute_verified(
     model: nn.Module, pair: Pair, order: Int[Tensor, "heads width"], batch: Batch
 ) -> str | None:
-    """Permute the pair if nothing changes, or say what would."""
+    """Permute the pair and return None, or leave it and return why."""
     before, model_before = _outputs(model, pair.consumer, batch)
     if not before or not model_before:
         what = "the model returns no tensor" if before else "it did not run"
-        return f"{what} for the first batch, so nothing verifies another order"
+        return f"{what} for the first batch, so another order cannot be verified"
     pair.permute_(order)
     after, model_after = _outputs(model, pair.consumer, batch)
-    # Another order of a sum differs by its rounding, which later layers may amplify; a wrong one
-    # differs by a good part of the output.
+    # Summing in another order changes the rounding, which later layers may amplify; a wrong order
+    # changes a good part of the output.
     allowed = torch.finfo(weight_of(pair.consumer).dtype).eps ** 0.5
     change = _change(before + model_before, after + model_after)
     if change <= allowed:
@@ -184,7 +185,7 @@ def _permute_verified(
 
 
 def _outputs(model: nn.Module, layer: nn.Module, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-    """The floating point outputs of the layer, call by call, and of the model."""
+    """The layer's outputs, call by call, and the model's outputs that are floating-point."""
     calls: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -196,7 +197,7 @@ def _outputs(model: nn.Module, layer: nn.Module, batch: Batch) -> tuple[list[Ten
 
 
 def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """The largest relative change of a tensor, in the Euclidean norm; infinite where NaN is."""
+    """The largest relative change of a tensor, in the Euclidean norm; infinite if NaN appears."""
     if [x.shape for x in before] != [x.shape for x in after]:
         return math.inf
     changes = [_relative_change(a, b) for a, b in zip(before, after, strict=True)]

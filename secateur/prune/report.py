@@ -11,7 +11,7 @@ class LayerResult:
     """What became of one layer.
 
     `error` is the share of the layer's output energy that is lost, ||(W - W')X||^2 / ||WX||^2 on
-    the calibration inputs; None where the method does not gather what it takes to know.
+    the calibration inputs; None where the method gathers no Gram matrix to compute it from.
     """
 
     layer: str
@@ -27,7 +27,7 @@ class LayerResult:
 class PruneReport:
     """What `prune_` or `reconstruct_` did, layer by layer.
 
-    `zeros` are those in the weights of these layers, `parameters` all numbers of the model.
+    `zeros` counts the zeros in these layers' weights, `parameters` all parameters of the model.
     """
 
     method: str
@@ -58,7 +58,7 @@ class PruneReport:
 
     @property
     def summary(self) -> str:
-        """One sentence: what was done, and what share of the whole model it made zero."""
+        """One sentence: what was done, and the share of all parameters that these zeros are."""
         share = self.zeros / max(self.parameters, 1)
         return (
             f"{self.method}: {len(self.layers)} layers in {self.seconds:.1f} s; their zeros are "

@@ -1,4 +1,4 @@
-"""The verbs of the front half: `prune_`, `reconstruct_` and `check`."""
+"""The verbs of the half that finds sparse weights: `prune_`, `reconstruct_` and `check`."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,7 +23,7 @@ from secateur.reconstruct.methods import bind_criterion
 __all__ = ["LayerResult", "PruneReport", "check", "prune_", "reconstruct_"]
 
 
-@torch.inference_mode(False)  # the user's own would forbid training, and writing to weights
+@torch.inference_mode(False)  # the caller's would forbid training, and writing to weights
 def prune_(
     model: nn.Module,
     plan: Plan | Pattern | str,
@@ -36,24 +36,24 @@ def prune_(
 ) -> PruneReport:
     """Zero the weights that the criterion scores lowest; a kept weight never changes.
 
-    `batches` is what the criterion's statistics are gathered from, block by block, each block on
-    inputs that the pruned blocks before it made. Gradients, where the criterion names them, are
-    those of the dense model: of `loss(output, batch)`, by default
+    The criterion's statistics are gathered from `batches`, block by block, each block on the
+    outputs of the pruned blocks before it. Gradients, where the criterion asks for them, are taken
+    on the dense model: of `loss(output, batch)`, by default
     `secateur.model.gradients.model_loss`, the loss for labels or of the next token. `offload` keeps
     activations between blocks on the CPU. With `checkpoint`, a folder, finished layers are kept
-    there and the same call goes on where an interrupted one stopped.
+    there, and the same call continues where an interrupted one stopped.
 
     Where `torch.distributed` is initialised (torchrun) and data is needed, every process makes this
-    call with batches of its own, as many as it likes. Statistics are those of all batches, layers
-    that do not wait for one another are solved by different processes, and all end with the same
-    model. A checkpoint has to be a folder that all of them see.
+    call with its own batches, any number of them. Statistics cover all batches, layers that do not
+    depend on one another are solved by different processes, and all end with the same model. A
+    checkpoint has to be a folder that all of them can see.
 
     Error: with several processes, the order in which float32 sums are added up.
     Raises:
         ValueError: before anything is changed, if the plan is for another model, weights are not
-            finite or parametrized, or data is needed and missing. Whatever is raised, also by
+            finite or are parametrized, or data is needed and missing. Whatever is raised, also by
             Ctrl-C, the model is left as it was.
-        MemoryError: if there is no room for what a layer, which is named, needs; on a GPU it is a
+        MemoryError: if a layer, which is named, needs more memory than there is; on a GPU it is a
             torch.OutOfMemoryError.
     """
     method = bind_criterion(criterion)
@@ -76,10 +76,10 @@ def reconstruct_(
 ) -> PruneReport:
     """Zero weights and refit the kept ones to the layers' outputs on the calibration batches.
 
-    Layers come in the order in which they run, each on inputs made by the layers already done.
-    With `sc.blockwise(sc.alps)` the kept weights of each half-block are trained together then.
-    Options of an algorithm are fixed with `functools.partial(sc.sparsegpt, damping=0.1)`. The rest
-    is as in `prune_`.
+    Layers are solved in the order in which they run, each on inputs from the layers already done.
+    With `sc.blockwise(sc.alps)` the kept weights of each half-block are then trained together.
+    Set an algorithm's options with `functools.partial(sc.sparsegpt, damping=0.1)`. The rest is as
+    in `prune_`.
 
     Raises:
         ValueError: as `prune_`, and if the algorithm cannot solve a layer. Whatever is raised, also
@@ -93,14 +93,14 @@ def reconstruct_(
 
 @torch.no_grad()
 def check(model: nn.Module, plan: Plan | Pattern | str) -> dict[str, float]:
-    """The sparsity of every planned layer, once the contract is verified on the model as it is.
+    """The sparsity of every planned layer, once the contract has been verified on the model.
 
     The contract: each layer's weight is an ordinary finite parameter whose exact zeros satisfy the
     layer's pattern. Any model will do, whoever pruned it. A pattern stands for the plan that gives
     it to every layer.
 
     Raises:
-        ValueError: if any layer breaks it, with all those layers and the first place in each.
+        ValueError: if any layer breaks it, with all such layers and the first place in each.
     """
     plan = as_plan(model, plan)
     layers = match(model, plan)

@@ -11,7 +11,7 @@ from secateur.patterns import Pattern, keep_top
 
 @dataclass(frozen=True)
 class Pairs(Pattern):
-    """Of every row the `sparsity` of its pairs is zero, rounded down."""
+    """In every row a share `sparsity` of the pairs is zero, rounded down."""
 
     sparsity: float
 

@@ -1,7 +1,7 @@
-"""What the library has never seen goes through every verb, the shell, plans, files and the report.
+"""Guests that the library has never seen pass every verb, the shell, plans, files and the report.
 
-Nothing names a pattern, a criterion or an algorithm outside its own file, so that a new one is a
-file and an export line; the line is what `exported` stands in for.
+Nothing names a pattern, a criterion or an algorithm outside its own file, so a new one is a file
+and an export line; `exported` stands in for the line.
 """
 
 import copy
@@ -34,7 +34,7 @@ HALF = Pairs(0.5)
 
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The three export lines."""
+    """Add the three export lines."""
     module = __import__("secateur.patterns.parse", fromlist=["PATTERNS"])
     monkeypatch.setattr(module, "PATTERNS", (*module.PATTERNS, Pairs))
     for room, guest in ((criteria, softened), (reconstruct, rescaled)):

@@ -18,7 +18,7 @@ from tests.reconstruct.problems import gpt2_and_batches
 from tests.reconstruct.test_lowrank import inputs
 from tests.reconstruct.test_peft import config, merged
 
-# One block of three: the others are no different.
+# One of three blocks: the others are no different.
 FIRST = sc.plan(Decoder(), "2:4", layers="blocks.0.*")
 
 
@@ -71,7 +71,7 @@ def test_layers_lose_less_than_with_factors_found_afterwards(tmp_path: Path, met
 
 
 def test_the_algorithm_sees_what_the_dense_model_passes_on(tmp_path: Path) -> None:
-    """With an algorithm that keeps every weight, inputs are those of the dense model."""
+    """With an algorithm that keeps every weight, its inputs are the dense model's."""
     model, batches = dense_model()
     dense = copy.deepcopy(model)
     seen: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""How far it is from a user's line to the formula: who steps in with a debugger counts these."""
+"""How many frames lie between a user's line and the formula, as one sees in a debugger."""
 
 import sys
 from collections.abc import Callable

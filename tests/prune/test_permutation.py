@@ -1,4 +1,4 @@
-"""Orders of columns, held to all orders of few columns, and to scores counted by hand."""
+"""Orders of columns, compared with all orders of a few columns and with scores counted by hand."""
 
 import sys
 from itertools import combinations
@@ -20,7 +20,7 @@ def integers(rows: int, columns: int) -> st.SearchStrategy[Tensor]:
 
 
 def kept_by_hand(score: Tensor, order: list[int], n: int, m: int) -> float:
-    """Largest n of each m, row by row."""
+    """The sum of the largest n of each m, row by row."""
     return sum(
         sum(sorted(row[i : i + m], reverse=True)[:n])
         for row in score[:, order].tolist()

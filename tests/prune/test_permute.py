@@ -1,4 +1,4 @@
-"""Other orders of hidden units: the model computes the same, and patterns keep more of it."""
+"""Reordered hidden units: the model computes the same, and patterns keep more of the score."""
 
 import copy
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class Gated(nn.Module):
 
 
 class TwoLayers(nn.Module):
-    """`between` is what stands between the layers, `tap` whether the hidden units are returned."""
+    """An MLP with `between` between its layers, which returns the hidden units too with `tap`."""
 
     def __init__(self, between: Callable[[Tensor], Tensor] = F.gelu, tap: bool = False) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 
 def skewed_(model: nn.Module, layer: str) -> None:
-    """The first half of each run of 8 inputs counts much more: the order matters."""
+    """Make the first half of each run of 8 inputs count much more, so that the order matters."""
     weight = weight_of(model.get_submodule(layer))
     with torch.no_grad():
         weight *= torch.tensor([4.0] * 4 + [0.25] * 4).repeat(weight.shape[1] // 8)
@@ -226,8 +226,8 @@ def test_every_block_of_a_model_and_a_report_that_says_so() -> None:
         for name, why in {
             "attention.o_proj": f"no module around blocks.{i}.attention.v_proj says how wide a "
             "head is: head_dim, attention_head_size, key_value_proj_dim",
-            "up_proj": "block:4x4@0.5 is no N:M pattern, only these have groups of inputs to be "
-            "rearranged",
+            "up_proj": "block:4x4@0.5 is no N:M pattern, and no other has groups of inputs to "
+            "rearrange",
         }.items()
     }
     printed = str(report)
@@ -239,7 +239,7 @@ def test_every_block_of_a_model_and_a_report_that_says_so() -> None:
 
 
 def left(model: nn.Module, layer: str, **options: Any) -> str:
-    """Why the layer is left, once it is verified that nothing was changed."""
+    """Why the layer was left alone, once it is verified that nothing changed."""
     dense = state(model)
     plan = sc.plan(model, {layer: "2:4"})
     try:
@@ -317,7 +317,7 @@ def test_computed_weights_and_other_linears_are_refused() -> None:
 
 def test_inputs_that_are_not_free_are_refused() -> None:
     reason = left(seeded(GroupedQueries), "q_proj")
-    assert "none of the 1 planned" in reason and "no free dimension by any name" in reason
+    assert "none of the 1 planned" in reason and "no name in free= makes its inputs" in reason
     model = seeded(GroupedQueries)
     model.head_dim = 2
     assert "2:4 has groups across heads of 2 inputs" in left(model, "o_proj")
@@ -382,7 +382,7 @@ def test_scores_and_batches_are_checked() -> None:
     def infinite(weight: Tensor) -> Tensor:
         return torch.full_like(weight, float("inf"))
 
-    with pytest.raises(ValueError, match="finite scores, those of fc2"):
+    with pytest.raises(ValueError, match="finite scores, fc2 has NaN"):
         permute_(model, plan, infinite, [normal(3, 8)])
     with pytest.raises(ValueError, match="at least one batch"):
         permute_(model, plan, sc.magnitude, [])

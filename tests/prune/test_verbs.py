@@ -1,4 +1,4 @@
-"""The verbs of the front half: what they change, what they never change, and what they refuse."""
+"""`prune_`, `reconstruct_`, `check`: what they change, never change, and refuse."""
 
 import copy
 import functools
@@ -47,7 +47,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def squared_norms(
     model: nn.Module, layers: dict[str, nn.Linear], batches: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Each layer's sum of squared inputs over all tokens, in float64, by plain hooks."""
+    """Each layer's sum of squared inputs over all tokens, in float64, from plain hooks."""
     sums = {name: torch.zeros(m.in_features, dtype=torch.float64) for name, m in layers.items()}
 
     def add(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -111,7 +111,7 @@ def test_pruning_never_changes_a_kept_weight() -> None:
 
 
 def test_wanda_equals_the_formula_on_each_blocks_own_inputs() -> None:
-    """Block after block, with the norms that the pruned blocks before produce."""
+    """Block by block, with the norms that the pruned blocks before it produce."""
     model, batches = decoder(), tokens()
     expected = copy.deepcopy(model)
     for block in expected.blocks:
@@ -124,7 +124,7 @@ def test_wanda_equals_the_formula_on_each_blocks_own_inputs() -> None:
 
 
 def test_reconstruction_loses_less_output_than_pruning_the_same_model() -> None:
-    """And says how much: the reported error is the error of the layer's outputs."""
+    """It says how much, too: the reported error is the error of the layer's outputs."""
     torch.manual_seed(0)
     mix = torch.randn(32, 32) @ torch.diag(torch.linspace(2, 0.05, 32))
     batches = [torch.randn(200, 32) @ mix for _ in range(3)]
@@ -197,7 +197,7 @@ def test_the_report_prints_a_line_a_layer_and_is_plain_data() -> None:
 def interrupting(
     criterion: Callable[..., Any], after: int, error: BaseException
 ) -> Callable[..., Any]:
-    """The criterion, raising instead of its n-th answer."""
+    """The criterion, except that its n-th call raises."""
     calls = iter(range(after + 1))
 
     @functools.wraps(criterion)
