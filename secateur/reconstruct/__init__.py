@@ -1,4 +1,4 @@
-"""Reconstruction: functions `(weight, statistic..., pattern) -> Solution` moving kept weights."""
+"""Reconstruction: functions `(weight, statistic..., pattern) -> Solution` to move kept weights."""
 
 from secateur.reconstruct.alps import alps
 from secateur.reconstruct.blockwise import Blockwise, blockwise

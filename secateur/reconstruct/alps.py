@@ -1,11 +1,11 @@
-"""ALPS: a mask from ADMM, which lets weights and zeros come to terms, then the exact refit.
+"""ALPS: a mask from ADMM, which settles weights and zeros together, then the exact refit.
 
-Symbols as in the paper, in its normalised space: `B` the weight that fits the outputs, `D` the one
-with the pattern's zeros, `V` the dual variable that draws them together, `rho` how strongly, `A`
-the damped and normalised Gram matrix, `Q` and `L` its eigenvectors and eigenvalues, `W` the
+Symbols as in the paper, in its normalised space: `B` the weight that fits the outputs, `D` the
+weight with the pattern's zeros, `V` the dual variable that draws them together, `rho` how strongly,
+`A` the damped and normalised Gram matrix, `Q` and `L` its eigenvectors and eigenvalues, `W` the
 weight. Rows here are the paper's columns.
 Source: Meng et al., NeurIPS 2024, arXiv:2406.07831, algorithms 1 and 2 and appendix B; the smaller
-start where rho was too large at once is of the authors' code.
+start if rho is too large from the beginning is in the authors' code.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from secateur.patterns import Pattern
 from secateur.reconstruct.refit import DAMPING, normalised, refitted
 from secateur.reconstruct.solution import Solution
 
-RHO = 0.1  # the first
+RHO = 0.1  # the initial value
 EVERY = 3  # iterations between two looks at the support
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # rho grows if more than this share of it changed
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # rho's, where more than this share of it changed
 SMALLER = 5.0
 ITERATIONS = 300
 
-# Of ||A||, that float32's eigenvectors may miss. ADMM divides by L + rho, so that what matters is
-# this against rho, and float32 misses about 1e-6.
+# Share of ||A|| by which eigenvectors in float32 may miss A. ADMM divides by L + rho, so what
+# counts is this beside rho; float32 misses by about 1e-6.
 MISSED = 1e-4
 
 
@@ -44,14 +44,14 @@ def alps(
 ) -> Solution:
     """The weight with the pattern's zeros where ADMM finds that they cost least, then refitted.
 
-    Weights compete for the mask by their squared magnitude, each in units of its input's norm, as
-    they are after making up for one another. Any pattern works: its own mask of that score is the
-    projection. The damping is `DAMPING` for the mask, and for the refit the one that the held-out
-    part of the data chooses; where it is given, it is that for both.
+    Weights compete for the mask by their squared magnitude, each in units of its input's norm,
+    after they have made up for one another. Any pattern works: its own mask of that score is the
+    projection. The mask is found with the damping `DAMPING`; for the refit the held-out part of the
+    data chooses it. A given `damping` is used for both.
 
     Cost: O(in^3), for the eigenvectors, which layers with the same input share (`memo`), and two
-        products with an in x in matrix an iteration, 300 at most; 8 out in + 6 in^2 in float32
-        memory; then that of the refit.
+        products with an in x in matrix per iteration, 300 at most; 8 out in + 6 in^2 in float32
+        memory; then the refit.
     Raises:
         ValueError: as `secateur.reconstruct.refitted`.
     Source: Meng et al., NeurIPS 2024, arXiv:2406.07831.
@@ -89,7 +89,7 @@ def _admm(
     Q: Float[Tensor, "in in"],
     pattern: Pattern,
 ) -> tuple[Bool[Tensor, "out in"], bool]:
-    """The support of D once it has stopped changing, and whether it has."""
+    """The support of D at the end, and whether it had stopped changing."""
     seen = first = pattern.mask(start.square())
     D, V = start.masked_fill(~first, 0), torch.zeros_like(start)
     rho, raised = RHO, False

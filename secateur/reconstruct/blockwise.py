@@ -1,10 +1,10 @@
-"""Half-block reconstruction: kept weights trained together to what the dense half-block gave.
+"""Half-block reconstruction: kept weights trained together towards the dense half-block's outputs.
 
-Layer by layer, each weight answers for its own outputs. Here the layers up to the next sum into
-the residual stream (attention, then MLP) answer together for that sum: they are trained from what
-the layers' own method left, on inputs that the pruned blocks before made, towards the dense model's
-stream. So they make up for one another, and for what earlier blocks lost.
-Source: the idea is that of block-wise reconstruction in Li et al. (BRECQ), ICLR 2021,
+Layer by layer, each weight is fitted to its own layer's outputs. Here the layers up to the next sum
+into the residual stream (attention, then MLP) are fitted together to that sum: they are trained
+from where the layers' own method left them, on the outputs of the pruned blocks before, towards the
+dense model's stream. So they make up for one another, and for what earlier blocks lost.
+Source: the idea comes from block-wise reconstruction in Li et al. (BRECQ), ICLR 2021,
 arXiv:2102.05426, and for sparse weights Hubara et al. (AdaPrune), NeurIPS 2021, arXiv:2102.08124.
 """
 
@@ -37,7 +37,7 @@ LEARNING_RATE = 0.01
 
 @dataclass(frozen=True)
 class Blockwise:
-    """A method for each layer, and how half-blocks and the whole model are trained then.
+    """A method for each layer, and how half-blocks and the whole model are trained after it.
 
     Made by `blockwise`.
     """
@@ -49,7 +49,7 @@ class Blockwise:
 
     @property
     def name(self) -> str:
-        """As a user writes it."""
+        """The call as a user writes it, without the options left at their defaults."""
         options = {
             "epochs": (self.epochs, EPOCHS),
             "learning_rate": (self.learning_rate, LEARNING_RATE),
@@ -61,7 +61,7 @@ class Blockwise:
         return f"blockwise({name_of(self.method)}{''.join(changed)})"
 
     def room_for(self, half: HalfBlock) -> AbstractContextManager[None]:
-        """What names the half-block where there is no memory to train it."""
+        """A context that names the half-block if memory runs out while it is trained."""
         less = f"pass shorter batches, or take sc.{name_of(self.method)} alone"
         return room_for(half.layers, f"training {half.name}", less)
 
@@ -71,9 +71,9 @@ class Blockwise:
         layers: Mapping[str, nn.Module],
         masks: Mapping[str, Bool[Tensor, "out in"]],
     ) -> tuple[Callable[[], object], Callable[[], object]]:
-        """A step of the training on the first batch, and a look at its error, both to be timed.
+        """A training step on the first batch, and a look at its error, as functions to be timed.
 
-        They are those of `train_`, on copies of the weights: the layers stay as they are.
+        They do what `train_` does, on copies of the weights: the layers stay as they are.
         """
         training = _Training(half, layers, masks, ALONE)
         optimizer = training.optimizer()
@@ -86,16 +86,16 @@ class Blockwise:
         masks: Mapping[str, Bool[Tensor, "out in"]],
         team: Team = ALONE,
     ) -> tuple[float, float]:
-        """The half-block's error on held-out batches before and after its weights were trained.
+        """The half-block's error on held-out batches before and after its weights are trained.
 
         The error is the mean squared distance to the dense half-block's outputs over their
-        variance. The held-out batches are looked at after every epoch, and the layers end with the
-        best weights seen, the start among them: the second error is never above the first.
-        The processes of a `team` take a batch each at every step, and the mean of their gradients.
+        variance. It is computed after every epoch, and the layers end with the best weights seen,
+        the start among them: the second error is never above the first. At every step each process
+        of a `team` takes a batch, and all use the mean of their gradients.
         """
         training = _Training(half, layers, masks, team)
         counts = team.all_gather(len(half.targets))
-        first = sum(counts[: team.rank])  # as held-out Gram matrices count batches
+        first = sum(counts[: team.rank])  # batches are numbered as for held-out Gram matrices
         held_out = [b for b in range(len(half.targets)) if is_held_out(first + b)]
         trained = [b for b in range(len(half.targets)) if b not in held_out]
         best = {name: w.detach().clone() for name, w in training.weights.items()}
@@ -133,25 +133,25 @@ def blockwise(
 
     `sc.reconstruct_(model, plan, sc.blockwise(sc.alps), batches)`. A criterion's mask is refitted
     first, as by `refit`. A half-block is what lies between two sums into the residual stream; a
-    block that has no such place inside is trained as a whole, and layers outside a list of blocks
-    are as the method left them. Weights of the plan are trained and no others, by Adam, a batch a
-    step, the learning rate falling along a cosine to 0; it is in units of each layer's root mean
-    square kept weight. One batch in eight is held out, and the weights that are best there are
-    kept, the start among them. Kept weights do not stay on a grid that an algorithm rounded to.
-    Under torchrun the processes take a batch each at every step: fewer and larger steps.
+    block with no such point inside is trained as a whole, and layers outside a list of blocks stay
+    as the method left them. Only the planned weights are trained, by Adam, one batch per step, with
+    a learning rate that falls along a cosine to 0, in units of the root mean square of each layer's
+    kept weights. One batch in eight is held out, and the weights that do best on the held-out
+    batches are kept, the start among them. Kept weights leave a grid that an algorithm rounded to.
+    Under torchrun each process takes a batch at every step: fewer and larger steps.
 
-    After the last block `distil` epochs more train the planned weights of all blocks together, in
-    float32, towards the outputs of the dense model as `sc.distil_` does, on the same batches with
-    the same held out; where that does not make the held-out batches' loss smaller, the weights
-    stay as they were before it.
+    After the last block, another `distil` epochs train the planned weights of all blocks together,
+    in float32, towards the outputs of the dense model as `sc.distil_` does, on the same batches
+    with the same ones held out; if that does not lower the loss on the held-out batches, the
+    weights stay as they were before.
 
-    Cost: that of the method; each epoch a forward and a backward of every half-block, and a forward
-        of what is before it in its block. Memory: weights in float32, gradients, Adam's moments and
+    Cost: the method's; each epoch a forward and a backward of every half-block, and a forward of
+        what is before it in its block. Memory: weights in float32, gradients, Adam's moments and
         activations of one half-block for one batch, and up to four copies of the hidden states of
-        all batches, on the CPU with `offload`. With `distil` the dense model all along, and at the
-        end both in float32, three times the planned weights and a batch's activations.
+        all batches, on the CPU with `offload`. With `distil` also the dense model throughout, and
+        at the end both in float32, three times the planned weights and a batch's activations.
     Raises:
-        ValueError: if the method is no function, or an option is out of range.
+        ValueError: if the method is not a function, or an option is out of range.
     Source: AdaPrune, arXiv:2102.08124; BRECQ, arXiv:2102.05426.
     """
     if not callable(method):
@@ -169,7 +169,7 @@ def blockwise(
 
 
 class _Training:
-    """A half-block with weights in float32 that are trained in place of the stored ones."""
+    """A half-block with float32 copies of its weights, which are trained in place of the stored."""
 
     def __init__(
         self,
@@ -189,39 +189,39 @@ class _Training:
             name: weight.to(torch.float32, copy=True).requires_grad_()
             for name, weight in stored.items()
         }
-        self._variance = self._of_targets()
+        self._variance = self._variance_of_targets()
 
     def optimizer(self) -> torch.optim.Adam:
-        """Adam for the weights; `scale` is what each one's learning rate is in units of."""
+        """Adam for the weights; `scale` is the unit of each weight's learning rate."""
         return torch.optim.Adam(
             [{"params": [w], "scale": _kept_rms(w)} for w in self.weights.values()]
         )
 
     @torch.enable_grad()
     def step(self, optimizer: torch.optim.Adam, batch: int | None) -> None:
-        """Train the weights on the batch, if there is one: other processes may have theirs."""
+        """Train the weights on the batch, or on other processes' batches alone if it is None."""
         self.add_gradients(batch)
         optimizer.step()
         optimizer.zero_grad()
 
     def stored(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights as the layers will hold them: exact zeros, in the dtype of the model."""
+        """The weights as the layers will store them: with exact zeros, in the model's dtype."""
         return {
             name: weight.masked_fill(self._dropped[name], 0).to(self._dtypes[name])
             for name, weight in weights.items()
         }
 
     def error(self, batch: int) -> Float[Tensor, ""]:
-        """The mean squared error of a batch over the variance of the targets."""
+        """The mean squared error on a batch over the variance of the targets."""
         output = self._half.output(batch, self.stored(self.weights)).float()
         target = self._half.targets[batch].to(output.device, non_blocking=True).float()
         return (output - target).square().mean() / self._variance
 
     def add_gradients(self, batch: int | None) -> None:
-        """Give the weights the mean of the processes' gradients, each of a batch if it has one."""
+        """Give the weights the mean gradient of the processes' batches; None is no batch."""
         with self._team.raising_together():
             if batch is not None and (error := self.error(batch)).requires_grad:
-                error.backward()  # else nothing of the batch came through a trained weight
+                error.backward()  # else no trained weight affects this batch
         if self._team.size == 1:
             return
         had_one = float(batch is not None)
@@ -236,7 +236,7 @@ class _Training:
 
     @torch.no_grad()
     def held_out_error(self, batches: Sequence[int]) -> float:
-        """The mean of the batches' errors, of those of all processes."""
+        """The mean error on the batches of all processes."""
         sums = torch.zeros(2, device=self._half.device, dtype=torch.float32)
         with self._team.raising_together():
             for b in batches:
@@ -244,8 +244,8 @@ class _Training:
         self._team.all_reduce_([sums])
         return float(sums[0] / sums[1])
 
-    def _of_targets(self) -> Float[Tensor, ""]:
-        """The variance of the targets, of all channels together."""
+    def _variance_of_targets(self) -> Float[Tensor, ""]:
+        """The variance of the targets, all channels together."""
         device = self._half.device
         there = float64_device(device)
         n, total, squares = (torch.zeros((), device=there, dtype=torch.float64) for _ in range(3))
@@ -266,7 +266,7 @@ def _kept_rms(weight: Float[Tensor, "..."]) -> float:
 
 
 def _shuffled(batches: Sequence[int], epoch: int, longest: int) -> list[int | None]:
-    """The batches in another order every epoch, and none where another process has more."""
+    """The batches in a new order every epoch, then None up to the `longest` of all processes."""
     order = torch.randperm(
         len(batches), generator=torch.Generator().manual_seed(epoch), device="cpu"
     )

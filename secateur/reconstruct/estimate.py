@@ -1,4 +1,4 @@
-"""About how long a preset takes and how much memory, told before it starts."""
+"""An estimate of how long a preset takes and how much memory, printed before it starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,20 +27,20 @@ from secateur.reconstruct.rehearsal import (
     stages_of,
 )
 
-# Matrices in float32 that are alive at once while a layer is solved, counted in `alps`.
+# Float32 matrices alive at once while a layer is solved, in x in and out x in, counted in `alps`.
 SQUARES, WEIGHTS = 9, 14
 SUMS = 4  # of the squares: both Gram matrices and their sums, which outlive the solution
 # While a half-block is trained: weights, the best so far, gradients, two moments, two temporaries.
 TRAINED = 7
 HIDDEN_STATES = 4  # two streams and the targets of two halves
-# While the whole model is trained, in float32: gradients and two moments of what is planned, and a
-# temporary; the outputs' logarithms and gradients, of both models.
+# While the whole model is trained, in float32: per planned weight a gradient, two moments and a
+# temporary; per output the logarithms and gradients of both models.
 DISTILLED, OUTPUTS = 4, 8
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """About how long a preset takes, and the bytes on the device beside the model at its peak."""
+    """About how long a preset takes, and its peak memory on the device beyond the model's."""
 
     seconds: float
     bytes: int
@@ -66,15 +66,15 @@ def estimate(
 ) -> Estimate:
     """What `best`, or `thorough`, will take for these layers; nothing is changed.
 
-    The first batch says how many tokens each layer sees, which layers share an input and how large
-    the hidden states are; other batches count by their size. The time is that of a rehearsal on one
+    The first batch shows how many tokens each layer sees, which layers share an input and how large
+    the hidden states are; other batches count by their size. The time comes from a rehearsal on one
     block of each kind, four kinds at most: the block runs on the first batch, its layers are solved
-    on the first few, and its half-blocks take steps of their training, on copies. Other blocks take
-    as long in proportion to their operations, and so does a layer with more than 512 inputs or
-    outputs (on a GPU 4,096), of which so much is solved. Bytes are `peak_bytes` and
-    `distilling_bytes`, which are counted, not measured.
+    on the first few, and its half-blocks take training steps, on copies. For the other blocks it is
+    scaled by their operations, and so it is for a layer with more than 512 inputs or outputs (4,096
+    on a GPU), of which only that much is solved. Bytes are counted, not measured: `peak_bytes` and
+    `distilling_bytes`.
 
-    Cost: some batches through the model, some steps of training, and one block's layers solved.
+    Cost: a few batches through the model, a few training steps, and one block's layers solved.
     Raises:
         ValueError: as `reconstruct_`, if the model cannot run the first batch; if the method asks
             for gradients.
@@ -114,20 +114,19 @@ def foretold(
     *,
     offload: bool,
 ) -> Estimate | None:
-    """The estimate, for a method whose memory is counted here, as that of the presets is."""
+    """The estimate, or None for a method whose memory is not counted here, as only alps's is."""
     if method.method is not alps:
         return None
     return estimate(model, layers, patterns, batches, method, offload=offload)
 
 
 def peak_bytes(stages: Sequence[Stage], hidden: int, itemsize: int) -> int:
-    """The bytes beside the model at the peak, for the `hidden` bytes of all hidden states.
+    """Peak memory beyond the model, in bytes; `hidden` is the size of all hidden states.
 
     Four copies of the hidden states, and the larger of what solving a layer takes,
-    4 (9 in^2 + 14 out in), and what training the layers of a block together takes: 28 bytes a
-    weight, and what is kept of a batch for the backward, tokens (in + 2 out) numbers for each layer
-    and what follows it, beside the Gram matrices of a layer, 16 in^2. `stages` are those of one
-    batch.
+    4 (9 in^2 + 14 out in), and what training the layers of a block together takes: 28 bytes per
+    weight, what a batch keeps for the backward, tokens (in + 2 out) numbers for each layer and what
+    follows it, and the Gram matrices of a layer, 16 in^2. `stages` come from one batch.
     """
     widest = max(stage.inputs for stage in stages)
     solving = max(
@@ -145,11 +144,11 @@ def peak_bytes(stages: Sequence[Stage], hidden: int, itemsize: int) -> int:
 
 
 def distilling_bytes(stages: Sequence[Stage], parameters: int, outputs: int, itemsize: int) -> int:
-    """The bytes beside the model while all planned layers are trained together.
+    """Memory beyond the model, in bytes, while all planned layers are trained together.
 
-    For each of the model's parameters 4 for the dense one's in float32 and what its own grows by,
-    16 for a planned weight, and for what is kept of a batch 4 tokens (in + 2 out) for each layer
-    and what follows it and 32 for each of the model's `outputs`. `stages` are those of one batch.
+    For each parameter, 4 bytes in the dense model in float32, and what it grows by in this one; 16
+    per planned weight; for what a batch keeps, 4 tokens (in + 2 out) for each layer and what
+    follows it, and 32 for each of the model's `outputs`. `stages` come from one batch.
     """
     planned = sum(s.outputs * s.inputs for s in stages)
     kept = sum(s.tokens * (s.inputs + 2 * s.outputs) for s in stages)
@@ -159,7 +158,7 @@ def distilling_bytes(stages: Sequence[Stage], parameters: int, outputs: int, ite
 def _first_batch(
     model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
 ) -> tuple[list[Stage], int]:
-    """The stages of this batch, and the most bytes of hidden states that a block returns."""
+    """The stages of this batch, and the bytes of the largest hidden states a block returns."""
     returned = [0]
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -176,7 +175,7 @@ def _first_batch(
 def _reached(
     model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
 ) -> Mapping[str, nn.Module]:
-    """The layers that this batch runs; all if it runs none. It may leave experts out."""
+    """The layers that this batch runs, which may leave experts out; all layers if it runs none."""
     seen: set[str] = set()
 
     def before(name: str, module: nn.Module, args: Any) -> None:
@@ -192,7 +191,7 @@ def _reached(
 
 @torch.no_grad()
 def _outputs(model: nn.Module, batch: Batch) -> int:
-    """The numbers in the largest tensor that the model returns for the batch."""
+    """The size of the largest tensor that the model returns for the batch, in elements."""
     with eval_mode(model):
         returned = tensors_of(answer(model, batch, "the first batch"))
     return max((tensor.numel() for tensor in returned), default=0)

@@ -1,10 +1,10 @@
-"""Low-rank compensation: what pruning lost of each layer, but for a product of two thin matrices.
+"""Low-rank compensation: a product of two thin matrices that restores what pruning lost of a layer.
 
 Symbols: `W` the dense weight, `S` the sparse one, `E = W - S`, `H = G + damping mean(diag G) I`.
 The B A of rank r with the least tr (E - B A) H (E - B A)^T is the truncated SVD of E H^(1/2),
 mapped back by H^(-1/2) (Eckart and Young). With U its first r left singular vectors that is
-U U^T E, so that B = U and A = U^T E: neither root is needed, nothing is inverted, and inputs that
-were never active do no harm. U are the eigenvectors of E H E^T, in the space of E's columns.
+U U^T E, so B = U and A = U^T E: neither root is needed, nothing is inverted, and inputs that were
+never active do no harm. U are the eigenvectors of E H E^T, in the space of E's columns.
 Source: EoRA, Liu et al. 2024, arXiv:2410.21271.
 """
 
@@ -43,9 +43,9 @@ def compensation(
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
     """The factors B, A of the least tr (W - S - B A) H (W - S - B A)^T, B with orthonormal columns.
 
-    What remains are the squared singular values of (W - S) H^(1/2) after the first `rank`. Since
-    B A is a projection of W - S, no output error grows, whatever the inputs. It is computed in
-    float64 and returned in the weight's dtype.
+    What remains is the sum of the squared singular values of (W - S) H^(1/2) after the first
+    `rank`. Since B A is a projection of W - S, no output error grows, whatever the inputs. It is
+    computed in float64 and returned in the weight's dtype.
 
     Cost: out in (out + in) time and the eigenvectors of a matrix of min(out, in) rows.
     Raises:
@@ -86,7 +86,7 @@ class Compensated:
 class CompensationReport:
     """What `compensate` wrote, layer by layer, with its parameters counted.
 
-    `parameters` are those of the pruned model, zeros included; `nonzeros` are without.
+    `parameters` counts the pruned model's with the zeros, `nonzeros` without.
     """
 
     rank: int
@@ -137,18 +137,18 @@ def compensate(
 ) -> CompensationReport:
     """Write a LoRA adapter for PEFT that makes up for what the pruned model's layers lost.
 
-    The layers are those whose weights differ from the dense model's (or its state dict's), all with
-    one rank: `rank`, or the largest whose parameters are at most the share `extra` of the model's,
-    zeros included. Layers come in the order in which they run, each on inputs made by the pruned
-    layers and the factors before it, as the adapter will give it. The model does not change. The
-    factors have the weights' dtype. Attach the adapter, do not merge it: a merged weight has no
-    zeros. `offload` keeps activations between blocks on the CPU.
+    Every layer whose weight differs from the dense model's (or its state dict's) gets factors of
+    the same rank: `rank`, or the largest for which they have at most the share `extra` of the
+    model's parameters, zeros included. Layers are taken in the order in which they run, each on the
+    outputs of the pruned layers and factors before it, as with the adapter attached. The model does
+    not change. The factors have the weights' dtype. Attach the adapter, do not merge it: a merged
+    weight has no zeros. `offload` keeps activations between blocks on the CPU.
 
-    Cost: see `compensation`, once a layer; memory as in `reconstruct_` with a Gram matrix.
+    Cost: `compensation` once per layer; memory as in `reconstruct_` with a Gram matrix.
     Raises:
-        ValueError: before anything is written, if the folder exists, no layer differs, one has
-            another shape in the dense model, is missing there or cannot be compensated, the rank
-            does not suit a layer, or the batches do not suit the model.
+        ValueError: before anything is written, if the folder exists, no layer differs, one is
+            missing from the dense model, has another shape there or cannot be compensated, the rank
+            does not suit a layer, or the model cannot run the batches.
     Source: EoRA, Liu et al. 2024, arXiv:2410.21271.
     """
     begin = time.perf_counter()
@@ -193,7 +193,7 @@ def _compensated(
     rank: int,
     damping: float,
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"], float, float]:
-    """The factors of a layer in its own dtype, and its error without and with them."""
+    """The factors of a layer in its dtype, and its error without and with them."""
     S = _layers.matrix(module)
     W = in_float64(dense.to(S.device))
     B, A = (factor.to(S) for factor in compensation(W, S, gram, rank, damping))
@@ -204,7 +204,7 @@ def _compensated(
 def _lost(
     model: nn.Module, dense: nn.Module | Mapping[str, Tensor]
 ) -> dict[str, Float[Tensor, "out in"]]:
-    """The dense weights, as matrices, of the layers that have another weight now."""
+    """The dense weights, as matrices, of the layers whose weight has changed since."""
     weights = dense.state_dict() if isinstance(dense, nn.Module) else dense
     lost: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -216,7 +216,7 @@ def _lost(
             found = "none" if before is None else f"one of {tuple(before.shape)}"
             raise ValueError(
                 f"{name}.weight is {tuple(now.shape)} and the dense model has {found}: pass the "
-                "model that was pruned, as it was before"
+                "model as it was before it was pruned"
             )
         if torch.equal(before.to(now), now):
             continue
@@ -241,7 +241,7 @@ def why_not_compensated(module: nn.Module) -> str | None:
 def rank_within(
     shapes: Mapping[str, torch.Size], parameters: int, rank: int | None, extra: float | None
 ) -> int:
-    """The one rank of all layers: the one given, or the largest within the share.
+    """The rank of all layers: the given one, or the largest within the share.
 
     Raises:
         ValueError: if both are given or neither, or the rank does not suit a layer.
@@ -252,7 +252,7 @@ def rank_within(
         raise ValueError(f"extra={extra:g} chooses the rank, got rank={rank} too: pass one of them")
     if extra is not None:
         each = sum(sum(shape) for shape in shapes.values())
-        # The share as it is written: in floating point 0.29 * 100 is less than 29.
+        # The decimal as written: in floating point 0.29 * 100 is less than 29.
         share = Fraction(str(extra)) if math.isfinite(extra) else Fraction(0)
         if share * parameters < each:
             raise ValueError(
@@ -285,13 +285,13 @@ def _errors(
     BA: Float[Tensor, "out in"],
     gram: Float[Tensor, "in in"],
 ) -> tuple[float, float]:
-    """The share of the output energy that is lost without and with the correction."""
+    """The share of the output energy lost without the correction, and with it."""
     G = in_float64(gram)
     energy, before, after = (float(((X @ G) * X).sum()) for X in (W, W - S, W - S - BA))
     return (before / energy, after / energy) if energy > 0 else (0.0, 0.0)
 
 
 def _task(model: nn.Module) -> str | None:
-    """PEFT's name of what the model does, for the one kind that it treats differently here."""
+    """PEFT's task type of the model, named only for causal language models, where it matters."""
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     return "CAUSAL_LM" if causal else None

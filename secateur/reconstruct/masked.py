@@ -1,4 +1,4 @@
-"""Algorithms that take the mask of another method and finish it: new weights, or a better mask."""
+"""Algorithms that finish another method's mask: with new weights, or with a better mask."""
 
 import inspect
 from collections.abc import Callable
@@ -16,11 +16,11 @@ def on_mask_of(
     at_hand: str,
     options: str = "",
 ) -> Callable[..., Solution]:
-    """The algorithm that chooses a mask by a criterion or an algorithm and has it finished.
+    """The algorithm that takes its mask from a criterion or an algorithm and has it finished.
 
-    `finish` is a function `(weight, mask, statistic...)`, with `pattern` if it likes. The algorithm
-    asks for the statistics of both; `wrapper` and `options` are for its name, `at_hand` for the
-    error: what takes a mask. Notes of both are joined.
+    `finish` is a function `(weight, mask, statistic...)`, which may ask for `pattern` too. The
+    algorithm asks for the statistics of both and joins their notes. `wrapper` and `options` make
+    its name; `at_hand` names, in the error, the function that takes a mask directly.
     """
     if not callable(method):
         raise ValueError(
@@ -39,7 +39,7 @@ def on_mask_of(
 
     parameters = inspect.signature(method).parameters.values()
     asked = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in parameters}
-    asked.pop("layer_seed", None)  # made from the layer's name
+    asked.pop("layer_seed", None)  # derived from the layer's name
     also = needed_by(finish, given=("weight", "mask", "pattern"))
     for name in ("weight", *also, "pattern", "layer"):
         asked[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)

@@ -1,7 +1,7 @@
-"""Criteria and algorithms, bound once: what each asks for, and what it makes of one layer.
+"""Criteria and algorithms, bound once: what each asks for, and how it solves one layer.
 
-What a function asks for are its parameters, so that nothing has to be registered. Here they are
-read, once before a pass; for each layer `solve` only hands them over.
+A function asks for what its parameters name, so nothing has to be registered. They are read here,
+once before a pass; for each layer `solve` only passes the values on.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import Tensor
 from secateur.model.statistics import name_of, needed_by
 from secateur.reconstruct.solution import Solution
 
-# What every criterion or algorithm may ask for beside statistics. `memo(function, *arguments)` is
+# What every criterion or algorithm may ask for besides statistics. `memo(function, *arguments)` is
 # the function's value, computed once for all layers that share an input.
 CRITERION_GIVEN = ("weight", "layer_seed")
 ALGORITHM_GIVEN = ("weight", "pattern", "dtype", "layer", "memo")
@@ -37,20 +37,20 @@ class Method:
 
 
 def is_algorithm(function: Callable[..., Any]) -> bool:
-    """Whether the function refits weights, for which it has to know the pattern."""
+    """Whether the function refits weights, which it cannot do without knowing the pattern."""
     return "pattern" in inspect.signature(function).parameters
 
 
 def bind(function: Callable[..., Any]) -> Method:
-    """The criterion or the algorithm, bound."""
+    """The criterion or the algorithm as a method."""
     return bind_algorithm(function) if is_algorithm(function) else bind_criterion(function)
 
 
 def bind_criterion(criterion: Callable[..., Tensor]) -> Method:
-    """The method that drops what the criterion scores lowest and leaves the rest as it is.
+    """The method that drops what the criterion scores lowest and leaves the rest unchanged.
 
     Raises:
-        ValueError: if it is no criterion, or asks for what is no statistic.
+        ValueError: if it is no criterion, or asks for something that is no statistic.
     """
     _require_method(criterion)
     name = name_of(criterion)
@@ -74,7 +74,7 @@ def bind_algorithm(algorithm: Callable[..., Solution]) -> Method:
     """The algorithm as a method.
 
     Raises:
-        ValueError: if it is no algorithm, or asks for what is no statistic.
+        ValueError: if it is no algorithm, or asks for something that is no statistic.
     """
     _require_method(algorithm)
     name = name_of(algorithm)
@@ -98,7 +98,7 @@ def score(
     """The criterion's scores for a layer.
 
     Raises:
-        ValueError: if they are not of the weight's shape, or NaN.
+        ValueError: if they do not have the weight's shape, or hold NaN.
     """
     given = {**statistics, "weight": weight, "layer": layer}
     with naming(layer):
@@ -116,7 +116,7 @@ def naming(layer: str) -> Iterator[None]:
 
 
 def _asked(asked: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given values that a criterion asks for; the seed comes from the layer's name."""
+    """The given values that a criterion asks for; its seed is derived from the layer's name."""
     seeded = {**given, "layer_seed": zlib.crc32(given["layer"].encode())}
     return {key: value for key, value in seeded.items() if key in asked}
 

@@ -1,4 +1,4 @@
-"""A folder with a LoRA adapter as PEFT writes them, so that whatever loads those loads ours.
+"""A folder with a LoRA adapter in PEFT's format, so that whatever loads PEFT's loads ours.
 
 `adapter_config.json` says where the factors go, `adapter_model.safetensors` holds them. Both are
 written without PEFT. Source: PEFT's documentation of its checkpoint format.
@@ -20,11 +20,7 @@ PREFIX = "base_model.model."
 
 
 def require_new(folder: Path) -> None:
-    """Raise where there is something already.
-
-    Raises:
-        ValueError: then.
-    """
+    """Raise a ValueError if the folder exists."""
     if folder.exists():
         raise ValueError(f"{folder} exists: remove it, or name a new folder for the adapter")
 
@@ -39,9 +35,9 @@ def write_adapter(
 ) -> None:
     """Write the factors `(B, A)` of each layer, all of one rank, as an adapter that adds B A x.
 
-    `modules` are the names of all modules of the model, `task_type` is PEFT's word for what the
-    model does, and `transposed` says that weights are stored `[in, out]`, as GPT-2's are. The
-    folder appears whole or not at all.
+    `modules` are the names of all modules of the model, `task_type` is PEFT's name for what the
+    model does, and `transposed` says that weights are stored `[in, out]`, like GPT-2's. The folder
+    appears whole or not at all.
 
     Raises:
         ValueError: if the folder exists.
@@ -72,10 +68,10 @@ def write_adapter(
 
 
 def _targets(names: list[str], modules: Collection[str]) -> list[str] | str:
-    """The layers' names, or a regular expression of them where names would match too much.
+    """The layers' names, or a regular expression for them where names would match too much.
 
-    PEFT takes a listed name for every module that ends in it after a dot (`0` for `blocks.0`), a
-    string for a regular expression of whole names.
+    PEFT matches a listed name with every module that ends in a dot and that name (`0` matches
+    `blocks.0`), and takes a string as a regular expression for whole names.
     """
     ends = tuple(f".{name}" for name in names)
     if any(module.endswith(ends) for module in set(modules).difference(names)):

@@ -2,11 +2,11 @@
 
 Symbols: `W` the weight, `M` the mask, `H = G + damping mean(diag G) I` the damped Hessian, `n` the
 root of its diagonal, `A = H / (n n^T)`, whose diagonal is 1. With Z the dropped part of W n, the
-kept weights move by X / n, where X lies on the mask and X A = Z A there: one linear system a row.
-Conjugate gradients solve all rows at once, a product with A each step, with step sizes of their
-own. That A is normalised is the preconditioning, by the diagonal.
+kept weights move by X / n, where X lies on the mask and X A = Z A there: one linear system per row.
+Conjugate gradients solve all rows at once, with one product with A per step and a step size for
+each row. Normalising A preconditions the systems by the diagonal.
 
-How much damping there should be depends on how much data there is. It is the one of a few whose
+How much damping is right depends on how much data there is. Of a few values, the one is used whose
 refit on part of the data loses least of the outputs on the rest, the held-out part.
 Source: Meng et al., NeurIPS 2024, arXiv:2406.07831, section 3.3; Hestenes and Stiefel, 1952.
 """
@@ -22,36 +22,36 @@ from secateur.core.float64 import float64_device, in_float64
 from secateur.reconstruct.masked import on_mask_of
 from secateur.reconstruct.solution import Solution
 
-# Of the residual of a row, relative to the one it starts with. What a refit could still gain is
-# then at most TOLERANCE^2 cond(A) of what it gained: 1e-3 of it where cond(A) is 1e5.
+# A row's residual, relative to its first. What a refit could still gain is then at most
+# TOLERANCE^2 cond(A) of what it gained: 1e-3 of it where cond(A) is 1e5.
 TOLERANCE = 1e-4
 
-# The same where dampings are compared: they differ by less than what a refit may still gain. At
-# 1e-4 one in a hundred choices among ill-conditioned refits lost 0.1 to 3 % more than the best.
+# The same when dampings are compared, which differ by less than a refit may still gain. At 1e-4 one
+# in a hundred choices among ill-conditioned refits lost 0.1 to 3 % more than the best.
 COMPARING = 3e-6
 
-# Where nothing is held out to choose it by. SparseGPT's.
+# Used where nothing is held out to choose by. SparseGPT's value.
 DAMPING = 0.01
 
-# Half a decade apart: between two neighbours the held-out error hardly differs. From the largest,
-# whose systems take the fewest steps, each solution the start of the next.
+# Half a decade apart: the held-out error hardly differs between neighbours. From the largest, whose
+# systems take the fewest steps; each solution is the start of the next.
 DAMPINGS = (0.1, 0.03, DAMPING, 0.003, 0.001)
 
-# Of the outputs, that the choice is made on: all have the same inputs, so that some speak for all.
+# Outputs that the damping is chosen on: all have the same inputs, so a sample is enough.
 CHOOSING = 512
 
 
 def refit(method: Callable[..., Any], *, damping: float | None = None) -> Callable[..., Solution]:
     """The algorithm that takes the mask of a criterion or an algorithm and refits what it keeps.
 
-    `sc.reconstruct_(model, plan, sc.refit(sc.wanda), batches)`. Any mask will do; what an algorithm
-    did with the kept weights, rounding to a grid included, is replaced. For a mask at hand there is
-    `secateur.reconstruct.refitted`, which says what is computed, and how the damping is chosen on
-    held-out batches unless it is given.
+    `sc.reconstruct_(model, plan, sc.refit(sc.wanda), batches)`. Any mask will do; whatever an
+    algorithm did to the kept weights, such as rounding to a grid, is replaced. If you already have
+    a mask, use `secateur.reconstruct.refitted`, which says what is computed, and how the damping is
+    chosen on held-out batches unless it is given.
 
-    Cost: that of the method, and of `refitted`.
+    Cost: the method's, and `refitted`.
     Raises:
-        ValueError: if the method is no function.
+        ValueError: if the method is not a function.
     Source: Meng et al., arXiv:2406.07831, section 3.3.
     """
     if damping is None:
@@ -73,22 +73,22 @@ def refitted(
 ) -> Solution:
     """The What on the mask with the least tr (W - What) H (W - What)^T, its excess bounded.
 
-    That is ||(W - What) X||^2 a token, and damping mean(diag G) ||W - What||^2, which draws the
-    kept weights to where they were. A row is done when its residual is `TOLERANCE` of the first; it
-    then rests. In exact arithmetic that takes as many steps as it keeps weights, and `in` is the
-    bound. It is computed in float32. Then residuals are computed afresh, and rows where rounding
-    left more than twice the tolerance, as nearly dependent inputs do, go on in float64, bounded as
-    before; rows that remain are told in the note. A row that drops nothing does not change by a
-    bit, nor do weights of inputs that were never active (zero diagonal).
+    That is ||(W - What) X||^2 per token, plus damping mean(diag G) ||W - What||^2, which draws the
+    kept weights to where they were. A row is done when its residual is `TOLERANCE` of the first. In
+    exact arithmetic that takes at most as many steps as the row keeps weights; `in` is the limit.
+    It is computed in float32. Residuals are then computed afresh, and rows where rounding left more
+    than twice the tolerance, as with nearly dependent inputs, continue in float64 under the same
+    limit; the note counts rows that still miss it. A row that drops nothing keeps every bit, and so
+    do weights of inputs that were never active (zero diagonal).
 
-    With `held_gram`, the part of the Gram matrix that is of held-out batches, the damping is the
-    one of `DAMPINGS` whose refit on `gram - held_gram` loses least of the outputs on the held-out
-    part, tr (W - What) G_held (W - What)^T, of every n-th output where there are many; the result
-    is the refit on all of `gram` with it. The note says where it is not `DAMPING`, which it is
-    where nothing is held out, as of one batch. A given damping is taken as it is.
+    With `held_gram`, the held-out batches' part of the Gram matrix, the damping is the value in
+    `DAMPINGS` whose refit on `gram - held_gram` loses least of the outputs on the held-out part,
+    tr (W - What) G_held (W - What)^T, on every n-th output where there are many; the result is the
+    refit on all of `gram` with that damping. The note names it where it is not `DAMPING`, which is
+    used where nothing is held out, as with a single batch. A given damping is used as it is.
 
-    Cost: out in^2 time a step, 10 to 100 steps, and five solutions for at most 1,023 of the outputs
-        to choose the damping; 7 out in + 2 in^2 in float32 memory.
+    Cost: out in^2 time per step, 10 to 100 steps, and five solutions for at most 1,023 of the
+        outputs to choose the damping; 7 out in + 2 in^2 in float32 memory.
     Raises:
         ValueError: if the damping is negative, or a Gram matrix is not finite or has a negative
             diagonal.
@@ -127,10 +127,10 @@ def _chosen_damping(
     gram: Float[Tensor, "in in"],
     held_gram: Float[Tensor, "in in"],
 ) -> float:
-    """The one of `DAMPINGS` whose refit on the rest loses least of the held-out outputs."""
+    """The value in `DAMPINGS` whose refit on the rest loses least of the held-out outputs."""
     require_gram(held_gram)
     rest = gram - held_gram
-    rest.diagonal().clamp_(min=0)  # where rounding left less than nothing
+    rest.diagonal().clamp_(min=0)  # rounding may have left it below 0
     if not (held_gram.diagonal().any() and rest.diagonal().any()):
         return DAMPING
     some = slice(None, None, max(1, len(W) // CHOOSING))
@@ -152,7 +152,7 @@ def _solved(
     start: Float[Tensor, "rows in"],
     tolerance: float,
 ) -> tuple[Float[Tensor, "rows in"], Bool[Tensor, " rows"]]:
-    """By how much kept weights move, from a start on, and which rows miss the tolerance twice.
+    """How far kept weights move, iterated from `start`, and the rows beyond twice the tolerance.
 
     It is computed in the dtype of W.
     """
@@ -170,7 +170,7 @@ def normalised(
 ) -> tuple[Float[Tensor, "in in"], Float[Tensor, " in"]]:
     """A = H / (n n^T) and n, the root of the diagonal of H = G / mean(diag G) + damping I.
 
-    Where n is zero, row and column of A are zeros.
+    Where n is zero, so are the row and the column of A.
 
     Raises:
         ValueError: if the damping is negative, or G is not finite or has a negative diagonal.
@@ -206,8 +206,8 @@ def _conjugate_gradients(
 ) -> Float[Tensor, "rows in"]:
     """X on the mask with X A = R there, each row until its squared residual is within its goal.
 
-    Rows that are done, or meet a direction without curvature, rest; they are left out of the
-    products once they are half of all.
+    Rows that are done, or meet a direction without curvature, are frozen; once these are half of
+    the rows, the products leave them out.
     """
     found = torch.zeros_like(R)
     rows = torch.arange(len(R), device=R.device)
@@ -236,5 +236,5 @@ def _conjugate_gradients(
 
 
 def _on(mask: Tensor, matrix: Tensor) -> Tensor:
-    """The matrix with zeros where the mask drops; in place."""
+    """The matrix itself, zeroed in place where the mask drops."""
     return matrix.masked_fill_(~mask, 0)

@@ -1,8 +1,8 @@
-"""A little of what `blockwise` does, on one batch, timed and thrown away: how long all will take.
+"""A small part of what `blockwise` does, timed and thrown away, to tell how long the whole takes.
 
-Counts of operations over the rate of a product do not say it: attention, norms, gradients, small
-products and Python take most of the time of small models, and several times that of the products
-in others.
+Counting operations and dividing by the rate of a product does not tell: attention, norms,
+gradients, small products and Python take most of the time in small models, and several times as
+long as the products in others.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from secateur.patterns import Pattern
 from secateur.reconstruct.blockwise import Blockwise
 from secateur.reconstruct.methods import bind_algorithm
 
-# Kinds of blocks, and of stages, of which one each is rehearsed: those with most work.
+# Kinds of blocks, and of stages, that are rehearsed, one of each: the kinds with most work.
 KINDS = 4
 ENOUGH = 4  # tokens for each input of a layer that is solved
-# Inputs and outputs of a layer that is solved to see how long it takes; of larger ones this part.
+# Inputs and outputs up to which a layer is solved to time it; of a larger one this part is.
 PROBE = {"cpu": 512, "cuda": 4096}
-WARM = 64
-ROUNDS = 3  # of all else that is timed, once warm; the median counts
+WARM = 64  # the same for the call that warms up
+ROUNDS = 3  # for everything else that is timed, once warm; the median counts
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Stage:
 
     @property
     def work(self) -> float:
-        """Operations of the layers' products in a forward."""
+        """Operations in the layers' products in one forward."""
         return 2.0 * self.tokens * self.outputs * self.inputs
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Seconds of a block: for its forward, for all passes of a batch, for a step and for a look."""
+    """Seconds for a block: its forward, all passes of a batch, a training step, a held-out look."""
 
     forward: float = 0.0
     batch: float = 0.0
@@ -73,26 +73,26 @@ class Passes:
     look: float = 0.0
 
     def plus(self, other: "Passes") -> "Passes":
-        """Those of both together."""
+        """The seconds of both together."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return Passes(*(one + more for one, more in pairs))
 
     def times(self, factor: float) -> "Passes":
-        """Those of a block with so many times as much to do."""
+        """The seconds of a block with `factor` times the work."""
         return Passes(*(factor * seconds for seconds in astuple(self)))
 
 
 @dataclass(frozen=True)
 class Solved:
-    """Seconds for the layers of a stage: for what depends on the input alone, and for the rest."""
+    """Seconds to solve a stage's layers: for what depends on the input alone, and for the rest."""
 
     shared: float
     own: float
     inputs: int
     outputs: int
 
-    def of(self, stage: Stage) -> float:
-        """Those of another stage: eigenvectors take the cube of the inputs, products the square."""
+    def scaled_to(self, stage: Stage) -> float:
+        """Seconds for another stage: eigenvectors grow with its inputs cubed, products squared."""
         wider = stage.inputs / self.inputs
         return self.shared * wider**3 + self.own * wider**2 * stage.outputs / self.outputs
 
@@ -111,11 +111,11 @@ def rehearse(
     method: Blockwise,
     stages: Sequence[Stage],
 ) -> tuple[list[Passes], float]:
-    """What each block takes for such a batch as the first, and the seconds to solve all layers.
+    """What each block takes for a batch like the first, and the seconds to solve all layers.
 
     The layers stay as they are. They are solved on as many batches as give `ENOUGH` tokens for each
-    input, since with fewer the iterations would be others. Where there are more kinds of blocks, or
-    of stages, than are rehearsed, the others take as long in proportion to their work.
+    input, since with fewer the iterations would differ. Where there are more kinds of blocks, or of
+    stages, than are rehearsed, the time of the others is scaled by their work.
     """
     blocks: dict[str, list[Stage]] = {}
     for stage in stages:
@@ -129,43 +129,59 @@ def rehearse(
         {stage.layers[0]: stage.work for stage in stages},
         planned,
     )
-    is_cuda = weight_of(next(iter(planned.values()))).is_cuda
+    some = _enough([stage for stage in stages if stage.layers[0] in planned], batches)
+    passes, solved = _timed(model, planned, patterns, some, method, set(solved_by.values()))
+    for block, one in passes.items():
+        # A block is recorded, runs densely and passes on; without blocks the whole model runs.
+        whole = one.forward or seconds_of_a_forward(model, batches[0])
+        runs = (3 if one.forward else 0) + _forwards_to_stages(blocks[block])
+        passes[block] = one.plus(Passes(batch=runs * whole))
+    return (
+        [passes[shown[block]].times(work[block] / work[shown[block]]) for block in blocks],
+        sum(solved[solved_by[stage.layers[0]]].scaled_to(stage) for stage in stages),
+    )
+
+
+def _timed(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    patterns: Mapping[str, Pattern],
+    batches: Sequence[Batch],
+    method: Blockwise,
+    to_solve: Collection[str],
+) -> tuple[dict[str, Passes], dict[str, Solved]]:
+    """What the blocks of these layers take, and what solving each stage in `to_solve` takes.
+
+    A stage goes by its first layer. Layers that are not solved get a mask by magnitude.
+    """
+    is_cuda = weight_of(next(iter(layers.values()))).is_cuda
     passes: dict[str, Passes] = {}
     solved: dict[str, Solved] = {}
     masks: dict[str, Tensor] = {}
     needs = bind_algorithm(method.method).needs
-    some = _enough([stage for stage in stages if stage.layers[0] in planned], batches)
-    source = observe(model, planned, some, needs, sequential=True, halves=True)
+    source = observe(model, layers, batches, needs, sequential=True, halves=True)
     with contextlib.closing(source):
         for observed in source:
-            stage, half = _stage(observed, planned), observed.half
-            if stage.layers[0] in solved_by.values():
-                if not solved:  # once for nothing: the first call of a library takes longer
-                    _solve(stage, planned, patterns, observed, method, WARM)
+            stage, half = _stage(observed, layers), observed.half
+            if stage.layers[0] in to_solve:
+                if not solved:  # untimed: the first call of a library takes longer
+                    _solve(stage, layers, patterns, observed, method, WARM)
                 most = PROBE["cuda" if is_cuda else "cpu"]
-                seconds, found = _solve(stage, planned, patterns, observed, method, most)
+                seconds, found = _solve(stage, layers, patterns, observed, method, most)
                 solved[stage.layers[0]] = seconds
                 masks |= found
             for name in stage.layers:
                 if name not in masks:
-                    masks[name] = patterns[name].mask(_layers.matrix(planned[name]).float().abs())
-            one = Passes(batch=_summing(stage, planned, len(some), needs))
+                    masks[name] = patterns[name].mask(_layers.matrix(layers[name]).float().abs())
+            one = Passes(batch=_seconds_to_sum(stage, layers, len(batches), needs))
             if half is not None and half.layers[-1] in stage.layers:
-                one = one.plus(_training(half, planned, method, masks))
+                one = one.plus(_training(half, layers, method, masks))
             passes[stage.block] = passes.get(stage.block, Passes()).plus(one)
-    for block, one in passes.items():
-        # A block is recorded, runs densely and passes on; without blocks the whole model runs.
-        whole = one.forward or seconds_of_a_forward(model, batches[0])
-        runs = (3 if one.forward else 0) + _reached(blocks[block])
-        passes[block] = one.plus(Passes(batch=runs * whole))
-    return (
-        [passes[shown[block]].times(work[block] / work[shown[block]]) for block in blocks],
-        sum(solved[solved_by[stage.layers[0]]].of(stage) for stage in stages),
-    )
+    return passes, solved
 
 
 def _enough(stages: Sequence[Stage], batches: Sequence[Batch]) -> list[Batch]:
-    """As many batches, at least two, as give `ENOUGH` tokens for each input of these stages."""
+    """Enough batches, at least two, for `ENOUGH` tokens per input of these stages."""
     needed = max(ENOUGH * stage.inputs / stage.tokens for stage in stages)
     return [*batches, *batches][: max(2, min(math.ceil(needed), len(batches)))]
 
@@ -176,7 +192,7 @@ def _training(
     method: Blockwise,
     masks: Mapping[str, Bool[Tensor, "out in"]],
 ) -> Passes:
-    """What training the half-block takes for a batch, and a forward of its block if it ends it."""
+    """What training the half-block takes per batch, with a forward of its block if it ends it."""
     with method.room_for(half):
         step, look = map(_seconds, method.rehearsal(half, layers, masks))
     forward = _seconds(partial(half.output, 0, {})) if half.end is None else 0.0
@@ -184,15 +200,15 @@ def _training(
 
 
 def seconds_of_a_forward(model: nn.Module, batch: Batch) -> float:
-    """How long the model runs on the batch."""
+    """How long a forward of the model on the batch takes."""
     with eval_mode(model), torch.no_grad():
         return _seconds(partial(run_batch, model, on_device(batch, model)))
 
 
 def seconds_of_a_step(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> float:
-    """How long it takes to train the layers of the whole model together on the batch, by Adam.
+    """How long a step of Adam on the batch takes for the layers of the whole model together.
 
-    What the dense model takes for its outputs is not in it.
+    The dense model's forward, for its outputs, is not included.
     """
     weights = {f"{n}.weight": weight_of(m).detach().requires_grad_() for n, m in layers.items()}
     given = to_device(batch, next(iter(weights.values())).device)
@@ -214,7 +230,7 @@ def seconds_of_a_step(model: nn.Module, layers: Mapping[str, nn.Module], batch: 
 
 
 def slower_in_float32(stages: Sequence[Stage], dtype: torch.dtype, device: torch.device) -> float:
-    """How many times as long the largest product takes in float32 as in the dtype."""
+    """How many times as long the largest product takes in float32 as in `dtype`."""
     if dtype == torch.float32:
         return 1.0
     largest = max(stages, key=lambda stage: stage.work)
@@ -234,9 +250,9 @@ def slower_in_float32(stages: Sequence[Stage], dtype: torch.dtype, device: torch
 def _stand_ins(
     kinds: Mapping[str, Hashable], work: Mapping[str, float], possible: Collection[str]
 ) -> dict[str, str]:
-    """For each name one that stands for it: of its kind, or of the kind with the nearest work.
+    """For each name the one that stands for it: of its kind, or of the kind with the nearest work.
 
-    Those are of the kinds with most work, the first that is possible of each.
+    The first possible name of each of the `KINDS` kinds with most work stands for others.
     """
     first: dict[Hashable, str] = {}
     total: dict[Hashable, float] = {}
@@ -262,8 +278,8 @@ def _matrix(layers: Mapping[str, nn.Module], name: str) -> Tensor:
     return _layers.matrix(layers[name])
 
 
-def _reached(inside: Sequence[Stage]) -> float:
-    """How many times a block's work its stages' inputs take together: each run ends at a stage."""
+def _forwards_to_stages(inside: Sequence[Stage]) -> float:
+    """How many forwards of a block it takes to reach each of its stages once, in separate runs."""
     total, before, reached = sum(stage.work for stage in inside), 0.0, 0.0
     for stage in inside:
         reached += before / total
@@ -271,10 +287,10 @@ def _reached(inside: Sequence[Stage]) -> float:
     return reached
 
 
-def _summing(
+def _seconds_to_sum(
     stage: Stage, layers: Mapping[str, nn.Module], batches: int, needs: Sequence[str]
 ) -> float:
-    """Seconds to sum up a batch's inputs of the stage, which was observed on so many batches."""
+    """Seconds to sum up the stage's inputs from a batch; its tokens are from `batches` of them."""
     weight = weight_of(layers[stage.layers[0]])
     sums = [STATISTICS[name](stage.inputs, weight.device) for name in needs]
     tokens = stage.tokens // batches
@@ -291,13 +307,13 @@ def _solve(
     method: Blockwise,
     most: int,
 ) -> tuple[Solved, dict[str, Tensor]]:
-    """The seconds for the layers of the stage, `most` inputs and outputs of each, and masks.
+    """The seconds for the layers of the stage, up to `most` inputs and outputs of each, and masks.
 
-    There are masks where a layer is solved as a whole, which all are if the pattern needs it.
+    There are masks of the layers solved whole; all layers are if their pattern does not fit a part.
     """
 
     def run(out: int, columns: int) -> tuple[float, float, dict[str, Tensor]]:
-        """Seconds of what is shared and of the rest, for so much of each layer, and the masks."""
+        """Seconds for what is shared and for the rest, on this part of each layer, and masks."""
         shared = 0.0
         given = {
             name: value[..., :columns][:columns] if value.dim() == 2 else value[:columns]
@@ -342,7 +358,7 @@ def _solve(
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """How long a call takes, once warm: the median of some."""
+    """How long a call takes once warm: the median of `ROUNDS`."""
     run()
     taken = []
     for _ in range(ROUNDS):

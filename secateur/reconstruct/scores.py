@@ -1,4 +1,4 @@
-"""The scores that a criterion gives the layers of a model, which stays as it is."""
+"""The scores that a criterion gives the layers of a model, which is not changed."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
@@ -21,7 +21,7 @@ def scores(
     batches: Sequence[Batch],
     loss: Loss | None = None,
 ) -> Generator[tuple[str, Float[Tensor, "out in"]]]:
-    """Each layer's name and scores, with statistics and gradients of the model as it is.
+    """Each layer's name and scores, from statistics and gradients of the model as it is.
 
     Cost: a pass over the batches where the criterion needs statistics, another for gradients.
     Raises:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Solution(NamedTuple):
-    """A reconstructed weight, its mask, and what a reader of the report should know about it."""
+    """A reconstructed weight, its mask, and a note for the reader of the report."""
 
     weight: Float[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]

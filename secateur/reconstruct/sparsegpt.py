@@ -1,14 +1,14 @@
-"""SparseGPT: prune column after column, and let the columns still to come make up for each loss.
+"""SparseGPT: prune column by column, and let the columns still to come make up for each loss.
 
 Symbols as in the paper: `W` the weight, `H` the damped Hessian of the layer's output error, `U` the
 upper Cholesky factor of its inverse, `M` the mask, `E` the columns' errors.
 
-The paper updates the columns to come lazily, 128 at a time. Here the columns are halved again and
-again: the left half is eliminated, one product brings the right half up to date, then it is the
-right half's turn. That is the same arithmetic in another order, without a batch size, and nearly
-all of it in products of matrices. `W` is held transposed, so that a column is contiguous. What is
-left are some launches a column, which on a GPU take longer than their work: there the chunks of
-columns at the bottom of the recursion are walked over by CUDA graphs.
+The paper updates later columns lazily, 128 at a time. Here the columns are halved recursively: the
+left half is eliminated, one product brings the right half up to date, then the right half follows.
+That is the same arithmetic in another order, without a batch size, and nearly all of it is matrix
+products. `W` is held transposed, so that a column is contiguous. What remains is a few launches per
+column, which on a GPU take longer than the work they start: there CUDA graphs walk over the chunks
+of columns at the bottom of the recursion.
 Source: Frantar and Alistarh, arXiv:2301.00774, algorithm 1 and sections 3.2-3.3; with a grid,
 section 3.5, whose scales for groups of columns are GPTQ's (Frantar et al., arXiv:2210.17323).
 """
@@ -28,14 +28,14 @@ from secateur.patterns.grids import Grid
 from secateur.patterns.keep import PAIRWISE_WIDTH
 from secateur.reconstruct.solution import Solution
 
-# Each failed factorisation multiplies the damping by ten; 1e-2 to 1e+4 of the mean diagonal.
+# Each failed factorisation multiplies the damping by ten: 1e-2 to 1e+4 of the mean diagonal.
 DAMPING_STEPS = 7
 
-# Columns that a CUDA graph walks over, at most and at least: what it works on is copied there and
-# back, which costs as much as walking over a few.
+# Columns that a CUDA graph walks over, at most and at least: its operands are copied in and out,
+# which costs as much as walking over a few columns.
 CHUNK, LEAST = 128, 32
 
-# Columns of a weight that is walked over in graphs: to capture one costs as much as some chunks.
+# Columns from which a weight is walked over in graphs: capturing one costs as much as some chunks.
 FEWEST = 4 * CHUNK
 
 # Threads share the graphs, and torch allows one capture at a time.
@@ -57,20 +57,20 @@ def sparsegpt(
     """The weight with the pattern's zeros and kept weights moved so that its outputs change least.
 
     The mask of each part of the columns is chosen when the walk gets there, from the weights as
-    updated so far: the score is w^2 / U_jj^2, what dropping a weight costs. Inputs that were never
-    active (zero diagonal) carry no information: their weights become zero and cost nothing.
+    updated so far: the score is w^2 / U_jj^2, the cost of dropping a weight. Inputs that were never
+    active (zero diagonal) carry no information: their weights become zero at no cost.
 
-    With a `grid` kept weights are also rounded to it, each when the walk gets to it, and later
+    With a `grid`, kept weights are also rounded to it, each when the walk gets to it, and later
     columns make up for that too. The scales of a group are chosen when the walk gets to its first
-    column (those of a whole row at the start): those that cost least, (w - q)^2 / U_jj^2, for what
+    column (for a whole row, at the start): the scales that cost least, (w - q)^2 / U_jj^2, for what
     the group would keep if it were pruned and not rounded. The result is an ordinary weight: scale
     x code, scale and product rounded to `dtype`, in which the layer will store it (by default the
     weight's own), so that packing finds the grid again and loses nothing.
 
     Cost: O(in^3 + out in^2) time, the O(in^3) once for layers with the same input, which share the
         factor (`memo`); 3 in^2 + 3 out in float32 memory; with a grid out in more, and with one
-        scale a row the walk twice. On a GPU the walk's launches are captured for each shape of a
-        layer; the last eight captures stay, with 1152 bytes an output each.
+        scale per row the walk twice. On a GPU the walk's launches are captured for each shape of a
+        layer; the last eight captures are kept, with 1152 bytes per output each.
     Raises:
         ValueError: if H has no Cholesky factor even with the damping raised a million times.
     """
@@ -89,8 +89,8 @@ def sparsegpt(
 class _Sweep:
     """The walk over the columns; W, E and M are transposed, so that a column is contiguous.
 
-    `scales` are those of the run of columns that the walk is in, which starts at `first`; without
-    them nothing is rounded. Chunks that round nothing are walked over `in_graphs`, if it is told.
+    `scales` belong to the current run of columns, which starts at `first`; without them nothing is
+    rounded. With `in_graphs`, CUDA graphs walk over the chunks in which nothing is rounded.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class _Sweep:
         self.scales: Float[Tensor, "out groups"] | None = None
 
     def run(self, runs: list[list[Part]]) -> None:
-        """Prune these runs of parts one after another, each with scales of its own."""
+        """Prune these runs of parts one after another, each with its own scales."""
         if len(runs) > 1:
             middle = len(runs) // 2
             self.run(runs[:middle])
@@ -122,11 +122,11 @@ class _Sweep:
         self.prune(parts)
 
     def choose_scales(self, parts: list[Part], grid: Grid) -> None:
-        """Take the scales that suit what these columns keep when they are pruned without a grid.
+        """Choose the scales that suit what these columns keep when pruned without a grid.
 
-        They are pruned for trial and put back: weights grow as they make up for others, and scales
-        for the weights as they stand would cut those off. Where inputs depend on one another that
-        was measured to lose up to 12 % more of the output.
+        The columns are pruned on trial and put back: weights grow as they make up for others, and
+        scales chosen for the weights as they stand would clip them. With dependent inputs that was
+        measured to lose up to 12 % more of the output.
         """
         self.first, stop = parts[0][0], parts[-1][1]
         columns = slice(self.first, stop)
@@ -156,9 +156,7 @@ class _Sweep:
         self.eliminate(start, stop)
 
     def eliminate(self, start: int, stop: int) -> None:
-        """Fill in the errors of these columns: what dropping or rounding costs, in units of their
-        curvature.
-        """
+        """Compute the columns' errors: what dropping or rounding takes from each weight, over d."""
         if self.is_chunk(start, stop):
             self.replay(start, stop, ())
             return
@@ -180,24 +178,24 @@ class _Sweep:
     def rounded(
         self, column: int, grid: Grid, scales: Float[Tensor, "out groups"]
     ) -> Float[Tensor, " out"]:
-        """The column's weights on the grid, rounded to the dtype that they will be stored in."""
+        """The column's weights on the grid, rounded to the dtype in which they will be stored."""
         group = 0 if grid.group_size is None else (column - self.first) // grid.group_size
         weight, scales = self.W[column, :, None], scales[:, group, None]
         codes = grid.codes(weight, scales)
         return grid.dequantised(codes, scales).to(self.dtype).float().squeeze(1)
 
     def make_up(self, start: int, middle: int, stop: int) -> None:
-        """Move the columns from `middle` to `stop` against the errors of those before them."""
+        """Update the columns from `middle` to `stop` for the errors of the columns before them."""
         self.W[middle:stop].addmm_(
             self.U[start:middle, middle:stop].T, self.E[start:middle], alpha=-1
         )
 
     def is_chunk(self, start: int, stop: int) -> bool:
-        """Whether a graph walks over these columns."""
+        """Whether a CUDA graph walks over these columns."""
         return self.in_graphs and self.scales is None and LEAST <= stop - start <= CHUNK
 
     def replay(self, start: int, stop: int, parts: tuple[Part, ...]) -> None:
-        """Prune these parts, counted from `start`, in a graph; without any, eliminate there."""
+        """Prune these parts, counted from `start`, in a graph; without parts, only eliminate."""
         columns = slice(start, stop)
         stream = torch.cuda.current_stream(self.W.device)
         precision = torch.backends.cuda.matmul.fp32_precision
@@ -214,12 +212,12 @@ class _Sweep:
 def _chunk(
     columns: int, outputs: int, parts: tuple[Part, ...], stream: torch.cuda.Stream, precision: str
 ) -> tuple[_Sweep, Callable[[], None]]:
-    """A walk over buffers of its own, and the graph that prunes the parts or eliminates in them.
+    """A sweep over buffers of its own, and the graph that prunes the parts or eliminates there.
 
-    A graph works where it was captured: what it is to work on is copied there, and the result back,
-    in the order of one stream. It multiplies in the precision that was set when it was captured.
+    A graph works on the memory it was captured with: operands are copied there, and the result
+    back, in the order of one stream. It multiplies in the precision set when it was captured.
     """
-    with torch.inference_mode(False):  # or these could not be written to outside of it
+    with torch.inference_mode(False):  # or the buffers could not be written to outside of it
         W = torch.zeros(columns, outputs, dtype=torch.float32, device=stream.device)
         U = torch.eye(columns, dtype=torch.float32, device=stream.device).T  # a factor's layout
         sweep = _Sweep(W, U, None, W.dtype, in_graphs=False)
@@ -232,7 +230,7 @@ def _captured(run: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[]
     side = _side_stream(stream.device)
     side.wait_stream(stream)
     with torch.cuda.stream(side):
-        run()  # libraries set themselves up at their first call, which cannot be captured
+        run()  # libraries initialise at their first call, which cannot be captured
     stream.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with (
@@ -245,24 +243,24 @@ def _captured(run: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[]
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures, as cuBLAS keeps memory for every stream that it has been called on."""
+    """One stream for all captures: cuBLAS keeps memory for every stream it is called on."""
     return torch.cuda.Stream(device)
 
 
 def _can_capture(W: Float[Tensor, "in out"]) -> bool:
-    """Whether there is a GPU to capture on, and columns enough."""
+    """Whether the weight is on a GPU and has enough columns for a capture to pay."""
     return W.is_cuda and len(W) >= FEWEST
 
 
 def _is_launches_alone(part: Part) -> bool:
-    """Whether the part's mask is chosen without a synchronisation, which cannot be captured."""
+    """Whether the part's mask is chosen without a synchronisation, which no graph can capture."""
     start, stop, pattern = part
     groups = list(pattern.groups(stop - start))
     return bool(groups) and all(b - a <= PAIRWISE_WIDTH for a, b in groups)
 
 
 def _runs(parts: list[Part], grid: Grid | None) -> list[list[Part]]:
-    """The parts in the shortest runs that are whole groups of the grid; all in one without groups.
+    """The parts in the shortest runs of whole groups of the grid; one run if it has no groups.
 
     All columns of a run are up to date when the walk gets to it, so that scales can be chosen.
     """
@@ -275,7 +273,7 @@ def _runs(parts: list[Part], grid: Grid | None) -> list[list[Part]]:
 
 
 def _upper_factor(gram: Tensor, damping: float) -> tuple[Tensor, str]:
-    """U with U^T U = (G + damping mean(diag G) I)^-1; the damping raised until it exists.
+    """U with U^T U = (G + damping mean(diag G) I)^-1, the damping raised until U exists.
 
     With rows and columns reversed, a lower factor of H becomes an upper R with R R^T = H, and
     U = R^-1: one factorisation and one triangular solve, without forming the inverse of H.

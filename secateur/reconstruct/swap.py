@@ -1,12 +1,12 @@
-"""Swap: a mask made better by exact exchanges of a kept for a dropped weight; no weight changes.
+"""Swap: a mask improved by exchanges of a kept for a dropped weight, whose gain is exact.
 
 Symbols: `W` the weight, `R` the dropped part of a row, zero where it keeps, `G` the Gram matrix,
 `C = R G`. A row's error is R G R^T. Dropping a kept u and restoring a dropped p adds to it
 
     A_u + B_p - 2 W_u W_p G_up,   A_u = 2 W_u C_u + W_u^2 G_uu,   B_p = W_p^2 G_pp - 2 W_p C_p,
 
-which is exact, so that a swap is made only if the error falls. All rows are worked on at once.
-Source: SparseSwaps, arXiv:2512.10922, for the exact gain; the order of the swaps is ours.
+which is exact, so a swap is made only if the error falls. All rows are worked on at once, and no
+weight changes. Source: SparseSwaps, arXiv:2512.10922, for the exact gain; the order is ours.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,25 +23,25 @@ from secateur.reconstruct.masked import on_mask_of
 from secateur.reconstruct.refit import require_gram
 from secateur.reconstruct.solution import Solution
 
-SWEEPS = 100  # over all columns; a row rests after a sweep in which it had no swap
-COLUMNS = 128  # whose errors are kept up to date weight by weight; beyond, one product for all
-PAIRS = 256  # of which a row makes the best swap at once: all of a narrow group's
-ELEMENTS = 2**24  # of a matrix of rows that are worked on at once, 128 MiB
+SWEEPS = 100  # over all columns; a row is done after a sweep without a swap
+COLUMNS = 128  # updated swap by swap; the rest are updated by one product
+PAIRS = 256  # among which a row makes its best swap at a time: all pairs of a narrow group
+ELEMENTS = 2**24  # of a matrix of the rows worked on at once, 128 MiB
 
-# A swap must gain this share of its own terms: float64 cannot tell less from rounding.
+# A swap must gain this share of its own terms: less cannot be told from float64's rounding.
 GAIN = 1e-10
 
 
 def swap(method: Callable[..., Any]) -> Callable[..., Solution]:
-    """The algorithm that betters the mask of a criterion or an algorithm and changes no weight.
+    """The algorithm that improves the mask of a criterion or an algorithm and changes no weight.
 
-    `sc.reconstruct_(model, plan, swap(sc.wanda), batches)`, where kept weights must stay what they
-    are; where they may move, `refit` gains more. What an algorithm did with the kept weights is
-    undone. For a mask at hand there is `secateur.reconstruct.swapped`, which says what is computed.
+    `sc.reconstruct_(model, plan, swap(sc.wanda), batches)`, where kept weights must not change;
+    where they may, `refit` gains more. Whatever an algorithm did to the kept weights is undone. If
+    you already have a mask, use `secateur.reconstruct.swapped`, which says what is computed.
 
-    Cost: that of the method, and of `swapped`.
+    Cost: the method's, and `swapped`.
     Raises:
-        ValueError: if the method is no function.
+        ValueError: if the method is not a function.
     Source: SparseSwaps, arXiv:2512.10922.
     """
     return on_mask_of(method, swapped, "swap", "swapped")
@@ -55,17 +55,17 @@ def swapped(
 ) -> Solution:
     """The weight on a mask with as many kept in each group, whose error no single swap lowers.
 
-    The error is ||(W - What) X||^2 a token, undamped; it never rises. A group is that of N:M, or a
+    The error is ||(W - What) X||^2 per token, undamped; it never rises. A group is an N:M group, a
     row, or a row's `group_size` columns. Columns are swept from left to right: each row makes the
-    best swap for a dropped column, or of all pairs in a narrow group, until a sweep has none (or
-    after 100, which the note tells). It is computed in float64.
+    best swap for a dropped column, or the best of all pairs in a narrow group, until a sweep has
+    none (or for 100 sweeps, and then the note says so). It is computed in float64.
 
     Cost: a sweep of N:M takes 2 out in^2 operations, mostly one product; of unstructured sparsity
         about 10 out in^2, elementwise. 5 to 20 sweeps, later ones of fewer rows. Memory: in^2 in
         float64, and a few matrices of 128 MiB.
     Raises:
-        ValueError: if the pattern is neither N:M nor unstructured, whose zeros are single weights,
-            or the Gram matrix is not finite or has a negative diagonal.
+        ValueError: if the pattern's zeros are not single weights, as those in N:M and unstructured
+            patterns are, or the Gram matrix is not finite or has a negative diagonal.
     Source: SparseSwaps, arXiv:2512.10922.
     """
     require_gram(gram)
@@ -90,14 +90,14 @@ def swapped(
 
 @dataclass
 class _Rows:
-    """Some rows on their way; `mask` is changed in place."""
+    """Rows being swapped; `mask` is changed in place."""
 
     W: Float[Tensor, "rows in"]
     mask: Bool[Tensor, "rows in"]
     G: Float[Tensor, "in in"]
 
     def sweep(self, groups: list[tuple[int, int]]) -> Bool[Tensor, " rows"]:
-        """Swap within each group once for every few of its columns; which rows had a swap."""
+        """The rows that swapped in one sweep, in which each few columns of a group allow one."""
         C = self.W.masked_fill(self.mask, 0) @ self.G
         moved = torch.zeros(len(self.W), dtype=torch.bool, device=self.W.device)
         for run in _runs(groups):
@@ -115,9 +115,10 @@ class _Rows:
     def _swap(
         self, C: Tensor, run: slice, group: tuple[int, int], first: int, last: int
     ) -> Bool[Tensor, " rows"]:
-        """Make each row's best swap of a kept weight of the group for a dropped of some columns.
+        """The rows that made their best swap in the group, of a kept for a dropped weight.
 
-        `C` is that of the run's columns, and is brought up to date.
+        The dropped weight lies in columns `first` to `last`. `C` holds the columns of the run and
+        is brought up to date.
         """
         u, p = slice(*group), slice(first, min(last, group[1]))
         d = self.G.diagonal()
@@ -135,7 +136,7 @@ class _Rows:
     def _make(
         self, C: Tensor, run: slice, change: Tensor, dropped: Tensor, restored: Tensor
     ) -> Bool[Tensor, " rows"]:
-        """Make those swaps, one for each row, that lower the error by more than rounding."""
+        """The rows whose swap was made, because it lowers the error by more than rounding."""
         d, every = self.G.diagonal(), torch.arange(len(C), device=C.device)
         Wu, Wp = self.W[every, dropped], self.W[every, restored]
         Cu, Cp = C[every, dropped - run.start], C[every, restored - run.start]
@@ -160,7 +161,7 @@ def _groups(pattern: Pattern, columns: int) -> list[tuple[int, int]]:
 
 
 def _runs(groups: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Neighbouring groups of together `COLUMNS` columns, or one that is wider."""
+    """Runs of neighbouring groups, each run the fewest that have at least `COLUMNS` columns."""
     run: list[tuple[int, int]] = []
     for group in groups:
         run.append(group)

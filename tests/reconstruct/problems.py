@@ -35,7 +35,7 @@ def output_error(weight: Tensor, other: Tensor, gram: Tensor) -> float:
 
 
 def gpt2_and_batches(blocks: int) -> tuple[nn.Module, list[Tensor]]:
-    """A GPT-2 of so many blocks, whose weights are transposed, and four batches of tokens."""
+    """A GPT-2 with this number of blocks and transposed weights, and four batches of tokens."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"n_embd": 16, "n_layer": blocks, "n_head": 2, "vocab_size": 20}

@@ -1,4 +1,4 @@
-"""ALPS: held to the paper's algorithm in float64, and to laws of its own."""
+"""ALPS: compared with the paper's algorithm in float64, and held to its own laws."""
 
 import copy
 import functools
@@ -77,7 +77,7 @@ def test_is_the_papers_algorithm(pattern: Pattern, options: dict[str, float]) ->
     solution = sc.alps(weight, gram, pattern)
     assert solution.note == ""
     assert pattern.violation(solution.mask) is None
-    # float32 against float64 decides near-ties otherwise, and later masks follow from them
+    # float32 breaks near-ties differently from float64, and later masks follow from them
     assert float((solution.mask == mask).float().mean()) > 0.99
     ours, papers = (output_error(weight, w, hessian(gram)) for w in (solution.weight, expected))
     assert ours == pytest.approx(papers, rel=0.01)
@@ -112,7 +112,7 @@ def test_a_pattern_without_zeros_changes_nothing() -> None:
 
 @pytest.mark.parametrize("size", [1.0, 0.25])
 def test_uncorrelated_inputs_give_all_but_the_best_mask(size: float) -> None:
-    """Nothing can make up for anything, so that is Wanda's; magnitude's for inputs of one size.
+    """No weight can make up for another, so it is Wanda's mask, or magnitude's for equal inputs.
 
     ADMM stops when the support rests, which may be just before: the error is 1.4 % above.
     """
@@ -182,7 +182,7 @@ def test_a_mask_that_never_rests_is_told_in_the_note(monkeypatch: pytest.MonkeyP
 
 
 def in_float64(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
-    """The weight with eigenvectors that were found in float64."""
+    """The weight from eigenvectors found in float64."""
     module = importlib.import_module("secateur.reconstruct.alps")  # not the function of that name
 
     def once(function, *arguments):  # type: ignore[no-untyped-def]
@@ -194,13 +194,13 @@ def in_float64(weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
 
 
 def spread(gram: Tensor) -> Tensor:
-    """Inputs of sizes from 1 to 1000, as of outlier channels."""
+    """Inputs of sizes from 1 to 1000, like outlier channels."""
     sizes = torch.logspace(0, 3, len(gram))
     return gram * sizes * sizes[:, None]
 
 
 def few_directions(gram: Tensor) -> Tensor:
-    """Of rank 8: all but its 8 largest eigenvalues are the damping's."""
+    """A Gram matrix of rank 8: all but its 8 largest eigenvalues come from the damping."""
     L, Q = torch.linalg.eigh(gram)
     return Q[:, -8:] * L[-8:] @ Q[:, -8:].T
 
@@ -241,7 +241,7 @@ def test_where_float32_fails_they_are_found_in_float64(
 def test_layers_with_the_same_input_share_them(  # type: ignore[no-untyped-def]
     method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four inputs in each of three blocks, of q, k and v together, and the same result as alone."""
+    """Three blocks with four inputs each, q, k and v sharing one; each result is as if alone."""
     torch.manual_seed(0)
     model = Decoder()
     apart = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Half-block reconstruction: what halves are, and what training them may and may not do."""
+"""Half-block reconstruction: where halves are cut, and what training them may and may not do."""
 
 import copy
 import re
@@ -43,14 +43,14 @@ def first_half(model: nn.Module, batches: list[Any]) -> HalfBlock:
 
 
 def errors(report: Any) -> dict[str, tuple[float, float]]:
-    """Half-block -> held-out error before and after, as the notes say."""
+    """Each half-block's held-out error before and after, from the notes."""
     pattern = r"([^;]+): held-out error (\S+) before training, (\S+) after"
     found = [re.search(pattern, row.note) for row in report.layers]
     return {m[1].strip(): (float(m[2]), float(m[3])) for m in found if m}
 
 
 def zeroed(weight: Tensor, pattern: Any) -> Solution:
-    """Large weights kept as they are: a start that leaves something to learn."""
+    """The large weights, unchanged: a start that leaves something to learn."""
     mask = pattern.mask(weight.abs())
     return Solution(weight * mask, mask)
 
@@ -84,7 +84,7 @@ def test_a_token_of_zeros_hides_no_other_path() -> None:
 
 
 class Parallel(Block):
-    """Attention and MLP read the same norm: what enters the MLP is no cut."""
+    """Attention and MLP read the same norm: the MLP's input is no cut."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         y = self.norm1(x)
@@ -112,7 +112,7 @@ class Sandwich(Block):
 
 
 class Again(Block):
-    """A layer of the attention runs once more in the MLP: it cannot be trained before."""
+    """A layer of the attention runs again in the MLP, so it cannot be trained before that."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         x = x + self.attention(self.norm1(x), None)
@@ -151,7 +151,7 @@ def test_what_a_half_block_gives_is_the_stream_behind_it() -> None:
 
 
 def test_targets_are_the_dense_models_and_inputs_the_pruned_ones() -> None:
-    """All blocks' targets, while each block is destroyed on the way."""
+    """The targets of all blocks, while each block is destroyed as it is passed."""
     model, batches = decoder(), tokens(2)
     dense = copy.deepcopy(model).eval()
     mask = torch.ones(12, 12, dtype=torch.bool).tril()
@@ -273,7 +273,7 @@ def test_a_half_precision_model_is_trained_in_float32_and_stays_as_it_is() -> No
 
 
 def test_padding_does_not_count() -> None:
-    """What stands at padded positions changes nothing of what is learnt."""
+    """The tokens at padded positions make no difference to what is learnt."""
     learnt = []
     for filler in (0, 7):
         model = decoder()
@@ -290,7 +290,7 @@ def test_padding_does_not_count() -> None:
 
 
 class Mixture(nn.Module):
-    """Blocks of which each token takes one of two experts, by the sign of its first number."""
+    """Blocks with two experts; a token takes one by the sign of its first number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ class MixtureBlock(nn.Module):
 
 
 def routed(*to_second: bool) -> list[Tensor]:
-    """Batches of which all tokens go to the one expert or the other."""
+    """Batches whose tokens all go to the same one of the two experts."""
     generator = torch.Generator().manual_seed(2)
     batches = [torch.randn(64, 8, generator=generator) for _ in to_second]
     for x, second in zip(batches, to_second, strict=True):
@@ -328,7 +328,7 @@ def routed(*to_second: bool) -> list[Tensor]:
 
 
 def test_an_expert_that_no_trained_batch_reaches_stays_as_the_method_left_it() -> None:
-    """Of the batches the second is held out; gradients come to the other expert alone."""
+    """The second batch is held out; only the other expert gets gradients."""
     torch.manual_seed(0)
     model = Mixture()
     report = sc.reconstruct_(model, "2:4", sc.blockwise(zeroed), routed(False, True, False))

@@ -36,7 +36,7 @@ def tokens(count: int = BATCHES) -> list[Tensor]:
 
 
 def stages(count: int = 1) -> list[Stage]:
-    """Those of one block by hand."""
+    """The stages of one block, by hand."""
     return [
         Stage("b", ("q", "k", "v"), ((WIDTH, WIDTH),) * 3, count * TOKENS),
         Stage("b", ("o",), ((WIDTH, WIDTH),), count * TOKENS),
@@ -70,7 +70,7 @@ def test_a_models_bytes_are_those_of_its_layers_and_hidden_states() -> None:
     expected = peak_bytes(stages(), hidden, 4)
     assert told(model, tokens()).bytes == expected
     assert told(model, tokens(), offload=True).bytes == expected - 4 * hidden
-    rest = [tokens(1)[0][:2], tokens(1)[0][:1]]  # batches count by their size
+    rest = [tokens(1)[0][:2], tokens(1)[0][:1]]  # smaller batches count less
     smaller = told(model, [*tokens(1), *rest]).bytes
     assert smaller == peak_bytes(stages(), hidden // BATCHES * 7 // 4, 4)
 
@@ -87,7 +87,7 @@ def test_convolutions_count_every_place_of_an_image() -> None:
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile held at once."""
+    """The most bytes that tensors created inside it held at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,12 +151,12 @@ def test_times_are_said_in_units_that_suit() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every piece of the rehearsal takes a second: nothing here depends on the machine."""
+    """Make every piece of the rehearsal take a second, so that nothing depends on the machine."""
     rehearsal = importlib.import_module("secateur.reconstruct.rehearsal")
     monkeypatch.setattr(rehearsal, "_seconds", lambda run: 1.0)
     solved = Solved(0.0, 1.0, 1, 1)
     monkeypatch.setattr(rehearsal, "_solve", lambda *given: (solved, {}))
-    monkeypatch.setattr(Solved, "of", lambda self, stage: 1.0)
+    monkeypatch.setattr(Solved, "scaled_to", lambda self, stage: 1.0)
 
 
 @pytest.mark.usefixtures("clock")
@@ -164,9 +164,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_time_is_that_of_passes_solutions_and_steps(count: int, held: int) -> None:
     """Two blocks of four stages and two half-blocks each; 4 epochs, and a look before them.
 
-    A batch runs through a block three times, and to each of its stages: with the work of the first
-    stages in units of WIDTH^2 3, 1, 2, 2 of 8, these runs are 3 + 4 + 6 eighths of one. It is
-    summed up four times, for two Gram matrices.
+    A batch runs through a block three times, and up to each of its stages: these take 3, 1, 2 and 2
+    of the 8 WIDTH^2 of work, so the runs are 3 + 4 + 6 eighths of one. It is summed up four times,
+    for two Gram matrices.
     """
     found = told(decoder(), tokens(count))
     batch = 3 + (3 + 4 + 6) / 8 + 4 * 2

@@ -1,4 +1,4 @@
-"""Low-rank compensation: held to Eckart and Young in float64, and to what the adapter then does."""
+"""Low-rank compensation: held to Eckart and Young in float64, and to the adapter's effect."""
 
 import copy
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_is_the_papers_formula(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_no_product_of_that_rank_is_better(rank: int) -> None:
-    """Alternating least squares from many starts ends at the closed form at best."""
+    """Alternating least squares from many starts gets no lower than the closed form."""
     weight, sparse, gram = case(3, 4, 5)
     E, H = weight - sparse, damped(gram, 0.01)
     generator = torch.Generator().manual_seed(0)
@@ -163,13 +163,13 @@ def inputs(model: nn.Module, name: str, batches: list[Tensor]) -> Tensor:
 
 
 def test_the_report_is_what_the_adapted_model_does(tmp_path: Path) -> None:
-    """Each layer's error on the inputs that it has once the adapter is attached to all."""
+    """Each layer's error on its inputs once the adapter is attached to all layers."""
     dense, model, batches = pruned()
     state = copy.deepcopy(model.state_dict())
     report = compensate(model, dense, batches, tmp_path / "a", rank=3)
     adapted = merged(model, tmp_path / "a")
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    names.remove("lm_head")  # is not pruned
+    names.remove("lm_head")  # not pruned
     assert [row.layer for row in report.layers] == names
     for row in report.layers:
         x = inputs(adapted, row.layer, batches)

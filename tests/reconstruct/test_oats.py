@@ -1,4 +1,4 @@
-"""The low-rank part of a weight: held to the paper's alternation with exact SVDs in float64."""
+"""A weight's low-rank part: compared with the paper's alternation, by exact SVDs in float64."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ PATTERNS = ["2:4", "unstructured:0.5", "unstructured:0.6@layer", "block:4x4@0.5"
 def published(
     weight: Tensor, input_norm: Tensor, pattern: Pattern, rank: int, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """OATS, algorithms 1 and 2, as they are written: S and L."""
+    """S and L by OATS's algorithms 1 and 2, as they are written."""
     W = weight.double() * input_norm.double()
     S = torch.zeros_like(W)
     for _ in range(iterations):
@@ -42,7 +42,7 @@ def alternated(
 
 
 def error(weight: Tensor, input_norm: Tensor, pattern: Pattern, L: Tensor) -> float:
-    """What is lost with that low-rank part and the best sparse part, in units of the inputs."""
+    """The loss with this low-rank part and the best sparse part, in units of the inputs."""
     rest = (weight.double() - L.double()) * input_norm.double()
     return float(rest.masked_fill(pattern.mask(rest.square()), 0).square().sum())
 
@@ -143,7 +143,7 @@ def test_a_weight_that_is_sparse_plus_low_rank_is_taken_apart() -> None:
 
 
 def test_what_is_left_loses_less_when_pruned_than_what_is_compensated_afterwards() -> None:
-    """The point of it: factors first, then zeros, against zeros first, at one rank."""
+    """Why it exists: factors before zeros against zeros before factors, at the same rank."""
     lost = {"before": 0.0, "after": 0.0}
     for seed in range(2):
         weight, gram, norm = case(48, 64, seed)

@@ -1,4 +1,4 @@
-"""Adapter folders: read back by PEFT's documented rules, and by PEFT itself where it is there."""
+"""Adapter folders: read back by PEFT's documented rules, and by PEFT where it is installed."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def targeted(model: nn.Module, folder: Path) -> set[str]:
-    """The modules that PEFT adapts: a string matches whole names, an entry of a list ends too."""
+    """The modules that PEFT adapts: a string matches whole names, a list entry their ends too."""
     targets = config(folder)["target_modules"]
     if isinstance(targets, str):
         return {name for name in named(model) if re.fullmatch(targets, name)}

@@ -1,4 +1,4 @@
-"""Refit: held to each row's normal equations in float64, and to laws of its own."""
+"""Refit: held to each row's normal equations in float64, and to its own laws."""
 
 import functools
 import importlib
@@ -25,7 +25,7 @@ def hessian(gram: Tensor, damping: float = 0.01) -> Tensor:
 
 
 def row_by_row(weight: Tensor, mask: Tensor, H: Tensor) -> Tensor:
-    """H_SS what_S = (H w)_S for every row, solved in float64."""
+    """The solution of H_SS what_S = (H w)_S for every row, in float64."""
     exact = torch.zeros_like(weight, dtype=torch.float64)
     for row, S in enumerate(mask):
         exact[row, S] = torch.linalg.solve(H[S][:, S], H[S] @ weight[row].double())
@@ -33,7 +33,7 @@ def row_by_row(weight: Tensor, mask: Tensor, H: Tensor) -> Tensor:
 
 
 def excess(found: Tensor, exact: Tensor, H: Tensor) -> Tensor:
-    """By how much each row's error is above the least: ||found - exact||_H^2."""
+    """How far each row's error is above the least: ||found - exact||_H^2."""
     difference = found.double() - exact
     return ((difference @ H) * difference).sum(1)
 
@@ -128,7 +128,7 @@ def test_a_full_mask_and_rows_that_drop_nothing_stay_bit_for_bit(
 @few
 @given(cases)
 def test_refitting_a_refit_changes_nothing(case: tuple[Tensor, Tensor, Tensor]) -> None:
-    """It drops nothing any more."""
+    """A second refit on the same mask drops nothing."""
     weight, mask, gram = case
     once = refitted(weight, mask, gram).weight
     assert torch.equal(refitted(once, mask, gram).weight, once)
@@ -139,7 +139,7 @@ def test_refitting_a_refit_changes_nothing(case: tuple[Tensor, Tensor, Tensor]) 
 def test_scales_of_weight_and_inputs_go_through(
     case: tuple[Tensor, Tensor, Tensor], w: int, g: int
 ) -> None:
-    """By powers of two exactly: nothing compares with a number that has a unit."""
+    """Powers of two change no bit: nothing is compared with a constant that has a unit."""
     weight, mask, gram = case
     one = refitted(weight, mask, gram).weight
     assert torch.equal(refitted(weight * 2.0**w, mask, gram * 2.0**g).weight, one * 2.0**w)
@@ -173,7 +173,7 @@ def test_sparsegpts_own_mask_bears_a_smaller_error(pattern: Pattern) -> None:
 def test_float64_takes_over_where_float32_cannot_reach_the_tolerance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A tolerance below float32's rounding: what is left over is finished in float64."""
+    """With a tolerance below float32's rounding, what is left is finished in float64."""
     module = importlib.import_module("secateur.reconstruct.refit")  # not the function of that name
     monkeypatch.setattr(module, "TOLERANCE", 1e-9)
     solved, left = module._solved, []
@@ -217,7 +217,7 @@ def test_inputs_without_any_activity_leave_the_kept_weights() -> None:
 
 
 def test_a_matrix_that_is_no_gram_matrix_is_told_in_the_note() -> None:
-    """It has a direction of negative energy, along which an error would fall for ever."""
+    """Along a direction of negative energy the error would fall for ever."""
     gram = torch.tensor([[1.0, 3.0, 1.0], [3.0, 1.0, 0.5], [1.0, 0.5, 1.0]])
     mask = torch.tensor([[True, True, False]])
     solution = refitted(torch.tensor([[1.0, 1.0, 1.0]]), mask, gram, damping=0.0)
@@ -271,7 +271,7 @@ def test_what_is_no_method_is_refused(unchecked: None) -> None:
 def parts_of_data(
     tokens: int, seed: int = 0, noise: float = 0.3
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A weight, the Gram matrix of all tokens, its held-out part, and that of fresh tokens."""
+    """A weight, the Gram matrix of all tokens, its held-out part, and one of fresh tokens."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(8, 32, generator=generator)
 
@@ -290,7 +290,7 @@ def parts_of_data(
 def test_the_damping_is_the_one_of_least_held_out_error(
     seed: int, tokens: int, pattern: Pattern
 ) -> None:
-    """Worked out in float64 row by row; the result is the refit on all data with that damping."""
+    """The choice is made again in float64, row by row; the refit is on all data with it."""
     weight, gram, held, _ = parts_of_data(tokens, seed)
     mask = pattern.mask(weight.abs())
     found = refitted(weight, mask, gram, held)
@@ -308,7 +308,7 @@ def test_the_damping_is_the_one_of_least_held_out_error(
     ("tokens", "noise", "high"), [(40, 10.0, True), (4000, 0.3, False)], ids=["few", "many"]
 )
 def test_the_choice_pays_on_fresh_data(tokens: int, noise: float, high: bool) -> None:
-    """Few tokens of inputs that hardly depend on one another need much, many need little."""
+    """A few tokens of nearly independent inputs need much damping, many tokens need little."""
     chosen, usual = 0.0, 0.0
     for seed in range(4):
         weight, gram, held, fresh = parts_of_data(tokens, seed, noise)
@@ -326,7 +326,7 @@ def test_every_nth_output_speaks_for_the_others(monkeypatch: pytest.MonkeyPatch)
     mask = sc.NM(2, 4).mask(weight.abs())
     alone = refitted(weight[::10], mask[::10], gram, held)
     monkeypatch.setattr(module, "CHOOSING", 2)
-    weight[1::10] *= 1e6  # not looked at
+    weight[1::10] *= 1e6  # outputs that are not sampled
     assert refitted(weight, mask, gram, held).note == alone.note != ""
 
 
@@ -371,7 +371,7 @@ def test_reconstructing_holds_the_second_batch_out(method) -> None:  # type: ign
     found = model[0].weight.detach()
     usual = refitted(weight, model[0].weight != 0, grams[0]).weight
     lost = [output_error(found, other, grams[0]) for other in (expected.weight, usual)]
-    assert lost[0] < 1e-2 * lost[1]  # sums in another order end another step
+    assert lost[0] < 1e-2 * lost[1]  # not 0: sums in another order may stop a step apart
 
 
 def test_one_batch_takes_the_usual_damping() -> None:

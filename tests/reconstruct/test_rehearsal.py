@@ -1,4 +1,4 @@
-"""What is rehearsed, on how much of it, and how the rest is in proportion to it."""
+"""What is rehearsed, on how much data, and how it is scaled to the rest."""
 
 import importlib
 from typing import Any
@@ -15,7 +15,7 @@ from secateur.reconstruct.rehearsal import (
     Passes,
     Solved,
     Stage,
-    _reached,
+    _forwards_to_stages,
     _stand_ins,
     rehearse,
     seconds_of_a_forward,
@@ -34,9 +34,9 @@ def stage(outputs: int, inputs: int, tokens: int = 10) -> Stage:
 
 def test_what_depends_on_the_input_grows_with_its_cube() -> None:
     solved = Solved(shared=2.0, own=3.0, inputs=10, outputs=20)
-    assert solved.of(stage(20, 10)) == 5.0
-    assert solved.of(stage(20, 20)) == 2 * 8 + 3 * 4
-    assert solved.of(stage(60, 10)) == 2 + 3 * 3
+    assert solved.scaled_to(stage(20, 10)) == 5.0
+    assert solved.scaled_to(stage(20, 20)) == 2 * 8 + 3 * 4
+    assert solved.scaled_to(stage(60, 10)) == 2 + 3 * 3
 
 
 def test_blocks_take_as_long_in_proportion() -> None:
@@ -45,9 +45,9 @@ def test_blocks_take_as_long_in_proportion() -> None:
 
 
 def test_each_run_ends_at_its_stage() -> None:
-    """The second stage needs what the first does, the third what both do."""
+    """The run to the second stage does the first's work, the run to the third the work of both."""
     inside = [stage(30, 10), stage(10, 10), stage(40, 10)]
-    assert _reached(inside) == pytest.approx((3 + 4) / 8)
+    assert _forwards_to_stages(inside) == pytest.approx((3 + 4) / 8)
 
 
 def test_those_with_most_work_stand_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_those_with_most_work_stand_for_the_others(monkeypatch: pytest.MonkeyPat
 
 
 class Spy:
-    """An algorithm that keeps what it was given; zeros as the pattern has them."""
+    """An algorithm that records the shapes it was given, and prunes by the pattern."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -90,7 +90,7 @@ def test_of_equal_blocks_one_is_rehearsed() -> None:
     spy = Spy()
     passes, _, stages = run(Decoder(width=WIDTH, blocks=3), spy)
     assert len(stages) == 12 and len(passes) == 3 and len(set(passes)) == 1
-    # q, k and v twice, to get warm, then o, up and down
+    # q, k and v twice, the first time to warm up, then o, up and down
     assert spy.shapes == [(32, 32)] * 7 + [(64, 32), (32, 64)]
     assert all(seconds > 0 for seconds in vars(passes[0]).values())
 
@@ -108,7 +108,7 @@ def test_of_a_large_layer_a_part_is_solved(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_layers_are_solved_on_enough_tokens_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least four for each of 64 inputs: of batches of 64 tokens, four of the eight."""
+    """At least four tokens for each of 64 inputs: four of the eight batches of 64 tokens."""
     rehearsal = importlib.import_module("secateur.reconstruct.rehearsal")
     seen = list[int]()
 
@@ -122,7 +122,7 @@ def test_layers_are_solved_on_enough_tokens_and_no_more(monkeypatch: pytest.Monk
     assert seen == [1, 4]
     seen.clear()
     run(Decoder(width=WIDTH, blocks=2), Spy(), batches=list(torch.randint(20, (1, 4, 16))))
-    assert seen == [1, 2]  # half-blocks need one to hold out: the same again
+    assert seen == [1, 2]  # half-blocks need a batch to hold out: the same one again
 
 
 def test_without_blocks_the_whole_model_runs_for_each_stage() -> None:

@@ -1,4 +1,4 @@
-"""SparseGPT: held to the paper's algorithm in float64, and to laws of its own."""
+"""SparseGPT: compared with the paper's algorithm in float64, and held to its own laws."""
 
 import functools
 import importlib
@@ -34,7 +34,7 @@ def assert_is_the_papers(
 ) -> None:
     expected, mask = sparsegpt_algorithm_1(weight, gram, **options)
     agreed = float((solution.mask == mask).float().mean())
-    assert agreed > 0.999  # float32 against float64 decides near-ties otherwise
+    assert agreed > 0.999  # float32 breaks near-ties differently from float64
     same_rows = (solution.mask == mask).all(1)
     assert same_rows.float().mean() > 0.7
     torch.testing.assert_close(
@@ -84,7 +84,7 @@ def test_uncorrelated_inputs_of_one_size_give_magnitude_pruning() -> None:
 
 
 def test_an_input_repeated_takes_over_the_whole_weight_of_its_copy() -> None:
-    """Inputs 0 and 1 are equal: dropping one loses nothing, the other carries their sum."""
+    """Inputs 0 and 1 are equal: dropping one loses nothing, and the other gets their sum."""
     gram = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
     weight = torch.tensor([[0.5, 3.0], [2.0, 1.0]])
     solution = sc.sparsegpt(weight, gram, sc.NM(1, 2), damping=1e-4)
@@ -132,7 +132,7 @@ def test_arguments_are_not_changed() -> None:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the matrices that are factorised from now on."""
+    """A list that grows by the size of each matrix factorised from now on."""
     sizes: list[int] = []
     cholesky = torch.linalg.cholesky_ex
 
@@ -171,7 +171,7 @@ def test_the_factor_is_found_once_for_layers_with_the_same_input(
 
 
 def launched(run: Callable[[], None], stream: object) -> Callable[[], None]:
-    """Stands in for a capture: the same work on the same buffers, launch by launch."""
+    """A stand-in for a capture: the same work on the same buffers, launch by launch."""
     return run
 
 
@@ -181,7 +181,7 @@ class Stream(NamedTuple):
 
 @pytest.fixture
 def in_chunks(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Iterator[Callable[[], None]]:
-    """Called, it lets walks on the CPU go as those do that a GPU captures."""
+    """A function after whose call walks on the CPU take the path that a GPU captures."""
 
     def let() -> None:
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)
@@ -211,7 +211,7 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Iterator[Call
 def test_a_walk_in_chunks_is_the_walk(
     pattern: Pattern, grid: Grid | None, in_chunks: Callable[[], None]
 ) -> None:
-    """No bit differs, and no chunk sees what another left."""
+    """No bit differs, and no chunk sees what another left behind."""
     weight, gram = problem(rows=24, columns=408)
     expected = sc.sparsegpt(weight, gram, pattern, grid=grid)
     in_chunks()
@@ -220,7 +220,7 @@ def test_a_walk_in_chunks_is_the_walk(
     assert torch.equal(solution.mask, expected.mask)
     assert torch.equal(solution.weight, expected.weight)
     assert used.misses + used.hits >= 408 // walks.CHUNK
-    assert used.hits > 0 or grid is not None  # whose columns are walked over by the group
+    assert used.hits > 0 or grid is not None  # with a grid the walk goes group by group
 
 
 def test_chunks_that_were_made_in_inference_mode_serve_outside_of_it(
@@ -259,7 +259,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 def test_on_a_gpu_graphs_compute_what_launches_do(
     pattern: Pattern, options: dict[str, float], columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice, so that graphs are replayed on other weights than they were captured with."""
+    """It runs twice, so that graphs are replayed on weights they were not captured with."""
     monkeypatch.setattr(walks, "FEWEST", 1)
     problems = [problem(rows=160, columns=columns, seed=seed) for seed in range(2)]
 

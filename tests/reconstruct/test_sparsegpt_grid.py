@@ -1,4 +1,4 @@
-"""SparseGPT that prunes and quantises at once: held to a plain walk in float64, and to laws."""
+"""SparseGPT that prunes and quantises at once: compared with a plain walk in float64; its laws."""
 
 import functools
 
@@ -26,7 +26,7 @@ def nearest(grid: Grid, ratio: Tensor) -> Tensor:
 def column_by_column(
     weight: Tensor, gram: Tensor, pattern: Pattern, grid: Grid, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """SparseGPT with section 3.5, one column at a time in float64, every column updated at once.
+    """SparseGPT with section 3.5 in float64, column by column, each updating all later columns.
 
     At the first column of a group the group is walked over without rounding, on a copy. The scales
     for what that keeps are the library's.
@@ -69,7 +69,7 @@ def test_is_the_walk_of_the_paper(grid: Grid, pattern: Pattern, dtype: torch.dty
     expected, mask = column_by_column(weight, gram, pattern, grid, dtype)
     solution = sc.sparsegpt(weight, gram, pattern, grid=grid, dtype=dtype)
     assert float((solution.mask == mask).float().mean()) > 0.99
-    # float32 decides some near-ties otherwise than float64, and then the rest of the row differs
+    # float32 breaks some near-ties differently from float64; then the rest of the row differs
     close = ((solution.weight.double() - expected).abs() <= 1e-5 * expected.abs()).all(1)
     assert float(close.float().mean()) > 0.8
     ours, papers = (output_error(weight, w, gram) for w in (solution.weight, expected))
@@ -77,7 +77,7 @@ def test_is_the_walk_of_the_paper(grid: Grid, pattern: Pattern, dtype: torch.dty
 
 
 def rounded_after(weight: Tensor, gram: Tensor, pattern: Pattern, grid: Grid) -> Tensor:
-    """Pruned first, then rounded to the grid with the scales that lose least."""
+    """The weight pruned first, then rounded to the grid with the scales that lose least."""
     pruned = sc.sparsegpt(weight, gram, pattern).weight.bfloat16()
     scales = grid.scales(pruned)
     return grid.dequantised(grid.codes(pruned, scales), scales).bfloat16().float()
@@ -89,8 +89,8 @@ def rounded_after(weight: Tensor, gram: Tensor, pattern: Pattern, grid: Grid) ->
         (sc.NM(2, 4), sc.Int4(), 0.95),
         (sc.NM(2, 4), sc.Int4(None), 0.92),
         (sc.Unstructured(0.5), sc.Int4(), 0.95),
-        # pruning costs a hundred times what 8 bits do, and rounding changes which masks come out:
-        # over many problems both are as good
+        # pruning costs a hundred times as much as 8 bits, and rounding changes the masks: over
+        # many problems both are equally good
         (sc.NM(2, 4), sc.Int8(), 1.02),
         (sc.NM(2, 4), sc.Fp8(), 1.01),
         (DENSE, sc.Int4(), 0.35),
@@ -120,7 +120,7 @@ def test_loses_less_output_than_rounding_afterwards(
 )
 @pytest.mark.parametrize("grid", GRIDS, ids=repr)
 def test_kept_weights_lie_on_the_grid(grid: Grid, pattern: Pattern, dtype: torch.dtype) -> None:
-    """Also where groups of the grid end within a part of the pattern: 3:5 has parts of 5."""
+    """Even where groups of the grid end inside a part of the pattern: 3:5 has parts of 5."""
     weight, gram = problem(rows=16, columns=320)
     solution = sc.sparsegpt(weight, gram, pattern, grid=grid, dtype=dtype)
     assert solution.weight.dtype == torch.float32

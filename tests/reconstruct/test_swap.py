@@ -1,4 +1,4 @@
-"""Swap: no single exchange of weights betters its mask, held to brute force in float64."""
+"""Swap: no single exchange of weights improves its mask, compared with brute force in float64."""
 
 import functools
 import importlib
@@ -36,7 +36,7 @@ def error(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
 
 
 def group_of(pattern: Pattern, column: int, columns: int) -> object:
-    """What columns have in common that may be exchanged; None for those left dense."""
+    """A label for each column, equal for columns that may be exchanged; None if it stays dense."""
     if isinstance(pattern, sc.NM):
         width = pattern.channels or columns
         run, place = divmod(column, width)
@@ -47,7 +47,7 @@ def group_of(pattern: Pattern, column: int, columns: int) -> object:
 
 
 def best_swap(row: Tensor, mask: Tensor, gram: Tensor, pattern: Pattern) -> float:
-    """The least error that one exchange in this row leads to, all pairs tried."""
+    """The least error after one exchange in this row, by trying all pairs."""
     least = float("inf")
     for u, p in itertools.product(*(m.nonzero()[:, 0].tolist() for m in (mask, ~mask))):
         groups = [group_of(pattern, column, len(row)) for column in (u, p)]
@@ -95,7 +95,7 @@ def test_kept_weights_keep_their_bits_and_groups_their_counts(pattern: Pattern) 
 
 
 def test_a_swap_worked_out_by_hand() -> None:
-    """Inputs 0 and 1 nearly cancel, so dropping both loses less than dropping either's like."""
+    """Inputs 0 and 1 nearly cancel, so dropping both loses less than dropping one of them and 2."""
     gram = torch.tensor([[1.0, -0.9, 0.0], [-0.9, 1.0, 0.0], [0.0, 0.0, 1.0]])
     weight = torch.tensor([[2.0, 2.0, 1.5]])
     mask = torch.tensor([[True, False, False]])  # loses 4 + 2.25; without 0 and 1 it is 0.8
@@ -155,7 +155,7 @@ def test_scales_of_weight_and_inputs_do_not_matter(
 def test_inputs_that_do_not_correlate_leave_wandas_mask(
     case: tuple[Tensor, Tensor], pattern: Pattern
 ) -> None:
-    """Then each weight costs w^2 G_jj whatever else is dropped: in a row Wanda is the best."""
+    """Each weight costs w^2 G_jj whatever else is dropped: within a row Wanda is optimal."""
     weight, gram = case
     if getattr(pattern, "scope", "row") == "row":
         gram = gram.diagonal().diag()
