@@ -1,4 +1,4 @@
-"""How much of the sparsity each layer should bear: measured first, then allocated."""
+"""How sparse each layer should be: sensitivities are measured first, then patterns allocated."""
 
 from secateur.allocation.budget import DENSE_CHOICE, Allocation, Costs, Point, allocate, monotone
 from secateur.allocation.equalize import equalize

@@ -1,7 +1,7 @@
-"""The best patterns under a budget: the sensitivities of all layers weighed against what they cost.
+"""The best patterns under a budget: each layer's sensitivity weighed against its cost.
 
-One pattern for each layer, or dense, such that the increases of the loss add up to the least and
-the costs to no more than the budget: a multiple-choice knapsack, solved to a millionth.
+One pattern for each layer, or dense, such that the sum of the increases of the loss is least and
+the costs add up to no more than the budget: a multiple-choice knapsack, solved to a millionth.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from secateur.core.tables import text_table
 from secateur.patterns import Pattern, parse
 
 DENSE_CHOICE = "dense"
-FRONT_POINTS = 9  # budgets from the cheapest choice of all layers to dense, evenly apart
+FRONT_POINTS = 9  # budgets, evenly spaced from the cheapest choice of all layers to dense
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Costs:
     """What each layer costs in each pattern and as `"dense"`: `of[layer][pattern]`, in `unit`.
 
     `secateur.allocation.costs` makes them in parameters, bytes and measured milliseconds; any other
-    that adds up over the layers will do. A pattern without an entry is no choice for that layer.
+    cost that adds up over layers will do. A layer cannot choose a pattern that has no entry.
     """
 
     unit: str
@@ -41,9 +41,9 @@ class Costs:
 
 @dataclass(frozen=True)
 class Point:
-    """One allocation: each layer's pattern or `"dense"`, its cost, and the loss it is said to add.
+    """One allocation: each layer's pattern or `"dense"`, its cost, and the predicted loss increase.
 
-    `increase` is the sum of the layers' own increases, which is less than what they cost together.
+    `increase` is the sum of the layers' separate increases; pruned together they add more.
     """
 
     choices: Mapping[str, str]
@@ -92,16 +92,16 @@ class Allocation:
         return (
             f"{text_table(self.columns, self.rows())}\n"
             f"within {figure(self.budget)} {self.unit}, of {figure(self.dense)} dense; increases "
-            "of the loss are those of layers taken one by one"
+            "of the loss are sums over layers pruned one at a time"
         )
 
 
 def allocate(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocation:
-    """The pattern of each layer with the least increase of the loss that keeps to the budget.
+    """The patterns of all layers with the least increase of the loss within the budget.
 
-    `sc.plan` takes its `patterns`; printed, it shows the Pareto front. The increases are those of
-    `sense`, made monotone, and are taken to add up over layers, which they do at low sparsity; at
-    high sparsity the same pattern for all may be better. `evolve` is for what that misses.
+    `sc.plan` takes its `patterns`; printed, it shows the Pareto front. The increases that `sense`
+    measured are made monotone and assumed to add up over layers, which they do at low sparsity; at
+    high sparsity the same pattern for all layers may be better. `evolve` finds what that misses.
 
     Cost: milliseconds to seconds for hundreds of layers, ten times over for the front.
     Raises:
@@ -121,9 +121,10 @@ def allocate(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocatio
 def require_reachable(
     increase: Mapping[str, Mapping[str, float]], costs: Costs, budget: float
 ) -> float:
-    """The least that any choice costs.
+    """The cost of the cheapest choice.
 
-    Raises: ValueError if it is more than the budget.
+    Raises:
+        ValueError: if it is above the budget.
     """
     least = sum(min(costs.of[layer][one] for one in found) for layer, found in increase.items())
     if not budget >= least:  # also for NaN
@@ -136,10 +137,10 @@ def require_reachable(
 
 
 def monotone(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
-    """Each layer's increase by pattern and `"dense"`: never below 0, nor less at higher sparsity.
+    """Each layer's increase by pattern and `"dense"`: never below 0, never falling with sparsity.
 
-    The running maximum over patterns of one kind that differ in sparsity alone. What a layer seems
-    to gain by more zeros is noise of a loss on few tokens, and an allocation would choose it.
+    The running maximum over patterns of one kind that differ only in sparsity. What a layer seems
+    to gain from more zeros is noise in a loss on few tokens, and an allocation would fall for it.
     """
     curves: dict[str, dict[str, float]] = {}
     parsed = {one: parse(one) for one in sensitivity.patterns}
@@ -155,14 +156,14 @@ def monotone(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
 
 
 def figure(cost: float) -> str:
-    """Whole from a thousand on, six digits below: parameters and milliseconds in one column."""
+    """A cost as text, whole from a thousand up and in six digits below: any unit in one column."""
     return f"{cost:,.0f}" if abs(cost) >= 1000 else f"{cost:.6g}"
 
 
 def priced(
     increase: Mapping[str, Mapping[str, float]], costs: Costs
 ) -> dict[str, dict[str, float]]:
-    """The increases of the choices that have a cost, dense always among them."""
+    """The increases of the choices that have a cost; dense is always among them."""
     for layer in increase:
         if DENSE_CHOICE not in costs.of.get(layer, {}):
             raise ValueError(
@@ -177,7 +178,7 @@ def priced(
 
 
 def _undominated(increase: Mapping[str, float], cost: Mapping[str, float]) -> list[str]:
-    """A layer's choices, cheapest first, without those that another beats or equals in both."""
+    """A layer's choices, cheapest first, except where another is no worse in cost and increase."""
     found: list[str] = []
     for one in sorted(increase, key=lambda choice: (cost[choice], increase[choice])):
         if not found or increase[one] < increase[found[-1]]:
@@ -186,7 +187,7 @@ def _undominated(increase: Mapping[str, float], cost: Mapping[str, float]) -> li
 
 
 def _solved(increase: Mapping[str, Mapping[str, float]], costs: Costs, budget: float) -> Point:
-    """The multiple-choice knapsack: a variable for each layer and choice, one of a layer's is 1."""
+    """The multiple-choice knapsack's solution: a 0/1 variable per choice, one 1 in each layer."""
     optimize, sparse = _scipy()
     pairs = [
         (name, one) for name in increase for one in _undominated(increase[name], costs.of[name])
@@ -220,9 +221,7 @@ def _solved(increase: Mapping[str, Mapping[str, float]], costs: Costs, budget: f
 
 
 def front_of(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The points, cheapest first, that no other beats in one of cost and increase without losing in
-    the other; the first point is always among them.
-    """
+    """The Pareto front of the points, cheapest first; the first of `points` is always in it."""
     front: list[Point] = []
     for point in sorted(points, key=lambda point: (point.cost, point.increase)):
         if point is points[0] or all(point.increase < other.increase for other in front):
@@ -231,7 +230,7 @@ def front_of(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def _scipy() -> tuple[Any, Any]:
-    """The modules `optimize` and `sparse` of scipy: an extra, and 0.2 s to import."""
+    """The modules `scipy.optimize` and `scipy.sparse`: scipy is an extra and takes 0.2 s."""
     try:
         from scipy import optimize, sparse
     except ImportError:

@@ -1,4 +1,4 @@
-"""What layers cost in each pattern: parameters, bytes and measured milliseconds, for a budget."""
+"""What layers cost in each pattern, for a budget: parameters, bytes or measured milliseconds."""
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -20,16 +20,16 @@ from secateur.formats.kernels.timing import compare, copies_for
 from secateur.formats.pack import named_linears
 from secateur.patterns import parse
 
-# What stores any zeros in fewer bytes, fast or not.
+# The formats that may store a weight in fewer bytes, fast or not.
 SMALL_FORMATS = (*DEFAULT_FORMATS, "bitmap")
 
 TRIES = 5  # allocations that `allocate_milliseconds` measures as a whole
-NEAR = 0.98  # of the budget: above, another try is worth no more
-MARGIN = 1.01  # of what was too slow: a layer is changed at least
+NEAR = 0.98  # share of the budget from which another try is not worth its time
+MARGIN = 1.01  # added to what was too slow, so that at least one layer changes
 
 
 def parameters(sensitivity: Sensitivity) -> Costs:
-    """The weights that are not zero, exactly, of each sensed layer in each pattern and dense."""
+    """The exact number of nonzeros of each sensed layer in each pattern, and of the dense layer."""
     kept: dict[tuple[tuple[int, int], str], float] = {}
 
     def counted(shape: tuple[int, int], choice: str) -> float:
@@ -53,14 +53,14 @@ def parameters(sensitivity: Sensitivity) -> Costs:
 def nbytes(
     model: nn.Module, sensitivity: Sensitivity, formats: Sequence[str | Format] = SMALL_FORMATS
 ) -> Costs:
-    """The bytes of each sensed layer's weight in each pattern: those of the smallest format.
+    """The bytes of each sensed layer's weight in each pattern, in the smallest of the formats.
 
-    Dense, where that is smaller. A format that rounds, such as `"semi24_int4"`, counts if it is
-    named.
+    Dense storage counts where it is smaller. Formats that round, such as `"semi24_int4"`, are tried
+    only if they are named.
 
     Cost: packs a pruned copy of one layer of each shape in each pattern and format.
     Raises:
-        ValueError: if a sensed layer is no `nn.Linear`, or a format is unknown.
+        ValueError: if a sensed layer is not an `nn.Linear`, or a format is unknown.
     """
     tried = [parse_format(format) for format in formats]
 
@@ -79,27 +79,28 @@ def milliseconds(
     *,
     remeasure: bool = False,
 ) -> Costs:
-    """The milliseconds of one call of each sensed layer at each number of tokens, summed.
+    """The milliseconds of one call of each sensed layer, summed over the numbers of tokens.
 
-    Measured where the model is, as `accelerate_` does and with its memory: a layer's time in a
-    pattern is that of what `accelerate_(model, tokens, formats)` would leave it as, which is dense
-    where nothing is faster. So a plan within a budget takes that time once it is accelerated.
+    Measured on the model's device, as `accelerate_` measures and with what it remembers. A layer's
+    time in a pattern is how long it takes as `accelerate_(model, tokens, formats)` would leave it,
+    which is dense where nothing is faster. So a plan within a budget takes that time once it is
+    accelerated.
 
-    Cost: that of `accelerate_` on one layer of each shape in each pattern, and its copies.
+    Cost: `accelerate_` on one layer of each shape in each pattern, and copies of these layers.
     Raises:
-        ValueError: as `accelerate_`; if a sensed layer is no `nn.Linear`, or one can be stored in
-            no format in any pattern, so that there is nothing to compare.
+        ValueError: as `accelerate_`; if a sensed layer is not an `nn.Linear`, or no format can
+            store a layer in any pattern, so that there is nothing to compare.
     """
 
     def timed(linear: nn.Linear, choices: Sequence[str]) -> list[float]:
         patterns = [one for one in choices if one != DENSE_CHOICE]
         copies = nn.ModuleList(_copy(linear, one) for one in patterns)
         reports = accelerate_(copies, tokens, formats, remeasure=remeasure).layers
-        # Dense is measured beside every pattern; one figure, so that noise decides nothing.
+        # Dense is measured beside every pattern; one figure for all, so that noise decides nothing.
         dense = [_time(one, dense=True) for one in reports if one.measured]
         if not dense:
             raise ValueError(
-                f"milliseconds needs a pattern that a format can store, a layer {linear} has none: "
+                f"milliseconds needs a pattern that a format can store, {linear} has none: "
                 f"{reports[-1].reason}: sense others, such as 2:4"
             )
         times = {
@@ -122,15 +123,16 @@ def allocate_milliseconds(
 ) -> Allocation:
     """The allocation that takes at most `budget` milliseconds with its layers measured together.
 
-    Layers one after another take another time than the sum of the `milliseconds` of each by itself,
-    on an H200 up to 8 % more (probably since like kernels overlap at their ends, and clocks go down
-    with power). So the allocation is measured as a whole, what it took for every millisecond of the
-    sum scales the table, and the next is allocated by that, a few times. The costs that it prints
-    are scaled likewise, that of the chosen one is what was measured.
+    Layers run one after another do not take the sum of their separate `milliseconds`: on an H200 up
+    to 8 % more (probably because similar kernels overlap at their ends, and clocks drop with
+    power). So the allocation is measured as a whole, the table is scaled by what it took per
+    millisecond of the sum, and the next one is allocated by the scaled table, a few times. The
+    costs that it prints are scaled too, except that the chosen point has its measured cost.
 
-    Cost: that of `milliseconds`, and in each try a copy of some layers, 256 MB of each kind.
+    Cost: `milliseconds`, and in each try a copy of some layers, 256 MB of each kind.
     Raises:
-        ValueError: as `milliseconds` and `allocate`; if nothing that was tried keeps to the budget.
+        ValueError: as `milliseconds` and `allocate`; if no allocation that was tried is within the
+            budget.
     """
     table = milliseconds(model, sensitivity, tokens, formats, remeasure=remeasure)
     linears = named_linears(model, list(sensitivity.increase))
@@ -173,9 +175,9 @@ def _together(
     tokens: Sequence[int],
     formats: Sequence[str | Format] | None,
 ) -> float:
-    """Milliseconds of one call of all layers in their order at each number of tokens, summed.
+    """Milliseconds of one call of all layers, in order, summed over the numbers of tokens.
 
-    Layers alike share copies, as many as no cache holds.
+    Similar layers share copies, as many as it takes for no cache to hold them.
     """
     alike: dict[tuple[object, ...], list[str]] = {}
     for name, linear in linears.items():
@@ -216,7 +218,7 @@ def _scaled(table: Costs, scale: float) -> Costs:
 
 
 def _likeness(linear: nn.Linear) -> tuple[object, ...]:
-    """The same for layers that cost the same."""
+    """A key that is the same for layers that cost the same."""
     weight = linear.weight
     return weight.shape, weight.dtype, weight.device, linear.bias is None
 
@@ -227,7 +229,7 @@ def _per_layer(
     sensitivity: Sensitivity,
     measure: Callable[[nn.Linear, Sequence[str]], Sequence[float]],
 ) -> Costs:
-    """The table, each likeness of layers measured once."""
+    """The table of costs; layers with the same `_likeness` are measured once."""
     linears = named_linears(model, list(sensitivity.increase))
     known: dict[tuple[object, ...], Mapping[str, float]] = {}
     table: dict[str, Mapping[str, float]] = {}
@@ -247,7 +249,7 @@ def _packed_bytes(weight: Tensor, formats: Sequence[Format]) -> list[int]:
 
 
 def _choices(sensitivity: Sensitivity, layer: str) -> list[str]:
-    """Dense, and the patterns that the layer can have."""
+    """The choices of a layer: dense, and the patterns that it can have."""
     found = sensitivity.increase[layer]
     return [DENSE_CHOICE, *(one for one in sensitivity.patterns if found[one] is not None)]
 
@@ -259,14 +261,14 @@ def _copy(linear: nn.Linear, choice: str) -> nn.Linear:
 
 
 def _pruned(weight: Float[Tensor, "out in"], choice: str) -> Float[Tensor, "out in"]:
-    """The weight with the pattern's zeros, those of least magnitude: what costs is their number."""
+    """The weight pruned by magnitude: the cost depends on the number of zeros, not on which."""
     if choice == DENSE_CHOICE:
         return weight
     return weight.masked_fill(~parse(choice).mask(weight.float().abs()), 0)
 
 
 def _time(layer: LayerReport, *, dense: bool) -> float:
-    """Milliseconds of a call at each number of tokens, summed: dense, or in what the layer runs."""
+    """Milliseconds of a call, summed over the numbers of tokens: dense, or as the layer runs."""
     microseconds = 0.0
     for one in layer.measured:
         name = DENSE if dense else one.fastest_sparse

@@ -1,4 +1,4 @@
-"""One threshold for all layers: each is pruned as far as costs it no more than that."""
+"""One threshold for all layers: each is pruned as far as its loss increase stays within it."""
 
 from collections.abc import Mapping
 
@@ -15,11 +15,11 @@ from secateur.allocation.sensitivity import Sensitivity
 
 
 def equalize(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocation:
-    """The cheapest choice of each layer that adds at most T to the loss, for the least T that does.
+    """The cheapest choice of each layer that adds at most T to the loss, for the least T possible.
 
-    T, which is found by bisection, is the least at which the layers keep to the budget together.
-    No increases are added up, so it asks less of them than `allocate`: that the same one means as
-    much in every layer. As FastNAS searches the widths of a network, each for its own loss.
+    T, found by bisection, is the least at which the layers together keep to the budget. No
+    increases are added up, so less is assumed of them than in `allocate`: only that equal increases
+    mean the same in every layer. FastNAS searches the widths of a network in this way.
 
     Cost: microseconds. No scipy.
     Raises:
@@ -39,9 +39,7 @@ def equalize(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocatio
 
 
 def _at(increase: Mapping[str, Mapping[str, float]], costs: Costs, most: float) -> Point:
-    """Of each layer's choices that add at most so much the cheapest, of equals the one that adds
-    least.
-    """
+    """For each layer the cheapest choice that adds at most `most`; ties go to the least added."""
     choices = {
         layer: min(
             (one for one in found if found[one] <= most),

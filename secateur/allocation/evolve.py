@@ -1,7 +1,7 @@
-"""An allocation made better by evolution: layers trade patterns, the whole model is the judge.
+"""An allocation improved by evolution: layers trade patterns, the whole model is the judge.
 
-Sensitivities are measured one layer at a time, and what several pruned layers cost together is
-more than their sum. Here a whole choice of patterns is put into the model and its loss measured.
+Sensitivities are measured one layer at a time, and several pruned layers together add more to the
+loss than their sum. Here a whole choice of patterns is put into the model and its loss measured.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from secateur.patterns import Pattern, parse
 
 # (batches, survivors) of each round of a generation: fewer and fewer, judged on more and more.
 ROUNDS = ((1, 8), (4, 2), (16, 1))
-MOST_SWITCHES = 3  # in one offspring, the lesser of two draws: most have one
+MOST_SWITCHES = 3  # in one offspring, the smaller of two draws: most have one
 
 Weights = Mapping[str, Mapping[str, Tensor]]
 Choices = dict[str, str]
@@ -34,8 +34,8 @@ Choices = dict[str, str]
 class Evolved:
     """The best choices found, what they cost, and the losses on the way.
 
-    `losses` holds the loss of the start and then of the best of each generation, each on the
-    batches of its last round: comparable where those are all batches.
+    `losses` holds the loss of the start, then of each generation's best, each on the batches of its
+    last round: they compare only where that round takes all batches.
     """
 
     choices: Mapping[str, str]
@@ -71,20 +71,20 @@ def evolve(
     """A choice of patterns with a lower `loss(model, batches)` that costs no more than `start`.
 
     `weights[pattern]["layer.weight"]` are compressed weights, such as the `state_dict()` of copies
-    of the model, each reconstructed to one pattern; they may lie on a CPU. In each generation the
+    of the model, each reconstructed to one pattern; they may be on the CPU. In each generation the
     best choice so far gets `offspring`: a random layer takes its next costlier pattern, and others
-    cheaper ones until the cost fits. In each of the `rounds`, (batches, survivors), they are judged
-    on so many batches, drawn anew, and so many go on; the best so far takes part in the last.
-    `start` maps layers to patterns as `Allocation.patterns` does; layers that it lacks are dense.
+    take cheaper ones until the cost fits. Each of the `rounds`, (batches, survivors), judges the
+    offspring on that many batches, drawn anew, and that many survive; the best so far joins the
+    last. `start` maps layers to patterns as `Allocation.patterns` does; layers not in it are dense.
 
-    The model is as it was afterwards. Reconstruct it anew to the patterns found: the weights here
-    were not made for one another.
+    The model is left as it was. Reconstruct it again to the patterns found: the weights here were
+    not made for one another.
 
-    Cost: in each generation the sum over rounds of those judged x batches in forward passes; a copy
-        of all layers' dense weights on the CPU.
+    Cost: in each generation, summed over rounds, candidates x batches forward passes; a copy of all
+        layers' dense weights on the CPU.
     Raises:
-        ValueError: before anything is changed, if weights or costs are missing or of another shape,
-            or rounds ask for more batches than there are. The model is as it was.
+        ValueError: before anything is changed, if weights or costs are missing, a weight has
+            another shape, or rounds ask for more batches than there are. The model is as it was.
     Source: after Sieberling et al. 2024 (EvoPress), arXiv:2410.14649, algorithm 1, whose switches
         are between layers of one size.
     """
@@ -122,10 +122,10 @@ def _child(
     budget: float,
     generator: random.Random,
 ) -> Choices:
-    """The parent with some layers switched up and others down, at no more than the budget.
+    """The parent with some layers switched up and others down, within the budget.
 
-    What the layers that went down leave over goes to others, as long as it lasts. If no layer can
-    go up, it is the parent.
+    What the layers that went down leave unspent goes to others while it lasts. If no layer can go
+    up, the child is the parent.
     """
     child = dict(parent)
     for _ in range(min(generator.randint(1, MOST_SWITCHES), generator.randint(1, MOST_SWITCHES))):
@@ -154,7 +154,7 @@ def _next(choice: str, levels: Sequence[str], step: int) -> str:
 
 
 def _levels(name: str, module: nn.Module, weights: Weights, costs: Costs) -> list[str]:
-    """The layer's choices, cheapest first: those that have weights, and dense."""
+    """The layer's choices, cheapest first: dense, and the patterns with weights and a cost."""
     found = [DENSE_CHOICE]
     for pattern, tensors in weights.items():
         tensor = tensors.get(f"{name}.weight")
@@ -162,8 +162,8 @@ def _levels(name: str, module: nn.Module, weights: Weights, costs: Costs) -> lis
             continue
         if tensor.shape != weight_of(module).shape:
             raise ValueError(
-                f"evolve needs weights of {name} of shape {tuple(weight_of(module).shape)}, those "
-                f"for {pattern} have {tuple(tensor.shape)}: compress a copy of this model"
+                f"evolve needs weights of {name} of shape {tuple(weight_of(module).shape)}, got "
+                f"{tuple(tensor.shape)} for {pattern}: compress a copy of this model"
             )
         found.append(pattern)
     return sorted(found, key=lambda choice: costs.of[name][choice])
@@ -184,7 +184,7 @@ def _require(
     for name, choice in choices.items():
         if choice not in levels[name]:
             raise ValueError(
-                f"evolve needs weights and a cost for {name} in {choice}, it has those for "
+                f"evolve needs weights and a cost for {name} in {choice}, it has both only for "
                 f"{', '.join(levels[name])}: reconstruct a copy of the model to {choice}"
             )
     if not rounds or any(survivors < 1 or not 1 <= count <= batches for count, survivors in rounds):
@@ -198,7 +198,7 @@ def _require(
 def _stitching(
     layers: Mapping[str, nn.Module], weights: Weights
 ) -> Generator[Callable[[Choices], None]]:
-    """Puts a choice of weights into the layers; their own are put back whatever happens."""
+    """Yield a function that puts chosen weights in place; at the end put the layers' own back."""
     own = {name: weight_of(module).detach().to("cpu", copy=True) for name, module in layers.items()}
     now = dict.fromkeys(layers, DENSE_CHOICE)
 

@@ -1,4 +1,4 @@
-"""Allocations by formula: a sparsity for each layer from its shape, or from its outliers."""
+"""Allocations by formula: each layer's sparsity from its shape, or from its outliers."""
 
 from collections.abc import Iterable, Mapping
 
@@ -21,15 +21,15 @@ def erk(
     layers: Iterable[Selector] | None = None,
     ignore: Iterable[Selector] = (),
 ) -> dict[str, Pattern]:
-    """Each layer's pattern, its density in proportion to the sum of its sides over their product.
+    """Each layer's pattern, its density proportional to the sum of its sides over their product.
 
     Erdos-Renyi kernel: a weight [out, in, height, width] has a density e (out + in + height +
     width) / (out in height width), so that small layers stay denser than large ones. Where that
-    is above 1 the layer stays dense. e is such that the weights together have the `pattern`'s
+    is above 1, the layer stays dense. e is chosen so that all weights together have the `pattern`'s
     sparsity. `sc.plan` takes the result.
 
     Raises:
-        ValueError: if a selector matches nothing, or the pattern has one sparsity only, as N:M has.
+        ValueError: if a selector matches nothing, or the pattern has a fixed sparsity, as N:M has.
     Source: Evci et al. 2020, arXiv:1911.11134, section 3; Mocanu et al. 2018, arXiv:1707.04780.
     """
     chosen = _free(pattern, "erk")
@@ -66,14 +66,14 @@ def owl(
     """Each layer's pattern, sparser where fewer weights are outliers.
 
     An outlier is a weight whose Wanda score is above `outlier` times the mean of its block (the
-    paper's M, 5 to 7). The sparsities of the blocks follow the share of outliers linearly over
-    a band `2 width` wide (the paper's lambda), around the `pattern`'s sparsity, which all weights
-    together have. A block is one of the model's chain of blocks; a layer outside is its own.
-    `sc.plan` takes the result.
+    paper's M, 5 to 7). The sparsities of the blocks follow the share of outliers linearly, in a
+    band `2 width` wide (`width` is the paper's lambda) around the `pattern`'s sparsity, which all
+    weights together have. A block is one in the model's chain of blocks; a layer outside the chain
+    is a block of its own. `sc.plan` takes the result.
 
     Cost: one pass of the batches through the model; the scores of a block twice, in float32.
     Raises:
-        ValueError: as `erk`; if batches cannot be run; if the band leaves [0, 1).
+        ValueError: as `erk`; if the model cannot run the batches; if the band leaves [0, 1).
     Source: Yin et al. 2024, arXiv:2310.05175, section 3.
     """
     chosen = _free(pattern, "owl")
@@ -95,7 +95,7 @@ def owl(
 
 
 def _free(pattern: str | Pattern, who: str) -> Pattern:
-    """The pattern, if its sparsity can be any number."""
+    """The pattern, which must be one of any sparsity."""
     chosen = as_pattern(pattern)
     if takes_any_sparsity(chosen):
         return chosen
@@ -111,7 +111,7 @@ def _listed(layers: Iterable[Selector] | None) -> list[Selector] | None:
 def _outliers(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch], factor: float
 ) -> dict[str, float]:
-    """For each layer the share of its block's weights that score above factor x the mean."""
+    """For each layer the share of its block's weights that score above `factor` times the mean."""
     chains = find_chains(model, layers).values()
     blocks = [block for chain in chains for block in chain]
     home = {

@@ -1,4 +1,4 @@
-"""Measured increases of a loss, on disk, so that the same call goes on where it was stopped."""
+"""Measured increases of a loss, on disk, so that the same call continues where it was stopped."""
 
 import hashlib
 import json
@@ -10,15 +10,16 @@ from typing import Any
 from secateur.core.disk.atomic import clear, write_whole
 from secateur.core.disk.data_files import parse_json
 
-# A checkpoint's dense loss and today's may differ by what non-deterministic kernels do.
+# Share by which a checkpoint's dense loss may differ from the current one: kernels need not be
+# deterministic.
 SAME_LOSS = 1e-4
 
 
 class Progress:
-    """Increases by layer and pattern, in a file where there is one.
+    """The increases measured so far, by layer and pattern; kept in a file if it gets a path.
 
-    The file is a line of JSON that says which call it is of, then a line for each number, added as
-    it is measured, each with a hash of its own. A line that a kill cut off is measured again.
+    The file starts with a line of JSON that identifies the call, then has a line for each number,
+    added as it is measured, each with its own hash. A line that a kill cut short is measured again.
     """
 
     def __init__(self, path: str | Path | None, fingerprint: Mapping[str, Any]) -> None:
@@ -58,27 +59,27 @@ class Progress:
             write_whole(path, whole + b"\n")
 
     def dense_loss(self, measured: float) -> float:
-        """The dense loss that all increases refer to."""
+        """The dense loss to which all increases refer: the stored one, else the one measured."""
         if self._loss is None:
             self._loss = measured
             self._append({"loss": measured})
         elif abs(self._loss - measured) > SAME_LOSS * max(abs(self._loss), abs(measured)):
             raise ValueError(
                 f"the checkpoint {self._path} has a dense loss of {self._loss:.6g}, now it is "
-                f"{measured:.6g}: the data or the loss is another one: choose another file"
+                f"{measured:.6g}: the data or the loss has changed: choose another file"
             )
         return self._loss
 
     def has(self, layer: str, pattern: str) -> bool:
-        """Whether it has been measured."""
+        """Whether the layer has been measured in this pattern."""
         return (layer, pattern) in self._increase
 
     def get(self, layer: str, pattern: str) -> float | None:
-        """The increase, or None."""
+        """The increase, or None if it has not been measured."""
         return self._increase.get((layer, pattern))
 
     def add(self, layer: str, pattern: str, increase: float) -> None:
-        """Keep a measured increase."""
+        """Store a measured increase."""
         self._increase[layer, pattern] = increase
         self._append({"layer": layer, "pattern": pattern, "increase": increase})
 
@@ -95,7 +96,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 
 def _entry(line: bytes) -> dict[str, Any]:
-    """What `_line` wrote; a number that was changed since looks like any other."""
+    """What `_line` wrote, if its hash holds: a number changed since looks like any other."""
     entry = parse_json(line, "a line")
     if entry.pop("sha256", None) != _hash(entry):
         raise ValueError("a line was changed after it was written")
@@ -107,5 +108,5 @@ def _hash(entry: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Atomic, so that a kill leaves the state before or after."""
+    """Write the data as JSON, atomically: a kill leaves the old file or the new one."""
     write_whole(path, json.dumps(data, indent=2, allow_nan=False))

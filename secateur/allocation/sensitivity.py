@@ -1,4 +1,4 @@
-"""Sensitivity: what the model loses when one layer alone is pruned, layer by layer."""
+"""Sensitivity: how much the model loses when a single layer is pruned, layer by layer."""
 
 import contextlib
 import math
@@ -34,7 +34,7 @@ SENSITIVITY_VERSION = 1
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The loss of the dense model, and by how much one pruned layer alone raises it.
+    """The loss of the dense model, and by how much pruning a single layer raises it.
 
     `increase[layer][pattern]` is None where the layer cannot have the pattern; `why_not` says why.
     Increases of several layers pruned together add up only roughly.
@@ -74,7 +74,7 @@ class Sensitivity:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in the file."""
+        """The sensitivity as plain data, as in the file."""
         return {
             "version": SENSITIVITY_VERSION,
             "criterion": self.criterion,
@@ -92,7 +92,7 @@ class Sensitivity:
         }
 
     def write(self, path: str | Path) -> None:
-        """Write it as JSON; `read_sensitivity` reads it back."""
+        """Write the sensitivity as JSON, which `read_sensitivity` reads back."""
         write_json(Path(path), self.to_dict())
 
 
@@ -108,18 +108,18 @@ def sense(
     batches: Iterable[Batch] | None = None,
     checkpoint: str | Path | None = None,
 ) -> Sensitivity:
-    """What `loss(model)` gains when one layer at a time is pruned to each of the patterns.
+    """By how much `loss(model)` rises when one layer at a time is pruned to each of the patterns.
 
     Statistics, where the criterion needs any, are gathered once from `batches` on the dense model.
     The model runs in eval mode without gradients. With `checkpoint`, a file, what has been
-    measured is kept there, and the same call goes on where an interrupted one stopped; patterns may
-    be added later.
+    measured is stored there, and the same call continues where an interrupted one stopped; patterns
+    may be added later.
 
     Cost: layers x patterns + 1 evaluations of the loss; memory for a copy of one layer's weight.
     Raises:
         ValueError: if a pattern or selector is wrong, data is needed and missing, the loss is not
-            finite, or the checkpoint is another call's. Whatever is raised, also by Ctrl-C, the
-            model is left as it was; it is unchanged afterwards too, bit for bit.
+            finite, or the checkpoint belongs to another call. The model is left as it was, bit for
+            bit, whether the call returns or raises, also by Ctrl-C.
     """
     chosen = _parsed(patterns)
     needs = _needed(criterion, batches)
@@ -158,10 +158,10 @@ def sense(
 
 
 def read_sensitivity(path: str | Path) -> Sensitivity:
-    """What `Sensitivity.write` wrote.
+    """The sensitivity that `Sensitivity.write` wrote.
 
     Raises:
-        ValueError: if the file is something else, with the place.
+        ValueError: if the file is no sensitivity, with the place.
     """
     from pydantic import BaseModel, ConfigDict, ValidationError  # costs 0.1 s, and reading is rare
 
@@ -236,14 +236,14 @@ def _for(module: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, Patter
 
 
 def _misfits(patterns: Mapping[str, Pattern], shape: tuple[int, int]) -> dict[str, str]:
-    """Why a layer of this shape cannot have some of the patterns."""
+    """The patterns that a layer of this shape cannot have, each with the reason."""
     reasons = {key: pattern.why_not(shape) for key, pattern in patterns.items()}
     return {key: why for key, why in reasons.items() if why is not None}
 
 
 @contextlib.contextmanager
 def _pruned(module: nn.Module, mask: Bool[Tensor, "out in"]) -> Generator[None]:
-    """The layer with zeros outside the mask; its own weight is put back whatever happens."""
+    """Zero the weight outside the mask; put it back at the end, whatever happens."""
     weight = module._parameters["weight"]
     assert weight is not None
     before = weight.detach().clone()
@@ -258,8 +258,8 @@ def _measured(loss: Callable[[nn.Module], float], model: nn.Module, what: str) -
     value = float(loss(model))
     if not math.isfinite(value):
         raise ValueError(
-            f"sense needs a finite loss, got {value} for {what}: measure a loss that has a bound, "
-            "such as secateur.model.evaluate.compare(...).kl, or ignore the layer"
+            f"sense needs a finite loss, got {value} for {what}: use a bounded loss, such as "
+            "secateur.model.evaluate.compare(...).kl, or ignore the layer"
         )
     return value
 
@@ -267,7 +267,7 @@ def _measured(loss: Callable[[nn.Module], float], model: nn.Module, what: str) -
 def _fingerprint(
     layers: Mapping[str, nn.Module], criterion: Callable[..., Tensor], batches: Sequence[Batch]
 ) -> dict[str, Any]:
-    """Which call it is; the loss and its data are known again by the dense loss."""
+    """What identifies a call; the loss and its data are recognised by the dense loss instead."""
     return {
         "criterion": name_of(criterion),
         "layers": list(layers),

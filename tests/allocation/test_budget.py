@@ -67,7 +67,7 @@ def test_it_is_as_good_as_the_best_of_all_choices(
 
 
 def test_the_choices_are_a_mapping_that_plan_takes() -> None:
-    # layer1 suffers most: with room for one dense layer it is that one
+    # layer1 suffers most: it is the dense one where the budget has room for one
     costs = prices((10.0, 5.0, 2.0, 4.0), (10.0, 5.0, 2.0, 4.0), (10.0, 5.0, 2.0, 4.0))
     found = allocate(curves((1.0, 2.0, 3.0), (5.0, 9.0, 8.0), (1.0, 2.0, 3.0)), costs, 20.0)
     assert found.best.choices["layer1"] == "dense"

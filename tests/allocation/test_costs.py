@@ -1,4 +1,4 @@
-"""Costs: exact counts of parameters and bytes, and the very times that `accelerate_` goes by."""
+"""Costs: exact counts of parameters and bytes, and the same times that `accelerate_` decides by."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ def model() -> nn.Sequential:
 
 
 def sensed(found: nn.Module) -> Sensitivity:
-    """Magnitudes lost: what is pruned more costs more."""
+    """The magnitude lost: pruning more costs more."""
 
     def energy(one: nn.Module) -> float:
         return -sum(float(p.detach().square().sum()) for p in one.parameters())
@@ -106,7 +106,7 @@ def test_milliseconds_are_what_accelerate_then_runs(monkeypatch: pytest.MonkeyPa
     best = allocate(curves, table, 0.45)
     sc.prune_(found, sc.plan(found, best.patterns))
     report = sc.accelerate_(found, (4, 16))
-    assert asked == []  # like layers have been measured
+    assert asked == []  # similar layers have been measured
     runs = sum(
         dict(one.microseconds)[one.fastest_sparse]
         for layer in report.sparse
@@ -138,7 +138,7 @@ def measured_together(monkeypatch: pytest.MonkeyPatch, whole: Whole) -> tuple[ob
 def test_a_budget_of_milliseconds_holds_for_layers_together(
     monkeypatch: pytest.MonkeyPatch, budget: float
 ) -> None:
-    """They take 1.3 times their sum: the choice is the best of all that fit, and costs that."""
+    """Together they take 1.3 times their sum: the choice is the best that fits, and costs that."""
     found, curves = measured_together(monkeypatch, lambda choices: 1.3 * table.total(choices))
     table = costs.milliseconds(found, curves, (4,))
     best = costs.allocate_milliseconds(found, curves, budget, (4,)).best
@@ -157,7 +157,7 @@ def test_a_budget_of_milliseconds_holds_for_layers_together(
 
 
 def test_a_budget_that_layers_alone_would_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sparse layers take half as long again together, dense ones do not: a plan by sums is late."""
+    """Together sparse layers take half as long again, dense ones do not: a plan by sums is late."""
 
     def whole(choices: Mapping[str, str]) -> float:
         sparse = (table.of[layer][one] for layer, one in choices.items() if one != "dense")
@@ -193,7 +193,7 @@ def test_a_budget_of_milliseconds_that_nothing_meets(monkeypatch: pytest.MonkeyP
 def test_layers_together_are_copies_that_were_pruned_and_accelerated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each in its turn, on rows of its width; the model keeps its layers."""
+    """They run one after another, on rows of their widths; the model keeps its own layers."""
     times = {"dense": 100.0, "block": 40.0, "csr": 70.0}
     monkeypatch.setattr("secateur.accelerate.verb.compare", timer(times, []))
     outputs = list[list[tuple[int, ...]]]()
@@ -224,7 +224,7 @@ def test_layers_together_are_copies_that_were_pruned_and_accelerated(
     of = costs.parameters(curves).of
     zeros = [1 - of[layer][one] / of[layer]["dense"] for layer, one in best.choices.items()]
     pruned = [share for group in accelerated for share in group]
-    # a copy for each pruned layer: all have room for their own here
+    # a copy for each pruned layer: here all of them fit
     assert sorted(pruned) == pytest.approx(sorted(share for share in zeros if share))
     assert pruned
     assert all(type(one) is nn.Linear for one in found if not isinstance(one, nn.ReLU))
@@ -235,9 +235,7 @@ def test_costs_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secateur.accelerate.verb.compare", timer({"": 1.0}, []))
     found = model()
     curves = sensed(found)
-    with pytest.raises(
-        ValueError, match=r"milliseconds needs a pattern that a format can store, a"
-    ):
+    with pytest.raises(ValueError, match=r"needs a pattern that a format can store, Linear\(in_f"):
         costs.milliseconds(found, curves, (1,), ["block:128x128"])
     with pytest.raises(ValueError, match=r"unknown format 'semi42'"):
         costs.nbytes(found, curves, ["semi42"])

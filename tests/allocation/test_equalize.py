@@ -1,4 +1,4 @@
-"""One threshold for all layers: the least that keeps to the budget, held to trying them all."""
+"""One threshold for all layers: the least within the budget, compared with trying them all."""
 
 import pytest
 from hypothesis import given, settings

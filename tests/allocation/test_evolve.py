@@ -1,4 +1,4 @@
-"""The evolution: better than its start, never dearer, and the model as it was."""
+"""Evolution: better than its start, never costlier, and the model is left as it was."""
 
 import copy
 import itertools
@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_and_rounds_see_their_batches() -> None:
         )
 
     assert run() == run()
-    once = [1] * 5 + [2] * 3 + [4] * 3  # of the last round, the parent is one
+    once = [1] * 5 + [2] * 3 + [4] * 3  # the parent is one in the last round
     assert seen == 2 * ([4] + 2 * once)
 
 
@@ -153,12 +153,12 @@ def test_a_loss_that_is_not_finite_never_survives() -> None:
 def test_evolve_errors() -> None:
     model = stack()
     tables, all_costs = weights(model), costs()
-    with pytest.raises(ValueError, match=r"weights and a cost for 0 in 2:4, it has those for unst"):
+    with pytest.raises(ValueError, match=r"weights and a cost for 0 in 2:4, it has both only for"):
         evolve(model, {"0": "2:4"}, tables, all_costs, lost, BATCHES)
     with pytest.raises(ValueError, match=r"cost of every layer of the start, 9 has none"):
         evolve(model, {"9": "2:4"}, tables, all_costs, lost, BATCHES)
     with pytest.raises(ValueError, match=r"rounds of \(batches, survivors\).* at most the 4 batch"):
         evolve(model, START, tables, all_costs, lost, BATCHES)
     tables[PATTERNS[0]]["2.weight"] = torch.ones(3, 3)
-    with pytest.raises(ValueError, match=r"weights of 2 of shape \(4, 4\), those for unst.*\(3, 3"):
+    with pytest.raises(ValueError, match=r"weights of 2 of shape \(4, 4\), got \(3, 3\) for unst"):
         evolve(model, START, tables, all_costs, lost, BATCHES, rounds=((4, 1),))

@@ -1,4 +1,4 @@
-"""Allocations by formula: the mean asked for, the paper's shape, and the limits of both."""
+"""Allocations by formula: the requested mean, the papers' shapes, and the limits of both."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def decoder() -> Decoder:
         torch.manual_seed(0)
         model = Decoder()
     with torch.no_grad():
-        for i, block in enumerate(model.blocks):  # ever more outliers
+        for i, block in enumerate(model.blocks):  # more outliers in each
             block.up_proj.weight[: 2 * i, :2] *= 40
     return model
 

@@ -18,7 +18,7 @@ def test_what_is_added_is_there_again(tmp_path: Path) -> None:
     again = Progress(path, {"call": 1})
     assert again.get("a", "2:4") == 1 / 3
     assert again.has("a", "1:4") and not again.has("b", "1:4")
-    assert again.dense_loss(0.3 * (1 + 1e-5)) == 0.1 + 0.2  # the one that was written counts
+    assert again.dense_loss(0.3 * (1 + 1e-5)) == 0.1 + 0.2  # the stored one counts
     with pytest.raises(ValueError, match=r"has a dense loss of 0\.3, now it is 0\.301"):
         again.dense_loss(0.301)
     with pytest.raises(ValueError, match="belongs to another call, its call differs"):

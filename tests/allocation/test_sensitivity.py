@@ -1,4 +1,4 @@
-"""What one pruned layer costs: the right number in every cell, and a model that never changes."""
+"""What pruning one layer costs: the right number in every cell, and a model that never changes."""
 
 import copy
 import json
@@ -62,7 +62,7 @@ def nll(model: nn.Module) -> float:
 
 
 def bits(model: nn.Module) -> dict[str, list[int]]:
-    """Exact, which `==` is not for minus zero."""
+    """Whether two tensors are equal to the bit; `==` takes minus zero for zero."""
     return {n: t.contiguous().view(torch.int32).tolist() for n, t in model.state_dict().items()}
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_call_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="belongs to another call, its layers differs: choose"):
         sense(hand_made(), ["2:4"], lost_energy, checkpoint=path)
     with pytest.raises(
-        ValueError, match=r"has a dense loss of .*: the data or the loss is another"
+        ValueError, match=r"has a dense loss of .*: the data or the loss has changed: choose"
     ):
         sense(Language(), ["2:4"], lambda m: 2 * nll(m), checkpoint=path)
     path.write_text("{")
