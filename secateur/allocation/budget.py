@@ -110,9 +110,9 @@ def allocate(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocatio
     """
     increase = priced(monotone(sensitivity), costs)
     least = require_reachable(increase, costs, budget)
-    best = _solved(increase, costs, budget)
+    best = _knapsack(increase, costs, budget)
     points = [
-        _solved(increase, costs, float(between))
+        _knapsack(increase, costs, float(between))
         for between in np.linspace(least, max(least, costs.dense), FRONT_POINTS)
     ]
     return Allocation(best, budget, costs.dense, costs.unit, front_of([best, *points]))
@@ -186,7 +186,7 @@ def _undominated(increase: Mapping[str, float], cost: Mapping[str, float]) -> li
     return found
 
 
-def _solved(increase: Mapping[str, Mapping[str, float]], costs: Costs, budget: float) -> Point:
+def _knapsack(increase: Mapping[str, Mapping[str, float]], costs: Costs, budget: float) -> Point:
     """The multiple-choice knapsack's solution: a 0/1 variable per choice, one 1 in each layer."""
     optimize, sparse = _scipy()
     pairs = [

@@ -136,7 +136,7 @@ def allocate_milliseconds(
     """
     table = milliseconds(model, sensitivity, tokens, formats, remeasure=remeasure)
     linears = named_linears(model, list(sensitivity.increase))
-    dense = _together(linears, dict.fromkeys(linears, DENSE_CHOICE), tokens, formats)
+    dense = _milliseconds_together(linears, dict.fromkeys(linears, DENSE_CHOICE), tokens, formats)
     scale, fastest = 1.0, dense
     kept: Allocation | None = None
     seen = list[Mapping[str, str]]()
@@ -150,7 +150,7 @@ def allocate_milliseconds(
         if found.best.choices in seen:
             break
         seen.append(found.best.choices)
-        took = _together(linears, found.best.choices, tokens, formats)
+        took = _milliseconds_together(linears, found.best.choices, tokens, formats)
         fastest = min(fastest, took)
         if took <= budget and (kept is None or found.best.increase < kept.best.increase):
             best = replace(found.best, cost=took)
@@ -169,7 +169,7 @@ def allocate_milliseconds(
 
 
 @torch.no_grad()
-def _together(
+def _milliseconds_together(
     linears: Mapping[str, nn.Linear],
     choices: Mapping[str, str],
     tokens: Sequence[int],

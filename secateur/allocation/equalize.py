@@ -29,7 +29,7 @@ def equalize(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocatio
     increase = priced(monotone(sensitivity), costs)
     require_reachable(increase, costs, budget)
     levels = sorted({value for found in increase.values() for value in found.values()})
-    points = [_at(increase, costs, level) for level in levels]
+    points = [_point_at(increase, costs, level) for level in levels]
     low, high = 0, len(levels) - 1
     while low < high:
         middle = (low + high) // 2
@@ -38,7 +38,7 @@ def equalize(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocatio
     return Allocation(best, budget, costs.dense, costs.unit, front_of([best, *points]))
 
 
-def _at(increase: Mapping[str, Mapping[str, float]], costs: Costs, most: float) -> Point:
+def _point_at(increase: Mapping[str, Mapping[str, float]], costs: Costs, most: float) -> Point:
     """For each layer the cheapest choice that adds at most `most`; ties go to the least added."""
     choices = {
         layer: min(

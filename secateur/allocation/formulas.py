@@ -32,7 +32,7 @@ def erk(
         ValueError: if a selector matches nothing, or the pattern has a fixed sparsity, as N:M has.
     Source: Evci et al. 2020, arXiv:1911.11134, section 3; Mocanu et al. 2018, arXiv:1707.04780.
     """
-    chosen = _free(pattern, "erk")
+    chosen = _of_any_sparsity(pattern, "erk")
     modules = _layers.select(model, _listed(layers), ignore).layers
     weights = _layers.weights_of(modules, written=False)
     sizes = {name: weight.numel() for name, weight in weights.items()}
@@ -76,7 +76,7 @@ def owl(
         ValueError: as `erk`; if the model cannot run the batches; if the band leaves [0, 1).
     Source: Yin et al. 2024, arXiv:2310.05175, section 3.
     """
-    chosen = _free(pattern, "owl")
+    chosen = _of_any_sparsity(pattern, "owl")
     modules = _layers.select(model, _listed(layers), ignore).layers
     weights = _layers.weights_of(modules, written=False)
     sizes = {name: weight.numel() for name, weight in weights.items()}
@@ -94,7 +94,7 @@ def owl(
     return {name: chosen.at(sparsity) for name, sparsity in found.items()}
 
 
-def _free(pattern: str | Pattern, who: str) -> Pattern:
+def _of_any_sparsity(pattern: str | Pattern, who: str) -> Pattern:
     """The pattern, which must be one of any sparsity."""
     chosen = as_pattern(pattern)
     if takes_any_sparsity(chosen):

@@ -121,13 +121,13 @@ def sense(
             finite, or the checkpoint belongs to another call. The model is left as it was, bit for
             bit, whether the call returns or raises, also by Ctrl-C.
     """
-    chosen = _parsed(patterns)
+    chosen = _parsed_patterns(patterns)
     needs = _needed(criterion, batches)
     selection = _layers.select(model, layers, ignore)
     model = unwrapped(model)
     require_ordinary(selection.layers)
     shapes = {name: _shape(module) for name, module in selection.layers.items()}
-    patterns_of = {name: _for(module, chosen) for name, module in selection.layers.items()}
+    patterns_of = {name: _patterns_for(module, chosen) for name, module in selection.layers.items()}
     why_not = {name: _misfits(found, shapes[name]) for name, found in patterns_of.items()}
     with eval_mode(model), torch.no_grad():
         listed = as_list(batches) if needs and batches is not None else []
@@ -207,7 +207,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
 # --- one layer -----------------------------------------------------------------------------------
 
 
-def _parsed(patterns: Sequence[str | Pattern]) -> dict[str, Pattern]:
+def _parsed_patterns(patterns: Sequence[str | Pattern]) -> dict[str, Pattern]:
     if isinstance(patterns, str) or not patterns:
         raise ValueError(
             f"sense needs a list of patterns, got {patterns!r}: such as ['2:4', 'unstructured:0.5']"
@@ -231,7 +231,7 @@ def _needed(criterion: Callable[..., Tensor], batches: Iterable[Batch] | None) -
     return needs
 
 
-def _for(module: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+def _patterns_for(module: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
     return {key: _layers.pattern_for(module, pattern) for key, pattern in patterns.items()}
 
 

@@ -84,18 +84,18 @@ class Pair:
         columns = self.columns()
         order = order.to(columns.device)
         moved = columns.gather(2, order[:, None].expand_as(columns)).flatten()
-        _put(self.consumer, _layers.matrix(self.consumer)[:, moved])
+        _write_(self.consumer, _layers.matrix(self.consumer)[:, moved])
         first = torch.arange(self.heads, device=order.device)[:, None] * self.width
         rows = (first + order).flatten()
         for module in self.producers.values():
             weight = _layers.matrix(module)
             rows = rows.to(weight.device)
-            _put(module, weight[rows])
+            _write_(module, weight[rows])
             if (bias := module._parameters.get("bias")) is not None:
                 bias.copy_(bias[rows])
 
 
-def _put(module: nn.Module, rows: Float[Tensor, "out in"]) -> None:
+def _write_(module: nn.Module, rows: Float[Tensor, "out in"]) -> None:
     weight_of(module).copy_(_layers.from_matrix(module, rows))
 
 

@@ -191,10 +191,10 @@ def solve_stages_(
                             solved = _put_in_place_(
                                 the_pass, name, layers[name], given, solution, observed.tokens[name]
                             )
-                for result, mask in _shared(the_pass.team, turn, layers, solved):
+                for result, mask in _synchronised(the_pass.team, turn, layers, solved):
                     results[result.layer], masks[result.layer] = result, mask
             bar.update(len(observed.statistics))
-            done = _trained(the_pass, observed, layers, masks, results)
+            done = _finalise_(the_pass, observed, layers, masks, results)
             if saved and done and the_pass.team.rank == 0:
                 weights = {name: weight_of(layers[name]) for name in done}
                 saved.add(weights, {name: asdict(results[name]) for name in done})
@@ -410,7 +410,7 @@ def _output_error(
     return float(lost / energy) if energy > 0 else 0.0
 
 
-def _shared(
+def _synchronised(
     members: Team,
     turn: Sequence[str],
     layers: Mapping[str, nn.Module],
@@ -427,7 +427,7 @@ def _shared(
             yield result, _layers.matrix(layers[name]) != 0
 
 
-def _trained(
+def _finalise_(
     the_pass: Pass,
     observed: Observed,
     layers: Mapping[str, nn.Module],

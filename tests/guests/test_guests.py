@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -140,8 +141,6 @@ def test_plans_files_formats_and_the_page_show_it(exported: None, tmp_path: Path
 
 def test_the_shell_takes_all_three(exported: None, tmp_path: Path) -> None:
     weights = {f"l{i}.weight": torch.randn(16, 12) for i in range(2)}
-    from safetensors.torch import load_file, save_file
-
     save_file(weights, tmp_path / "dense.safetensors")
 
     def run(*arguments: object) -> str:
