@@ -46,7 +46,7 @@ def gradual(
         if step == 1:  # of this `hold`, not of the schedule
             scores = criterion(weight)
             before = _steps_before(int((~mask).sum()), lambda t: int((~at(t).mask(scores)).sum()))
-            taken[name] = before and before + every - 1  # the next choice was due within so many
+            taken[name] = before and before + every - 1  # the last step before the next choice
         now = step + taken[name]
         if now % every and not at(now - 1) != at(now) == pattern:
             return mask

@@ -54,7 +54,7 @@ class Channels:
         return self.states[name, self.dim_of(name)]
 
     def pool(self, name: str, names: Iterable[str]) -> list[str]:
-        """Those of the parameters that share units with this one, directly or through others."""
+        """The parameters of `names` that share units with this one, directly or through others."""
         members = {other: self.units(other) for other in names}
         return next(pool for pool in pools(members) if name in pool)
 
