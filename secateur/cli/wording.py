@@ -22,9 +22,7 @@ IN_OPTIONS = {
     r"either a mapping of selectors to patterns, or layers=": (
         "either several --pattern SELECTOR=PATTERN, or --layers"
     ),
-    r"measure a loss that has a bound, such as \S+, or ignore the layer": (
-        "leave the layer out with --ignore"
-    ),
+    r"use a bounded loss, such as \S+, or ignore the layer": "leave the layer out with --ignore",
     r"\bIgnore them\b": "Leave them out with --ignore",
     r"\(ignore=\)": "(--ignore)",
     r"\bignore it\b": "leave it out with --ignore",
