@@ -114,7 +114,7 @@ def foretold(
     *,
     offload: bool,
 ) -> Estimate | None:
-    """The estimate, or None for a method whose memory is not counted here, as only alps's is."""
+    """The estimate, or None unless the layers' method is `alps`, whose memory is counted here."""
     if method.method is not alps:
         return None
     return estimate(model, layers, patterns, batches, method, offload=offload)

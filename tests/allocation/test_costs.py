@@ -128,7 +128,8 @@ def measured_together(monkeypatch: pytest.MonkeyPatch, whole: Whole) -> tuple[ob
     times = {"dense": 100.0, "block": 40.0, "csr": 70.0}
     monkeypatch.setattr("secateur.accelerate.verb.compare", timer(times, []))
     monkeypatch.setattr(
-        "secateur.allocation.costs._together", lambda linears, choices, *rest: whole(choices)
+        "secateur.allocation.costs._milliseconds_together",
+        lambda linears, choices, *rest: whole(choices),
     )
     found = model()
     return found, sensed(found)
