@@ -449,7 +449,7 @@ def test_a_description_is_plain_data(format: str) -> None:
         ({"stored": True}, "a packed layer's stored needs a int, got True"),
         ({"stored": -1}, "a packed layer's stored needs a int, got -1"),
         ({"stored": 17}, "16 rows of a multiple of 4 inputs, got 17"),
-        ({"dtype": "int8"}, "dtype needs to be one of float32, float64, bfloat16, float16, got"),
+        ({"dtype": "int8"}, "dtype needs to be one of float16, bfloat16, float32, float64, got"),
         ({"bias": 1}, "a packed layer's bias needs a bool, got 1"),
         ({"module": "os"}, "needs the keys format, out_features, in_features, bias, dtype, stored"),
     ],
