@@ -5,7 +5,7 @@ with exact zeros in ordinary parameters; the back half (`accelerate_`, `pack_`) 
 """
 
 from secateur.accelerate import accelerate_
-from secateur.allocation import sense
+from secateur.allocation import sensitivity
 from secateur.core.version import VERSION
 from secateur.criteria import magnitude, random, ria, wanda
 from secateur.files import load, save
@@ -48,7 +48,7 @@ __all__ = [
     "refit",
     "ria",
     "save",
-    "sense",
+    "sensitivity",
     "sparsegpt",
     "swap",
     "thorough",

@@ -112,7 +112,9 @@ VERBS: dict[str, Callable[[], dict[str, Any]]] = {
     ).state_dict(),
     "distil_": distilled,
     "permute_": lambda: changed(lambda m: permute_(m, "2:4", sc.wanda, ids(2))),
-    "sense": lambda: {"found": sc.sense(decoder(), ["2:4", "unstructured:0.7"], token_loss)},
+    "sensitivity": lambda: {
+        "found": sc.sensitivity(decoder(), ["2:4", "unstructured:0.7"], token_loss)
+    },
     "erk": lambda: {"found": erk(decoder(), "unstructured:0.5")},
     "owl": lambda: {"found": owl(decoder(), "unstructured:0.5", ids(2))},
     "inspect": lambda: {"found": inspect(pruned())},

@@ -33,7 +33,7 @@ PUBLIC = {
         "alps",
         "blockwise",
         "best",
-        "sense",
+        "sensitivity",
     ),
     *("Int4", "Int8", "Fp8"),
     *("hold", "gradual", "distil_"),

@@ -211,7 +211,7 @@ def main(words: Sequence[str] | None = None) -> None:
     levels = sorted({*options.levels.split(","), *sparsities}, key=float)
     patterns = [f"unstructured:{level}@layer" for level in levels]
     begin = time.perf_counter()
-    curves = sc.sense(
+    curves = sc.sensitivity(
         dense,
         patterns,
         lambda model: search(model, search.batches[: options.sense_batches]),

@@ -112,7 +112,7 @@ def main() -> None:
 
     dense = layers(options.model, options.blocks, getattr(torch, options.dtype), options.device)
     formats = options.formats.split(",") if options.formats else None
-    curves = sc.sense(dense, PATTERNS, energy)
+    curves = sc.sensitivity(dense, PATTERNS, energy)
     inputs = [
         torch.randn(options.tokens, linear.in_features, device=options.device).to(linear.weight)
         for linear in dense

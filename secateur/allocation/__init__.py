@@ -4,7 +4,7 @@ from secateur.allocation.budget import DENSE_CHOICE, Allocation, Costs, Point, a
 from secateur.allocation.equalize import equalize
 from secateur.allocation.evolve import Evolved, evolve
 from secateur.allocation.formulas import erk, owl
-from secateur.allocation.sensitivity import Sensitivity, read_sensitivity, sense
+from secateur.allocation.sensitivity import Sensitivity, read_sensitivity, sensitivity
 
 __all__ = [
     "DENSE_CHOICE",
@@ -20,5 +20,5 @@ __all__ = [
     "monotone",
     "owl",
     "read_sensitivity",
-    "sense",
+    "sensitivity",
 ]

@@ -99,7 +99,7 @@ class Allocation:
 def allocate(sensitivity: Sensitivity, costs: Costs, budget: float) -> Allocation:
     """The patterns of all layers with the least increase of the loss within the budget.
 
-    `sc.plan` takes its `patterns`; printed, it shows the Pareto front. The increases that `sense`
+    `sc.plan` takes its `patterns`; printed, it shows the Pareto front. The increases that were
     measured are made monotone and assumed to add up over layers, which they do at low sparsity; at
     high sparsity the same pattern for all layers may be better. `evolve` finds what that misses.
 
@@ -131,7 +131,7 @@ def require_reachable(
         raise ValueError(
             f"no choice of these patterns keeps to a budget of {figure(budget)} {costs.unit}: the "
             f"least that can be reached is {figure(least)}, dense is {figure(costs.dense)}: raise "
-            "the budget, or sense sparser patterns"
+            "the budget, or measure sparser patterns"
         )
     return least
 

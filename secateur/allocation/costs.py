@@ -101,7 +101,7 @@ def milliseconds(
         if not dense:
             raise ValueError(
                 f"milliseconds needs a pattern that a format can store, {linear} has none: "
-                f"{reports[-1].reason}: sense others, such as 2:4"
+                f"{reports[-1].reason}: measure others, such as 2:4"
             )
         times = {
             one: median(dense) if report.format == DENSE else _time(report, dense=False)
@@ -163,7 +163,7 @@ def allocate_milliseconds(
         raise ValueError(
             f"no choice of these patterns was measured to take {figure(budget)} ms at most: the "
             f"least of {len(seen)} tried is {figure(fastest)}, dense is {figure(dense)}: raise the "
-            "budget, or sense sparser patterns"
+            "budget, or measure sparser patterns"
         )
     return kept
 

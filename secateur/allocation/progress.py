@@ -48,7 +48,7 @@ class Progress:
                     )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path} is no checkpoint of sense: {error}: choose another file"
+                f"{path} is no checkpoint of sensitivity: {error}: choose another file"
             ) from None
         if different := [key for key in fingerprint if known.get(key) != fingerprint[key]]:
             raise ValueError(

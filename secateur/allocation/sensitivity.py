@@ -97,7 +97,7 @@ class Sensitivity:
 
 
 @torch.inference_mode(False)
-def sense(
+def sensitivity(
     model: nn.Module,
     patterns: Sequence[str | Pattern],
     loss: Callable[[nn.Module], float],
@@ -138,7 +138,7 @@ def sense(
             for name in shapes
         }
         missing = {name: selection.layers[name] for name in shapes if todo[name]}
-        bar = tqdm(total=sum(map(len, todo.values())), desc="sense", disable=None)
+        bar = tqdm(total=sum(map(len, todo.values())), desc="sensitivity", disable=None)
         with bar, contextlib.closing(scores(model, missing, criterion, listed)) as scored:
             for name, found in scored:
                 for key in todo[name]:

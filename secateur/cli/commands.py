@@ -16,7 +16,7 @@ from secateur.cli.plan import plan
 from secateur.cli.prune import prune
 from secateur.cli.recover import recover
 from secateur.cli.report import report
-from secateur.cli.sense import sense
+from secateur.cli.sensitivity import sensitivity
 from secateur.cli.stream import stream
 from secateur.cli.tune import tune
 
@@ -61,7 +61,7 @@ app.command(rich_help_panel=WORK)(export)
 app.command(rich_help_panel=WORK)(migrate)
 app.command(rich_help_panel=MEASURE)(check)
 app.command("eval", rich_help_panel=MEASURE)(evaluate)
-app.command(rich_help_panel=MEASURE)(sense)
+app.command(rich_help_panel=MEASURE)(sensitivity)
 app.command(rich_help_panel=MEASURE)(bench)
 app.command(rich_help_panel=MEASURE)(tune)
 app.command(rich_help_panel=SHOW)(report)

@@ -49,7 +49,7 @@ def report(
     data: Data = HELD_OUT,
     sensitivity: Annotated[
         Path | None,
-        typer.Option(help="Curves that `secateur sense -o` wrote.", show_default=False),
+        typer.Option(help="Curves that `secateur sensitivity -o` wrote.", show_default=False),
     ] = None,
     tokens_per_call: o.TokensPerCall = None,
     title: Annotated[str | None, typer.Option(help="The page's title.", show_default=False)] = None,

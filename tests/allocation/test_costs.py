@@ -35,7 +35,7 @@ def sensed(found: nn.Module) -> Sensitivity:
     def energy(one: nn.Module) -> float:
         return -sum(float(p.detach().square().sum()) for p in one.parameters())
 
-    return sc.sense(found, PATTERNS, energy)
+    return sc.sensitivity(found, PATTERNS, energy)
 
 
 def timer(microseconds: Mapping[str, float], asked: list[str]) -> object:
@@ -244,4 +244,6 @@ def test_costs_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         costs.milliseconds(found, curves, (0,))
     convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
     with pytest.raises(ValueError, match=r"layer '0' needs to be an nn.Linear, got Conv2d"):
-        costs.nbytes(convolution, sc.sense(convolution, ["1:3", "unstructured:0.5"], lambda m: 0.0))
+        costs.nbytes(
+            convolution, sc.sensitivity(convolution, ["1:3", "unstructured:0.5"], lambda m: 0.0)
+        )

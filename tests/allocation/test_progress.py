@@ -50,6 +50,6 @@ def test_a_number_that_was_changed_is_not_believed(line: int, tmp_path: Path) ->
     lines[line] = lines[line].replace("11", "17", 1)
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(
-        ValueError, match=r"kept.json is no checkpoint of sense: a line was changed"
+        ValueError, match=r"kept.json is no checkpoint of sensitivity: a line was changed"
     ):
         Progress(path, {"call": 11})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.allocation import Sensitivity, read_sensitivity, sense
+from secateur.allocation import Sensitivity, read_sensitivity, sensitivity
 from secateur.model.evaluate import perplexity
 
 
@@ -68,7 +68,7 @@ def bits(model: nn.Module) -> dict[str, list[int]]:
 
 def test_each_cell_is_what_the_pruned_layer_alone_costs() -> None:
     model = hand_made()
-    found = sense(model, ["2:4", "unstructured:0.5@layer", sc.NM(1, 2)], lost_energy)
+    found = sensitivity(model, ["2:4", "unstructured:0.5@layer", sc.NM(1, 2)], lost_energy)
     assert found.patterns == ("2:4", "unstructured:0.5@layer", "1:2")
     assert found.loss == -(30 + 76 + 31)
     # rows of layer 0: 2:4 drops 1 and 2, and 1 and 1; of the whole layer the four smallest go
@@ -84,13 +84,13 @@ def test_groups_of_a_convolution_lie_along_its_channels() -> None:
     model = nn.Sequential(nn.Conv2d(6, 1, 2, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.arange(1.0, 7).view(1, 6, 1, 1).expand(1, 6, 2, 2))
-    found = sense(model, ["2:4", "2:4@pad-remainder"], lambda m: -float(m[0].weight.sum()))
+    found = sensitivity(model, ["2:4", "2:4@pad-remainder"], lambda m: -float(m[0].weight.sum()))
     assert found.increase["0"] == {"2:4": None, "2:4@pad-remainder": 4 * (1 + 2)}
     assert found.why_not == {"0": {"2:4": "2:4 needs in_channels divisible by 4, got 6"}}
 
 
 def test_layers_are_selected_as_everywhere() -> None:
-    found = sense(Language(), ["2:4"], nll, layers=["blocks.*"], ignore=["*.1.3"])
+    found = sensitivity(Language(), ["2:4"], nll, layers=["blocks.*"], ignore=["*.1.3"])
     assert list(found.increase) == ["blocks.0.0", "blocks.0.3", "blocks.1.0"]
     assert found.skipped == {"blocks.1.3": "ignored"}
 
@@ -100,7 +100,7 @@ def test_a_cell_is_what_prune_of_that_layer_alone_costs(criterion: Callable[...,
     model = Language().train()
     before = bits(model)
     patterns = ["2:4", "unstructured:0.8"]
-    found = sense(model, patterns, nll, criterion=criterion, batches=rows(0))
+    found = sensitivity(model, patterns, nll, criterion=criterion, batches=rows(0))
     assert bits(model) == before
     assert model.training and model.blocks[0].training
     assert list(found.increase) == ["blocks.0.0", "blocks.0.3", "blocks.1.0", "blocks.1.3", "head"]
@@ -113,9 +113,9 @@ def test_a_cell_is_what_prune_of_that_layer_alone_costs(criterion: Callable[...,
 
 def test_wanda_needs_batches_and_sees_them() -> None:
     with pytest.raises(ValueError, match="wanda needs calibration data for input_norm: pass batch"):
-        sense(Language(), ["2:4"], nll, criterion=sc.wanda)
-    one = sense(Language(), ["2:4"], nll, criterion=sc.wanda, batches=rows(0))
-    other = sense(Language(), ["2:4"], nll, criterion=sc.wanda, batches=[rows(0)[0][:1, :1]])
+        sensitivity(Language(), ["2:4"], nll, criterion=sc.wanda)
+    one = sensitivity(Language(), ["2:4"], nll, criterion=sc.wanda, batches=rows(0))
+    other = sensitivity(Language(), ["2:4"], nll, criterion=sc.wanda, batches=[rows(0)[0][:1, :1]])
     assert one.increase != other.increase
 
 
@@ -134,7 +134,7 @@ def test_the_model_is_as_it_was_when_the_loss_is_interrupted(error: type[BaseExc
 
     before = bits(model)
     with pytest.raises(error):
-        sense(model, ["unstructured:0.2", "2:4"], failing)
+        sensitivity(model, ["unstructured:0.2", "2:4"], failing)
     assert bits(model) == before
     assert model.training
 
@@ -150,7 +150,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path: Path) -> None:
         return nll(model)
 
     model = Language()
-    call = partial(sense, model, ["2:4", "1:4"], criterion=sc.wanda, batches=rows(0))
+    call = partial(sensitivity, model, ["2:4", "1:4"], criterion=sc.wanda, batches=rows(0))
     with pytest.raises(KeyboardInterrupt):
         call(counting, checkpoint=path)
     assert [p.name for p in tmp_path.iterdir()] == ["sense.json"]
@@ -160,7 +160,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert resumed == call(nll)
     again = call(counting, checkpoint=path)
     assert (calls, again) == (14, resumed)
-    more = sense(
+    more = sensitivity(
         model, ["2:4", "4:8"], counting, criterion=sc.wanda, batches=rows(0), checkpoint=path
     )
     assert calls == 14 + 1 + 5
@@ -169,55 +169,58 @@ def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_call_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "sense.json"
-    sense(Language(), ["2:4"], nll, checkpoint=path)
+    sensitivity(Language(), ["2:4"], nll, checkpoint=path)
     with pytest.raises(ValueError, match=r"sense.json belongs to another call, its criterion diff"):
-        sense(Language(), ["2:4"], nll, criterion=sc.random, checkpoint=path)
+        sensitivity(Language(), ["2:4"], nll, criterion=sc.random, checkpoint=path)
     with pytest.raises(ValueError, match="belongs to another call, its layers differs: choose"):
-        sense(hand_made(), ["2:4"], lost_energy, checkpoint=path)
+        sensitivity(hand_made(), ["2:4"], lost_energy, checkpoint=path)
     with pytest.raises(
         ValueError, match=r"has a dense loss of .*: the data or the loss has changed: choose"
     ):
-        sense(Language(), ["2:4"], lambda m: 2 * nll(m), checkpoint=path)
+        sensitivity(Language(), ["2:4"], lambda m: 2 * nll(m), checkpoint=path)
     path.write_text("{")
     with pytest.raises(
-        ValueError, match=r"sense.json is no checkpoint of sense: a line cannot be read as JSON"
+        ValueError,
+        match=r"sense.json is no checkpoint of sensitivity: a line cannot be read as JSON",
     ):
-        sense(Language(), ["2:4"], nll, checkpoint=path)
+        sensitivity(Language(), ["2:4"], nll, checkpoint=path)
     path.write_text('{"fingerprint": 1, "loss": 1, "increase": {}}')
-    with pytest.raises(ValueError, match=r"sense.json is no checkpoint of sense: .*choose another"):
-        sense(Language(), ["2:4"], nll, checkpoint=path)
+    with pytest.raises(
+        ValueError, match=r"sense.json is no checkpoint of sensitivity: .*choose another"
+    ):
+        sensitivity(Language(), ["2:4"], nll, checkpoint=path)
 
 
 def test_sense_errors() -> None:
     model = hand_made()
     with pytest.raises(ValueError, match="needs a list of patterns, got '2:4': such as"):
-        sense(model, "2:4", lost_energy)
+        sensitivity(model, "2:4", lost_energy)
     with pytest.raises(ValueError, match=r"needs a list of patterns, got \[\]"):
-        sense(model, [], lost_energy)
+        sensitivity(model, [], lost_energy)
     with pytest.raises(ValueError, match="unknown pattern '2-4'"):
-        sense(model, ["2-4"], lost_energy)
+        sensitivity(model, ["2-4"], lost_energy)
     with pytest.raises(ValueError, match="needs a finite loss, got nan for the dense model"):
-        sense(model, ["2:4"], lambda m: float("nan"))
+        sensitivity(model, ["2:4"], lambda m: float("nan"))
 
     def breaking(model: nn.Module) -> float:
         return float("inf") if (model[0].weight == 0).any() else 1.0
 
     with pytest.raises(ValueError, match=r"got inf for 0 pruned to 2:4: .* or ignore the layer"):
-        sense(model, ["2:4"], breaking)
+        sensitivity(model, ["2:4"], breaking)
 
     def scoreless(weight: Tensor) -> Tensor:
         return weight / 0 * 0
 
     with pytest.raises(ValueError, match=r"criterion scoreless needs to give scores .* with 8 NaN"):
-        sense(model, ["2:4"], lost_energy, criterion=scoreless)
+        sensitivity(model, ["2:4"], lost_energy, criterion=scoreless)
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"0.weight has no data \(meta device\)"):
-        sense(empty, ["2:4"], lost_energy)
+        sensitivity(empty, ["2:4"], lost_energy)
 
 
 def test_it_prints_a_table_and_the_reasons() -> None:
-    text = str(sense(hand_made(), ["2:4", "1:2"], lost_energy))
+    text = str(sensitivity(hand_made(), ["2:4", "1:2"], lost_energy))
     assert "layer  out  in      2:4       1:2\n" in text
     assert "\n    1    3   2        -   +2.0000\n" in text
     assert "over the dense model's -137.0000, one layer pruned by magnitude" in text
@@ -226,7 +229,7 @@ def test_it_prints_a_table_and_the_reasons() -> None:
 
 def test_it_can_be_written_and_read(tmp_path: Path) -> None:
     path = tmp_path / "sense.json"
-    found = sense(hand_made(), ["2:4", "1:2"], lost_energy, ignore=[])
+    found = sensitivity(hand_made(), ["2:4", "1:2"], lost_energy, ignore=[])
     found.write(path)
     assert read_sensitivity(path) == found
 
@@ -247,7 +250,7 @@ def test_it_can_be_written_and_read(tmp_path: Path) -> None:
 
 
 def test_a_sensitivity_is_plain_data() -> None:
-    found = sense(hand_made(), ["2:4"], lost_energy)
+    found = sensitivity(hand_made(), ["2:4"], lost_energy)
     assert isinstance(found, Sensitivity)
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
     assert found.to_dict()["layers"]["0"] == {

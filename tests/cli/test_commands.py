@@ -17,7 +17,7 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     verbs = (
-        "doctor inspect sense plan prune stream recover eval bench tune check export migrate "
+        "doctor inspect sensitivity plan prune stream recover eval bench tune check export migrate "
         "report demo"
     )
     assert all(f" {verb} " in done.stdout for verb in verbs.split())

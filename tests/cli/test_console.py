@@ -153,16 +153,16 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(
     assert said(run("check", out))
 
 
-@pytest.mark.parametrize("verb", ["plan", "report", "sense"])
+@pytest.mark.parametrize("verb", ["plan", "report", "sensitivity"])
 def test_a_page_or_table_that_cannot_be_written_is_one_line(
     verb: str, dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / ("out.json" if verb == "sense" else "out.html")
+    out = tmp_path / ("out.json" if verb == "sensitivity" else "out.html")
     calls = {
         "plan": ("plan", dense, "-p", "2:4", "-o", out),
         "report": ("report", pruned, "-o", out),
-        "sense": ("sense", dense, "--tokens", tokens(dense, "calibration"), "--rows", "1",
-                  "-p", "2:4", "--layers", "*q_proj", "-o", out),
+        "sensitivity": ("sensitivity", dense, "--tokens", tokens(dense, "calibration"),
+                        "--rows", "1", "-p", "2:4", "--layers", "*q_proj", "-o", out),
     }  # fmt: skip
     out.write_text("before")
 

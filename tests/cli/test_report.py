@@ -78,9 +78,9 @@ def test_a_page_is_called_what_it_is(pruned: Path, tmp_path: Path, name: str) ->
     line = refused(run("report", pruned, "-o", tmp_path / name))
     assert line.endswith("give it a name that ends in .html") and not (tmp_path / name).exists()
     data = ("--tokens", tokens(pruned.with_name("dense"), "validation"), "--rows", 1)
-    assert "ends in .html" in refused(run("sense", pruned, *data, "--html", tmp_path / name))
+    assert "ends in .html" in refused(run("sensitivity", pruned, *data, "--html", tmp_path / name))
     name = name.replace(".json", ".html")
-    assert "ends in .json" in refused(run("sense", pruned, *data, "-o", tmp_path / name))
+    assert "ends in .json" in refused(run("sensitivity", pruned, *data, "-o", tmp_path / name))
 
 
 def test_report_measures_speed_where_it_is_asked_to(pruned: Path, tmp_path: Path) -> None:

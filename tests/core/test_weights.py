@@ -81,7 +81,9 @@ VERBS: dict[str, Callable[[nn.Module], object]] = {
     "movement": lambda m: movement(
         m, sc.plan(m, "2:4"), torch.optim.SGD(m.parameters()), cubic(0.5, 0, 10)
     ),
-    "sense": lambda m: sc.sense(m, ["2:4"], lambda model: float(model(X[0]).square().mean())),
+    "sensitivity": lambda m: sc.sensitivity(
+        m, ["2:4"], lambda model: float(model(X[0]).square().mean())
+    ),
     "erk": lambda m: erk(m, "unstructured:0.5"),
 }
 

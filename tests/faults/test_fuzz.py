@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import secateur as sc
 from secateur.accelerate.measurements import ENTRIES
-from secateur.allocation import read_sensitivity, sense
+from secateur.allocation import read_sensitivity, sensitivity
 from secateur.cli import app
 from secateur.core.disk.tensor_files import save_file
 from secateur.files.save import load, save
@@ -281,12 +281,12 @@ def _sense(folder: Path) -> Values:
     def loss(model: nn.Module) -> float:
         return float(answer(model, batches()[0], "the batch").square().mean())
 
-    found = sense(dense(), ["2:4", "1:4"], loss, checkpoint=folder / "sense.jsonl")
+    found = sensitivity(dense(), ["2:4", "1:4"], loss, checkpoint=folder / "sense.jsonl")
     return found.to_dict()
 
 
 def _sensitivity(folder: Path) -> None:
-    (found := sense(dense(), ["2:4", "1:4"], lambda model: 1.0)).write(folder / "found.json")
+    (found := sensitivity(dense(), ["2:4", "1:4"], lambda model: 1.0)).write(folder / "found.json")
     assert found.increase
 
 
@@ -361,7 +361,7 @@ KINDS: Mapping[str, Kind] = {
     "plan.json": _plan("plan.json"),
     "checkpoint of layers": Kind(_reconstruct, "run/*", _reconstruct),
     "checkpoint of training": Kind(_distil, "run/*", _distil),
-    "checkpoint of sense": Kind(_sense, "sense.jsonl", _sense),
+    "checkpoint of sensitivity": Kind(_sense, "sense.jsonl", _sense),
     "sensitivity": Kind(_sensitivity, "found.json", _read_sensitivity, _sensitivity_says),
     "measured.json": Kind(
         _measured,

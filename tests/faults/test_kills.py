@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import secateur as sc
-from secateur.allocation import sense
+from secateur.allocation import sensitivity
 from secateur.files.save import load, save
 from secateur.model.outputs import answer
 from secateur.reconstruct import compensate
@@ -71,7 +71,7 @@ def _sense(folder: Path) -> Result:
     def loss(model: torch.nn.Module) -> float:
         return float(answer(model, batches()[0], "the batch").square().mean())
 
-    found = sense(dense(), ["2:4", "1:4"], loss, checkpoint=folder / "sense.json")
+    found = sensitivity(dense(), ["2:4", "1:4"], loss, checkpoint=folder / "sense.json")
     found.write(folder / "found.json")
     return {name: torch.tensor(list(rows.values())) for name, rows in found.increase.items()}
 
@@ -82,7 +82,7 @@ CALLS: Mapping[str, Callable[[Path], Result]] = {
     "distil_": _distil,
     "save": _save,
     "compensate": _adapter,
-    "sense": _sense,
+    "sensitivity": _sense,
 }
 
 

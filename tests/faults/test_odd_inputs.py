@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import secateur as sc
-from secateur.allocation import sense
+from secateur.allocation import sensitivity
 from secateur.files.save import save
 from secateur.model.outputs import answer
 from secateur.prune.decompose import decompose_
@@ -271,12 +271,12 @@ CALLS: Mapping[str, Call] = {
     "decompose_": lambda m, p, b, f: decompose_(m, p, sc.sparsegpt, b, f / "adapter", rank=1),
     "pack_": lambda m, p, b, f: sc.pack_(m, "bitmap"),
     "unpack_": lambda m, p, b, f: sc.unpack_(m),
-    "sense": lambda m, p, b, f: sense(m, [p], _loss),
+    "sensitivity": lambda m, p, b, f: sensitivity(m, [p], _loss),
     "save": lambda m, p, b, f: save(m, f / "saved"),
     "hold": lambda m, p, b, f: sc.hold(m, torch.optim.SGD(_parameters(m), lr=0.1)),
 }
 PRUNES = ("prune_", "prune_ wanda", "reconstruct_", "best")
-READS = ("plan", "inspect", "sense", "save")
+READS = ("plan", "inspect", "sensitivity", "save")
 
 
 # --- the law -------------------------------------------------------------------------------------
@@ -363,7 +363,15 @@ def _patterns(verb: str, pattern: str, folder: Path) -> str | None:
 
 
 WITH_DATA = ("prune_ wanda", "reconstruct_", "best", "distil_", "permute_", "decompose_")
-WITH_PATTERN = ("plan", "prune_", "prune_ wanda", "reconstruct_", "permute_", "decompose_", "sense")
+WITH_PATTERN = (
+    "plan",
+    "prune_",
+    "prune_ wanda",
+    "reconstruct_",
+    "permute_",
+    "decompose_",
+    "sensitivity",
+)
 GRIDS: Mapping[str, tuple[Any, Any, Any]] = {
     "models": (_models, tuple(CALLS), MODELS),
     "batches": (_batches, WITH_DATA, BATCHES),

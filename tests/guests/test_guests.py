@@ -108,7 +108,7 @@ def test_budgets_and_formulas_take_the_guest(exported: None) -> None:
     dense = model()
     found = erk(dense, HALF)
     assert {type(pattern) for pattern in found.values()} == {Pairs}
-    sensed = sc.sense(
+    sensed = sc.sensitivity(
         dense,
         ["pairs:0.25", HALF],
         lambda m: compare(m, dense, batches()).kl,

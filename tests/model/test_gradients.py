@@ -330,7 +330,7 @@ def test_a_sensitivity_by_gradients() -> None:
     def nll(model: nn.Module) -> float:
         return sc.evaluate.perplexity(model, batches).nll
 
-    found = sc.sense(model, ["2:4"], nll, criterion=fisher, batches=iter(batches))
+    found = sc.sensitivity(model, ["2:4"], nll, criterion=fisher, batches=iter(batches))
     assert found.increase.keys() == layers.keys()
     name = "blocks.1.down_proj"
     sc.prune_(model, sc.plan(model, "2:4", layers=[name]), fisher, batches)

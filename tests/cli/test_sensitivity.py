@@ -1,4 +1,4 @@
-"""`secateur sense`: curves, a page, and what is refused."""
+"""`secateur sensitivity`: curves, a page, and what is refused."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ def test_sense_writes_curves_and_a_page(dense: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "sense.json", tmp_path / "sense.html"
     text = said(
         run(
-            "sense", dense, "-p", "2:4", "--pattern", "unstructured:0.9", "--layers", "*.1.mlp.*",
-            "--tokens",
+            "sensitivity", dense, "-p", "2:4", "--pattern", "unstructured:0.9",
+            "--layers", "*.1.mlp.*", "--tokens",
             tokens(dense, "validation"), "--rows", 2, "-o", out, "--html", page,
         )
     )  # fmt: skip
@@ -37,8 +37,10 @@ def test_sense_writes_curves_and_a_page(dense: Path, tmp_path: Path) -> None:
 
 def test_what_sense_refuses(dense: Path, tmp_path: Path) -> None:
     data = ("--tokens", tokens(dense, "validation"), "--rows", 1)
-    line = refused(run("sense", dense, *data, "-m", "sparsegpt"))
+    line = refused(run("sensitivity", dense, *data, "-m", "sparsegpt"))
     assert "needs a criterion, 'sparsegpt' refits the kept weights" in line
-    assert "unknown pattern 'foo'" in refused(run("sense", dense, *data, "-p", "2:4", "-p", "foo"))
-    line = refused(run("sense", dense, *data, "-o", tmp_path / "no" / "sense.json"))
+    assert "unknown pattern 'foo'" in refused(
+        run("sensitivity", dense, *data, "-p", "2:4", "-p", "foo")
+    )
+    line = refused(run("sensitivity", dense, *data, "-o", tmp_path / "no" / "sense.json"))
     assert "name a file in a folder that exists" in line

@@ -1,4 +1,4 @@
-"""`secateur sense`: how sensitive each layer is to pruning."""
+"""`secateur sensitivity`: how sensitive each layer is to pruning."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from torch import Tensor, nn
 
-from secateur.allocation.sensitivity import sense as measure
+from secateur.allocation.sensitivity import sensitivity as measure
 from secateur.cli import options as o
 from secateur.cli.command import command
 from secateur.cli.console import emit, say, table
@@ -24,7 +24,7 @@ FEW = Data(rows=16)
 
 
 @command(kept="checkpoint")
-def sense(
+def sensitivity(
     *,
     folder: o.Folder,
     patterns: Annotated[
