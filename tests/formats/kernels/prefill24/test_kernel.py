@@ -86,7 +86,7 @@ def test_a_token_is_held_in_registers(
 def test_sizes_on_both_sides_are_the_same(tmp_path: Path) -> None:
     """The constants of Python, asserted in the kernel's own source."""
     wanted = {
-        "1023 + ST * STAGE_BYTES + 2 * CONSUMERS * OUT_BYTES": SHARED_BYTES,
+        "1023 + STAGES * STAGE_BYTES + 2 * CONSUMERS * OUT_BYTES": SHARED_BYTES,
         "ROWS": ROWS,
         "TOKENS": TOKENS,
         "COLUMNS": COLUMNS,
