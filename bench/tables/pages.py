@@ -15,6 +15,7 @@ from bench.tables.decode import decode, decode_short
 from bench.tables.figure import front_page
 from bench.tables.grids import grids
 from bench.tables.linear import linear_cpu_all
+from bench.tables.pareto import pareto
 from bench.tables.prefill import prefill, prefill_short
 from bench.tables.readme import accuracy_short, speed_short
 from bench.tables.small_models import encoder_accuracy, vision_accuracy
@@ -45,7 +46,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "vision-accuracy": vision_accuracy,
     "vit": vit,
 }
-FIGURES: dict[Path, Callable[[Path], str]] = {ROOT / "docs" / "measured.svg": front_page}
+FIGURES: dict[Path, Callable[[Path], str]] = {
+    ROOT / "docs" / "measured.svg": front_page,
+    ROOT / "docs" / "pareto.svg": pareto,
+}
 
 
 def render(text: str, results: Path) -> str:
