@@ -1,12 +1,12 @@
-"""The coefficients of the decode kernel's cost model, fitted anew to timings of cuts.
+"""The coefficients of the decode kernel's cost model, fitted anew to timings of launch configs.
 
     python -m bench.run.cuts
 
-Reads bench/results/rule_*.csv (device, weight, tokens, cut, microseconds) and prints, for each
-bucket of tokens, the coefficients of `secateur.formats.kernels.decode24.rule` and how much longer
-the cuts take that the model chooses than the best that were measured. Least squares of the relative
-error with no coefficient negative; cuts near the best count most. The timings are of versions of
-the kernel on the way to the present one.
+Reads bench/results/rule_*.csv (device, weight, tokens, launch config, microseconds) and prints, for
+each bucket of tokens, the coefficients of `secateur.formats.kernels.decode24.cost_model` and how
+much longer the configs take that the model chooses than the best that were measured. Least squares
+of the relative error with no coefficient negative; configs near the best count most. The timings
+are of versions of the kernel on the way to the present one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,16 @@ import torch
 from bench.lib.results import RESULTS, read
 from secateur.formats.kernels.decode24.arrange import Kind
 from secateur.formats.kernels.decode24.config import Case, LaunchConfig
-from secateur.formats.kernels.decode24.rule import COSTS, Costs, quantities
+from secateur.formats.kernels.decode24.cost_model import COSTS, LaunchCosts, quantities
 
-OLDER = 9  # commas in a cut that was measured before cuts had a stay
+OLDER = 9  # commas in a config that was measured before configs had a stay
 SWEEPS = 3000  # of the descent; the coefficients have settled long before
 
 Timings = Sequence[tuple[Case, LaunchConfig, float]]
 
 
 def timings(results: Path) -> Timings:
-    """Every case, cut and time of the files."""
+    """Every case, launch config and time of the files."""
     found = []
     for path in sorted(results.glob("rule_*.csv")):
         for row in read(path):
@@ -37,18 +37,18 @@ def timings(results: Path) -> Timings:
             rows, columns = map(int, shape.split("x"))
             weight = (Kind[kind.upper()], bool(group), torch.bfloat16, rows, columns)
             case = Case(*weight, int(row["tokens"]))
-            cut = row["cut"]
-            if cut.count(",") == OLDER:
-                cut = f"{cut},0"
-            found.append((case, LaunchConfig.parse(cut), float(row["us"])))
+            config = row["cut"]
+            if config.count(",") == OLDER:
+                config = f"{config},0"
+            found.append((case, LaunchConfig.parse(config), float(row["us"])))
     return found
 
 
-def fit(chosen: Timings) -> Costs:
+def fit(chosen: Timings) -> LaunchCosts:
     """The coefficients that explain these timings best."""
     best = fastest(chosen)
     weight = np.array([(best[case] / us) ** 2 / us for case, _, us in chosen])
-    terms = np.array([quantities(case, cut) for case, cut, _ in chosen]) * weight[:, None]
+    terms = np.array([quantities(case, config) for case, config, _ in chosen]) * weight[:, None]
     target = np.array([us for *_, us in chosen]) * weight
     gram, moment = terms.T @ terms, terms.T @ target
     solution = np.zeros(len(moment))
@@ -56,7 +56,7 @@ def fit(chosen: Timings) -> Costs:
         for j in np.flatnonzero(gram.diagonal()):
             step = (moment[j] - gram[j] @ solution) / gram[j, j]
             solution[j] = max(0.0, solution[j] + step)
-    return Costs(*(float(f"{value:.3g}") for value in solution))
+    return LaunchCosts(*(float(f"{value:.3g}") for value in solution))
 
 
 def fastest(chosen: Timings) -> Mapping[Case, float]:
@@ -67,12 +67,12 @@ def fastest(chosen: Timings) -> Mapping[Case, float]:
     return best
 
 
-def excess(chosen: Timings, costs: Costs) -> list[float]:
+def excess(chosen: Timings, costs: LaunchCosts) -> list[float]:
     """For each case, the time of the model's choice over the best; 1 is no loss."""
     best = fastest(chosen)
     choice: dict[Case, tuple[float, float]] = {}
-    for case, cut, us in chosen:
-        expected = float(np.dot(quantities(case, cut), costs))
+    for case, config, us in chosen:
+        expected = float(np.dot(quantities(case, config), costs))
         if case not in choice or expected < choice[case][0]:
             choice[case] = expected, us
     return [us / best[case] for case, (_, us) in choice.items()]

@@ -1,4 +1,4 @@
-"""The tables of how the decode kernel is best cut."""
+"""The tables of the decode kernel's fastest launch configs; `cut` is the word of their rows."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ SHORT = ("semi24", "semi24_int4")  # stand for the others: 16-bit and 4-bit weig
 
 
 def cuts(results: Path) -> str:
-    """The fastest cut of the decode kernel for each layer, format and number of tokens."""
+    """The decode kernel's fastest launch config for each layer, format and number of tokens."""
     return "\n".join(map(_table, newest(results, "cuts")))
 
 
 def cuts_short(results: Path) -> str:
-    """The same for two formats that stand for the others."""
+    """The table of `cuts` for two formats that stand for the others."""
     short = [[row for row in rows if row["format"] in SHORT] for rows in newest(results, "cuts")]
     return "\n".join(map(_table, short))
 
@@ -32,7 +32,7 @@ def _table(rows: Rows) -> str:
     ]
     first = rows[0]
     origin = (
-        "Microseconds and ratio to dense cuBLAS bf16 (that of 2 tokens in the first column) in the "
+        "Microseconds and ratio to dense cuBLAS bf16 (at 2 tokens in the first column) in the "
         "same process; random weights, cold, a chain of dependent launches in one CUDA graph, "
         f"median; {first['device']}, driver {first['driver']}, torch {first['torch']}, "
         f"{first['date']}, `{first['call']}`, kernel.cu {first['kernel_sha256']}."

@@ -1,4 +1,4 @@
-"""`secateur tune`: which cut of the GPU kernel is fastest here, measured and remembered."""
+"""`secateur tune`: the fastest launch config of the GPU kernel here, measured and remembered."""
 
 import re
 from collections.abc import Sequence
@@ -17,15 +17,16 @@ from secateur.formats.kernels.decode24.arrange import FORMATS
 from secateur.formats.kernels.decode24.choose import choose, own_table, remember
 from secateur.formats.kernels.decode24.config import Case
 from secateur.formats.kernels.decode24.multiply import why_not
-from secateur.formats.kernels.decode24.tune import MOST_CUTS, Timed
+from secateur.formats.kernels.decode24.tune import MOST_CONFIGS, Timed
 from secateur.formats.kernels.decode24.tune import tune as measure
 from secateur.formats.kernels.measured import chip
 from secateur.report.rows import Row
 
-COLUMNS = ("layer", "tokens", "cut", "us", "TB/s", "second best", "its us")
-DTYPE = torch.bfloat16  # a cut serves float16 as well: the same bytes move
+COLUMNS = ("layer", "tokens", "config", "us", "TB/s", "second best", "its us")
+DTYPE = torch.bfloat16  # a launch config serves float16 as well: the same bytes move
 
-Found = list[tuple[Case, list[Timed]]]
+# Each case with the launch configs that were timed for it, fastest first.
+Measurements = list[tuple[Case, list[Timed]]]
 
 
 @command()
@@ -63,18 +64,20 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    cuts: Annotated[int, typer.Option(min=1, help="Cuts to try for each layer.")] = MOST_CUTS,
+    cuts: Annotated[
+        int, typer.Option(min=1, help="Launch configs to try for each layer.")
+    ] = MOST_CONFIGS,
     device: o.Device = "auto",
     json: o.Json = False,
 ) -> None:
-    """Measure how the GPU kernel for 2:4 weights is best cut for these layers, and remember it.
+    """Measure the GPU kernel's launch configs for these 2:4 layers, and remember the fastest.
 
-    It runs without this too, by a rule. What is found lies beside the compiled kernels and serves
-    every process that this user starts from then on.
+    The kernel runs without this too, by a cost model. What is found lies beside the compiled
+    kernels and serves every process that this user starts from then on.
     """
     place = _gpu(device)
     cases = _cases(_shapes(model, shapes), formats or ["semi24"], tokens or [1, 16], place)
-    found = Found()
+    found = Measurements()
     try:
         _measure(cases, place, cuts, found)
     except KeyboardInterrupt:
@@ -97,8 +100,8 @@ def _gpu(device: str) -> torch.device:
     return place
 
 
-def _measure(cases: Sequence[Case], device: torch.device, most: int, found: Found) -> None:
-    """Add each case to `found` once its fastest cut is written down."""
+def _measure(cases: Sequence[Case], device: torch.device, most: int, found: Measurements) -> None:
+    """Add each case to `found` once its fastest launch config is written down."""
     # What runs today is measured too, so that it is only ever exchanged for something faster
     known = {case: [choose(case, device)] for case in cases}
     for case, timed in measure(cases, device, most, known=known):
@@ -130,7 +133,7 @@ def _cases(
     tokens: Sequence[int],
     device: torch.device,
 ) -> list[Case]:
-    """The distinct cases to measure: numbers of tokens that share a kernel share its cut.
+    """The distinct cases to measure: numbers of tokens that share a kernel share its config.
 
     Raises: ValueError if the kernel has no such format, or cannot run a shape here.
     """
@@ -156,7 +159,7 @@ def _cases(
 def _row(case: Case, timed: Sequence[Timed]) -> Row:
     layer, tokens = case.weight, f"<={case.tokens}"
     if not timed:
-        return layer, tokens, "none is right: the rule stays", *["-"] * 4
+        return layer, tokens, "none is right: the cost model stays", *["-"] * 4
     best = timed[0]
     second = (str(timed[1].config), f"{timed[1].us:.2f}") if len(timed) > 1 else ("-", "-")
     rate = f"{_terabytes_per_s(case, best):.2f}"
@@ -165,7 +168,7 @@ def _row(case: Case, timed: Sequence[Timed]) -> Row:
 
 def _entry(case: Case, timed: Sequence[Timed]) -> dict[str, Any]:
     measured = [
-        {"cut": str(one.config), "us": one.us, "tb_per_s": _terabytes_per_s(case, one)}
+        {"config": str(one.config), "us": one.us, "tb_per_s": _terabytes_per_s(case, one)}
         for one in timed
     ]
     return {"layer": case.weight, "most_tokens": case.tokens, "measured": measured}

@@ -29,7 +29,7 @@ class Bitmap(Format):
     is_exact = True
 
     def why_not(self, weight: Tensor) -> str | None:
-        """None if the packed weight is smaller than the dense one, else by how much it is not."""
+        """By how much the packed weight is no smaller than the dense one, or None if it is."""
         if (problem := why_no_weight(weight, self)) is not None:
             return problem
         mask_bytes = weight.shape[0] * ((weight.shape[1] + 7) // 8)
@@ -77,7 +77,7 @@ class Bitmap(Format):
         return Packed(self, shape, {"values": values, "bitmask": bitmask})
 
     def why_broken(self, packed: Packed) -> str | None:
-        """None if there is a value for every bit, and no bit for no weight, else what is wrong."""
+        """How bits and values disagree, or which bits stand for no weight; or None."""
         used = packed.shape[1] % 8
         if used and bool((packed["bitmask"][:, -1] >> used).any()):
             return f"bitmask keeps columns from {packed.shape[1]} on, which the weight lacks"

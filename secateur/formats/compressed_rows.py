@@ -1,6 +1,6 @@
 """Which entries of each row are kept, as torch's compressed sparse rows have it, in 32 bits.
 
-Shared by the formats that store kept weights, or kept blocks, in row order: those of row `i` are
+Shared by the formats that store kept weights, or kept blocks, in row order: row `i` has
 `values[crow_indices[i]:crow_indices[i + 1]]`, and `col_indices` holds the column of each.
 """
 
@@ -20,7 +20,7 @@ def indices_of(keep: Bool[Tensor, "rows columns"]) -> dict[str, Tensor]:
 
 
 def empty_indices(rows: int, stored: int) -> dict[str, Tensor]:
-    """Zeros of the sizes of both, for a loader to fill."""
+    """Both tensors of indices as zeros, for a loader to fill."""
     return {
         "crow_indices": torch.zeros(rows + 1, dtype=torch.int32, device="cpu"),
         "col_indices": torch.zeros(stored, dtype=torch.int32, device="cpu"),
@@ -40,7 +40,7 @@ def why_broken(
     columns: int,
     row: str,
 ) -> str | None:
-    """None if the indices are those of so many columns, else what is wrong with them.
+    """What is wrong with the indices of a weight with this many columns, or None.
 
     `row` is what a row is called: of blocks or of weights.
     """

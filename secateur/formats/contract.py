@@ -54,7 +54,7 @@ class Format(Protocol):
         return self
 
     def why_not(self, weight: Tensor) -> str | None:
-        """None if this dense weight can be stored so and is smaller for it, else the reason."""
+        """Why this dense weight cannot be stored so or gains nothing by it, or None."""
         ...
 
     def density(self, weight: Float[Tensor, "out in"]) -> float:
@@ -82,7 +82,7 @@ class Format(Protocol):
         ...
 
     def why_broken(self, packed: "Packed") -> str | None:
-        """None if the tensors are such as `pack` makes, else what is wrong with them."""
+        """What keeps the tensors from being such as `pack` makes, or None."""
         ...
 
 
@@ -128,12 +128,12 @@ class Implementation:
     """One way to run a format's linear.
 
     `linear(x, packed, bias, *arranged)` multiplies `[tokens, in]` by the packed weight, and
-    `why_not(packed, tokens)` is None where it can run here, else the reason. It reads shapes, dtype
+    `why_not(packed, tokens)` is the reason why it cannot run here, or None. It reads shapes, dtype
     and device only. `arrange(packed)` makes the tensors named in `arrangement`, which only this
     implementation can read: they are made when a weight is packed or loaded and never saved.
 
-    `activations` are those of `secateur.formats.activations` that `linear` applies to its results
-    itself where it is called with `activation`, for less than another pass over them.
+    `activations` names the functions of `secateur.formats.activations` that `linear` applies to its
+    results itself if it is called with `activation`, for less than another pass over them.
     """
 
     name: str
@@ -150,7 +150,7 @@ def typed_tensor(names: Collection[str]) -> str:
 
 
 def why_no_weight(weight: Tensor, format: Format) -> str | None:
-    """None for a matrix of floating-point numbers, else that the format needs one."""
+    """Why the format needs another weight, or None for a matrix of floating-point numbers."""
     if weight.dim() != 2 or weight.dtype not in DTYPES:
         got = f"{tuple(weight.shape)} of {weight.dtype}"
         return f"{format} needs a 2-D floating-point weight, got {got}"
@@ -188,5 +188,5 @@ def check_dense(weight: Tensor) -> None:
 
 
 def shape_of(weight: Float[Tensor, "out in"]) -> tuple[int, int]:
-    """Its two sizes."""
+    """The weight's two sizes."""
     return weight.shape[0], weight.shape[1]

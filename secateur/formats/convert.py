@@ -89,7 +89,7 @@ def _direct(packed: Packed, layout: str) -> Tensor | None:
 
 @contextmanager
 def _without_beta_notice() -> Iterator[None]:
-    """Hides torch's notices about compressed layouts (beta; checks off): the caller named one."""
+    """Hide torch's notices about compressed layouts (beta; checks off): the caller named one."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Sparse (.* tensor support is in beta|invariant checks)"

@@ -56,7 +56,7 @@ def linear(
 
 
 def why_not(codes: torch.dtype, device: torch.device) -> str | None:
-    """None if tokens can be rounded to these codes and multiplied on this device, else why not."""
+    """Why tokens cannot be rounded to these codes and multiplied on this device, or None."""
     problem = quantise.why_not(device)
     if problem is not None:
         return problem

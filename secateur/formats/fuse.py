@@ -46,7 +46,7 @@ def fuse_activations_(model: nn.Module, undo: Undo) -> dict[str, str]:
         children = dict(parent.named_children())
         alone = {name: child for name, child in children.items() if places[id(child)] == 1}
         able = {name: _applied_by(child) for name, child in alone.items()}
-        if not any(able.values()) or "forward" in vars(parent):  # a trace reads that of the class
+        if not any(able.values()) or "forward" in vars(parent):  # a trace reads the class's
             continue
         for layer, activation in _pairs(parent):
             name = _known(children[activation]) if able.get(layer) else None

@@ -199,7 +199,7 @@ class SparseLinear(nn.Linear):
         bias, activation = self.bias, self.activation
         if activation and torch.is_grad_enabled():
             if input.requires_grad or (bias is not None and bias.requires_grad):
-                activation = ""  # the operator's gradients are those of the linear alone
+                activation = ""  # the operator has gradients of the linear alone
         result: Tensor = linear_operator(self._operators)(
             input,
             *self._parts(),
@@ -304,7 +304,7 @@ class SparseLinear(nn.Linear):
             self.use(self._default())
 
     def _why_not_loaded(self, given: Mapping[str, Any], assign: bool) -> str | None:
-        """None if these tensors may take the places of this layer's own, else what is wrong."""
+        """Why these tensors cannot take the places of this layer's own, or None."""
         if (parts := given.keys() & set(self._stored)) and len(parts) < len(self._stored):
             lacking = next(key for key in self._stored if key not in parts)
             return f"it has {min(parts)} and lacks {lacking}, of one packed weight"

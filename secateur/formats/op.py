@@ -56,7 +56,7 @@ def register(format: Format) -> None:
 
     The operators are defined for every device: an implementation, not the operator, knows where it
     runs. The linear's input and bias have gradients, the packed weight is frozen: `grad @ weight`,
-    dense, and that of the unrounded inputs (straight through) where a format rounds them.
+    dense; where a format rounds inputs, as if it did not (straight through).
 
     Raises: ValueError if another kind of format has this name.
     """
@@ -65,7 +65,7 @@ def register(format: Format) -> None:
         _define(format.name, format.tensors)
     elif known.tensors != format.tensors or _kind(known) != _kind(format):
         raise ValueError(
-            f"a format needs a name of its own, {format.name!r} is that of {known!r}: rename it"
+            f"a format needs a name of its own, {format.name!r} belongs to {known!r}: rename it"
         )
     DEFINED[format.name] = format
 

@@ -25,10 +25,10 @@ REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
 class PackReport:
     """What `pack_` or `unpack_` changed, layer by layer in order.
 
-    A layer is (name, format, bytes before, bytes after, weight error). Bytes are those of the
-    weight in use, with what implementations arranged; a checkpoint holds less. The error is
-    ||W - W'|| / ||W||, which is 0 but for formats that round weights to a grid. `model_bytes` are
-    those of the whole model before, parameters and buffers.
+    A layer is (name, format, bytes before, bytes after, weight error). Bytes count
+    the weight in use, with what implementations arranged; a checkpoint holds less. The error is
+    ||W - W'|| / ||W||, which is 0 but for formats that round weights to a grid. `model_bytes` is
+    the size of the whole model before, parameters and buffers.
     """
 
     layers: tuple[tuple[str, str, int, int, float], ...]
@@ -71,7 +71,7 @@ def bytes_of(model: nn.Module) -> int:
 
 
 def whole_model(bytes: int, before: int, after: int) -> str:
-    """What it means for a model of so many bytes that some of its weights take others now."""
+    """The size of the whole model, told after its weights went from `before` to `after` bytes."""
     now = bytes - before + after
     return f"the whole model takes {now / 1e6:.1f} MB instead of {bytes / 1e6:.1f} MB"
 
@@ -80,7 +80,7 @@ def whole_model(bytes: int, before: int, after: int) -> str:
 def pack_(
     model: nn.Module, format: str | Format = "semi24", layers: Sequence[str] | None = None
 ) -> PackReport:
-    """Which layers now hold a packed weight; each listed `nn.Linear` becomes a `SparseLinear`.
+    """The layers that now hold a packed weight: each listed `nn.Linear` becomes a `SparseLinear`.
 
     So does a subclass that has the forward and the tensors of `nn.Linear` and no others.
 
@@ -129,7 +129,7 @@ def _pack(model: nn.Module, chosen: Format, layers: Sequence[str] | None, undo: 
 
 @torch.inference_mode(False)
 def unpack_(model: nn.Module) -> PackReport:
-    """Which layers are plain again: every `SparseLinear` becomes an `nn.Linear`, weights exact.
+    """The layers that are plain again: every `SparseLinear` becomes an `nn.Linear`, weights exact.
 
     A quantised weight becomes scale x code, rounded once to the layer's dtype: packing it in the
     same format again changes nothing.
@@ -230,7 +230,7 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def why_not_layer(name: str, linear: nn.Linear, tied: Mapping[str, str]) -> str | None:
-    """None if replacing this layer loses nothing but its dense weight, else what would be lost.
+    """What would be lost beside its dense weight if this layer were replaced, or None.
 
     `tied` is what `secateur.core.weights.tied_weights` says of the model.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 ASSIGNMENTS = frozenset(
     f"__{name}__"
     for name in (
-        *("setitem", "set"),  # `set` is that of a property: `weight.data = ...`
+        *("setitem", "set"),  # `set` writes a property: `weight.data = ...`
         *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
         *("iand", "ior", "ixor", "ilshift", "irshift"),
     )

@@ -8,7 +8,7 @@ from secateur.formats.contract import Implementation, Packed
 
 
 def anywhere(packed: Packed, tokens: int) -> str | None:
-    """None: it runs wherever torch runs."""
+    """Always None: the definition runs wherever torch runs."""
     return None
 
 

@@ -45,7 +45,7 @@ def nibbles_of(weight: Shaped[Tensor, "out in"]) -> UInt8[Tensor, "out groups"]:
 
 
 def why_not(weight: Shaped[Tensor, "out in"], format: str) -> str | None:
-    """None if the weight is at most 2:4, else where it is not."""
+    """Where the weight is not at most 2:4, or None."""
     if weight.shape[1] % 4:
         return f"{format} needs in_features that is a multiple of 4, got {tuple(weight.shape)}"
     nibbles = _nibbles(weight)
@@ -79,7 +79,7 @@ def scatter(
 
 
 def pack_nibbles(nibbles: UInt8[Tensor, "out nibbles"]) -> UInt8[Tensor, "out bytes"]:
-    """Two nibbles a byte, the even one in the low half; an odd number ends on a zero half."""
+    """The nibbles, two to a byte, the even one in the low half; an odd number ends on a zero."""
     even = torch.nn.functional.pad(nibbles, (0, nibbles.shape[1] % 2))
     return even[:, 0::2] | even[:, 1::2] << 4
 
@@ -103,7 +103,7 @@ def empty_metadata(shape: tuple[int, int], stored: int, format: str) -> UInt8[Te
 
 
 def why_broken(metadata: UInt8[Tensor, "out bytes"], groups: int) -> str | None:
-    """None if every group names two ascending columns, else the first that does not."""
+    """The first group that does not name two ascending columns, or None."""
     nibbles = unpack_nibbles(metadata, groups)
     wrong = (nibbles & 3) >= (nibbles >> 2)
     if bool(wrong.any()):

@@ -13,7 +13,7 @@ Likeness = tuple[Format, tuple[int, int], torch.dtype, torch.device, str, bool]
 
 
 def warmup(model: nn.Module, tokens: Sequence[int] = (1, 16)) -> int:
-    """How many kinds of packed layer the model has; whatever each would run is now loaded.
+    """The number of kinds of packed layer in the model; whatever each would run is now loaded.
 
     Each is called on zeros, once for every number of tokens, and nothing else of the model is. Do
     this before a CUDA graph is captured, where nothing can be compiled; and in the first of several

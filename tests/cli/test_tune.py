@@ -28,7 +28,7 @@ BF16 = torch.bfloat16
 
 
 class Gpu:
-    """Stands in for the device and for `tune`: it notes what it is asked and times two cuts."""
+    """Stands in for the device and for `tune`: it notes what it is asked and times two configs."""
 
     def __init__(self) -> None:
         self.capability = (9, 0)
@@ -58,7 +58,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     properties = SimpleNamespace(name="A GPU", multi_processor_count=132)
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(choose, "PACKAGED", tmp_path / "packaged.json")
-    monkeypatch.setattr(choose, "by_rule", lambda case, count, warpgroups: RULE)
+    monkeypatch.setattr(choose, "by_cost_model", lambda case, count, warpgroups: RULE)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu.capability)
     monkeypatch.setattr(tuning, "find_device", lambda name: torch.device("cuda:0"))
@@ -138,7 +138,7 @@ def test_every_case_is_measured_once(gpu: Gpu) -> None:
         (f"w16 {rows}x{columns}", tokens) for rows, columns, tokens in sizes
     ]
     assert found[2]["measured"][0] == {
-        "cut": str(FAST), "us": 2.5, "tb_per_s": pytest.approx(2304 / 2.5e-6 / 1e12),
+        "config": str(FAST), "us": 2.5, "tb_per_s": pytest.approx(2304 / 2.5e-6 / 1e12),
     }  # fmt: skip
 
 
@@ -158,10 +158,10 @@ def test_a_model_gives_the_shapes_of_its_linear_layers(gpu: Gpu, tmp_path: Path)
     assert [(case.rows, case.columns) for case in gpu.asked] == [(64, 128), (32, 64)]
 
 
-def test_a_case_without_a_right_cut_is_told_and_not_remembered(gpu: Gpu) -> None:
+def test_a_case_without_a_right_launch_config_is_told_and_not_remembered(gpu: Gpu) -> None:
     gpu.nothing_right = True
     text = said(run("--shape", "32x64", "--tokens", 1))
-    assert "none is right: the rule stays" in text
+    assert "none is right: the cost model stays" in text
     assert not own_table().exists()
 
 
@@ -207,7 +207,9 @@ def test_a_gpu_without_the_kernel_is_refused(gpu: Gpu) -> None:
 def test_a_broken_table_is_found_before_the_work(gpu: Gpu) -> None:
     own_table().parent.mkdir()
     own_table().write_text("[")
-    assert f"{own_table()} needs to be a table of cuts" in refused(run("--shape", "32x64"))
+    assert f"{own_table()} needs to be a table of launch configs" in refused(
+        run("--shape", "32x64")
+    )
     assert gpu.asked == []
 
 

@@ -156,7 +156,7 @@ def test_a_name_is_of_one_kind_of_format() -> None:
         tensors = ("values",)  # type: ignore[assignment]
 
     register(ROWS)
-    with pytest.raises(ValueError, match="'rows' is that of Rows"):
+    with pytest.raises(ValueError, match="'rows' belongs to Rows"):
         register(Other())
     assert isinstance(sc.pack_(model_of_rows(), ROWS).layers[0][1], str)
 

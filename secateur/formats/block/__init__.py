@@ -55,11 +55,11 @@ class Blocks(Format):
         return f"{self}@0.8"
 
     def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Blocks":
-        """The format with blocks of their size."""
+        """The format whose blocks are as large as these tensors'."""
         return Blocks(*tensors["values"].shape[1:])
 
     def why_not(self, weight: Tensor) -> str | None:
-        """None if some block is zero, else the reason why storing blocks would gain nothing."""
+        """Why storing blocks would gain nothing, or None if some block is zero."""
         problem = why_no_weight(weight, self) or self._misfit(weight)
         if problem is None and bool(self._keep(weight).all()):
             return f"no {self.rows}x{self.cols} block is zero: nothing to gain"
@@ -115,7 +115,7 @@ class Blocks(Format):
         )
 
     def why_broken(self, packed: Packed) -> str | None:
-        """None if the indices are those of a weight of this shape, else what is wrong with them."""
+        """What is wrong with the indices of a weight of this shape, or None."""
         crow, col = packed["crow_indices"], packed["col_indices"]
         across = packed.shape[1] // self.cols
         return compressed_rows.why_broken(crow, col, across, "row of blocks")

@@ -42,7 +42,7 @@ NATIVE = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}  # measur
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
-    """None on a CPU, else the device that it does not serve."""
+    """The device that it does not serve, or None on a CPU."""
     device = packed.device.type
     return None if device == "cpu" else f"block cpu needs a weight on the CPU, got {device}"
 

@@ -40,7 +40,7 @@ class Csr(Format):
     prune_to = "unstructured:0.9"
 
     def why_not(self, weight: Tensor) -> str | None:
-        """None if the packed weight is smaller than the dense one, else by how much it is not."""
+        """By how much the packed weight is no smaller than the dense one, or None if it is."""
         if (problem := why_no_weight(weight, self)) is not None:
             return problem
         nonzeros = int(weight.count_nonzero())
@@ -95,6 +95,6 @@ class Csr(Format):
         return Packed(self, shape, {"values": values, **indices})
 
     def why_broken(self, packed: Packed) -> str | None:
-        """None if the indices are those of a weight of this shape, else what is wrong with them."""
+        """What is wrong with the indices of a weight of this shape, or None."""
         crow, col = packed["crow_indices"], packed["col_indices"]
         return compressed_rows.why_broken(crow, col, packed.shape[1], "row")

@@ -17,7 +17,7 @@ from secateur.formats.contract import Packed
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
-    """None for float32 and float64 on a CPU, else the reason."""
+    """Why torch cannot multiply this weight, or None for float32 and float64 on a CPU."""
     device, dtype = packed.device.type, packed.dtype
     if device != "cpu":
         return f"csr torch_csr needs a weight on the CPU, got {device}"

@@ -1,7 +1,7 @@
 """Compiled kernels, kept on disk so that a machine compiles each of them once.
 
 Many processes may meet on one cold folder (the ranks of a job): each compiles, writes a file of its
-own and renames it, so a reader sees a whole entry or none, and the last of equals stays.
+own and renames it, so a reader sees a whole entry or none, and the last of several stays.
 """
 
 import hashlib
@@ -90,7 +90,7 @@ def _write(path: Path, code: bytes) -> None:
 
 @cache
 def _warn(place: str, reason: str) -> None:
-    """The warning, once in a process for each place and reason."""
+    """Warn once in a process for each place and reason."""
     warnings.warn(
         f"compiled kernels cannot be kept in {place} ({reason}), so every process compiles them "
         f"again: set {FOLDER_VARIABLE} to a folder that can be written",

@@ -94,7 +94,7 @@ class Case:
 
 
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
-    """None if the library can multiply by such a weight here, else the reason and what to do.
+    """Why the library cannot multiply by such a weight here and what to do, or None.
 
     Whether it has a right algorithm for this GPU only a search can tell.
     """
@@ -127,7 +127,7 @@ def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
 def compress(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "..."]:
     """The 2:4 weight as the library reads it: opaque, and of no use to another version of it.
 
-    A group of four with more than two nonzeros loses some, and nobody is told.
+    A group of four with more than two nonzeros loses some without an error.
 
     Cost: in 16 bits 0.5625 of the weight's bytes, as a copy of its own; in 8 bits 0.625.
     """
@@ -144,7 +144,7 @@ def multiply(
     alpha: Float[Tensor, " out"] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Shaped[Tensor, "tokens out"]:
-    """`x @ W.T * alpha + bias` in `out_dtype`, else that of x; rows lie one after another.
+    """`x @ W.T * alpha + bias` in `out_dtype`, by default the dtype of x; rows lie in order.
 
     Tokens are padded with zeros to whole steps and the result is cut back, so that its storage can
     be larger than it is. alpha is float32.

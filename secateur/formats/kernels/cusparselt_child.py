@@ -61,15 +61,15 @@ class Search:
 
 
 def searched(wanted: Search, past: Past, crashed: Crashed) -> SearchResult:
-    """What `cusparselt_search.search` found in a child; nothing was tried in this process.
+    """The result of `cusparselt_search.search` in a child; nothing is tried in this process.
 
-    `past` is what is known already, and knows more afterwards. `crashed` is told each setting that
+    `past` is what is known already, and is added to. `crashed` is called with each setting that
     ended a child or took longer than `ATTEMPT_SECONDS`, and how.
 
     Cost: some seconds for the first child, which imports torch and makes a CUDA context, with some
         500 MB of the GPU's memory while it lives.
     Raises: NoSearch if no child can be started, it was ended from outside, or the GPU has no room
-        for it beside this process, also once torch's allocator has given back what it holds in
+        for it beside this process, even after torch's allocator has given back what it holds in
         reserve here; RuntimeError if no setting is right.
     """
     with _kept.lock:
@@ -111,12 +111,12 @@ def in_one_child() -> bool:
 
 
 def one_thread() -> AbstractContextManager[bool]:
-    """What a thread holds that asks a child; it may do so already."""
+    """The lock that a thread holds while it asks a child; it may hold it already."""
     return _kept.lock
 
 
 def end_child() -> None:
-    """Nothing; no child of this process runs, and the next search may try to start one."""
+    """End this process's child; the next search may try to start one again."""
     with _kept.lock:
         if _kept.child is not None:
             _kept.child.end()
@@ -135,7 +135,7 @@ class _Kept:
     lock: AbstractContextManager[bool] = field(default_factory=threading.RLock)
 
     def forked(self) -> None:
-        """Nothing; a forked process has none of this, and a lock of its own."""
+        """Forget the child in a forked process, and take a lock of its own."""
         self.child, self.depth, self.lock = None, 0, threading.RLock()
 
 
@@ -191,7 +191,7 @@ def _gpu(device: torch.device) -> tuple[str, Mapping[str, str]]:
 
 
 def _asked(child: Child, wanted: Search, past: Past) -> SearchResult:
-    """What the child found; without room it is asked again once this process holds none in reserve.
+    """The child's result; without room it is asked again once this process holds none in reserve.
 
     Raises: ChildEnded, NoSearch, and RuntimeError if nothing is right.
     """
@@ -221,7 +221,7 @@ def _asked(child: Child, wanted: Search, past: Past) -> SearchResult:
 
 
 def _note(row: Row, past: Past) -> None:
-    """Nothing; `past` knows what the child said of a setting."""
+    """Add to `past` what the child said of a setting."""
     setting = Setting.parse(row["setting"])
     if "us" in row:
         past.us[setting] = float(row["us"])
@@ -236,7 +236,7 @@ def _note(row: Row, past: Past) -> None:
 
 
 def main(uuid: str) -> None:
-    """Nothing; answers its parent's searches on the GPU of this UUID, or on the CPU without one."""
+    """Answer the parent's searches on the GPU of this UUID, or on the CPU without one."""
     devices = list[torch.device]()
 
     def prepare() -> Row:

@@ -57,7 +57,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told before settings are tried, that they still are, and how each ended."""
+    """The calls before settings are tried, while they are, and when one has ended."""
 
     trying: Callable[[Sequence[Setting]], AbstractContextManager[None]] = lambda _: nullcontext()
     tell: Callable[[Setting], None] = lambda _: None
@@ -77,13 +77,13 @@ def search(
     `exact(x)` is `x @ W.T` for the weight of the blob, in float32, or in float64 for int32 results.
     Inputs, bias and alpha are random ones from fixed seeds; nothing of the user's is called.
 
-    Right is, for every output feature, a largest error over the tokens of at most `allowed(case)`
-    of its largest result. All algorithms are compared at the most and at the fewest tokens of the
-    bucket, into memory that held NaN, then timed on the GPU with cold weights; the fastest two are
-    tried with split sums, and the fastest few timed again, in turns: the GPU's clocks change while
-    a search runs. The fastest of all has to be right for `CHECKS` more inputs, each twice, and at
-    every number of tokens of the bucket, or the next one is taken: some are wrong only now and
-    then.
+    A result is right if, for every output feature, the largest error over the tokens is at most
+    `allowed(case)` times the largest result. All algorithms are compared at the most and at the
+    fewest tokens of the bucket, into memory that held NaN, then timed on the GPU with cold weights;
+    the fastest two are tried with split sums, and the fastest few timed again, in turns: the GPU's
+    clocks change while a search runs. The fastest of all has to be right for `CHECKS` more inputs,
+    each twice, and at every number of tokens of the bucket, or the next one is taken: some are
+    wrong only now and then.
 
     Cost: some dozens of launches for each of some dozens of settings, and `exact` seven times or
         more. Memory for one and a half exact results, two results, and up to 16 copies of the blob.
@@ -179,7 +179,7 @@ class _Trying:
         return True
 
     def drop(self, setting: Setting, reason: str) -> None:
-        """Nothing; the setting is out of the search."""
+        """Take the setting out of the search."""
         self.past.us.pop(setting, None)
         self.past.dropped[setting] = reason
         self.watch.tell(setting)
@@ -193,7 +193,7 @@ class _Trying:
         return dict(zip(settings, _us(chains, self.blobs[0].device, rounds), strict=True))
 
     def settle(self) -> None:
-        """Nothing; the fastest few are timed again, and all others come behind them.
+        """Time the fastest few again, and put all others behind them.
 
         Where that ended a process, each is timed alone, so that it is known which one does.
         """
@@ -247,7 +247,7 @@ def _run(case: Case, blob: Tensor, setting: Setting, trial: _Trial) -> Tensor:
 
 
 def _wrong(case: Case, blob: Tensor, setting: Setting, trial: _Trial) -> str | None:
-    """None if the result is right, else by how much it is wrong."""
+    """By how much the result is wrong, or None if it is right."""
     poison = torch.empty(trial.wanted.shape, dtype=case.out_dtype, device=blob.device)
     poison.fill_(torch.nan if case.out_dtype.is_floating_point else -(2**31))
     del poison  # the allocator hands the same memory to the call
@@ -275,9 +275,7 @@ def _wrong_later(
     exact: Callable[[Tensor], Tensor],
     alive: Callable[[], None],
 ) -> str | None:
-    """None if the setting is right for more inputs, again, and at every number of tokens of the
-    bucket, else how it was wrong.
-    """
+    """How the setting is wrong for more inputs, a second time or at a number of tokens, or None."""
     for seed in range(CHECKS):
         trial = _trial(case, case.tokens, 2 + seed, blob.device, exact)
         for _ in range(REPEATS):

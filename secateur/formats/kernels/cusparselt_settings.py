@@ -73,10 +73,10 @@ def product(
 
 
 def setting_for(case: Case, device: torch.device) -> Setting:
-    """The remembered setting, else that of a search in a child process, which is remembered then.
+    """The remembered setting, or what a search in a child process finds and remembers.
 
     Where no search can be made it is torch's own algorithm, until this process ends, and a warning
-    says why; within `one_child`, where it can be left alone, that is an error.
+    says why; within `one_child`, where the layer can be left alone, that is an error.
 
     Cost: microseconds where it is remembered; else see `cusparselt_child.searched`.
     Raises: RuntimeError if none is remembered and the stream is being captured into a CUDA graph,
@@ -112,7 +112,7 @@ def setting_for(case: Case, device: torch.device) -> Setting:
 
 
 def search_isolated(case: Case, device: torch.device) -> SearchResult:
-    """What a search in a child process finds. It keeps nothing but what crashed.
+    """The result of a search in a child process, of which only crashes are remembered.
 
     Raises: what `cusparselt_child.searched` raises; ValueError if the file of what crashed is
         broken.
@@ -137,7 +137,7 @@ def search_isolated(case: Case, device: torch.device) -> SearchResult:
 
 
 def chosen(case: Case, device: torch.device) -> Setting | None:
-    """The remembered setting, or None, also if it crashed since. Files are read once in a process.
+    """The remembered setting unless it crashed since, or None. A process reads the files once.
 
     Raises: ValueError if a file is no table of settings; it names the file.
     """
@@ -146,7 +146,7 @@ def chosen(case: Case, device: torch.device) -> Setting | None:
 
 
 def remember(case: Case, device: torch.device, setting: Setting) -> None:
-    """Nothing; from now on `chosen` gives this setting, in this process and in later ones.
+    """Have `chosen` give this setting from now on, in this process and in later ones.
 
     It holds for this chip and this version of the library. Where nothing can be written a warning
     says so once.
@@ -174,7 +174,7 @@ def _remember_crash(library: str, dtypes: str, setting: Setting, how: str) -> No
 
 
 def _see_left_over(journals: Path) -> None:
-    """Nothing; what ended a process together with its parent is remembered as crashed."""
+    """Remember as crashed what ended a process together with its parent."""
     for title, attempt in left_over(journals):
         settings = attempt.split(BETWEEN)
         try:
@@ -247,7 +247,7 @@ def _kind(case: Case, device: torch.device) -> tuple[str, str]:
 
 @cache
 def _warn(reason: str) -> None:
-    """The warning, once in a process for each reason."""
+    """Warn once in a process for each reason."""
     warnings.warn(
         f"cuSPARSELt settings cannot be kept ({reason}), so every process searches them again: "
         f"set {FOLDER_VARIABLE} to a folder that can be written",

@@ -4,9 +4,9 @@ import torch
 
 
 def why_no_gpu(device: torch.device) -> str | None:
-    """None for a CUDA device, else the reason, and what to do where something can be done.
+    """Why this is no CUDA device, and what to do if something can be done, or None.
 
-    It names no kernel, so that a layer that several of them could run is told it once.
+    It names no kernel, so that a layer that several of them could run reports it once.
     """
     if device.type == "cuda":
         return None

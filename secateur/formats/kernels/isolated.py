@@ -47,7 +47,7 @@ class NoChild(RuntimeError):
 
 
 class ChildEnded(RuntimeError):
-    """The child ended before it had answered: how, and what it was trying, as the journal has it.
+    """The child ended before it had answered: how, and what it was trying by its journal.
 
     `blamed` is False where it was ended from outside, or was trying nothing.
     """
@@ -68,7 +68,7 @@ class Child:
     """
 
     def __init__(self, module: str, words: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Starts a Python that calls `module.main(*words)`, which has to call `serve`.
+        """Start a Python that calls `module.main(*words)`, which has to call `serve`.
 
         Raises: NoChild if it does not start, or is not ready in time.
         """
@@ -114,7 +114,7 @@ class Child:
         return self.owner == os.getpid() and self._process.poll() is None
 
     def ask(self, request: Row, title: str, journals: Path, seconds: float) -> Iterator[Row]:
-        """The rows of the answer, each of which may take so many seconds.
+        """The rows of the answer, each of which may take `seconds`.
 
         `title` is what `left_over` gives back with an attempt that nobody saw end.
 
@@ -147,7 +147,7 @@ class Child:
             journal.unlink(missing_ok=True)
 
     def end(self) -> None:
-        """Nothing; the child has ended."""
+        """End the child and wait for it."""
         if self.owner != os.getpid():  # of a parent that was forked
             return
         self._process.kill()
@@ -157,7 +157,7 @@ class Child:
         self._errors.close()
 
     def forget(self) -> None:
-        """Nothing; a forked process no longer holds the pipe whose end tells the child to end."""
+        """Close the pipes in a forked process, which would keep the child from seeing their end."""
         for file in (self._process.stdin, self._process.stdout, self._errors):
             if file is not None:
                 file.close()
@@ -184,7 +184,7 @@ class Child:
         return row
 
     def _how(self, problem: BaseException, seconds: float) -> str:
-        """How the child ended, which it is given time to do."""
+        """How the child ended; it gets some time to do so."""
         if isinstance(problem, queue.Empty):
             self._process.kill()
             self._process.wait()
@@ -205,7 +205,7 @@ class Child:
 
 
 def command(module: str) -> list[str]:
-    """The words that start this Python again to call a module's `main` with the words that follow.
+    """The command that starts this Python again to call a module's `main` with further words.
 
     Raises: NoChild if there is no Python that could be started.
     """
@@ -233,7 +233,7 @@ def in_flight(journal: Path) -> tuple[str, str]:
 def left_over(journals: Path) -> list[tuple[str, str]]:
     """Title and attempt of each journal that parent and child left when they ended together.
 
-    So a machine that did not survive an attempt makes it no second time. The journals are removed.
+    A machine that did not survive an attempt makes it no second time. The journals are removed.
     """
     found = list[tuple[str, str]]()
     for path in sorted(journals.glob("*.journal")):
@@ -269,7 +269,7 @@ def _import_path() -> list[str]:
 
 
 def _read(pipe: IO[bytes], rows: "queue.SimpleQueue[bytes]") -> None:
-    """Puts every line into the queue, and an empty one where the pipe ends."""
+    """Put every line into the queue, and an empty one where the pipe ends."""
     with pipe:
         for line in _lines(pipe.fileno()):
             rows.put(line)
@@ -317,9 +317,9 @@ class Journal:
 
     @contextmanager
     def trying(self, attempt: str) -> Iterator[None]:
-        """The attempt, which is on the disk before it begins, and leaves it when it has ended.
+        """Note the attempt on the disk before it begins, and that it ended when it has.
 
-        One that raises `Lost` has not ended: it stays.
+        An attempt that raises `Lost` has not ended: it stays.
         """
         self._file.write(f"{attempt}\n")
         self._file.flush()
@@ -335,12 +335,12 @@ class Journal:
         self._ended()
 
     def alive(self) -> None:
-        """Nothing; what is being tried goes on, and has its time once more."""
+        """Give what is being tried its full time once more."""
         # the parent ends what hangs; this is for a child without a parent, whatever lock it holds
         faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
 
     def close(self) -> None:
-        """Nothing; the journal is gone."""
+        """Close the journal and remove its file."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 
@@ -359,7 +359,7 @@ Answer = Callable[[Row, Say, Journal], None]
 
 
 def serve(prepare: Callable[[], Row], answer: Answer) -> NoReturn:
-    """Never returns; answers requests until there are none for a while, or the parent has ended.
+    """Answer requests until there are none for a while, or the parent has ended; never return.
 
     `prepare()` is what the parent gets as `Child.ready`; a RuntimeError or ValueError of it is the
     reason of a NoChild. `answer` says rows; if it raises, the child ends, and what it was trying is

@@ -2,7 +2,7 @@
 
 What a launch needs is laid out once by `prepare`: the driver's configuration with its attributes,
 and one block of memory for the arguments. A launch then writes the arguments, and the stream if it
-is another, and calls the driver, which copies the arguments before it returns. The same launch can
+has changed, and calls the driver, which copies the arguments before it returns. The same launch can
 be captured into a CUDA graph.
 """
 
@@ -43,7 +43,7 @@ class Kernel:
     context: Any = field(repr=False)
 
     def most_clusters(self, cluster: int, threads: int, shared_bytes: int) -> int:
-        """How many clusters of so many blocks can be on the device at once, if it is empty.
+        """The number of clusters of `cluster` blocks that an empty device holds at once.
 
         Raises:
             RuntimeError: the device knows no such cluster, or has no such shared memory.
@@ -65,7 +65,7 @@ class Kernel:
 class Launch:
     """A prepared launch: `launch(stream, *values)`, the values in the order of its arguments.
 
-    Threads may share it: the block of arguments is theirs in turn, under a lock.
+    Threads may share it: one at a time has the block of arguments, under a lock.
     """
 
     __slots__ = (
@@ -89,7 +89,7 @@ class Launch:
         self._parameters = ctypes.addressof(self._pointers)
 
     def __call__(self, stream: int, *values: int | float | bytes) -> None:
-        """Launches on the stream with this handle, of the kernel's device.
+        """Launch on the stream with this handle, of the kernel's device.
 
         The device must be the current one where the handle is 0, as for any use of that stream.
 
@@ -106,7 +106,7 @@ class Launch:
                 self._with_context(error)
 
     def _with_context(self, error: Any) -> None:
-        """The launch once more, if the thread is new and had no device yet; else the error."""
+        """Launch once more if the thread is new and had no device yet; else raise the error."""
         driver, kernel = _driver(), self._kernel
         if error == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             _, context = driver.cuCtxGetCurrent()
@@ -185,9 +185,9 @@ def prepare(
 ) -> Launch:
     """A launch of `grid` blocks in clusters of `cluster`, each of `threads` with shared memory.
 
-    A `dependent` one may begin before the kernel ahead of it in the stream has ended, and waits for
-    that one where it says `griddepcontrol.wait`; GPUs before 9.0 have neither, and there it begins
-    after that one's end. `arguments` has a letter for each: `P` a pointer, `i` an int32, `f` a
+    A `dependent` launch may begin before the kernel ahead of it in the stream has ended, and waits
+    for it at `griddepcontrol.wait`; on GPUs before 9.0, which lack both, it begins after that
+    kernel's end. `arguments` has a letter for each: `P` a pointer, `i` an int32, `f` a
     float32.
 
     Raises:
@@ -274,7 +274,7 @@ def _config(grid: int, cluster: int, threads: int, shared_bytes: int, dependent:
 
 
 def _allow(kernel: Kernel, cluster: int, shared_bytes: int) -> None:
-    """Lets the function have this much shared memory and this cluster; never less than before."""
+    """Let the function have this much shared memory and this cluster; never less than before."""
     driver, function = _driver(), kernel.function
     most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     larger = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
@@ -290,7 +290,7 @@ def _allow(kernel: Kernel, cluster: int, shared_bytes: int) -> None:
 
 @contextlib.contextmanager
 def _current(context: Any) -> Iterator[None]:
-    """The device's context is the thread's; afterwards the one that was."""
+    """Make the device's context the thread's; afterwards the one before is back."""
     driver = _driver()
     _checked(driver.cuCtxPushCurrent(context), "making the device current")
     try:
@@ -313,7 +313,7 @@ def _driver() -> Any:
 
 
 def _checked(answer: tuple[Any, ...], doing: str) -> Any:
-    """What the driver answered beside its code: one value or none.
+    """The value that the driver answered beside its code, or None.
 
     Raises:
         RuntimeError: the code is an error.

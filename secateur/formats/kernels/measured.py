@@ -29,7 +29,7 @@ class Entries:
     remedy: str
 
     def damaged(self, path: Path, error: Exception) -> ValueError:
-        """What to raise for a file that is none."""
+        """The error for a file that holds no such table."""
         return ValueError(
             f"{path} needs to be a table of {self.title}, got: {error}: {self.remedy}"
         )
@@ -44,7 +44,7 @@ def own_file(name: str) -> Path:
 
 
 def chip(device: torch.device) -> str:
-    """What a measurement holds for: `NVIDIA H200, 132 SMs`."""
+    """The chip that a measurement holds for: `NVIDIA H200, 132 SMs`."""
     found = torch.cuda.get_device_properties(device)
     return f"{found.name}, {found.multi_processor_count} SMs"
 

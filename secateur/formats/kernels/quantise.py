@@ -23,7 +23,7 @@ VALUES_A_WARP = 1024  # 32 in each thread
 
 
 def why_not(device: torch.device) -> str | None:
-    """None if the kernels can run on this device, else the reason."""
+    """Why the kernels cannot run on this device, or None."""
     if (problem := why_no_gpu(device)) is not None:
         return problem
     if find_spec("triton") is None:

@@ -1,8 +1,8 @@
 """The Triton kernels of `quantise.py`, in a module of their own because importing it needs Triton.
 
 Every step is IEEE arithmetic with one rounding (`/` would be Triton's approximate division), so
-that codes and scales are those of the definition in plain torch, bit for bit. A maximum of floats
-drops NaN; that of their bits does not, since NaN has the largest.
+that codes and scales equal the definition's in plain torch, bit for bit. A maximum of floats drops
+NaN; a maximum of their bits does not, since NaN has the largest.
 """
 
 from typing import no_type_check
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 ROUNDING = tl.constexpr(1.5 * 2**23)  # x + this - this is x rounded to an integer, ties to even
-INFINITE = tl.constexpr(0x7F800000)  # the bits of +inf; those of NaN are larger
+INFINITE = tl.constexpr(0x7F800000)  # the bits of +inf; NaN has larger ones
 
 
 @triton.jit

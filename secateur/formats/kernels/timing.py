@@ -68,7 +68,7 @@ class Chain:
 
 
 def copies_for(bytes_of_one_each: int, rounds: int = ROUNDS) -> int:
-    """How many copies of every variant's weights to rotate over on a CPU, in `ROTATION_BYTES`.
+    """The copies of every variant's weights to rotate over on a CPU, within `ROTATION_BYTES`.
 
     More copies than rounds are never used.
     """
@@ -76,7 +76,7 @@ def copies_for(bytes_of_one_each: int, rounds: int = ROUNDS) -> int:
 
 
 def copies_on(device: torch.device, read: int, held: int, variants: int) -> int:
-    """How many copies of one GPU variant to rotate over; a launch reads `read` of `held` bytes.
+    """The copies of one GPU variant to rotate over; a launch reads `read` of `held` bytes.
 
     Half of the free memory is for the copies of all variants.
 
@@ -90,7 +90,7 @@ def copies_on(device: torch.device, read: int, held: int, variants: int) -> int:
 
 
 def cold_copies(read: int, held: int, cold: int, memory: int) -> int:
-    """How many copies of `held` bytes make launches that read `read` of them read `cold` in all.
+    """The copies of `held` bytes with which launches that read `read` of each read `cold` in all.
 
     Raises: MemoryError if they do not fit into `memory`.
     """
@@ -113,7 +113,7 @@ def compare(
 
     Variants take turns within a round, and each round starts with the next one, so that drift of
     the machine and the cache left by the neighbour fall on all alike. Rounds end early after
-    `seconds`. On a GPU the timing is that of one launch in a captured chain (see the module).
+    `seconds`. On a GPU it is the time of one launch in a captured chain (see the module).
 
     Raises: VariantFailed if one raises, with its name.
     """
@@ -230,7 +230,7 @@ def _captured(calls: Calls, stream: torch.cuda.Stream, launches: int) -> Chain:
 
 
 def _recover(device: torch.device, stream: torch.cuda.Stream) -> None:
-    """Nothing; ends what a broken capture began.
+    """End what a broken capture began.
 
     Torch's random numbers raise outside a capture until a later one has ended.
     """

@@ -95,7 +95,7 @@ class Quantised:
         return ("values", "scales") if self.pattern is None else ("values", "metadata", "scales")
 
     def why_not(self, weight: Tensor) -> str | None:
-        """None if the weight is no float64 and fits the pattern, else what it is."""
+        """Why the weight cannot be quantised or does not fit the pattern, or None."""
         problem = why_no_weight(weight, self) or self._why_not_quantisable(weight)
         if problem is None and self.pattern is not None:
             return two_of_four.why_not(weight, self.name)
@@ -160,7 +160,7 @@ class Quantised:
         return self._packed(shape, {"values": values, "scales": scales})
 
     def why_broken(self, packed: Packed) -> str | None:
-        """None if positions, codes and scales are such as `pack` makes, else what is wrong."""
+        """What is wrong with positions, codes or scales, or None if `pack` could make them."""
         problem = None
         if self.pattern is not None:
             problem = two_of_four.why_broken(packed["metadata"], packed.shape[1] // 4)

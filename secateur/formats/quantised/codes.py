@@ -56,7 +56,7 @@ def codes_of(grid: Grid, packed: Packed) -> Shaped[Tensor, "out in"]:
 
 
 def why_broken(grid: Grid, packed: Packed) -> str | None:
-    """None if all codes are of the grid and all scales finite, else the first that is not."""
+    """The first code outside the grid or scale that is not finite, or None."""
     kept = kept_codes(grid, packed)
     outside = ~(kept.half().abs() <= grid.largest)  # float16 holds every code; NaN is not less
     if bool(outside.any()):

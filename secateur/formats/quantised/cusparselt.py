@@ -29,7 +29,7 @@ def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Imple
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
-    """None if the library can run this layer here, else the reason."""
+    """Why the library cannot run this layer here, or None."""
     device = packed.device
     problem = cusparselt.why_not(packed.shape, torch.int8, device)
     if problem is None and packed.dtype not in (torch.bfloat16, torch.float16):
@@ -60,10 +60,10 @@ def linear(
     """The definition's result through cuSPARSELt.
 
     The product applies the scales of the outputs and is written in 16 bits; one pass then applies
-    those of the tokens and the bias, in place. That is 2 bytes written, 2 read and 2 written for
+    the tokens' scales and the bias, in place. That is 2 bytes written, 2 read and 2 written for
     each output, where a product in int32 takes 4 + 4 + 2.
 
-    Error: that of the definition and one rounding more: with u half an eps of the layer's dtype,
+    Error: as the definition, and one rounding more: with u half an eps of the layer's dtype,
         u |y - bias| on top of the rounding of y. Rounding x costs some 1 % of y, u is at most
         0.4 %.
     Cost: see `secateur.formats.kernels.cusparselt_child.searched` for the first call.

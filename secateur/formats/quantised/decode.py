@@ -25,7 +25,7 @@ def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Imple
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
-    """None if the kernel can run this layer here, else the reason."""
+    """Why the kernel cannot run this layer here, or None."""
     return decode24.why_not(packed.shape, packed.dtype, packed.device, tokens)
 
 

@@ -27,7 +27,7 @@ def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Imple
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
-    """None if torch's scaled product can run this layer here, else the reason."""
+    """Why torch's scaled product cannot run this layer here, or None."""
     out, width = packed.shape
     if out % MULTIPLE or width % MULTIPLE or not out or not width:
         return (

@@ -47,7 +47,7 @@ class Semi24(Format):
     prune_to = "2:4"
 
     def why_not(self, weight: Tensor) -> str | None:
-        """None if the weight is at most 2:4, else where it is not."""
+        """Where the weight is not at most 2:4, or None."""
         return why_no_weight(weight, self) or two_of_four.why_not(weight, self.name)
 
     def density(self, weight: Float[Tensor, "out in"]) -> float:
@@ -90,5 +90,5 @@ class Semi24(Format):
         return Packed(self, shape, {"values": values, "metadata": metadata})
 
     def why_broken(self, packed: Packed) -> str | None:
-        """None if every group names two ascending columns, else the first that does not."""
+        """The first group that does not name two ascending columns, or None."""
         return two_of_four.why_broken(packed["metadata"], packed.shape[1] // 4)

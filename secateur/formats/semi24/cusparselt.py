@@ -8,8 +8,9 @@ from secateur.formats.kernels import cusparselt, cusparselt_settings
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
-    """None if the library can run this layer here, else the reason. Any number of tokens will do:
-    where another implementation is faster is for measurements to say.
+    """Why the library cannot run this layer here, or None.
+
+    Any number of tokens will do: measurements decide where another implementation is faster.
     """
     return cusparselt.why_not(packed.shape, packed.dtype, packed.device)
 

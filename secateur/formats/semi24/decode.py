@@ -9,7 +9,7 @@ from secateur.formats.kernels.decode24 import Kind
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
-    """None if the kernel can run this layer here, else the reason."""
+    """Why the kernel cannot run this layer here, or None."""
     return decode24.why_not(packed.shape, packed.dtype, packed.device, tokens)
 
 

@@ -10,7 +10,7 @@ from secateur.formats.kernels.gpu import why_no_gpu
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
-    """None on a GPU in 16 bits, where sparse implementations take the other numbers of tokens."""
+    """Why the layer does not run dense, or None: only on a GPU in 16 bits is it also run sparse."""
     device, dtype = packed.device, packed.dtype
     if (problem := why_no_gpu(device)) is not None:
         return problem

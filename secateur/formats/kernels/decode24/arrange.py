@@ -12,13 +12,11 @@ from torch import Tensor
 
 UNIT_ROWS = 16
 UNIT_COLUMNS = 128
-ROWS_AT_ONCE = (
-    4096  # the codes of so many rows are 32-bit words at one time, not the whole weight's
-)
+ROWS_AT_ONCE = 4096  # whose codes are 32-bit words at one time, not the whole weight's
 
 
 class Kind(IntEnum):
-    """How the kernel reads values; the numbers are those of `kernel.cu`."""
+    """How the kernel reads values; numbered as in `kernel.cu`."""
 
     W16 = 0
     INT8 = 1

@@ -1,8 +1,8 @@
-"""Which cut to launch: measured on this chip, or by a rule for what was not measured.
+"""The launch config to use: measured on this chip, or by a cost model where none was measured.
 
-Measured cuts come from two tables of the same form: one in the package, and one that
+Measured launch configs come from two tables of the same form: one in the package, and one that
 `secateur tune` writes beside the compiled kernels, which goes first. A table is JSON:
-chip -> weight ("int4/128 4096x14336") -> largest number of tokens -> cut.
+chip -> weight ("int4/128 4096x14336") -> largest number of tokens -> launch config.
 """
 
 from functools import cache
@@ -16,21 +16,21 @@ from secateur.formats.kernels.decode24.config import (
     Case,
     LaunchConfig,
 )
-from secateur.formats.kernels.decode24.cuts import PORTABLE
-from secateur.formats.kernels.decode24.rule import by_rule
+from secateur.formats.kernels.decode24.cost_model import by_cost_model
+from secateur.formats.kernels.decode24.launch_configs import PORTABLE
 from secateur.formats.kernels.measured import Entries, Table, add, chip, own_file, read
 
 PACKAGED = Path(__file__).parent / "tuned.json"
-CUTS = Entries("cuts", LaunchConfig.parse, "delete it and run `secateur tune`")
+CONFIGS = Entries("launch configs", LaunchConfig.parse, "delete it and run `secateur tune`")
 
 
 def own_table() -> Path:
-    """The file of cuts measured on this machine."""
+    """The file of launch configs measured on this machine."""
     return own_file("decode24.json")
 
 
 def choose(case: Case, device: torch.device) -> LaunchConfig:
-    """The cut for this case on this device."""
+    """The launch config for this case on this device."""
     for path in _places():
         found = _table(path).get(chip(device), {}).get(case.weight, {}).get(str(case.tokens))
         if found is not None:
@@ -39,18 +39,18 @@ def choose(case: Case, device: torch.device) -> LaunchConfig:
     if capability < CLUSTERS_FROM:
         return PORTABLE
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return by_rule(case, count, warpgroups=capability == WARPGROUPS_ON)
+    return by_cost_model(case, count, warpgroups=capability == WARPGROUPS_ON)
 
 
 def remember(path: Path, chip_name: str, case: Case, config: LaunchConfig) -> None:
-    """Nothing; the table in the file now has this cut for the case, beside all that it had.
+    """Store this launch config for the case in the table of the file, beside all that it had.
 
-    The file appears whole or stays as it was. A layer that has run already keeps its cut until the
-    process ends.
+    The file appears whole or stays as it was. A layer that has run already keeps its config until
+    the process ends.
 
     Raises: OSError if the file cannot be written; ValueError if it holds something else.
     """
-    add(path, CUTS, (chip_name, case.weight, str(case.widest.tokens)), str(config))
+    add(path, CONFIGS, (chip_name, case.weight, str(case.widest.tokens)), str(config))
     _table.cache_clear()
 
 
@@ -65,4 +65,4 @@ def _places() -> tuple[Path, ...]:
 @cache
 def _table(path: Path) -> Table:
     """The table in a file, read once in a process."""
-    return read(path, CUTS)
+    return read(path, CONFIGS)

@@ -1,4 +1,4 @@
-"""How the decode kernel is cut for one layer and number of tokens, and which cut to take."""
+"""Launch configs of the decode kernel, and the layer and number of tokens that they are for."""
 
 from dataclasses import astuple, dataclass, fields, replace
 from math import ceil
@@ -37,13 +37,13 @@ BUCKETS = (2, 8, 16, 32, 64)
 
 
 def bucket(tokens: int) -> int:
-    """The most tokens that share a compiled kernel and its cut with so many."""
+    """The most tokens that share a compiled kernel and its launch config with `tokens`."""
     return next(most for most in BUCKETS if tokens <= most)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a kernel is compiled and cut for: the layer, its numbers, the tokens, the device."""
+    """What a kernel is compiled and launched for: the layer, its numbers and the tokens."""
 
     kind: Kind
     grouped: bool
@@ -54,22 +54,22 @@ class Case:
 
     @property
     def token_tiles(self) -> int:
-        """1, 2, 4 or 8: operand B's that a warp multiplies each weight with."""
+        """The tiles of 8 tokens that a warp multiplies each weight with: 1, 2, 4 or 8."""
         return ceil(bucket(self.tokens) / TOKEN_TILE)
 
     @property
     def pairs(self) -> int:
-        """Token pairs of a sum that are sent: one, or all four of a token tile."""
+        """The token pairs of a sum that are sent: one, or all four of a token tile."""
         return 1 if self.tokens <= 2 else 4
 
     @property
     def widest(self) -> "Case":
-        """This case with the most tokens of its bucket: what is compiled, cut and measured."""
+        """This case with the most tokens of its bucket: what is compiled and measured."""
         return replace(self, tokens=bucket(self.tokens))
 
     @property
     def weight(self) -> str:
-        """The weight, as tables of cuts name it: `int4/128 4096x14336`."""
+        """The weight, as tables of launch configs name it: `int4/128 4096x14336`."""
         numbers = self.kind.name.lower() + ("/128" if self.grouped else "")
         return f"{numbers} {self.rows}x{self.columns}"
 
@@ -83,13 +83,13 @@ class Case:
 
     @property
     def units(self) -> int:
-        """Of 128 columns, the last one perhaps padded."""
+        """Units of 128 columns in a row; the last one may be padded."""
         return ceil(self.columns / UNIT_COLUMNS)
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """One cut. A cluster of `cluster` CTAs, each of `warp_rows` x `splits` warps.
+    """One launch config. A cluster of `cluster` CTAs, each of `warp_rows` x `splits` warps.
 
     A warp has `tiles` x 16 rows and 1 / (cluster splits) of the columns, in `stages` of `units` x
     128 columns. With `x_stages` the activations are streamed in as many stages, else they lie whole
@@ -115,9 +115,9 @@ class LaunchConfig:
 
     @staticmethod
     def parse(text: str) -> "LaunchConfig":
-        """The cut that `str` wrote.
+        """The launch config that `str` wrote.
 
-        Raises: ValueError if the text is no list of as many integers.
+        Raises: ValueError unless the text lists an integer for each field.
         """
         numbers = [int(word) for word in text.split(",")]
         if len(numbers) != len(fields(LaunchConfig)):
@@ -153,7 +153,7 @@ class LaunchConfig:
         return ceil(case.row_tiles / self.tiles_of_cluster)
 
     def with_stay(self, case: Case) -> "LaunchConfig":
-        """This cut with the stay that is about right; what is right can only be measured."""
+        """This config with the stay that is about right; the right one can only be measured."""
         if self.trigger == EARLY:
             return replace(self, stay=STAY_EARLY)
         nbytes = case.units // self.cluster * self.tiles_of_cluster * case.unit_bytes
@@ -207,7 +207,7 @@ class LaunchConfig:
         )
 
     def registers(self, case: Case) -> int:
-        """About how many a thread needs: its sums, and what a unit's multiplication holds."""
+        """About how many registers a thread needs, for its sums and for multiplying a unit."""
         sums = 4 * case.token_tiles
         raw = VALUE_BYTES[case.kind] // 128 + 3
         held = HELD + self.tiles * (sums + (1 + self.ahead) * raw * self.units)
@@ -217,7 +217,7 @@ class LaunchConfig:
         return held + 16 * min(case.token_tiles, 2)
 
     def most_registers(self, blocks: int) -> int:
-        """That a thread can have where so many CTAs share an SM, given out by four warps."""
+        """The registers a thread can have if `blocks` CTAs share an SM, allotted by four warps."""
         return min(255, REGISTERS // (blocks * 128 * ceil(self.warps / 4)) // 8 * 8)
 
     def blocks(self, case: Case) -> int:

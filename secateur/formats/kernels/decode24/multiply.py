@@ -31,7 +31,7 @@ MULTIPLE = 64  # columns: the last unit may be padded by half
 def why_not(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, tokens: int
 ) -> str | None:
-    """None if the kernel can run this layer here, else the reason and what to do."""
+    """Why the kernel cannot run this layer here and what to do, or None."""
     rows, columns = shape
     if (problem := why_no_gpu(device)) is not None:
         return problem
@@ -114,13 +114,14 @@ def _launch(
 def prepared(
     case: Case, config: LaunchConfig, device: torch.device, dependent: bool = True
 ) -> Launch:
-    """A launch of this cut.
+    """A launch by this config.
 
     The grid is filled up to what the device holds with one CTA on each SM: with fewer, the CTAs of
     the kernel behind, which may start early, would share an SM two by two and take twice as long.
-    Those in excess wait for the kernel before, stay until those of the next are placed, and end;
-    sooner, the SMs that they left would get two. For the same reason a CTA takes more than a
-    third of an SM's shared memory: two fit, one of this kernel and one of the next, never three.
+    CTAs in excess wait for the kernel before, stay until the next kernel's are placed, and end; if
+    they ended sooner, the SMs that they left would get two. For the same reason a CTA takes more
+    than a third of an SM's shared memory: two fit, one of this kernel and one of the next, never
+    three.
 
     Raises: RuntimeError if the device cannot hold it.
     """

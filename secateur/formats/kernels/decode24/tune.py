@@ -1,4 +1,4 @@
-"""Measures cuts of the decode kernel on this device and keeps the fastest for each case."""
+"""Launch configs of the decode kernel, measured on this device: the fastest for each case."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,14 +23,14 @@ from secateur.formats.kernels.decode24.config import (
     Case,
     LaunchConfig,
 )
-from secateur.formats.kernels.decode24.cuts import CLUSTERS, cuts
+from secateur.formats.kernels.decode24.launch_configs import CLUSTERS, launch_configs
 from secateur.formats.kernels.decode24.multiply import SOURCE, prepared
 from secateur.formats.kernels.launch import Launch, load
 from secateur.formats.kernels.nvrtc import arch_of
 
 COLD_BYTES = 10**9  # of weights in rotation: many times any cache
 LINKS = 100  # launches in a graph, at least; and each copy of the weights once
-MOST_CUTS = 100  # of a case; more find a few per cent
+MOST_CONFIGS = 100  # of a case; more find a few per cent
 AGAIN = 8
 STAYS = (0, 2, 4)
 TYPICAL = {2: 1}  # tokens to measure a bucket with, where not its most
@@ -41,7 +41,7 @@ NIBBLES = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)
 
 @dataclass(frozen=True)
 class Timed:
-    """A cut, and the microseconds of one launch in a chain with cold weights."""
+    """A launch config, and the microseconds of one launch in a chain with cold weights."""
 
     config: LaunchConfig
     us: float
@@ -50,22 +50,22 @@ class Timed:
 def tune(
     cases: Sequence[Case],
     device: torch.device,
-    most: int = MOST_CUTS,
+    most: int = MOST_CONFIGS,
     workers: int | None = None,
     known: Mapping[Case, Sequence[LaunchConfig]] | None = None,
 ) -> Iterator[tuple[Case, list[Timed]]]:
-    """For each case the cuts that were measured, fastest first.
+    """For each case the launch configs that were measured, fastest first.
 
-    At most so many cuts of a case are tried, drawn with a fixed seed, beside those that are known
+    At most `most` configs of a case are tried, drawn with a fixed seed, beside those that are known
     to be good, with several stays. All are compiled first, in parallel. The fastest are measured
     again: a chain can settle in a slow state, so that one measurement is no verdict.
 
-    Raises: ValueError for a GPU before compute capability 9.0, which has one cut.
-    Cost: a GB of device memory; a core-second for each kernel compiled, then 0.02 s for each cut.
+    Raises: ValueError for a GPU before compute capability 9.0, which has one launch config.
+    Cost: a GB of device memory; for each config a core-second to compile it, then 0.02 s.
     """
     if torch.cuda.get_device_capability(device) < CLUSTERS_FROM:
         raise ValueError(
-            "tuning needs a GPU of compute capability 9.0 or newer: those before it have one cut"
+            "tuning needs a GPU of compute capability 9.0 or newer: older ones have one config"
         )
     clusters = resident_clusters(device)
     warpgroups = torch.cuda.get_device_capability(device) == WARPGROUPS_ON
@@ -73,7 +73,9 @@ def tune(
         case: _drawn(case, clusters, warpgroups, most, (known or {}).get(case, ()))
         for case in cases
     }
-    compile_all([(case, cut) for case, drawn in plan.items() for cut in drawn], device, workers)
+    compile_all(
+        [(case, config) for case, drawn in plan.items() for config in drawn], device, workers
+    )
     for case, drawn in tqdm(plan.items(), desc="tune", unit="case", disable=None):
         tokens = TYPICAL.get(case.tokens, case.tokens)
         yield case, _measured(problem(replace(case, tokens=tokens), device), drawn, device)
@@ -86,30 +88,30 @@ def _drawn(
     most: int,
     known: Sequence[LaunchConfig],
 ) -> list[LaunchConfig]:
-    found = cuts(case, clusters, warpgroups)
-    even = [cut for cut in found if ("WHOLE_STEPS", 1) in cut.defines(case, False)]
+    found = launch_configs(case, clusters, warpgroups)
+    even = [config for config in found if ("WHOLE_STEPS", 1) in config.defines(case, False)]
     drawn = even or found
     Random(0).shuffle(drawn)
-    varied = [replace(cut, stay=stay) for cut in known for stay in (cut.stay, *STAYS)]
+    varied = [replace(config, stay=stay) for config in known for stay in (config.stay, *STAYS)]
     return list(dict.fromkeys([*varied, *drawn[:most]]))
 
 
 def _measured(
     problem: "Problem", drawn: Sequence[LaunchConfig], device: torch.device
 ) -> list[Timed]:
-    """Cuts that are right, fastest first; the first few by the median of three chains."""
+    """The configs that are right, fastest first; the first few by the median of three chains."""
     timed = list[Timed]()
-    for cut in drawn:
+    for config in drawn:
         try:
-            launch = prepared(problem.case.widest, cut, device)
+            launch = prepared(problem.case.widest, config, device)
             wrong_by = error(problem, launch, device)
             if wrong_by < LARGEST_ERROR:
-                timed.append(Timed(cut, chain(problem, launch, device)))
+                timed.append(Timed(config, chain(problem, launch, device)))
             else:
                 warnings.warn(
-                    f"cut {cut} of {problem.case.weight} at {problem.case.tokens} tokens is wrong "
-                    f"by {wrong_by:.1e}, where {LARGEST_ERROR:.0e} is allowed: it is left out; "
-                    "please report it",
+                    f"launch config {config} of {problem.case.weight} at {problem.case.tokens} "
+                    f"tokens is wrong by {wrong_by:.1e}, where {LARGEST_ERROR:.0e} is allowed: "
+                    "it is left out; please report it",
                     RuntimeWarning,
                     stacklevel=4,
                 )
@@ -126,7 +128,7 @@ def _measured(
 
 
 def resident_clusters(device: torch.device) -> dict[int, int]:
-    """How many clusters of each size the device holds with one CTA on an SM."""
+    """The number of clusters of each size that the device holds with one CTA on an SM."""
     capability = torch.cuda.get_device_capability(device)
     count = torch.cuda.get_device_properties(device).multi_processor_count
     if capability < CLUSTERS_FROM:
@@ -134,16 +136,16 @@ def resident_clusters(device: torch.device) -> dict[int, int]:
     case = Case(Kind.INT4, True, torch.bfloat16, UNIT_ROWS, UNIT_COLUMNS, 1)
     found = {}
     for cluster in CLUSTERS:
-        cut = LaunchConfig(cluster, 4, 1, 1, 1, 2, EARLY)
-        kernel = load(SOURCE, cut.defines(case, False), device)
-        found[cluster] = kernel.most_clusters(cluster, cut.threads, SM_BYTES // 2)
+        config = LaunchConfig(cluster, 4, 1, 1, 1, 2, EARLY)
+        kernel = load(SOURCE, config.defines(case, False), device)
+        found[cluster] = kernel.most_clusters(cluster, config.threads, SM_BYTES // 2)
     return found
 
 
 def compile_all(
     cases: Iterable[tuple[Case, LaunchConfig]], device: torch.device, workers: int | None
 ) -> None:
-    """Nothing; puts the machine code of all these cuts in the cache, in parallel processes."""
+    """Compile all these configs into the cache of machine code, in parallel processes."""
     arch = arch_of(torch.cuda.get_device_capability(device))
     portable = torch.cuda.get_device_capability(device) < CLUSTERS_FROM
     defines = sorted({config.defines(case, portable) for case, config in cases})
@@ -220,7 +222,7 @@ def problem(case: Case, device: torch.device, cold_bytes: int = COLD_BYTES) -> P
 def _exact(
     x: Tensor, numbers: Tensor, nibbles: Tensor, scales: Tensor | None, case: Case
 ) -> Tensor:
-    """In float64, some rows at a time."""
+    """The product in float64, some rows at a time."""
     parts = []
     for start in range(0, case.rows, 2048):
         rows = slice(start, start + 2048)
@@ -237,7 +239,7 @@ def _exact(
 
 
 def error(problem: Problem, launch: Launch, device: torch.device) -> float:
-    """Of the result, relative, by norm; not a number where an element was not written."""
+    """The relative error of the result by norm; NaN if an element was not written."""
     case = problem.case
     y = torch.full((case.tokens, case.rows), float("nan"), dtype=case.dtype, device=device)
     launch(torch.cuda.current_stream(device).cuda_stream, *problem.arguments(0, y))
@@ -246,7 +248,7 @@ def error(problem: Problem, launch: Launch, device: torch.device) -> float:
 
 
 def chain(problem: Problem, launch: Launch, device: torch.device) -> float:
-    """Microseconds of one launch in a graph of them, each on other weights."""
+    """The microseconds of one launch in a graph of them, each on other weights."""
     links = max(len(problem.weights), LINKS)
     y = torch.empty(problem.case.tokens, problem.case.rows, dtype=problem.case.dtype, device=device)
     graph = torch.cuda.CUDAGraph()

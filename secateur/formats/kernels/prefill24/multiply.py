@@ -1,6 +1,6 @@
 """The prefill kernels, launched: one rounds the tokens, one multiplies, scales and stores.
 
-The latter can apply an activation to its results.
+The second one can apply an activation to its results.
 
 Source of the layouts: `kernel.cu`.
 """
@@ -34,7 +34,7 @@ SHARED_BYTES = 1023 + STAGES * STAGE_BYTES + RESULT_BYTES
 
 
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
-    """None if the kernels can run this layer here, else the reason and what to do."""
+    """Why the kernels cannot run this layer here and what to do, or None."""
     rows, columns = shape
     if (problem := why_no_gpu(device)) is not None:
         return problem
@@ -70,7 +70,7 @@ def linear(
 
     The activation, one of `ACTIVATIONS`, is applied to sums that are not yet rounded.
 
-    Error: int8 sums are exact integers; those of float8 keep 14 bits on sm_90. Scales, bias and
+    Error: int8 sums are exact integers; float8 sums keep 14 bits on sm_90. Scales, bias and
         activation are applied in float32, and the result is rounded once.
     Cost: a byte for each input while it runs.
     Raises: RuntimeError if a kernel has to be compiled while a graph is captured; ValueError if the

@@ -1,4 +1,4 @@
-"""Which cut is taken: the user's measurements, then the package's, then a rule."""
+"""The config that is taken: the user's measurement, then the package's, then the cost model's."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ from secateur.formats.kernels.decode24 import choose as module
 from secateur.formats.kernels.decode24.arrange import Kind
 from secateur.formats.kernels.decode24.choose import choose, own_table, remember
 from secateur.formats.kernels.decode24.config import Case, LaunchConfig
-from secateur.formats.kernels.decode24.cuts import PORTABLE
+from secateur.formats.kernels.decode24.launch_configs import PORTABLE
 from secateur.formats.kernels.measured import chip
 
 GPU = torch.device("cuda:0")
 CHIP = "A GPU, 132 SMs"
 CASE = Case(Kind.INT4, True, torch.bfloat16, 4096, 14336, 8)
 FIRST, SECOND = LaunchConfig(1, 2, 3, 1, 1, 2, 0), LaunchConfig(2, 4, 1, 1, 1, 3, 1)
-BY_RULE = LaunchConfig(8, 8, 8, 8, 8, 8, 2)
+BY_MODEL = LaunchConfig(8, 8, 8, 8, 8, 8, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(name="A GPU", multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(module, "by_rule", lambda *arguments, **options: BY_RULE)
+    monkeypatch.setattr(module, "by_cost_model", lambda *arguments, **options: BY_MODEL)
 
 
 def write(path: Path, table: object) -> None:
@@ -43,7 +43,9 @@ def test_the_own_table_goes_before_the_packaged_one(tmp_path: Path) -> None:
     other = {"8": str(SECOND), "16": str(SECOND)}
     write(module.PACKAGED, {CHIP: {"int4/128 4096x14336": other}})
     assert choose(CASE, GPU) == FIRST
-    sixteen = Case(Kind.INT4, True, torch.float16, 4096, 14336, 16)  # a cut holds for any dtype
+    sixteen = Case(
+        Kind.INT4, True, torch.float16, 4096, 14336, 16
+    )  # a launch config holds for any dtype
     assert choose(sixteen, GPU) == SECOND
 
 
@@ -57,19 +59,19 @@ def test_the_own_table_goes_before_the_packaged_one(tmp_path: Path) -> None:
     ],
     ids=["nothing", "another chip", "another weight", "more tokens"],
 )
-def test_what_was_not_measured_goes_by_rule(table: object) -> None:
+def test_what_was_not_measured_goes_by_the_cost_model(table: object) -> None:
     write(own_table(), table)
-    assert choose(CASE, GPU) == BY_RULE
+    assert choose(CASE, GPU) == BY_MODEL
 
 
 def test_the_rule_is_told_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def by_rule(case: Case, multiprocessors: int, warpgroups: bool) -> LaunchConfig:
+    def by_cost_model(case: Case, multiprocessors: int, warpgroups: bool) -> LaunchConfig:
         asked.append((case, multiprocessors, warpgroups))
-        return BY_RULE
+        return BY_MODEL
 
-    monkeypatch.setattr(module, "by_rule", by_rule)
+    monkeypatch.setattr(module, "by_cost_model", by_cost_model)
     choose(CASE, GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     choose(CASE, GPU)
@@ -78,8 +80,10 @@ def test_the_rule_is_told_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert choose(CASE, GPU) == PORTABLE and len(asked) == 2
 
 
-def test_without_any_table_or_a_home_it_goes_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(CASE, GPU) == BY_RULE
+def test_without_a_table_or_a_home_it_goes_by_the_cost_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose(CASE, GPU) == BY_MODEL
 
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -98,7 +102,7 @@ def test_a_broken_table_names_its_file(text: str) -> None:
     own_table().parent.mkdir()
     own_table().write_text(text, encoding="latin-1")
     with pytest.raises(
-        ValueError, match=r"decode24\.json needs to be a table of cuts, got"
+        ValueError, match=r"decode24\.json needs to be a table of launch configs, got"
     ) as told:
         choose(CASE, GPU)
     assert str(own_table()) in str(told.value)
@@ -108,8 +112,8 @@ def test_a_broken_table_names_its_file(text: str) -> None:
     assert own_table().read_text(encoding="latin-1") == text
 
 
-def test_a_cut_is_remembered_beside_the_others() -> None:
-    assert choose(CASE, GPU) == BY_RULE  # the file is read, and found missing
+def test_a_launch_config_is_remembered_beside_the_others() -> None:
+    assert choose(CASE, GPU) == BY_MODEL  # the file is read, and found missing
     other = {"another": {"w16 16x64": {"2": str(FIRST)}}}
     write(own_table(), other)
     few = Case(Kind.INT4, True, torch.bfloat16, 4096, 14336, 5)

@@ -1,4 +1,4 @@
-"""Cases and cuts: the figures that the launch and the compiled kernel have to agree on."""
+"""Cases and launch configs: the figures that the launch and the compiled kernel agree on."""
 
 from dataclasses import replace
 
@@ -40,10 +40,10 @@ def test_a_case_counts_tiles_and_units_and_has_a_name() -> None:
     assert replace(case(), grouped=False).weight == "int4 4096x4096"
 
 
-def test_a_cut_is_written_and_read_again() -> None:
-    cut = LaunchConfig(1, 2, 3, 4, 5, 6, 0, 8, 1, 1, 7)
-    assert str(cut) == "1,2,3,4,5,6,0,8,1,1,7"
-    assert LaunchConfig.parse(str(cut)) == cut
+def test_a_launch_config_is_written_and_read_again() -> None:
+    config = LaunchConfig(1, 2, 3, 4, 5, 6, 0, 8, 1, 1, 7)
+    assert str(config) == "1,2,3,4,5,6,0,8,1,1,7"
+    assert LaunchConfig.parse(str(config)) == config
     assert LaunchConfig.parse(str(RESIDENT)) == RESIDENT
     for text in ("1,2,3", "1,2,3,4,5,6,0,8,1,1,1,1"):
         with pytest.raises(ValueError, match=f"needs 11 numbers, got '{text}': run secateur tune"):
@@ -54,22 +54,26 @@ def test_a_cut_is_written_and_read_again() -> None:
 
 def test_about_how_long_ctas_in_excess_stay() -> None:
     """20 of a CTA's bytes in a cycle, at most 4000 cycles; 2000 where the next come early."""
-    cut = LaunchConfig(4, 10, 1, 1, 2, 3, 3)
-    assert cut.with_stay(case()) == replace(cut, stay=3)  # 32 / 4 units x 10 tiles x 800 bytes
-    assert cut.with_stay(case(Kind.W16)) == replace(cut, stay=4)
-    assert replace(cut, cluster=8, stay=1).with_stay(case()) == replace(cut, cluster=8, stay=2)
-    assert replace(cut, trigger=0).with_stay(case(Kind.W16)).stay == 2
+    config = LaunchConfig(4, 10, 1, 1, 2, 3, 3)
+    assert config.with_stay(case()) == replace(
+        config, stay=3
+    )  # 32 / 4 units x 10 tiles x 800 bytes
+    assert config.with_stay(case(Kind.W16)) == replace(config, stay=4)
+    assert replace(config, cluster=8, stay=1).with_stay(case()) == replace(
+        config, cluster=8, stay=2
+    )
+    assert replace(config, trigger=0).with_stay(case(Kind.W16)).stay == 2
 
 
-def test_a_cut_counts_warps_clusters_and_steps() -> None:
-    cut = LaunchConfig(2, 4, 2, 3, 2, 4, 1)
-    assert (cut.warps, cut.threads, cut.tiles_of_cluster) == (8, 256, 12)
-    assert cut.clusters(case()) == 22  # 256 tiles of rows, 12 to each cluster
-    assert cut.steps(case()) == 4  # 32 units, in four slices, two at a time
-    assert cut.steps(case(columns=4160)) == 5  # 33 units: one slice has nine
+def test_a_launch_config_counts_warps_clusters_and_steps() -> None:
+    config = LaunchConfig(2, 4, 2, 3, 2, 4, 1)
+    assert (config.warps, config.threads, config.tiles_of_cluster) == (8, 256, 12)
+    assert config.clusters(case()) == 22  # 256 tiles of rows, 12 to each cluster
+    assert config.steps(case()) == 4  # 32 units, in four slices, two at a time
+    assert config.steps(case(columns=4160)) == 5  # 33 units: one slice has nine
 
 
-def test_shared_memory_of_a_resident_cut() -> None:
+def test_shared_memory_of_a_resident_launch_config() -> None:
     """Slack 128, the activations, eight rings of four stages, the sums of two parts."""
     ring = 8 * 4 * 896  # 800 bytes of a unit, aligned to 128
     sums = 2 * (2 * 2) * 16 * 2 * 4  # parts x slices x rows x two tokens in float32
@@ -79,7 +83,7 @@ def test_shared_memory_of_a_resident_cut() -> None:
     assert RESIDENT.shared_bytes(case(tokens=8)) == 128 + eight + ring + 2 * 4 * 18 * 8 * 4
 
 
-def test_shared_memory_of_a_streamed_cut() -> None:
+def test_shared_memory_of_a_streamed_launch_config() -> None:
     """Slack 1024, three stages of 64 tokens x 128 columns, eight rings; sums take their place."""
     wide = case(Kind.W16, tokens=64)
     activations, ring = 3 * 64 * 256, 8 * 3 * 2304

@@ -14,7 +14,7 @@ from secateur.formats.format import dequantised
 from secateur.formats.kernels.decode24.arrange import FORMATS, Kind
 from secateur.formats.kernels.decode24.choose import choose
 from secateur.formats.kernels.decode24.config import BUCKETS, Case, LaunchConfig
-from secateur.formats.kernels.decode24.cuts import MOST_BYTES, PORTABLE
+from secateur.formats.kernels.decode24.launch_configs import MOST_BYTES, PORTABLE
 from secateur.formats.kernels.decode24.multiply import ARGUMENTS, SOURCE, prepared
 from secateur.formats.kernels.decode24.tune import Problem, compile_all, error, problem
 from secateur.formats.kernels.launch import Launch, _load, load, prepare
@@ -28,18 +28,18 @@ pytestmark = [
 DTYPES = (torch.bfloat16, torch.float16)
 SHAPES = ((16, 64), (528, 1984), (1024, 2048))  # least, ragged, even
 TOKENS = (1, 2, 3, 8, 9, 16, 17, 32, 33, 64)
-CUTS = [
+CONFIGS = [
     "2,4,2,1,1,4,0,0,0,1,2", "2,4,2,1,1,4,1,0,0,0,4", "4,3,2,2,2,3,1,0,0,0,0",
     "1,4,2,1,1,3,2,3,0,0,1", "8,4,1,1,1,2,1,0,0,0,2", "2,4,2,1,1,2,1,0,1,0,0",
     "1,8,1,1,1,3,2,3,1,0,0", "4,12,1,2,1,2,1,4,1,0,3",
 ]  # fmt: skip
 GIVEN = [
-    (case, cut)
-    for cut in map(LaunchConfig.parse, CUTS)
+    (case, config)
+    for config in map(LaunchConfig.parse, CONFIGS)
     for kind in (Kind.W16, Kind.INT4, Kind.FP8)
     for tokens in (1, 7, 16, 40)
     for case in [Case(kind, kind is Kind.INT4, torch.bfloat16, 1056, 1984, tokens)]
-    if cut.shared_bytes(case.widest) + cut.static_bytes <= MOST_BYTES
+    if config.shared_bytes(case.widest) + config.static_bytes <= MOST_BYTES
 ]
 
 
@@ -60,7 +60,7 @@ def _compiled() -> None:
         for most in BUCKETS
     ]
     chosen = [(case, choose(case, device())) for case in cases]
-    given = [(case.widest, cut) for case, cut in GIVEN]
+    given = [(case.widest, config) for case, config in GIVEN]
     compile_all(chosen + given, device(), None)
 
 
@@ -162,8 +162,8 @@ def test_repeats_give_the_same_bits(format: str, tokens: int) -> None:
 
 def launches(case: Case) -> tuple[Launch, Launch]:
     """The case's kernel, launched dependent on the one before and plainly."""
-    cut = choose(case.widest, device())
-    return tuple(prepared(case.widest, cut, device(), dependent) for dependent in (True, False))
+    config = choose(case.widest, device())
+    return tuple(prepared(case.widest, config, device(), dependent) for dependent in (True, False))
 
 
 def run_chain(launch: Launch, found: Problem, first: Tensor, links: int, between: bool) -> Tensor:
@@ -313,9 +313,9 @@ def test_the_portable_form_is_right(
     assert error(problem(case, device(), 1), launch, device()) < 2e-3
 
 
-@pytest.mark.parametrize(("case", "cut"), GIVEN, ids=str)
-def test_every_kind_of_cut_is_right(case: Case, cut: LaunchConfig) -> None:
-    if cut.warpgroup and torch.cuda.get_device_capability() != (9, 0):
+@pytest.mark.parametrize(("case", "config"), GIVEN, ids=str)
+def test_every_kind_of_launch_config_is_right(case: Case, config: LaunchConfig) -> None:
+    if config.warpgroup and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs sm_90 for wgmma")
-    launch = prepared(case.widest, cut, device())
+    launch = prepared(case.widest, config, device())
     assert error(problem(case, device(), 1), launch, device()) < 2.5e-3

@@ -14,9 +14,9 @@ import torch
 from secateur.formats.kernels.decode24.arrange import Kind
 from secateur.formats.kernels.decode24.choose import PACKAGED
 from secateur.formats.kernels.decode24.config import BUCKETS, Case, LaunchConfig
-from secateur.formats.kernels.decode24.cuts import MOST_BYTES, PORTABLE
+from secateur.formats.kernels.decode24.cost_model import by_cost_model
+from secateur.formats.kernels.decode24.launch_configs import MOST_BYTES, PORTABLE
 from secateur.formats.kernels.decode24.multiply import SOURCE
-from secateur.formats.kernels.decode24.rule import by_rule
 from secateur.formats.kernels.nvrtc import ARCHS, compile_cubin
 from tests.formats.kernels.cubin_info import NEEDS_NVRTC, CubinInfo, info
 
@@ -75,8 +75,8 @@ FED = {
 }
 
 
-def compiled(case: Case, cut: LaunchConfig, arch: str, folder: Path) -> CubinInfo:
-    defines = cut.defines(case, portable=arch in WITHOUT_CLUSTERS)
+def compiled(case: Case, config: LaunchConfig, arch: str, folder: Path) -> CubinInfo:
+    defines = config.defines(case, portable=arch in WITHOUT_CLUSTERS)
     return info(compile_cubin(SOURCE, defines, arch), folder)
 
 
@@ -84,7 +84,7 @@ def cut_for(case: Case, arch: str) -> LaunchConfig:
     """What `choose` takes without a table."""
     if arch in WITHOUT_CLUSTERS:
         return PORTABLE
-    return by_rule(case, 132, warpgroups=arch == HOPPER)
+    return by_cost_model(case, 132, warpgroups=arch == HOPPER)
 
 
 def products(found: CubinInfo) -> set[str]:
@@ -92,12 +92,12 @@ def products(found: CubinInfo) -> set[str]:
     return {".".join(o.split(".")[:2]) for o in found.opcodes if re.match(r"[A-Z]+MMA\.", o)}
 
 
-def check_hopper(cut: LaunchConfig, found: CubinInfo) -> None:
-    """Only sparse products, by warps or warpgroups as the cut says; bulk copies; no spills."""
-    assert products(found) == {"HGMMA.SP" if cut.warpgroup else "HMMA.SP"}
+def check_hopper(config: LaunchConfig, found: CubinInfo) -> None:
+    """Only sparse products, by warps or warpgroups as the config says; bulk copies; no spills."""
+    assert products(found) == {"HGMMA.SP" if config.warpgroup else "HMMA.SP"}
     assert any(opcode.startswith("UBLKCP") for opcode in found.opcodes)
     assert found.stack_bytes == 0
-    assert found.shared_bytes <= SYSTEM_BYTES + cut.static_bytes + ALLOCATED_AT_ONCE
+    assert found.shared_bytes <= SYSTEM_BYTES + config.static_bytes + ALLOCATED_AT_ONCE
 
 
 def test_the_cases_cover_what_they_should() -> None:
@@ -117,11 +117,11 @@ def test_the_cases_cover_what_they_should() -> None:
 @NEEDS_NVRTC
 @pytest.mark.parametrize(("arch", "case"), COMPILED, ids=lambda value: _name(value))
 def test_it_compiles_to_sparse_products(arch: str, case: Case, tmp_path: Path) -> None:
-    cut = cut_for(case, arch)
-    found = compiled(case, cut, arch, tmp_path)
+    config = cut_for(case, arch)
+    found = compiled(case, config, arch, tmp_path)
     assert found.sparse_mma
     if arch == HOPPER:
-        check_hopper(cut, found)
+        check_hopper(config, found)
     else:
         assert products(found) == {"HMMA.SP"}
         bulk = any(opcode.startswith("UBLKCP") for opcode in found.opcodes)
@@ -131,58 +131,61 @@ def test_it_compiles_to_sparse_products(arch: str, case: Case, tmp_path: Path) -
 @NEEDS_NVRTC
 @pytest.mark.parametrize("name", FED)
 def test_every_way_of_feeding_compiles(name: str, tmp_path: Path) -> None:
-    case, cut = FED[name]
-    assert cut.shared_bytes(case) + cut.static_bytes <= MOST_BYTES
-    check_hopper(cut, compiled(case, cut, HOPPER, tmp_path))
+    case, config = FED[name]
+    assert config.shared_bytes(case) + config.static_bytes <= MOST_BYTES
+    check_hopper(config, compiled(case, config, HOPPER, tmp_path))
 
 
 @NEEDS_NVRTC
 def test_the_portable_form_is_checked_by_the_compiler() -> None:
-    """A cut with clusters, or one that reads ahead, is refused and not run wrongly."""
+    """A launch config with clusters, or one that reads ahead, is refused and not run wrongly."""
     case = layer(Kind.INT4, True, BF16, 2)
-    for cut in (
+    for config in (
         LaunchConfig(2, 4, 2, 1, 1, 3, 1, 3),
         LaunchConfig(1, 4, 2, 1, 1, 3, 1, 3, ahead=1),
     ):
         with pytest.raises(RuntimeError, match=r"kernel\.cu did not compile for sm_80"):
-            compile_cubin(SOURCE, cut.defines(case, portable=True), "sm_80")
+            compile_cubin(SOURCE, config.defines(case, portable=True), "sm_80")
 
 
 def packaged() -> list[tuple[Case, LaunchConfig]]:
-    """Every case with its cut in the table that comes with the package."""
+    """Every case with its launch config in the table that comes with the package."""
     if not PACKAGED.exists():
         return []
     found = []
     for weights in json.loads(PACKAGED.read_text(encoding="utf-8")).values():
-        for weight, cuts in weights.items():
+        for weight, configs in weights.items():
             match = re.fullmatch(r"(w16|int8|fp8|int4)(/128)? (\d+)x(\d+)", weight)
             assert match is not None, weight
             kind, grouped = Kind[match[1].upper()], match[2] is not None
-            for tokens, text in cuts.items():
+            for tokens, text in configs.items():
                 case = Case(kind, grouped, BF16, int(match[3]), int(match[4]), int(tokens))
                 assert case.weight == weight
                 found.append((case, LaunchConfig.parse(text)))
     return found
 
 
-PACKAGED_CUTS = packaged()
-NEEDS_TABLE = pytest.mark.skipif(not PACKAGED_CUTS, reason="decode24/tuned.json is not here yet")
+PACKAGED_CONFIGS = packaged()
+NEEDS_TABLE = pytest.mark.skipif(not PACKAGED_CONFIGS, reason="decode24/tuned.json is not here yet")
 
 
 @NEEDS_TABLE
-def test_every_packaged_cut_fits() -> None:
-    for case, cut in PACKAGED_CUTS:
+def test_every_packaged_launch_config_fits() -> None:
+    for case, config in PACKAGED_CONFIGS:
         assert case == case.widest, "tables hold the most tokens of a bucket"
-        assert cut.shared_bytes(case) + cut.static_bytes <= MOST_BYTES, (case, cut)
-        assert 4 <= cut.warps <= 32 and not (cut.warpgroup and cut.warp_rows % 4), (case, cut)
+        assert config.shared_bytes(case) + config.static_bytes <= MOST_BYTES, (case, config)
+        assert 4 <= config.warps <= 32 and not (config.warpgroup and config.warp_rows % 4), (
+            case,
+            config,
+        )
 
 
 @NEEDS_NVRTC
 @NEEDS_TABLE
 @pytest.mark.parametrize("number", range(SAMPLE))
-def test_packaged_cuts_do_not_spill(number: int, tmp_path: Path) -> None:
-    case, cut = PACKAGED_CUTS[number * len(PACKAGED_CUTS) // SAMPLE]
-    check_hopper(cut, compiled(case, cut, HOPPER, tmp_path))
+def test_packaged_launch_configs_do_not_spill(number: int, tmp_path: Path) -> None:
+    case, config = PACKAGED_CONFIGS[number * len(PACKAGED_CONFIGS) // SAMPLE]
+    check_hopper(config, compiled(case, config, HOPPER, tmp_path))
 
 
 def _name(value: object) -> str:

@@ -68,13 +68,13 @@ def test_a_bias_of_another_dtype_is_refused() -> None:
 
 
 CASE = Case(Kind.INT4, True, BF16, 4096, 4096, 2)
-CUT = LaunchConfig(2, 4, 2, 1, 1, 4, 1)
+CONFIG = LaunchConfig(2, 4, 2, 1, 1, 4, 1)
 
 
 def launched(
     monkeypatch: pytest.MonkeyPatch,
     case: Case = CASE,
-    cut: LaunchConfig = CUT,
+    config: LaunchConfig = CONFIG,
     dependent: bool = True,
     capability: tuple[int, int] = (9, 0),
 ) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def launched(
     monkeypatch.setattr(Kernel, "most_clusters", count)
     monkeypatch.setattr(module, "load", load)
     monkeypatch.setattr(module, "prepare", prepare)
-    prepared(case, cut, GPU, dependent)
+    prepared(case, config, GPU, dependent)
     return asked
 
 
@@ -108,11 +108,11 @@ def test_the_grid_fills_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = launched(monkeypatch)
     assert (asked["grid"], asked["cluster"], asked["threads"]) == (132, 2, 256)
     assert asked["counted"] == (2, 256, SM_BYTES // 2)  # one CTA on an SM
-    assert asked["shared_bytes"] == SM_BYTES // 3 > CUT.shared_bytes(CASE)  # never three
+    assert asked["shared_bytes"] == SM_BYTES // 3 > CONFIG.shared_bytes(CASE)  # never three
     assert asked["arguments"] == "PPPPPiii"
     assert asked["dependent"] is True and asked["defines"]["PORTABLE"] == 0
     deep = LaunchConfig(2, 4, 2, 1, 4, 4, 1)
-    assert launched(monkeypatch, cut=deep)["shared_bytes"] == deep.shared_bytes(CASE) > 10**5
+    assert launched(monkeypatch, config=deep)["shared_bytes"] == deep.shared_bytes(CASE) > 10**5
     many = Case(Kind.INT4, True, BF16, 2 * 4096, 4096, 2)
     assert launched(monkeypatch, many)["grid"] == 256  # all that have rows
 
@@ -126,7 +126,7 @@ def test_dependent_launch_can_be_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("unchecked")
 def test_older_gpus_get_the_portable_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = launched(monkeypatch, cut=LaunchConfig(1, 4, 2, 1, 1, 3, 1, 3), capability=(8, 9))
+    asked = launched(monkeypatch, config=LaunchConfig(1, 4, 2, 1, 1, 3, 1, 3), capability=(8, 9))
     assert asked["defines"]["PORTABLE"] == 1
     assert "counted" not in asked and asked["dependent"] is False
     assert asked["grid"] == 64

@@ -36,21 +36,23 @@ SMALL = Case(Kind.W16, False, torch.bfloat16, 32, 256, 3)
 KNOWN = LaunchConfig(1, 1, 4, 1, 1, 1, 1)
 
 
-def test_cuts_are_drawn_alike_every_time() -> None:
+def test_launch_configs_are_drawn_alike_every_time() -> None:
     drawn = _drawn(CASE, H200, True, 20, ())
     assert drawn == _drawn(CASE, H200, True, 20, ())
     assert len(drawn) == len(set(drawn)) == 20
-    assert all(dict(cut.defines(CASE, False))["WHOLE_STEPS"] == 1 for cut in drawn)
+    assert all(dict(config.defines(CASE, False))["WHOLE_STEPS"] == 1 for config in drawn)
     assert drawn == _drawn(CASE, H200, True, 40, ())[:20] != sorted(drawn, key=str)
 
 
-def test_known_cuts_come_first_and_once() -> None:
+def test_known_launch_configs_come_first_and_once() -> None:
     drawn = _drawn(CASE, H200, True, 20, ())
-    known = [replace(cut, stay=stay) for cut in (KNOWN, drawn[3]) for stay in (cut.stay, *STAYS)]
+    known = [
+        replace(config, stay=stay) for config in (KNOWN, drawn[3]) for stay in (config.stay, *STAYS)
+    ]
     assert _drawn(CASE, H200, True, 20, [KNOWN, drawn[3]]) == list(dict.fromkeys([*known, *drawn]))
 
 
-def test_a_ragged_layer_has_cuts_all_the_same() -> None:
+def test_a_ragged_layer_has_launch_configs_all_the_same() -> None:
     ragged = replace(CASE, columns=128 * 31)
     assert len(_drawn(ragged, H200, True, 20, ())) == 20
 
@@ -144,19 +146,19 @@ def measured_error(made: Problem, result: Tensor, nbytes: int) -> float:
 
 
 class Bench:
-    """Stands in for a GPU: prescribed times of a cut's chains, and cuts that are wrong or large."""
+    """Stands in for a GPU: prescribed times of chains, and configs that are wrong or large."""
 
     def __init__(self, times: Mapping[LaunchConfig, Sequence[float]]) -> None:
-        self.times = {cut: iter(us) for cut, us in times.items()}
+        self.times = {config: iter(us) for config, us in times.items()}
         self.wrong: list[LaunchConfig] = []
         self.refused: dict[LaunchConfig, str] = {}
         self.cases: list[Case] = []
 
-    def prepared(self, case: Case, cut: LaunchConfig, device: torch.device) -> LaunchConfig:
+    def prepared(self, case: Case, config: LaunchConfig, device: torch.device) -> LaunchConfig:
         self.cases.append(case)
-        if cut in self.refused:
-            raise RuntimeError(self.refused[cut])
-        return cut
+        if config in self.refused:
+            raise RuntimeError(self.refused[config])
+        return config
 
     def error(self, problem: object, launch: LaunchConfig, device: torch.device) -> float:
         return float("nan") if launch in self.wrong else 2e-3
@@ -167,39 +169,39 @@ class Bench:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Bench:
-    """Ten cuts; the tenth is the fastest but the median of its chains is not."""
-    times = {cut(number): [10.0 + number] * 3 for number in range(10)}
-    bench = Bench({**times, cut(9): [1.0, 99.0, 99.0]})
+    """Ten configs; the tenth is the fastest but the median of its chains is not."""
+    times = {config(number): [10.0 + number] * 3 for number in range(10)}
+    bench = Bench({**times, config(9): [1.0, 99.0, 99.0]})
     for name in ("prepared", "error", "chain"):
         monkeypatch.setattr(module, name, vars(Bench)[name].__get__(bench))
     return bench
 
 
-def cut(number: int) -> LaunchConfig:
+def config(number: int) -> LaunchConfig:
     return replace(KNOWN, cluster=number)
 
 
 def test_the_fastest_are_measured_again(bench: Bench) -> None:
     made: Any = SimpleNamespace(case=SMALL)
-    found = _measured(made, [cut(number) for number in range(10)], CPU)
+    found = _measured(made, [config(number) for number in range(10)], CPU)
     # 9 came out first, then last of the eight that were measured again; 7 and 8 only once
     order = [*range(7), 9, 7, 8]
-    assert [timed.config for timed in found] == [cut(number) for number in order]
+    assert [timed.config for timed in found] == [config(number) for number in order]
     assert [timed.us for timed in found] == [10, 11, 12, 13, 14, 15, 16, 99, 17, 18]
-    assert list(bench.times[cut(8)]) == [18.0, 18.0] and list(bench.times[cut(0)]) == []
+    assert list(bench.times[config(8)]) == [18.0, 18.0] and list(bench.times[config(0)]) == []
     assert set(bench.cases) == {SMALL.widest}
 
 
 def test_what_is_wrong_or_does_not_fit_is_passed_over(bench: Bench) -> None:
     made: Any = SimpleNamespace(case=SMALL)
-    bench.wrong = [cut(0)]
-    bench.refused[cut(1)] = "giving decode 999999 bytes of shared memory failed"
-    with pytest.warns(RuntimeWarning, match=r"cut 0,.* of w16 .* is wrong by nan"):
-        found = _measured(made, [cut(0), cut(1), cut(2)], CPU)
-    assert [timed.config for timed in found] == [cut(2)]
-    bench.refused[cut(3)] = "CUDA error: an illegal memory access was encountered"
+    bench.wrong = [config(0)]
+    bench.refused[config(1)] = "giving decode 999999 bytes of shared memory failed"
+    with pytest.warns(RuntimeWarning, match=r"launch config 0,.* of w16 .* is wrong by nan"):
+        found = _measured(made, [config(0), config(1), config(2)], CPU)
+    assert [timed.config for timed in found] == [config(2)]
+    bench.refused[config(3)] = "CUDA error: an illegal memory access was encountered"
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        _measured(made, [cut(3)], CPU)
+        _measured(made, [config(3)], CPU)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -209,7 +211,7 @@ def test_all_is_compiled_before_anything_is_measured(monkeypatch: pytest.MonkeyP
 
     def measured(made: Case, drawn: Sequence[LaunchConfig], device: torch.device) -> list[Timed]:
         asked.append((made, len(compiled)))
-        return [Timed(cut, 1.0) for cut in drawn]
+        return [Timed(config, 1.0) for config in drawn]
 
     def compile_all(cases: Iterator[Any], device: torch.device, workers: int | None) -> None:
         compiled.extend(cases)
@@ -239,7 +241,7 @@ def test_metadata_is_of_every_kind() -> None:
     assert np.unique(np.frombuffer(meta, dtype=np.uint8)).size == 36
 
 
-def test_a_gpu_with_one_cut_has_nothing_to_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_with_one_launch_config_has_nothing_to_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(ValueError, match="compute capability 9.0 or newer"):
         next(tune([CASE], CPU))

@@ -1,4 +1,4 @@
-"""The cuts of the decode kernel that a case can have: what is measured, or chosen from by rule."""
+"""The launch configs of a case: those to measure, or to choose from by the cost model."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,28 +22,32 @@ MOST_BYTES = 227 * 1024  # of shared memory that a CTA may ask for on sm_90 and 
 # has been run compiled for sm_90 only.
 PORTABLE = LaunchConfig(1, 4, 1, 1, 1, 3, AFTER_INPUTS, 3)
 CLUSTERS = (1, 2, 4, 8)
-WASTES = (1.36, 2.0, 8.0)  # how much more than its share an SM may do; the first that leaves a cut
+WASTES = (
+    1.36,
+    2.0,
+    8.0,
+)  # how much more than its share an SM may do; the first that leaves a launch config
 COARSE = 1.34  # times that where rows go by 64, for warpgroups
 MOST_WAVES = 64
 MOST_STAGES = 8
 LEAST_SHARE = 0.5  # row tiles of an SM; layers smaller than that cannot fill the device
 
 
-def cuts(case: Case, clusters: Mapping[int, int], warpgroups: bool) -> list[LaunchConfig]:
-    """Every cut worth measuring; `clusters` is how many of each size the device holds at once.
+def launch_configs(case: Case, clusters: Mapping[int, int], warpgroups: bool) -> list[LaunchConfig]:
+    """Every config worth measuring; `clusters` has how many of each size the device holds at once.
 
     In as few waves as can be; every SM with about its share of rows and every warp with its share
     of columns; shared memory either whole or half of an SM's, so that a CTA of the next kernel can
     stand beside this one. From 32 tokens on by warpgroups, where there are any.
     """
     for waste, waves in product(WASTES, (1, 2, 4, MOST_WAVES)):
-        found = list(_cuts(case, clusters, warpgroups, waste, waves))
+        found = list(_launch_configs(case, clusters, warpgroups, waste, waves))
         if found:
             return found
-    raise AssertionError(f"no cut for {case}")
+    raise AssertionError(f"no launch config for {case}")
 
 
-def _cuts(
+def _launch_configs(
     case: Case, clusters: Mapping[int, int], warpgroups: bool, waste: float, waves: int
 ) -> Iterator[LaunchConfig]:
     streams = (0,) if case.tokens <= 8 else (0, 3) if case.tokens <= 32 else (0, 3, 4)
@@ -65,7 +69,7 @@ def _cuts(
 
 
 def _deep(case: Case, part: LaunchConfig, waste: float) -> Iterator[LaunchConfig]:
-    """The cut with every sensible depth of its ring and moment of its trigger."""
+    """The partial config with every sensible depth of its ring and moment of its trigger."""
     slices = part.cluster * part.splits
     if not 4 <= part.warps <= (20 if part.warpgroup else 16):
         return
@@ -81,9 +85,9 @@ def _deep(case: Case, part: LaunchConfig, waste: float) -> Iterator[LaunchConfig
         for stages in _depths(case, replace(part, units=units)):
             for trigger in triggers:
                 for ahead in (0, 1) if few and case.kind is not Kind.W16 else (0,):
-                    cut = replace(part, units=units, stages=stages, trigger=trigger, ahead=ahead)
-                    if cut.registers(case) <= cut.most_registers(cut.blocks(case)):
-                        yield cut.with_stay(case)
+                    config = replace(part, units=units, stages=stages, trigger=trigger, ahead=ahead)
+                    if config.registers(case) <= config.most_registers(config.blocks(case)):
+                        yield config.with_stay(case)
 
 
 def _depths(case: Case, part: LaunchConfig) -> list[int]:
@@ -92,9 +96,10 @@ def _depths(case: Case, part: LaunchConfig) -> list[int]:
     deep = [replace(part, stages=stages) for stages in range(1, MOST_STAGES + 1)]
     for limit in (SM_BYTES // 2 - RESERVED_BYTES, MOST_BYTES):
         fitting = [
-            cut.stages
-            for cut in deep
-            if cut.stages <= part.steps(case) and cut.shared_bytes(case) + cut.static_bytes <= limit
+            config.stages
+            for config in deep
+            if config.stages <= part.steps(case)
+            and config.shared_bytes(case) + config.static_bytes <= limit
         ]
         found |= set(fitting[-1:])
     return sorted(found)
