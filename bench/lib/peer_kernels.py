@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.lib.cold import Candidate, Run, Tuned, product
-from secateur.formats.kernels.cusparselt import Case, Setting, case_of
+from secateur.formats.kernels.cusparselt import SearchCase, Setting, case_of
 from secateur.formats.kernels.cusparselt_search import SearchResult
 from secateur.formats.kernels.cusparselt_settings import search_isolated
 
@@ -68,7 +68,7 @@ def cusparselt(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> list[Ca
 
         return run
 
-    found: dict[Case, SearchResult] = {}
+    found: dict[SearchCase, SearchResult] = {}
 
     def tune(runs: Sequence[Run], x: Tensor) -> Tuned:
         case = case_of(x, out, bias)

@@ -18,14 +18,14 @@ import torch
 
 from bench.lib.command import parser_of
 from bench.lib.rows import Row, append
-from secateur.formats.kernels.cusparselt import STEPS, Case, Setting
+from secateur.formats.kernels.cusparselt import STEPS, SearchCase, Setting
 from secateur.formats.kernels.cusparselt_child import NoSearch, Search, end_child, searched
 from secateur.formats.kernels.cusparselt_search import Past
 
 TOKENS = (16, 32, 128, 256, 1024, 4096)  # the most of the buckets of 1, 17, 100, 256, 1000, 4096
 
 
-def one(case: Case, device: torch.device) -> Row:
+def one(case: SearchCase, device: torch.device) -> Row:
     """A row of one search: what it found, and what crashed."""
     crashed: dict[Setting, str] = {}
     past, started = Past(), monotonic()
@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if monotonic() > end:
             print(f"out of time after {len(rows)} searches")
             break
-        case = Case(dtype, dtype, *arguments.shape, tokens, bias, alpha=False)
+        case = SearchCase(dtype, dtype, *arguments.shape, tokens, bias, alpha=False)
         rows.append(one(case, device))
         print(json.dumps(rows[-1]), flush=True)
     print(append(arguments.output, "searches", rows, arguments.device))

@@ -5,10 +5,8 @@ tokens -> the microseconds of each candidate, and why others were not among them
 """
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from math import isfinite
 
 import torch
@@ -17,7 +15,7 @@ from secateur.accelerate.candidates import DENSE, PREPACKED
 from secateur.core.disk.data_files import parse_json
 from secateur.core.processor import processor
 from secateur.core.version import VERSION
-from secateur.formats.kernels.cubins import FOLDER_VARIABLE
+from secateur.formats.kernels.cubins import warn_unkept
 from secateur.formats.kernels.measured import Entries, add, chip, own_file, read
 
 FILE = "measured.json"
@@ -91,9 +89,9 @@ def store(device: torch.device, layer: str, tokens: int, found: Measurement) -> 
     try:
         add(own_file(FILE), ENTRIES, (place(device), layer, str(tokens)), json.dumps(entry))
     except OSError as error:
-        _warn(error.strerror or str(error))
+        warn_unkept("measurements", error.strerror or str(error), "measures")
     except RuntimeError as error:  # a user without a home
-        _warn(str(error))
+        warn_unkept("measurements", str(error), "measures")
 
 
 def place(device: torch.device) -> str:
@@ -104,14 +102,3 @@ def place(device: torch.device) -> str:
         capability = torch.backends.cpu.get_cpu_capability()
         where = f"{processor()}, {capability}, {torch.get_num_threads()} threads"
     return f"{where}, torch {torch.__version__}, secateur {VERSION}"
-
-
-@cache
-def _warn(reason: str) -> None:
-    """The warning, once in a process for each reason."""
-    warnings.warn(
-        f"measurements cannot be kept ({reason}), so every process measures again: "
-        f"set {FOLDER_VARIABLE} to a folder that can be written",
-        RuntimeWarning,
-        stacklevel=3,
-    )

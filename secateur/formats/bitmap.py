@@ -6,7 +6,14 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from secateur.formats.contract import Format, Packed, check_dense, shape_of, why_no_weight
+from secateur.formats.contract import (
+    Format,
+    Packed,
+    check_stored,
+    dense_shape,
+    why_no_weight,
+    why_not_smaller,
+)
 from secateur.formats.reference import REFERENCE
 
 
@@ -33,10 +40,8 @@ class Bitmap(Format):
         if (problem := why_no_weight(weight, self)) is not None:
             return problem
         mask_bytes = weight.shape[0] * ((weight.shape[1] + 7) // 8)
-        ratio = self.density(weight) + mask_bytes / max(1, weight.nbytes)
-        if ratio >= 1:
-            return f"bitmap would store {ratio:.2f}x the bytes of the dense weight: nothing to gain"
-        return None
+        value_bytes = int(weight.count_nonzero()) * weight.itemsize
+        return why_not_smaller(weight, self, value_bytes + mask_bytes)
 
     def density(self, weight: Float[Tensor, "out in"]) -> float:
         """The fraction of the weight that `pack` stores values for."""
@@ -50,9 +55,9 @@ class Bitmap(Format):
         Cost: density x dense bytes, + 1 bit a weight: 0.5625 of a 16-bit weight that is half zeros.
         Raises: ValueError if a weight is not finite.
         """
-        check_dense(weight)
+        shape = dense_shape(weight)
         keep = weight != 0
-        return Packed(self, shape_of(weight), {"values": weight[keep], "bitmask": _pack_bits(keep)})
+        return Packed(self, shape, {"values": weight[keep], "bitmask": _pack_bits(keep)})
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
         """The dense weight.
@@ -67,11 +72,7 @@ class Bitmap(Format):
 
         Raises: ValueError if more is stored than there are weights.
         """
-        if stored > shape[0] * shape[1]:
-            raise ValueError(
-                f"bitmap needs at most {shape[0] * shape[1]} values, got {stored}: "
-                "the description is damaged, save the model again"
-            )
+        check_stored(self, shape, stored)
         bitmask = torch.zeros(shape[0], (shape[1] + 7) // 8, dtype=torch.uint8, device="cpu")
         values = torch.zeros(stored, dtype=dtype, device="cpu")
         return Packed(self, shape, {"values": values, "bitmask": bitmask})

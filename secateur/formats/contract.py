@@ -157,8 +157,28 @@ def why_no_weight(weight: Tensor, format: Format) -> str | None:
     return None
 
 
-def check_dense(weight: Tensor) -> None:
-    """Raise unless some format can store this weight.
+def why_not_smaller(weight: Tensor, format: Format, stored_bytes: int) -> str | None:
+    """Why storing the weight in this many bytes gains nothing, or None if it does."""
+    ratio = stored_bytes / max(1, weight.nbytes)
+    if ratio >= 1:
+        return f"{format} would store {ratio:.2f}x the bytes of the dense weight: nothing to gain"
+    return None
+
+
+def check_stored(format: Format, shape: tuple[int, int], stored: int) -> None:
+    """Raise unless a weight of this shape has that many values.
+
+    Raises: ValueError if more is stored than there are weights.
+    """
+    if stored > shape[0] * shape[1]:
+        raise ValueError(
+            f"{format} needs at most {shape[0] * shape[1]} values, got {stored}: "
+            "the description is damaged, save the model again"
+        )
+
+
+def dense_shape(weight: Tensor) -> tuple[int, int]:
+    """The two sizes of a weight that some format can store.
 
     Raises: ValueError for another rank or dtype, more weights than 32-bit indices can number, or a
         weight that is not finite (its position is named).
@@ -185,8 +205,4 @@ def check_dense(weight: Tensor) -> None:
             f"pack needs finite weights, row {row} column {column} is {weight[row, column]}: "
             "repair the checkpoint or the training run that made it"
         )
-
-
-def shape_of(weight: Float[Tensor, "out in"]) -> tuple[int, int]:
-    """The weight's two sizes."""
     return weight.shape[0], weight.shape[1]

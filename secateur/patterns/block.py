@@ -1,7 +1,6 @@
 """Block sparsity: tiles of rows x columns that are kept or dropped as a whole."""
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ from secateur.patterns.pattern import (
     as_fraction,
     as_sparsity,
     check_sparsity,
-    unreadable,
+    fields_of,
     where_first,
 )
 from secateur.patterns.unstructured import COLUMNS_TOGETHER
@@ -88,11 +87,9 @@ class Block(Pattern):
 
     @classmethod
     def parse(cls, text: str) -> "Block | None":
-        if not text.startswith("block:"):
+        if (parts := fields_of(text, "block", r"(\d+)x(\d+)@([^@]+)")) is None:
             return None
-        if not (found := re.fullmatch(r"block:(\d+)x(\d+)@([^@]+)", text)):
-            raise unreadable(text)
-        rows, cols, sparsity = found.groups()
+        rows, cols, sparsity = parts
         return cls(int(rows), int(cols), as_fraction(sparsity, text))
 
     def _tiles(self, matrix: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Channel sparsity: whole outputs or whole inputs are zero, the shape stays."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.patterns.keep import count_zeros, keep_top
-from secateur.patterns.pattern import Pattern, as_fraction, check_sparsity, unreadable
+from secateur.patterns.pattern import Pattern, as_fraction, check_sparsity, fields_of
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,7 @@ class Channel(Pattern):
 
     @classmethod
     def parse(cls, text: str) -> "Channel | None":
-        if not text.startswith("channels:"):
+        if (parts := fields_of(text, "channels", r"([^@]+)(@(?:in|out))?")) is None:
             return None
-        if not (found := re.fullmatch(r"channels:([^@]+)(@(?:in|out))?", text)):
-            raise unreadable(text)
-        sparsity, side = found.groups()
+        sparsity, side = parts
         return cls(as_fraction(sparsity, text), "in" if side == "@in" else "out")

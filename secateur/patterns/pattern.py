@@ -1,8 +1,9 @@
 """What a pattern is, and the checks of sparsities and strings that all patterns share."""
 
 import math
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -98,12 +99,21 @@ def as_sparsity(zeros: int, n: int) -> float:
     return min(zeros / n, math.nextafter(1, 0))
 
 
-def unreadable(text: str) -> ValueError:
-    """The error for a short string that begins like a known kind and then cannot be read."""
-    rest = text.partition(":")[2]
-    return ValueError(
-        f"cannot read {rest!r} in the pattern {text!r}: patterns look like {EXAMPLES}"
-    )
+def fields_of(text: str, kind: str, form: str) -> tuple[Any, ...] | None:
+    """The groups of the regular expression `form` in the short string `kind:rest`.
+
+    It is None for a string of another kind.
+
+    Raises: ValueError if the rest does not have the form.
+    """
+    before, colon, rest = text.partition(":")
+    if before != kind or not colon:
+        return None
+    if not (found := re.fullmatch(form, rest)):
+        raise ValueError(
+            f"cannot read {rest!r} in the pattern {text!r}: patterns look like {EXAMPLES}"
+        )
+    return found.groups()
 
 
 def as_fraction(number: str, text: str) -> float:

@@ -1,6 +1,5 @@
 """Unstructured sparsity: every weight has a mask bit of its own."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,7 +14,7 @@ from secateur.patterns.pattern import (
     as_fraction,
     as_sparsity,
     check_sparsity,
-    unreadable,
+    fields_of,
     where_first,
 )
 
@@ -108,11 +107,10 @@ class Unstructured(Pattern):
 
     @classmethod
     def parse(cls, text: str) -> "Unstructured | None":
-        if not text.startswith("unstructured:"):
+        form = r"([^@]+)(?:@(row|layer|group(\d+)))?"
+        if (parts := fields_of(text, "unstructured", form)) is None:
             return None
-        if not (found := re.fullmatch(r"unstructured:([^@]+)(?:@(row|layer|group(\d+)))?", text)):
-            raise unreadable(text)
-        sparsity, scope, size = found.groups()
+        sparsity, scope, size = parts
         if size:
             return cls(as_fraction(sparsity, text), "group", int(size))
         return cls(as_fraction(sparsity, text), "layer" if scope == "layer" else "row")

@@ -22,6 +22,7 @@ from secateur.core.undo import Undo
 from secateur.formats import SparseLinear
 from secateur.formats.contract import Format
 from secateur.formats.format import parse_format, weight_error
+from secateur.formats.kernels.cubins import warn_unkept
 from secateur.formats.kernels.gpu import why_no_gpu
 from secateur.formats.kernels.timing import Calls, Timing, VariantFailed
 from tests import toy
@@ -622,7 +623,7 @@ def test_where_nothing_can_be_kept_a_warning_says_so(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(remembered, "own_file", lambda name: tmp_path / "file" / name)
-    remembered._warn.cache_clear()
+    warn_unkept.cache_clear()
     with pytest.warns(RuntimeWarning, match="measurements cannot be kept .*set SECATEUR_CACHE"):
         report, _ = run_toy(nn.Sequential(halved()), bucketed())
     assert report.layers[0].format == "toy"

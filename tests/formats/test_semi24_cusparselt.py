@@ -13,10 +13,16 @@ import secateur as sc
 from secateur.formats import SparseLinear, parse_format
 from secateur.formats.kernels.cusparselt import Setting
 from secateur.formats.kernels.gpu import why_no_gpu
-from secateur.formats.pack import packed_linear
 from secateur.formats.semi24 import Semi24, cusparselt, dense
 from tests.formats.kernels.fake_cusparselt import Fake, forget, install
-from tests.formats.weights import allowed_error, exact_linear, fitting_weight, tokens_in
+from tests.formats.weights import (
+    allowed_error,
+    exact_linear,
+    fitting_weight,
+    layer_on_gpu,
+    tokens_in,
+    tokens_on_gpu,
+)
 
 OUT, WIDTH = 48, 64
 TYPES = (torch.bfloat16, torch.float16)
@@ -222,21 +228,11 @@ def gpu_layer(
     bias: bool = True,
 ) -> SparseLinear:
     """A packed layer of random weights that runs cuSPARSELt alone."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    linear = nn.Linear(shape[1], shape[0], bias=bias, device="cuda", dtype=dtype)
-    weight = torch.randn(shape, device="cuda", generator=generator) / shape[1] ** 0.5
-    order = torch.rand(shape[0], shape[1] // 4, 4, device="cuda", generator=generator).argsort(-1)
-    linear.weight = nn.Parameter((weight * (order < 2).flatten(1)).to(dtype), requires_grad=False)
-    if bias:
-        linear.bias.data.normal_(generator=generator)
-    layer = packed_linear("layer", linear, parse_format("semi24"))
-    layer.use((("cusparselt", None),))
-    return layer.requires_grad_(False)
+    return layer_on_gpu("semi24", dtype, shape, bias, (("cusparselt", None),))
 
 
 def gpu_inputs(tokens: int, width: int = 512, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(tokens)
-    return torch.randn(tokens, width, device="cuda", generator=generator).to(dtype)
+    return tokens_on_gpu(tokens, width, dtype)
 
 
 def held_to_float64(layer: SparseLinear, x: Tensor) -> None:

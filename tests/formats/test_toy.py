@@ -16,7 +16,7 @@ import secateur as sc
 from secateur.accelerate.verb import _accelerate
 from secateur.core.undo import Undo
 from secateur.formats import Format, SparseLinear, describe, empty_from, parse_format
-from secateur.formats.contract import Implementation, Packed, check_dense
+from secateur.formats.contract import Implementation, Packed, dense_shape
 from secateur.formats.kernels.timing import Timing
 from secateur.formats.op import register
 from secateur.formats.reference import REFERENCE, anywhere
@@ -47,10 +47,10 @@ class Rows(Format):
         return float((weight != 0).any(1).float().mean())
 
     def pack(self, weight: Tensor) -> Packed:
-        check_dense(weight)
+        shape = dense_shape(weight)
         keep = (weight != 0).any(1)
         tensors = {"values": weight[keep], "rows": keep.nonzero()[:, 0].int()}
-        return Packed(self, (weight.shape[0], weight.shape[1]), tensors)
+        return Packed(self, shape, tensors)
 
     def unpack(self, packed: Packed) -> Tensor:
         dense = packed["values"].new_zeros(packed.shape)

@@ -10,6 +10,8 @@ from secateur.formats.block import Blocks
 from secateur.formats.contract import Packed
 from secateur.formats.dynamic import quantised
 from secateur.formats.format import dequantised
+from secateur.formats.linear import Table
+from secateur.formats.pack import packed_linear
 
 EXACT = ("semi24", "block:4x8", "block:2x1", "bitmap", "csr")
 QUANTISED = ("semi24_int4", "semi24_int8", "semi24_fp8")
@@ -71,6 +73,28 @@ def sparse_linear(
     generator = torch.Generator().manual_seed(seed + 1)
     offset = nn.Parameter(torch.randn(out, generator=generator).to(dtype)) if bias else None
     return SparseLinear(packed_weight(format, weight), offset, "layer")
+
+
+def layer_on_gpu(
+    format: str, dtype: torch.dtype, shape: tuple[int, int], bias: bool, table: Table
+) -> SparseLinear:
+    """A packed 2:4 layer of random weights on the GPU that runs by this table, frozen."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0], bias=bias, device="cuda", dtype=dtype)
+    weight = torch.randn(shape, device="cuda", generator=generator) / shape[1] ** 0.5
+    order = torch.rand(shape[0], shape[1] // 4, 4, device="cuda", generator=generator).argsort(-1)
+    linear.weight = nn.Parameter((weight * (order < 2).flatten(1)).to(dtype), requires_grad=False)
+    if bias:
+        linear.bias.data.normal_(generator=generator)
+    layer = packed_linear("layer", linear, parse_format(format))
+    layer.use(table)
+    return layer.requires_grad_(False)
+
+
+def tokens_on_gpu(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Random inputs on the GPU, seeded by their number."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    return torch.randn(tokens, width, device="cuda", generator=generator).to(dtype)
 
 
 def tokens_in(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 2) -> Tensor:

@@ -330,23 +330,19 @@ def test_a_missing_package_is_named_before_anything_is_written(
 # --- plots ---------------------------------------------------------------------------------------
 
 
+def sizes(svg: str, ink: str) -> list[tuple[float, float]]:
+    """The widths and heights of the filled shapes of one colour, in drawing order."""
+    found = []
+    for path in re.findall(r"<path ([^>]*)/>", svg):
+        if f"fill: {ink}" in path:
+            points = re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)
+            xs, ys = ([float(number) for number in axis] for axis in zip(*points, strict=True))
+            found.append((max(xs) - min(xs), max(ys) - min(ys)))
+    return found
+
+
 def widths(svg: str, ink: str) -> list[float]:
-    """The widths of the filled shapes of one colour, in drawing order."""
-    found = []
-    for path in re.findall(r"<path ([^>]*)/>", svg):
-        if f"fill: {ink}" in path:
-            xs = [float(x) for x in re.findall(r"[ML] ([\d.]+) [\d.]+", path)]
-            found.append(max(xs) - min(xs))
-    return found
-
-
-def heights(svg: str, ink: str) -> list[float]:
-    found = []
-    for path in re.findall(r"<path ([^>]*)/>", svg):
-        if f"fill: {ink}" in path:
-            ys = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)]
-            found.append(max(ys) - min(ys))
-    return found
+    return [width for width, _ in sizes(svg, ink)]
 
 
 def test_bars_are_as_long_as_their_values() -> None:
@@ -375,7 +371,8 @@ def test_values_of_many_magnitudes_are_dots_on_a_logarithmic_axis() -> None:
 
 def test_strips_are_as_high_as_their_values() -> None:
     kinds = {"up": [{0: 0.5, 1: 0.25}], "down": [{0: 1.0, 1: 0.0}]}
-    found = heights(plots.strips(kinds, "zeros", key="k", top=1.0), "var(--series-1)")
+    svg = plots.strips(kinds, "zeros", key="k", top=1.0)
+    found = [height for _, height in sizes(svg, "var(--series-1)")]
     assert [h / found[2] for h in found[:3]] == pytest.approx([0.5, 0.25, 1.0], rel=1e-3)
 
 

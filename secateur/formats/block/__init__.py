@@ -10,14 +10,7 @@ from torch import Tensor
 
 from secateur.formats import compressed_rows
 from secateur.formats.block import cpu
-from secateur.formats.contract import (
-    Format,
-    Implementation,
-    Packed,
-    check_dense,
-    shape_of,
-    why_no_weight,
-)
+from secateur.formats.contract import Format, Implementation, Packed, dense_shape, why_no_weight
 from secateur.formats.reference import REFERENCE
 
 
@@ -79,13 +72,13 @@ class Blocks(Format):
         Raises: ValueError if the block does not divide the shape, or a weight is not finite.
         Source: the block compressed row form of torch.sparse_bsr, with 32-bit indices.
         """
-        check_dense(weight)
+        shape = dense_shape(weight)
         problem = self._misfit(weight)
         if problem is not None:
             raise ValueError(f"{problem}: choose rows and columns that divide it")
         keep = self._keep(weight)
         tensors = {"values": self._tiles(weight)[keep], **compressed_rows.indices_of(keep)}
-        return Packed(self, shape_of(weight), tensors)
+        return Packed(self, shape, tensors)
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
         """The dense weight.

@@ -11,9 +11,10 @@ from secateur.formats.contract import (
     Format,
     Implementation,
     Packed,
-    check_dense,
-    shape_of,
+    check_stored,
+    dense_shape,
     why_no_weight,
+    why_not_smaller,
 )
 from secateur.formats.csr import torch_csr
 from secateur.formats.reference import REFERENCE
@@ -45,10 +46,7 @@ class Csr(Format):
             return problem
         nonzeros = int(weight.count_nonzero())
         stored_bytes = nonzeros * (weight.itemsize + 4) + 4 * (weight.shape[0] + 1)
-        ratio = stored_bytes / max(1, weight.nbytes)
-        if ratio >= 1:
-            return f"csr would store {ratio:.2f}x the bytes of the dense weight: nothing to gain"
-        return None
+        return why_not_smaller(weight, self, stored_bytes)
 
     def density(self, weight: Float[Tensor, "out in"]) -> float:
         """The fraction of the weight that `pack` stores values for."""
@@ -64,10 +62,10 @@ class Csr(Format):
         Raises: ValueError if a weight is not finite.
         Source: torch.sparse_csr, with 32-bit indices.
         """
-        check_dense(weight)
+        shape = dense_shape(weight)
         keep = weight != 0
         tensors = {"values": weight[keep], **compressed_rows.indices_of(keep)}
-        return Packed(self, shape_of(weight), tensors)
+        return Packed(self, shape, tensors)
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
         """The dense weight.
@@ -85,11 +83,7 @@ class Csr(Format):
 
         Raises: ValueError if more is stored than there are weights.
         """
-        if stored > shape[0] * shape[1]:
-            raise ValueError(
-                f"csr needs at most {shape[0] * shape[1]} values, got {stored}: "
-                "the description is damaged, save the model again"
-            )
+        check_stored(self, shape, stored)
         values = torch.zeros(stored, dtype=dtype, device="cpu")
         indices = compressed_rows.empty_indices(shape[0], stored)
         return Packed(self, shape, {"values": values, **indices})

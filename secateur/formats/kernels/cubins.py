@@ -31,7 +31,7 @@ def cubin(source: Source, defines: tuple[tuple[str, int], ...], arch: str) -> by
     try:
         path = folder() / name
     except RuntimeError as error:  # a user without a home
-        _warn("the home folder", str(error))
+        warn_unkept("compiled kernels", f"the home folder: {error}", "compiles them")
         return compile_cubin(source, defines, arch)
     stored = _read(path)
     if stored is not None:
@@ -40,7 +40,9 @@ def cubin(source: Source, defines: tuple[tuple[str, int], ...], arch: str) -> by
     try:
         _write(path, code)
     except OSError as error:
-        _warn(str(path.parent), error.strerror or str(error))
+        warn_unkept(
+            "compiled kernels", f"{path.parent}: {error.strerror or error}", "compiles them"
+        )
     return code
 
 
@@ -89,11 +91,11 @@ def _write(path: Path, code: bytes) -> None:
 
 
 @cache
-def _warn(place: str, reason: str) -> None:
-    """Warn once in a process for each place and reason."""
+def warn_unkept(what: str, reason: str, again: str) -> None:
+    """Warn once in a process for each of these that `what` is not kept, and what is done again."""
     warnings.warn(
-        f"compiled kernels cannot be kept in {place} ({reason}), so every process compiles them "
-        f"again: set {FOLDER_VARIABLE} to a folder that can be written",
+        f"{what} cannot be kept ({reason}), so every process {again} again: "
+        f"set {FOLDER_VARIABLE} to a folder that can be written",
         RuntimeWarning,
         stacklevel=3,
     )

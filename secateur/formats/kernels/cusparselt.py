@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from secateur.formats.kernels.gpu import why_no_gpu
+from secateur.formats.kernels.gpu import why_no_gpu, why_no_multiple
+from secateur.formats.kernels.launch import readable
+from secateur.formats.kernels.measured import integers
 
 # Weights are given in whole steps along both sides, tokens are padded to them with zeros.
 # Source: torch.sparse.SparseSemiStructuredTensorCUSPARSELT, which also takes 8 or 16 tokens.
 STEPS = {torch.bfloat16: 16, torch.float16: 16, torch.int8: 32}
 CAPABILITY = (8, 0)
-ALIGNMENT = 16  # bytes; torch promises them to the library
 
 LARGEST_BUCKET = 16384  # tokens; more only repeat what so many do, and exact results need memory
 
@@ -40,14 +41,11 @@ class Setting:
 
         Raises: ValueError if the text is no list of three integers.
         """
-        numbers = [int(word) for word in text.split(",")]
-        if len(numbers) != len(fields(Setting)):
-            raise ValueError(f"a setting needs {len(fields(Setting))} numbers, got {text!r}")
-        return Setting(*numbers)
+        return Setting(*integers(text, len(fields(Setting)), "a setting"))
 
 
 @dataclass(frozen=True)
-class Case:
+class SearchCase:
     """What a setting is searched for; `case_of` makes it. `tokens` are the most of its bucket."""
 
     dtype: torch.dtype
@@ -78,19 +76,19 @@ class Case:
         return range(min(self.tokens, self.tokens // 2 + step), self.tokens + 1, step)
 
     def written(self) -> dict[str, Any]:
-        """Plain data that `Case.read` makes the case of again."""
+        """Plain data that `SearchCase.read` makes the case of again."""
         return {
             field.name: _short(value) if isinstance(value, torch.dtype) else value
-            for field in fields(Case)
+            for field in fields(SearchCase)
             for value in [getattr(self, field.name)]
         }
 
     @staticmethod
-    def read(data: dict[str, Any]) -> "Case":
+    def read(data: dict[str, Any]) -> "SearchCase":
         """The case that `written` gave."""
         dtypes = {name: getattr(torch, data[name]) for name in ("dtype", "out_dtype")}
         bias = None if data["bias"] is None else getattr(torch, data["bias"])
-        return Case(**{**data, **dtypes, "bias": bias})
+        return SearchCase(**{**data, **dtypes, "bias": bias})
 
 
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -114,14 +112,7 @@ def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
             f"cuSPARSELt needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, this GPU has "
             f"{capability[0]}.{capability[1]}: leave the layer dense"
         )
-    rows, columns = shape
-    step = STEPS[dtype]
-    if rows < step or columns < step or rows % step or columns % step:
-        return (
-            f"cuSPARSELt needs out_features and in_features that are multiples of {step} for "
-            f"{_short(dtype)}, got {rows} x {columns}: pad the layer with zeros"
-        )
-    return None
+    return why_no_multiple(f"cuSPARSELt in {_short(dtype)}", shape, STEPS[dtype])
 
 
 def compress(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "..."]:
@@ -131,7 +122,7 @@ def compress(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "..."]:
 
     Cost: in 16 bits 0.5625 of the weight's bytes, as a copy of its own; in 8 bits 0.625.
     """
-    blob: Tensor = torch._cslt_compress(_aligned(weight))
+    blob: Tensor = torch._cslt_compress(readable(weight))
     return blob
 
 
@@ -157,7 +148,7 @@ def multiply(
     result: Tensor = torch._cslt_sparse_mm(
         blob,
         _padded(x).t(),
-        bias=None if bias is None else _aligned(bias),
+        bias=None if bias is None else readable(bias),
         alpha=alpha,
         out_dtype=None if out_dtype == x.dtype else out_dtype,  # it takes none for 16-bit inputs
         transpose_result=True,
@@ -175,13 +166,13 @@ def case_of(
     bias: Float[Tensor, " out"] | None = None,
     alpha: Float[Tensor, " out"] | None = None,
     out_dtype: torch.dtype | None = None,
-) -> Case:
+) -> SearchCase:
     """The case of `multiply` with these arguments.
 
     Tokens up to the same power of two share it, and all above 16384.
     """
     tokens = min(LARGEST_BUCKET, max(STEPS[x.dtype], 1 << (x.shape[0] - 1).bit_length()))
-    return Case(
+    return SearchCase(
         dtype=x.dtype,
         out_dtype=out_dtype or x.dtype,
         out_features=out_features,
@@ -196,17 +187,11 @@ def _padded(x: Tensor) -> Tensor:
     """The tokens in order, and zeros up to a whole step."""
     tokens, missing = x.shape[0], -x.shape[0] % STEPS[x.dtype]
     if not missing:
-        return _aligned(x)
+        return readable(x)
     padded = x.new_empty(tokens + missing, x.shape[1])
     padded[:tokens] = x
     padded[tokens:].zero_()
     return padded
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor in order, at an address that the library takes."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _short(dtype: torch.dtype) -> str:

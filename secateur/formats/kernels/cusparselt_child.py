@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from secateur.formats.kernels.cusparselt import Case, Setting, compress
+from secateur.formats.kernels.cusparselt import SearchCase, Setting, compress
 from secateur.formats.kernels.cusparselt_search import Past, SearchResult, Watch, first_line, search
 from secateur.formats.kernels.isolated import (
     Child,
@@ -50,7 +50,7 @@ class NoSearch(RuntimeError):
 class Search:
     """One search: for what, on which GPU, by which version of the library; and its journals."""
 
-    case: Case
+    case: SearchCase
     device: torch.device
     version: int | None
     title: str
@@ -263,7 +263,7 @@ def _device(uuid: str) -> torch.device:
 
 
 def _answer(device: torch.device, request: Row, say: Say, journal: Journal) -> None:
-    case = Case.read(request["case"])
+    case = SearchCase.read(request["case"])
     past = Past(
         {Setting.parse(text): us for text, us in request["us"].items()},
         {Setting.parse(text): reason for text, reason in request["dropped"].items()},
@@ -315,7 +315,7 @@ def _is_no_room(problem: BaseException) -> bool:
     return isinstance(problem, torch.AcceleratorError) and NO_ROOM in str(problem)
 
 
-def random_weight(case: Case, device: torch.device) -> Shaped[Tensor, "out in"]:
+def random_weight(case: SearchCase, device: torch.device) -> Shaped[Tensor, "out in"]:
     """A 2:4 weight of the case, from a fixed seed: two of every four are kept, none of them 0."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (case.out_features, case.in_features)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from secateur.formats.kernels.cusparselt import Case, Setting, multiply
+from secateur.formats.kernels.cusparselt import SearchCase, Setting, multiply
 from secateur.formats.kernels.timing import chain, copies_on, in_turns
 
 MOST_ALGORITHMS = 128  # more than any version has
@@ -66,7 +66,7 @@ class Watch:
 
 @torch.no_grad()
 def search(
-    case: Case,
+    case: SearchCase,
     blob: Shaped[Tensor, "..."],
     exact: Callable[[Tensor], Tensor],
     past: Past | None = None,
@@ -94,7 +94,7 @@ def search(
         return _search(case, blob, exact, past or Past(), watch or Watch())
 
 
-def allowed(case: Case) -> float:
+def allowed(case: SearchCase) -> float:
     """The relative error that a right result may have: an eps of its dtype; 0 for int32.
 
     Rounding once costs half of that at most. The other half is for the float32 sum, which needs
@@ -104,7 +104,7 @@ def allowed(case: Case) -> float:
 
 
 def _search(
-    case: Case, blob: Tensor, exact: Callable[[Tensor], Tensor], past: Past, watch: Watch
+    case: SearchCase, blob: Tensor, exact: Callable[[Tensor], Tensor], past: Past, watch: Watch
 ) -> SearchResult:
     trying = _Trying(case, _copies(blob), _screen(case, blob.device, exact), past, watch)
     refused = 0
@@ -146,7 +146,7 @@ class _Trial:
 class _Trying:
     """A search: what it measures with, and what it knows."""
 
-    case: Case
+    case: SearchCase
     blobs: Sequence[Tensor]
     trials: list[_Trial]
     past: Past
@@ -213,13 +213,19 @@ class _Trying:
         return sorted(self.past.us, key=self.past.us.__getitem__)
 
 
-def _screen(case: Case, device: torch.device, exact: Callable[[Tensor], Tensor]) -> list[_Trial]:
+def _screen(
+    case: SearchCase, device: torch.device, exact: Callable[[Tensor], Tensor]
+) -> list[_Trial]:
     fewest = case.counts[0]
     return [_trial(case, case.tokens, 0, device, exact), _trial(case, fewest, 1, device, exact)]
 
 
 def _trial(
-    case: Case, tokens: int, seed: int, device: torch.device, exact: Callable[[Tensor], Tensor]
+    case: SearchCase,
+    tokens: int,
+    seed: int,
+    device: torch.device,
+    exact: Callable[[Tensor], Tensor],
 ) -> _Trial:
     generator = torch.Generator(device).manual_seed(seed)
     random = partial(torch.rand, device=device, generator=generator)
@@ -240,13 +246,13 @@ def _trial(
     return _Trial(x, bias, alpha, wanted)
 
 
-def _run(case: Case, blob: Tensor, setting: Setting, trial: _Trial) -> Tensor:
+def _run(case: SearchCase, blob: Tensor, setting: Setting, trial: _Trial) -> Tensor:
     return multiply(
         *(blob, trial.x, case.out_features, setting, trial.bias, trial.alpha, case.out_dtype)
     )
 
 
-def _wrong(case: Case, blob: Tensor, setting: Setting, trial: _Trial) -> str | None:
+def _wrong(case: SearchCase, blob: Tensor, setting: Setting, trial: _Trial) -> str | None:
     """By how much the result is wrong, or None if it is right."""
     poison = torch.empty(trial.wanted.shape, dtype=case.out_dtype, device=blob.device)
     poison.fill_(torch.nan if case.out_dtype.is_floating_point else -(2**31))
@@ -269,7 +275,7 @@ def _error(result: Tensor, wanted: Tensor) -> float:
 
 
 def _wrong_later(
-    case: Case,
+    case: SearchCase,
     blob: Tensor,
     setting: Setting,
     exact: Callable[[Tensor], Tensor],

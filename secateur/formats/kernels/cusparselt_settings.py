@@ -15,8 +15,14 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from secateur.formats.kernels.cubins import FOLDER_VARIABLE
-from secateur.formats.kernels.cusparselt import LARGEST_BUCKET, Case, Setting, case_of, multiply
+from secateur.formats.kernels.cubins import warn_unkept
+from secateur.formats.kernels.cusparselt import (
+    LARGEST_BUCKET,
+    SearchCase,
+    Setting,
+    case_of,
+    multiply,
+)
 from secateur.formats.kernels.cusparselt_child import (
     BETWEEN,
     NoSearch,
@@ -72,7 +78,7 @@ def product(
     return multiply(blob, x, out_features, setting, bias, alpha, out_dtype)
 
 
-def setting_for(case: Case, device: torch.device) -> Setting:
+def setting_for(case: SearchCase, device: torch.device) -> Setting:
     """The remembered setting, or what a search in a child process finds and remembers.
 
     Where no search can be made it is torch's own algorithm, until this process ends, and a warning
@@ -111,7 +117,7 @@ def setting_for(case: Case, device: torch.device) -> Setting:
         return DEFAULT
 
 
-def search_isolated(case: Case, device: torch.device) -> SearchResult:
+def search_isolated(case: SearchCase, device: torch.device) -> SearchResult:
     """The result of a search in a child process, of which only crashes are remembered.
 
     Raises: what `cusparselt_child.searched` raises; ValueError if the file of what crashed is
@@ -136,7 +142,7 @@ def search_isolated(case: Case, device: torch.device) -> SearchResult:
     return searched(wanted, Past(dropped=dict(crashed(case, device))), crash)
 
 
-def chosen(case: Case, device: torch.device) -> Setting | None:
+def chosen(case: SearchCase, device: torch.device) -> Setting | None:
     """The remembered setting unless it crashed since, or None. A process reads the files once.
 
     Raises: ValueError if a file is no table of settings; it names the file.
@@ -145,7 +151,7 @@ def chosen(case: Case, device: torch.device) -> Setting | None:
     return None if found in _crashed().get(_kind(case, device), ()) else found
 
 
-def remember(case: Case, device: torch.device, setting: Setting) -> None:
+def remember(case: SearchCase, device: torch.device, setting: Setting) -> None:
     """Have `chosen` give this setting from now on, in this process and in later ones.
 
     It holds for this chip and this version of the library. Where nothing can be written a warning
@@ -156,7 +162,7 @@ def remember(case: Case, device: torch.device, setting: Setting) -> None:
     _keep(FILE, ENTRIES, place, str(setting))
 
 
-def crashed(case: Case, device: torch.device) -> dict[Setting, str]:
+def crashed(case: SearchCase, device: torch.device) -> dict[Setting, str]:
     """The settings that ended a process in products of these dtypes, and how.
 
     Raises: ValueError if the file is no table of them; it names the file.
@@ -190,9 +196,9 @@ def _keep(file: str, entries: Entries, place: Place, text: str) -> None:
     try:
         add(own_file(file), entries, place, text)
     except OSError as error:
-        _warn(error.strerror or str(error))
+        warn_unkept("cuSPARSELt settings", error.strerror or str(error), "searches them")
     except RuntimeError as error:  # a user without a home
-        _warn(str(error))
+        warn_unkept("cuSPARSELt settings", str(error), "searches them")
 
 
 @cache
@@ -236,24 +242,13 @@ def _unsearched() -> dict[Place, str]:
 
 
 @lru_cache(maxsize=4096)  # a model has some dozens
-def _place(case: Case, device: torch.device) -> Place:
+def _place(case: SearchCase, device: torch.device) -> Place:
     return _kind(case, device)[0], case.product, str(case.tokens)
 
 
 @lru_cache(maxsize=4096)
-def _kind(case: Case, device: torch.device) -> tuple[str, str]:
+def _kind(case: SearchCase, device: torch.device) -> tuple[str, str]:
     return f"{chip(device)}, cuSPARSELt {torch.backends.cusparselt.version()}", case.dtypes
-
-
-@cache
-def _warn(reason: str) -> None:
-    """Warn once in a process for each reason."""
-    warnings.warn(
-        f"cuSPARSELt settings cannot be kept ({reason}), so every process searches them again: "
-        f"set {FOLDER_VARIABLE} to a folder that can be written",
-        RuntimeWarning,
-        stacklevel=3,
-    )
 
 
 @cache

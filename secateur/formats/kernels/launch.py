@@ -24,7 +24,7 @@ from secateur.formats.kernels.nvrtc import Source, arch_of, nvrtc_version
 PORTABLE_CLUSTER = 8  # blocks; the most that every device with clusters promises
 DEPENDENT_SINCE = (9, 0)  # the first capability with griddepcontrol
 SLOT_BYTES = 8
-ALIGNMENT = 16  # bytes of a kernel's load
+ALIGNMENT = 16  # bytes of a kernel's load, and what torch promises to cuSPARSELt
 # Pointer, int32, float32, tensor map, each at the start of a slot.
 SLOTS = {"P": "Q", "i": "i4x", "f": "f4x", "T": "128s"}
 
@@ -122,11 +122,9 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
-def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The device is the current one; most calls have nothing to do for that."""
-    if device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+def address(tensor: Tensor | None) -> int:
+    """The address of the tensor's numbers, or 0, which kernels read as none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=1024)  # buffers come back at the same addresses

@@ -35,6 +35,17 @@ class Entries:
         )
 
 
+def integers(text: str, count: int, title: str) -> list[int]:
+    """The numbers of an entry that are written with commas between them.
+
+    Raises: ValueError unless the text has this many integers.
+    """
+    numbers = [int(word) for word in text.split(",")]
+    if len(numbers) != count:
+        raise ValueError(f"{title} needs {count} numbers, got {text!r}")
+    return numbers
+
+
 def own_file(name: str) -> Path:
     """The file of this name beside the compiled kernels.
 

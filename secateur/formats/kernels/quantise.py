@@ -5,14 +5,13 @@ module needs no Triton. Both are bound by memory: a token is read once and writt
 product is read once and written as the result.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from secateur.formats.kernels.gpu import why_no_gpu
+from secateur.formats.kernels.gpu import on, why_no_gpu
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # magnitude of a code
 LEAST_SCALE = 2.0**-126  # the least normal float32: a token of zeros divides by it
@@ -51,7 +50,7 @@ def quantise(
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     is_held = width <= HELD
     block = _power_of_two(width) if is_held else CHUNK
-    with _on(x.device):
+    with on(x.device):
         quantise_rows[(rows,)](
             *(x, result, scales, tokens, width),
             largest=LARGEST[codes],
@@ -84,7 +83,7 @@ def scale_bias(
     product = product.contiguous()
     in_place = product.dtype == dtype
     result = product[:tokens] if in_place else product.new_empty((tokens, width), dtype=dtype)
-    with _on(product.device):
+    with on(product.device):
         scale_rows[(-(-tokens // ROWS), -(-width // COLUMNS))](
             *(product, token_scales),
             *(token_scales if row_scales is None else row_scales.contiguous(),),
@@ -106,10 +105,3 @@ def _power_of_two(count: int) -> int:
 
 def _warps(block: int) -> int:
     return min(16, max(1, block // VALUES_A_WARP))
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """The device is the current one, which is where Triton launches."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)

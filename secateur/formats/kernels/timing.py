@@ -13,7 +13,7 @@ is called between the same events, host included.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from math import inf
@@ -22,6 +22,8 @@ from statistics import median, quantiles
 from time import perf_counter
 
 import torch
+
+from secateur.formats.kernels.gpu import on
 
 ROUNDS = 20
 LEAST_ROUNDS = 5  # for calls so slow that `seconds` allows no more; quartiles need a few
@@ -167,7 +169,7 @@ def in_turns(
     """
     names = list(chains)
     spans: dict[str, list[tuple[object, object]]] = {name: [] for name in names}
-    with _on(device):
+    with on(device):
         started, count, number = perf_counter(), rounds, -WARM_UP_ROUNDS
         while number < count:
             if number == 0 and seconds < inf:
@@ -284,10 +286,6 @@ def _waits(call: Callable[[], object]) -> bool:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """The one stream of a device that captures, so that libraries hold one workspace."""
     return torch.cuda.Stream(device)
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _mark(device: torch.device) -> object:

@@ -9,13 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.formats import two_of_four
-from secateur.formats.contract import (
-    Implementation,
-    Packed,
-    check_dense,
-    shape_of,
-    why_no_weight,
-)
+from secateur.formats.contract import Implementation, Packed, dense_shape, why_no_weight
 from secateur.formats.quantised import (
     codes,
     cusparselt,
@@ -119,7 +113,7 @@ class Quantised:
         Raises: ValueError if a weight is not finite, for a float64 weight, and for 2:4 if a group
             of four has more than two nonzeros or in_features is not a multiple of 4.
         """
-        check_dense(weight)
+        shape = dense_shape(weight)
         if (problem := self._why_not_quantisable(weight)) is not None:
             raise ValueError(f"pack {problem}")
         nibbles = None if self.pattern is None else two_of_four.nibbles_of(weight)
@@ -129,7 +123,7 @@ class Quantised:
             bits = two_of_four.gather(kept.view(torch.uint8), nibbles)
             kept, metadata = bits.view(kept.dtype), {"metadata": two_of_four.pack_nibbles(nibbles)}
         values = codes.stored(self.grid, kept)
-        return self._packed(shape_of(weight), {"values": values, **metadata, "scales": scales})
+        return self._packed(shape, {"values": values, **metadata, "scales": scales})
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
         """The dense weight as scale x code, in float32: exact for 16-bit scales.

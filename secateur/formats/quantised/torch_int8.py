@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur.formats import dynamic
 from secateur.formats.contract import Implementation, Packed
 from secateur.formats.kernels import quantise
+from secateur.formats.kernels.gpu import why_no_multiple
 from secateur.formats.quantised.codes import codes_of
 from secateur.patterns import NM
 from secateur.patterns.grids import Grid, Int8
@@ -29,12 +30,8 @@ def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Imple
 
 def why_not(packed: Packed, tokens: int) -> str | None:
     """Why torch's integer product cannot run this layer here, or None."""
-    out, width = packed.shape
-    if out % MULTIPLE or width % MULTIPLE or not out or not width:
-        return (
-            f"{packed.format} torch needs out_features and in_features that are multiples of "
-            f"{MULTIPLE}, got {out} x {width}: pad the layer with zeros"
-        )
+    if problem := why_no_multiple(f"{packed.format} torch", packed.shape, MULTIPLE):
+        return problem
     if packed.dtype == torch.float64:
         return f"{packed.format} torch needs at most float32, got torch.float64: cast the layer"
     return dynamic.why_not(torch.int8, packed.device)

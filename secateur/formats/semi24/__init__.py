@@ -7,14 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.formats import two_of_four
-from secateur.formats.contract import (
-    Format,
-    Implementation,
-    Packed,
-    check_dense,
-    shape_of,
-    why_no_weight,
-)
+from secateur.formats.contract import Format, Implementation, Packed, dense_shape, why_no_weight
 from secateur.formats.reference import REFERENCE
 from secateur.formats.semi24 import cusparselt, decode, dense
 
@@ -65,12 +58,12 @@ class Semi24(Format):
             multiple of 4, or if a weight is not finite.
         Source: PTX ISA, sparse `mma.sp` operand A; layout is ours, arranged per kernel on load.
         """
-        check_dense(weight)
+        shape = dense_shape(weight)
         nibbles = two_of_four.nibbles_of(weight)
         kept = two_of_four.gather(weight, nibbles)
         metadata = two_of_four.pack_nibbles(nibbles)
         tensors = {"values": kept.masked_fill(kept == 0, 0.0), "metadata": metadata}
-        return Packed(self, shape_of(weight), tensors)
+        return Packed(self, shape, tensors)
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
         """The dense weight.

@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.formats.kernels import cusparselt_child, cusparselt_search, cusparselt_settings
+from secateur.formats.kernels import (
+    cubins,
+    cusparselt_child,
+    cusparselt_search,
+    cusparselt_settings,
+)
 from secateur.formats.kernels.cusparselt import STEPS, Setting
 from secateur.formats.kernels.cusparselt_search import Past, SearchResult
 
@@ -132,6 +137,6 @@ def forget() -> None:
     for remembered in (
         *(cusparselt_settings._known, cusparselt_settings._crashed),
         *(cusparselt_settings._unsearched, cusparselt_settings._place, cusparselt_settings._kind),
-        *(cusparselt_settings._warn, cusparselt_settings._warn_unsearched),
+        *(cubins.warn_unkept, cusparselt_settings._warn_unsearched),
     ):
         remembered.cache_clear()

@@ -33,9 +33,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
     compiler = Compiler()
     monkeypatch.setattr(cubins, "compile_cubin", compiler)
     monkeypatch.setattr(cubins, "nvrtc_version", lambda: (13, 0))
-    cubins._warn.cache_clear()
+    cubins.warn_unkept.cache_clear()
     yield compiler
-    cubins._warn.cache_clear()
+    cubins.warn_unkept.cache_clear()
 
 
 @pytest.fixture
@@ -124,7 +124,9 @@ def test_a_folder_that_cannot_be_written_warns_once_and_works(
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "file"))
-    with pytest.warns(RuntimeWarning, match="cannot be kept in .*set SECATEUR_CACHE") as warned:
+    with pytest.warns(
+        RuntimeWarning, match="kernels cannot be kept .*set SECATEUR_CACHE"
+    ) as warned:
         found = [cubin(source, DEFINES, arch) for arch in ("sm_80", "sm_90a")]
     assert len(warned) == 1
     assert found == [compiler(source, DEFINES, arch) for arch in ("sm_80", "sm_90a")]
@@ -140,7 +142,9 @@ def test_a_read_only_folder_warns_and_leaves_nothing_behind(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", refused)
-        with pytest.warns(RuntimeWarning, match=r"cubins \(Read-only file system\)"):
+        with pytest.warns(
+            RuntimeWarning, match=r"kernels cannot be kept \(.*cubins: Read-only file system\)"
+        ):
             assert cubin(source, DEFINES, "sm_90a") == compiler(source, DEFINES, "sm_90a")
     assert names(cache) == []
     assert cubin(source, DEFINES, "sm_90a")
@@ -156,7 +160,9 @@ def test_a_user_without_a_home_is_no_failure(
     monkeypatch.delenv("SECATEUR_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.warns(RuntimeWarning, match=r"the home folder \(Could not determine"):
+    with pytest.warns(
+        RuntimeWarning, match=r"kernels cannot be kept \(the home folder: Could not determine"
+    ):
         assert cubin(source, DEFINES, "sm_90a") == compiler(source, DEFINES, "sm_90a")
 
 

@@ -13,7 +13,7 @@ from secateur.formats.kernels import cusparselt_search, cusparselt_settings
 from secateur.formats.kernels.cusparselt import (
     LARGEST_BUCKET,
     STEPS,
-    Case,
+    SearchCase,
     Setting,
     case_of,
     compress,
@@ -52,16 +52,19 @@ def weight_in(dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return (weight * 40).clamp(-127, 127).to(dtype) if dtype == torch.int8 else weight.to(dtype)
 
 
-def case_in(dtype: torch.dtype = torch.bfloat16, tokens: int = 128) -> Case:
-    return Case(dtype, dtype, OUT, WIDTH, tokens, None, False)
+def case_in(dtype: torch.dtype = torch.bfloat16, tokens: int = 128) -> SearchCase:
+    return SearchCase(dtype, dtype, OUT, WIDTH, tokens, None, False)
 
 
-def searched(case: Case, weight: Tensor | None = None) -> cusparselt_search.SearchResult:
+def searched(case: SearchCase, weight: Tensor | None = None) -> cusparselt_search.SearchResult:
     weight = weight_in(case.dtype) if weight is None else weight
     return search(case, compress(weight), lambda x: x.double() @ weight.double().t())
 
 
 # ---- where it can run ---------------------------------------------------------------------------
+
+
+MULTIPLES = "in {} needs out_features and in_features that are multiples of {}, got {}: pad the"
 
 
 @pytest.mark.parametrize(
@@ -70,10 +73,10 @@ def searched(case: Case, weight: Tensor | None = None) -> cusparselt_search.Sear
         ((16, 16), torch.bfloat16, (8, 0), None),
         ((48, 80), torch.float16, (12, 0), None),
         ((32, 96), torch.int8, (8, 0), None),
-        ((24, 64), torch.bfloat16, (9, 0), "multiples of 16 for bfloat16, got 24 x 64: pad the"),
-        ((64, 24), torch.bfloat16, (9, 0), "multiples of 16 for bfloat16, got 64 x 24: pad the"),
-        ((0, 64), torch.float16, (9, 0), "multiples of 16 for float16, got 0 x 64: pad"),
-        ((48, 64), torch.int8, (9, 0), "multiples of 32 for int8, got 48 x 64: pad the layer"),
+        ((24, 64), torch.bfloat16, (9, 0), MULTIPLES.format("bfloat16", 16, "24 x 64")),
+        ((64, 24), torch.bfloat16, (9, 0), MULTIPLES.format("bfloat16", 16, "64 x 24")),
+        ((0, 64), torch.float16, (9, 0), MULTIPLES.format("float16", 16, "0 x 64")),
+        ((48, 64), torch.int8, (9, 0), MULTIPLES.format("int8", 32, "48 x 64")),
         ((64, 64), torch.float32, (9, 0), "one of bfloat16, float16, int8, got float32: cast"),
         ((64, 64), torch.float16, (7, 5), "capability 8.0, this GPU has 7.5: leave"),
         (
@@ -163,7 +166,7 @@ def test_any_memory_is_put_in_order(fake: Fake) -> None:
 def test_a_case_has_the_most_tokens_of_its_bucket(tokens: int, bucket: int) -> None:
     x = torch.empty(tokens, WIDTH, dtype=torch.bfloat16, device="meta")
     case = case_of(x, OUT)
-    assert case == Case(torch.bfloat16, torch.bfloat16, OUT, WIDTH, bucket, None, False)
+    assert case == SearchCase(torch.bfloat16, torch.bfloat16, OUT, WIDTH, bucket, None, False)
     assert case.product == "bfloat16 32x64" and LARGEST_BUCKET == 16384
 
 
@@ -171,7 +174,9 @@ def test_a_case_knows_all_that_changes_the_kernel() -> None:
     x = torch.empty(3, WIDTH, dtype=torch.int8)
     bias, alpha = torch.empty(OUT, dtype=torch.float16), torch.empty(OUT)
     case = case_of(x, OUT, bias, alpha, torch.bfloat16)
-    assert case == Case(torch.int8, torch.bfloat16, OUT, WIDTH, 32, bias=torch.float16, alpha=True)
+    assert case == SearchCase(
+        torch.int8, torch.bfloat16, OUT, WIDTH, 32, bias=torch.float16, alpha=True
+    )
     assert case.product == "int8 to bfloat16 32x64 alpha bias float16"
 
 
@@ -188,25 +193,25 @@ def test_a_setting_is_read_as_it_was_written() -> None:
     "case",
     [
         case_in(),
-        Case(torch.int8, torch.float16, OUT, WIDTH, 32, torch.bfloat16, True),
-        Case(torch.int8, torch.int32, OUT, WIDTH, 32, None, False),
+        SearchCase(torch.int8, torch.float16, OUT, WIDTH, 32, torch.bfloat16, True),
+        SearchCase(torch.int8, torch.int32, OUT, WIDTH, 32, None, False),
     ],
     ids=str,
 )
-def test_a_case_is_read_as_it_was_written(case: Case) -> None:
-    assert Case.read(json.loads(json.dumps(case.written()))) == case
+def test_a_case_is_read_as_it_was_written(case: SearchCase) -> None:
+    assert SearchCase.read(json.loads(json.dumps(case.written()))) == case
 
 
 def test_an_algorithm_is_one_of_its_dtypes() -> None:
     assert case_in(torch.float16).dtypes == "float16"
-    case = Case(torch.int8, torch.float16, OUT, WIDTH, 32, torch.bfloat16, True)
+    case = SearchCase(torch.int8, torch.float16, OUT, WIDTH, 32, torch.bfloat16, True)
     assert case.dtypes == "int8 to float16"
 
 
 def test_the_allowed_error_follows_from_the_dtypes() -> None:
     assert allowed(case_in()) == 2**-7
     assert allowed(case_in(torch.float16)) == 2**-10
-    sums = Case(torch.int8, torch.int32, OUT, WIDTH, 32, None, False)
+    sums = SearchCase(torch.int8, torch.int32, OUT, WIDTH, 32, None, False)
     assert allowed(sums) == 0
 
 
@@ -277,7 +282,7 @@ def test_the_fastest_is_right_at_every_number_of_tokens_that_it_serves(
     fake: Fake, dtype: torch.dtype, tokens: int, counts: list[int]
 ) -> None:
     out_dtype = torch.bfloat16 if dtype == torch.int8 else dtype
-    case = Case(dtype, out_dtype, OUT, WIDTH, tokens, None, False)
+    case = SearchCase(dtype, out_dtype, OUT, WIDTH, tokens, None, False)
     assert list(case.counts) == counts
     served = range(tokens // 2 + 1, tokens + 1) if tokens > STEPS[dtype] else [1, tokens]
     step = STEPS[dtype]
@@ -301,7 +306,7 @@ def test_codes_are_searched_with_their_scales_and_bias(
     fake: Fake, out_dtype: torch.dtype, alpha: bool, bias: torch.dtype | None
 ) -> None:
     fake.wrong.add(Setting(0))
-    case = Case(torch.int8, out_dtype, OUT, WIDTH, 64, bias, alpha)
+    case = SearchCase(torch.int8, out_dtype, OUT, WIDTH, 64, bias, alpha)
     weight = weight_in(torch.int8) // 16  # so that float16 holds unscaled sums
     found = searched(case, weight)
     assert found.setting == Setting(1)
@@ -311,7 +316,7 @@ def test_codes_are_searched_with_their_scales_and_bias(
 
 def test_int32_sums_have_to_be_exact(fake: Fake) -> None:
     fake.wrong.add(Setting(0))
-    case = Case(torch.int8, torch.int32, OUT, WIDTH, 64, None, False)
+    case = SearchCase(torch.int8, torch.int32, OUT, WIDTH, 64, None, False)
     assert searched(case).setting == Setting(1)
 
 
@@ -422,7 +427,7 @@ def test_neither_gradients_nor_autocast_change_the_search(fake: Fake, mode: type
 # ---- what is remembered -------------------------------------------------------------------------
 
 
-def setting_of(case: Case) -> Setting:
+def setting_of(case: SearchCase) -> Setting:
     return setting_for(case, CPU)
 
 
@@ -448,10 +453,10 @@ def test_it_holds_for_one_chip_version_and_case(
     others = [
         case_in(tokens=64),
         case_in(torch.float16),
-        Case(torch.bfloat16, torch.bfloat16, 2 * OUT, WIDTH, 128, None, False),
-        Case(torch.bfloat16, torch.bfloat16, OUT, WIDTH, 128, torch.bfloat16, False),
-        Case(torch.int8, torch.bfloat16, OUT, WIDTH, 128, None, False),
-        Case(torch.bfloat16, torch.bfloat16, OUT, WIDTH, 128, None, True),
+        SearchCase(torch.bfloat16, torch.bfloat16, 2 * OUT, WIDTH, 128, None, False),
+        SearchCase(torch.bfloat16, torch.bfloat16, OUT, WIDTH, 128, torch.bfloat16, False),
+        SearchCase(torch.int8, torch.bfloat16, OUT, WIDTH, 128, None, False),
+        SearchCase(torch.bfloat16, torch.bfloat16, OUT, WIDTH, 128, None, True),
     ]
     assert [chosen(other, CPU) for other in others] == [None] * len(others)
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 803)

@@ -16,7 +16,7 @@ from torch import nn
 import secateur as sc
 from secateur.accelerate.candidates import PASSING, failure
 from secateur.formats.kernels import cusparselt, cusparselt_child, cusparselt_settings, isolated
-from secateur.formats.kernels.cusparselt import Case, Setting, compress
+from secateur.formats.kernels.cusparselt import SearchCase, Setting, compress
 from secateur.formats.kernels.cusparselt_child import NoSearch, one_child, random_weight
 from secateur.formats.kernels.cusparselt_settings import (
     chosen,
@@ -82,8 +82,8 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Library
 
 def case_in(
     dtype: torch.dtype = torch.bfloat16, tokens: int = 128, bias: torch.dtype | None = None
-) -> Case:
-    return Case(dtype, dtype, OUT, WIDTH, tokens, bias, False)
+) -> SearchCase:
+    return SearchCase(dtype, dtype, OUT, WIDTH, tokens, bias, False)
 
 
 # ---- what crashes -------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_more_tokens_than_were_tried_are_multiplied_in_parts(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8], ids=str)
 def test_a_random_weight_keeps_two_of_four(dtype: torch.dtype) -> None:
-    weight = random_weight(Case(dtype, torch.bfloat16, 64, 128, 32, None, False), CPU)
+    weight = random_weight(SearchCase(dtype, torch.bfloat16, 64, 128, 32, None, False), CPU)
     kept = (weight != 0).unflatten(1, (-1, 4))
     assert weight.dtype == dtype and bool((kept.sum(-1) == 2).all())
     assert len(kept.flatten(0, 1).unique(dim=0)) == 6  # each pair of places occurs
@@ -428,8 +428,8 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     forget()
 
 
-def gpu_case(tokens: int = 128, bias: torch.dtype | None = None) -> Case:
-    return Case(torch.float16, torch.float16, 256, 512, tokens, bias, False)
+def gpu_case(tokens: int = 128, bias: torch.dtype | None = None) -> SearchCase:
+    return SearchCase(torch.float16, torch.float16, 256, 512, tokens, bias, False)
 
 
 def is_right_on_the_gpu() -> None:
@@ -493,7 +493,7 @@ def test_a_full_gpu_is_said(cache: Path) -> None:
     free, _ = torch.cuda.mem_get_info(device)
     room = 1024 * 2**20  # for the child's context, and little more
     filled = torch.empty(max(0, free - room), dtype=torch.uint8, device=device)
-    case = Case(torch.float16, torch.float16, 16384, 16384, 4096, None, False)
+    case = SearchCase(torch.float16, torch.float16, 16384, 16384, 4096, None, False)
     with pytest.raises(NoSearch, match=r"GB are free beside|memory"):
         search_isolated(case, device)
     del filled

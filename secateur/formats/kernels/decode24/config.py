@@ -12,6 +12,7 @@ from secateur.formats.kernels.decode24.arrange import (
     Kind,
     unit_bytes,
 )
+from secateur.formats.kernels.measured import integers
 
 SPARSE_FROM = (8, 0)  # mma.sp
 CLUSTERS_FROM = (9, 0)  # clusters, bulk copies and dependent launch; before: the portable form
@@ -119,13 +120,7 @@ class LaunchConfig:
 
         Raises: ValueError unless the text lists an integer for each field.
         """
-        numbers = [int(word) for word in text.split(",")]
-        if len(numbers) != len(fields(LaunchConfig)):
-            raise ValueError(
-                f"a launch config needs {len(fields(LaunchConfig))} numbers, got {text!r}: "
-                "run secateur tune again"
-            )
-        return LaunchConfig(*numbers)
+        return LaunchConfig(*integers(text, len(fields(LaunchConfig)), "a launch config"))
 
     @property
     def warps(self) -> int:

@@ -2,7 +2,6 @@
 
 import os
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, UInt8
@@ -19,10 +18,11 @@ from secateur.formats.kernels.decode24.config import (
     LaunchConfig,
     bucket,
 )
-from secateur.formats.kernels.gpu import why_no_gpu
-from secateur.formats.kernels.launch import Launch, load, on, prepare, readable
+from secateur.formats.kernels.gpu import check_bias, on, why_no_bindings, why_not_16_bits
+from secateur.formats.kernels.launch import Launch, address, load, prepare, readable
 from secateur.formats.kernels.nvrtc import Source
 
+NAME = "the decode kernel"  # in messages
 SOURCE = Source("decode24/kernel.cu", "decode", ("ptx.cuh",))
 ARGUMENTS = "PPPPPiii"  # x, weight, row_scales, bias, y, M, N, K
 MULTIPLE = 64  # columns: the last unit may be padded by half
@@ -33,10 +33,8 @@ def why_not(
 ) -> str | None:
     """Why the kernel cannot run this layer here and what to do, or None."""
     rows, columns = shape
-    if (problem := why_no_gpu(device)) is not None:
+    if (problem := why_not_16_bits(NAME, dtype, device)) is not None:
         return problem
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"the decode kernel needs bfloat16 or float16, got {dtype}: cast the layer"
     if rows % UNIT_ROWS or columns % MULTIPLE:
         return (
             f"the decode kernel needs out_features that is a multiple of {UNIT_ROWS} and "
@@ -50,9 +48,7 @@ def why_not(
             "the decode kernel needs compute capability 8.0, for sparse tensor cores, this GPU has "
             f"{capability[0]}.{capability[1]}: the reference and dense layers still work"
         )
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return "the decode kernel needs cuda-bindings: pip install 'secateur[cuda]'"
-    return None
+    return why_no_bindings(NAME)
 
 
 def multiply(
@@ -74,25 +70,16 @@ def multiply(
     """
     tokens, columns = x.shape
     device = x.device
-    if bias is not None and bias.dtype != x.dtype:
-        raise ValueError(
-            f"the decode kernel needs a bias of the input's {x.dtype}, got {bias.dtype}: "
-            "cast the whole layer with .to"
-        )
+    check_bias(NAME, bias, x.dtype)
     x, bias = readable(x), None if bias is None else readable(bias)
     y = x.new_empty(tokens, rows)
     launch = _launch(device, kind, grouped, x.dtype, rows, columns, bucket(tokens))
     with on(device):
         launch(
             torch.cuda.current_stream(device).cuda_stream,
-            x.data_ptr(),
-            units.data_ptr(),
-            0 if row_scales is None else row_scales.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            tokens,
-            rows,
-            columns,
+            *(x.data_ptr(), units.data_ptr()),
+            *(address(row_scales), address(bias), y.data_ptr()),
+            *(tokens, rows, columns),
         )
     return y
 

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from multiprocessing import get_context
 from random import Random
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from secateur.formats.kernels import timing
 from secateur.formats.kernels.cubins import cubin
 from secateur.formats.kernels.decode24.arrange import UNIT_COLUMNS, UNIT_ROWS, Kind, arrange
 from secateur.formats.kernels.decode24.config import (
@@ -249,20 +251,12 @@ def error(problem: Problem, launch: Launch, device: torch.device) -> float:
 
 def chain(problem: Problem, launch: Launch, device: torch.device) -> float:
     """The microseconds of one launch in a graph of them, each on other weights."""
-    links = max(len(problem.weights), LINKS)
     y = torch.empty(problem.case.tokens, problem.case.rows, dtype=problem.case.dtype, device=device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        for link in range(links):
-            launch(stream, *problem.arguments(link, y))
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1e3 * start.elapsed_time(stop) / links)
-    return float(median(times))
+
+    def call(copy: int) -> None:
+        launch(torch.cuda.current_stream(device).cuda_stream, *problem.arguments(copy, y))
+
+    copies = len(problem.weights)
+    calls = [partial(call, copy) for copy in range(copies)]
+    links = timing.chain(calls, device, max(copies, LINKS))
+    return timing.in_turns({"chain": links}, device, REPLAYS)["chain"].median_us

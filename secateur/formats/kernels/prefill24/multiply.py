@@ -6,18 +6,24 @@ Source of the layouts: `kernel.cu`.
 """
 
 from functools import lru_cache
-from importlib.util import find_spec
 from math import ceil
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from secateur.formats.kernels.gpu import why_no_gpu
-from secateur.formats.kernels.launch import Launch, load, on, prepare, readable, tensor_map
+from secateur.formats.kernels.gpu import (
+    check_bias,
+    on,
+    why_no_bindings,
+    why_no_multiple,
+    why_not_16_bits,
+)
+from secateur.formats.kernels.launch import Launch, address, load, prepare, readable, tensor_map
 from secateur.formats.kernels.nvrtc import Source
 from secateur.formats.kernels.prefill24.arrange import COLUMNS, ROWS
 
+NAME = "the prefill kernel"  # in messages
 QUANTISE = Source("prefill24/quantise.cu", "quantise", ("ptx.cuh",))
 MULTIPLY = Source("prefill24/kernel.cu", "prefill", ("ptx.cuh", "activation.cuh"))
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")  # numbered from 1 in `activation.cuh`
@@ -35,16 +41,11 @@ SHARED_BYTES = 1023 + STAGES * STAGE_BYTES + RESULT_BYTES
 
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernels cannot run this layer here and what to do, or None."""
-    rows, columns = shape
-    if (problem := why_no_gpu(device)) is not None:
+    columns = shape[1]
+    if (problem := why_not_16_bits(NAME, dtype, device)) is not None:
         return problem
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"the prefill kernel needs bfloat16 or float16, got {dtype}: cast the layer"
-    if rows % STEP or columns % STEP or not rows or not columns:
-        return (
-            f"the prefill kernel needs out_features and in_features that are multiples of {STEP}, "
-            f"got {rows} x {columns}: pad the layer with zeros"
-        )
+    if (problem := why_no_multiple(NAME, shape, STEP)) is not None:
+        return problem
     if columns > LARGEST_WIDTH:
         return f"the prefill kernel takes at most {LARGEST_WIDTH} in_features, got {columns}"
     capability = torch.cuda.get_device_capability(device)
@@ -53,9 +54,7 @@ def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
             f"the prefill kernel needs compute capability 9.0, this GPU has "
             f"{capability[0]}.{capability[1]}: cuSPARSELt and dense layers still work"
         )
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return "the prefill kernel needs cuda-bindings: pip install 'secateur[cuda]'"
-    return None
+    return why_no_bindings(NAME)
 
 
 def linear(
@@ -77,11 +76,7 @@ def linear(
         bias has another dtype.
     """
     (tokens, columns), rows = x.shape, len(row_scales)
-    if bias is not None and bias.dtype != x.dtype:
-        raise ValueError(
-            f"the prefill kernel needs a bias of the input's {x.dtype}, got {bias.dtype}: "
-            "cast the whole layer with .to"
-        )
+    check_bias(NAME, bias, x.dtype)
     y = x.new_empty(tokens, rows)
     if not tokens:
         return y
@@ -97,7 +92,7 @@ def linear(
             stream,
             tensor_map(rounded.data_ptr(), tokens, columns, TOKENS // CLUSTER, COLUMNS),
             *(scales.data_ptr(), tiles.data_ptr(), row_scales.data_ptr()),
-            *(0 if bias is None else bias.data_ptr(), y.data_ptr()),
+            *(address(bias), y.data_ptr()),
             *(tokens, rows, tiles.shape[1]),
         )
     return y

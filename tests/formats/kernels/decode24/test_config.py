@@ -46,7 +46,7 @@ def test_a_launch_config_is_written_and_read_again() -> None:
     assert LaunchConfig.parse(str(config)) == config
     assert LaunchConfig.parse(str(RESIDENT)) == RESIDENT
     for text in ("1,2,3", "1,2,3,4,5,6,0,8,1,1,1,1"):
-        with pytest.raises(ValueError, match=f"needs 11 numbers, got '{text}': run secateur tune"):
+        with pytest.raises(ValueError, match=f"a launch config needs 11 numbers, got '{text}'"):
             LaunchConfig.parse(text)
     with pytest.raises(ValueError, match="invalid literal"):
         LaunchConfig.parse("a,2,3,4,5,6,0,8,1,1,0")

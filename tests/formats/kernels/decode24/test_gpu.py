@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.formats import SparseLinear, parse_format
+from secateur.formats import SparseLinear
 from secateur.formats.format import dequantised
 from secateur.formats.kernels.decode24.arrange import FORMATS, Kind
 from secateur.formats.kernels.decode24.choose import choose
@@ -18,7 +18,8 @@ from secateur.formats.kernels.decode24.launch_configs import MOST_BYTES, PORTABL
 from secateur.formats.kernels.decode24.multiply import ARGUMENTS, SOURCE, prepared
 from secateur.formats.kernels.decode24.tune import Problem, compile_all, error, problem
 from secateur.formats.kernels.launch import Launch, _load, load, prepare
-from secateur.formats.pack import packed_linear
+from tests.formats.weights import layer_on_gpu
+from tests.formats.weights import tokens_on_gpu as inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,21 +73,7 @@ def layer_of(
 
     Shared by the tests: none may change it.
     """
-    generator = torch.Generator("cuda").manual_seed(0)
-    linear = nn.Linear(shape[1], shape[0], bias=bias, device="cuda", dtype=dtype)
-    weight = torch.randn(shape, device="cuda", generator=generator) / shape[1] ** 0.5
-    order = torch.rand(shape[0], shape[1] // 4, 4, device="cuda", generator=generator).argsort(-1)
-    linear.weight = nn.Parameter((weight * (order < 2).flatten(1)).to(dtype), requires_grad=False)
-    if bias:
-        linear.bias.data.normal_(generator=generator)
-    layer = packed_linear("layer", linear, parse_format(format))
-    layer.use((("decode", 64), ("reference", None)))
-    return layer.requires_grad_(False)
-
-
-def inputs(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(tokens)
-    return torch.randn(tokens, width, device="cuda", generator=generator).to(dtype)
+    return layer_on_gpu(format, dtype, shape, bias, (("decode", 64), ("reference", None)))
 
 
 def held_to_float64(layer: SparseLinear, x: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from secateur.formats.kernels import gpu as gpu_checks
 from secateur.formats.kernels.decode24 import multiply, why_not
 from secateur.formats.kernels.decode24.arrange import Kind
 from secateur.formats.kernels.decode24.config import SM_BYTES, Case, LaunchConfig
@@ -22,7 +23,7 @@ BF16 = torch.bfloat16
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of capability 9.0, to ask about."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(module, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpu_checks, "find_spec", lambda name: object())
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
@@ -51,7 +52,7 @@ def test_what_it_refuses(
 
 def test_what_the_machine_lacks(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "find_spec", lambda name: None)
+        patch.setattr(gpu_checks, "find_spec", lambda name: None)
         problem = why_not((32, 128), BF16, GPU, 1)
         assert problem == "the decode kernel needs cuda-bindings: pip install 'secateur[cuda]'"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -17,15 +17,19 @@ from secateur.formats.kernels.decode24.arrange import Kind
 from secateur.formats.kernels.decode24.config import Case, LaunchConfig
 from secateur.formats.kernels.decode24.tune import (
     LARGEST_ERROR,
+    LINKS,
+    REPLAYS,
     STAYS,
     Problem,
     Timed,
     _drawn,
     _measured,
+    chain,
     error,
     problem,
     tune,
 )
+from secateur.formats.kernels.timing import WARM_UP_ROUNDS
 from secateur.formats.semi24 import Semi24
 from tests.formats.kernels.decode24.test_arrange import read_back
 
@@ -143,6 +147,21 @@ def test_the_error_is_of_every_element(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured_error(made: Problem, result: Tensor, nbytes: int) -> float:
     launch: Any = Written(result, nbytes)
     return error(made, launch, CPU)
+
+
+@pytest.mark.usefixtures("unchecked")  # the stand-in is no launch
+def test_a_chain_takes_every_copy_of_the_weights_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    made = problem(SMALL, CPU, 3 * 2 * 2 * 2304)  # three copies
+    launched: list[tuple[int, ...]] = []
+    launch: Any = lambda *values: launched.append(values)  # noqa: E731
+    assert chain(made, launch, CPU) > 0
+    assert len(launched) == 1 + LINKS * (WARM_UP_ROUNDS + REPLAYS)
+    assert {values[0] for values in launched} == {7}
+    weights = [values[2] for values in launched[1:]]
+    turn = [copy.data_ptr() for copy in made.weights]
+    assert weights == [turn[number % 3] for number in range(LINKS)] * (WARM_UP_ROUNDS + REPLAYS)
 
 
 class Bench:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from secateur.formats.kernels import gpu as gpu_checks
 from secateur.formats.kernels.launch import Kernel
 from secateur.formats.kernels.prefill24 import linear, multiply, why_not
 from secateur.formats.kernels.prefill24.arrange import TILE_BYTES
@@ -20,7 +21,7 @@ BF16, INT8 = torch.bfloat16, torch.int8
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of capability 9.0, to ask about."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(multiply, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpu_checks, "find_spec", lambda name: object())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -61,7 +62,7 @@ def test_only_hopper_has_the_instruction(
 def test_without_the_bindings_the_reason_names_the_extra(
     gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(multiply, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_checks, "find_spec", lambda name: None)
     problem = why_not((32, 128), BF16, GPU)
     assert problem == "the prefill kernel needs cuda-bindings: pip install 'secateur[cuda]'"
 
