@@ -150,6 +150,9 @@ def pressing(name: str, folder: str) -> None:
         except KeyboardInterrupt:
             interrupted += 1
         presser.join()
+        for late in threading.enumerate():  # which would reach the next model while it is made
+            if isinstance(late, threading.Timer):
+                late.join()
         if not done and (changed := differences(before, everything(model))):
             left[delay] = changed
     print(json.dumps({"left": left, "interrupted": interrupted}))
