@@ -67,8 +67,10 @@ def prose(source: str) -> Iterator[str]:
 
 
 def covered() -> list[Path]:
-    """The sources of the package and the pages of the documentation, except the log."""
-    sources = (ROOT / "secateur").rglob("*.py")
+    """All sources but this one, and the pages of the documentation, except the log."""
+    folders = ("secateur", "bench", "tests", "examples")
+    sources = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    sources -= {Path(__file__)}
     pages = [
         page
         for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]

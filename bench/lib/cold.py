@@ -92,7 +92,7 @@ class Wanted:
     exact: Tensor
 
     def error(self, result: Tensor) -> float:
-        """That of these tokens; nan where any token has one."""
+        """The error of these tokens; nan where any token has one."""
         return error(result[self.tokens], self.exact) if result.isfinite().all() else torch.nan
 
 

@@ -112,7 +112,7 @@ def row_of(
 ) -> dict[str, str | float]:
     """The method's row: the figures of its model, and in `note` what a peer did wrong, if anything.
 
-    A peer that fails has no figures. What a method of ours raises is raised, also where its zeros
+    A peer that fails has no figures. What a method of ours raises is raised, even if its zeros
     break the plan.
     """
     model, peer = copy.deepcopy(dense), PEERS.get(name)

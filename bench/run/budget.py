@@ -70,7 +70,7 @@ def row_of(
     inputs: Sequence[Tensor],
     formats: Sequence[str] | None,
 ) -> Row:
-    """What is found within so many milliseconds, and what it takes.
+    """A row: the plan that is found within the budget of milliseconds, and what it takes.
 
     Raises: ValueError where nothing is found.
     """

@@ -29,7 +29,7 @@ STYLE = """
 
 def pareto(results: Path) -> str:
     """An SVG: a dot a method, seconds against perplexity, and a line along the Pareto front."""
-    found, rows = _methods(results)
+    found, device, rows = _methods(results)
     front = _front(found)
     title = (
         f"Perplexity at {PATTERN} against the seconds that a method took, {rows} calibration rows; "
@@ -40,15 +40,15 @@ def pareto(results: Path) -> str:
         'aria-labelledby="title">',
         f'<title id="title">{escape(title)}</title>',
         f"<style>{STYLE}  </style>",
-        *_axes(rows),
+        *_axes(device, rows),
         *_dots(found, front),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _methods(results: Path) -> tuple[dict[str, tuple[float, float]], int]:
-    """Each method's seconds and perplexity, in the case with most calibration data."""
+def _methods(results: Path) -> tuple[dict[str, tuple[float, float]], str, int]:
+    """Each method's seconds and perplexity, in the case with most calibration data; its device."""
     cases = latest(results)
     case = max(cases, key=lambda one: one[1:3])
     taken: dict[str, list[tuple[float, float]]] = {}
@@ -58,7 +58,7 @@ def _methods(results: Path) -> tuple[dict[str, tuple[float, float]], int]:
     return {
         name: (fmean(s for s, _ in values), math.exp(fmean(nll for _, nll in values)))
         for name, values in taken.items()
-    }, case[1]
+    }, *case[:2]
 
 
 def _front(found: dict[str, tuple[float, float]]) -> list[str]:
@@ -70,10 +70,10 @@ def _front(found: dict[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-def _axes(rows: int) -> Iterator[str]:
+def _axes(device: str, rows: int) -> Iterator[str]:
     yield (
         f'<text x="{LEFT}" y="18">perplexity of a Llama of 28M at {PATTERN} (less is better), '
-        f"against seconds on an H200, {rows} calibration rows</text>"
+        f"against seconds on {escape(device)}, {rows} calibration rows</text>"
     )
     for seconds in (0.1, 1, 10, 100, 1000):
         yield f'<line class="grid" x1="{_x(seconds)}" y1="{TOP}" x2="{_x(seconds)}" y2="{BOTTOM}"/>'

@@ -72,7 +72,7 @@ def whole(source: Path, algorithm: Any, given: list[Any]) -> tuple[nn.Module, An
 
 
 def planned(source: Path) -> sc.Plan:
-    """Everything in the blocks, also where it is no Linear."""
+    """Everything in the blocks, even what is no Linear."""
     model = load_folder(source)
     blocks = "transformer.h.*" if hasattr(model, "transformer") else "model.layers.*"
     return sc.plan(model, {blocks: "2:4"})

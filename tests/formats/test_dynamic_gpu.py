@@ -185,7 +185,7 @@ def test_a_captured_layer_reads_its_input_anew(format: str) -> None:
 def test_activations_are_applied_before_the_result_is_rounded(
     format: str, dtype: torch.dtype, activation: str
 ) -> None:
-    """Those of torch in float64 on the kernel's own result, but for one rounding of each.
+    """They are torch's in float64 of the kernel's own result, but for one rounding of each.
 
     The slope of all of them is at most 1.13, so what rounds the one moves the other as much.
     """

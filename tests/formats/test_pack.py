@@ -59,7 +59,7 @@ def test_the_report_counts_bytes() -> None:
 
 
 def test_the_report_says_what_the_whole_model_takes() -> None:
-    """Also what is no layer: an embedding of 8 MB, and a buffer."""
+    """Bytes count what is no layer too: an embedding of 8 MB, and a buffer."""
     model = nn.Sequential(nn.Embedding(2000, 1000), nn.Linear(1000, 1000, bias=False))
     model.register_buffer("table", torch.ones(250_000))
     with torch.no_grad():

@@ -51,7 +51,7 @@ def by_hand(
     scores = [sum(weight[i][j] ** 2 for i, j in cells) / len(cells) for cells in blocks]
     n = len(blocks)
     affected = n if level >= 1 else min(round(max(level, 0) * n), n - 1)
-    # The smallest first, of equals the later first.
+    # The smallest first; ties go to the later one.
     order = sorted(range(n), key=lambda k: (scores[k], -k))[:affected]
     keep = [[True] * columns for _ in range(rows)]
     for k in order:

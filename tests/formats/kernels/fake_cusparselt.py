@@ -133,7 +133,7 @@ def install(
 
 
 def forget() -> None:
-    """Nothing is remembered in memory any more, as in a new process."""
+    """Clear all that the library remembers in memory, as a new process would begin."""
     for remembered in (
         *(cusparselt_settings._known, cusparselt_settings._crashed),
         *(cusparselt_settings._unsearched, cusparselt_settings._place, cusparselt_settings._kind),
