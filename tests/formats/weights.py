@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from secateur.formats import SparseLinear, parse_format
+from secateur.formats import SparseLinear, parse_format, two_of_four
 from secateur.formats.block import Blocks
 from secateur.formats.contract import Packed
 from secateur.formats.dynamic import quantised
@@ -42,6 +42,15 @@ def fitting_weight(
         return weight.to(dtype)
     grid = torch.bfloat16 if dtype == torch.float64 else dtype
     return dequantised(chosen.pack(weight.to(grid))).to(dtype)
+
+
+def random_metadata(rows: int, columns: int, seed: int) -> Tensor:
+    """The metadata of a 2:4 weight of this shape that keeps any two columns of each group."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.tensor(sorted({*two_of_four.NIBBLES} - {two_of_four.MISFIT}), dtype=torch.uint8)
+    return two_of_four.pack_nibbles(
+        pairs[torch.randint(len(pairs), (rows, columns // 4), generator=generator)]
+    )
 
 
 def packed_weight(format: str, weight: Tensor) -> Packed:

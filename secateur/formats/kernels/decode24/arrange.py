@@ -4,7 +4,10 @@ One arrangement serves every launch configuration, so that a layer holds one, wh
 The layout is drawn at the head of `kernel.cu`; the last unit of a row is padded with zeros.
 """
 
+from collections.abc import Iterator
 from enum import IntEnum
+from itertools import product
+from math import ceil
 
 import torch
 from jaxtyping import UInt8
@@ -50,7 +53,7 @@ def arrange(
     codes are 16-bit floats (W16), int8 (INT8, INT4: -7..7) or e4m3 bits as uint8 (FP8); `scales`,
     [out, groups], only where each group of 128 columns has its own; `dtype` is the activations'.
 
-    Cost: the arranged bytes, and 4096 rows of codes as 32-bit words while it runs.
+    Cost: the arranged bytes twice, and 4096 rows of codes as 32-bit words while it runs.
     """
     parts = [
         _arrange(kind, *rows, dtype)
@@ -68,6 +71,26 @@ def arrange(
     return units
 
 
+def restore(
+    kind: Kind,
+    units: UInt8[Tensor, "tiles units bytes"],
+    grouped: bool,
+    columns: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The codes, metadata and scales that `arrange` was given, bit for bit; scales if `grouped`.
+
+    `columns` are the weight's inputs, `dtype` is the activations', which is that of W16's codes and
+    of the scales.
+
+    Cost: the restored bytes twice, and 4096 rows of codes as 32-bit words while it runs.
+    """
+    parts = units.split(ROWS_AT_ONCE // UNIT_ROWS)
+    restored = [_restore(kind, tiles, grouped, columns, dtype) for tiles in parts]
+    codes, metadata, scales = (torch.cat(rows) for rows in zip(*restored, strict=True))
+    return codes, metadata, scales if grouped else None
+
+
 def _arrange(
     kind: Kind, codes: Tensor, metadata: Tensor, scales: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -81,38 +104,61 @@ def _arrange(
     return torch.cat([part.view(torch.uint8).flatten(2) for part in parts], dim=2)
 
 
+def _restore(
+    kind: Kind, units: Tensor, grouped: bool, columns: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (VALUE_BYTES[kind], META_BYTES, SCALE_BYTES if grouped else 0)
+    words, places, scales = units.split(sizes, dim=2)
+    codes = _codes(kind, _bits_of_words(kind, words, dtype), dtype)[:, : columns // 2]
+    metadata = _rows_of_metadata(places)[:, : ceil(columns / 8)]
+    return codes, metadata, _rows_of_scales(scales, dtype)
+
+
+# Each step is followed by its inverse. Words are little-endian, as on the GPU.
+
+
 def _bits(kind: Kind, codes: Tensor, missing: int) -> Tensor:
-    """Each code as int32, in fragment order: [tiles, units, step, g, t, b, h, e].
+    """Each code in fragment order: [tiles, units, step, g, t, b, h, e]; int16 for W16, else int32.
 
     Row 8h + g of the tile; of the 16 kept columns of a step of 32, column 8b + 2t + e.
     """
-    bits = codes.view(torch.int16).int() & 0xFFFF if kind is Kind.W16 else codes.int()
+    bits = codes.view(torch.int16) if kind is Kind.W16 else codes.int()
     bits = torch.nn.functional.pad(bits, (0, missing // 2))
     tiles = bits.shape[0] // UNIT_ROWS
     return bits.view(tiles, 2, 8, -1, 4, 2, 4, 2).permute(0, 3, 4, 2, 6, 5, 1, 7)
 
 
+def _codes(kind: Kind, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out, in / 2], with the columns that were missing."""
+    stored = {Kind.W16: torch.int16, Kind.FP8: torch.uint8}.get(kind, torch.int8)
+    rows = bits.to(stored).permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(len(bits) * UNIT_ROWS, -1)
+    return rows.view(dtype) if kind is Kind.W16 else rows
+
+
 def _words(kind: Kind, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """The registers of operand A, or what they are made from, in the order lanes load them."""
     if kind is Kind.W16:
-        # [tiles, units, step, g, t, (b, h)]: 16 bytes a lane and step
-        return _pair(bits).contiguous()
+        # [tiles, units, step, g, t, (b, h, e)]: 16 bytes a lane and step
+        return bits.contiguous()
     if kind is Kind.INT4:
-        # one word for a step's four registers i = 2b + h: 16 bytes a lane, its four steps
-        word = torch.zeros_like(bits[..., 0, 0, 0])
-        for b in range(2):
-            for h in range(2):
-                i = 2 * b + h
-                for e in range(2):
-                    code = bits[..., b, h, e]
-                    sign, magnitude = (code < 0).int(), code.abs()
-                    word |= sign << (15 + 16 * e - 4 * i) % 32 | magnitude << (16 * e - 4 * i) % 32
-        return word.permute(0, 1, 3, 4, 2).contiguous()
+        # [tiles, units, g, t, step]: 16 bytes a lane, its four steps
+        return _int4_words(bits).permute(0, 1, 3, 4, 2).contiguous()
     word = _int8_words(bits) if kind is Kind.INT8 else _fp8_words(bits, dtype)
     # [tiles, units, half, g, t, step of the half, b]: two loads of 16 bytes a lane
-    tiles, count, _, *rest = word.shape
-    halves = word.view(tiles, count, 2, 2, *rest)
+    halves: Tensor = word.unflatten(2, (2, 2))
     return halves.permute(0, 1, 2, 4, 5, 3, 6).contiguous()
+
+
+def _bits_of_words(kind: Kind, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """[tiles, units, step, g, t, b, h, e]."""
+    if kind is Kind.W16:
+        bits: Tensor = words.view(torch.int16).unflatten(2, (4, 8, 4, 2, 2, 2))
+        return bits
+    if kind is Kind.INT4:
+        return _int4_bits(words.view(torch.int32).unflatten(2, (8, 4, 4)).permute(0, 1, 4, 2, 3))
+    halves = words.view(torch.int32).unflatten(2, (2, 8, 4, 2, 2))
+    word = halves.permute(0, 1, 2, 5, 3, 4, 6).flatten(2, 3)
+    return _int8_bits(word) if kind is Kind.INT8 else _fp8_bits(word, dtype)
 
 
 def _pair(bits: Tensor) -> Tensor:
@@ -120,11 +166,52 @@ def _pair(bits: Tensor) -> Tensor:
     return bits[..., 0] | bits[..., 1] << 16
 
 
+def _unpair(word: Tensor) -> Tensor:
+    """[..., e], from 0 to 0xFFFF."""
+    return torch.stack((word & 0xFFFF, word >> 16 & 0xFFFF), dim=-1)
+
+
+def _int4_places() -> Iterator[tuple[int, int, int, int, int]]:
+    """Where a step's word holds the code of register i = 2b + h: b, h, e, bits of sign, magnitude.
+
+    The word rotated left by 4i has the sign at 15 and the magnitude from 0, or 16 above for e = 1.
+    """
+    for b, h, e in product(range(2), repeat=3):
+        by = 16 * e - 4 * (2 * b + h)
+        yield b, h, e, (15 + by) % 32, by % 32
+
+
+def _int4_words(bits: Tensor) -> Tensor:
+    """One word for a step's four registers."""
+    word = torch.zeros_like(bits[..., 0, 0, 0])
+    for b, h, e, sign, magnitude in _int4_places():
+        code = bits[..., b, h, e]
+        word |= (code < 0).int() << sign | code.abs() << magnitude
+    return word
+
+
+def _int4_bits(word: Tensor) -> Tensor:
+    bits = word.new_empty(*word.shape, 2, 2, 2)
+    for b, h, e, sign, magnitude in _int4_places():
+        bits[..., b, h, e] = _signed(word >> sign & 1, word >> magnitude & 7)
+    return bits
+
+
+def _signed(sign: Tensor, magnitude: Tensor) -> Tensor:
+    return torch.where(sign.bool(), -magnitude, magnitude)
+
+
 def _int8_words(bits: Tensor) -> Tensor:
     """H = 0 in place (sign at 15, magnitude from 0), h = 1 rotated right by eight."""
     signed = _pair((bits < 0).int() << 15 | bits.abs())
     second = signed[..., 1]
     return signed[..., 0] | (second >> 8 & 0xFFFFFF) | second << 24
+
+
+def _int8_bits(word: Tensor) -> Tensor:
+    second = word << 8 | (word >> 24 & 0xFF)
+    signed = _unpair(torch.stack((word, second), dim=-1))
+    return _signed(signed >> 15, signed & 0x7F)
 
 
 def _fp8_words(bits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,21 +227,43 @@ def _fp8_words(bits: Tensor, dtype: torch.dtype) -> Tensor:
     return _pair(place | gaps)
 
 
+def _fp8_bits(word: Tensor, dtype: torch.dtype) -> Tensor:
+    both = _unpair(word)
+    sign = both >> 15
+    if dtype == torch.float16:
+        first = sign << 7 | (both >> 7 & 0x7F)
+        second = (both >> 14 & 1) << 7 | (both & 0x7F)
+    else:
+        first = sign << 7 | (both >> 4 & 0x7F)
+        second = (both >> 11 & 1) << 7 | (both & 15) | (both >> 12 & 7) << 4
+    return torch.stack((first, second), dim=-2)
+
+
 def _metadata(metadata: Tensor) -> Tensor:
-    """[tiles, units, g, t, pair of steps]: row g in the low half of a word, row g + 8 in the high.
+    """[tiles, units, g, t, pair of steps, h]: rows g and g + 8 in a word.
 
     A row's two bytes, as they are stored, are the four nibbles of 16 columns.
     """
-    nibbles = metadata.contiguous().view(torch.int16).int() & 0xFFFF
-    tiles = nibbles.shape[0] // UNIT_ROWS
-    rows = nibbles.view(tiles, 2, 8, -1, 2, 4)
-    words = rows[:, 0] | rows[:, 1] << 16  # [tiles, g, units, pair, t]
-    arranged: Tensor = words.permute(0, 2, 1, 4, 3).contiguous()
-    return arranged
+    nibbles = metadata.contiguous().view(torch.int16)
+    rows = nibbles.view(len(nibbles) // UNIT_ROWS, 2, 8, -1, 2, 4)
+    return rows.permute(0, 3, 2, 5, 4, 1).contiguous()
+
+
+def _rows_of_metadata(places: Tensor) -> Tensor:
+    """[out, bytes], with those that were missing."""
+    words: Tensor = places.view(torch.int16).unflatten(2, (8, 4, 2, 2))
+    rows = words.permute(0, 5, 2, 1, 4, 3)
+    return rows.reshape(len(places) * UNIT_ROWS, -1).view(torch.uint8)
 
 
 def _scales(scales: Tensor) -> Tensor:
-    """[tiles, units, g]: rows g and g + 8 in a word."""
-    bits = scales.contiguous().view(torch.int16).int() & 0xFFFF
-    rows = bits.view(bits.shape[0] // UNIT_ROWS, 2, 8, -1)
-    return (rows[:, 0] | rows[:, 1] << 16).permute(0, 2, 1).contiguous()
+    """[tiles, units, g, h]: rows g and g + 8 in a word."""
+    rows = scales.view(len(scales) // UNIT_ROWS, 2, 8, -1)
+    return rows.permute(0, 3, 2, 1).contiguous()
+
+
+def _rows_of_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out, units]."""
+    words: Tensor = scales.view(dtype).unflatten(2, (-1, 2))
+    rows = words.permute(0, 3, 2, 1)
+    return rows.reshape(len(scales) * UNIT_ROWS, -1)

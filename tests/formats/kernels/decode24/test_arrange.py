@@ -3,10 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.formats.kernels.decode24.arrange import Kind, arrange, unit_bytes
+from secateur.formats.kernels.decode24.arrange import (
+    FORMATS,
+    ROWS_AT_ONCE,
+    UNIT_COLUMNS,
+    UNIT_ROWS,
+    Kind,
+    arrange,
+    restore,
+    unit_bytes,
+)
 from secateur.formats.semi24 import Semi24
+from tests.formats.weights import random_metadata
 
 # What a 16-bit float read from a register has to be multiplied by: see `expand` in kernel.cu.
 RESTORE = {
@@ -126,3 +138,62 @@ def test_scales_of_two_rows_lie_in_one_word() -> None:
         read = units[0, unit, 768:].view(torch.bfloat16).reshape(8, 2)
         assert torch.equal(read[:, 0], scales[:8, unit])
         assert torch.equal(read[:, 1], scales[8:, unit])
+
+
+LARGEST = {Kind.INT8: 127, Kind.INT4: 7}
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def any_codes(kind: Kind, shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Of every pattern of bits that a code of this kind may have, -0 and infinite ones too."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind is Kind.W16:
+        bits = torch.randint(-(2**15), 2**15, shape, generator=generator)
+        return bits.to(torch.int16).view(dtype)
+    if kind is Kind.FP8:
+        return torch.randint(256, shape, generator=generator).to(torch.uint8)
+    most = LARGEST[kind]
+    return torch.randint(-most, most + 1, shape, generator=generator).to(torch.int8)
+
+
+def held_to_the_weight(
+    format: str, dtype: torch.dtype, shape: tuple[int, int], seed: int, device: str
+) -> None:
+    kind, grouped = FORMATS[format]
+    rows, columns = shape
+    codes = any_codes(kind, (rows, columns // 2), dtype, seed).to(device)
+    metadata = random_metadata(rows, columns, seed).to(device)
+    scales = None
+    if grouped:
+        scales = any_codes(Kind.W16, (rows, -(-columns // UNIT_COLUMNS)), dtype, seed).to(device)
+    units = arrange(kind, codes, metadata, scales, dtype)
+    found = restore(kind, units, grouped, columns, dtype)
+    for wanted, tensor in zip((codes, metadata, scales), found, strict=True):
+        if wanted is None:
+            assert tensor is None
+            continue
+        assert tensor is not None and tensor.dtype == wanted.dtype and tensor.is_contiguous()
+        assert torch.equal(tensor.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@given(
+    format=st.sampled_from(list(FORMATS)),
+    dtype=st.sampled_from(DTYPES),
+    tiles=st.integers(1, 4),
+    groups=st.integers(1, 100),  # of four columns
+    seed=st.integers(0, 2**16),
+)
+@example("semi24_int4", torch.bfloat16, ROWS_AT_ONCE // UNIT_ROWS + 1, 16, 0)
+def test_what_was_arranged_is_restored(
+    format: str, dtype: torch.dtype, tiles: int, groups: int, seed: int
+) -> None:
+    """Bit for bit, whatever the width: the metadata's last byte may be half a byte."""
+    held_to_the_weight(format, dtype, (UNIT_ROWS * tiles, 4 * groups), seed, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_was_arranged_is_restored_on_a_gpu(format: str, dtype: torch.dtype) -> None:
+    held_to_the_weight(format, dtype, (ROWS_AT_ONCE + 528, 1984), 0, "cuda")

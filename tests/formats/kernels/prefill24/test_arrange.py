@@ -5,13 +5,16 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.formats import parse_format
-from secateur.formats.kernels.prefill24.arrange import COLUMNS, ROWS, TILE_BYTES, arrange
+from secateur.formats.kernels.prefill24.arrange import COLUMNS, ROWS, TILE_BYTES, arrange, restore
 from secateur.formats.quantised.codes import codes_of
 from secateur.patterns import Fp8, Int8
-from tests.formats.weights import fitting_weight
+from secateur.patterns.grids import Grid
+from tests.formats.weights import fitting_weight, random_metadata
 
 FORMATS = {"semi24_int8_dynamic": Int8(), "semi24_fp8_dynamic": Fp8()}
 SHAPES = ((16, 16), (128, 128), (144, 240), (272, 128), (128, 272), (400, 1296))
@@ -66,3 +69,34 @@ def test_tiles_of_one_row_of_tiles_lie_together() -> None:
     values = ROWS * COLUMNS // 2
     assert [[set(b.tolist()) for b in t] for t in tiles[:, :, :values]] == [[{1}, {2}], [{3}, {4}]]
     assert set(tiles[:, :, values:].flatten().tolist()) == {0b1110_1110}
+
+
+def held_to_the_weight(grid: Grid, shape: tuple[int, int], seed: int, device: str) -> None:
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(256, (rows, columns // 2), generator=generator).to(torch.uint8)
+    codes = bits.view(grid.code_dtype).to(device)
+    metadata = random_metadata(rows, columns, seed).to(device)
+    tiles = arrange(codes, metadata)
+    found, places = restore(tiles, shape, grid.code_dtype)
+    assert found.dtype == grid.code_dtype and found.is_contiguous() and places.is_contiguous()
+    assert torch.equal(found.view(torch.uint8).cpu(), bits)
+    assert torch.equal(places, metadata)
+
+
+@given(
+    grid=st.sampled_from((Int8(), Fp8())),
+    rows=st.integers(1, 300),
+    groups=st.integers(1, 100),  # of four columns
+    seed=st.integers(0, 2**16),
+)
+def test_what_was_arranged_is_restored(grid: Grid, rows: int, groups: int, seed: int) -> None:
+    """Bit for bit, whatever the size: the metadata's last byte may be half a byte."""
+    held_to_the_weight(grid, (rows, 4 * groups), seed, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_was_arranged_is_restored_on_a_gpu(format: str) -> None:
+    held_to_the_weight(FORMATS[format], (400, 1296), 0, "cuda")
