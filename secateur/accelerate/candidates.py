@@ -32,21 +32,26 @@ Run = Callable[[Tensor], Tensor]
 class Candidate:
     """One way to run a layer. `make()` is a fresh copy of it with weights of its own.
 
-    `nbytes` are those of the weight as a checkpoint has it, `arranged_bytes` what the
-    implementation made of it for itself. `quantised` is the packed weight that the result is held
-    to instead of the layer's own, for a format that rounds.
+    `holds` are the bytes of each tensor of the weight that it holds, of which a launch reads those
+    in `reads`. `quantised` is the packed weight that the result is held to instead of the layer's
+    own, for a format that rounds.
     """
 
     name: str
     make: Callable[[], Run]
-    nbytes: int
+    holds: Mapping[str, int]
+    reads: tuple[str, ...]
     quantised: Packed | None = None
-    arranged_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight as it is held."""
+        return sum(self.holds.values())
 
     @property
     def read(self) -> int:
-        """Bytes of weights that a launch reads: the arrangement, where there is one."""
-        return self.arranged_bytes or self.nbytes
+        """Bytes of the weight that a launch reads."""
+        return sum(self.holds[name] for name in self.reads)
 
 
 def dense_candidates(linear: nn.Linear, tokens: int) -> list[Candidate]:
@@ -55,11 +60,11 @@ def dense_candidates(linear: nn.Linear, tokens: int) -> list[Candidate]:
     Prepacked is the baseline that a speed-up has to be measured against: eager `nn.Linear` can be
     2x slower than the same multiplication with its weight rearranged once.
     """
-    nbytes = linear.weight.nbytes
-    found = [Candidate(DENSE, lambda: deepcopy(linear), nbytes)]
+    holds, reads = {"weight": linear.weight.nbytes}, ("weight",)
+    found = [Candidate(DENSE, lambda: deepcopy(linear), holds, reads)]
     prepack = _prepacker(linear, tokens)
     if prepack is not None:
-        found.append(Candidate(PREPACKED, prepack, nbytes))
+        found.append(Candidate(PREPACKED, prepack, holds, reads))
     return found
 
 
@@ -82,7 +87,7 @@ def sparse_candidates(
 def why_not_each(layer: SparseLinear, tokens: int) -> dict[str, str | None]:
     """For each implementation but the reference: None if it can run here, else the reason."""
     return {
-        f"{layer.format} {implementation.name}": implementation.why_not(layer.packed, tokens)
+        f"{layer.format} {implementation.name}": implementation.why_not(layer.held, tokens)
         for implementation in layer.format.implementations
         if implementation.name != "reference"
     }
@@ -94,18 +99,19 @@ def packed_candidates(layer: SparseLinear, tokens: int) -> tuple[list[Candidate]
     Cost: one arrangement of each.
     """
     quantised = None if layer.format.is_exact else layer.packed
-    stored = layer.packed.nbytes
+    known = {entry.name: entry for entry in layer.format.implementations}
     found, failed = list[Candidate](), list[str]()
     for name, problem in why_not_each(layer, tokens).items():
         if problem is not None:
             continue
+        short = name.removeprefix(f"{layer.format} ")
         try:
-            one = _arranged(layer, name.removeprefix(f"{layer.format} "), tokens)
+            one = _arranged(layer, short, tokens)
         except (RuntimeError, ValueError, MemoryError) as raised:
             failed.append(failure(name, raised))
             continue
-        make = partial(deepcopy, one)
-        found.append(Candidate(name, make, stored, quantised, one.nbytes - stored))
+        make, reads = partial(deepcopy, one), known[short].reads(layer.format)
+        found.append(Candidate(name, make, one.held_bytes, reads, quantised))
     return found, failed
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from secateur.accelerate.candidates import DENSE, PREPACKED, why_not_each
 from secateur.accelerate.measurements import Measurement
 from secateur.accelerate.report import LayerTimes, best_dense
-from secateur.formats.contract import Format
+from secateur.formats.contract import Format, held_tensors
 from secateur.formats.linear import PROBED_TOKENS, SparseLinear, Table
 
 LEAST_GAIN = 1.05  # what a change is worth; less may be noise
@@ -85,7 +85,8 @@ def decide(
 
 def _choices(layer: SparseLinear, found: Sequence[Measurement]) -> Iterator[_Choice]:
     """For each set of the format's implementations, the fastest of it at every number of tokens."""
-    format, stored = layer.format, layer.packed.nbytes
+    format = layer.format
+    known_to = {f"{format} {entry.name}": entry for entry in format.implementations}
     prefix = f"{format} "
     times = [
         {name: us for name, us in one.microseconds.items() if name.startswith(prefix)}
@@ -102,12 +103,15 @@ def _choices(layer: SparseLinear, found: Sequence[Measurement]) -> Iterator[_Cho
             if names in seen:
                 continue
             seen.add(names)
-            arranged = {name: one.arranged[name] for name, one in zip(names, found, strict=True)}
+            sizes = {**layer.held_bytes}
+            for name, one in zip(names, found, strict=True):
+                sizes |= one.holds[name]
+            held = held_tensors(format, [known_to[name] for name in dict.fromkeys(names)])
             ratios = tuple(
                 best_dense(one.microseconds)[1] / known[name]
                 for name, known, one in zip(names, usable, found, strict=True)
             )
-            yield _Choice(format, names, ratios, stored + sum(arranged.values()))
+            yield _Choice(format, names, ratios, sum(sizes[name] for name in held))
 
 
 def _table(
@@ -125,7 +129,7 @@ def _table(
             rows.pop()
         rows.append((name, count))
     problems = {
-        implementation.name: partial(implementation.why_not, layer.packed)
+        implementation.name: partial(implementation.why_not, layer.held)
         for implementation in layer.format.implementations
     }
     last, limit = short[-1], tokens[-1]

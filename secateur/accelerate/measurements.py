@@ -26,15 +26,15 @@ class Measurement:
     """One layer at one number of tokens: the median microseconds of each candidate.
 
     `cannot` is what implementations said that cannot run here, by candidate, `dropped` why others
-    have no time: out of memory, a library's error, a wrong result. `arranged` are the bytes that
-    each candidate made of the weight for itself. `steady` is whether the machine was quiet enough
-    for the times to be kept.
+    have no time: out of memory, a library's error, a wrong result. `holds` are the bytes of each
+    tensor that a packed candidate holds of the weight. `steady` is whether the machine was quiet
+    enough for the times to be kept.
     """
 
     microseconds: Mapping[str, float]
     cannot: Mapping[str, str]
     dropped: tuple[str, ...]
-    arranged: Mapping[str, int]
+    holds: Mapping[str, Mapping[str, int]]
     remembered: bool = False
     steady: bool = True
 
@@ -46,20 +46,25 @@ def parse(text: str) -> Measurement:
     """
     entry = parse_json(text, "a measurement")
     try:
-        times, arranged = dict(entry["microseconds"]), dict(entry["arranged"])
+        times = dict(entry["microseconds"])
+        holds = {name: dict(held) for name, held in dict(entry["holds"]).items()}
         cannot, dropped = dict(entry["cannot"]), tuple(entry["dropped"])
         right = (
             DENSE in times
-            and times.keys() <= {DENSE, PREPACKED, *arranged}
+            and times.keys() <= {DENSE, PREPACKED, *holds}
             and all(type(us) is float and isfinite(us) and us > 0 for us in times.values())
-            and all(type(nbytes) is int and nbytes >= 0 for nbytes in arranged.values())
+            and all(
+                type(nbytes) is int and nbytes >= 0
+                for held in holds.values()
+                for nbytes in held.values()
+            )
             and all(type(reason) is str for reason in (*cannot.values(), *dropped))
         )
     except (KeyError, TypeError, ValueError):
         right = False
     if not right:
         raise ValueError(f"a measurement needs times, bytes and reasons, got {text!r}")
-    return Measurement(times, cannot, dropped, arranged, remembered=True)
+    return Measurement(times, cannot, dropped, holds, remembered=True)
 
 
 ENTRIES = Entries("measurements", parse, "delete it, and accelerate_ measures again")

@@ -314,15 +314,14 @@ def _times(
         {name: timing.median_us for name, timing in timings.items()},
         _cannot(layers.values(), tokens),
         tuple(dropped),
-        {candidate.name: candidate.arranged_bytes for candidate in kept},
+        {candidate.name: candidate.holds for candidate in kept},
         steady=max(timing.spread for timing in timings.values()) <= MOST_SPREAD,
     )
 
 
 def _copies(candidate: Candidate, everything: Sequence[Candidate], device: torch.device) -> int:
     if device.type == "cuda":
-        held = candidate.nbytes + candidate.arranged_bytes
-        return copies_on(device, candidate.read, held, len(everything))
+        return copies_on(device, candidate.read, candidate.nbytes, len(everything))
     return copies_for(sum(one.read for one in everything))
 
 
@@ -358,18 +357,19 @@ def _measured(
 
 
 def _holds(layer: SparseLinear, table: Table) -> tuple[HeldBytes, ...]:
-    """The packed tensors, and what each implementation arranged from them for its tokens."""
-    names = ", ".join(layer.packed.tensors)
-    held = [HeldBytes(str(layer.format), layer.packed.nbytes, f"{names}: what is saved")]
+    """Each tensor that the layer holds of its weight, and who reads it at how many tokens."""
+    known = {entry.name: entry for entry in layer.format.implementations}
     ranges: dict[str, list[str]] = {}
     lowest = 1
     for name, limit in table:
         upper = " and more" if limit is None else f" to {limit}" if limit > lowest else ""
-        ranges.setdefault(name, []).append(f"{lowest}{upper}")
+        for tensor in known[name].reads(layer.format):
+            ranges.setdefault(tensor, []).append(f"{name} at {lowest}{upper} tokens")
         lowest = lowest if limit is None else limit + 1
-    for name, nbytes in layer.arranged_bytes.items():
-        held.append(HeldBytes(name, nbytes, f"at tokens {', '.join(ranges[name])}"))
-    return tuple(held)
+    return tuple(
+        HeldBytes(name, nbytes, f"read by {', '.join(ranges[name])}" if name in ranges else "saved")
+        for name, nbytes in layer.held_bytes.items()
+    )
 
 
 def _skipped(name: str, linear: nn.Linear, reason: str) -> LayerReport:

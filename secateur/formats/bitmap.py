@@ -57,7 +57,8 @@ class Bitmap(Format):
         """
         shape = dense_shape(weight)
         keep = weight != 0
-        return Packed(self, shape, {"values": weight[keep], "bitmask": _pack_bits(keep)})
+        tensors = {"values": weight[keep], "bitmask": _pack_bits(keep)}
+        return Packed(self, shape, weight.dtype, tensors)
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
         """The dense weight.
@@ -75,7 +76,7 @@ class Bitmap(Format):
         check_stored(self, shape, stored)
         bitmask = torch.zeros(shape[0], (shape[1] + 7) // 8, dtype=torch.uint8, device="cpu")
         values = torch.zeros(stored, dtype=dtype, device="cpu")
-        return Packed(self, shape, {"values": values, "bitmask": bitmask})
+        return Packed(self, shape, dtype, {"values": values, "bitmask": bitmask})
 
     def why_broken(self, packed: Packed) -> str | None:
         """How bits and values disagree, or which bits stand for no weight; or None."""

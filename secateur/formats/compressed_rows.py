@@ -34,6 +34,13 @@ def rows_of(crow_indices: Int32[Tensor, " rows_and_1"], stored: int) -> Int32[Te
     return owners.repeat_interleave(counts, output_size=stored)
 
 
+def starts_of(rows: Int32[Tensor, " stored"], count: int) -> Int32[Tensor, " rows_and_1"]:
+    """`crow_indices` again from the row of each stored entry; `count` is the number of rows."""
+    starts = torch.zeros(count + 1, dtype=torch.int32, device=rows.device)
+    starts[1:] = torch.bincount(rows, minlength=count).cumsum(0)
+    return starts
+
+
 def why_broken(
     crow_indices: Int32[Tensor, " rows_and_1"],
     col_indices: Int32[Tensor, " stored"],

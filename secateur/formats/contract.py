@@ -6,7 +6,7 @@ file each.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -88,49 +88,70 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed weight: its format, its dense shape and the plain tensors that a checkpoint stores.
+    """A packed weight: its format, its dense shape and dtype, and plain tensors by name.
 
-    One of them is `values`.
+    As `pack` makes it, these are the tensors that a checkpoint stores, one of them `values`. A
+    layer may hold others in their place, which are arranged for a kernel: see `Arrangement`.
     """
 
     format: Format
     shape: tuple[int, int]
+    dtype: torch.dtype
     tensors: Mapping[str, Tensor]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dense weight's."""
-        return self.tensors[typed_tensor(self.tensors)].dtype
-
-    @property
     def device(self) -> torch.device:
-        return self.tensors["values"].device
+        return next(iter(self.tensors.values())).device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that a checkpoint stores."""
+        """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def dense(self) -> Float[Tensor, "out in"]:
         """The dense weight in its dtype, rounded once to it where it is quantised."""
         return self.format.unpack(self).to(self.dtype)
 
+    def stored(self) -> "Packed":
+        """This weight as a checkpoint stores it; restored, bit for bit, from what is arranged."""
+        names = self.format.tensors
+        if all(name in self.tensors for name in names):
+            return replace(self, tensors={name: self.tensors[name] for name in names})
+        arrangements = (entry.arrangement for entry in self.format.implementations)
+        restore = next(
+            one.restore
+            for one in arrangements
+            if one is not None and one.restore and all(name in self.tensors for name in one.tensors)
+        )
+        return replace(self, tensors=restore(self))
 
-def _no_arrangement(packed: Packed) -> tuple[Tensor, ...]:
-    return ()
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A weight as an implementation reads it: the names of the tensors, stored ones or others.
+
+    `arrange(stored)` makes the others, when a weight is packed or loaded; they are never saved. Of
+    one format, tensors of one name are the same, so that implementations can share them.
+
+    `restore(arranged)` makes the stored tensors again, bit for bit. Where it is there, a layer
+    holds the arrangement alone; without it what is stored, as well.
+    """
+
+    tensors: tuple[str, ...]
+    arrange: Callable[[Packed], Mapping[str, Tensor]]
+    restore: Callable[[Packed], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
 class Implementation:
     """One way to run a format's linear.
 
-    `linear(x, packed, bias, *arranged)` multiplies `[tokens, in]` by the packed weight, and
-    `why_not(packed, tokens)` is the reason why it cannot run here, or None. It reads shapes, dtype
-    and device only. `arrange(packed)` makes the tensors named in `arrangement`, which only this
-    implementation can read: they are made when a weight is packed or loaded and never saved.
+    `linear(x, packed, bias)` multiplies `[tokens, in]` by the packed weight, whose tensors are
+    those of `arrangement`, or the stored ones without. `why_not(packed, tokens)` is the reason why
+    it cannot run here, or None; it reads shape, dtype and device only.
 
     `activations` names the functions of `secateur.formats.activations` that `linear` applies to its
     results itself if it is called with `activation`, for less than another pass over them.
@@ -139,9 +160,35 @@ class Implementation:
     name: str
     linear: Callable[..., Tensor]
     why_not: Callable[..., str | None]
-    arrangement: tuple[str, ...] = ()
-    arrange: Callable[..., tuple[Tensor, ...]] = _no_arrangement
+    arrangement: Arrangement | None = None
     activations: tuple[str, ...] = ()
+
+    @property
+    def restores(self) -> bool:
+        """Whether what it reads is all of the weight."""
+        return self.arrangement is not None and self.arrangement.restore is not None
+
+    def reads(self, format: Format) -> tuple[str, ...]:
+        """The names of the tensors that it reads."""
+        return format.tensors if self.arrangement is None else self.arrangement.tensors
+
+    def arranged(self, packed: Packed) -> Packed:
+        """The stored weight as this implementation reads it."""
+        made = {} if self.arrangement is None else self.arrangement.arrange(packed)
+        tensors = {**packed.tensors, **made}
+        return replace(packed, tensors={n: tensors[n] for n in self.reads(packed.format)})
+
+
+def held_tensors(format: Format, chosen: Collection[Implementation]) -> tuple[str, ...]:
+    """The names of the tensors that a layer holds in order to run these implementations.
+
+    What they read; and all that is stored, unless it can be restored from that. The reference does
+    without, then: it restores the weight at every call, as it unpacks it at every call.
+    """
+    restores = any(one.restores for one in chosen)
+    readers = [one for one in chosen if not restores or one != format.implementations[-1]]
+    stored = () if restores else format.tensors
+    return tuple(dict.fromkeys((*stored, *(name for one in readers for name in one.reads(format)))))
 
 
 def typed_tensor(names: Collection[str]) -> str:

@@ -75,7 +75,7 @@ def _applied_by(module: nn.Module) -> set[str]:
     if not isinstance(module, SparseLinear) or module.activation or module._forward_hooks:
         return set()
     rows = table(module.dispatch, module.format.implementations)
-    return {name for _, implementation, _ in rows for name in implementation.activations}
+    return {name for _, implementation in rows for name in implementation.activations}
 
 
 def _known(module: nn.Module) -> str | None:

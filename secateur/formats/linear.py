@@ -1,6 +1,7 @@
 """`SparseLinear`: an `nn.Linear` whose weight is stored packed and multiplied as it is stored."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 from secateur.core.autocast import autocast_dtype, without_autocast
 from secateur.core.weights import DTYPES
 from secateur.formats.activations import ACTIVATIONS
-from secateur.formats.contract import Format, Implementation, Packed, typed_tensor
+from secateur.formats.contract import (
+    Format,
+    Implementation,
+    Packed,
+    held_tensors,
+    typed_tensor,
+)
 from secateur.formats.format import parse_format
 from secateur.formats.op import linear_operator, register, unpack_operator
 from secateur.formats.read_only import ReadOnlyWeight
@@ -35,9 +42,11 @@ DESCRIBED: dict[str, type] = {
 class SparseLinear(nn.Linear):
     """`y = x @ weight.T + bias` with a packed weight, in one operator that compile and export see.
 
-    The packed tensors are buffers under their own names (`values`, `metadata`, ...), the bias an
-    ordinary parameter. The weight is frozen; gradients flow to the input and the bias, so adapters
-    can be trained on top of it.
+    The weight is held once: as it is stored (`values`, `metadata`, ...), or as the kernels that run
+    it read it, from which what is stored is restored bit for bit whenever it is asked for, by
+    `state_dict`, a save, a move or a cast. These tensors are buffers under their own names, the
+    bias an ordinary parameter. The weight is frozen; gradients flow to the input and the bias, so
+    adapters can be trained on top of it.
 
     `.to(dtype)` casts the values as it would cast a dense weight, or the scales of a quantised one;
     indices and codes keep their type. After `.to` another dtype or device, and after
@@ -63,40 +72,50 @@ class SparseLinear(nn.Linear):
         self._operators = self.format.name
         self.name = name  # only for error messages
         self.activation = ""  # that is applied to the results; `fuse_activations_` sets it
-        self._stored = tuple(packed.tensors)
-        self._typed = typed_tensor(self._stored)
-        for key, tensor in packed.tensors.items():
-            self.register_buffer(key, tensor)
+        self.dtype = packed.dtype
+        self._hold(packed.tensors)
+        self._sizes = _sizes(packed)
         self.register_parameter("bias", bias)
-        self._arranged: tuple[str, ...] = ()
         self.use(self._default() if table is None else table)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """That of the dense weight."""
+        return self.out_features, self.in_features
+
+    @property
+    def device(self) -> torch.device:
+        buffer = self._buffers[self._names[0]]
+        assert buffer is not None
+        return buffer.device
+
+    @property
+    def held(self) -> Packed:
+        """The weight by the tensors that this layer holds of it, stored ones or arranged."""
+        return Packed(self.format, self.shape, self.dtype, self._held())
+
+    @property
     def packed(self) -> Packed:
-        """The packed weight; its tensors are this layer's buffers, not copies."""
-        tensors = dict(zip(self._stored, self._parts(), strict=True))
-        return Packed(self.format, (self.out_features, self.in_features), tensors)
+        """The packed weight as a checkpoint stores it: this layer's buffers, or restored from them.
+
+        Cost: one pass over the weight where a kernel's arrangement is held instead.
+        """
+        return self.held.stored()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight in a checkpoint."""
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in self._sizes.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight in use: what is stored, and what implementations arranged from it.
-
-        An arrangement is made on load and never saved, so a checkpoint is smaller.
-        """
-        tensors = (self._buffers[key] for key in (*self._stored, *self._arranged))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        """Bytes of the weight as it is held."""
+        return sum(self.held_bytes.values())
 
     @property
-    def arranged_bytes(self) -> dict[str, int]:
-        """Of each implementation in use, the bytes that it arranged for itself."""
-        names = dict.fromkeys(word.partition("<=")[0] for word in self.dispatch.split())
-        known = {entry.name: entry for entry in self.format.implementations}
-        return {
-            name: sum(
-                self.get_buffer(f"arranged_{name}_{key}").nbytes for key in known[name].arrangement
-            )
-            for name in names
-        }
+    def held_bytes(self) -> dict[str, int]:
+        """Of each tensor of the weight that is held, the bytes: stored ones, and arranged ones."""
+        return {name: tensor.nbytes for name, tensor in self._held().items()}
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:  # type: ignore[override]
@@ -105,11 +124,11 @@ class SparseLinear(nn.Linear):
         It is unpacked afresh, so a write would be lost. `unpack_(model)` gives the layer a weight
         that can be changed.
 
-        Cost: unpacks the whole weight at every access; ask `packed.dtype` and `packed.device`.
+        Cost: unpacks the whole weight at every access; ask the layer's own `dtype` and `device`.
         """
         with torch.no_grad():
-            sizes = (self.out_features, self.in_features)
-            dense: Tensor = unpack_operator(self._operators)(*self._parts(), *sizes)
+            what = *self.shape, self.dispatch, self.dtype
+            dense: Tensor = unpack_operator(self._operators)(*self._parts(), *what)
         if torch.compiler.is_compiling():  # models read weight.dtype in forward; see no subclass
             return dense
         return dense.as_subclass(ReadOnlyWeight)
@@ -124,7 +143,7 @@ class SparseLinear(nn.Linear):
         super().__setattr__(name, value)
 
     def use(self, table: Table) -> None:
-        """Run the implementations of `table` from now on, their tensors arranged.
+        """Run the implementations of `table` from now on, the weight arranged for them.
 
         Rows are (implementation, largest number of tokens), ascending; the last limit is None.
 
@@ -132,19 +151,13 @@ class SparseLinear(nn.Linear):
             ascend; then nothing has changed.
         """
         chosen = dict.fromkeys(self._validated(table))  # each once, in order
-        arranged = {
-            f"arranged_{implementation.name}_{key}": tensor
-            for implementation in chosen
-            for key, tensor in zip(
-                implementation.arrangement, implementation.arrange(self.packed), strict=True
-            )
-        }
-        for key in self._arranged:
-            self._buffers.pop(key)
-            self._non_persistent_buffers_set.discard(key)
-        for key, tensor in arranged.items():
-            self.register_buffer(key, tensor, persistent=False)
-        self._arranged = tuple(arranged)
+        tensors, stored = self._held(), None
+        names = held_tensors(self.format, chosen)
+        for entry in chosen:
+            if any(name in names and name not in tensors for name in entry.reads(self.format)):
+                stored = self.packed if stored is None else stored
+                tensors |= entry.arranged(stored).tensors
+        self._hold({name: tensors[name] for name in names})
         self.dispatch = " ".join(
             name if limit is None else f"{name}<={limit}" for name, limit in table
         )
@@ -154,40 +167,35 @@ class SparseLinear(nn.Linear):
 
         Raises: ValueError for an input of another dtype or width.
         """
-        typed = self._buffers[self._typed]
-        assert typed is not None
-        if (lower := autocast_dtype(typed.device)) is not None:
+        if (lower := autocast_dtype(self.device)) is not None:
             # Of float64 autocast keeps its hands off, and so of what is no number to be rounded.
-            dtypes = (input.dtype, typed.dtype)
+            dtypes = (input.dtype, self.dtype)
             if all(d.is_floating_point and d is not torch.float64 for d in dtypes):
-                with without_autocast(typed.device):
-                    return self._under_autocast(input, typed.dtype, lower)
+                with without_autocast(self.device):
+                    return self._under_autocast(input, lower)
         return self._multiplied(input)
 
     def _under_autocast(
-        self, input: Float[Tensor, "*tokens in"], own: torch.dtype, lower: torch.dtype
+        self, input: Float[Tensor, "*tokens in"], lower: torch.dtype
     ) -> Float[Tensor, "*tokens out"]:
-        if own in (torch.float32, lower):
-            return self._multiplied(input.to(own)).to(lower)
+        if self.dtype in (torch.float32, lower):
+            return self._multiplied(input.to(self.dtype)).to(lower)
+        typed = typed_tensor(self.format.tensors)
         parts = [
-            part.to(lower) if key == self._typed else part
-            for key, part in zip(self._stored, self._parts(), strict=True)
+            part.to(lower) if name == typed else part for name, part in self.packed.tensors.items()
         ]
         result: Tensor = linear_operator(self._operators)(
             input.to(lower),
-            *parts,
+            *(*parts, []),
             None if self.bias is None else self.bias.to(lower),
-            *(self.out_features, self.in_features),
-            *([], "reference", ""),
+            *(*self.shape, "reference", ""),
         )
         return ACTIVATIONS[self.activation](result) if self.activation else result
 
     def _multiplied(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        typed = self._buffers[self._typed]
-        assert typed is not None
-        if input.dtype != typed.dtype:
+        if input.dtype != self.dtype:
             raise ValueError(
-                f"{self._title()} needs {_short(typed.dtype)} input, got {_short(input.dtype)}: "
+                f"{self._title()} needs {_short(self.dtype)} input, got {_short(input.dtype)}: "
                 f"cast the input, or the layer with .to(torch.{_short(input.dtype)})"
             )
         if input.dim() == 0 or input.shape[-1] != self.in_features:
@@ -195,17 +203,12 @@ class SparseLinear(nn.Linear):
                 f"{self._title()} needs input of width {self.in_features}, "
                 f"got shape {tuple(input.shape)}: check the layer before it"
             )
-        arrangement = [self._buffers[key] for key in self._arranged]
         bias, activation = self.bias, self.activation
         if activation and torch.is_grad_enabled():
             if input.requires_grad or (bias is not None and bias.requires_grad):
                 activation = ""  # the operator has gradients of the linear alone
         result: Tensor = linear_operator(self._operators)(
-            input,
-            *self._parts(),
-            bias,
-            *(self.out_features, self.in_features),
-            *(arrangement, self.dispatch, activation),
+            input, *self._parts(), bias, *(*self.shape, self.dispatch, activation)
         )
         return result if activation == self.activation else ACTIVATIONS[self.activation](result)
 
@@ -219,17 +222,33 @@ class SparseLinear(nn.Linear):
     def _title(self) -> str:
         return f"SparseLinear {self.name!r}" if self.name else "SparseLinear"
 
-    def _parts(self) -> tuple[Tensor, ...]:
-        return tuple(self._buffers[key] for key in self._stored)  # type: ignore[misc]
+    def _held(self) -> dict[str, Tensor]:
+        """The tensors of the weight by name: those that are stored first."""
+        return {name: self._buffers[name] for name in self._names}  # type: ignore[misc]
+
+    def _hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold these tensors of the weight and no others."""
+        for name in getattr(self, "_names", ()):
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=name in self.format.tensors)
+        self._names = tuple(tensors)
+
+    def _parts(self) -> tuple[Any, ...]:
+        """What is held, as the operators take it: each stored tensor or None, the others."""
+        stored = self.format.tensors
+        arranged = [self._buffers[name] for name in self._names if name not in stored]
+        return *(self._buffers.get(name) for name in stored), arranged
 
     def _default(self) -> Table:
         """For each number of tokens, the first implementation that can run it."""
-        packed, rows = self.packed, list[tuple[str, int | None]]()
+        held, rows = self.held, list[tuple[str, int | None]]()
         for tokens in PROBED_TOKENS:
             name = next(
                 implementation.name
                 for implementation in self.format.implementations
-                if implementation.why_not(packed, tokens) is None
+                if implementation.why_not(held, tokens) is None
             )
             if rows and rows[-1][0] == name:
                 rows.pop()
@@ -253,27 +272,56 @@ class SparseLinear(nn.Linear):
                 raise ValueError(
                     f"{self.format} has no implementation {name!r}: it has {', '.join(known)}"
                 )
-            problem = known[name].why_not(self.packed, limit or PROBED_TOKENS[-1])
+            problem = known[name].why_not(self.held, limit or PROBED_TOKENS[-1])
             if problem is not None:
                 raise ValueError(f"{self._title()} cannot run {name} here: {problem}")
         return tuple(known[name] for name, _ in table)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparseLinear":
+        """A copy that holds the same tensors; pickling stores what a checkpoint does."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__ = deepcopy(self.__dict__, memo)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state to pickle: what is arranged is for this device and release alone."""
+        stored = self.packed.tensors
+        others = {name: b for name, b in self._buffers.items() if name not in self._names}
+        changed = {"_buffers": {**others, **stored}, "_names": tuple(stored)}
+        return {**self.__dict__, **changed, "_non_persistent_buffers_set": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a layer that was pickled, perhaps in another process."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         register(self.format)
+        rows = (word.partition("<=") for word in self.dispatch.split())
+        try:
+            self.use(tuple((name, int(limit) if limit else None) for name, _, limit in rows))
+        except ValueError:  # it was pickled where something ran that cannot run here
+            self.use(self._default())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
-        before = self._buffers[self._typed]
-        assert before is not None
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if (like.device, like.dtype) == (self.device, self.dtype):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        # memory that has just left the meta device holds no indices that could be arranged
+        from_meta = self.device.type == "meta"
+        self.use(REFERENCE)  # what is arranged is for one dtype, and one kind of device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = self._buffers[self._typed]
-        assert after is not None
-        if (before.device, before.dtype) != (after.device, after.dtype):
-            # memory that has just left the meta device holds no indices that could be arranged
-            from_meta = before.device.type == "meta"
-            self.use(REFERENCE if from_meta else self._default())
+        self.dtype = like.dtype
+        self._sizes = _sizes(self.held)
+        if not from_meta:
+            self.use(self._default())
         return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if any(name not in self._names for name in self.format.tensors):
+            stored = self.packed.tensors
+            destination |= {prefix + name: tensor for name, tensor in stored.items()}
 
     def _load_from_state_dict(
         self,
@@ -287,7 +335,7 @@ class SparseLinear(nn.Linear):
     ) -> None:
         """Take tensors that are right in every respect, or none: a kernel trusts its indices."""
         given = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
-        own = [*self._stored, *([] if self.bias is None else ["bias"])]
+        own = [*self._sizes, *([] if self.bias is None else ["bias"])]
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         problem = self._why_not_loaded({k: given[k] for k in own if k in given}, assign)
         if "weight" in given:
@@ -297,35 +345,35 @@ class SparseLinear(nn.Linear):
         if problem is not None:
             error_msgs.append(f"{self._title()} cannot use the checkpoint: {problem}")
             return
+        self.use(REFERENCE)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if not any(tensor.is_meta for tensor in self._parts()):
+        if not any(tensor.is_meta for tensor in self._held().values()):
             self.use(self._default())
 
     def _why_not_loaded(self, given: Mapping[str, Any], assign: bool) -> str | None:
         """Why these tensors cannot take the places of this layer's own, or None."""
-        if (parts := given.keys() & set(self._stored)) and len(parts) < len(self._stored):
-            lacking = next(key for key in self._stored if key not in parts)
+        if (parts := given.keys() & self._sizes.keys()) and len(parts) < len(self._sizes):
+            lacking = next(key for key in self._sizes if key not in parts)
             return f"it has {min(parts)} and lacks {lacking}, of one packed weight"
-        tensors = {**self._buffers, "bias": self.bias}
+        bias = {} if self.bias is None else {"bias": (self.bias.shape, self.bias.dtype)}
+        own, typed = {**self._sizes, **bias}, typed_tensor(self._sizes)
         for key, new in given.items():
-            own = tensors[key]
-            assert own is not None
+            shape, dtype = own[key]
             if not isinstance(new, Tensor) or new.layout != torch.strided:
                 return f"{key} needs to be a plain tensor, got {type(new).__name__}"
-            if new.shape != own.shape:
-                return f"{key} needs shape {tuple(own.shape)}, got {tuple(new.shape)}"
-            casts = key in (self._typed, "bias") and not assign
-            if new.dtype != own.dtype and not (casts and new.dtype in DTYPES):
-                return f"{key} needs {_short(own.dtype)}, got {_short(new.dtype)}"
-            if new.is_meta and not own.is_meta:
+            if new.shape != shape:
+                return f"{key} needs shape {tuple(shape)}, got {tuple(new.shape)}"
+            casts = key in (typed, "bias") and not assign
+            if new.dtype != dtype and not (casts and new.dtype in DTYPES):
+                return f"{key} needs {_short(dtype)}, got {_short(new.dtype)}"
+            if new.is_meta and self.device.type != "meta":
                 return f"{key} has no data (meta device)"
-        if not parts or any(given[key].is_meta for key in self._stored):
+        if not parts or any(given[key].is_meta for key in self._sizes):
             return None
-        new_parts = {k: given[k].detach().to(self.get_buffer(k).dtype) for k in self._stored}
-        packed = Packed(self.format, (self.out_features, self.in_features), new_parts)
-        return self.format.why_broken(packed)
+        tensors = {key: given[key].detach().to(dtype) for key, (_, dtype) in self._sizes.items()}
+        return self.format.why_broken(Packed(self.format, self.shape, self.dtype, tensors))
 
 
 def describe(linear: SparseLinear) -> dict[str, int | str | bool]:
@@ -335,8 +383,8 @@ def describe(linear: SparseLinear) -> dict[str, int | str | bool]:
         "out_features": linear.out_features,
         "in_features": linear.in_features,
         "bias": linear.bias is not None,
-        "dtype": _short(linear.packed.dtype),
-        "stored": len(linear.packed["values"]),
+        "dtype": _short(linear.dtype),
+        "stored": linear._sizes["values"][0][0],
     }
 
 
@@ -377,6 +425,11 @@ def empty_from(
         else None
     )
     return SparseLinear(packed, bias, name, REFERENCE)  # zeros are no indices to arrange
+
+
+def _sizes(stored: Packed) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of each tensor that a checkpoint stores."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in stored.tensors.items()}
 
 
 def _short(dtype: torch.dtype) -> str:

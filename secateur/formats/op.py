@@ -5,9 +5,13 @@ and autograd see as one node. Which implementation runs is decided inside it, at
 number of tokens. `secateur::<format>_unpack` is the dense weight; the backward needs it as an
 operator of its own, because its body reads the number of nonzeros from the data.
 
-    secateur::<format>_linear(Tensor x, Tensor <stored>..., Tensor? bias, int out_features,
-        int in_features, Tensor[] arrangement, str dispatch, str activation) -> Tensor
-    secateur::<format>_unpack(Tensor <stored>..., int out_features, int in_features) -> Tensor
+    secateur::<format>_linear(Tensor x, Tensor? <stored>..., Tensor[] arranged, Tensor? bias,
+        int out_features, int in_features, str dispatch, str activation) -> Tensor
+    secateur::<format>_unpack(Tensor? <stored>..., Tensor[] arranged, int out_features,
+        int in_features, str dispatch, ScalarType dtype) -> Tensor
+
+A layer holds its weight as its implementations read it. What is stored is None where it does not
+hold it; `arranged` are the others that it holds, in the order of `arranged_tensors`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,36 +23,36 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from secateur.formats.activations import ACTIVATIONS
-from secateur.formats.contract import Format, Implementation, Packed, typed_tensor
+from secateur.formats.contract import Format, Implementation, Packed, held_tensors
 
 LIBRARY = torch.library.Library("secateur", "FRAGMENT")
 DEFINED: dict[str, Format] = {}  # by the name that torch knows its operators by
 NO_LIMIT = 2**63 - 1  # the last row of a dispatch table serves every larger number of tokens
 
-Row = tuple[int, Implementation, slice]
+Row = tuple[int, Implementation]
 
 
 @lru_cache(maxsize=256)  # a process meets a few tables; parsing one costs more than a small matmul
 def table(dispatch: str, implementations: tuple[Implementation, ...]) -> tuple[Row, ...]:
-    """Rows (largest tokens, implementation, its part of the arrangement) of a dispatch string.
-
-    An implementation that has several rows is arranged once.
+    """Rows (largest number of tokens, implementation) of a dispatch string.
 
     `"decode<=16 prefill"` runs `decode` for up to 16 tokens and `prefill` above. It is one plain
     string so that an exported program carries it, and because a list costs 5 us more per call.
     """
     named = {implementation.name: implementation for implementation in implementations}
     rows: list[Row] = []
-    parts: dict[str, slice] = {}
-    start = 0
     for word in dispatch.split():
         name, _, limit = word.partition("<=")
-        if name not in parts:
-            parts[name] = slice(start, start + len(named[name].arrangement))
-            start = parts[name].stop
-        rows.append((int(limit) if limit else NO_LIMIT, named[name], parts[name]))
+        rows.append((int(limit) if limit else NO_LIMIT, named[name]))
     assert rows and rows[-1][0] == NO_LIMIT, dispatch
     return tuple(rows)
+
+
+@lru_cache(maxsize=256)
+def arranged_tensors(dispatch: str, format: Format) -> tuple[str, ...]:
+    """The names of what a layer with this table holds beside, or instead of, what is stored."""
+    chosen = dict.fromkeys(entry for _, entry in table(dispatch, format.implementations))
+    return tuple(name for name in held_tensors(format, chosen) if name not in format.tensors)
 
 
 def register(format: Format) -> None:
@@ -100,90 +104,92 @@ def _kind(format: Format) -> tuple[str, str]:
     return type(format).__module__, type(format).__qualname__
 
 
-def _packed(name: str, shape: tuple[int, int], stored: Sequence[Tensor]) -> Packed:
-    format = DEFINED[name]
-    tensors = dict(zip(format.tensors, stored, strict=True))
-    return Packed(format.like(shape, tensors), shape, tensors)
+def _define(name: str, stored: tuple[str, ...]) -> None:
+    fields = ", ".join(f"Tensor? {tensor}" for tensor in stored)
+    count = len(stored)
 
-
-def _define(name: str, tensors: tuple[str, ...]) -> None:
-    fields = ", ".join(f"Tensor {tensor}" for tensor in tensors)
-    count, typed = len(tensors), tensors.index(typed_tensor(tensors))
+    def held(
+        tensors: Sequence[Tensor | None],
+        arranged: Sequence[Tensor],
+        shape: tuple[int, int],
+        dispatch: str,
+        dtype: torch.dtype,
+    ) -> Packed:
+        known = {key: t for key, t in zip(stored, tensors, strict=True) if t is not None}
+        format = DEFINED[name].like(shape, known)
+        names = arranged_tensors(dispatch, format)  # type: ignore[arg-type]  # hashable: frozen
+        return Packed(format, shape, dtype, {**known, **dict(zip(names, arranged, strict=True))})
 
     def run_linear(x: Tensor, *rest: Any) -> Tensor:
-        stored, (bias, out_features, in_features, arrangement, dispatch, activation) = (
-            rest[:count],
-            rest[count:],
-        )
+        arranged, bias, out_features, in_features, dispatch, activation = rest[count:]
         flat = x.reshape(-1, in_features)
         if flat.shape[0] == 0:
             return x.new_empty((*x.shape[:-1], out_features))
-        packed = _packed(name, (out_features, in_features), stored)
-        result = _run(packed, flat, bias, arrangement, dispatch, activation)
+        packed = held(rest[:count], arranged, (out_features, in_features), dispatch, x.dtype)
+        result = _run(packed, flat, bias, dispatch, activation)
         return result.reshape(*x.shape[:-1], out_features).contiguous()
 
     def fake_linear(x: Tensor, *rest: Any) -> Tensor:
-        return x.new_empty((*x.shape[:-1], rest[count + 1]))
+        return x.new_empty((*x.shape[:-1], rest[count + 2]))
 
     def run_unpack(*rest: Any) -> Tensor:
-        return _packed(name, rest[count:], rest[:count]).dense()
+        arranged, out_features, in_features, dispatch, dtype = rest[count:]
+        shape = out_features, in_features
+        return held(rest[:count], arranged, shape, dispatch, dtype).stored().dense()
 
     def fake_unpack(*rest: Any) -> Tensor:
-        like: Tensor = rest[typed]
-        return like.new_empty(rest[count:])
+        arranged, out_features, in_features, _, dtype = rest[count:]
+        like: Tensor = next(tensor for tensor in (*rest[:count], *arranged) if tensor is not None)
+        return like.new_empty((out_features, in_features), dtype=dtype)
 
     linear = operator(
-        f"{name}_linear(Tensor x, {fields}, Tensor? bias, int out_features, int in_features, "
-        "Tensor[] arrangement, str dispatch, str activation) -> Tensor",
+        f"{name}_linear(Tensor x, {fields}, Tensor[] arranged, Tensor? bias, int out_features, "
+        "int in_features, str dispatch, str activation) -> Tensor",
         run_linear,
         fake_linear,
     )
     unpack = operator(
-        f"{name}_unpack({fields}, int out_features, int in_features) -> Tensor",
+        f"{name}_unpack({fields}, Tensor[] arranged, int out_features, int in_features, "
+        "str dispatch, ScalarType dtype) -> Tensor",
         run_unpack,
         fake_unpack,
     )
     _differentiate(linear, unpack, count)
 
 
-def _run(
-    packed: Packed,
-    x: Tensor,
-    bias: Tensor | None,
-    arrangement: Sequence[Tensor],
-    dispatch: str,
-    activation: str,
-) -> Tensor:
+def _run(packed: Packed, x: Tensor, bias: Tensor | None, dispatch: str, activation: str) -> Tensor:
     """The result of the implementation that serves this number of tokens."""
     rows = table(dispatch, packed.format.implementations)
-    _, implementation, part = next(row for row in rows if x.shape[0] <= row[0])
-    arranged = arrangement[part]
+    implementation = next(entry for most, entry in rows if x.shape[0] <= most)
+    if implementation.arrangement is None:
+        packed = packed.stored()
     if activation in implementation.activations:
-        return implementation.linear(x, packed, bias, *arranged, activation=activation)
-    result = implementation.linear(x, packed, bias, *arranged)
+        return implementation.linear(x, packed, bias, activation=activation)
+    result = implementation.linear(x, packed, bias)
     return ACTIVATIONS[activation](result) if activation else result
 
 
 def _differentiate(linear_op: OpOverload, unpack_op: OpOverload, count: int) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, *rest = inputs
+        x, *rest = inputs
         if rest[-1]:
             raise ValueError(
                 f"{linear_op} has no gradients through {rest[-1]!r}: call it without activation, "
                 "and the activation after it"
             )
-        ctx.save_for_backward(*rest[:count])
-        ctx.shape = rest[count + 1 : count + 3]
-        ctx.arrangement_count = len(rest[count + 3])
+        arranged, _, out_features, in_features, dispatch, _ = rest[count:]
+        ctx.save_for_backward(*rest[:count], *arranged)
+        ctx.rest = out_features, in_features, dispatch, x.dtype
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x_grad = bias_grad = None
+        stored, arranged = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if ctx.needs_input_grad[0]:
-            x_grad = grad @ unpack_op(*ctx.saved_tensors, *ctx.shape)
-        if ctx.needs_input_grad[1 + count]:
+            x_grad = grad @ unpack_op(*stored, arranged, *ctx.rest)
+        if ctx.needs_input_grad[2 + count]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
-        arrangement_grads = [None] * ctx.arrangement_count
-        return x_grad, *[None] * count, bias_grad, None, None, arrangement_grads, None, None
+        no_grads = [None] * count, [None] * len(arranged)
+        return x_grad, *no_grads[0], no_grads[1], bias_grad, None, None, None, None
 
     torch.library.register_autograd(
         linear_op.name(), backward, setup_context=setup_context, lib=LIBRARY

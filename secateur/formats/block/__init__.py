@@ -34,7 +34,7 @@ class Blocks(Format):
     name = "block"
     tensors = compressed_rows.TENSORS
     implementations = (
-        Implementation("cpu", cpu.linear, cpu.why_not, ("block_rows",), cpu.arrange),
+        Implementation("cpu", cpu.linear, cpu.why_not, cpu.BLOCK_ROWS),
         REFERENCE,
     )
     is_exact = True
@@ -78,7 +78,7 @@ class Blocks(Format):
             raise ValueError(f"{problem}: choose rows and columns that divide it")
         keep = self._keep(weight)
         tensors = {"values": self._tiles(weight)[keep], **compressed_rows.indices_of(keep)}
-        return Packed(self, shape, tensors)
+        return Packed(self, shape, weight.dtype, tensors)
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
         """The dense weight.
@@ -103,9 +103,8 @@ class Blocks(Format):
                 "the description is damaged, save the model again"
             )
         values = torch.zeros(stored, self.rows, self.cols, dtype=dtype, device="cpu")
-        return Packed(
-            self, shape, {"values": values, **compressed_rows.empty_indices(down, stored)}
-        )
+        indices = compressed_rows.empty_indices(down, stored)
+        return Packed(self, shape, dtype, {"values": values, **indices})
 
     def why_broken(self, packed: Packed) -> str | None:
         """What is wrong with the indices of a weight of this shape, or None."""

@@ -30,11 +30,11 @@ How it was measured, and what lost: docs/log/2026-11-22-cpu-block.md.
 """
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from torch import Tensor
 
-from secateur.formats.compressed_rows import rows_of
-from secateur.formats.contract import Packed
+from secateur.formats.compressed_rows import rows_of, starts_of
+from secateur.formats.contract import Arrangement, Packed
 
 RUN_BYTES = 2 * 2**20  # gathered columns of one run; 1-4 MiB measure alike, 8 MiB and more lose
 FEW_TOKENS = 12  # x on the left up to here; measured crossover between 8 and 16
@@ -47,16 +47,28 @@ def why_not(packed: Packed, tokens: int) -> str | None:
     return None if device == "cpu" else f"block cpu needs a weight on the CPU, got {device}"
 
 
-def arrange(packed: Packed) -> tuple[Int32[Tensor, " blocks"]]:
+def arrange(packed: Packed) -> dict[str, Tensor]:
     """The row of blocks of each stored block: `crow_indices` spelt out once, not per call."""
-    return (rows_of(packed["crow_indices"], len(packed["values"])),)
+    return {"block_rows": rows_of(packed["crow_indices"], len(packed["values"]))}
+
+
+def restore(packed: Packed) -> dict[str, Tensor]:
+    """What is stored again: the number of blocks above each row of blocks."""
+    row_blocks = packed.shape[0] // packed["values"].shape[1]
+    return {
+        "values": packed["values"],
+        "crow_indices": starts_of(packed["block_rows"], row_blocks),
+        "col_indices": packed["col_indices"],
+    }
+
+
+BLOCK_ROWS = Arrangement(("values", "col_indices", "block_rows"), arrange, restore)
 
 
 def linear(
     x: Float[Tensor, "tokens in"],
     packed: Packed,
     bias: Float[Tensor, " out"] | None,
-    rows_of_blocks: Int32[Tensor, " blocks"],
 ) -> Float[Tensor, "tokens out"]:
     """`x @ weight.T + bias`, from the stored blocks alone.
 
@@ -75,7 +87,7 @@ def linear(
     for values, column, row in zip(
         blocks.split(run),
         packed["col_indices"].split(run),
-        rows_of_blocks.split(run),
+        packed["block_rows"].split(run),
         strict=True,
     ):
         met = columns.index_select(0, column)

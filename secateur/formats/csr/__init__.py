@@ -34,7 +34,7 @@ class Csr(Format):
     name = "csr"
     tensors = compressed_rows.TENSORS
     implementations = (
-        Implementation("torch_csr", torch_csr.linear, torch_csr.why_not, (), torch_csr.arrange),
+        Implementation("torch_csr", torch_csr.linear, torch_csr.why_not),
         REFERENCE,
     )
     is_exact = True
@@ -65,7 +65,7 @@ class Csr(Format):
         shape = dense_shape(weight)
         keep = weight != 0
         tensors = {"values": weight[keep], **compressed_rows.indices_of(keep)}
-        return Packed(self, shape, tensors)
+        return Packed(self, shape, weight.dtype, tensors)
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
         """The dense weight.
@@ -86,7 +86,7 @@ class Csr(Format):
         check_stored(self, shape, stored)
         values = torch.zeros(stored, dtype=dtype, device="cpu")
         indices = compressed_rows.empty_indices(shape[0], stored)
-        return Packed(self, shape, {"values": values, **indices})
+        return Packed(self, shape, dtype, {"values": values, **indices})
 
     def why_broken(self, packed: Packed) -> str | None:
         """What is wrong with the indices of a weight of this shape, or None."""

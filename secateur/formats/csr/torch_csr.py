@@ -8,6 +8,7 @@ Known limits: torch has this for float32 and float64 alone; it pays from 80-90 %
 """
 
 import warnings
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -30,18 +31,6 @@ def why_not(packed: Packed, tokens: int) -> str | None:
     return None
 
 
-def arrange(packed: Packed) -> tuple[Tensor, ...]:
-    """No tensors; draws torch's once-per-process notices about CSR tensors before any forward.
-
-    They say that CSR is in beta and, in torch 2.11, that its checks are off, to those who chose
-    torch's CSR tensors; here the choice is ours.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant checks)")
-        _as_torch(packed)
-    return ()
-
-
 def linear(
     x: Float[Tensor, "tokens in"], packed: Packed, bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "tokens out"]:
@@ -54,10 +43,23 @@ def linear(
 
 
 def _as_torch(packed: Packed) -> Tensor:
-    return torch.sparse_csr_tensor(
-        packed["crow_indices"],
-        packed["col_indices"],
-        packed["values"],
-        size=packed.shape,
-        check_invariants=False,  # checked when packed or loaded; here it would cost every call
-    )
+    _draw_notices()
+    return _csr(packed["crow_indices"], packed["col_indices"], packed["values"], packed.shape)
+
+
+def _csr(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    # checked when packed or loaded; here it would cost every call
+    return torch.sparse_csr_tensor(crow, col, values, size=shape, check_invariants=False)
+
+
+@cache
+def _draw_notices() -> None:
+    """Draw torch's once-per-process notices about CSR tensors where nobody sees them.
+
+    They say that CSR is in beta and, in torch 2.11, that its checks are off, to those who chose
+    torch's CSR tensors; here the choice is ours.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant checks)")
+        none = torch.zeros(1, dtype=torch.int32, device="cpu")
+        _csr(none.repeat(2), none[:0], torch.zeros(0, dtype=torch.float32, device="cpu"), (1, 1))

@@ -164,15 +164,17 @@ class Quantised:
         """The format of this name that has these tensors, which tell whether there are groups.
 
         Where one group holds all inputs, the format with groups has the same tensors and is it.
+        Scales of groups can be arranged among the codes, those of rows are always there.
         """
         if self.grid.bits == 8 or self.rounds_inputs:
             return self
-        has_one_scale = tensors["scales"].shape[1] == 1 and shape[1] > GROUP_SIZE
+        scales = tensors.get("scales")
+        has_one_scale = scales is not None and scales.shape[1] == 1 and shape[1] > GROUP_SIZE
         size = None if has_one_scale else GROUP_SIZE
         return self if size == self.grid.group_size else _with_groups(self, size)
 
     def _packed(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Packed:
-        return Packed(self.like(shape, tensors), shape, tensors)
+        return Packed(self.like(shape, tensors), shape, tensors["scales"].dtype, tensors)
 
     def _why_not_quantisable(self, weight: Tensor) -> str | None:
         if weight.dtype in QUANTISABLE:

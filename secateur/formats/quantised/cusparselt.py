@@ -5,11 +5,11 @@ algorithms missed the error allowed at every shape that was tried (docs/log).
 """
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from secateur.formats import dynamic
-from secateur.formats.contract import Implementation, Packed
+from secateur.formats.contract import Arrangement, Implementation, Packed
 from secateur.formats.kernels import cusparselt, cusparselt_settings, quantise
 from secateur.formats.quantised.codes import codes_of
 from secateur.patterns import NM
@@ -25,7 +25,7 @@ def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Imple
     """For 2:4 weights of 8-bit integers, inputs rounded to the same."""
     if pattern is None or grid != GRID or not rounds_inputs:
         return None
-    return Implementation("cusparselt", linear, why_not, ("blob", "alpha"), arrange)
+    return Implementation("cusparselt", linear, why_not, Arrangement(("blob", "alpha"), arrange))
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
@@ -39,7 +39,7 @@ def why_not(packed: Packed, tokens: int) -> str | None:
     return problem or dynamic.why_not(torch.int8, device)
 
 
-def arrange(packed: Packed) -> tuple[UInt8[Tensor, "..."], UInt8[Tensor, " bytes"]]:
+def arrange(packed: Packed) -> dict[str, Tensor]:
     """The codes and the scales as the library reads them; made on load and never saved.
 
     The scales are bytes, since casting a module casts every floating buffer.
@@ -47,15 +47,14 @@ def arrange(packed: Packed) -> tuple[UInt8[Tensor, "..."], UInt8[Tensor, " bytes
     Cost: 0.625 bytes a weight, and for a moment one byte a weight.
     """
     alpha = packed["scales"][:, 0].float() / HEADROOM
-    return cusparselt.compress(codes_of(GRID, packed)).view(torch.uint8), alpha.view(torch.uint8)
+    blob = cusparselt.compress(codes_of(GRID, packed))
+    return {"blob": blob.view(torch.uint8), "alpha": alpha.view(torch.uint8)}
 
 
 def linear(
     x: Float[Tensor, "tokens in"],
     packed: Packed,
     bias: Float[Tensor, " out"] | None,
-    blob: UInt8[Tensor, "..."],
-    alpha: UInt8[Tensor, " bytes"],
 ) -> Float[Tensor, "tokens out"]:
     """The definition's result through cuSPARSELt.
 
@@ -71,7 +70,8 @@ def linear(
     """
     step = cusparselt.STEPS[torch.int8]
     tokens, token_scales = quantise.quantise(x, torch.int8, -(-len(x) // step) * step)
-    row_scales, weight, out = alpha.view(torch.float32), blob.view(torch.int8), packed.shape[0]
+    row_scales, weight = packed["alpha"].view(torch.float32), packed["blob"].view(torch.int8)
+    out = packed.shape[0]
 
     product = cusparselt_settings.product(weight, tokens, out, None, row_scales, x.dtype)
     return quantise.scale_bias(product, token_scales, None, bias, x.dtype, HEADROOM)

@@ -2,11 +2,12 @@
 
 from functools import partial
 
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
-from secateur.formats.contract import Implementation, Packed
+from secateur.formats.contract import Arrangement, Implementation, Packed
 from secateur.formats.kernels import prefill24
+from secateur.formats.quantised.codes import stored
 from secateur.patterns import NM
 from secateur.patterns.grids import Grid
 
@@ -15,8 +16,8 @@ def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Imple
     """For 2:4 on the 8-bit grids, inputs rounded to the same."""
     if pattern is None or grid.bits != 8 or not rounds_inputs:
         return None
-    run = partial(linear, grid)
-    return Implementation("prefill", run, why_not, ("tiles",), arrange, prefill24.ACTIVATIONS)
+    tiles = Arrangement(("tiles", "scales"), arrange, partial(restore, grid))
+    return Implementation("prefill", partial(linear, grid), why_not, tiles, prefill24.ACTIVATIONS)
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
@@ -24,9 +25,15 @@ def why_not(packed: Packed, tokens: int) -> str | None:
     return prefill24.why_not(packed.shape, packed.dtype, packed.device)
 
 
-def arrange(packed: Packed) -> tuple[UInt8[Tensor, "tiles blocks tile_bytes"]]:
+def arrange(packed: Packed) -> dict[str, Tensor]:
     """Codes and metadata in the order that the kernel's lanes read them."""
-    return (prefill24.arrange(packed["values"], packed["metadata"]),)
+    return {"tiles": prefill24.arrange(packed["values"], packed["metadata"])}
+
+
+def restore(grid: Grid, packed: Packed) -> dict[str, Tensor]:
+    """What is stored again, bit for bit."""
+    kept, metadata = prefill24.restore(packed["tiles"], packed.shape, grid.code_dtype)
+    return {"values": stored(grid, kept), "metadata": metadata, "scales": packed["scales"]}
 
 
 def linear(
@@ -34,8 +41,8 @@ def linear(
     x: Float[Tensor, "tokens in"],
     packed: Packed,
     bias: Float[Tensor, " out"] | None,
-    tiles: UInt8[Tensor, "tiles blocks tile_bytes"],
     activation: str = "",
 ) -> Float[Tensor, "tokens out"]:
     """The definition's result; for cost, error and what it raises see `prefill24.linear`."""
-    return prefill24.linear(x, tiles, packed["scales"], bias, grid.code_dtype, activation)
+    tiles, scales = packed["tiles"], packed["scales"]
+    return prefill24.linear(x, tiles, scales, bias, grid.code_dtype, activation)

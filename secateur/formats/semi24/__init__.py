@@ -29,11 +29,9 @@ class Semi24(Format):
     # In order of preference where nothing was measured. Above 64 tokens that is cuSPARSELt: on an
     # H200 dense was the faster one of most shapes at 256 tokens, but not at 1024, and holds more.
     implementations = (
-        Implementation("decode", decode.linear, decode.why_not, ("units",), decode.arrange),
-        Implementation(
-            "cusparselt", cusparselt.linear, cusparselt.why_not, ("blob",), cusparselt.arrange
-        ),
-        Implementation("dense", dense.linear, dense.why_not, ("weight",), dense.arrange),
+        Implementation("decode", decode.linear, decode.why_not, decode.UNITS),
+        Implementation("cusparselt", cusparselt.linear, cusparselt.why_not, cusparselt.BLOB),
+        Implementation("dense", dense.linear, dense.why_not, dense.DENSE),
         REFERENCE,
     )
     is_exact = True
@@ -63,7 +61,7 @@ class Semi24(Format):
         kept = two_of_four.gather(weight, nibbles)
         metadata = two_of_four.pack_nibbles(nibbles)
         tensors = {"values": kept.masked_fill(kept == 0, 0.0), "metadata": metadata}
-        return Packed(self, shape, tensors)
+        return Packed(self, shape, weight.dtype, tensors)
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
         """The dense weight.
@@ -80,7 +78,7 @@ class Semi24(Format):
         """
         metadata = two_of_four.empty_metadata(shape, stored, self.name)
         values = torch.zeros(shape[0], shape[1] // 2, dtype=dtype, device="cpu")
-        return Packed(self, shape, {"values": values, "metadata": metadata})
+        return Packed(self, shape, dtype, {"values": values, "metadata": metadata})
 
     def why_broken(self, packed: Packed) -> str | None:
         """The first group that does not name two ascending columns, or None."""

@@ -1,9 +1,9 @@
 """2:4 weights at many tokens on a GPU: cuSPARSELt, with a searched and checked algorithm."""
 
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
-from secateur.formats.contract import Packed
+from secateur.formats.contract import Arrangement, Packed
 from secateur.formats.kernels import cusparselt, cusparselt_settings
 
 
@@ -15,20 +15,22 @@ def why_not(packed: Packed, tokens: int) -> str | None:
     return cusparselt.why_not(packed.shape, packed.dtype, packed.device)
 
 
-def arrange(packed: Packed) -> tuple[Shaped[Tensor, "..."]]:
+def arrange(packed: Packed) -> dict[str, Tensor]:
     """The weight as the library reads it; opaque, so it is made on load and never saved.
 
     Cost: 0.5625 of the dense weight's bytes, beside as many that are stored; for a moment the
         dense weight, too.
     """
-    return (cusparselt.compress(packed.dense()),)
+    return {"blob": cusparselt.compress(packed.dense())}
+
+
+BLOB = Arrangement(("blob",), arrange)  # opaque: nothing can be restored from it
 
 
 def linear(
     x: Float[Tensor, "tokens in"],
     packed: Packed,
     bias: Float[Tensor, " out"] | None,
-    blob: Shaped[Tensor, "..."],
 ) -> Float[Tensor, "tokens out"]:
     """`x @ W.T + bias`, summed in float32.
 
@@ -39,4 +41,4 @@ def linear(
     Cost: see `secateur.formats.kernels.cusparselt_child.searched` for the first call.
     Raises: RuntimeError if a search is needed inside a CUDA graph capture, or finds nothing right.
     """
-    return cusparselt_settings.product(blob, x, packed.shape[0], bias)
+    return cusparselt_settings.product(packed["blob"], x, packed.shape[0], bias)

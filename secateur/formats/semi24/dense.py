@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from secateur.formats.contract import Packed
+from secateur.formats.contract import Arrangement, Packed
 from secateur.formats.kernels.gpu import why_no_gpu
 
 
@@ -22,20 +22,22 @@ def why_not(packed: Packed, tokens: int) -> str | None:
     return None
 
 
-def arrange(packed: Packed) -> tuple[Float[Tensor, "out in"]]:
+def arrange(packed: Packed) -> dict[str, Tensor]:
     """The dense weight, made on load and never saved.
 
     Cost: all of the dense weight's bytes, beside the 0.5625 that are stored: a layer that runs this
         takes more memory than one that was never packed.
     """
-    return (packed.dense(),)
+    return {"dense": packed.dense()}
+
+
+DENSE = Arrangement(("dense",), arrange)
 
 
 def linear(
     x: Float[Tensor, "tokens in"],
     packed: Packed,
     bias: Float[Tensor, " out"] | None,
-    weight: Float[Tensor, "out in"],
 ) -> Float[Tensor, "tokens out"]:
     """`x @ W.T + bias`, as `nn.Linear` computes it."""
-    return dense_linear(x, weight, bias)
+    return dense_linear(x, packed["dense"], bias)
