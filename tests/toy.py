@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from secateur.formats.contract import Implementation, Packed
+from secateur.formats.contract import Arrangement, Implementation, Packed
 from secateur.formats.reference import REFERENCE, anywhere
 from secateur.formats.reference import linear as reference
 
@@ -48,7 +48,7 @@ class Toy:
     def pack(self, weight: Tensor) -> Packed:
         values = weight[:, :: self.step]
         values = values.clone() if self.is_exact else (8 * values).round() / 8
-        return Packed(self, (weight.shape[0], weight.shape[1]), {"values": values})
+        return Packed(self, (weight.shape[0], weight.shape[1]), weight.dtype, {"values": values})
 
     def unpack(self, packed: Packed) -> Tensor:
         dense = packed["values"].new_zeros(packed.shape)
@@ -70,22 +70,25 @@ def few(packed: Packed, tokens: int) -> str | None:
     return None if tokens <= MOST_OF_FEW else f"few takes at most {MOST_OF_FEW} tokens"
 
 
-def half(x: Tensor, packed: Packed, bias: Tensor | None, values: Tensor) -> Tensor:
+def half(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    (values,) = packed.tensors.values()
     return dense_linear(x[:, ::2], values, bias)
 
 
-def whole(x: Tensor, packed: Packed, bias: Tensor | None, weight: Tensor) -> Tensor:
-    return dense_linear(x, weight, bias)
+def whole(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    return dense_linear(x, packed["dense"], bias)
 
 
-def values(packed: Packed) -> tuple[Tensor]:
-    return (packed["values"].clone(),)
+def own(name: str) -> Arrangement:
+    """The values once more, for one implementation alone."""
+    return Arrangement((name,), lambda packed: {name: packed["values"].clone()})
 
 
+DENSE = Arrangement(("dense",), lambda packed: {"dense": packed.dense()})
 TOY = (
-    Implementation("few", half, few, ("values",), values),
-    Implementation("many", half, anywhere, ("values",), values),
-    Implementation("dense", whole, anywhere, ("weight",), lambda packed: (packed.dense(),)),
+    Implementation("few", half, few, own("few_values")),
+    Implementation("many", half, anywhere, own("many_values")),
+    Implementation("dense", whole, anywhere, DENSE),
     REFERENCE,
 )
 ROUNDED = (

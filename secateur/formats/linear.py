@@ -320,8 +320,8 @@ class SparseLinear(nn.Linear):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if any(name not in self._names for name in self.format.tensors):
-            stored = self.packed.tensors
-            destination |= {prefix + name: tensor for name, tensor in stored.items()}
+            for name, tensor in self.packed.tensors.items():
+                destination[prefix + name] = destination.pop(prefix + name, tensor)
 
     def _load_from_state_dict(
         self,

@@ -83,7 +83,7 @@ def test_a_candidate_runs_its_own_implementation_on_its_own_copy() -> None:
     first.packed["values"].zero_()  # type: ignore[attr-defined]
     assert torch.equal(second(x), expected)
     assert torch.allclose(expected, layer(x), atol=1e-5)
-    assert candidate.nbytes == sum(t.nbytes for t in second.packed.tensors.values())  # type: ignore[attr-defined]
+    assert candidate.nbytes == second.nbytes  # type: ignore[attr-defined]
 
 
 def wrong(x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def misused(x: Tensor) -> Tensor:
 def test_wrong_and_failing_candidates_are_dropped(run: object, reason: str) -> None:
     layer, x = linear("csr"), tokens_in(3, 24)
     good = dense_candidates(layer, 3)[0]
-    kept, reasons = admitted([Candidate("candidate", lambda: run, 0), good], layer, x)  # type: ignore[arg-type,return-value]
+    kept, reasons = admitted([Candidate("candidate", lambda: run, {}, ()), good], layer, x)  # type: ignore[arg-type,return-value]
     assert [entry.name for entry in kept] == ["dense"]
     assert len(reasons) == 1 and reasons[0].startswith(reason) and "\n" not in reasons[0]
 
@@ -133,7 +133,7 @@ def test_the_budget_is_a_sharp_line(
     layer, x = linear("csr", dtype), tokens_in(3, 24, dtype=dtype)
     exact = exact_linear(x, layer.weight, layer.bias)
     off = factor * allowed_error(x, layer.weight, layer.bias)
-    candidate = Candidate("candidate", lambda: lambda x: exact + off, 0)
+    candidate = Candidate("candidate", lambda: lambda x: exact + off, {}, ())
     assert len(admitted([candidate], layer, x)[0]) == count
 
 
@@ -142,7 +142,7 @@ def test_interruption_is_no_reason_to_go_on() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        admitted([Candidate("c", lambda: interrupted, 0)], linear("csr"), tokens_in(3, 24))
+        admitted([Candidate("c", lambda: interrupted, {}, ())], linear("csr"), tokens_in(3, 24))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -152,8 +152,8 @@ def test_a_quantised_candidate_is_held_to_its_rounded_weight(
 ) -> None:
     layer, x = linear("semi24", dtype), tokens_in(64, 24, dtype=dtype)
     packed = packed_linear("", layer, parse_format(format))
-    mine = Candidate("mine", lambda: packed, 0, packed.packed)
-    strict = Candidate("strict", lambda: packed, 0)
+    mine = Candidate("mine", lambda: packed, {}, (), packed.packed)
+    strict = Candidate("strict", lambda: packed, {}, ())
     own = dense_candidates(layer, 3)[0]
     kept, reasons = admitted([mine, strict, own], layer, x)
     assert [entry.name for entry in kept if entry is not strict] == ["mine", "dense"]
@@ -167,5 +167,5 @@ def test_a_quantised_candidate_is_held_to_its_rounded_weight(
     off = 2 * (usual + band)
     for factor, count in ((0.99, 1), (1.01, 0)):
         shifted = exact + factor * off
-        candidate = Candidate("c", lambda shifted=shifted: lambda x: shifted, 0, packed.packed)
+        candidate = Candidate("c", lambda shifted=shifted: lambda x: shifted, {}, (), packed.packed)
         assert len(admitted([candidate], layer, x)[0]) == count

@@ -5,6 +5,7 @@ import torch
 from pytest import MonkeyPatch
 
 from secateur.formats.block import Blocks, cpu
+from secateur.formats.contract import Packed
 from tests.formats.weights import allowed_error, changed, exact_linear, fitting_weight, tokens_in
 
 WEIGHT = torch.tensor(
@@ -17,6 +18,11 @@ WEIGHT = torch.tensor(
         [0.0, 0, 0, 0, 0, 0],
     ]
 )
+
+
+def arranged(packed: Packed) -> Packed:
+    """The weight as the implementation for CPUs reads it."""
+    return packed.format.implementations[0].arranged(packed)
 
 
 def test_layout_is_that_of_torch_bsr() -> None:
@@ -81,7 +87,7 @@ def test_an_empty_one_has_the_sizes_of_a_packed_one() -> None:
 
 
 def test_the_arrangement_spells_out_the_rows() -> None:
-    (rows,) = cpu.arrange(Blocks(2, 2).pack(WEIGHT))
+    rows = cpu.arrange(Blocks(2, 2).pack(WEIGHT))["block_rows"]
     assert rows.tolist() == [0, 2, 2]
 
 
@@ -95,7 +101,7 @@ def test_runs_and_sides_change_nothing(
     packed = Blocks(8, 4).pack(weight)
     x, bias = tokens_in(tokens, 48, dtype=dtype), tokens_in(32, dtype=dtype, seed=3)
     monkeypatch.setattr(cpu, "RUN_BYTES", blocks_in_a_run * max(8 * tokens, 8 * 4) * 4)
-    result = cpu.linear(x, packed, bias, *cpu.arrange(packed))
+    result = cpu.linear(x, arranged(packed), bias)
     error = (result - exact_linear(x, weight, bias)).abs().max()
     assert result.dtype == dtype and result.is_contiguous()
     assert float(error) <= allowed_error(x, weight, bias)
@@ -116,7 +122,7 @@ def test_memory_stays_bounded(monkeypatch: MonkeyPatch, tokens: int) -> None:
     ten_blocks = 10 * 4 * tokens * 4
     monkeypatch.setattr(cpu, "RUN_BYTES", ten_blocks)
     monkeypatch.setattr(torch, "bmm", spy)
-    cpu.linear(tokens_in(tokens, 64), packed, None, *cpu.arrange(packed))
+    cpu.linear(tokens_in(tokens, 64), arranged(packed), None)
     assert sizes == [ten_blocks] * 25 + [6 * 4 * tokens * 4]  # 256 blocks
 
 
@@ -129,7 +135,7 @@ def test_16_bit_sums_are_taken_in_float32(
     """Adding 512 blocks of ones in bfloat16 would stop at 1024, where 4 more is half a step."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {cpu.NATIVE[dtype]: native})
     packed = Blocks(4, 4).pack(torch.ones(4, 2048, dtype=dtype))
-    result = cpu.linear(torch.ones(tokens, 2048, dtype=dtype), packed, None, *cpu.arrange(packed))
+    result = cpu.linear(torch.ones(tokens, 2048, dtype=dtype), arranged(packed), None)
     assert torch.equal(result, torch.full((tokens, 4), 2048.0, dtype=dtype))
 
 
@@ -166,7 +172,7 @@ def test_16_bit_weights_are_widened_where_the_processor_lacks_units(
         seen.clear()
         weight = fitting_weight("block:8x4", 32, 48, dtype)
         packed, x = Blocks(8, 4).pack(weight), tokens_in(3, 48, dtype=dtype)
-        result = cpu.linear(x, packed, None, *cpu.arrange(packed))
+        result = cpu.linear(x, arranged(packed), None)
         assert set(seen) == {multiplied}
         error = float((result - exact_linear(x, weight, None)).abs().max())
         assert error <= allowed_error(x, weight, None)
@@ -174,9 +180,9 @@ def test_16_bit_weights_are_widened_where_the_processor_lacks_units(
 
 def test_same_bits_every_time() -> None:
     packed = Blocks(8, 4).pack(fitting_weight("block:8x4", 64, 64))
-    x, arranged = tokens_in(20, 64), cpu.arrange(packed)
-    first = cpu.linear(x, packed, None, *arranged)
-    assert all(torch.equal(first, cpu.linear(x, packed, None, *arranged)) for _ in range(5))
+    x = tokens_in(20, 64)
+    first = cpu.linear(x, arranged(packed), None)
+    assert all(torch.equal(first, cpu.linear(x, arranged(packed), None)) for _ in range(5))
 
 
 def test_it_says_which_device_it_needs() -> None:

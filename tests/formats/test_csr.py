@@ -66,7 +66,6 @@ def test_torch_multiplies_no_16_bit_csr(dtype: torch.dtype) -> None:
     reason = torch_csr.why_not(packed, 1)
     assert reason is not None and "needs float32 or float64 (torch has no" in reason
     with pytest.raises(NotImplementedError):  # the day this passes, why_not can go
-        torch_csr.arrange(packed)
         torch_csr.linear(torch.ones(2, 4, dtype=dtype), packed, None)
 
 
@@ -76,9 +75,8 @@ def test_it_says_which_device_it_needs() -> None:
     assert torch_csr.why_not(meta, 1) == "csr torch_csr needs a weight on the CPU, got meta"
 
 
-def test_arranging_first_keeps_the_forward_quiet() -> None:
+def test_the_forward_is_quiet() -> None:
     packed = CSR.pack(WEIGHT)
-    torch_csr.arrange(packed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = torch_csr.linear(torch.eye(4), packed, torch.ones(3))

@@ -346,6 +346,10 @@ def test_dense_fp8_through_torch(plain: None, tokens: int) -> None:
     is_right("fp8_dynamic", torch_fp8.linear, tokens, torch.bfloat16)
 
 
+def blob_of(packed: Packed) -> Packed:
+    return replace(packed, tensors=int8_cusparselt.arrange(packed))
+
+
 @pytest.mark.parametrize("tokens", [1, 31, 65])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sparse_through_cusparselt(
@@ -360,7 +364,7 @@ def test_sparse_through_cusparselt(
     fake = install(monkeypatch, tmp_path_factory.mktemp("cache"), Fake(times, wrong={wrong}))
 
     def run(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        return int8_cusparselt.linear(x, packed, bias, *int8_cusparselt.arrange(packed))
+        return int8_cusparselt.linear(x, blob_of(packed), bias)
 
     is_right("semi24_int8_dynamic", run, tokens, dtype)
     searched = len(fake.seen)
@@ -377,7 +381,7 @@ def test_float16_holds_the_product_of_codes(
     weight = torch.zeros(32, 64, dtype=torch.float16)
     weight[:, ::2] = 100
     packed, x = SEMI24_INT8.pack(weight), torch.ones(2, 64, dtype=torch.float16)
-    result = int8_cusparselt.linear(x, packed, None, *int8_cusparselt.arrange(packed))
+    result = int8_cusparselt.linear(x, blob_of(packed), None)
     assert torch.allclose(result, torch.full_like(result, 3200), rtol=2e-3)
 
 
@@ -388,9 +392,9 @@ def test_an_arrangement_survives_a_cast(
     install(monkeypatch, tmp_path_factory.mktemp("cache"), Fake({}))
     packed = sparse_linear("semi24_int8_dynamic", 32, 64, torch.bfloat16).packed
     arranged = int8_cusparselt.arrange(packed)
-    assert all(tensor.dtype == torch.uint8 for tensor in arranged)
+    assert all(tensor.dtype == torch.uint8 for tensor in arranged.values())
     scales = packed["scales"][:, 0].float()
-    assert torch.equal(arranged[1].view(torch.float32) * int8_cusparselt.HEADROOM, scales)
+    assert torch.equal(arranged["alpha"].view(torch.float32) * int8_cusparselt.HEADROOM, scales)
 
 
 # ---- why not ------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def held_to_float64(layer: SparseLinear, name: str, x: Tensor) -> None:
     if name != "decode":
         theirs = float((known["reference"].linear(x, packed, bias).double() - exact).abs().max())
     runs = known[name]
-    result = runs.linear(x, packed, bias, *runs.arrange(packed))
+    result = runs.linear(x, runs.arranged(packed), bias)
     assert result.shape == exact.shape and result.dtype == x.dtype
     assert float((result.double() - exact).abs().max()) <= 2 * (theirs + float(rounding))
 
@@ -122,7 +122,7 @@ def test_prefill_beside_the_reference_at_odd_tokens(format: str, bias: bool) -> 
     x[50, 7], x[258, 0], x[299, -1] = 3e4, torch.nan, -torch.inf
     known = {entry.name: entry for entry in layer.format.implementations}
     wanted = known["reference"].linear(x, layer.packed, offset)
-    result = runs.linear(x, layer.packed, offset, *runs.arrange(layer.packed))
+    result = runs.linear(x, runs.arranged(layer.packed), offset)
     assert result.isnan().any(1).nonzero().flatten().tolist() == [258, 299]
     assert bool(result[[258, 299]].isnan().all())
     assert torch.equal(result[3], wanted[3])
@@ -193,9 +193,9 @@ def test_activations_are_applied_before_the_result_is_rounded(
     runs = needed(layer, "prefill", 300)
     x = inputs(300, RAGGED[1], dtype)
     x[7] = torch.nan
-    arranged = runs.arrange(layer.packed)
-    plain = runs.linear(x, layer.packed, layer.bias, *arranged).double()
-    found = runs.linear(x, layer.packed, layer.bias, *arranged, activation=activation).double()
+    arranged = runs.arranged(layer.packed)
+    plain = runs.linear(x, arranged, layer.bias).double()
+    found = runs.linear(x, arranged, layer.bias, activation=activation).double()
     wanted = ACTIVATIONS[activation](plain)
     eps = torch.finfo(dtype).eps
     most = 1.13 * eps / 2 * plain.abs() + eps / 2 * wanted.abs() + 1e-6

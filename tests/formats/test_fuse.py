@@ -18,7 +18,7 @@ from secateur.formats.fuse import Fused, fuse_activations_
 from secateur.formats.kernels import prefill24
 from secateur.formats.linear import SparseLinear
 from secateur.formats.op import linear_operator
-from secateur.formats.two_of_four import scatter, unpack_nibbles
+from secateur.formats.two_of_four import gather, nibbles_of, pack_nibbles, scatter, unpack_nibbles
 from tests.formats.weights import sparse_linear, tokens_in
 
 FORMAT = "semi24_int8_dynamic"
@@ -32,6 +32,10 @@ def prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     def arrange(values: Tensor, metadata: Tensor) -> Tensor:
         nibbles = unpack_nibbles(metadata, values.shape[1] // 2)
         return scatter(values, nibbles).view(torch.uint8)[None]
+
+    def restore(tiles: Tensor, shape: tuple[int, int], codes: torch.dtype) -> tuple[Tensor, Tensor]:
+        nibbles = nibbles_of(tiles[0])
+        return gather(tiles[0], nibbles).view(codes), pack_nibbles(nibbles)
 
     def linear(
         x: Tensor,
@@ -48,6 +52,7 @@ def prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.clear()
     monkeypatch.setattr(prefill24, "why_not", lambda *layer: None)
     monkeypatch.setattr(prefill24, "arrange", arrange)
+    monkeypatch.setattr(prefill24, "restore", restore)
     monkeypatch.setattr(prefill24, "linear", linear)
 
 
@@ -106,9 +111,11 @@ def test_gradients_are_those_of_both() -> None:
     assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
     with pytest.raises(ValueError, match="no gradients through 'gelu': call it without activation"):
         layer = model[0]
-        arranged = [layer.get_buffer("arranged_prefill_tiles")]
-        rest = (32, 48, arranged, "prefill", "gelu")
-        linear_operator(layer.format.name)(x, *layer.packed.tensors.values(), bias, *rest)
+        held = (
+            *(layer._buffers.get(name) for name in layer.format.tensors),
+            [layer.get_buffer("tiles")],
+        )
+        linear_operator(layer.format.name)(x, *held, bias, 32, 48, "prefill", "gelu")
 
 
 def test_what_cannot_apply_it_is_followed_by_it() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from secateur.formats import parse_format
 from secateur.formats.contract import Implementation
@@ -64,12 +65,12 @@ def test_it_is_right(
     weight = fitting_weight(format, out, width, dtype)
     packed = packed_weight(format, weight)
     meant = dequantised(packed)
-    arrangement = implementation.arrange(packed)
+    arranged = implementation.arranged(packed)
     x = tokens_in(tokens, width, dtype=dtype)
     used = used_inputs(format, x)
     for bias in (None, tokens_in(out, dtype=dtype, seed=3)):
         kept = x.clone(), None if bias is None else bias.clone()
-        result = implementation.linear(x, packed, bias, *arrangement)
+        result = implementation.linear(x, arranged, bias)
         assert result.dtype == dtype and result.shape == (tokens, out)
         error = float((result - exact_linear(used, meant, bias)).abs().max())
         assert error <= allowed_error(x, weight, bias, meant)
@@ -81,14 +82,40 @@ def test_it_is_right(
 def test_an_all_zero_weight_gives_the_bias(format: str, implementation: Implementation) -> None:
     packed = parse_format(format).pack(torch.zeros(8, 16))
     bias, x = tokens_in(8, seed=3), tokens_in(3, 16)
-    result = implementation.linear(x, packed, bias, *implementation.arrange(packed))
+    result = implementation.linear(x, implementation.arranged(packed), bias)
     assert torch.equal(result, bias.expand(3, 8))
 
 
 @pytest.mark.parametrize(("format", "implementation"), HERE, ids=NAMES)
 def test_an_arrangement_has_the_named_tensors(format: str, implementation: Implementation) -> None:
     packed = parse_format(format).pack(fitting_weight(format, 8, 16))
-    assert len(implementation.arrange(packed)) == len(implementation.arrangement)
+    assert tuple(implementation.arranged(packed).tensors) == implementation.reads(packed.format)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(16, 64), (48, 192), (144, 320)], ids=str)
+@pytest.mark.parametrize(
+    ("format", "implementation"),
+    [(format, runs) for format, runs in CASES if runs.restores],
+    ids=[f"{format} {runs.name}" for format, runs in CASES if runs.restores],
+)
+def test_what_is_arranged_restores_what_is_stored(
+    format: str, implementation: Implementation, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Bit for bit, and in no more bytes but for what fills the last tile."""
+    packed = packed_weight(format, fitting_weight(format, *shape, dtype))
+    if implementation.name in ("decode", "prefill") and dtype.itemsize != 2:
+        return  # their kernels run in 16 bits alone
+    arranged = implementation.arranged(packed)
+    restored = arranged.stored()
+    assert list(restored.tensors) == list(packed.tensors)
+    for name, tensor in packed.tensors.items():
+        assert restored[name].dtype == tensor.dtype and restored[name].shape == tensor.shape
+        assert torch.equal(bits(restored[name]), bits(tensor)), name
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 @pytest.mark.parametrize("name", [*map(str, NAMED), "block:4x4"])

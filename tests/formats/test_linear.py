@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from secateur.formats import SparseLinear, describe, empty_from, parse_format
 from secateur.formats.format import dequantised
-from secateur.formats.semi24 import Semi24
 from tests.formats.weights import (
     DYNAMIC,
     EXACT,
@@ -389,7 +387,7 @@ def test_the_meta_device_and_back(format: str) -> None:
 
 def test_use_names_what_runs() -> None:
     layer, x = sparse_linear("block:4x8"), tokens_in(5, 24)
-    assert layer.dispatch == "cpu" and "arranged_cpu_block_rows" in dict(layer.named_buffers())
+    assert layer.dispatch == "cpu" and "block_rows" in dict(layer.named_buffers())
     layer.use((("reference", None),))
     assert layer.dispatch == "reference" and list(dict(layer.named_buffers())) == [
         *layer.packed.tensors
@@ -397,7 +395,7 @@ def test_use_names_what_runs() -> None:
     assert is_right(layer, x)
     layer.use((("cpu", 4), ("reference", None)))
     assert layer.dispatch == "cpu<=4 reference"
-    assert "arranged_cpu_block_rows" not in layer.state_dict()
+    assert "block_rows" not in layer.state_dict()
     assert is_right(layer, x) and is_right(layer, x[:2])
 
 
@@ -460,28 +458,19 @@ def test_a_damaged_description_is_refused(change: dict[str, object], message: st
     assert message in str(error.value)
 
 
-def test_nbytes_are_those_of_what_is_stored_and_arranged() -> None:
+def test_nbytes_are_those_of_what_is_held() -> None:
+    """The row of each block in the place of where each row of blocks starts."""
     layer = sparse_linear("block:4x8")
     stored = sum(tensor.nbytes for tensor in layer.packed.tensors.values())
-    assert layer.dispatch == "cpu"
-    assert layer.nbytes == stored + 4 * len(layer.packed.tensors["col_indices"]) > stored
+    blocks, row_blocks = len(layer.packed["values"]), 16 // 4
+    assert layer.dispatch == "cpu" and layer.stored_bytes == stored
+    assert layer.nbytes == stored + 4 * blocks - 4 * (row_blocks + 1)
     layer.use((("reference", None),))
     assert layer.nbytes == stored
     layer.use((("cpu", 4), ("reference", None)))
-    assert layer.nbytes > stored
+    assert set(layer.held_bytes) == {"values", "col_indices", "block_rows"}
     layer.register_buffer("other", torch.zeros(100))
-    assert layer.nbytes == stored + 4 * len(layer.packed.tensors["col_indices"])
-
-
-def test_nbytes_of_a_layer_with_units_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: values and metadata once as stored, once as the kernel reads them."""
-    weight = fitting_weight("semi24", 32, 256, torch.bfloat16)
-    decode, *_, reference = Semi24.implementations
-    here = replace(decode, why_not=lambda packed, tokens: None)
-    monkeypatch.setattr(Semi24, "implementations", (here, reference))
-    layer = SparseLinear(parse_format("semi24").pack(weight))
-    assert layer.dispatch == "decode"
-    assert layer.nbytes == 2 * 0.5625 * weight.nbytes
+    assert layer.nbytes == stored + 4 * blocks - 4 * (row_blocks + 1)
 
 
 # --- autocast ------------------------------------------------------------------------------------

@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from secateur.formats import parse_format
-from secateur.formats.contract import Implementation
-from secateur.formats.op import NO_LIMIT, linear_operator, table, unpack_operator
+from secateur.formats.contract import Arrangement, Implementation, held_tensors
+from secateur.formats.op import (
+    NO_LIMIT,
+    arranged_tensors,
+    linear_operator,
+    table,
+    unpack_operator,
+)
 from tests.formats.weights import (
     DYNAMIC,
     EXACT,
@@ -18,49 +24,60 @@ from tests.formats.weights import (
     packed_weight,
     tokens_in,
 )
+from tests.toy import Toy
 
 
 def operands(
     format: str, dtype: torch.dtype = torch.float32, arranged: bool = True
-) -> tuple[Tensor, list[Tensor], list[Tensor], str]:
-    """The dense weight, its packed tensors, an arrangement and the implementation it is for."""
+) -> tuple[Tensor, list[Any], str]:
+    """The dense weight, its tensors as the operators take them and the implementation's name.
+
+    The tensors are those that are stored, None where they are not held, and a list of the others.
+    """
     weight = fitting_weight(format, 8, 16, dtype)
     packed = packed_weight(format, weight)
     here = [runs for runs in packed.format.implementations if runs.why_not(packed, 1) is None]
     runs = here[0 if arranged else -1]
-    return weight, list(packed.tensors.values()), list(runs.arrange(packed)), runs.name
+    held = {**packed.tensors} if not runs.restores else {}
+    held |= runs.arranged(packed).tensors
+    stored = packed.format.tensors
+    others = [held[name] for name in arranged_tensors(runs.name, packed.format)]
+    return weight, [*map(held.get, stored), others], runs.name
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("format", FORMATS)
 def test_opcheck_of_the_linear(format: str, bias: bool) -> None:
-    _, tensors, arrangement, name = operands(format)
+    _, held, name = operands(format)
     x = tokens_in(3, 16).requires_grad_()
     offset = tokens_in(8, seed=3).requires_grad_() if bias else None
     linear = linear_operator(parse_format(format).name)
-    torch.library.opcheck(linear, (x, *tensors, offset, 8, 16, arrangement, name, ""))
+    torch.library.opcheck(linear, (x, *held, offset, 8, 16, name, ""))
+    _, held, _ = operands(format, arranged=False)
     x = tokens_in(3, 1, 16).requires_grad_()
-    torch.library.opcheck(linear, (x, *tensors, offset, 8, 16, [], "reference", ""))
+    torch.library.opcheck(linear, (x, *held, offset, 8, 16, "reference", ""))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_opcheck_of_unpack(format: str) -> None:
-    weight, tensors, _, _ = operands(format)
-    unpack = unpack_operator(parse_format(format).name)
-    torch.library.opcheck(unpack, (*tensors, 8, 16))
-    assert torch.equal(unpack(*tensors, 8, 16), weight)
+    for arranged in (True, False):
+        weight, held, name = operands(format, arranged=arranged)
+        unpack = unpack_operator(parse_format(format).name)
+        rest = (*held, 8, 16, name, weight.dtype)
+        torch.library.opcheck(unpack, rest)
+        assert torch.equal(unpack(*rest), weight)
 
 
 @pytest.mark.parametrize("arranged", [True, False])
 @pytest.mark.parametrize("format", EXACT + QUANTISED)
 def test_gradients_of_input_and_bias(format: str, arranged: bool) -> None:
-    weight, tensors, arrangement, name = operands(format, torch.float64, arranged)
+    weight, held, name = operands(format, torch.float64, arranged)
     linear = linear_operator(parse_format(format).name)
     x = tokens_in(3, 16, dtype=torch.float64).requires_grad_()
     bias = tokens_in(8, dtype=torch.float64, seed=3).requires_grad_()
 
     def run(x: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = linear(x, *tensors, bias, 8, 16, arrangement, name, "")
+        result: Tensor = linear(x, *held, bias, 8, 16, name, "")
         return result
 
     assert torch.autograd.gradcheck(run, (x, bias))
@@ -74,25 +91,25 @@ def test_gradients_of_input_and_bias(format: str, arranged: bool) -> None:
 @pytest.mark.parametrize("format", DYNAMIC)
 def test_a_dynamic_format_hands_gradients_straight_through(format: str) -> None:
     """Rounding is a staircase, whose slope is 0 or infinite; the gradient is that without it."""
-    weight, tensors, _, _ = operands(format, torch.float64)
+    weight, held, _ = operands(format, torch.float64, arranged=False)
     x = tokens_in(3, 16, dtype=torch.float64).requires_grad_()
     bias, up = tokens_in(8, dtype=torch.float64).requires_grad_(), tokens_in(3, 8).double()
     linear = linear_operator(parse_format(format).name)
-    result = linear(x, *tensors, bias, 8, 16, [], "reference", "")
+    result = linear(x, *held, bias, 8, 16, "reference", "")
     grads = torch.autograd.grad(result, (x, bias), up)
     assert torch.allclose(grads[0], up @ weight) and torch.allclose(grads[1], up.sum(0))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_only_the_wanted_gradient_is_computed(format: str) -> None:
-    weight, tensors, _, _ = operands(format, torch.float64)
+    weight, held, _ = operands(format, torch.float64, arranged=False)
     linear = linear_operator(parse_format(format).name)
     x = tokens_in(3, 16, dtype=torch.float64).requires_grad_()
-    linear(x, *tensors, None, 8, 16, [], "reference", "").sum().backward()
+    linear(x, *held, None, 8, 16, "reference", "").sum().backward()
     assert x.grad is not None and torch.allclose(x.grad, weight.sum(0).expand(3, 16))
 
 
-def marker(name: str, arrangement: tuple[str, ...] = ()) -> Implementation:
+def marker(name: str, arrangement: Arrangement | None = None) -> Implementation:
     return Implementation(name, _nothing, _nothing, arrangement)
 
 
@@ -101,13 +118,38 @@ def _nothing(*args: Any) -> None:
 
 
 def test_a_dispatch_string_is_read_in_order() -> None:
-    few, many, last = marker("few", ("a", "b")), marker("many", ("c",)), marker("last")
-    rows = table("few<=4 many<=64 last", (last, few, many))
-    assert rows == (
-        (4, few, slice(0, 2)),
-        (64, many, slice(2, 3)),
-        (NO_LIMIT, last, slice(3, 3)),
-    )
+    few, many, last = marker("few"), marker("many"), marker("last")
+    rows = table("few<=4 many<=64 few<=90 last", (last, few, many))
+    assert rows == ((4, few), (64, many), (90, few), (NO_LIMIT, last))
+
+
+WHOLE = Arrangement(("units",), _nothing, _nothing)
+BESIDE = Arrangement(("values", "rows"), _nothing)
+OPAQUE = Arrangement(("blob",), _nothing)
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "held"),
+    [
+        ("last", ["values"]),
+        ("whole", ["units"]),
+        ("whole<=4 last", ["units"]),  # the reference restores what it needs
+        ("last<=4 whole", ["units"]),
+        ("beside<=4 last", ["values", "rows"]),
+        ("opaque", ["values", "blob"]),
+        ("whole<=4 opaque", ["units", "blob"]),
+        ("whole<=4 opaque<=8 whole", ["units", "blob"]),
+        ("whole<=4 beside", ["units", "values", "rows"]),
+    ],
+)
+def test_a_layer_holds_a_weight_once_unless_something_reads_it_otherwise(
+    dispatch: str, held: list[str]
+) -> None:
+    every = (marker("whole", WHOLE), marker("beside", BESIDE), marker("opaque", OPAQUE))
+    format = Toy("marked", (*every, marker("last")))
+    chosen = [entry for _, entry in table(dispatch, format.implementations)]
+    assert list(held_tensors(format, chosen)) == held
+    assert list(arranged_tensors(dispatch, format)) == [n for n in held if n != "values"]
 
 
 @pytest.mark.parametrize("dispatch", ["", "few<=4"])
@@ -121,12 +163,12 @@ def test_the_number_of_tokens_decides_at_run_time(
     monkeypatch: pytest.MonkeyPatch, tokens: int, ran: str
 ) -> None:
     """Both are right, so the implementation that ran is seen by which functions it called."""
-    _, tensors, arrangement, _ = operands("block:4x8")
+    _, held, _ = operands("block:4x8")
     seen: list[str] = []
     watch_bmm(monkeypatch, seen)
     linear = linear_operator(parse_format("block:4x8").name)
     for shape in ((tokens, 16), (1, tokens, 16)):
-        linear(tokens_in(*shape), *tensors, None, 8, 16, arrangement, "cpu<=4 reference", "")
+        linear(tokens_in(*shape), *held, None, 8, 16, "cpu<=4 reference", "")
     assert seen == (["cpu", "cpu"] if ran == "cpu" else [])
 
 
@@ -141,16 +183,9 @@ def watch_bmm(monkeypatch: pytest.MonkeyPatch, seen: list[str]) -> None:
 
 
 def test_no_tokens_run_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, tensors, arrangement, _ = operands("block:4x8")
+    _, held, _ = operands("block:4x8")
     seen: list[str] = []
     watch_bmm(monkeypatch, seen)
     linear = linear_operator(parse_format("block:4x8").name)
-    result = linear(tokens_in(2, 0, 16), *tensors, None, 8, 16, arrangement, "cpu", "")
+    result = linear(tokens_in(2, 0, 16), *held, None, 8, 16, "cpu", "")
     assert result.shape == (2, 0, 8) and not seen
-
-
-def test_an_implementation_with_several_rows_has_one_arrangement() -> None:
-    one = Implementation("one", torch.add, torch.add, ("a", "b"))
-    two = Implementation("two", torch.add, torch.add, ("c",))
-    rows = table("one<=4 two<=8 one", (one, two))
-    assert rows == ((4, one, slice(0, 2)), (8, two, slice(2, 3)), (NO_LIMIT, one, slice(0, 2)))

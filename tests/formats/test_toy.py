@@ -50,7 +50,7 @@ class Rows(Format):
         shape = dense_shape(weight)
         keep = (weight != 0).any(1)
         tensors = {"values": weight[keep], "rows": keep.nonzero()[:, 0].int()}
-        return Packed(self, shape, tensors)
+        return Packed(self, shape, weight.dtype, tensors)
 
     def unpack(self, packed: Packed) -> Tensor:
         dense = packed["values"].new_zeros(packed.shape)
@@ -59,7 +59,8 @@ class Rows(Format):
 
     def empty(self, shape: tuple[int, int], stored: int, dtype: torch.dtype) -> Packed:
         values = torch.zeros(stored, shape[1], dtype=dtype)
-        return Packed(self, shape, {"values": values, "rows": torch.arange(stored).int()})
+        tensors = {"values": values, "rows": torch.arange(stored).int()}
+        return Packed(self, shape, dtype, tensors)
 
     def why_broken(self, packed: Packed) -> str | None:
         rows = packed["rows"]

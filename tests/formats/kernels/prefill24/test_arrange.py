@@ -51,7 +51,7 @@ def test_lanes_read_the_weight(format: str, shape: tuple[int, int]) -> None:
     rows, columns = shape
     packed = parse_format(format).pack(fitting_weight(format, rows, columns, torch.bfloat16))
     entries = parse_format(format).implementations
-    (tiles,) = next(entry for entry in entries if entry.name == "prefill").arrange(packed)
+    tiles = next(entry for entry in entries if entry.name == "prefill").arranged(packed)["tiles"]
     assert tiles.shape == (-(-rows // ROWS), -(-columns // COLUMNS), TILE_BYTES)
     assert tiles.dtype == torch.uint8 and tiles.is_contiguous()
     expected = codes_of(FORMATS[format], packed).view(torch.uint8)
