@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import monotonic
 
 import torch
 from jaxtyping import Shaped
@@ -33,13 +34,18 @@ from secateur.formats.kernels.isolated import (
 )
 
 MODULE = "secateur.formats.kernels.cusparselt_child"
-ATTEMPT_SECONDS = 120.0  # without a word about a setting; most take milliseconds
+ATTEMPT_SECONDS = (
+    30.0  # without a word about a setting; a call takes milliseconds, or a third of one
+)
+# After which no other setting is tried once one is right; some 10 are enough where calls are quick.
+SEARCH_SECONDS = 60.0
 MOST_ENDED = 16  # children that one search may cost
 BETWEEN = ";"  # settings that are timed in turns
 NO_ROOM = "out of memory"  # what CUDA says, in torch's allocator and outside of it
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # places of a group that can be kept
 
 Crashed = Callable[[Setting, str], None]
+Tried = Callable[[str, float], None]
 
 
 class NoSearch(RuntimeError):
@@ -60,23 +66,29 @@ class Search:
 # ---- the parent's side ---------------------------------------------------------------------------
 
 
-def searched(wanted: Search, past: Past, crashed: Crashed) -> SearchResult:
+def searched(
+    wanted: Search, past: Past, crashed: Crashed, tried: Tried = lambda settings, seconds: None
+) -> SearchResult:
     """The result of `cusparselt_search.search` in a child; nothing is tried in this process.
 
     `past` is what is known already, and is added to. `crashed` is called with each setting that
-    ended a child or took longer than `ATTEMPT_SECONDS`, and how.
+    ended a child or took longer than `ATTEMPT_SECONDS`, and how; `tried` with each attempt that
+    ended well, the settings of one that times several in turns with `;` in between, and its
+    seconds.
 
     Cost: some seconds for the first child, which imports torch and makes a CUDA context, with some
-        500 MB of the GPU's memory while it lives.
+        500 MB of the GPU's memory while it lives. After `SEARCH_SECONDS` no other setting is tried
+        if one is right; what remains is to time the fastest again and to check the one chosen.
     Raises: NoSearch if no child can be started, it was ended from outside, or the GPU has no room
         for it beside this process, even after torch's allocator has given back what it holds in
         reserve here; RuntimeError if no setting is right.
     """
     with _kept.lock:
+        late_at = monotonic() + SEARCH_SECONDS
         for _ in range(MOST_ENDED):
             child, fresh = _child(wanted)
             try:
-                return _asked(child, wanted, past)
+                return _asked(child, wanted, past, late_at, tried)
             except ChildEnded as end:
                 settings = [Setting.parse(text) for text in end.trying.split(BETWEEN) if text]
                 if len(settings) > 1 and end.blamed:
@@ -190,7 +202,7 @@ def _gpu(device: torch.device) -> tuple[str, Mapping[str, str]]:
     return uuid, {"CUDA_VISIBLE_DEVICES": f"GPU-{uuid}"}
 
 
-def _asked(child: Child, wanted: Search, past: Past) -> SearchResult:
+def _asked(child: Child, wanted: Search, past: Past, late_at: float, tried: Tried) -> SearchResult:
     """The child's result; without room it is asked again once this process holds none in reserve.
 
     Raises: ChildEnded, NoSearch, and RuntimeError if nothing is right.
@@ -204,15 +216,19 @@ def _asked(child: Child, wanted: Search, past: Past) -> SearchResult:
             "dropped": {str(setting): why for setting, why in past.dropped.items()},
             "refused": [str(setting) for setting in past.refused],
             "together": past.together,
+            "left": late_at - monotonic(),
         }
         last: Row = {}
         for row in child.ask(request, wanted.title, wanted.journals, ATTEMPT_SECONDS):
             if "setting" in row:
                 _note(row, past)
+            elif "tried" in row:
+                tried(row["tried"], row["seconds"])
             elif "alive" not in row:
                 last = row
         if "found" in last:
-            return SearchResult(Setting.parse(last["found"]), float(last["us"]), past.dropped)
+            setting, us = Setting.parse(last["found"]), float(last["us"])
+            return SearchResult(setting, us, past.dropped, last["whole"])
         if "none" in last:
             raise RuntimeError(last["none"])
         if wanted.device.type == "cuda":
@@ -264,6 +280,7 @@ def _device(uuid: str) -> torch.device:
 
 def _answer(device: torch.device, request: Row, say: Say, journal: Journal) -> None:
     case = SearchCase.read(request["case"])
+    end: float = monotonic() + request["left"]
     past = Past(
         {Setting.parse(text): us for text, us in request["us"].items()},
         {Setting.parse(text): reason for text, reason in request["dropped"].items()},
@@ -283,13 +300,16 @@ def _answer(device: torch.device, request: Row, say: Say, journal: Journal) -> N
         journal.alive()
         say({"alive": True})
 
-    watch = Watch(partial(_trying, journal), tell, alive)
+    def late() -> bool:
+        return monotonic() > end
+
+    watch = Watch(partial(_trying, journal, say), tell, alive, late)
     try:
         weight = random_weight(case, device)
         wide = torch.float64 if case.out_dtype == torch.int32 else torch.float32
         exact = partial(_exact, weight=weight, wide=wide)
         found = search(case, compress(weight), exact, past, watch)
-        say({"found": str(found.setting), "us": found.us})
+        say({"found": str(found.setting), "us": found.us, "whole": found.whole})
     except RuntimeError as problem:
         if isinstance(problem, torch.OutOfMemoryError) or _is_no_room(problem):
             say({"no_room": f"a search for {case.product} needs room on the GPU: {_free(device)}"})
@@ -300,14 +320,16 @@ def _answer(device: torch.device, request: Row, say: Say, journal: Journal) -> N
 
 
 @contextmanager
-def _trying(journal: Journal, settings: Sequence[Setting]) -> Iterator[None]:
-    with journal.trying(BETWEEN.join(map(str, settings))):
+def _trying(journal: Journal, say: Say, settings: Sequence[Setting]) -> Iterator[None]:
+    attempt, began = BETWEEN.join(map(str, settings)), monotonic()
+    with journal.trying(attempt):
         try:
             yield
         except torch.AcceleratorError as error:
             if _is_no_room(error):
                 raise torch.OutOfMemoryError(first_line(error)) from error
             raise Lost(first_line(error)) from error
+    say({"tried": attempt, "seconds": round(monotonic() - began, 3)})
 
 
 def _is_no_room(problem: BaseException) -> bool:

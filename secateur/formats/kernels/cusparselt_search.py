@@ -24,8 +24,9 @@ MOST_REFUSALS = 4  # refused numbers in a row that end the search
 SPLIT_BEST = 2  # algorithms that are tried with their sums split, too
 SPLITS = tuple((count, mode) for count in (2, 4, 8) for mode in (1, 2))  # one kernel, or two
 MOST_COPIES = 16  # of the weight, in rotation: a model's layers find theirs in no cache
+FIRST_COPIES = 4  # that all are timed with; each costs two calls, which on some hosts take long
 ROUNDS = 5
-FINALISTS, FINAL_ROUNDS = 8, 15
+FINALISTS, FINAL_ROUNDS = 8, 15  # with all copies
 CHECKS = 5  # inputs more that the fastest has to be right for, each of them REPEATS times
 REPEATS = 2
 REASONS = 3  # in a message; there can be as many as settings
@@ -35,11 +36,15 @@ NO_MEMORY = "ran out of memory"
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The fastest right setting, its microseconds, and why each that was dropped was dropped."""
+    """The fastest right setting, its microseconds, and why each that was dropped was dropped.
+
+    `whole` is whether all settings were tried, or the time was up.
+    """
 
     setting: Setting
     us: float
     dropped: dict[Setting, str]
+    whole: bool = True
 
 
 @dataclass
@@ -57,11 +62,15 @@ class Past:
 
 @dataclass(frozen=True)
 class Watch:
-    """The calls before settings are tried, while they are, and when one has ended."""
+    """The calls before settings are tried, while they are, and when one has ended.
+
+    `late` is whether the time for a search is up.
+    """
 
     trying: Callable[[Sequence[Setting]], AbstractContextManager[None]] = lambda _: nullcontext()
     tell: Callable[[Setting], None] = lambda _: None
     alive: Callable[[], None] = lambda: None
+    late: Callable[[], bool] = lambda: False
 
 
 @torch.no_grad()
@@ -83,10 +92,11 @@ def search(
     the fastest two are tried with split sums, and the fastest few timed again, in turns: the GPU's
     clocks change while a search runs. The fastest of all has to be right for `CHECKS` more inputs,
     each twice, and at every number of tokens of the bucket, or the next one is taken: some are
-    wrong only now and then.
+    wrong only now and then. Once one is right and `watch.late`, no other is tried.
 
-    Cost: some dozens of launches for each of some dozens of settings, and `exact` seven times or
-        more. Memory for one and a half exact results, two results, and up to 16 copies of the blob.
+    Cost: a dozen calls of the library for each of some dozens of settings, 33 more for each of
+        `FINALISTS`, and `exact` seven times or more. Memory for one and a half exact results, two
+        results, and up to 16 copies of the blob.
     Raises: RuntimeError if no setting is right, or the GPU has failed; OutOfMemoryError if there is
         no room, or none is right but some had no room.
     """
@@ -107,21 +117,14 @@ def _search(
     case: SearchCase, blob: Tensor, exact: Callable[[Tensor], Tensor], past: Past, watch: Watch
 ) -> SearchResult:
     trying = _Trying(case, _copies(blob), _screen(case, blob.device, exact), past, watch)
-    refused = 0
-    for algorithm in range(MOST_ALGORITHMS):
-        refused = 0 if trying.takes(Setting(algorithm)) else refused + 1
-        if refused == MOST_REFUSALS:
-            break
-    for setting in trying.fastest()[:SPLIT_BEST]:
-        for split in SPLITS:
-            trying.takes(Setting(setting.algorithm, *split))
+    whole = trying.all_whole() and trying.best_split()
     trying.settle()
     trying.trials.clear()  # they are large
     for setting in trying.fastest():
         with watch.trying([setting]):
             problem = _wrong_later(case, blob, setting, exact, watch.alive)
         if problem is None:
-            return SearchResult(setting, past.us[setting], past.dropped)
+            return SearchResult(setting, past.us[setting], past.dropped, whole)
         trying.drop(setting, problem)
     reasons = "; ".join(list(dict.fromkeys(past.dropped.values()))[:REASONS])
     if any(NO_MEMORY in reason for reason in past.dropped.values()):
@@ -152,6 +155,29 @@ class _Trying:
     past: Past
     watch: Watch
 
+    def all_whole(self) -> bool:
+        """Try all algorithms, their sums not split; False if the time was up before that."""
+        refused = 0
+        for algorithm in range(MOST_ALGORITHMS):
+            if self.enough():
+                return False
+            refused = 0 if self.takes(Setting(algorithm)) else refused + 1
+            if refused == MOST_REFUSALS:
+                break
+        return True
+
+    def best_split(self) -> bool:
+        """Try the fastest with their sums split; False if the time was up before that."""
+        for setting in self.fastest()[:SPLIT_BEST]:
+            for split in SPLITS:
+                if self.enough():
+                    return False
+                self.takes(Setting(setting.algorithm, *split))
+        return True
+
+    def enough(self) -> bool:
+        return bool(self.past.us) and self.watch.late()
+
     def takes(self, setting: Setting) -> bool:
         """Whether the library takes the setting, which is timed if it is right."""
         if setting in self.past.dropped or setting in self.past.us:
@@ -163,7 +189,8 @@ class _Trying:
                     if problem is not None:
                         self.drop(setting, problem)
                         return True
-                self.past.us[setting] = self.timed([setting], ROUNDS)[setting]
+                some = self.blobs[:FIRST_COPIES]
+                self.past.us[setting] = self.timed([setting], some, ROUNDS)[setting]
             except torch.AcceleratorError:  # the GPU's own: nothing runs on it any more
                 raise
             except torch.OutOfMemoryError as problem:  # sums in parts need room of their own
@@ -184,13 +211,16 @@ class _Trying:
         self.past.dropped[setting] = reason
         self.watch.tell(setting)
 
-    def timed(self, settings: Sequence[Setting], rounds: int) -> dict[Setting, float]:
+    def timed(
+        self, settings: Sequence[Setting], blobs: Sequence[Tensor], rounds: int
+    ) -> dict[Setting, float]:
         """Microseconds of a launch of each, in chains that use every copy once and take turns."""
-        chains = [
-            [partial(_run, self.case, blob, setting, self.trials[0]) for blob in self.blobs]
-            for setting in settings
-        ]
+        chains = [[partial(self.run, setting, blob) for blob in blobs] for setting in settings]
         return dict(zip(settings, _us(chains, self.blobs[0].device, rounds), strict=True))
+
+    def run(self, setting: Setting, blob: Tensor) -> Tensor:
+        self.watch.alive()
+        return _run(self.case, blob, setting, self.trials[0])
 
     def settle(self) -> None:
         """Time the fastest few again, and put all others behind them.
@@ -202,7 +232,7 @@ class _Trying:
         for turns in [finalists] if self.past.together else [[one] for one in finalists]:
             if turns:
                 with self.watch.trying(turns):
-                    again |= self.timed(turns, FINAL_ROUNDS)
+                    again |= self.timed(turns, self.blobs, FINAL_ROUNDS)
                 for setting in turns:
                     self.watch.tell(setting)
         slowest = max(again.values(), default=0.0)

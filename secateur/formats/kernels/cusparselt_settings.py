@@ -25,6 +25,7 @@ from secateur.formats.kernels.cusparselt import (
 )
 from secateur.formats.kernels.cusparselt_child import (
     BETWEEN,
+    SEARCH_SECONDS,
     NoSearch,
     Search,
     in_one_child,
@@ -84,7 +85,8 @@ def setting_for(case: SearchCase, device: torch.device) -> Setting:
     Where no search can be made it is torch's own algorithm, until this process ends, and a warning
     says why; within `one_child`, where the layer can be left alone, that is an error.
 
-    Cost: microseconds where it is remembered; else see `cusparselt_child.searched`.
+    Cost: microseconds where it is remembered; else see `cusparselt_child.searched`. A search that
+        the time ended is remembered like any other, and a warning says so.
     Raises: RuntimeError if none is remembered and the stream is being captured into a CUDA graph,
         or no setting is right; NoSearch within `one_child`, or if torch's own algorithm crashed;
         ValueError if a file of settings is broken.
@@ -106,9 +108,11 @@ def setting_for(case: SearchCase, device: torch.device) -> Setting:
             found = chosen(case, device)  # by a thread that was first
             if found is not None:
                 return found
-            setting = search_isolated(case, device).setting
-            remember(case, device, setting)
-            return setting
+            result = search_isolated(case, device)
+            remember(case, device, result.setting)
+            if not result.whole:
+                _warn_cut_short(case)
+            return result.setting
     except NoSearch as problem:
         _unsearched()[place] = str(problem)
         if in_one_child() or DEFAULT in crashed(case, device):
@@ -249,6 +253,16 @@ def _place(case: SearchCase, device: torch.device) -> Place:
 @lru_cache(maxsize=4096)
 def _kind(case: SearchCase, device: torch.device) -> tuple[str, str]:
     return f"{chip(device)}, cuSPARSELt {torch.backends.cusparselt.version()}", case.dtypes
+
+
+def _warn_cut_short(case: SearchCase) -> None:
+    warnings.warn(
+        f"a search for {case.product} at up to {case.tokens} tokens took {SEARCH_SECONDS:g} s and "
+        "was ended, the fastest of the cuSPARSELt algorithms that it had tried is remembered: "
+        f"delete {FILE} in secateur's cache to search again where the machine is idle",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 @cache

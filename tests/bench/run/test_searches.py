@@ -28,9 +28,15 @@ def test_every_search_tries_everything(
     (tmp_path / "told.json").write_text(json.dumps(told))
     words = "--device cpu --searches 2 --shape 32 64 --tokens 16 --output"
     assert searches.main([*words.split(), str(tmp_path / "rows")]) == 0
-    *printed, path = capsys.readouterr().out.splitlines()
+    *lines, path = capsys.readouterr().out.splitlines()
     rows = results.read(Path(path))
+    printed = [line for line in lines if line.startswith("{")]
     assert [row["bias"] for row in rows] == ["False", "True"] and len(printed) == 2
+    assert len([line for line in lines if line.endswith("1,1,-1 ended a child: SIGILL")]) == 2
+    # 0 and 2, four refused in a row, 2 with split sums, in turns with itself alone, and checked
+    assert {row["attempts"] for row in rows} == {str(2 + 4 + 6 + 2)}
+    assert len([line for line in lines if " s for " in line]) == 2 * 14
+    assert all(row["whole"] == "True" and row["slowest"].count(" s") == 3 for row in rows)
     for row, line in zip(rows, printed, strict=True):
         assert row["crashed"] == json.loads(line)["crashed"] == "1,1,-1: SIGILL"
         assert (row["algorithm"], row["us"], row["dtype"]) == ("2", "2.0", "float16")

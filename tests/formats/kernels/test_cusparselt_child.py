@@ -17,7 +17,13 @@ import secateur as sc
 from secateur.accelerate.candidates import PASSING, failure
 from secateur.formats.kernels import cusparselt, cusparselt_child, cusparselt_settings, isolated
 from secateur.formats.kernels.cusparselt import SearchCase, Setting, compress
-from secateur.formats.kernels.cusparselt_child import NoSearch, one_child, random_weight
+from secateur.formats.kernels.cusparselt_child import (
+    NoSearch,
+    one_child,
+    random_weight,
+    searched,
+)
+from secateur.formats.kernels.cusparselt_search import Past
 from secateur.formats.kernels.cusparselt_settings import (
     chosen,
     product,
@@ -290,6 +296,31 @@ def test_a_search_that_costs_too_many_children_ends(
     with pytest.raises(NoSearch, match="2 processes ended"):
         search_isolated(case_in(), CPU)
     assert set(library.crashed) == {"0,1,-1", "1,1,-1"}
+
+
+def test_a_search_out_of_time_keeps_the_fastest_that_it_tried(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that is right, whatever crashed or was wrong before; a warning says so."""
+    monkeypatch.setattr(cusparselt_child, "SEARCH_SECONDS", 0.0)
+    library.tell(faults={"0,1,-1": "SIGILL"}, wrong=["1,1,-1"])
+    with pytest.warns(RuntimeWarning, match="for bfloat16 32x64 at up to 128 tokens took"):
+        assert setting_for(case_in(), CPU) == Setting(2)
+    assert library.tried == {"0,1,-1", "1,1,-1", "2,1,-1"}
+    assert chosen(case_in(), CPU) == Setting(2)
+
+
+def test_every_attempt_that_ended_well_is_told_with_its_seconds(
+    library: Library, tmp_path: Path
+) -> None:
+    library.tell(us={"0,1,-1": 2.0, "1,1,-1": 1.0}, faults={"2,1,-1": "SIGILL"})
+    told = list[tuple[str, float]]()
+    wanted = cusparselt_child.Search(case_in(), CPU, 702, "", tmp_path / "journals")
+    past, crashed = Past(), dict[Setting, str]()
+    searched(wanted, past, crashed.__setitem__, lambda *attempt: told.append(attempt))
+    attempts = [settings for settings, _ in told]
+    assert attempts[:2] == ["0,1,-1", "1,1,-1"] and attempts[-2:] == ["1,1,-1;0,1,-1", "1,1,-1"]
+    assert all(0 < seconds < 60 for _, seconds in told) and not crashed
 
 
 def test_a_report_says_what_was_not_searched() -> None:
