@@ -108,12 +108,14 @@ def write_model(
     require_writable(folder, overwrite=overwrite)
     require_module(model, changed=False)
     model = unwrapped(model)
-    _require_plain(model)
+    state = adapted(model).state_dict()  # once: packed layers restore what is stored for it
+    _require_plain(model, state)
     if plan is not None:
         match(model, plan)
         plan = _in_saved_names(plan, model)
     model = adapted(model)
-    if any(base_name(model, name) is None for name in model.state_dict()):
+    saved = _saved(model, state)
+    if len(saved) < len(state):
         warnings.warn(
             "save writes the model without the adapters that PEFT has put around its layers: write "
             "those with their own save_pretrained",
@@ -125,11 +127,11 @@ def write_model(
     form: Form = "packed" if packed else "dense"
     with replacing(folder, beside) as partial:
         if is_transformers(model) and form == "dense":
-            save_folder(model, partial, _state(model))
+            save_folder(model, partial, saved)
         else:
             if is_transformers(model):
                 save_config(model, partial)
-            _write_shards(model, partial, STEMS[form])
+            _write_shards(saved, partial, STEMS[form])
         Sidecar(
             form=form,
             model_class=type(model).__name__,
@@ -137,7 +139,7 @@ def write_model(
             sparsity=_sparsity(model),
             plan=plan,
             reports=plain_reports,
-            tied=_tied(model),
+            tied=_tied(saved),
             packed={name: describe(linear) for name, linear in packed.items()},
         ).write(partial)
 
@@ -254,16 +256,16 @@ def _require_none_taken(folder: Path, names: Iterable[str]) -> None:
         )
 
 
-def _require_plain(model: nn.Module) -> None:
+def _require_plain(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if isinstance(model, SparseLinear):
         raise ValueError("save needs a model, got a bare SparseLinear: wrap it in nn.Sequential")
     for name, module in model.named_modules():
-        for tensor in _computed(model, name, module):
+        for own in _computed(model, name, module):
             raise ValueError(
-                f"save needs weights that loaders know, {f'{name}.{tensor}'.lstrip('.')} "
-                f"{why_computed(module, tensor)}"
+                f"save needs weights that loaders know, {f'{name}.{own}'.lstrip('.')} "
+                f"{why_computed(module, own)}"
             )
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         plain = isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter)
         if not plain or tensor.layout != torch.strided:
             kind = f"{type(tensor).__name__} of layout {getattr(tensor, 'layout', None)}"
@@ -293,9 +295,9 @@ def _computed(model: nn.Module, name: str, module: nn.Module) -> list[str]:
     ]
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def _saved(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's tensors by their names without wrappers and adapters."""
-    named = ((base_name(model, name), t) for name, t in model.state_dict().items())
+    named = ((base_name(model, name), t) for name, t in state.items())
     return {name: tensor for name, tensor in named if name is not None}
 
 
@@ -316,10 +318,10 @@ def _in_saved_names(plan: Plan, model: nn.Module) -> Plan:
     )
 
 
-def _write_shards(model: nn.Module, folder: Path, stem: str) -> None:
-    """The state dict in files of at most `SHARD_BYTES`, tied tensors once; an index if several."""
-    tied = _tied(model)
-    state = {name: t for name, t in _state(model).items() if name not in tied}
+def _write_shards(saved: Mapping[str, Tensor], folder: Path, stem: str) -> None:
+    """The tensors in files of at most `SHARD_BYTES`, tied tensors once; an index if several."""
+    tied = _tied(saved)
+    state = {name: t for name, t in saved.items() if name not in tied}
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():
@@ -348,11 +350,11 @@ def write_index(folder: Path, stem: str, files: Mapping[str, str], total_bytes: 
     (folder / f"model.safetensors.index{variant}.json").write_text(text)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def _tied(saved: Mapping[str, Tensor]) -> dict[str, str]:
     """Every further name of a tensor -> its first name in the state dict."""
     first: dict[tuple[Any, ...], str] = {}
     tied: dict[str, str] = {}
-    for name, t in _state(model).items():
+    for name, t in saved.items():
         if t.numel():
             place = (t.data_ptr(), t.device, t.dtype, tuple(t.shape), t.stride())
             if first.setdefault(place, name) != name:
@@ -412,7 +414,7 @@ def _replace_weights(
         for name, entry in sidecar.packed.items()
     }
     prefixes = tuple(f"{name}." for name in packed)
-    own = {n: t for n, t in _state(model).items() if not n.startswith(prefixes)}
+    own = {n: t for n, t in _saved(model, model.state_dict()).items() if not n.startswith(prefixes)}
     dense = {n: t for n, t in tensors.items() if not n.startswith(prefixes)}
     _require_same(own, dense, f"{folder} (a {sidecar.model_class})", type(model).__name__)
     undo.remember(own)

@@ -80,7 +80,7 @@ class SparseLinear(nn.Linear):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of the dense weight."""
+        """The shape of the dense weight."""
         return self.out_features, self.in_features
 
     @property

@@ -45,12 +45,10 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1, 16)) -> int:
 
 def _likeness(layer: SparseLinear) -> Likeness:
     """What decides which kernels a layer runs."""
-    packed = layer.packed
-    like = (layer.format, packed.shape, packed.dtype, packed.device)
+    like = (layer.format, layer.shape, layer.dtype, layer.device)
     return (*like, layer.dispatch, layer.bias is None)
 
 
 def _run(layer: SparseLinear, tokens: int) -> None:
-    packed = layer.packed
-    x = torch.zeros(tokens, layer.in_features, dtype=packed.dtype, device=packed.device)
+    x = torch.zeros(tokens, layer.in_features, dtype=layer.dtype, device=layer.device)
     layer.forward(x)  # not called: hooks of the user's would see the zeros

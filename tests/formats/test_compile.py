@@ -22,6 +22,7 @@ if __name__ == "__main__":  # the checks import the same helpers as the tests
 
 from secateur.core.undo import Undo
 from secateur.formats.fuse import Fused, fuse_activations_
+from secateur.formats.kernels import decode24
 from secateur.formats.op import linear_operator
 from tests.formats.weights import DYNAMIC, FORMATS, sparse_linear, tokens_in
 
@@ -56,6 +57,27 @@ def check_fullgraph() -> None:
             assert torch.allclose(grads[0][0], grads[1][0], atol=1e-4)
             assert torch.allclose(grads[0][1], grads[1][1], atol=1e-4)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, format
+
+
+def check_one_form() -> None:
+    """A layer that holds what the decode kernel reads, at more tokens than it takes."""
+    able = decode24.why_not
+    decode24.why_not = lambda shape, dtype, device, tokens: None if tokens <= 4 else "too many"
+    try:
+        for format in (name for name in FORMATS if name.startswith("semi24")):
+            if format in DYNAMIC:
+                continue
+            layer = sparse_linear(format, 32, 192, torch.bfloat16)
+            assert "units" in layer.held_bytes and layer.dispatch == "decode<=4 reference"
+            torch._dynamo.reset()
+            compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+            x = tokens_in(5, 192, dtype=torch.bfloat16).requires_grad_()
+            grads = [torch.autograd.grad(run(x).sum(), x)[0] for run in (layer, compiled)]
+            assert torch.equal(layer(x), compiled(x)) and torch.equal(*grads)
+            exported = torch.export.export(nn.Sequential(layer), (x.detach(),)).module()
+            assert torch.equal(exported(x.detach()), layer(x))
+    finally:
+        decode24.why_not = able
 
 
 def check_autocast() -> None:
@@ -189,6 +211,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         check_fullgraph,
         check_export,
         check_autocast,
+        check_one_form,
         check_dispatch_is_not_baked_in,
         check_a_weight_can_be_asked_for_its_dtype,
         check_inductor,
