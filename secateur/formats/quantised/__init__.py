@@ -13,7 +13,7 @@ from secateur.formats.contract import Implementation, Packed, dense_shape, why_n
 from secateur.formats.quantised import (
     codes,
     cusparselt,
-    decode,
+    on_units,
     prefill,
     reference,
     torch_fp8,
@@ -67,9 +67,12 @@ class Quantised:
                 f"{self.name} needs one scale per output, got one for every "
                 f"{self.grid.group_size} inputs: pass a grid with group_size=None"
             )
-        able = (
-            file.implementation(self.grid, self.pattern, self.rounds_inputs)
-            for file in (decode, prefill, cusparselt, torch_int8, torch_fp8, reference)
+        what = self.grid, self.pattern, self.rounds_inputs
+        able = (  # in order of preference where nothing was measured
+            prefill.implementation(*what),
+            *on_units.implementations(*what),
+            *(file.implementation(*what) for file in (cusparselt, torch_int8, torch_fp8)),
+            reference.implementation(*what),
         )
         object.__setattr__(self, "implementations", tuple(filter(None, able)))
 

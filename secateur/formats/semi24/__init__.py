@@ -1,15 +1,20 @@
 """2:4 weights: at most two nonzeros in every four consecutive inputs, half the values stored."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.formats import two_of_four
+from secateur.formats import two_of_four, units
 from secateur.formats.contract import Format, Implementation, Packed, dense_shape, why_no_weight
 from secateur.formats.reference import REFERENCE
-from secateur.formats.semi24 import cusparselt, decode, dense
+from secateur.formats.kernels.decode24 import Kind
+from secateur.formats.semi24 import cusparselt, dense
+
+# How `units` reads the weight: kept values as they are stored, without scales.
+UNITS = (Kind.W16, False, itemgetter("values"), lambda values: values)
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,11 @@ class Semi24(Format):
 
     name = "semi24"
     tensors = ("values", "metadata")
-    # In order of preference where nothing was measured. Above 64 tokens that is cuSPARSELt: on an
-    # H200 dense was the faster one of most shapes at 256 tokens, but not at 1024, and holds more.
+    # In order of preference where nothing was measured: those that hold the weight once come first.
     implementations = (
-        Implementation("decode", decode.linear, decode.why_not, decode.UNITS),
+        units.decode(*UNITS),
+        units.prefill(*UNITS),
+        units.expanded(*UNITS),
         Implementation("cusparselt", cusparselt.linear, cusparselt.why_not, cusparselt.BLOB),
         Implementation("dense", dense.linear, dense.why_not, dense.DENSE),
         REFERENCE,

@@ -1,0 +1,35 @@
+"""2:4 weights of codes as units of the decode kernel; activations stay 16-bit floats."""
+
+from functools import partial
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from secateur.formats import units
+from secateur.formats.contract import Implementation, Packed
+from secateur.formats.kernels.decode24 import Kind
+from secateur.formats.quantised.codes import kept_codes, stored
+from secateur.patterns import NM
+from secateur.patterns.grids import Grid
+
+KINDS = {"int4": Kind.INT4, "int8": Kind.INT8, "fp8": Kind.FP8}
+
+
+def implementations(
+    grid: Grid, pattern: NM | None, rounds_inputs: bool
+) -> tuple[Implementation, ...]:
+    """For 2:4 on each of its grids; where inputs are rounded, `decode` alone, which does not."""
+    if pattern is None or grid.name not in KINDS:
+        return ()
+    kind, grouped = KINDS[grid.name], grid.group_size is not None
+    weight = kind, grouped, partial(_codes, grid), partial(stored, grid)
+    if rounds_inputs:
+        return (units.decode(*weight),)
+    return units.decode(*weight), units.prefill(*weight), units.expanded(*weight)
+
+
+def _codes(grid: Grid, packed: Packed) -> Shaped[Tensor, "out half_in"]:
+    """The kept codes as the kernel takes them: of floats, the bits."""
+    codes = kept_codes(grid, packed)
+    return codes.view(torch.uint8) if codes.dtype.is_floating_point else codes

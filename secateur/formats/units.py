@@ -1,0 +1,109 @@
+"""2:4 weights on a GPU: one arrangement of a weight, the units, and what multiplies by it.
+
+Shared by `semi24` and its quantised forms. A layer holds its weight once, whatever the number of
+tokens: few are served by `decode`, more by `prefill` on Hopper, and any number by `expand`, which
+makes the dense weight for one call.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from secateur.formats.contract import Arrangement, Implementation, Packed
+from secateur.formats.kernels import decode24, prefill16
+from secateur.formats.kernels.decode24 import Kind, expand
+
+Codes = Callable[[Packed], Shaped[Tensor, "out half_in"]]
+Values = Callable[[Tensor], Tensor]
+
+
+def decode(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Implementation:
+    """1 to 64 tokens: the sparse tensor cores, fed by a stream of weights.
+
+    `codes(packed)` are the kept numbers as `decode24.arrange` takes them, and `values(codes)` what
+    is stored of them; `grouped` is whether each group of 128 inputs has a scale.
+    """
+    run = partial(_decoded, kind, grouped)
+    return Implementation("decode", run, _why_not_decode, _units(kind, grouped, codes, values))
+
+
+def prefill(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Implementation:
+    """Any number of tokens on Hopper, by the sparse tensor cores. The arguments are `decode`'s."""
+    run, units = partial(_prefilled, kind, grouped), _units(kind, grouped, codes, values)
+    return Implementation("prefill", run, _why_not_prefill, units, prefill16.ACTIVATIONS)
+
+
+def expanded(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Implementation:
+    """Any number of tokens, by cuBLAS on a dense weight that is made for each call."""
+    run = partial(_expanded, kind, grouped)
+    return Implementation("expand", run, _why_not_expand, _units(kind, grouped, codes, values))
+
+
+def _units(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Arrangement:
+    """Codes, metadata and the groups' scales as the kernels' lanes read them, in one tensor.
+
+    Scales of whole rows stay as they are stored, beside it.
+    """
+    beside = () if grouped or kind is Kind.W16 else ("scales",)
+
+    def arrange(packed: Packed) -> dict[str, Tensor]:
+        scales = packed["scales"] if grouped else None
+        metadata = packed["metadata"]
+        return {"units": decode24.arrange(kind, codes(packed), metadata, scales, packed.dtype)}
+
+    def restore(packed: Packed) -> dict[str, Tensor]:
+        columns, units = packed.shape[1], packed["units"]
+        kept, metadata, scales = decode24.restore(kind, units, grouped, columns, packed.dtype)
+        of_rows = {name: packed[name] for name in beside}
+        of_groups = {} if scales is None else {"scales": scales}
+        return {"values": values(kept), "metadata": metadata, **of_rows, **of_groups}
+
+    return Arrangement(("units", *beside), arrange, restore)
+
+
+def _decoded(
+    kind: Kind,
+    grouped: bool,
+    x: Float[Tensor, "tokens in"],
+    packed: Packed,
+    bias: Float[Tensor, " out"] | None,
+) -> Float[Tensor, "tokens out"]:
+    scales = packed.tensors.get("scales")
+    return decode24.multiply(x, packed["units"], scales, bias, kind, grouped, packed.shape[0])
+
+
+def _prefilled(
+    kind: Kind,
+    grouped: bool,
+    x: Float[Tensor, "tokens in"],
+    packed: Packed,
+    bias: Float[Tensor, " out"] | None,
+    activation: str = "",
+) -> Float[Tensor, "tokens out"]:
+    scales, rows = packed.tensors.get("scales"), packed.shape[0]
+    return prefill16.multiply(x, packed["units"], scales, bias, kind, grouped, rows, activation)
+
+
+def _expanded(
+    kind: Kind,
+    grouped: bool,
+    x: Float[Tensor, "tokens in"],
+    packed: Packed,
+    bias: Float[Tensor, " out"] | None,
+) -> Float[Tensor, "tokens out"]:
+    scales, rows = packed.tensors.get("scales"), packed.shape[0]
+    return expand.multiply_expanded(x, packed["units"], scales, bias, kind, grouped, rows)
+
+
+def _why_not_decode(packed: Packed, tokens: int) -> str | None:
+    return decode24.why_not(packed.shape, packed.dtype, packed.device, tokens)
+
+
+def _why_not_prefill(packed: Packed, tokens: int) -> str | None:
+    return prefill16.why_not(packed.shape, packed.dtype, packed.device)
+
+
+def _why_not_expand(packed: Packed, tokens: int) -> str | None:
+    return expand.why_not(packed.shape, packed.dtype, packed.device)
