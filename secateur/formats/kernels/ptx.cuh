@@ -4,6 +4,8 @@
 // halves the registers of address arithmetic. What an architecture lacks is assembled only where a kernel
 // calls it, so that kernels leave it out by `if constexpr`.
 
+#pragma once
+
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -192,6 +194,36 @@ __device__ __forceinline__ void copy_box_to_all(
     }
 }
 
+// The box at (x, y, z) of an array of three dimensions, to this CTA alone.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& array, int x, int y, int z, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];"
+        :: "r"(to), "l"(&array), "r"(x), "r"(y), "r"(z), "r"(barrier) : "memory");
+}
+
+// The box at (column, row) of the matrix, from shared memory; what would lie beyond the matrix is not
+// written. It belongs to this thread's next group of stores.
+__device__ __forceinline__ void store_box(const TensorMap& matrix, int column, int row, u32 from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
+                 :: "l"(&matrix), "r"(column), "r"(row), "r"(from) : "memory");
+}
+
+__device__ __forceinline__ void commit_stores() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until at most N of this thread's latest groups of stores have still to be read from shared memory.
+template <int N>
+__device__ __forceinline__ void wait_stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(N) : "memory");
+}
+
+// Waits until all of this thread's stores are written.
+__device__ __forceinline__ void wait_stores() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 // True in one lane of the warp; unlike `lane == 0` it lets the assembler know that it is one, and
 // spares a loop over lanes around each bulk copy.
 __device__ __forceinline__ bool one_lane() {
@@ -301,6 +333,13 @@ __device__ __forceinline__ u32 multiply_bf16x2(u32 a, u32 b) {
     return d;
 }
 
+// The same of two packed float16.
+__device__ __forceinline__ u32 multiply_f16x2(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
 __device__ __forceinline__ float float_of_half(u16 bits) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
@@ -384,6 +423,16 @@ __device__ __forceinline__ void fence_async_proxy() {
 #define D8 D4 ", %4, %5, %6, %7"
 #define D16 D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define D32 D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define D64 D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define D128 D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+    "%96, %97, %98, %99, " \
+    "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, " \
+    "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define SUM_OF(r, n) r(d[n][0]), r(d[n][1]), r(d[n][2]), r(d[n][3])
+#define SUMS_OF(r, n) SUM_OF(r, n), SUM_OF(r, n + 1), SUM_OF(r, n + 2), SUM_OF(r, n + 3), \
+    SUM_OF(r, n + 4), SUM_OF(r, n + 5), SUM_OF(r, n + 6), SUM_OF(r, n + 7)
 #define D_OF(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define SPARSE_WGMMA(N, TYPE, D, A0, A1, A2, A3, B, META, SEL, ADD) \
     "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n" \
@@ -407,23 +456,21 @@ __device__ __forceinline__ void multiply_sparse_warpgroup(
     } else if constexpr (N8 == 4) {
         EITHER_TYPE("32", D16, D_OF(0) COMMA D_OF(1) COMMA D_OF(2) COMMA D_OF(3),
                     "%16", "%17", "%18", "%19", "%20", "%21", "%22", "%23");
-    } else {
+    } else if constexpr (N8 == 8) {
         EITHER_TYPE("64", D32,
                     D_OF(0) COMMA D_OF(1) COMMA D_OF(2) COMMA D_OF(3) COMMA
                     D_OF(4) COMMA D_OF(5) COMMA D_OF(6) COMMA D_OF(7),
                     "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%39");
+    } else if constexpr (N8 == 16) {
+        EITHER_TYPE("128", D64, SUMS_OF("+f", 0) COMMA SUMS_OF("+f", 8),
+                    "%64", "%65", "%66", "%67", "%68", "%69", "%70", "%71");
+    } else {
+        static_assert(N8 == 32, "a number of tokens that is spelt out here");
+        EITHER_TYPE("256", D128, SUMS_OF("+f", 0) COMMA SUMS_OF("+f", 8) COMMA SUMS_OF("+f", 16) COMMA SUMS_OF("+f", 24),
+                    "%128", "%129", "%130", "%131", "%132", "%133", "%134", "%135");
     }
 }
 
-#define D64 D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define D128 D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, " \
-    "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, " \
-    "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define SUM_OF(r, n) r(d[n][0]), r(d[n][1]), r(d[n][2]), r(d[n][3])
-#define SUMS_OF(r, n) SUM_OF(r, n), SUM_OF(r, n + 1), SUM_OF(r, n + 2), SUM_OF(r, n + 3), \
-    SUM_OF(r, n + 4), SUM_OF(r, n + 5), SUM_OF(r, n + 6), SUM_OF(r, n + 7)
 #define SPARSE_CODES(TYPES, SIGNS, r) \
     asm volatile( \
         "{\n.reg .pred add;\nsetp.ne.b32 add, %134, 0;\n" \

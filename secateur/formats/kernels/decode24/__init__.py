@@ -1,7 +1,7 @@
 """The decode kernel: `x @ W.T` for a 2:4 weight at 1 to 64 tokens, one kernel for all number types.
 
 Shared by `semi24` and its quantised forms: each says how its packed weight is arranged, the kernel
-does the rest. `kernel.cu` tells how it works and draws the layout.
+does the rest. `kernel.cu` tells how it works, `units.cuh` draws the layout.
 """
 
 from secateur.formats.kernels.decode24.arrange import Kind, arrange, restore

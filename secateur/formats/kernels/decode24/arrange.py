@@ -1,7 +1,7 @@
 """A packed 2:4 weight as the decode kernel reads it: units of 16 rows x 128 columns, in lane order.
 
 One arrangement serves every launch configuration, so that a layer holds one, whatever its tokens.
-The layout is drawn at the head of `kernel.cu`; the last unit of a row is padded with zeros.
+The layout is drawn at the head of `units.cuh`; the last unit of a row is padded with zeros.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,12 @@ from torch import Tensor
 
 UNIT_ROWS = 16
 UNIT_COLUMNS = 128
+MULTIPLE = 64  # columns: the last unit may be padded by half
 ROWS_AT_ONCE = 4096  # whose codes are 32-bit words at one time, not the whole weight's
 
 
 class Kind(IntEnum):
-    """How the kernel reads values; numbered as in `kernel.cu`."""
+    """How the kernel reads values; numbered as in `units.cuh`."""
 
     W16 = 0
     INT8 = 1
@@ -43,6 +44,17 @@ SCALE_BYTES = 32
 def unit_bytes(kind: Kind, grouped: bool) -> int:
     """Bytes of 16 rows x 128 columns."""
     return VALUE_BYTES[kind] + META_BYTES + (SCALE_BYTES if grouped else 0)
+
+
+def why_no_units(kernel: str, shape: tuple[int, int]) -> str | None:
+    """Why a weight of this shape has no units for the kernel of this name, or None."""
+    rows, columns = shape
+    if rows % UNIT_ROWS or columns % MULTIPLE:
+        return (
+            f"{kernel} needs out_features that is a multiple of {UNIT_ROWS} and in_features of "
+            f"{MULTIPLE}, got {rows} x {columns}: pad the layer with zeros"
+        )
+    return None
 
 
 def arrange(
@@ -215,7 +227,7 @@ def _int8_bits(word: Tensor) -> Tensor:
 
 
 def _fp8_words(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """H = 0 in place; the bits of h = 1 fill the gaps: see `expand` in kernel.cu."""
+    """H = 0 in place; the bits of h = 1 fill the gaps: see `expand_word` in units.cuh."""
     sign, rest = bits >> 7 & 1, bits & 0x7F
     first, second = (..., 0, slice(None)), (..., 1, slice(None))
     if dtype == torch.float16:

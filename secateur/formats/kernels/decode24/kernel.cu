@@ -13,18 +13,9 @@
 //
 // Weights are operand A, tokens the 8 columns of operand B. A **unit** is 16 rows x 128 columns of W
 // (four mma.sp); it is stored as one run of bytes, units of the same 16 rows, a **tile**, one after another:
+// units.cuh draws the layout.
 //
-//   values    W16: 4 x 512 B   for each 32 columns, 16 B a lane: the registers R0..R3 of operand A
-//             int8, fp8: 2 x 512 B   for each 64 columns, 16 B a lane: two words for each 32 columns
-//             int4: 512 B      16 B a lane: one word for each 32 columns
-//   metadata  256 B            8 B a lane: one word for each 64 columns
-//   scales    32 B             only with GROUP_SCALES: lane/4 reads rows g and g+8 in one word
-//
-// Lane l of a warp has g = l/4, t = l%4. R0 is row g, kept columns 2t and 2t+1 of 16; R1 row g+8;
-// R2, R3 the same rows, kept columns 2t+8, 2t+9. A metadata word holds in its low half the four
-// nibbles of row g, columns 16t..16t+15 of the 64, in its high half those of row g+8.
-//
-// Numbers become 16-bit floats by masks and shifts alone (`expand`): codes are stored so that they
+// Numbers become 16-bit floats by masks and shifts alone (`expand_word`): codes are stored so that they
 // are subnormal, or small, floats, and a power of two restores the value. bf16 products would then
 // leave float32's range, so the activations are multiplied by 2^64 on their way to shared memory
 // (or, where activations are streamed, the weights by 2^126 or 2^120).
@@ -71,9 +62,8 @@
 // Source: PTX ISA for the instructions' register layouts. The design follows measurements of the
 // parts, see docs/log.
 
-#include "ptx.cuh"
+#include "units.cuh"
 
-enum Kind { W16, INT8, FP8, INT4 };
 // At once; when this kernel's activations are there; after its loop; when the kernel before has ended,
 // so that the next CTAs come about when its activations do.
 enum Trigger { EARLY, AFTER_INPUTS, AFTER_LOOP, RELEASED };
@@ -88,11 +78,6 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int SLICES = CLUSTER * WARP_SPLITS;             // parts that the columns are split into
 constexpr int CLUSTER_TILES = WARP_ROWS * WARP_TILES;
 constexpr int ROWS = 16 * CLUSTER_TILES;                  // of a cluster
-constexpr int UNIT_COLUMNS = 128;
-constexpr int VALUE_BYTES = KIND == W16 ? 2048 : KIND == INT4 ? 512 : 1024;
-constexpr int META_BYTES = 256;
-constexpr int SCALE_BYTES = GROUP_SCALES ? 32 : 0;
-constexpr int UNIT_BYTES = VALUE_BYTES + META_BYTES + SCALE_BYTES;
 constexpr int CHUNK_BYTES = (STEP_UNITS * UNIT_BYTES + 127) / 128 * 128;   // of a tile: bulk copies are slower
 constexpr int STAGE_BYTES = WARP_TILES * CHUNK_BYTES;                     // to places not aligned to 128 bytes
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
@@ -122,16 +107,11 @@ constexpr int most_rows(int run) {
 }
 constexpr int RUN = TOKEN_PAIRS == 1 ? 1 : most_rows(8);
 
-// The scale of codes that are subnormal floats, and of the activations: see `expand`.
+// The scale of codes that are subnormal floats, and of the activations: see units.cuh.
 constexpr bool RAISED_X = !HALF && KIND != W16 && !STREAM;
 constexpr bool RAISED_W = !HALF && KIND != W16 && STREAM;
 constexpr u32 RAISE_X = 0x5F805F80;                            // 2^64, twice
-constexpr u32 RAISE_W = KIND == FP8 ? 0x7B807B80 : 0x7E807E80;   // 2^120, 2^126
-constexpr float RESTORE =
-    KIND == W16 ? 1.0f
-    : HALF ? (KIND == FP8 ? 0x1p8f : 0x1p24f)
-    : STREAM ? (KIND == FP8 ? 1.0f : 0x1p7f)
-    : (KIND == FP8 ? 0x1p56f : 0x1p69f);
+constexpr float RESTORE = RAISED_X ? (KIND == FP8 ? 0x1p56f : 0x1p69f) : RESTORE_RAISED;
 
 extern __shared__ __align__(128) u8 shared[];
 
@@ -154,31 +134,6 @@ __device__ __forceinline__ void keep_apart() {
             for (const u32 begin = cycles(); cycles() - begin < 1000 * STAY_KILOCYCLES;) {}
     }
 }
-
-// ---- weights -----------------------------------------------------------------------------------
-
-// A unit's bytes as a lane loads them.
-struct Unit {
-    uint4 values[VALUE_BYTES / 512];
-    uint2 metadata;
-    u32 scales;
-
-    __device__ __forceinline__ void load(u32 unit, int lane) {
-        #pragma unroll
-        for (int i = 0; i < VALUE_BYTES / 512; ++i) values[i] = load_shared_128(unit + 512 * i + 16 * lane);
-        metadata = load_shared_64(unit + VALUE_BYTES + 8 * lane);
-        if constexpr (GROUP_SCALES) scales = load_shared_32(unit + VALUE_BYTES + META_BYTES + lane / 4 * 4);
-    }
-
-    // A word that is known only when every load has arrived.
-    __device__ __forceinline__ u32 any() const {
-        u32 word = metadata.x;
-        if constexpr (GROUP_SCALES) word ^= scales;
-        #pragma unroll
-        for (int i = 0; i < VALUE_BYTES / 512; ++i) word ^= values[i].x;
-        return word;
-    }
-};
 
 // ---- activations -------------------------------------------------------------------------------
 
@@ -280,48 +235,6 @@ __device__ __forceinline__ void load_streamed(u32 to, const u16* x, int M, int K
 
 // ---- multiplication ----------------------------------------------------------------------------
 
-// The A registers of four mma.sp.
-//
-// int4, int8: sign and magnitude; in place they are subnormals of value magnitude x 2^-133 (bf16) or
-// 2^-24 (half). One word serves two (int8) or four (int4) registers by rotation.
-// fp8: sign, exponent and mantissa in place make the value x 2^-120 (bf16) or 2^-8 (half), also for
-// fp8's own subnormals. The second register's bits fill the gaps that the first leaves.
-__device__ __forceinline__ void expand(u32 (&a)[4][4], const Unit& unit) {
-    #pragma unroll
-    for (int i = 0; i < VALUE_BYTES / 512; ++i) {
-        const u32 words[4] = {unit.values[i].x, unit.values[i].y, unit.values[i].z, unit.values[i].w};
-        #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const u32 w = words[j];
-            if constexpr (KIND == W16) {
-                a[i][j] = w;
-            } else if constexpr (KIND == INT4) {
-                #pragma unroll
-                for (int r = 0; r < 4; ++r) a[j][r] = __funnelshift_l(w, w, 4 * r) & 0x80078007u;
-            } else {
-                u32& first = a[2 * i + j / 2][2 * (j % 2)];
-                u32& second = a[2 * i + j / 2][2 * (j % 2) + 1];
-                if constexpr (KIND == INT8) {
-                    first = w & 0x807F807Fu;
-                    second = __funnelshift_l(w, w, 8) & 0x807F807Fu;
-                } else if constexpr (HALF) {
-                    first = w & 0xBF80BF80u;
-                    second = ((w << 7) & 0x3F803F80u) | ((w << 1) & 0x80008000u);
-                } else {
-                    first = w & 0x87F087F0u;
-                    second = ((w << 4) & 0x80F080F0u) | ((w >> 4) & 0x07000700u);
-                }
-            }
-        }
-    }
-    if constexpr (RAISED_W) {
-        #pragma unroll
-        for (int s = 0; s < 4; ++s)
-            #pragma unroll
-            for (int i = 0; i < 4; ++i) a[s][i] = multiply_bf16x2(a[s][i], RAISE_W);
-    }
-}
-
 __device__ __forceinline__ float float_of(u16 bits) {
     return HALF ? float_of_half(bits) : float_of_bf16(bits);
 }
@@ -356,7 +269,7 @@ __device__ __forceinline__ void multiply_by_warp(
     u32 a[ONCE ? 1 : WARP_TILES][4][4];
     if constexpr (!ONCE) {
         #pragma unroll
-        for (int m = 0; m < WARP_TILES; ++m) expand(a[m], unit[m]);
+        for (int m = 0; m < WARP_TILES; ++m) expand<RAISED_W>(a[m], unit[m]);
     }
     #pragma unroll
     for (int first = 0; first < TOKEN_TILES; first += TOGETHER) {
@@ -367,7 +280,7 @@ __device__ __forceinline__ void multiply_by_warp(
             for (int s = 0; s < 4; ++s) load_matrices(b[n][s], x.at(first + n, x_bytes, s));
         #pragma unroll
         for (int m = 0; m < WARP_TILES; ++m) {
-            if constexpr (ONCE) expand(a[0], unit[m]);
+            if constexpr (ONCE) expand<RAISED_W>(a[0], unit[m]);
             #pragma unroll
             for (int n = 0; n < TOGETHER; ++n)
                 multiply_unit(acc[m][first + n], a[ONCE ? 0 : m], b[n], unit[m]);
@@ -385,7 +298,7 @@ __device__ __forceinline__ void multiply_by_warpgroup(
         u32 a[4][4];
         float sum[TOKEN_TILES][4];
         float(&d)[TOKEN_TILES][4] = GROUP_SCALES ? sum : acc[m];
-        expand(a, unit[m]);
+        expand<RAISED_W>(a, unit[m]);
         wgmma_fence();
         multiply_sparse_warpgroup<HALF, 0, TOKEN_TILES>(d, a[0], b, unit[m].metadata.x, !GROUP_SCALES);
         multiply_sparse_warpgroup<HALF, 1, TOKEN_TILES>(d, a[1], b + STEP, unit[m].metadata.x, 1);

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from secateur.formats.kernels.decode24.arrange import UNIT_ROWS, Kind
+from secateur.formats.kernels.decode24.arrange import Kind, why_no_units
 from secateur.formats.kernels.decode24.choose import choose
 from secateur.formats.kernels.decode24.config import (
     CLUSTERS_FROM,
@@ -23,23 +23,18 @@ from secateur.formats.kernels.launch import Launch, address, load, prepare, read
 from secateur.formats.kernels.nvrtc import Source
 
 NAME = "the decode kernel"  # in messages
-SOURCE = Source("decode24/kernel.cu", "decode", ("ptx.cuh",))
+SOURCE = Source("decode24/kernel.cu", "decode", ("ptx.cuh", "decode24/units.cuh"))
 ARGUMENTS = "PPPPPiii"  # x, weight, row_scales, bias, y, M, N, K
-MULTIPLE = 64  # columns: the last unit may be padded by half
 
 
 def why_not(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, tokens: int
 ) -> str | None:
     """Why the kernel cannot run this layer here and what to do, or None."""
-    rows, columns = shape
     if (problem := why_not_16_bits(NAME, dtype, device)) is not None:
         return problem
-    if rows % UNIT_ROWS or columns % MULTIPLE:
-        return (
-            f"the decode kernel needs out_features that is a multiple of {UNIT_ROWS} and "
-            f"in_features of {MULTIPLE}, got {rows} x {columns}: pad the layer with zeros"
-        )
+    if (problem := why_no_units(NAME, shape)) is not None:
+        return problem
     if tokens > MOST_TOKENS:
         return f"the decode kernel serves at most {MOST_TOKENS} tokens, got {tokens}"
     capability = torch.cuda.get_device_capability(device)

@@ -20,7 +20,7 @@ from secateur.formats.kernels.decode24.arrange import (
 from secateur.formats.semi24 import Semi24
 from tests.formats.weights import random_metadata
 
-# What a 16-bit float read from a register has to be multiplied by: see `expand` in kernel.cu.
+# What a 16-bit float read from a register has to be multiplied by: see `expand_word` in units.cuh.
 RESTORE = {
     (Kind.W16, torch.bfloat16): 1.0,
     (Kind.W16, torch.float16): 1.0,
