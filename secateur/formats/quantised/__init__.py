@@ -76,6 +76,10 @@ class Quantised:
         )
         object.__setattr__(self, "implementations", tuple(filter(None, able)))
 
+    def __reduce__(self) -> tuple[type["Quantised"], tuple[Grid, NM | None, bool]]:
+        """What it was made from: its implementations are code, which no pickle holds."""
+        return Quantised, (self.grid, self.pattern, self.rounds_inputs)
+
     @property
     def name(self) -> str:
         """`semi24_int8_dynamic`, for example."""
