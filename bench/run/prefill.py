@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bench.lib import cold
 from bench.lib.peer_kernels import CUBLAS, CUSPARSELT, cublas, cusparselt
 from bench.lib.shapes import SHAPES, TOKENS_OF_PREFILL
-from secateur.accelerate.report import LayerReport
+from secateur.accelerate.layer_report import LayerReport
 from secateur.accelerate.verb import accelerate_
 from secateur.formats import SparseLinear
 from secateur.formats.dynamic import quantised
@@ -91,7 +91,7 @@ def implemented(data: Data, format: str, implementation: str) -> list[cold.Candi
 def accelerated(data: Data) -> list[cold.Candidate]:
     """The 2:4 layer after `accelerate_`: packed, or still dense."""
     model = nn.Sequential(cold.linear_of(data.sparse, data.bias))
-    report = accelerate_(model, data.tokens, ["semi24"], remeasure=True)
+    report = accelerate_(model, data.tokens, ["semi24"], policy="fastest", remeasure=True)
     layer, entry = model[0], report.layers[0]
     assert isinstance(layer, nn.Linear)
 

@@ -11,7 +11,7 @@ from math import isfinite
 
 import torch
 
-from secateur.accelerate.candidates import DENSE, PREPACKED
+from secateur.accelerate.candidates import DENSE
 from secateur.core.disk.data_files import parse_json
 from secateur.core.processor import processor
 from secateur.core.version import VERSION
@@ -26,15 +26,13 @@ class Measurement:
     """One layer at one number of tokens: the median microseconds of each candidate.
 
     `cannot` is what implementations said that cannot run here, by candidate, `dropped` why others
-    have no time: out of memory, a library's error, a wrong result. `holds` are the bytes of each
-    tensor that a packed candidate holds of the weight. `steady` is whether the machine was quiet
-    enough for the times to be kept.
+    have no time: out of memory, a library's error, a wrong result. `steady` is whether the machine
+    was quiet enough for the times to be kept.
     """
 
     microseconds: Mapping[str, float]
     cannot: Mapping[str, str]
     dropped: tuple[str, ...]
-    holds: Mapping[str, Mapping[str, int]]
     remembered: bool = False
     steady: bool = True
 
@@ -47,24 +45,17 @@ def parse(text: str) -> Measurement:
     entry = parse_json(text, "a measurement")
     try:
         times = dict(entry["microseconds"])
-        holds = {name: dict(held) for name, held in dict(entry["holds"]).items()}
         cannot, dropped = dict(entry["cannot"]), tuple(entry["dropped"])
         right = (
             DENSE in times
-            and times.keys() <= {DENSE, PREPACKED, *holds}
             and all(type(us) is float and isfinite(us) and us > 0 for us in times.values())
-            and all(
-                type(nbytes) is int and nbytes >= 0
-                for held in holds.values()
-                for nbytes in held.values()
-            )
             and all(type(reason) is str for reason in (*cannot.values(), *dropped))
         )
     except (KeyError, TypeError, ValueError):
         right = False
     if not right:
-        raise ValueError(f"a measurement needs times, bytes and reasons, got {text!r}")
-    return Measurement(times, cannot, dropped, holds, remembered=True)
+        raise ValueError(f"a measurement needs times and reasons, got {text!r}")
+    return Measurement(times, cannot, dropped, remembered=True)
 
 
 ENTRIES = Entries("measurements", parse, "delete it, and accelerate_ measures again")

@@ -3,85 +3,24 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from secateur.accelerate.candidates import DENSE, PREPACKED
-from secateur.formats.pack import whole_model
+from secateur.accelerate.choices import LEAST_GAIN, Policy
+from secateur.accelerate.layer_report import LayerReport, LayerTimes, token_count
+from secateur.accelerate.tokens import Day
+from secateur.accelerate.totals import given_up, in_all, layer_given_up
+from secateur.core.tables import as_bytes, text_table
 
 REASONS_SHOWN = 8  # groups of layers that the printed report explains before it only counts
-
-
-@dataclass(frozen=True)
-class LayerTimes:
-    """One layer at one number of tokens: the time of each candidate, and the one that would run.
-
-    The fastest candidate, of the chosen format if one was chosen.
-    `remembered` times are from an earlier call on a like layer.
-    """
-
-    tokens: int
-    microseconds: tuple[tuple[str, float], ...]
-    fastest_sparse: str | None
-    remembered: bool = False
-
-    def ratio_to(self, baseline: str) -> float | None:
-        """How many times faster the fastest sparse candidate is, if both were measured."""
-        times = dict(self.microseconds)
-        if self.fastest_sparse is None or baseline not in times:
-            return None
-        return times[baseline] / times[self.fastest_sparse]
-
-    @property
-    def ratio(self) -> float:
-        """Against the faster of eager and prepacked dense; 0 where nothing sparse could run."""
-        ratios = [self.ratio_to(DENSE), self.ratio_to(PREPACKED)]
-        return min((ratio for ratio in ratios if ratio is not None), default=0.0)
-
-    def fastest_of(self, formats: Sequence[str]) -> tuple[str, float] | None:
-        """The fastest candidate of these formats and its microseconds."""
-        found = [entry for entry in self.microseconds if entry[0].rpartition(" ")[0] in formats]
-        return min(found, key=lambda entry: entry[1], default=None)
-
-
-@dataclass(frozen=True)
-class HeldBytes:
-    """Bytes that a layer holds, what they are and why: its packed weight, or an arrangement."""
-
-    name: str
-    nbytes: int
-    why: str
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer: the format it runs in (or `dense`), and why.
-
-    `table` says which implementation runs up to which number of tokens. Bytes are those of the
-    weight in use, `holds` what they are: the packed weight, and what implementations arranged for
-    themselves. `weight_error` is ||W - W'|| / ||W||, 0 unless the format rounds weights to a grid.
-    `cannot` is what implementations said that cannot run here, `dropped` why others were no choice:
-    out of memory, a library's error, a wrong result, or the policy.
-    """
-
-    layer: str
-    shape: tuple[int, int]
-    format: str
-    measured: tuple[LayerTimes, ...]
-    measured_on: str
-    bytes_before: int
-    bytes_after: int
-    reason: str
-    weight_error: float = 0.0
-    table: tuple[tuple[str, int | None], ...] = ()
-    holds: tuple[HeldBytes, ...] = ()
-    cannot: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class AccelerateReport:
     """What `accelerate_` measured and decided; printing it gives a table.
 
+    `often` is how often each number of tokens occurs, empty where that is not known.
     `dense_formats` are those tried that store every weight, rounded: a sparse format that rounds
     has to beat them, too. `fused` are the layers that now apply the activation after them, and
     which one it is. `advice` is what would be faster on this machine, where nothing is.
@@ -92,7 +31,8 @@ class AccelerateReport:
     threads: int
     tokens: tuple[int, ...]
     layers: tuple[LayerReport, ...]
-    policy: str = "fastest"
+    often: tuple[float, ...] = ()
+    policy: Policy = "memory"
     dense_formats: tuple[str, ...] = ()
     fused: Mapping[str, str] = field(default_factory=dict)
     advice: str = ""
@@ -121,15 +61,32 @@ class AccelerateReport:
         after = sum(layer.bytes_after for layer in self.changed)
         error = max(layer.weight_error for layer in self.changed)
         rounded = f", rounded by up to {error:.1%}" if error else ""
-        everywhere = all(entry.ratio > 1 for layer in self.changed for entry in layer.measured)
+        measured = [entry for layer in self.changed for entry in layer.measured]
+        everywhere = all(entry.ratio >= LEAST_GAIN for entry in measured)
         gain = "faster than dense" if everywhere else "faster than dense or as fast"
         quantised = len(self.changed) - len(self.sparse)
         dense = f" and {quantised} dense quantised" if quantised else ""
         return (
             f"{len(self.sparse)} of {len(self.layers)} layers run sparse{dense}, each {gain} "
-            f"at tokens {counts}; their weights take {after / 1e6:.1f} MB instead of "
-            f"{before / 1e6:.1f} MB{rounded}; {whole_model(self.model_bytes, before, after)}"
+            f"at tokens {counts}; their weights take {as_bytes(after)} instead of "
+            f"{as_bytes(before)}{rounded}"
         )
+
+    @property
+    def gain(self) -> str:
+        """One sentence: milliseconds a call and bytes, before and after; empty without a gain."""
+        if not self.changed:
+            return ""
+        return in_all(self.layers, self._day, self.model_bytes)
+
+    @property
+    def given_up(self) -> str:
+        """One sentence: what the other policy would gain or save; empty if it is the same."""
+        return given_up(self.layers, self._day, self.model_bytes)
+
+    @property
+    def _day(self) -> Day:
+        return Day(self.tokens, self.often)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -137,7 +94,8 @@ class AccelerateReport:
         quantised = ("dense quantised us", "vs quantised") if self.dense_formats else ()
         return (
             *("layer", "shape", "tokens", "runs", "eager us", "prepacked us", "sparse us"),
-            *("fastest sparse", "vs eager", "vs prepacked", *quantised, "others us", "measured"),
+            *("fastest sparse", "vs eager", "vs prepacked", *quantised, "others us", "holds"),
+            "measured",
         )
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -157,7 +115,8 @@ class AccelerateReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
-        return {"headline": self.headline, **asdict(self)}
+        told = {"headline": self.headline, "given_up": self.given_up, "gain": self.gain}
+        return {**told, **asdict(self)}
 
     def __str__(self) -> str:
         lines = [self.headline, f"measured on {self.device}, {self.threads} threads"]
@@ -166,21 +125,22 @@ class AccelerateReport:
         if earlier:
             what = "all" if earlier == len(measured) else f"{earlier} of {len(measured)} rows"
             lines[-1] += f"; {what} remembered from earlier calls, remeasure=True measures afresh"
-        shown = self.distinct_rows()
-        lines += _aligned([self.columns, *shown]) if shown else []
-        reasons: dict[str, list[str]] = {}
+        if self.often:
+            lines[-1] += f"; {_frequencies(self._day)}"
+        if shown := self.distinct_rows():
+            lines.append(text_table(*_shown(self.columns, shown)))
+        reasons: dict[tuple[int, str], list[str]] = {}
         for layer in self.layers:
-            for reason in _reasons(layer):
-                reasons.setdefault(reason, []).append(layer.layer)
+            for rank, reason in enumerate(_reasons(layer)):
+                if reason:
+                    reasons.setdefault((rank, reason), []).append(layer.layer)
         for name, activation in self.fused.items():
-            reasons.setdefault(f"applies the {activation} after it", []).append(name)
-        lines += [
-            _grouped(names, reason) for reason, names in list(reasons.items())[:REASONS_SHOWN]
-        ]
+            reasons.setdefault((0, f"applies the {activation} after it"), []).append(name)
+        ranked = sorted(reasons, key=lambda one: one[0])[:REASONS_SHOWN]
+        lines += [_grouped(reasons[one], one[1]) for one in ranked]
         if len(reasons) > REASONS_SHOWN:
             lines.append(f"... and {len(reasons) - REASONS_SHOWN} more reasons, in .layers")
-        if self.advice:
-            lines.append(self.advice)
+        lines += filter(None, (self.advice, self.given_up, self.gain))
         return "\n".join(lines)
 
     def _row(self, layer: LayerReport, measured: LayerTimes) -> tuple[str, ...]:
@@ -209,27 +169,60 @@ class AccelerateReport:
             _times(measured.ratio_to(PREPACKED)),
             *beside,
             ", ".join(others) or "-",
+            as_bytes(layer.bytes_after),
             "earlier" if measured.remembered else "now",
         )
 
 
-def best_dense(microseconds: Mapping[str, float]) -> tuple[str, float]:
-    """The faster of eager and prepacked dense, and its microseconds."""
-    return min(
-        ((name, us) for name, us in microseconds.items() if name in (DENSE, PREPACKED)),
-        key=lambda entry: entry[1],
+def _frequencies(day: Day) -> str:
+    """How often each number of tokens occurs: `1 token in 99.9 % of all calls, ...`."""
+    share = {n: often / sum(day.often) for n, often in zip(day.tokens, day.often, strict=True)}
+    told = (f"{token_count(n)} in {100 * part:.3g} % of all calls" for n, part in share.items())
+    return ", ".join(told)
+
+
+def _shown(
+    columns: Sequence[str], rows: Sequence[tuple[str, ...]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table for reading: no column that says nothing, and what a layer has once, said once."""
+    of = dict(zip(columns, zip(*rows, strict=True), strict=True))
+    silent = {name for name, cells in of.items() if set(cells) == {"-"}}
+    if len(set(of["measured"])) == 1:  # the line above the table says it
+        silent.add("measured")
+    pairs = zip(of["fastest sparse"], of["runs"], strict=True)
+    if all(name == "-" or runs.startswith(name) for name, runs in pairs):
+        silent.add("fastest sparse")
+    again = [False, *(one == other for one, other in pairwise(of["layer"]))]
+    for name in ("layer", "shape", "holds"):
+        of[name] = tuple("" if same else cell for same, cell in zip(again, of[name], strict=True))
+    told = [name for name in columns if name not in silent]
+    return tuple(told), list(zip(*(of[name] for name in told), strict=True))
+
+
+def _reasons(layer: LayerReport) -> tuple[str, ...]:
+    """The lines under the table, empty where there is nothing to say: the most important first."""
+    why = f"{layer.format}: {layer.reason}"
+    if layer.format == DENSE:
+        return (why,)
+    return (
+        why,
+        _beyond(layer),
+        layer_given_up(layer),
+        *(f"dropped: {reason}" for reason in layer.dropped),
     )
 
 
-def _reasons(layer: LayerReport) -> list[str]:
-    """The lines under the table: why, what is held and what was dropped."""
-    lines = [f"{layer.format}: {layer.reason}"]
-    if layer.holds:
-        held = "; ".join(f"{one.name} {_mb(one.nbytes)} ({one.why})" for one in layer.holds)
-        before = _mb(layer.bytes_before)
-        lines.append(f"holds {_mb(layer.bytes_after)} instead of {before}: {held}")
-        lines += [f"dropped: {reason}" for reason in layer.dropped]
-    return lines
+def _beyond(layer: LayerReport) -> str:
+    """What runs at more tokens than anything was measured at, where it is something else."""
+    if len(layer.table) < 2:
+        return ""
+    (_, above), (name, _) = layer.table[-2:]
+    if above is None or above < layer.measured[-1].tokens:
+        return ""
+    return (
+        f"above {above} tokens it runs its {name}, which was not measured there: name larger "
+        "numbers in tokens= if they occur"
+    )
 
 
 def _us(value: float | None) -> str:
@@ -238,20 +231,8 @@ def _us(value: float | None) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 100_000 else f"{nbytes} bytes"
-
-
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
-
-
-def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
 
 
 def _grouped(names: Sequence[str], reason: str) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,12 @@ from secateur.accelerate.candidates import (
     packed_candidates,
     why_not_each,
 )
-from secateur.accelerate.decision import Decision, Policy, decide
+from secateur.accelerate.choices import Policy
+from secateur.accelerate.decision import POLICIES, Decision, decide
+from secateur.accelerate.layer_report import LayerReport
 from secateur.accelerate.measurements import Measurement, lookup, store
-from secateur.accelerate.report import AccelerateReport, HeldBytes, LayerReport
+from secateur.accelerate.report import AccelerateReport
+from secateur.accelerate.tokens import Day, Tokens, day_of
 from secateur.core.autocast import without_autocast
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import DTYPES, adapters, require_module, tied_weights
@@ -40,7 +42,7 @@ from secateur.formats.kernels.timing import (
     copies_for,
     copies_on,
 )
-from secateur.formats.linear import REFERENCE, SparseLinear, Table
+from secateur.formats.linear import REFERENCE, SparseLinear
 from secateur.formats.pack import (
     bytes_of,
     linears_of,
@@ -52,7 +54,6 @@ from secateur.formats.pack import (
 
 DEFAULT_FORMATS = ("semi24", "block:64x64", "block:32x32", "block:16x16", "csr")
 ALIKE = 0.01  # layers of one shape whose densities agree to this are measured once
-MOST_TOKENS = 2**20  # in one call
 MOST_SPREAD = 0.5  # of a median between quartiles; on a busier machine times serve this call alone
 
 Timer = Callable[[Mapping[str, Calls], torch.device], Mapping[str, Timing]]
@@ -63,30 +64,33 @@ Likeness = tuple[
 
 def accelerate_(
     model: nn.Module,
-    tokens: Sequence[int] = (1, 16),
+    tokens: Tokens = (1, 16),
     formats: Sequence[str | Format] | None = None,
     layers: Sequence[str] | None = None,
     strict: bool = False,
-    policy: Policy = "fastest",
+    policy: Policy = "memory",
     remeasure: bool = False,
 ) -> AccelerateReport:
     """What was measured, layer by layer; layers that are faster packed are now `SparseLinear`.
 
     Each distinct layer is timed here, dense and in every format that fits its zeros, at each number
-    of tokens that the model will be called with: on a GPU by device time in a CUDA graph. A layer
-    changes to the format that gains most if its result is right, it is at least 5 % faster than
-    eager *and* than prepacked dense at one of these numbers, and slower at none. Each number runs
-    the implementation that was fastest there, and those between what the next larger one runs.
-    Where dense wins, dense stays. All is measured before anything is changed.
+    of tokens that the model will be called with: on a GPU by device time in a CUDA graph. `tokens`
+    may say how often each number occurs (`{1: 1000, 2048: 1}`). A layer changes to what makes all
+    these calls together shortest; without frequencies each number counts for an equal share of the
+    dense layer's time. It changes only if its result is right, it is at least 5 % faster than eager
+    *and* than prepacked dense at one of these numbers, and slower (3 %) at none, however rare. Each
+    number runs the implementation that was fastest there, and those between what the next larger
+    one runs. Where dense wins, dense stays. All is measured before anything is changed.
 
-    Implementations may hold the weight once more, in an order of their own. With `policy="memory"`
-    only what takes less memory than the dense layer is chosen, the fastest of it.
+    With the policy "memory" a layer holds its packed weight once, to 2 %. With "fastest" it may
+    hold further copies, in orders that other implementations read, where these are faster. The
+    report says what the other policy would take and hold.
 
     Only exact formats are tried unless `formats` names others, such as `"semi24_int4"`, which
     rounds weights to a grid, or `"semi24_int8_dynamic"`, which rounds inputs too. Then a right
     result is as near to that of the rounded weight as the format's reference, and the report
     says how far the weight is from the layer's own. Dense formats that round (`"int8_dynamic"`) are
-    measured beside them if they are listed, and the format that gains most wins.
+    measured beside them if they are listed, and the format whose calls are shortest wins.
 
     Where what a layer runs can apply the activation that follows it (`fc1`, then `gelu`), the layer
     does so from then on, which saves a pass over its results.
@@ -99,7 +103,8 @@ def accelerate_(
 
     Cost: seconds per distinct layer, once; 256 MB of copies on a CPU, or one of each candidate if
         that is more; on a GPU as much for each candidate.
-    Raises: ValueError for unknown layers, formats or policies, and weights that are computed (a
+    Raises: ValueError for unknown layers, formats or policies, numbers of tokens or frequencies
+        that are none, and weights that are computed (a
         mask of torch.nn.utils.prune, a parametrization) or have no data; with `strict`, if no layer
         gains, or one that is listed in `layers` does not. Then, and if it is interrupted, the model
         is unchanged; what was measured is kept.
@@ -115,20 +120,20 @@ def accelerate_(
 def _accelerate(
     undo: Undo,
     model: nn.Module,
-    tokens: Sequence[int],
+    tokens: Tokens,
     formats: Sequence[str | Format] | None,
     layers: Sequence[str] | None,
     strict: bool,
     timer: Timer,
-    policy: Policy = "fastest",
+    policy: Policy = "memory",
     remeasure: bool = False,
 ) -> AccelerateReport:
-    counts = _checked_tokens(tokens)
+    day = day_of(tokens)
     require_module(model)
     model = unwrapped(model)
-    if policy not in get_args(Policy):
+    if policy not in POLICIES:
         raise ValueError(
-            f"accelerate_ needs the policy 'fastest' or 'memory', got {policy!r}: name one of them"
+            f"accelerate_ needs the policy 'memory' or 'fastest', got {policy!r}: name one of them"
         )
     tried = [parse_format(format) for format in (DEFAULT_FORMATS if formats is None else formats)]
     linears = _linears(model) if layers is None else named_linears(model, layers)
@@ -139,7 +144,7 @@ def _accelerate(
         for like, names in tqdm(groups.items(), desc="measure", unit="layer", disable=None):
             layer = linears[names[0]]
             with torch.no_grad(), without_autocast(layer.weight.device):
-                decision = _measured_decision(layer, like, counts, timer, policy, remeasure)
+                decision = _measured_decision(layer, like, day, timer, policy, remeasure)
             decisions |= dict.fromkeys(names, (names[0], decision))
     packed: dict[str, SparseLinear] = {}
     for name, (measured_on, decision) in decisions.items():
@@ -148,18 +153,19 @@ def _accelerate(
                 packed[name] = packed_linear(name, linears[name], decision.format, decision.table)
             except (RuntimeError, ValueError, MemoryError) as problem:  # no room, most likely
                 reason = f"{decision.format} was faster, but {failure('packing it', problem)}"
-                stays = replace(decision, format=None, table=(), reason=reason)
+                stays = replace(decision, format=None, table=(), reason=reason, other=None)
                 decisions[name] = measured_on, stays
     report = AccelerateReport(
         device=_device_name(next(iter(linears.values())).weight.device),
         threads=torch.get_num_threads(),
-        tokens=counts,
+        tokens=day.tokens,
         layers=tuple(
             _skipped(name, linear, skipped[name])
             if name in skipped
             else _measured(name, linear, *decisions[name], packed.get(name))
             for name, linear in linears.items()
         ),
+        often=day.often,
         policy=policy,
         dense_formats=_dense_formats(groups),
         model_bytes=bytes_of(model),
@@ -182,13 +188,14 @@ def _advice(model: nn.Module, report: AccelerateReport) -> str:
         [(weight.shape[0], weight.shape[1]) for weight in usable],
         usable[0].dtype,
         report.tokens,
-        lambda layer, format: _tried(layer, format, report.tokens),
+        lambda layer, format: _tried(layer, format, report),
     )
 
 
-def _tried(layer: nn.Module, format: str, tokens: Sequence[int]) -> AccelerateReport:
+def _tried(layer: nn.Module, format: str, of: AccelerateReport) -> AccelerateReport:
+    tokens = dict(zip(of.tokens, of.often, strict=True)) if of.often else of.tokens
     with all_or_nothing() as undo:
-        return _accelerate(undo, layer, tokens, [format], None, False, compare)
+        return _accelerate(undo, layer, tokens, [format], None, False, compare, of.policy)
 
 
 def _groups(
@@ -249,16 +256,16 @@ def _key(like: Likeness) -> str:
 def _measured_decision(
     linear: nn.Linear,
     like: Likeness,
-    tokens: tuple[int, ...],
+    day: Day,
     timer: Timer,
     policy: Policy,
     remeasure: bool,
 ) -> Decision:
-    """The format that gains most over all numbers of tokens, or none, from measurements."""
+    """The format whose day is shortest, or none, from measurements."""
     device, key, found = linear.weight.device, _key(like), list[Measurement]()
     try:
         layers = {format: packed_linear("", linear, format, REFERENCE) for format in like[0]}
-        for count in tokens:
+        for count in day.tokens:
             known = None if remeasure else lookup(device, key, count)
             if known is None or known.cannot != _cannot(layers.values(), count):
                 known = _times(linear, layers, count, timer)
@@ -268,7 +275,7 @@ def _measured_decision(
             found.append(known)
     except (RuntimeError, MemoryError) as problem:  # dense itself failed: no room, most likely
         return Decision(None, (), (), f"could not be measured: {first_line(problem)}")
-    return decide(layers, tokens, found, linear.weight.nbytes, policy)
+    return decide(layers, day, found, linear.weight.nbytes, policy)
 
 
 def _times(
@@ -314,7 +321,6 @@ def _times(
         {name: timing.median_us for name, timing in timings.items()},
         _cannot(layers.values(), tokens),
         tuple(dropped),
-        {candidate.name: candidate.holds for candidate in kept},
         steady=max(timing.spread for timing in timings.values()) <= MOST_SPREAD,
     )
 
@@ -350,25 +356,10 @@ def _measured(
         reason=decision.reason,
         weight_error=0.0 if packed is None else weight_error(linear.weight.detach(), packed.packed),
         table=decision.table,
-        holds=() if packed is None else _holds(packed, decision.table),
+        stored=decision.stored,
         cannot=decision.cannot,
         dropped=decision.dropped,
-    )
-
-
-def _holds(layer: SparseLinear, table: Table) -> tuple[HeldBytes, ...]:
-    """Each tensor that the layer holds of its weight, and who reads it at how many tokens."""
-    known = {entry.name: entry for entry in layer.format.implementations}
-    ranges: dict[str, list[str]] = {}
-    lowest = 1
-    for name, limit in table:
-        upper = " and more" if limit is None else f" to {limit}" if limit > lowest else ""
-        for tensor in known[name].reads(layer.format):
-            ranges.setdefault(tensor, []).append(f"{name} at {lowest}{upper} tokens")
-        lowest = lowest if limit is None else limit + 1
-    return tuple(
-        HeldBytes(name, nbytes, f"read by {', '.join(ranges[name])}" if name in ranges else "saved")
-        for name, nbytes in layer.held_bytes.items()
+        other=decision.other,
     )
 
 
@@ -394,15 +385,6 @@ def _why_unmeasurable(weight: Tensor) -> str | None:
     if not bool(weight.isfinite().all()):
         return "its weight is not finite"
     return None
-
-
-def _checked_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
-    if not tokens or any(type(n) is not int or not 1 <= n <= MOST_TOKENS for n in tokens):
-        raise ValueError(
-            f"accelerate_ needs numbers of tokens from 1 upwards, got {tokens!r}: "
-            f"name those that the model will be called with, such as (1, 16), at most {MOST_TOKENS}"
-        )
-    return tuple(sorted(set(tokens)))
 
 
 def _demand_gains(report: AccelerateReport, layers: Sequence[str] | None) -> None:

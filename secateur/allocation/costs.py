@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.accelerate.candidates import DENSE
-from secateur.accelerate.report import LayerReport
+from secateur.accelerate.layer_report import LayerReport
 from secateur.accelerate.verb import DEFAULT_FORMATS, accelerate_
 from secateur.allocation import DENSE_CHOICE, Allocation, Costs, Sensitivity, allocate
 from secateur.allocation.budget import figure, front_of

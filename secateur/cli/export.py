@@ -10,8 +10,8 @@ from secateur.cli.console import emit, say
 from secateur.cli.groups import Out
 from secateur.cli.packing import formats_for, slower_here
 from secateur.cli.source import bytes_of, model_files, open_folder, recorded_reports
+from secateur.core.tables import as_bytes
 from secateur.formats import pack_, unpack_
-from secateur.report.content import as_bytes
 
 
 @command()

@@ -11,11 +11,12 @@ from torch import nn
 from secateur.cli.console import console, left_alone, plain, say
 from secateur.cli.quality import tokens_in
 from secateur.cli.source import Opened, bytes_of, model_files, parameters_in
+from secateur.core.tables import as_bytes
 from secateur.model.blocks import Batch
 from secateur.model.layers import DEFAULT_TYPES
 from secateur.model.plan import Plan
 from secateur.prune.verbs import PruneReport
-from secateur.report.content import as_bytes, metric
+from secateur.report.content import metric
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,16 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def as_bytes(count: int) -> str:
+    """`55.6 MB`: bytes in powers of a thousand."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in aligned columns, numbers to the right and text to the left."""
     rows = [[printable(cell) for cell in row] for row in rows]

@@ -11,11 +11,11 @@ from torch import nn
 from secateur.accelerate.report import AccelerateReport
 from secateur.allocation import Allocation, Sensitivity
 from secateur.core.disk.atomic import write_whole
-from secateur.core.tables import printable
+from secateur.core.tables import as_bytes, printable
 from secateur.model.plan import Plan
 from secateur.prune.verbs import PruneReport
 from secateur.report import sections
-from secateur.report.content import Section, Tile, as_bytes, metric, provenance
+from secateur.report.content import Section, Tile, metric, provenance
 from secateur.report.inspection import Inspection, inspect
 
 __all__ = ["write_html"]

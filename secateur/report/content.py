@@ -112,16 +112,6 @@ def metric(name: str) -> Metric:
     return METRICS.get(name, Metric("{:.4g}", name, ""))
 
 
-def as_bytes(count: int) -> str:
-    """`55.6 MB`: bytes in powers of a thousand."""
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 999.5:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-
-
 def layer_tables(
     columns: tuple[str, ...], rows: Sequence[Row], what: str, *, closed: bool = False
 ) -> list[Table]:

@@ -9,6 +9,7 @@ from torch import nn
 from secateur.accelerate.report import AccelerateReport
 from secateur.allocation import Allocation, Sensitivity
 from secateur.allocation.budget import figure
+from secateur.core.tables import as_bytes
 from secateur.model import layers as _layers
 from secateur.model.plan import Plan
 from secateur.patterns import parse
@@ -20,7 +21,6 @@ from secateur.report.content import (
     Mark,
     Section,
     Table,
-    as_bytes,
     by_kind,
     layer_tables,
     metric,

@@ -15,7 +15,8 @@ from secateur.accelerate.advice import (
     TILE,
     blocks_that_gain,
 )
-from secateur.accelerate.report import AccelerateReport, LayerReport, LayerTimes
+from secateur.accelerate.layer_report import LayerReport, LayerTimes
+from secateur.accelerate.report import AccelerateReport
 from secateur.accelerate.verb import accelerate_
 from secateur.patterns import parse
 

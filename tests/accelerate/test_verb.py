@@ -12,15 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur.accelerate import candidates, decision
+from secateur.accelerate import candidates, choices
 from secateur.accelerate import measurements as remembered
 from secateur.accelerate import verb as accelerate
 from secateur.accelerate.candidates import Candidate
+from secateur.accelerate.layer_report import OtherPolicy
 from secateur.accelerate.report import AccelerateReport
+from secateur.accelerate.tokens import Tokens
 from secateur.accelerate.verb import _accelerate, accelerate_
+from secateur.core.tables import as_bytes
 from secateur.core.undo import Undo
 from secateur.formats import SparseLinear
-from secateur.formats.contract import Format
+from secateur.formats.contract import Arrangement, Format, Packed
 from secateur.formats.format import parse_format, weight_error
 from secateur.formats.kernels.cubins import warn_unkept
 from secateur.formats.kernels.gpu import why_no_gpu
@@ -62,11 +65,11 @@ def linear(format: str | None = "block:4x8", out: int = 16, seed: int = 0) -> nn
 def run(
     model: nn.Module,
     times: Times,
-    tokens: Sequence[int] = (1, 16),
+    tokens: Tokens = (1, 16),
     layers: Sequence[str] | None = None,
     strict: bool = False,
     formats: Sequence[str | Format] = FORMATS,
-    policy: decision.Policy = "fastest",
+    policy: choices.Policy = "fastest",
     remeasure: bool = False,
 ) -> tuple[AccelerateReport, Clock]:
     clock = Clock(times)
@@ -92,7 +95,7 @@ def test_a_faster_layer_is_swapped_and_computes_the_same() -> None:
     assert layer.reason == "faster than dense at every number of tokens"
     assert layer.bytes_before == 16 * 24 * 4
     stored = sum(tensor.nbytes for tensor in model[0].packed.tensors.values())
-    assert layer.bytes_after == model[0].nbytes > stored  # with what the implementation arranged
+    assert (layer.bytes_after, layer.stored) == (model[0].nbytes, stored)
     assert [entry.tokens for entry in layer.measured] == [1, 16]
     assert layer.measured[0].ratio_to("dense") == pytest.approx(100 / 30)
     assert layer.measured[0].ratio == pytest.approx(90 / 30)
@@ -123,7 +126,10 @@ def test_no_number_of_tokens_may_lose() -> None:
     model = nn.Sequential(linear())
     report, _ = run(model, times)
     assert kinds(model) == [nn.Linear]
-    assert report.layers[0].reason == "at 16 tokens block:4x8 cpu is 0.94x of the best dense"
+    assert report.layers[0].reason == (
+        "at 16 tokens block:4x8 cpu is 0.94x of the best dense; leave 16 out of tokens= and it "
+        "runs block:4x8, 3.00x at 1 token; at 16 tokens it then runs block:4x8 cpu, 0.94x of dense"
+    )
     assert report.layers[0].bytes_after == report.layers[0].bytes_before
     assert "the model is unchanged" in str(report)
 
@@ -136,15 +142,28 @@ def test_as_fast_within_noise_at_some_tokens_is_enough() -> None:
     assert "each faster than dense or as fast at tokens 1, 16" in report.headline
 
 
-def test_the_format_with_the_larger_gain_over_all_tokens_wins() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "format"),
+    [((1, 16), "block:4x8"), ({1: 9, 16: 1}, "csr"), ({1: 1, 16: 9}, "block:4x8")],
+)
+def test_the_format_with_the_shortest_day_wins(tokens: Tokens, format: str) -> None:
+    """At 1 and 16 tokens dense takes 90 us and block 30, csr 10 and 80."""
+
     def times(tokens: int, name: str) -> float:
         return {"csr torch_csr": 10.0 if tokens == 1 else 80.0}.get(name, FAST[name])
 
     model = nn.Sequential(linear())
-    report, _ = run(model, times)  # csr gains 9 x 1.1, block 3 x 3
-    assert report.layers[0].format == "csr"
-    assert model[0].dispatch == "torch_csr"
-    assert report.layers[0].measured[1].fastest_sparse == "csr torch_csr"
+    report, _ = run(model, times, tokens)
+    assert report.layers[0].format == format
+    assert model[0].dispatch == ("torch_csr" if format == "csr" else "cpu")
+    assert report.layers[0].measured[1].fastest_sparse == f"{format} {model[0].dispatch}"
+
+
+def test_how_often_is_no_part_of_what_is_remembered() -> None:
+    run(nn.Sequential(linear()), FAST, {1: 1000, 16: 1})
+    report, clock = run(nn.Sequential(linear()), FAST, {1: 1, 16: 3})
+    assert clock.asked == [] and (report.tokens, report.often) == ((1, 16), (1.0, 3.0))
+    assert "; 1 token in 25 % of all calls, 16 tokens in 75 % of all calls" in str(report)
 
 
 def test_alike_layers_are_measured_once() -> None:
@@ -194,7 +213,7 @@ def test_a_wrong_candidate_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(*args: object) -> tuple[list[Candidate], list[str]]:
         entries, reasons = found(*args)  # type: ignore[arg-type]
         twice: Callable[[Candidate], Candidate] = lambda entry: Candidate(  # noqa: E731
-            entry.name, lambda: lambda x: 2 * entry.make()(x), entry.nbytes
+            entry.name, lambda: lambda x: 2 * entry.make()(x), entry.holds, entry.reads
         )
         return [twice(e) if "block" in e.name else e for e in entries], reasons
 
@@ -261,10 +280,12 @@ def test_only_listed_layers_are_touched() -> None:
     assert [layer.layer for layer in report.layers] == ["1"]
 
 
-@pytest.mark.parametrize("tokens", [(), (0,), (1, -4), (1.5,), (True,), (2**20 + 1,)])
-def test_other_tokens_are_refused(tokens: tuple[int, ...], unchecked: None) -> None:
-    with pytest.raises(ValueError, match="accelerate_ needs numbers of tokens from 1 upwards, got"):
-        accelerate_(nn.Sequential(linear()), tokens=tokens)
+@pytest.mark.parametrize("tokens", [(), (0,), {}, {1: 1, 16: 0}])
+def test_other_tokens_are_refused_before_anything_changes(tokens: Tokens) -> None:
+    model, clock = nn.Sequential(linear()), Clock(FAST)
+    with pytest.raises(ValueError, match="accelerate_ needs (numbers of tokens|to know how often)"):
+        _accelerate(Undo(), model, tokens, FORMATS, None, False, clock)
+    assert kinds(model) == [nn.Linear] and clock.asked == []
 
 
 def test_other_arguments_are_refused() -> None:
@@ -296,27 +317,43 @@ def test_gradients_and_mode_survive() -> None:
 def test_the_printed_report() -> None:
     model = nn.Sequential(linear(), linear(), linear(None))
     report, _ = run(model, FAST)
+    held = report.layers[0].bytes_after
     lines = str(report).splitlines()
     assert lines[0] == (
-        "2 of 3 layers run sparse, each faster than dense at tokens 1, 16; "
-        "their weights take 0.0 MB instead of 0.0 MB; "
-        "the whole model takes 0.0 MB instead of 0.0 MB"
+        f"2 of 3 layers run sparse, each faster than dense at tokens 1, 16; their weights take "
+        f"{2 * held} B instead of 3.1 kB"
     )
-    heads = "layer shape tokens runs eager us prepacked us sparse us fastest sparse vs eager"
-    assert lines[2].split() == f"{heads} vs prepacked others us measured".split()
-    runs = ["block:4x8", "cpu"]
-    cells = ["16x24", "1", *runs, "100", "90.0", "30.0", *runs, "3.33x", "3.00x"]
-    assert lines[3].split() == ["0", "and", "1", "more", *cells, "csr", "torch_csr", "200", "now"]
-    assert lines[4].split()[5] == "16" and len(lines) == 8
+    heads = "layer shape tokens runs eager us prepacked us sparse us vs eager vs prepacked"
+    assert lines[2].split() == f"{heads} others us holds".split()
+    cells = ["1", "block:4x8", "cpu", "100", "90.0", "30.0", "3.33x", "3.00x", "csr", "torch_csr"]
+    assert lines[4].split() == ["0", "and", "1", "more", "16x24", *cells, "200", f"{held}", "B"]
+    assert lines[5].split() == ["16", *cells[1:], "200"], "what a layer has once is said once"
     assert len(report.rows()) == 2 * len(report.distinct_rows()) == 4
-    assert lines[5] == "0 and 1 more: block:4x8: faster than dense at every number of tokens"
-    held = report.layers[0].holds
-    assert lines[6] == (
-        f"0 and 1 more: holds {sum(one.nbytes for one in held)} bytes instead of 1536 bytes: "
-        f"block:4x8 {held[0].nbytes} bytes (values, crow_indices, col_indices: what is saved); "
-        f"cpu {held[1].nbytes} bytes (at tokens 1 and more)"
+    assert lines[6:] == [
+        "0 and 1 more: block:4x8: faster than dense at every number of tokens",
+        "2: dense: its weight has no zeros",
+        report.gain,
+    ]
+    assert report.given_up == "", "both policies choose the same"
+
+
+def test_the_last_sentence_says_what_the_model_gains() -> None:
+    model = nn.Sequential(linear(), linear(), linear(out=32), linear(None))
+    size = sum(one.nbytes for one in model.parameters())
+
+    def times(tokens: int, name: str) -> float:
+        return FAST[name] * 1000 * (10 if tokens == 16 and "block" not in name else 1)
+
+    report, _ = run(model, times, {1: 3, 16: 1})
+    after = size + sum(one.bytes_after - one.bytes_before for one in report.layers)
+    assert report.gain == (
+        "in all, summed over 3 measured layers, a call takes 90.0 ms instead of 270 at 1 token "
+        "(3.00x), 90.0 ms instead of 2700 at 16 tokens (30.00x), 90.0 ms instead of 878 "
+        f"on average (9.75x); the model holds {as_bytes(after)} instead of {as_bytes(size)}"
     )
-    assert lines[7] == "2: dense: its weight has no zeros"
+    assert str(report).splitlines()[-1] == report.gain
+    unchanged, _ = run(nn.Sequential(linear(None)), FAST)
+    assert unchanged.gain == unchanged.given_up == ""
 
 
 def test_a_report_without_gain_says_so_first() -> None:
@@ -371,7 +408,7 @@ def test_a_quantised_layer_says_how_far_it_is_off(monkeypatch: pytest.MonkeyPatc
     """The reference stands in for a kernel: it is no candidate otherwise."""
 
     def candidates_of(layer: SparseLinear, tokens: int) -> tuple[list[Candidate], list[str]]:
-        return [Candidate(f"{layer.format} reference", lambda: layer, 0, layer.packed)], []
+        return [Candidate(f"{layer.format} reference", lambda: layer, {}, (), layer.packed)], []
 
     monkeypatch.setattr(accelerate, "packed_candidates", candidates_of)
     model = nn.Sequential(linear("semi24"), linear("semi24", seed=1))
@@ -427,7 +464,7 @@ def test_each_number_of_tokens_has_its_own_implementation() -> None:
     assert [round(one.ratio, 2) for one in layer.measured] == [2.5, 0.99, 2.0]
     assert layer.reason == "faster than dense at tokens 1, 64, as fast at 16"
     assert [row[3] for row in report.rows()] == ["toy few", "toy dense", "toy many"]
-    assert [row[-2] for row in report.rows()] == [
+    assert [row[-3] for row in report.rows()] == [
         "toy many 6.0, toy dense 10.0",
         "toy many 12.0",
         "toy dense 20.1",
@@ -437,17 +474,18 @@ def test_each_number_of_tokens_has_its_own_implementation() -> None:
         assert torch.allclose(model(x), wanted, atol=1e-12)
 
 
-def test_the_report_says_what_is_held_and_why() -> None:
+def test_the_report_says_what_is_held_and_what_it_pays_for() -> None:
     report, _ = run_toy(nn.Sequential(halved()), bucketed())
     (layer,) = report.layers
-    assert [(one.name, one.nbytes, one.why) for one in layer.holds] == [
-        ("toy", TOY_BYTES, "values: what is saved"),
-        ("few", TOY_BYTES, "at tokens 1"),
-        ("dense", DENSE_BYTES, "at tokens 2 to 16"),
-        ("many", TOY_BYTES, "at tokens 17 and more"),
-    ]
+    assert (layer.bytes_before, layer.stored) == (DENSE_BYTES, TOY_BYTES)
     assert layer.bytes_after == 3 * TOY_BYTES + DENSE_BYTES
-    assert layer.bytes_before == DENSE_BYTES
+    assert {row[-2] for row in report.rows()} == {as_bytes(layer.bytes_after)}
+    assert layer.other == OtherPolicy("memory", ("dense",) * 3, (10.0, 10.0, 20.0), DENSE_BYTES)
+    assert (
+        "0: policy='memory' would run dense, take 10.0 us instead of 4.00 at 1 token, 10.0 us "
+        "instead of 10.1 at 16 tokens, 20.0 us instead of 10.0 at 64 tokens, and hold 3.1 kB "
+        "instead of 7.7 kB"
+    ) in str(report)
     assert layer.cannot == ("few takes at most 8 tokens",)
 
 
@@ -469,13 +507,23 @@ def test_dense_against_itself_is_no_gain() -> None:
 
 
 def test_above_what_was_measured_the_last_goes_on_as_far_as_it_can() -> None:
+    """Beyond that runs what takes no more: nobody has asked for those numbers of tokens."""
     model = nn.Sequential(halved())
-    run_toy(model, bucketed(), (1,))
-    assert model[0].dispatch == "few<=8 dense"
+    report, _ = run_toy(model, bucketed(), (1,))
+    assert model[0].dispatch == "few<=8 reference"
+    assert (
+        "0: above 8 tokens it runs its reference, which was not measured there: name larger "
+        "numbers in tokens= if they occur"
+    ) in str(report)
+    report, _ = run_toy(nn.Sequential(halved()), bucketed())
+    assert "above" not in str(report), "many goes on to any number"
+    model, times = nn.Sequential(halved()), {"dense": 10.0, "lean few": 4.0, "lean many": 9.0}
+    run_toy(model, times, (1,), formats=(toy.lean,))
+    assert model[0].dispatch == "few<=8 many", "it was right at the largest number"
 
 
-def test_policy_memory_takes_the_fastest_that_is_smaller_than_dense() -> None:
-    """`many` alone is smaller; with the arrangement of `few` beside it is not."""
+def test_policy_memory_takes_the_fastest_that_holds_the_weight_once() -> None:
+    """`many` reads what is stored; `few` beside it arranges a copy."""
 
     def times(tokens: int, name: str) -> float:
         return {"dense": 10.0, "lean few": 4.0, "lean many": 9.0}[name]
@@ -483,28 +531,43 @@ def test_policy_memory_takes_the_fastest_that_is_smaller_than_dense() -> None:
     model = nn.Sequential(halved())
     report, _ = run_toy(model, times, (1, 16), formats=(toy.lean,), policy="memory")
     (layer,) = report.layers
-    assert model[0].dispatch == "many" and layer.bytes_after == TOY_BYTES < DENSE_BYTES
+    assert model[0].dispatch == "many" and layer.bytes_after == TOY_BYTES == layer.stored
     assert [one.fastest_sparse for one in layer.measured] == ["lean many"] * 2
     assert report.policy == "memory"
-    assert layer.dropped == (
-        f"policy 'memory' refuses lean few, lean many: it would hold {2 * TOY_BYTES} bytes, "
-        f"dense holds {DENSE_BYTES}",
+    assert layer.other == OtherPolicy(
+        "fastest", ("lean few", "lean many"), (4.0, 9.0), 2 * TOY_BYTES
     )
-    assert f"0: dropped: {layer.dropped[0]}" in str(report)
+    size = sum(one.nbytes for one in halved().parameters())
+    assert report.given_up == (
+        "with policy='fastest' a call would take 0.00400 ms instead of 0.00900 at 1 token, and the "
+        f"model would hold {as_bytes(size - DENSE_BYTES + 2 * TOY_BYTES)} instead of "
+        f"{as_bytes(size - DENSE_BYTES + TOY_BYTES)}"
+    )
     fastest = nn.Sequential(halved())
     run_toy(fastest, times, (1, 16), formats=(toy.lean,))
     assert fastest[0].dispatch == "few<=1 many"
+
+
+def test_by_default_a_weight_is_held_once() -> None:
+    model, times = nn.Sequential(halved()), {"dense": 10.0, "lean few": 4.0, "lean many": 9.0}
+    _accelerate(Undo(), model, (1,), (toy.lean,), None, False, Clock(times))
+    assert model[0].dispatch == "many"
 
 
 def test_policy_memory_leaves_dense_what_would_take_more() -> None:
     model = nn.Sequential(halved())
     report, _ = run_toy(model, bucketed(), policy="memory")
     assert kinds(model) == [nn.Linear]
-    assert "policy 'memory' refuses toy few, toy dense, toy many: it would" in str(report)
+    assert report.layers[0].reason == (
+        "policy='memory' refuses toy few, toy dense, toy many (2.50x at 1 token, 0.99x at 16 "
+        "tokens, 2.00x at 64 tokens): it would hold 7.7 kB, more than the weight once (dense holds "
+        "3.1 kB): policy='fastest' takes it; at 16 tokens toy many is 0.83x of the best dense; few "
+        "takes at most 8 tokens"
+    )
 
 
 def test_other_policies_are_refused(unchecked: None) -> None:
-    with pytest.raises(ValueError, match="needs the policy 'fastest' or 'memory', got 'least'"):
+    with pytest.raises(ValueError, match="needs the policy 'memory' or 'fastest', got 'least'"):
         accelerate_(nn.Sequential(linear()), policy="least")  # type: ignore[arg-type]
 
 
@@ -565,7 +628,8 @@ def test_times_of_a_busy_machine_serve_one_call(spread: float, again: list[int])
     formats = [parse_format("block:4x8")]
     busy, quiet = Clock(FAST, spread), Clock(FAST)
     for clock in (busy, quiet):
-        report = _accelerate(Undo(), nn.Sequential(linear()), (1, 16), formats, None, False, clock)
+        model = nn.Sequential(linear())
+        report = _accelerate(Undo(), model, (1, 16), formats, None, False, clock, "fastest")
         assert [layer.format for layer in report.layers] == ["block:4x8"]
     assert [count for count, _ in quiet.asked] == again
 
@@ -591,7 +655,7 @@ def test_another_device_version_or_set_of_implementations_measures(
     with monkeypatch.context() as patch:
         patch.setattr(remembered, "VERSION", "9.9")
         assert len(run_toy(nn.Sequential(halved()), bucketed(), (1,))[1].asked) == 1
-    cannot = toy.Implementation("many", toy.half, lambda *_: "not here", ("values",), toy.values)
+    cannot = toy.Implementation("many", toy.half, lambda *_: "not here", toy.own("many_values"))
     other = replace(toy.toy, implementations=(toy.TOY[0], cannot, *toy.TOY[2:]))
     model = nn.Sequential(halved())
     assert len(run_toy(model, bucketed(), (1,), formats=(other,))[1].asked) == 1
@@ -605,7 +669,7 @@ def test_another_device_version_or_set_of_implementations_measures(
         '{"place": {"layer": 3}}',
         '{"place": {"layer": {"1": "3"}}}',
         '{"place": {"layer": {"1": "{\\"microseconds\\": {\\"dense\\": -1.0}, '
-        '\\"cannot\\": {}, \\"dropped\\": [], \\"arranged\\": {}}"}}}',
+        '\\"cannot\\": {}, \\"dropped\\": []}"}}}',
     ],
 )
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
@@ -674,7 +738,7 @@ def test_a_candidate_that_fails_is_dropped_alone(
 ) -> None:
     model = nn.Sequential(halved())
     report = _accelerate(
-        Undo(), model, (1, 64), (toy.toy,), None, False, Failing("toy few", problem)
+        Undo(), model, (1, 64), (toy.toy,), None, False, Failing("toy few", problem), "fastest"
     )
     assert model[0].dispatch == "many"
     assert report.layers[0].dropped == (reason,)
@@ -691,23 +755,44 @@ def test_without_dense_there_is_nothing_to_compare_with() -> None:
     assert report.layers[0].reason == "could not be measured: dense failed: status 7"
 
 
-def test_a_layer_that_cannot_be_arranged_in_the_end_stays_dense(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refused(*_: object) -> None:
-        raise torch.OutOfMemoryError("3 GiB")
+class Room:
+    """Arranges `few` as often as there is room for it."""
 
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def __call__(self, packed: Packed) -> dict[str, Tensor]:
+        self.left -= 1
+        if self.left < 0:
+            raise torch.OutOfMemoryError("3 GiB")
+        return {"few_values": packed["values"].clone()}
+
+    def format(self) -> toy.Toy:
+        few = toy.Implementation("few", toy.half, toy.few, Arrangement(("few_values",), self))
+        return replace(toy.toy, implementations=(few, *toy.TOY[1:]))
+
+
+def test_what_cannot_be_arranged_is_no_choice() -> None:
     run_toy(nn.Sequential(halved()), bucketed())
-    few = toy.Implementation("few", toy.half, toy.few, ("values",), refused)
-    other = replace(toy.toy, implementations=(few, *toy.TOY[1:]))
     model = nn.Sequential(halved())
-    report, clock = run_toy(model, bucketed(), formats=(other,))
-    assert kinds(model) == [nn.Linear] and clock.asked == []
+    report, clock = run_toy(model, bucketed(), formats=(Room(0).format(),))
+    assert model[0].dispatch == "many<=1 dense<=16 many" and clock.asked == []
+    assert report.layers[0].dropped == (
+        "toy few, toy dense, toy many ran out of memory: 3 GiB",
+        "toy few, toy dense ran out of memory: 3 GiB",
+    )
+
+
+def test_a_layer_that_cannot_be_arranged_in_the_end_stays_dense() -> None:
+    run_toy(nn.Sequential(halved()), bucketed())
+    model = nn.Sequential(halved())
+    report, _ = run_toy(model, bucketed(), formats=(Room(1).format(),))
+    assert kinds(model) == [nn.Linear]
     (layer,) = report.layers
     assert layer.reason == "toy was faster, but packing it ran out of memory: 3 GiB"
-    assert layer.bytes_after == layer.bytes_before and not layer.table
+    assert layer.bytes_after == layer.bytes_before and not layer.table and layer.other is None
     with pytest.raises(ValueError, match="needs every listed layer to gain, '0' does not .toy was"):
-        run_toy(model, bucketed(), formats=(other,), layers=["0"], strict=True)
+        run_toy(model, bucketed(), formats=(Room(1).format(),), layers=["0"], strict=True)
 
 
 def test_what_cannot_be_measured_says_why() -> None:

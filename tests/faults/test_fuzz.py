@@ -305,7 +305,7 @@ def _read_sensitivity(folder: Path) -> Values:
 
 def _measured(folder: Path) -> None:
     entry = {"microseconds": {"dense": 3.0, "csr": 2.0}, "cannot": {"bitmap": "a reason"}}
-    text = json.dumps({**entry, "dropped": ["out of memory"], "arranged": {"csr": 64}})
+    text = json.dumps({**entry, "dropped": ["out of memory"]})
     for tokens in ("1", "16"):
         measured.add(folder / "measured.json", ENTRIES, ("a chip", "a layer", tokens), text)
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.accelerate.report import AccelerateReport, LayerReport, LayerTimes
+from secateur.accelerate.layer_report import LayerReport, LayerTimes
+from secateur.accelerate.report import AccelerateReport
 from secateur.allocation import Allocation, Point, Sensitivity
+from secateur.core.tables import as_bytes
 from secateur.model.plan import Plan, plan
 from secateur.patterns import NM, Block
 from secateur.prune.verbs import LayerResult, PruneReport, prune_
 from secateur.report import plots, write_html
-from secateur.report.content import as_bytes, by_kind, layer_tables
+from secateur.report.content import by_kind, layer_tables
 from secateur.report.pictures import picture
 from secateur.report.rows import fold, numeric_columns, without_empty
 

@@ -11,7 +11,7 @@ from bench.lib.shapes import SHAPES
 from bench.run import prefill
 from bench.tables.pages import TABLES
 from bench.tables.prefill import SHORT
-from secateur.accelerate.report import LayerReport
+from secateur.accelerate.layer_report import LayerReport
 from secateur.formats import dynamic
 from secateur.formats.kernels import cusparselt, quantise
 from secateur.formats.kernels.cusparselt import Setting
