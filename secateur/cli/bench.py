@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from secateur.accelerate.choices import Policy
 from secateur.accelerate.report import AccelerateReport
 from secateur.accelerate.verb import accelerate_
 from secateur.cli import options as o
@@ -38,6 +39,13 @@ def bench(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail if no layer is faster sparse.")
     ] = False,
+    policy: Annotated[
+        Policy,
+        typer.Option(
+            help="memory: each weight is held once; fastest: further copies may be held where "
+            "they make it faster."
+        ),
+    ] = "memory",
     loading: Loading = AS_STORED,
     full: o.Full = False,
     json: o.Json = False,
@@ -51,7 +59,7 @@ def bench(
     tried = formats.split(",") if formats else None
     model = loading.model(folder)
     chosen = list(select(model, layers).layers) if layers else None
-    report = accelerate_(model, counts, tried, chosen, strict, remeasure=True)
+    report = accelerate_(model, counts, tried, chosen, strict, policy, remeasure=True)
     if json:
         emit(report.to_dict())
     else:
@@ -67,8 +75,7 @@ def _show(report: AccelerateReport, full: bool) -> None:
     why: dict[tuple[str, str], list[str]] = {}
     for layer in report.layers:
         why.setdefault((layer.format, layer.reason), []).append(layer.layer)
-    rows = [(runs, str(len(names)), reason) for (runs, reason), names in why.items()]
+    rows = [(runs, str(len(names)), in_options(told)) for (runs, told), names in why.items()]
     table(("runs", "layers", "why"), rows)
     say(f"measured on {report.device}, {report.threads} threads", report.headline)
-    if report.advice:
-        say(in_options(report.advice))
+    say(*map(in_options, filter(None, (report.advice, report.given_up, report.gain))))

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from secateur.accelerate.tokens import Tokens, day_of
+
 DATA = "Data"
 CHOICE = "Which layers, which zeros"
 # How a page's name ends.
@@ -131,7 +133,11 @@ Baseline = Annotated[
 ]
 TokensPerCall = Annotated[
     str | None,
-    typer.Option(help="Tokens in one call of the model, as 1,16,128.", show_default=False),
+    typer.Option(
+        help="Tokens in one call of the model, as 1,16,128; or with how often each occurs, as "
+        "1:1000,2048:1.",
+        show_default=False,
+    ),
 ]
 MethodOptions = Annotated[
     list[str] | None,
@@ -159,18 +165,27 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 
-def token_counts(text: str) -> tuple[int, ...]:
-    """The numbers in `1,16,128`.
+def token_counts(text: str) -> Tokens:
+    """The numbers in `1,16,128`, or those in `1:1000,2048:1` with how often each occurs.
 
     Raises:
-        ValueError: if they are not positive numbers.
+        ValueError: if they are not positive numbers, or how often they occur is not said of each
+            once.
     """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    parts = [part.partition(":") for part in text.split(",")]
+    try:
+        counts = [int(count) for count, _, _ in parts]
+        often = [float(times) for _, colon, times in parts if colon]
+    except ValueError:
+        counts, often = [], []
+    tokens: Tokens = dict(zip(counts, often, strict=False)) if often else tuple(counts)
+    if not tokens or (often and len(tokens) < len(parts)):
         raise ValueError(
-            f"--tokens-per-call needs numbers of at least 1 separated by commas, got {text!r}"
+            "--tokens-per-call needs numbers of at least 1 separated by commas, or each with how "
+            f"often it occurs, as 1:1000,2048:1, got {text!r}"
         )
-    return tuple(int(part) for part in parts)
+    day_of(tokens)  # before a model is read
+    return tokens
 
 
 def require_place(target: Path | None, *endings: str) -> None:
