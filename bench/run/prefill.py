@@ -35,6 +35,7 @@ from secateur.formats.dynamic import quantised
 from secateur.formats.format import dequantised
 from secateur.formats.kernels.cusparselt import STEPS
 from secateur.formats.linear import REFERENCE
+from secateur.formats.op import table
 
 ACCELERATE = "accelerate_"
 FORMATS = {
@@ -114,14 +115,16 @@ def runs_at(entry: LayerReport, tokens: int) -> str:
 
 
 def bytes_read(layer: nn.Linear) -> int:
-    """The fewest bytes of weights that a launch reads: the least arrangement, where there is one.
+    """The fewest bytes of weights that a launch reads, of the implementations the layer runs.
 
-    So there are copies enough for every implementation that the layer may run.
+    So there are copies enough for each of them.
     """
     if not isinstance(layer, SparseLinear):
         return layer.weight.nbytes
-    arranged = [nbytes for nbytes in layer.arranged_bytes.values() if nbytes]
-    return min(arranged, default=layer.packed.nbytes)
+    format, held = layer.format, layer.held_bytes
+    rows = table(layer.dispatch, format.implementations)
+    read = [entry.reads(format) for _, entry in rows if entry.name != "reference"]
+    return min((sum(map(held.__getitem__, names)) for names in read), default=layer.nbytes)
 
 
 def layer_of(name: str, arguments: argparse.Namespace) -> cold.Layer:

@@ -156,7 +156,7 @@ class SparseLinear(nn.Linear):
         for entry in chosen:
             if any(name in names and name not in tensors for name in entry.reads(self.format)):
                 stored = self.packed if stored is None else stored
-                tensors |= entry.arranged(stored).tensors
+                tensors |= {**stored.tensors, **entry.arranged(stored).tensors}
         self._hold({name: tensors[name] for name in names})
         self.dispatch = " ".join(
             name if limit is None else f"{name}<={limit}" for name, limit in table

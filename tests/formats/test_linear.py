@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur.formats import SparseLinear, describe, empty_from, parse_format
+from secateur.formats.contract import Arrangement, Implementation, Packed
 from secateur.formats.format import dequantised
+from secateur.formats.reference import REFERENCE, anywhere
 from tests.formats.weights import (
     DYNAMIC,
     EXACT,
@@ -24,6 +28,7 @@ from tests.formats.weights import (
     tokens_in,
     used_inputs,
 )
+from tests.toy import Toy
 
 
 def is_right(layer: SparseLinear, x: Tensor) -> bool:
@@ -383,6 +388,51 @@ def test_the_meta_device_and_back(format: str) -> None:
     assert torch.equal(layer(x), expected)
     layer.to("meta").load_state_dict(state, assign=True)
     assert torch.equal(layer(x), expected)
+
+
+def negated(packed: Packed) -> dict[str, Tensor]:
+    return {"negated": -packed["values"]}
+
+
+def from_negated(packed: Packed) -> dict[str, Tensor]:
+    return {"values": -packed["negated"]}
+
+
+def minus(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(-x[:, ::2], packed["negated"], bias)
+
+
+def through(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(x, packed["opaque"], bias)
+
+
+WHOLE = Arrangement(("negated",), negated, from_negated)
+OPAQUE = Arrangement(("opaque",), lambda packed: {"opaque": packed.dense()})
+MIXED = Toy(
+    "mixed",
+    (
+        Implementation("minus", minus, anywhere, WHOLE),
+        Implementation("through", through, anywhere, OPAQUE),
+        Implementation("reference", REFERENCE.linear, anywhere),
+    ),
+)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(("minus", "through", "reference")), min_size=1), max_size=5)
+)
+def test_any_table_can_follow_any_other(tables: list[list[str]]) -> None:
+    """The same results and the same checkpoint, and the weight once unless it is read otherwise."""
+    weight = tokens_in(6, 8)
+    weight[:, 1::2] = 0
+    layer, x = SparseLinear(MIXED.pack(weight)), tokens_in(9, 8)
+    for names in tables:
+        rows = [(name, limit) for limit, name in enumerate(names[:-1], 1)]
+        layer.use((*rows, (names[-1], None)))
+        assert torch.allclose(layer(x), x @ weight.t(), atol=1e-5)
+        assert torch.equal(layer.state_dict()["values"], weight[:, ::2])
+        held = {"negated"} if "minus" in names else {"values"}
+        assert set(layer.held_bytes) == held | ({"opaque"} if "through" in names else set())
 
 
 def test_use_names_what_runs() -> None:

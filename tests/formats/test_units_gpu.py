@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_a_model_takes_the_memory_of_its_file_and_one_dense_layer_for_a_moment()
     sizes = (2048, 4096, 2048, 4096, 2048)
     layers = [
         nn.Linear(*pair, bias=False, device="cuda", dtype=torch.bfloat16)
-        for pair in zip(sizes, sizes[1:], strict=False)
+        for pair in pairwise(sizes)
     ]
     model = nn.Sequential(*layers).requires_grad_(False)
     del layers

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from secateur.formats import two_of_four, units
 from secateur.formats.contract import Format, Implementation, Packed, dense_shape, why_no_weight
-from secateur.formats.reference import REFERENCE
 from secateur.formats.kernels.decode24 import Kind
+from secateur.formats.reference import REFERENCE
 from secateur.formats.semi24 import cusparselt, dense
 
 # How `units` reads the weight: kept values as they are stored, without scales.
