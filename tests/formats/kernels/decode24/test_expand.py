@@ -147,11 +147,12 @@ def packed_on_gpu(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> Pack
     return parse_format(name).pack(fitting_weight(name, *shape, dtype).cuda())
 
 
-def arranged(packed: Packed) -> tuple[Tensor, Tensor | None]:
-    """The units, and the rows' scales where units hold none."""
+def arranged(packed: Packed) -> tuple[Tensor, Tensor | None, Kind, bool]:
+    """The units, the rows' scales where units hold none, and how the kernel reads them."""
     (units,) = next(e for e in packed.format.implementations if e.name == "decode").arrange(packed)
-    _, grouped = FORMATS[str(packed.format)]
-    return units, None if grouped or "scales" not in packed.tensors else packed["scales"]
+    kind, grouped = FORMATS[str(packed.format)]
+    scaled = "scales" in packed.tensors and not grouped
+    return units, packed["scales"] if scaled else None, kind, grouped
 
 
 @on_gpu
@@ -162,8 +163,7 @@ def test_bits_are_those_of_the_dense_weight(
     name: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     packed = packed_on_gpu(name, dtype, shape)
-    units, scales = arranged(packed)
-    found = expand(units, scales, *FORMATS[name], dtype, *shape)
+    found = expand(*arranged(packed), dtype, *shape)
     assert torch.equal(found.view(torch.int16), packed.dense().view(torch.int16))
 
 
@@ -201,8 +201,8 @@ def test_a_chain_in_a_graph_reuses_the_scratch_weight_safely(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_product_is_right(name: str) -> None:
     packed = packed_on_gpu(name, BF16, (272, 448))
-    units, scales = arranged(packed)
+    units, scales, kind, grouped = arranged(packed)
     x, bias = tokens_on_gpu(77, 448, BF16), tokens_on_gpu(1, 272, BF16)[0]
-    y = multiply_expanded(x, units, scales, bias, *FORMATS[name], 272)
+    y = multiply_expanded(x, units, scales, bias, kind, grouped, 272)
     exact = exact_linear(x, packed.dense(), bias)
     assert (y.double() - exact).abs().max() <= allowed_error(x, packed.dense(), bias)
