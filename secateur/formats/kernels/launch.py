@@ -24,6 +24,7 @@ from secateur.formats.kernels.nvrtc import Source, arch_of, nvrtc_version
 PORTABLE_CLUSTER = 8  # blocks; the most that every device with clusters promises
 DEPENDENT_SINCE = (9, 0)  # the first capability with griddepcontrol
 SLOT_BYTES = 8
+WORD_BYTES = 8  # of a run of bytes, as the copy engine counts them
 ALIGNMENT = 16  # bytes of a kernel's load, and what torch promises to cuSPARSELt
 # Pointer, int32, float32, tensor map, each at the start of a slot.
 SLOTS = {"P": "Q", "i": "i4x", "f": "f4x", "T": "128s"}
@@ -154,6 +155,38 @@ def tensor_map(pointer: int, rows: int, columns: int, box_rows: int, box_columns
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     made = _checked(answer, f"describing {rows} x {columns} bytes to the copy engine")
+    return ctypes.string_at(made.getPtr(), struct.calcsize(SLOTS["T"]))
+
+
+@lru_cache(maxsize=1024)
+def pieces_map(
+    pointer: int, rows: int, pieces: int, piece_bytes: int, box_rows: int, box_pieces: int
+) -> bytes:
+    """Rows of `pieces` runs of bytes at this address, for copies of boxes by the copy engine.
+
+    In shared memory the box's runs follow each other, row by row. What it has beyond the rows is
+    zeros.
+
+    Raises:
+        RuntimeError: the driver refuses: the address and `piece_bytes` are multiples of 16, a run
+            has at most 2048 bytes.
+    """
+    driver = _driver()
+    large, small = driver.cuuint64_t, driver.cuuint32_t
+    answer = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
+        3,
+        pointer,
+        [large(piece_bytes // WORD_BYTES), large(pieces), large(rows)],
+        [large(piece_bytes), large(pieces * piece_bytes)],
+        [small(piece_bytes // WORD_BYTES), small(box_pieces), small(box_rows)],
+        [small(1), small(1), small(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    made = _checked(answer, f"describing {rows} x {pieces} runs of bytes to the copy engine")
     return ctypes.string_at(made.getPtr(), struct.calcsize(SLOTS["T"]))
 
 

@@ -28,6 +28,7 @@
 // M tokens, N rows of W (out_features), blocks of 128 columns (in_features, padded with zeros).
 
 #include "activation.cuh"
+#include "tiles.cuh"
 
 constexpr int ROWS = 128, TOKENS = 256, COLUMNS = 128;
 constexpr int CONSUMERS = 2;                               // warpgroups, of 64 rows
@@ -39,7 +40,6 @@ constexpr int B_BYTES = TOKENS * COLUMNS;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int OUT_TOKENS = 64;                             // transposed at a time
 constexpr int OUT_BYTES = OUT_TOKENS * 64 * 2;             // of one warpgroup
-constexpr int BAND = 8;                                    // tiles of tokens that are worked on together
 
 #if FP8
 using Sum = float;
@@ -48,23 +48,6 @@ using Sum = int;
 #endif
 
 extern __shared__ __align__(1024) u8 shared[];
-
-__device__ __forceinline__ u32 pack_16(float low, float high) {
-    return round_16<HALF>(low) | static_cast<u32>(round_16<HALF>(high)) << 16;
-}
-
-// Which rows and tokens tile t has: tokens go first, within bands, so that CTAs that run at one time
-// share both.
-struct Tile {
-    int rows, tokens;
-
-    __device__ __forceinline__ Tile(int t, int row_groups, int token_tiles) {
-        const int band = t / (row_groups * BAND), width = min(BAND, token_tiles - band * BAND);
-        const int within = t - band * row_groups * BAND;
-        tokens = band * BAND + within % width;
-        rows = within / width * CLUSTER + (CLUSTER == 1 ? 0 : static_cast<int>(cluster_rank()));
-    }
-};
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
     const __grid_constant__ TensorMap codes,   // [M, K], in boxes of BOX_TOKENS x COLUMNS
@@ -107,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
             int stage = 0;
             u32 parity = 1;
             for (int t = first; t < tiles; t += clusters) {
-                const Tile tile(t, row_groups, token_tiles);
+                const Tile<CLUSTER> tile(t, row_groups, token_tiles);
                 const u8* a = weight + static_cast<size_t>(min(tile.rows, row_tiles - 1)) * blocks * A_BYTES;
                 const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
                 const int token = tile.tokens * TOKENS + static_cast<int>(rank) * BOX_TOKENS;
@@ -135,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
         };
 
         for (int t = first; t < tiles; t += clusters) {
-            const Tile tile(t, row_groups, token_tiles);
+            const Tile<CLUSTER> tile(t, row_groups, token_tiles);
             for (int i = threadIdx.x % 128; i < TOKENS; i += 128) {
                 const int token = tile.tokens * TOKENS + i;
                 scales_here[group][i] = token < M ? token_scales[token] : 0.0f;

@@ -25,7 +25,7 @@ from secateur.formats.kernels.prefill24.arrange import COLUMNS, ROWS
 
 NAME = "the prefill kernel"  # in messages
 QUANTISE = Source("prefill24/quantise.cu", "quantise", ("ptx.cuh",))
-MULTIPLY = Source("prefill24/kernel.cu", "prefill", ("ptx.cuh", "activation.cuh"))
+MULTIPLY = Source("prefill24/kernel.cu", "prefill", ("ptx.cuh", "activation.cuh", "tiles.cuh"))
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")  # numbered from 1 in `activation.cuh`
 CAPABILITY = (9, 0)  # wgmma, on that generation alone
 TOKENS = 256  # of a tile
