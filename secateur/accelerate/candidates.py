@@ -84,24 +84,34 @@ def sparse_candidates(
     return found, reasons + failed
 
 
-def why_not_each(layer: SparseLinear, tokens: int) -> dict[str, str | None]:
-    """For each implementation but the reference: None if it can run here, else the reason."""
-    return {
-        f"{layer.format} {implementation.name}": implementation.why_not(layer.held, tokens)
-        for implementation in layer.format.implementations
-        if implementation.name != "reference"
-    }
+def why_not_each(layer: SparseLinear, tokens: int, searches: bool = True) -> dict[str, str | None]:
+    """For each implementation but the reference: None if it can run here, else the reason.
+
+    Without `searches`, those that search are left out, too.
+    """
+    reasons = dict[str, str | None]()
+    for entry in layer.format.implementations[:-1]:
+        name = f"{layer.format} {entry.name}"
+        reasons[name] = entry.why_not(layer.held, tokens)
+        if reasons[name] is None and entry.searches and not searches:
+            reasons[name] = (
+                f"{name} was not tried: it holds the weight a second time, and its algorithm has "
+                "to be searched, which takes minutes: policy='fastest' does"
+            )
+    return reasons
 
 
-def packed_candidates(layer: SparseLinear, tokens: int) -> tuple[list[Candidate], list[str]]:
+def packed_candidates(
+    layer: SparseLinear, tokens: int, searches: bool = True
+) -> tuple[list[Candidate], list[str]]:
     """The implementations that can run this layer, and what those said that could not arrange it.
 
-    Cost: one arrangement of each.
+    Without `searches`, none of those that search. Cost: one arrangement of each.
     """
     quantised = None if layer.format.is_exact else layer.packed
     known = {entry.name: entry for entry in layer.format.implementations}
     found, failed = list[Candidate](), list[str]()
-    for name, problem in why_not_each(layer, tokens).items():
+    for name, problem in why_not_each(layer, tokens, searches).items():
         if problem is not None:
             continue
         short = name.removeprefix(f"{layer.format} ")

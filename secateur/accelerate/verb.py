@@ -263,12 +263,13 @@ def _measured_decision(
 ) -> Decision:
     """The format whose day is shortest, or none, from measurements."""
     device, key, found = linear.weight.device, _key(like), list[Measurement]()
+    searches = policy == "fastest"  # what is searched holds the weight a second time
     try:
         layers = {format: packed_linear("", linear, format, REFERENCE) for format in like[0]}
         for count in day.tokens:
             known = None if remeasure else lookup(device, key, count)
-            if known is None or known.cannot != _cannot(layers.values(), count):
-                known = _times(linear, layers, count, timer)
+            if known is None or known.cannot != _cannot(layers.values(), count, searches):
+                known = _times(linear, layers, count, timer, searches)
                 passing = any(word in why for word in PASSING for why in known.dropped)
                 if known.steady and not passing:
                     store(device, key, count, known)
@@ -279,7 +280,11 @@ def _measured_decision(
 
 
 def _times(
-    linear: nn.Linear, layers: Mapping[Format, SparseLinear], tokens: int, timer: Timer
+    linear: nn.Linear,
+    layers: Mapping[Format, SparseLinear],
+    tokens: int,
+    timer: Timer,
+    searches: bool,
 ) -> Measurement:
     """Median microseconds of every candidate that works, and why the others do not.
 
@@ -293,7 +298,7 @@ def _times(
     x = x.to(weight.dtype)
     sparse, dropped = list[Candidate](), list[str]()
     for layer in layers.values():
-        candidates, failed = packed_candidates(layer, tokens)
+        candidates, failed = packed_candidates(layer, tokens, searches)
         sparse += candidates
         dropped += failed
     kept, wrong = admitted(sparse, linear, x)
@@ -319,7 +324,7 @@ def _times(
             dropped.append(failure(failed_one.variant, failed_one.problem))
     return Measurement(
         {name: timing.median_us for name, timing in timings.items()},
-        _cannot(layers.values(), tokens),
+        _cannot(layers.values(), tokens, searches),
         tuple(dropped),
         steady=max(timing.spread for timing in timings.values()) <= MOST_SPREAD,
     )
@@ -331,9 +336,9 @@ def _copies(candidate: Candidate, everything: Sequence[Candidate], device: torch
     return copies_for(sum(one.read for one in everything))
 
 
-def _cannot(layers: Iterable[SparseLinear], tokens: int) -> dict[str, str]:
+def _cannot(layers: Iterable[SparseLinear], tokens: int, searches: bool) -> dict[str, str]:
     """What implementations say that cannot run these layers here, by candidate."""
-    problems = [item for layer in layers for item in why_not_each(layer, tokens).items()]
+    problems = [item for layer in layers for item in why_not_each(layer, tokens, searches).items()]
     return {name: problem for name, problem in problems if problem is not None}
 
 

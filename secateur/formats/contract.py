@@ -155,6 +155,7 @@ class Implementation:
 
     `activations` names the functions of `secateur.formats.activations` that `linear` applies to its
     results itself if it is called with `activation`, for less than another pass over them.
+    `searches` is whether its first call for a shape searches for an algorithm, which takes minutes.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Implementation:
     why_not: Callable[..., str | None]
     arrangement: Arrangement | None = None
     activations: tuple[str, ...] = ()
+    searches: bool = False
 
     @property
     def restores(self) -> bool:

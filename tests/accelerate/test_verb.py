@@ -407,7 +407,9 @@ def test_formats_that_round_are_opted_into() -> None:
 def test_a_quantised_layer_says_how_far_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference stands in for a kernel: it is no candidate otherwise."""
 
-    def candidates_of(layer: SparseLinear, tokens: int) -> tuple[list[Candidate], list[str]]:
+    def candidates_of(
+        layer: SparseLinear, tokens: int, searches: bool
+    ) -> tuple[list[Candidate], list[str]]:
         return [Candidate(f"{layer.format} reference", lambda: layer, {}, (), layer.packed)], []
 
     monkeypatch.setattr(accelerate, "packed_candidates", candidates_of)

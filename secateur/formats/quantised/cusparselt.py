@@ -25,7 +25,8 @@ def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Imple
     """For 2:4 weights of 8-bit integers, inputs rounded to the same."""
     if pattern is None or grid != GRID or not rounds_inputs:
         return None
-    return Implementation("cusparselt", linear, why_not, Arrangement(("blob", "alpha"), arrange))
+    blob = Arrangement(("blob", "alpha"), arrange)
+    return Implementation("cusparselt", linear, why_not, blob, searches=True)
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:

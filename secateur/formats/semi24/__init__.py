@@ -36,7 +36,9 @@ class Semi24(Format):
         units.decode(*UNITS),
         units.prefill(*UNITS),
         units.expanded(*UNITS),
-        Implementation("cusparselt", cusparselt.linear, cusparselt.why_not, cusparselt.BLOB),
+        Implementation(
+            *("cusparselt", cusparselt.linear, cusparselt.why_not, cusparselt.BLOB), searches=True
+        ),
         Implementation("dense", dense.linear, dense.why_not, dense.DENSE),
         REFERENCE,
     )

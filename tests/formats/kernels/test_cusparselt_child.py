@@ -414,7 +414,7 @@ def test_a_layer_that_was_not_searched_stays_dense_and_is_measured_again(
     monkeypatch.setattr(cusparselt, "why_not", lambda *arguments: None)
     library.tell(**{"at the start": "no torch here"})
     model = half_zeros()
-    (layer,) = sc.accelerate_(model, (16,), ("semi24",)).layers
+    (layer,) = sc.accelerate_(model, (16,), ("semi24",), policy="fastest").layers
     (reason,) = layer.dropped
     assert layer.format == "dense" and type(model[0]) is nn.Linear
     assert reason.startswith("semi24 cusparselt was not searched: cuSPARSELt's algorithms are")
@@ -422,8 +422,19 @@ def test_a_layer_that_was_not_searched_stays_dense_and_is_measured_again(
     assert "semi24" not in kept and "block:64x64" in kept
     library.tell()
     forget()
-    (layer,) = sc.accelerate_(half_zeros(), (16,), ("semi24",)).layers
+    (layer,) = sc.accelerate_(half_zeros(), (16,), ("semi24",), policy="fastest").layers
     assert library.tried and "was not searched" not in str(layer.dropped)
+
+
+def test_what_holds_a_second_copy_is_not_searched_by_default(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cusparselt, "why_not", lambda *arguments: None)
+    (layer,) = sc.accelerate_(half_zeros(), (16,), ("semi24",)).layers
+    assert not library.tried and layer.format == "dense"
+    assert "semi24 cusparselt was not tried: it holds the weight a second time" in layer.reason
+    (layer,) = sc.accelerate_(half_zeros(), (16,), ("semi24",), policy="fastest").layers
+    assert library.tried and "was not tried" not in layer.reason
 
 
 def half_zeros() -> nn.Sequential:

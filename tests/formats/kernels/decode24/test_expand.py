@@ -149,7 +149,8 @@ def packed_on_gpu(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> Pack
 
 def arranged(packed: Packed) -> tuple[Tensor, Tensor | None, Kind, bool]:
     """The units, the rows' scales where units hold none, and how the kernel reads them."""
-    (units,) = next(e for e in packed.format.implementations if e.name == "decode").arrange(packed)
+    decode = next(e for e in packed.format.implementations if e.name == "decode")
+    units = decode.arranged(packed)["units"]
     kind, grouped = FORMATS[str(packed.format)]
     scaled = "scales" in packed.tensors and not grouped
     return units, packed["scales"] if scaled else None, kind, grouped

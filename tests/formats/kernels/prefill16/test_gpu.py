@@ -39,7 +39,8 @@ class Layer:
             fitting_weight(format, *shape, dtype).cuda()
         )
         entries = self.packed.format.implementations
-        (self.units,) = next(e for e in entries if e.name == "decode").arrange(self.packed)
+        decode = next(e for e in entries if e.name == "decode")
+        self.units = decode.arranged(self.packed)["units"]
         self.kind, self.grouped = FORMATS[str(self.packed.format)]
         scaled = "scales" in self.packed.tensors and not self.grouped
         self.scales = self.packed["scales"] if scaled else None
