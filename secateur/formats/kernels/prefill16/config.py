@@ -41,7 +41,7 @@ class Tile:
     @property
     def out_tokens(self) -> int:
         """Tokens that are stored at a time."""
-        return 64 if self.tokens % (64 * self.splits) == 0 else 32
+        return next(n for n in (64, 32, 16) if self.tokens % (n * self.splits) == 0)
 
     def shared_bytes(self, unit: int) -> int:
         """Dynamic shared memory of a CTA, as `kernel.cu` lays it out, for units of these bytes."""
@@ -80,6 +80,15 @@ TILES = (
     Tile(1, 128, 2),
     Tile(1, 64, 1),
     Tile(1, 64, 2),
+    Tile(1, 96, 1),
+    Tile(1, 96, 2),
+    Tile(1, 160, 1),
+    Tile(1, 160, 2),
+    Tile(1, 192, 1),
+    Tile(1, 192, 2),
+    Tile(1, 224, 1),
+    Tile(1, 224, 2),
+    Tile(2, 96, 1),
 )
 
 # The cost model, in clock cycles, fitted to the rows of docs/log/2026-11-30-prefill-from-units.md.

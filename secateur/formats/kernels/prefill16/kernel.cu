@@ -28,7 +28,7 @@
 //   macro            values    meaning
 //   KIND, GROUP_SCALES, HALF   of the weight, see units.cuh
 //   ROW_BLOCKS       1 2       times 64 rows, of a warpgroup
-//   TOKENS           64 128 256  of a tile
+//   TOKENS           64..256   of a tile, a multiple of 32
 //   SPLITS           1 2       CTAs of a cluster, which split the columns
 //   A_STAGES         2..       units of each row tile that lie in shared memory
 //   B_STAGES         2..       boxes of 64 columns that lie there
@@ -51,7 +51,7 @@ constexpr int A_BYTES = (TILES * UNIT_BYTES + 127) / 128 * 128;
 constexpr int BOX_COLUMNS = 64;
 constexpr int B_BYTES = TOKENS * BOX_COLUMNS * 2;
 // Stored at a time, by one CTA of a cluster: 64 rows of so many tokens.
-constexpr int OUT_TOKENS = TOKENS % (64 * SPLITS) == 0 ? 64 : 32;
+constexpr int OUT_TOKENS = TOKENS % (64 * SPLITS) == 0 ? 64 : TOKENS % (32 * SPLITS) == 0 ? 32 : 16;
 constexpr int OUT_BYTES = OUT_TOKENS * 64 * 2, SUM_BYTES = OUT_TOKENS * 64 * 4;
 constexpr int ROUNDS = TOKENS / (OUT_TOKENS * SPLITS);     // of such parts, one for each CTA
 constexpr int OWN_PARTS = ROW_BLOCKS * ROUNDS;             // that a CTA stores of a tile
