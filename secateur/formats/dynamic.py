@@ -13,6 +13,7 @@ from torch import Tensor
 
 from secateur.core.float64 import float64_device
 from secateur.formats.kernels import quantise
+from secateur.formats.kernels.gpu import why_not_capability
 from secateur.formats.kernels.quantise import LARGEST, LEAST_SCALE
 
 CAPABILITY = {torch.int8: (8, 0), torch.float8_e4m3fn: (8, 9)}  # the first with such products
@@ -57,16 +58,10 @@ def linear(
 
 def why_not(codes: torch.dtype, device: torch.device) -> str | None:
     """Why tokens cannot be rounded to these codes and multiplied on this device, or None."""
-    problem = quantise.why_not(device)
-    if problem is not None:
-        return problem
-    capability, needed = torch.cuda.get_device_capability(device), CAPABILITY[codes]
-    if capability < needed:
-        return (
-            f"products of {codes} need compute capability {needed[0]}.{needed[1]}, this GPU has "
-            f"{capability[0]}.{capability[1]}: use an int8 format, or leave the layer dense"
-        )
-    return None
+    remedy = "use an int8 format, or leave the layer dense"
+    return quantise.why_not(device) or why_not_capability(
+        f"a product of {codes}", device, CAPABILITY[codes], remedy
+    )
 
 
 def _wide(x: Tensor) -> torch.dtype:

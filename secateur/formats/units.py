@@ -6,7 +6,6 @@ makes the dense weight for one call.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -25,19 +24,19 @@ def decode(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Implement
     `codes(packed)` are the kept numbers as `decode24.arrange` takes them, and `values(codes)` what
     is stored of them; `grouped` is whether each group of 128 inputs has a scale.
     """
-    run = partial(_decoded, kind, grouped)
-    return Implementation("decode", run, _why_not_decode, _units(kind, grouped, codes, values))
+    run, units = _through(decode24.multiply, kind, grouped), _units(kind, grouped, codes, values)
+    return Implementation("decode", run, _why_not_decode, units)
 
 
 def prefill(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Implementation:
     """Any number of tokens on Hopper, by the sparse tensor cores. The arguments are `decode`'s."""
-    run, units = partial(_prefilled, kind, grouped), _units(kind, grouped, codes, values)
+    run, units = _through(prefill16.multiply, kind, grouped), _units(kind, grouped, codes, values)
     return Implementation("prefill", run, _why_not_prefill, units, prefill16.ACTIVATIONS)
 
 
 def expanded(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Implementation:
     """Any number of tokens, by cuBLAS on a dense weight that is made for each call."""
-    run = partial(_expanded, kind, grouped)
+    run = _through(expand.multiply_expanded, kind, grouped)
     return Implementation("expand", run, _why_not_expand, _units(kind, grouped, codes, values))
 
 
@@ -63,38 +62,19 @@ def _units(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Arrangeme
     return Arrangement(("units", *beside), arrange, restore)
 
 
-def _decoded(
-    kind: Kind,
-    grouped: bool,
-    x: Float[Tensor, "tokens in"],
-    packed: Packed,
-    bias: Float[Tensor, " out"] | None,
-) -> Float[Tensor, "tokens out"]:
-    scales = packed.tensors.get("scales")
-    return decode24.multiply(x, packed["units"], scales, bias, kind, grouped, packed.shape[0])
+def _through(multiply: Callable[..., Tensor], kind: Kind, grouped: bool) -> Callable[..., Tensor]:
+    """The linear that multiplies by units so."""
 
+    def linear(
+        x: Float[Tensor, "tokens in"],
+        packed: Packed,
+        bias: Float[Tensor, " out"] | None,
+        **activation: str,
+    ) -> Float[Tensor, "tokens out"]:
+        scales, rows = packed.tensors.get("scales"), packed.shape[0]
+        return multiply(x, packed["units"], scales, bias, kind, grouped, rows, **activation)
 
-def _prefilled(
-    kind: Kind,
-    grouped: bool,
-    x: Float[Tensor, "tokens in"],
-    packed: Packed,
-    bias: Float[Tensor, " out"] | None,
-    activation: str = "",
-) -> Float[Tensor, "tokens out"]:
-    scales, rows = packed.tensors.get("scales"), packed.shape[0]
-    return prefill16.multiply(x, packed["units"], scales, bias, kind, grouped, rows, activation)
-
-
-def _expanded(
-    kind: Kind,
-    grouped: bool,
-    x: Float[Tensor, "tokens in"],
-    packed: Packed,
-    bias: Float[Tensor, " out"] | None,
-) -> Float[Tensor, "tokens out"]:
-    scales, rows = packed.tensors.get("scales"), packed.shape[0]
-    return expand.multiply_expanded(x, packed["units"], scales, bias, kind, grouped, rows)
+    return linear
 
 
 def _why_not_decode(packed: Packed, tokens: int) -> str | None:

@@ -424,7 +424,7 @@ def test_what_the_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert dynamic.why_not(INT8, device) is None
     said = dynamic.why_not(FP8, device)
-    assert said is not None and "need compute capability 8.9, this GPU has 8.6" in said
+    assert said is not None and "needs compute capability 8.9, this GPU has 8.6" in said
 
 
 def on_device(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from secateur.formats.kernels.gpu import why_no_gpu, why_no_multiple
+from secateur.formats.kernels.gpu import why_no_gpu, why_no_multiple, why_not_capability
 from secateur.formats.kernels.launch import readable
 from secateur.formats.kernels.measured import integers
 
@@ -106,13 +106,8 @@ def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     if dtype not in STEPS:
         wanted = ", ".join(map(_short, STEPS))
         return f"cuSPARSELt needs one of {wanted}, got {_short(dtype)}: cast the layer"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
-        return (
-            f"cuSPARSELt needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, this GPU has "
-            f"{capability[0]}.{capability[1]}: leave the layer dense"
-        )
-    return why_no_multiple(f"cuSPARSELt in {_short(dtype)}", shape, STEPS[dtype])
+    problem = why_not_capability("cuSPARSELt", device, CAPABILITY, "leave the layer dense")
+    return problem or why_no_multiple(f"cuSPARSELt in {_short(dtype)}", shape, STEPS[dtype])
 
 
 def compress(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "..."]:

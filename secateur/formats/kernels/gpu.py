@@ -39,6 +39,19 @@ def why_no_multiple(what: str, shape: tuple[int, int], step: int) -> str | None:
     return None
 
 
+def why_not_capability(
+    what: str, device: torch.device, needed: tuple[int, int], remedy: str, alone: bool = False
+) -> str | None:
+    """Why this GPU is older than what is needed, or with `alone` of another generation, or None."""
+    has = torch.cuda.get_device_capability(device)
+    if has == needed or (has > needed and not alone):
+        return None
+    return (
+        f"{what} needs compute capability {needed[0]}.{needed[1]}, this GPU has {has[0]}.{has[1]}: "
+        f"{remedy}"
+    )
+
+
 def why_no_bindings(kernel: str) -> str | None:
     """Why the driver cannot be called to launch the kernel, or None if cuda-bindings is there."""
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:

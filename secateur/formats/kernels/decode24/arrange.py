@@ -13,6 +13,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from secateur.formats.kernels.gpu import why_not_16_bits
+
 UNIT_ROWS = 16
 UNIT_COLUMNS = 128
 MULTIPLE = 64  # columns: the last unit may be padded by half
@@ -46,8 +48,12 @@ def unit_bytes(kind: Kind, grouped: bool) -> int:
     return VALUE_BYTES[kind] + META_BYTES + (SCALE_BYTES if grouped else 0)
 
 
-def why_no_units(kernel: str, shape: tuple[int, int]) -> str | None:
-    """Why a weight of this shape has no units for the kernel of this name, or None."""
+def why_no_units(
+    kernel: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why such a weight has no units for the kernel of this name, and what to do, or None."""
+    if (problem := why_not_16_bits(kernel, dtype, device)) is not None:
+        return problem
     rows, columns = shape
     if rows % UNIT_ROWS or columns % MULTIPLE:
         return (

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from secateur.formats.kernels.decode24.arrange import Kind, why_no_units
 from secateur.formats.kernels.decode24.config import CLUSTERS_FROM
-from secateur.formats.kernels.gpu import check_bias, on, why_no_bindings, why_not_16_bits
+from secateur.formats.kernels.gpu import check_bias, on, why_no_bindings, why_not_capability
 from secateur.formats.kernels.launch import Launch, address, load, prepare
 from secateur.formats.kernels.nvrtc import OLDEST, Source
 
@@ -26,17 +26,10 @@ THREADS = 128  # of a CTA: a warp for each unit
 
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a layer cannot be expanded here and what to do, or None."""
-    if (problem := why_not_16_bits(NAME, dtype, device)) is not None:
+    if (problem := why_no_units(NAME, shape, dtype, device)) is not None:
         return problem
-    if (problem := why_no_units(NAME, shape)) is not None:
-        return problem
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        return (
-            f"{NAME} needs compute capability {OLDEST[0]}.{OLDEST[1]}, this GPU has "
-            f"{capability[0]}.{capability[1]}: the reference and dense layers still work"
-        )
-    return why_no_bindings(NAME)
+    remedy = "the reference and dense layers still work"
+    return why_not_capability(NAME, device, OLDEST, remedy) or why_no_bindings(NAME)
 
 
 def multiply_expanded(

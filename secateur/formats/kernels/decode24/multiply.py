@@ -18,7 +18,7 @@ from secateur.formats.kernels.decode24.config import (
     LaunchConfig,
     bucket,
 )
-from secateur.formats.kernels.gpu import check_bias, on, why_no_bindings, why_not_16_bits
+from secateur.formats.kernels.gpu import check_bias, on, why_no_bindings, why_not_capability
 from secateur.formats.kernels.launch import Launch, address, load, prepare, readable
 from secateur.formats.kernels.nvrtc import Source
 
@@ -31,19 +31,12 @@ def why_not(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, tokens: int
 ) -> str | None:
     """Why the kernel cannot run this layer here and what to do, or None."""
-    if (problem := why_not_16_bits(NAME, dtype, device)) is not None:
-        return problem
-    if (problem := why_no_units(NAME, shape)) is not None:
+    if (problem := why_no_units(NAME, shape, dtype, device)) is not None:
         return problem
     if tokens > MOST_TOKENS:
         return f"the decode kernel serves at most {MOST_TOKENS} tokens, got {tokens}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < SPARSE_FROM:
-        return (
-            "the decode kernel needs compute capability 8.0, for sparse tensor cores, this GPU has "
-            f"{capability[0]}.{capability[1]}: the reference and dense layers still work"
-        )
-    return why_no_bindings(NAME)
+    remedy = "the reference and dense layers still work"
+    return why_not_capability(NAME, device, SPARSE_FROM, remedy) or why_no_bindings(NAME)
 
 
 def multiply(

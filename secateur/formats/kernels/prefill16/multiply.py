@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.formats.kernels.decode24.arrange import UNIT_ROWS, Kind, unit_bytes, why_no_units
 from secateur.formats.kernels.decode24.config import WARPGROUPS_ON, Case
-from secateur.formats.kernels.gpu import check_bias, on, why_no_bindings, why_not_16_bits
+from secateur.formats.kernels.gpu import check_bias, on, why_no_bindings, why_not_capability
 from secateur.formats.kernels.launch import (
     Launch,
     address,
@@ -41,17 +41,11 @@ MOST_PIECE_BYTES = 256 * 8  # of a unit, in one side of a box
 
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernel cannot run this layer here and what to do, or None."""
-    if (problem := why_not_16_bits(NAME, dtype, device)) is not None:
+    if (problem := why_no_units(NAME, shape, dtype, device)) is not None:
         return problem
-    if (problem := why_no_units(NAME, shape)) is not None:
-        return problem
-    capability = torch.cuda.get_device_capability(device)
-    if capability != WARPGROUPS_ON:
-        return (
-            f"{NAME} needs compute capability {WARPGROUPS_ON[0]}.{WARPGROUPS_ON[1]}, this GPU has "
-            f"{capability[0]}.{capability[1]}: expanded and dense layers still work"
-        )
-    return why_no_bindings(NAME)
+    remedy = "expanded and dense layers still work"
+    problem = why_not_capability(NAME, device, WARPGROUPS_ON, remedy, alone=True)
+    return problem or why_no_bindings(NAME)
 
 
 def multiply(

@@ -18,6 +18,7 @@ from secateur.formats.kernels.gpu import (
     why_no_bindings,
     why_no_multiple,
     why_not_16_bits,
+    why_not_capability,
 )
 from secateur.formats.kernels.launch import Launch, address, load, prepare, readable, tensor_map
 from secateur.formats.kernels.nvrtc import Source
@@ -48,13 +49,9 @@ def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
         return problem
     if columns > LARGEST_WIDTH:
         return f"the prefill kernel takes at most {LARGEST_WIDTH} in_features, got {columns}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != CAPABILITY:
-        return (
-            f"the prefill kernel needs compute capability 9.0, this GPU has "
-            f"{capability[0]}.{capability[1]}: cuSPARSELt and dense layers still work"
-        )
-    return why_no_bindings(NAME)
+    remedy = "cuSPARSELt and dense layers still work"
+    problem = why_not_capability(NAME, device, CAPABILITY, remedy, alone=True)
+    return problem or why_no_bindings(NAME)
 
 
 def linear(
