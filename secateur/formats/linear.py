@@ -151,12 +151,13 @@ class SparseLinear(nn.Linear):
             ascend; then nothing has changed.
         """
         chosen = dict.fromkeys(self._validated(table))  # each once, in order
-        tensors, stored = self._held(), None
-        names = held_tensors(self.format, chosen)
-        for entry in chosen:
-            if any(name in names and name not in tensors for name in entry.reads(self.format)):
-                stored = self.packed if stored is None else stored
-                tensors |= {**stored.tensors, **entry.arranged(stored).tensors}
+        tensors, names = self._held(), held_tensors(self.format, chosen)
+        if not tensors.keys() >= set(names):
+            stored = self.packed
+            tensors |= stored.tensors
+            for entry in chosen:
+                if not tensors.keys() >= set(entry.reads(self.format)):
+                    tensors |= entry.arranged(stored).tensors
         self._hold({name: tensors[name] for name in names})
         self.dispatch = " ".join(
             name if limit is None else f"{name}<={limit}" for name, limit in table
