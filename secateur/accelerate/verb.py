@@ -178,9 +178,8 @@ def _accelerate(
 
 def _advice(model: nn.Module, report: AccelerateReport) -> str:
     """What would be faster on this CPU; nothing where something is, or nothing was measured."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    dense = [linears[layer.layer] for layer in report.layers if layer.layer in linears]
-    weights = [linear.weight.detach() for linear in dense]
+    left = [layer.layer for layer in report.layers if layer.format == DENSE]
+    weights = [linear.weight.detach() for linear in named_linears(model, left).values()]
     usable = [weight for weight in weights if _why_unmeasurable(weight) is None]
     if report.changed or not usable or any(weight.is_cuda for weight in usable):
         return ""
@@ -214,7 +213,8 @@ def _groups(
     skipped: dict[str, str] = {}
     for name, linear in tqdm(linears.items(), desc="look", unit="layer", disable=None):
         weight = linear.weight.detach()
-        problem = left.get(name) or why_not_layer(name, linear, tied) or _why_unmeasurable(weight)
+        module = model.get_submodule(name)
+        problem = left.get(name) or why_not_layer(name, module, tied) or _why_unmeasurable(weight)
         if problem is not None:
             skipped[name] = problem
             continue

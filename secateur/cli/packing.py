@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from secateur.accelerate.candidates import why_not_each
 from secateur.formats import SparseLinear
 from secateur.formats.format import FORMATS, parse_format
-from secateur.formats.pack import is_linear
+from secateur.formats.pack import linears_of
 from secateur.model.plan import Plan
 from secateur.patterns import Pattern
 
@@ -19,13 +19,13 @@ def formats_for(
     """The layers to pack in each format; None for all that fit."""
     if format is not None or plan is None:
         return {format or "semi24": None}
-    modules = dict(model.named_modules())
+    linears = linears_of(model)
     smallest: dict[Pattern, str] = {}
     chosen: dict[str, list[str]] = {}
     for name, pattern in plan.layers.items():
-        if name in modules and is_linear(module := modules[name]):
+        if name in linears:
             if pattern not in smallest:
-                smallest[pattern] = _smallest(pattern, module.weight.detach())
+                smallest[pattern] = _smallest(pattern, linears[name].weight.detach())
             chosen.setdefault(smallest[pattern], []).append(name)
     return dict(chosen)
 
@@ -35,7 +35,7 @@ def packed_size(model: nn.Module, plan: Plan | None, stored: int) -> int | None:
 
     `stored` are the bytes that they take now, of which the packed layers' are exchanged.
     """
-    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    linears = linears_of(model)
     saved = 0
     for format, layers in formats_for(model, plan, None).items():
         chosen = parse_format(format)

@@ -13,7 +13,7 @@ from secateur.cli.quality import tokens_in
 from secateur.cli.source import Opened, bytes_of, model_files, parameters_in
 from secateur.core.tables import as_bytes
 from secateur.model.blocks import Batch
-from secateur.model.layers import DEFAULT_TYPES
+from secateur.model.layers import by_default
 from secateur.model.plan import Plan
 from secateur.prune.verbs import PruneReport
 from secateur.report.content import metric
@@ -129,7 +129,7 @@ def _lines(summary: Summary) -> list[tuple[str, str, str, str]]:
 
 def _layers_of(model: nn.Module) -> set[str]:
     """The names of all layers of the kinds that are pruned by default."""
-    return {name for name, module in model.named_modules() if isinstance(module, DEFAULT_TYPES)}
+    return {name for name, module in model.named_modules() if by_default(name, module)}
 
 
 def _calibration(summary: Summary) -> str:

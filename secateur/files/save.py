@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from secateur.core.conv1d import as_linear, is_conv1d
 from secateur.core.disk.atomic import appearing_whole, settle
 from secateur.core.disk.owned import temporary_folder
 from secateur.core.disk.tensor_files import SUFFIX, load_files, save_file
@@ -434,7 +435,7 @@ def _packed_layer(
     """The packed layer of that name, filled, on the device of the layer that it replaces."""
     layer = dict(model.named_modules()).get(name)
     shape = (description.get("out_features"), description.get("in_features"))
-    if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != shape:
+    if layer is None or _shape_of_linear(layer) != shape:
         raise ValueError(
             f"{folder} has a packed linear layer {name!r} of {shape[0]} x {shape[1]}, this "
             f"{type(model).__name__} has {layer}: {_MATCH}"
@@ -448,6 +449,13 @@ def _packed_layer(
         raise ValueError(f"{folder}, packed layer {name!r}: {said}") from error
     device = next(iter([*layer.parameters(), *layer.buffers()])).device
     return packed.to(device).train(layer.training)
+
+
+def _shape_of_linear(layer: nn.Module) -> tuple[int, int] | None:
+    """The shape `[out, in]` of a layer that may be packed; None for others."""
+    if is_conv1d(layer):
+        layer = as_linear(layer)
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
 
 
 def _require_same(

@@ -71,6 +71,7 @@ class SparseLinear(nn.Linear):
         register(self.format)
         self._operators = self.format.name
         self.name = name  # only for error messages
+        self.unpacks_to: type[nn.Module] = nn.Linear  # or Conv1D; `swap` sets it
         self.activation = ""  # that is applied to the results; `fuse_activations_` sets it
         self.dtype = packed.dtype
         self._hold(packed.tensors)

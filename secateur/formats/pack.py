@@ -1,4 +1,7 @@
-"""`pack_` and `unpack_`: the linears of a model, from dense to packed and back."""
+"""`pack_` and `unpack_`: the linears of a model, from dense to packed and back.
+
+GPT-2's `Conv1D` is a linear too, whose weight is read and given back transposed.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from secateur.core.conv1d import as_linear, conv1d, is_conv1d
 from secateur.core.memory import room_for
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import adapters, require_data, require_module, tied_weights, why_computed
@@ -82,7 +86,8 @@ def pack_(
 ) -> PackReport:
     """The layers that now hold a packed weight: each listed `nn.Linear` becomes a `SparseLinear`.
 
-    So does a subclass that has the forward and the tensors of `nn.Linear` and no others.
+    So does a subclass that has the forward and the tensors of `nn.Linear` and no others, and
+    GPT-2's `Conv1D`.
 
     Without `layers`: every `nn.Linear` whose weight fits the format and is smaller for it, which
     takes zeros, but for `int8_dynamic` and `fp8_dynamic`, and which is of no adapter. This saves
@@ -108,8 +113,8 @@ def _pack(model: nn.Module, chosen: Format, layers: Sequence[str] | None, undo: 
         linears = _fitting(model, chosen, tied)
     else:
         linears = named_linears(model, layers)
-        for name, linear in linears.items():
-            problem = why_not_layer(name, linear, tied)
+        for name in linears:
+            problem = why_not_layer(name, model.get_submodule(name), tied)
             if problem is not None:
                 raise ValueError(f"pack_ cannot take layer {name!r}: {problem}")
     packed = dict[str, SparseLinear]()
@@ -131,6 +136,8 @@ def _pack(model: nn.Module, chosen: Format, layers: Sequence[str] | None, undo: 
 def unpack_(model: nn.Module) -> PackReport:
     """The layers that are plain again: every `SparseLinear` becomes an `nn.Linear`, weights exact.
 
+    Or a `Conv1D`, where one was packed.
+
     A quantised weight becomes scale x code, rounded once to the layer's dtype: packing it in the
     same format again changes nothing.
     The restored weights require gradients, whatever they did before they were packed.
@@ -148,14 +155,14 @@ def _unpack(model: nn.Module, undo: Undo) -> PackReport:
         name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)
     }
     _refuse_lone_layer(model, found, "unpack_")
-    dense = dict[str, nn.Linear]()
+    dense = dict[str, nn.Module]()
     for name, layer in found.items():
         with room_for([name], "its dense weight", "unpack_ on a machine with more memory"):
             dense[name] = _dense_linear(layer)
     report = PackReport(
         tuple(
-            (name, str(linear.format), linear.nbytes, dense[name].weight.nbytes, 0.0)
-            for name, linear in found.items()
+            (name, str(layer.format), layer.nbytes, _dense_bytes(layer), 0.0)
+            for name, layer in found.items()
         ),
         bytes_of(model),
     )
@@ -182,38 +189,42 @@ def packed_linear(
 
 
 def named_linears(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Linear]:
-    """The listed layers of the model.
+    """The listed layers of the model, a `Conv1D` as the linear that it computes.
 
-    Raises: ValueError for a name that the model does not have, a module that is no `nn.Linear`, or
-        a weight that is computed or has no data.
+    Raises: ValueError for a name that the model does not have, a module that is no linear, or a
+        weight that is computed or has no data.
     """
     modules = dict(model.named_modules())
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, nn.Module] = {}
     for name in layers:
         if name not in modules:
             close = get_close_matches(name, modules, n=1)
             hint = f"closest: {close[0]!r}" if close else "the model has no name like it"
             raise ValueError(f"no layer is named {name!r}: {hint}")
         module = modules[name]
-        if not is_linear(module):
+        if not (is_linear(module) or is_conv1d(module)):
             raise ValueError(
                 f"layer {name!r} needs to be an nn.Linear, got {type(module).__name__}: "
                 "leave it out of layers"
             )
         found[name] = module
     _refuse_lone_layer(model, found, "pack_")
-    require_data(found)
-    return found
+    return _as_linears(found)
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every `nn.Linear` of the model, and what is one but for its type.
+    """Every `nn.Linear` of the model, and what is one but for its type or its weight's order.
 
     Raises: ValueError if the weight of one is computed or has no data.
     """
-    found = {name: module for name, module in model.named_modules() if is_linear(module)}
+    return _as_linears(
+        {name: m for name, m in model.named_modules() if is_linear(m) or is_conv1d(m)}
+    )
+
+
+def _as_linears(found: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
     require_data(found)
-    return found
+    return {name: m if isinstance(m, nn.Linear) else as_linear(m) for name, m in found.items()}
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -229,25 +240,31 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module).forward is nn.Linear.forward and not others
 
 
-def why_not_layer(name: str, linear: nn.Linear, tied: Mapping[str, str]) -> str | None:
+def why_not_layer(name: str, module: nn.Module, tied: Mapping[str, str]) -> str | None:
     """What would be lost beside its dense weight if this layer were replaced, or None.
 
     `tied` is what `secateur.core.weights.tied_weights` says of the model.
     """
     if name in tied:
         return f"its weight is tied to {tied[name]!r}, and packing would untie them"
-    if reason := why_computed(linear, "bias"):
+    if reason := why_computed(module, "bias"):
         return f"its bias {reason}"
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks, which packing would drop: remove them first"
-    if "forward" in vars(linear):
+    if "forward" in vars(module):
         return "its forward has been replaced, which packing would undo: restore it first"
     return None
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module], undo: Undo) -> None:
-    """Put each replacement in every place where the module of that name stands."""
+    """Put each replacement in every place where the module of that name stands.
+
+    A `SparseLinear` is told what stood there, for `unpack_` to give back.
+    """
     modules = dict(model.named_modules())
+    for name, replacement in replacements.items():
+        if isinstance(replacement, SparseLinear):
+            replacement.unpacks_to = _plain_class(modules[name])
     new = {id(modules[name]): replacement for name, replacement in replacements.items()}
     places = [
         (place, module, new[id(module)])
@@ -258,6 +275,13 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], undo: Undo) ->
         undo.call(model.set_submodule, place, module)
         model.set_submodule(place, replacement)
     _guard(model, undo)
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of layer that this one is once it is unpacked."""
+    if isinstance(module, SparseLinear):
+        return module.unpacks_to
+    return type(module) if is_conv1d(module) else nn.Linear
 
 
 def refuse_save_pretrained(*arguments: object, **ignored: object) -> None:
@@ -288,11 +312,11 @@ def _guard(model: nn.Module, undo: Undo) -> None:
 
 def _fitting(model: nn.Module, format: Format, tied: Mapping[str, str]) -> dict[str, nn.Linear]:
     fitting, reasons, left = dict[str, nn.Linear](), list[str](), adapters(model)
-    for name, module in linears_of(model).items():
-        problem = left.get(name) or why_not_layer(name, module, tied)
-        problem = problem or format.why_not(module.weight.detach())
+    for name, linear in linears_of(model).items():
+        problem = left.get(name) or why_not_layer(name, model.get_submodule(name), tied)
+        problem = problem or format.why_not(linear.weight.detach())
         if problem is None:
-            fitting[name] = module
+            fitting[name] = linear
         else:
             reasons.append(f"{name!r}: {problem}")
     _refuse_lone_layer(model, fitting, "pack_")
@@ -313,11 +337,19 @@ def _refuse_lone_layer(model: nn.Module, found: Mapping[str, nn.Module], verb: s
         )
 
 
-def _dense_linear(linear: SparseLinear) -> nn.Linear:
-    dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(linear.packed.dense())
-    dense.bias = linear.bias
-    return dense.train(linear.training)
+def _dense_linear(layer: SparseLinear) -> nn.Module:
+    weight = layer.packed.dense()
+    if layer.unpacks_to is nn.Linear:
+        dense: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        dense.weight = nn.Parameter(weight)
+    else:
+        dense = conv1d(layer.unpacks_to, weight)
+    dense.bias = layer.bias
+    return dense.train(layer.training)
+
+
+def _dense_bytes(layer: SparseLinear) -> int:
+    return layer.out_features * layer.in_features * layer.dtype.itemsize
 
 
 def _size_and_error(linear: nn.Linear, layer: SparseLinear) -> tuple[int, float]:

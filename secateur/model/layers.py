@@ -17,14 +17,12 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
+from secateur.core.conv1d import is_conv1d
 from secateur.core.weights import adapters, require_module, require_ordinary, tied_weights
 from secateur.core.wrappers import unwrapped
 from secateur.patterns import Pattern
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-
-# What is pruned unless the user selects otherwise.
-DEFAULT_TYPES = (nn.Linear, nn.Conv2d)
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Convolutions that have no matrix here; they are skipped with a reason.
@@ -33,7 +31,12 @@ OTHER_CONVOLUTIONS = (nn.Conv1d, nn.Conv3d, *TRANSPOSED)
 
 def is_prunable(module: nn.Module) -> bool:
     """Whether the module's weight can be seen as an `[out, in]` matrix here."""
-    return isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) or _is_conv1d(module)
+    return isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) or is_conv1d(module)
+
+
+def by_default(name: str, module: nn.Module) -> bool:
+    """Whether the layer is of a kind that is pruned unless the user selects otherwise."""
+    return isinstance(module, (nn.Linear, nn.Conv2d)) or is_conv1d(module)
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
@@ -65,7 +68,7 @@ def matrix(
     assert isinstance(tensor, Tensor)
     if isinstance(module, nn.Conv2d):
         tensor = tensor.permute(0, 2, 3, 1).flatten(1)
-    return tensor.mT if _is_conv1d(module) else tensor
+    return tensor.mT if is_conv1d(module) else tensor
 
 
 def from_matrix(module: nn.Module, rows: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "..."]:
@@ -74,7 +77,7 @@ def from_matrix(module: nn.Module, rows: Shaped[Tensor, "out in"]) -> Shaped[Ten
         height, width = module.kernel_size
         stored: Tensor = rows.unflatten(1, (height, width, -1)).permute(0, 3, 1, 2)
         return stored.contiguous()
-    return rows.mT if _is_conv1d(module) else rows
+    return rows.mT if is_conv1d(module) else rows
 
 
 def input_rows(module: nn.Module, x: Float[Tensor, "..."]) -> Float[Tensor, "tokens in"]:
@@ -145,11 +148,11 @@ def select(
     """The prunable layers that the selectors choose, minus `ignore`; the first match wins.
 
     A selector is a full name, a glob (`*.mlp.*`), a regular expression after `re:`, a module type
-    or a callable `(name, module) -> bool`. `None` means every Linear and Conv2d. A name or glob may
-    be the weight's, `blocks.0.up_proj.weight`. Names are without the wrappers of `torch.compile`,
-    `DataParallel` and `DistributedDataParallel`. The output head and the weights of adapters
-    (PEFT's) are skipped, with the reason, unless named in full. So are weights that share memory
-    with another and convolutions that cannot be pruned; naming one of these is an error.
+    or a callable `(name, module) -> bool`. `None` means every Linear, Conv2d and Conv1D of GPT-2. A
+    name or glob may be the weight's, `blocks.0.up_proj.weight`. Names are without the wrappers of
+    `torch.compile`, `DataParallel` and `DistributedDataParallel`. The output head and the weights
+    of adapters (PEFT's) are skipped, with the reason, unless named in full. So are weights that
+    share memory with another and convolutions that cannot be pruned; naming one is an error.
 
     Raises:
         ValueError: if the model is no ordinary module, a selector or an ignore matches nothing
@@ -181,7 +184,7 @@ def select_any(
         for name, module in model.named_modules()
         if is_prunable(module) or isinstance(module, OTHER_CONVOLUTIONS) or _is_scripted(module)
     }
-    default = [*DEFAULT_TYPES, *OTHER_CONVOLUTIONS, torch.jit.ScriptModule]
+    default: list[Selector] = [by_default, *OTHER_CONVOLUTIONS, torch.jit.ScriptModule]
     chosen = default if selectors is None else _listed(selectors)
     ignored = _listed(ignore)
     if selectors is not None:
@@ -288,7 +291,7 @@ def _corrected(selector: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 def _why_none(skipped: Mapping[str, str]) -> str:
     if not skipped:
-        return "it has no Linear or Conv2d that was selected"
+        return "it has no Linear, Conv2d or Conv1D of GPT-2 that was selected"
     return "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
 
 
@@ -307,8 +310,3 @@ def _is_scripted(module: nn.Module) -> bool:
         return False
     own = dict(module.named_parameters(recurse=False))
     return "weight" in own and own["weight"].dim() > 1
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether the module is transformers' Conv1D (GPT-2), a linear layer stored as `[in, out]`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -91,9 +91,9 @@ def plan(
 
     `pattern` is one pattern for all (`"2:4"`, `NM(2, 4)`), or a mapping from selectors to patterns
     in which the first match wins. `layers` and `ignore` take names, globs, `re:` expressions,
-    module types and callables. The default is every Linear and Conv2d except tied weights, adapters
-    and the output head; layers whose shape cannot have the pattern, such as a CNN's first
-    convolution with its three input channels, are then skipped with the reason.
+    module types and callables. The default is every Linear, Conv2d and Conv1D of GPT-2 except
+    tied weights, adapters and the output head; layers whose shape cannot have the pattern, such as
+    a CNN's first convolution with its three input channels, are then skipped with the reason.
 
     Raises:
         ValueError: if a selector matches nothing, a selected layer's shape cannot have its pattern,

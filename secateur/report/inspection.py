@@ -162,7 +162,7 @@ def _inspect(name: str, module: nn.Module, skipped: str) -> LayerInspection:
         zero_rows=int((~mask.any(1)).sum()),
         zero_columns=int((~mask.any(0)).sum()),
         skipped=skipped,
-        named=not isinstance(module, _layers.DEFAULT_TYPES),
+        named=not _layers.by_default(name, module),
         packed=packed,
         computed=not packed and why_computed(module) is not None,
     )
@@ -191,7 +191,7 @@ def _skipped(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, st
     }
     selection = _layers.select_any(model, [lambda name, module: True])
     for name, module in selection.layers.items():
-        if not isinstance(module, _layers.DEFAULT_TYPES):
+        if not _layers.by_default(name, module):
             reasons.setdefault(name, f"{type(module).__name__}: name it to prune it")
     return {**selection.skipped, **reasons}
 

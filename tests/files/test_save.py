@@ -24,6 +24,7 @@ from secateur.files.save import load, require_writable, save
 from secateur.files.sidecar import read_sidecar
 from secateur.formats import SparseLinear, pack_
 from secateur.integrations.transformers import load_folder
+from tests.reconstruct.problems import gpt2_and_batches
 
 # By its path in sys.modules: the package's own name `save` is the function.
 save_module = importlib.import_module("secateur.files.save")
@@ -166,6 +167,24 @@ def test_a_packed_model_is_packed_on_disk_and_comes_back_packed(tmp_path: Path) 
 def pack_and_return(model: Net) -> Net:
     pack_(model, "bitmap", ["inner"])
     return model
+
+
+def test_a_packed_gpt2_comes_back_and_unpacks_to_its_own_layers(tmp_path: Path) -> None:
+    model, batches = gpt2_and_batches(blocks=1)
+    plan = sc.plan(model, "2:4")
+    sc.reconstruct_(model, plan, sc.sparsegpt, batches)
+    expected = model(batches[0]).logits
+    save(model, tmp_path / "dense", plan=plan)
+    pack_(model)
+    save(model, tmp_path / "packed", plan=plan)
+    loaded = load(tmp_path / "packed")
+    assert isinstance(loaded.transformer.h[0].attn.c_attn, SparseLinear)
+    assert torch.equal(loaded(batches[0]).logits, model(batches[0]).logits)
+    sc.unpack_(loaded)
+    assert torch.equal(loaded(batches[0]).logits, expected)
+    stock = load_folder(tmp_path / "dense").state_dict()
+    assert all(torch.equal(tensor, stock[key]) for key, tensor in loaded.state_dict().items())
+    assert sc.check(loaded, plan) == dict.fromkeys(plan.layers, 0.5)
 
 
 def test_a_bare_packed_layer_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`pack_` and `unpack_`: which layers change, and that a refusal changes none."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from secateur.formats import SparseLinear, pack_, unpack_
 from tests.formats.weights import fitting_weight, tokens_in
+from tests.reconstruct.problems import gpt2_and_batches
 
 
 class Model(nn.Module):
@@ -276,3 +278,41 @@ def test_an_adapter_is_packed_by_name_only() -> None:
     assert [row[0] for row in pack_(model, "bitmap").layers] == ["base"]
     assert type(model["lora_B"]) is nn.Linear
     assert [row[0] for row in pack_(model, "bitmap", ["lora_B"]).layers] == ["lora_B"]
+
+
+def pruned_gpt2() -> tuple[nn.Module, Tensor]:
+    model, batches = gpt2_and_batches(blocks=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".c_" in name and parameter.dim() == 2:  # 2:4 along its inputs, which are its rows
+                parameter.unflatten(0, (-1, 4))[:, 1:3] = 0
+    return model, batches[0]
+
+
+def test_conv1d_packs_and_unpacks_to_what_it_was() -> None:
+    model, ids = pruned_gpt2()
+    expected, before = model(ids).logits, kinds(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    report = pack_(model)
+    assert len(report.layers) == 8
+    assert model.transformer.h[0].mlp.c_fc.shape == (64, 16)
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    copied = deepcopy(model)
+    for packed in (model, copied):
+        unpack_(packed)
+        assert kinds(packed) == before
+        assert list(packed.state_dict()) == list(state)
+        assert all(torch.equal(value, state[key]) for key, value in packed.state_dict().items())
+        assert torch.equal(packed(ids).logits, expected)
+
+
+def test_a_conv1d_with_a_hook_is_left_alone() -> None:
+    assert len(pack_(pruned_with_hook()).layers) == 7
+    with pytest.raises(ValueError, match=r"'transformer\.h\.0\.mlp\.c_fc': it has hooks"):
+        pack_(pruned_with_hook(), layers=["transformer.h.0.mlp.c_fc"])
+
+
+def pruned_with_hook() -> nn.Module:
+    model, _ = pruned_gpt2()
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
+    return model

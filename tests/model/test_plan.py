@@ -8,6 +8,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.model.plan import match, plan_from_dict
+from tests.reconstruct.problems import gpt2_and_batches
 
 
 def model() -> nn.Sequential:
@@ -208,3 +209,13 @@ def test_planning_changes_nothing() -> None:
 def test_plain_data_round_trip() -> None:
     plan = sc.plan(model(), "unstructured:0.5")
     assert plan_from_dict(plan.to_dict(), "here") == plan
+
+
+def test_conv1d_is_planned_by_default() -> None:
+    model, _ = gpt2_and_batches(blocks=1)
+    made = sc.plan(model, "2:4")
+    block = "transformer.h.0"
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert list(made.layers) == [f"{block}.{name}" for name in names]
+    assert made.shapes[f"{block}.attn.c_attn"] == (48, 16)
+    assert list(made.skipped) == ["lm_head"]
