@@ -24,7 +24,8 @@ class AccelerateReport:
     `dense_formats` are those tried that store every weight, rounded: a sparse format that rounds
     has to beat them, too. `fused` are the layers that now apply the activation after them, and
     which one it is. `advice` is what would be faster on this machine, where nothing is.
-    `model_bytes` are those of the whole model before, parameters and buffers.
+    `model_bytes` are those of the whole model before, parameters and buffers. `coverage` says
+    which share of all parameters is packed, if any is.
     """
 
     device: str
@@ -37,6 +38,7 @@ class AccelerateReport:
     fused: Mapping[str, str] = field(default_factory=dict)
     advice: str = ""
     model_bytes: int = 0
+    coverage: str = ""
 
     @property
     def changed(self) -> tuple[LayerReport, ...]:
@@ -140,7 +142,7 @@ class AccelerateReport:
         lines += [_grouped(reasons[one], one[1]) for one in ranked]
         if len(reasons) > REASONS_SHOWN:
             lines.append(f"... and {len(reasons) - REASONS_SHOWN} more reasons, in .layers")
-        lines += filter(None, (self.advice, self.given_up, self.gain))
+        lines += filter(None, (self.coverage, self.advice, self.given_up, self.gain))
         return "\n".join(lines)
 
     def _row(self, layer: LayerReport, measured: LayerTimes) -> tuple[str, ...]:

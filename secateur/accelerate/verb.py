@@ -48,6 +48,7 @@ from secateur.formats.pack import (
     linears_of,
     named_linears,
     packed_linear,
+    packed_share,
     swap,
     why_not_layer,
 )
@@ -173,7 +174,8 @@ def _accelerate(
     if strict:
         _demand_gains(report, layers)
     swap(model, packed, undo)
-    return replace(report, fused=fuse_activations_(model, undo))
+    share = packed_share(model) if report.changed else ""
+    return replace(report, fused=fuse_activations_(model, undo), coverage=share)
 
 
 def _advice(model: nn.Module, report: AccelerateReport) -> str:

@@ -78,4 +78,8 @@ def _show(report: AccelerateReport, full: bool) -> None:
     rows = [(runs, str(len(names)), in_options(told)) for (runs, told), names in why.items()]
     table(("runs", "layers", "why"), rows)
     say(f"measured on {report.device}, {report.threads} threads", report.headline)
-    say(*map(in_options, filter(None, (report.advice, report.given_up, report.gain))))
+    say(
+        *map(
+            in_options, filter(None, (report.coverage, report.advice, report.given_up, report.gain))
+        )
+    )

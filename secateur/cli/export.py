@@ -12,6 +12,7 @@ from secateur.cli.packing import formats_for, slower_here
 from secateur.cli.source import bytes_of, model_files, open_folder, recorded_reports
 from secateur.core.tables import as_bytes
 from secateur.formats import pack_, unpack_
+from secateur.formats.pack import packed_share
 
 
 @command()
@@ -60,4 +61,4 @@ def export(
     if rounded:
         say(f"{format} rounds weights: those of a layer are off by up to {rounded:.1%}")
     if to == "packed":
-        say(*slower, "it loads with sc.load")
+        say(packed_share(source.model), *slower, "it loads with sc.load")

@@ -39,9 +39,10 @@ def plan(
     if json:
         emit(decided.to_dict())
         return
+    if source.state_dict is None:
+        say(decided.coverage)
     table(decided.columns, decided.rows(), full=full)
-    weights = sum(rows * columns for rows, columns in decided.shapes.values())
-    say(f"{len(decided.layers)} layers, {weights:,} weights")
+    say(f"{len(decided.layers)} layers, {decided.weights:,} weights")
     say(*left_alone({**decided.skipped, **source.left_alone}))
     if out is not None:
         say(f"written to {out}")

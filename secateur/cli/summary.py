@@ -90,6 +90,8 @@ def summarize(summary: Summary) -> None:
     plan, report = summary.plan, summary.report
     patterns = ", ".join(dict.fromkeys(str(pattern) for pattern in plan.layers.values()))
     left = {**plan.skipped, **summary.source.left_alone}
+    if plan.left and summary.source.state_dict is None:
+        say(plan.coverage)
     say(
         f"pattern {patterns} / method {report.method} / {len(plan.layers)} of "
         f"{len(_layers_of(summary.source.model) | left.keys() | plan.layers.keys())} layers",

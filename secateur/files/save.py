@@ -316,6 +316,7 @@ def _in_saved_names(plan: Plan, model: nn.Module) -> Plan:
         {saved(name) or name: pattern for name, pattern in plan.layers.items()},
         {saved(name) or name: shape for name, shape in plan.shapes.items()},
         {new: why for name, why in plan.skipped.items() if (new := saved(name)) is not None},
+        plan.left,
     )
 
 

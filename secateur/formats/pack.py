@@ -6,6 +6,7 @@ GPT-2's `Conv1D` is a linear too, whose weight is read and given back transposed
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from typing import Any, TypeGuard
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from secateur.core.conv1d import as_linear, conv1d, is_conv1d
+from secateur.core.coverage import coverage, left_alone
 from secateur.core.memory import room_for
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import adapters, require_data, require_module, tied_weights, why_computed
@@ -220,6 +222,14 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     return _as_linears(
         {name: m for name, m in model.named_modules() if is_linear(m) or is_conv1d(m)}
     )
+
+
+def packed_share(model: nn.Module) -> str:
+    """One sentence: the share of the model's parameters that is packed, and what stays dense."""
+    linears = [name for name, m in model.named_modules() if is_linear(m) or is_conv1d(m)]
+    left = left_alone(model, {}, dict.fromkeys(linears, "linear layers that stay dense"))
+    packed = [m.shape for m in model.modules() if isinstance(m, SparseLinear)]
+    return coverage("packed are", sum(map(prod, packed)), left)
 
 
 def _as_linears(found: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:

@@ -253,10 +253,15 @@ def _require_match(model: nn.Module, modules: Mapping[str, nn.Module], selector:
         return
     if isinstance(selector, str):
         if isinstance(other := dict(model.named_modules()).get(selector), nn.Module):
-            kind = type(other).__name__
+            inside = any(name.startswith(f"{selector}.") for name in modules)
+            remedy = (
+                f"to choose the layers inside it write '{selector}.*'"
+                if inside
+                else ("leave it out, it holds no layer that can be pruned")
+            )
             raise ValueError(
-                f"{selector!r} is a {kind}, which has no weight matrix to prune: to choose the "
-                f"layers inside it write '{selector}.*'"
+                f"{selector!r} is a {type(other).__name__}, which has no weight matrix to prune: "
+                f"{remedy}"
             )
         raise ValueError(_no_match(selector, modules))
     raise ValueError(f"no prunable layer of {type(model).__name__} matches {selector!r}")

@@ -1,15 +1,17 @@
 """The plan: which layer gets which pattern, decided and shown before a weight is touched."""
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from secateur.core.coverage import coverage, is_slight, left_alone
 from secateur.core.disk.atomic import write_whole
 from secateur.core.disk.data_files import first_fault, read_yaml
 from secateur.core.tables import text_table
@@ -24,11 +26,25 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """Each layer's pattern and `[out, in]` shape by name, and why other layers were skipped."""
+    """Each layer's pattern and `[out, in]` shape by name, and why other layers were skipped.
+
+    `left` accounts for all other parameters of the model: how many are left dense, by the reason.
+    """
 
     layers: Mapping[str, Pattern]
     shapes: Mapping[str, tuple[int, int]]
     skipped: Mapping[str, str]
+    left: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        """The number of weights in the planned layers."""
+        return sum(rows * columns for rows, columns in self.shapes.values())
+
+    @property
+    def coverage(self) -> str:
+        """One sentence: the share of the whole model that is planned, and why no more is."""
+        return coverage("planned", self.weights, self.left)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -46,14 +62,13 @@ class Plan:
         ]
 
     def __str__(self) -> str:
-        weights = sum(rows * cols for rows, cols in self.shapes.values())
         patterns = ", ".join(
             f"{p}: {n}" for p, n in Counter(map(str, self.layers.values())).items()
         )
         skipped = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped.items())
         return (
-            f"{text_table(self.columns, self.rows())}\n"
-            f"{len(self.layers)} layers ({patterns}), {weights:,} weights"
+            f"{self.coverage}\n{text_table(self.columns, self.rows())}\n"
+            f"{len(self.layers)} layers ({patterns}), {self.weights:,} weights"
             + (f"\nskipped:{skipped}" if skipped else "")
         )
 
@@ -66,6 +81,7 @@ class Plan:
                 for name, pattern in self.layers.items()
             },
             "skipped": dict(self.skipped),
+            "left": dict(self.left),
         }
 
     def write(self, path: str | Path) -> None:
@@ -93,7 +109,8 @@ def plan(
     in which the first match wins. `layers` and `ignore` take names, globs, `re:` expressions,
     module types and callables. The default is every Linear, Conv2d and Conv1D of GPT-2 except
     tied weights, adapters and the output head; layers whose shape cannot have the pattern, such as
-    a CNN's first convolution with its three input channels, are then skipped with the reason.
+    a CNN's first convolution with its three input channels, are then skipped with the reason. A
+    warning says so if the plan has under 1 % of the model's matrices.
 
     Raises:
         ValueError: if a selector matches nothing, a selected layer's shape cannot have its pattern,
@@ -117,11 +134,14 @@ def plan(
     misfits = _misfits(chosen, shapes)
     if misfits and (selectors is not None or len(misfits) == len(chosen)):
         raise ValueError(_cannot_have(misfits, len(chosen)))
-    return Plan(
-        {name: fitting for name, fitting in chosen.items() if name not in misfits},
-        {name: shape for name, shape in shapes.items() if name not in misfits},
-        {**selection.skipped, **misfits},
-    )
+    skipped = {**selection.skipped, **misfits}
+    fitting = {name: shape for name, shape in shapes.items() if name not in misfits}
+    covered = {f"{name}.weight".lstrip("."): rows * cols for name, (rows, cols) in fitting.items()}
+    left = left_alone(unwrapped(model), covered, skipped)
+    made = Plan({name: chosen[name] for name in fitting}, fitting, skipped, left)
+    if selectors is None and is_slight(made.weights, left):
+        warnings.warn(made.coverage, stacklevel=2)
+    return made
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -149,6 +169,7 @@ def plan_from_dict(data: object, where: str) -> Plan:
         version: int
         layers: dict[str, Entry]
         skipped: dict[str, str] = {}
+        left: dict[str, int] = {}
 
     try:
         file = File.model_validate(data)
@@ -163,7 +184,8 @@ def plan_from_dict(data: object, where: str) -> Plan:
         patterns = {name: parse(entry.pattern) for name, entry in file.layers.items()}
     except ValueError as error:
         raise ValueError(f"{where} is not a plan: {error}") from None
-    return Plan(patterns, {name: e.shape for name, e in file.layers.items()}, file.skipped)
+    shapes = {name: entry.shape for name, entry in file.layers.items()}
+    return Plan(patterns, shapes, file.skipped, file.left)
 
 
 def as_plan(model: nn.Module, given: Plan | Pattern | str) -> Plan:

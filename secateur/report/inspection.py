@@ -1,13 +1,15 @@
 """The layers of a model as they are: their zeros, and the patterns that they hold or could."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from secateur.core.coverage import coverage, left_alone
 from secateur.core.tables import text_table
 from secateur.core.weights import require_data, require_module, why_computed, why_not_ordinary
 from secateur.core.wrappers import unwrapped
@@ -57,9 +59,13 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found, layer by layer, in the model's order."""
+    """What `inspect` found, layer by layer, in the model's order.
+
+    `left` says how many other parameters there are, by the reason why no layer has them.
+    """
 
     layers: tuple[LayerInspection, ...]
+    left: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -106,7 +112,8 @@ class Inspection:
         fitting = [name for name in _names() if chosen and all(name in r.fits for r in chosen)]
         told = f"; all of them hold {', '.join(held)}" if held else ""
         told += f"; the shapes of all fit {', '.join(fitting)}" if fitting else ""
-        return f"{many}: {weights:,} weights, {self.zeros:.1%} zeros{told}"
+        share = f"; {coverage('these are', weights, self.left)}" if self.left else ""
+        return f"{many}: {weights:,} weights, {self.zeros:.1%} zeros{told}{share}"
 
     def __str__(self) -> str:
         return f"{text_table(self.columns, self.rows())}\n{self.summary}"
@@ -133,7 +140,9 @@ def inspect(model: nn.Module) -> Inspection:
     require_data({n: m for n, m in modules.items() if not why_computed(m)})
     skipped = _skipped(model, modules)
     with torch.no_grad():
-        return Inspection(tuple(_inspect(n, m, skipped.get(n, "")) for n, m in modules.items()))
+        layers = tuple(_inspect(n, m, skipped.get(n, "")) for n, m in modules.items())
+    covered = {f"{r.layer}.weight".lstrip("."): prod(r.shape) for r in layers if r.counted}
+    return Inspection(layers, left_alone(model, covered, skipped))
 
 
 def _inspect(name: str, module: nn.Module, skipped: str) -> LayerInspection:

@@ -160,6 +160,7 @@ def dispatch(report: AccelerateReport) -> Section:
         "Speed",
         f"{report.headline[:1].upper()}{report.headline[1:]}. Measured on {report.device}, "
         f"{report.threads} threads; every layer against dense, and dense stays where dense wins."
+        + (f" {report.coverage[:1].upper()}{report.coverage[1:]}." if report.coverage else "")
         + (f" {report.advice[:1].upper()}{report.advice[1:]}." if report.advice else ""),
         figures,
         tables=[
@@ -255,7 +256,9 @@ def planned(plan: Plan) -> Section:
     tables = layer_tables(plan.columns, plan.rows(), "Planned layers")
     if plan.skipped:
         tables.append(Table(("left alone", "why"), list(plan.skipped.items())))
-    return Section("plan", "Plan", "Which layer gets which pattern.", tables=tables)
+    told = f"{plan.coverage[:1].upper()}{plan.coverage[1:]}." if plan.left else ""
+    lead = f"Which layer gets which pattern. {told}".strip()
+    return Section("plan", "Plan", lead, tables=tables)
 
 
 def dense_of(values: Mapping[str, object]) -> str | None:
