@@ -366,12 +366,12 @@ def _tied(saved: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _sparsity(model: nn.Module) -> dict[str, float]:
     """The share of zeros in each layer's weight, by the layer's name as it is saved."""
-    named = ((base_name(model, name), module) for name, module in model.named_modules())
+    named = ((base_name(model, name), m) for name, m in _layers.layers_of(model).items())
     with torch.no_grad():
         return {
             name: share_of_zeros(_layers.matrix(module))
             for name, module in named
-            if name is not None and _layers.is_prunable(module)
+            if name is not None
         }
 
 

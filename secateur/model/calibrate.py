@@ -39,6 +39,7 @@ from secateur.model.blocks import (
     to_device,
 )
 from secateur.model.distributed import ALONE, Team
+from secateur.model.experts import Expert, called_by_expert, parameter_name
 from secateur.model.half_blocks import DenseStream, HalfBlock
 from secateur.model.outputs import device_of, eval_mode
 from secateur.model.statistics import STATISTICS, Statistic
@@ -108,7 +109,7 @@ def observe(
     parts = without_padding(model, inputs)
     counts = team.all_gather(len({part.of for part in parts}))
     _check_batches(model, inputs, sum(counts), halves)
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad(), called_by_expert(layers):
         trace, parts = trace_together(model, layers, inputs, parts, team)
         recorder = _Recorder(
             trace=trace,
@@ -248,7 +249,7 @@ class _Recorder:
         in_order = [name for name in self.trace.calls if name in layers]
         stages: dict[str, list[str]] = {}
         for name in in_order:
-            stages.setdefault(self.trace.leader[name] if self.sequential else "", []).append(name)
+            stages.setdefault(self._stage(name, layers[name]), []).append(name)
         for names in stages.values():
             if done := [name for name in names if name in self.finished]:
                 yield Observed(block, {name: {} for name in done}, dict.fromkeys(done, 0))
@@ -259,7 +260,8 @@ class _Recorder:
                 sums = self._sum(block, stage, runs, share=True)
                 if any(s.was_not_shared for s in sums.values()):
                     sums = self._sum(block, stage, runs, share=False)
-            if unseen := [name for name in stage if sums[name].tokens == 0]:
+            _lend_(stage, sums)
+            if unseen := [name for name in stage if sums[name].counted == 0]:
                 raise ValueError(received_nothing(unseen))
             with room_for(list(stage), f"the {self._described(stage)} of its inputs", LESS_MEMORY):
                 values = {id(s): s.values(name) for name, s in sums.items()}
@@ -268,6 +270,14 @@ class _Recorder:
                 {name: values[id(s)] for name, s in sums.items()},
                 {name: s.tokens for name, s in sums.items()},
             )
+
+    def _stage(self, name: str, module: nn.Module) -> str:
+        """What layers have in common that are solved together: an input, or a stack of experts."""
+        if not self.sequential:
+            return ""
+        if isinstance(module, Expert):
+            return parameter_name(name, module)
+        return self.trace.leader[name]
 
     def _described(self, layers: Mapping[str, nn.Module]) -> str:
         widest = max(_layers.matrix(module).shape[1] for module in layers.values())
@@ -318,7 +328,7 @@ class _Sums:
 
     def __init__(self, names: tuple[str, ...], columns: int, device: torch.device) -> None:
         self.statistics: dict[str, Statistic] = {n: STATISTICS[n](columns, device) for n in names}
-        self.members = self.tokens = self._calls = self._inputs = 0
+        self.members = self.tokens = self.lent = self._calls = self._inputs = 0
         self._last: weakref.ref[Tensor] | None = None
 
     def add(self, module: nn.Module, x: Float[Tensor, "..."], batch: int) -> None:
@@ -341,12 +351,24 @@ class _Sums:
         self.tokens, self._calls, self._inputs = map(sum, zip(*counts, strict=True))
 
     @property
+    def counted(self) -> int:
+        """The tokens that the statistics are of: this input's, and as many as were lent to it."""
+        return self.tokens + self.lent
+
+    def borrow(self, tokens: int, of: Sequence[Tensor], among: int) -> None:
+        """Count this many tokens more, as they are on average `among` the tokens with sums `of`."""
+        own = (part for statistic in self.statistics.values() for part in statistic.sums)
+        for part, all_of_them in zip(own, of, strict=True):
+            part.add_(all_of_them, alpha=tokens / among)
+        self.lent = tokens
+
+    @property
     def was_not_shared(self) -> bool:
         """Whether layers that shared an input in the traced batch had different ones later."""
         return self._calls != self._inputs * self.members
 
     def values(self, layer: str) -> dict[str, Tensor]:
-        values = {name: s.value(self.tokens) for name, s in self.statistics.items()}
+        values = {name: s.value(self.counted) for name, s in self.statistics.items()}
         for value in values.values():
             if not value.isfinite().all():
                 raise ValueError(
@@ -354,6 +376,29 @@ class _Sums:
                     "it and the calibration data"
                 )
         return values
+
+
+# An expert that sees fewer tokens than this for each of its inputs is lent tokens of the others: a
+# Gram matrix of fewer is hardly of full rank.
+TOKENS_FOR_INPUT = 4
+
+
+def _lend_(layers: Mapping[str, nn.Module], sums: Mapping[str, _Sums]) -> None:
+    """Fill up the statistics of experts that saw few tokens with those of their whole stack."""
+    stacks: dict[str, list[str]] = {}
+    for name, module in layers.items():
+        if isinstance(module, Expert):
+            stacks.setdefault(parameter_name(name, module), []).append(name)
+    for names in stacks.values():
+        enough = TOKENS_FOR_INPUT * _layers.matrix(layers[names[0]]).shape[1]
+        among = sum(sums[name].tokens for name in names)
+        few = [name for name in names if sums[name].tokens < enough]
+        if not (few and among):
+            continue
+        parts = ([p for s in sums[n].statistics.values() for p in s.sums] for n in names)
+        total = [torch.stack(same).sum(0) for same in zip(*parts, strict=True)]
+        for name in few:
+            sums[name].borrow(enough - sums[name].tokens, total, among)
 
 
 # --- small things --------------------------------------------------------------------------------

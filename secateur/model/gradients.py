@@ -22,6 +22,7 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, find_chains, hooks
 from secateur.model.calibrate import as_list
 from secateur.model.distributed import ALONE, Team
+from secateur.model.experts import require_no_experts
 from secateur.model.layers import weight_of, weights_of
 from secateur.model.outputs import answer, counted, eval_mode, on_device
 from secateur.model.padding import SIDES, unpadded
@@ -62,6 +63,7 @@ def gradients(
     wanted = [name for name in names if name in GRADIENTS]
     if not wanted or not layers:
         return {name: {} for name in layers}
+    require_no_experts(layers, "a method that asks for gradients")
     less = "leave layers out of the plan (ignore=), pass shorter batches, or take a criterion that "
     less += "needs no gradients, such as sc.wanda"
     with room_for(list(layers), f"the {' and '.join(wanted)} of all layers", less):

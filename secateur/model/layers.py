@@ -1,7 +1,8 @@
 """Layers by name, and a layer's weight as a matrix whose rows are outputs and columns inputs.
 
-Every algorithm here sees `[out, in]` matrices; this file alone knows how Linear, Conv2d, Embedding
-and GPT-2's transposed Conv1D store them, and how an input becomes rows that match the columns.
+Every algorithm here sees `[out, in]` matrices; this file knows how Linear, Conv2d, Embedding and
+GPT-2's transposed Conv1D store them, and how an input becomes rows that match the columns; a layer
+for each expert of a stack comes from `experts`.
 """
 
 import difflib
@@ -20,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from secateur.core.conv1d import is_conv1d
 from secateur.core.weights import adapters, require_module, require_ordinary, tied_weights
 from secateur.core.wrappers import unwrapped
+from secateur.model.experts import Expert, experts_of
 from secateur.patterns import Pattern
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -39,11 +41,35 @@ def by_default(name: str, module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Conv2d)) or is_conv1d(module)
 
 
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module whose weight can be seen as a matrix, and each matrix of a stack of experts.
+
+    By name, in module order: a model that is one layer has the name "".
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if is_prunable(module):
+            found[name] = module
+        prefix = f"{name}." if name else ""
+        found |= {f"{prefix}{inner}": expert for inner, expert in experts_of(module).items()}
+    return found
+
+
 def weight_of(module: nn.Module) -> nn.Parameter:
     """The module's weight; `weights_of` has made sure that it is an ordinary parameter."""
+    if isinstance(module, Expert):
+        return module.current()
     parameter = module._parameters["weight"]
     assert parameter is not None
     return parameter
+
+
+def gradient_of(module: nn.Module) -> Shaped[Tensor, "..."] | None:
+    """The gradient of the module's weight, in the memory that an optimizer reads."""
+    if isinstance(module, Expert):
+        stacked = module.stacked.grad
+        return None if stacked is None else module.piece_of(stacked)
+    return weight_of(module).grad
 
 
 def weights_of(layers: Mapping[str, nn.Module], *, written: bool = True) -> dict[str, nn.Parameter]:
@@ -148,11 +174,12 @@ def select(
     """The prunable layers that the selectors choose, minus `ignore`; the first match wins.
 
     A selector is a full name, a glob (`*.mlp.*`), a regular expression after `re:`, a module type
-    or a callable `(name, module) -> bool`. `None` means every Linear, Conv2d and Conv1D of GPT-2. A
-    name or glob may be the weight's, `blocks.0.up_proj.weight`. Names are without the wrappers of
-    `torch.compile`, `DataParallel` and `DistributedDataParallel`. The output head and the weights
-    of adapters (PEFT's) are skipped, with the reason, unless named in full. So are weights that
-    share memory with another and convolutions that cannot be pruned; naming one is an error.
+    or a callable `(name, module) -> bool`. `None` means every Linear, Conv2d, Conv1D
+    of GPT-2 and expert's matrix (`experts.down_proj.3`). A name or glob may be the weight's,
+    `blocks.0.up_proj.weight`. Names are without the wrappers of `torch.compile`, `DataParallel` and
+    `DistributedDataParallel`. The output head and the weights of adapters (PEFT's) are skipped,
+    with the reason, unless named in full. So are weights that share memory with another and
+    convolutions that cannot be pruned; naming one is an error.
 
     Raises:
         ValueError: if the model is no ordinary module, a selector or an ignore matches nothing
@@ -179,11 +206,12 @@ def select_any(
     """
     require_module(model)
     model = unwrapped(model)
-    modules = {
+    others = {
         name: module
         for name, module in model.named_modules()
-        if is_prunable(module) or isinstance(module, OTHER_CONVOLUTIONS) or _is_scripted(module)
+        if isinstance(module, OTHER_CONVOLUTIONS) or _is_scripted(module)
     }
+    modules = _in_order(model, layers_of(model) | others)
     default: list[Selector] = [by_default, *OTHER_CONVOLUTIONS, torch.jit.ScriptModule]
     chosen = default if selectors is None else _listed(selectors)
     ignored = _listed(ignore)
@@ -222,6 +250,17 @@ def select_any(
         else:
             layers[name], matched_by[name] = module, index
     return Selection(layers, matched_by, skipped)
+
+
+def _in_order(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers in module order, experts where the module stands that holds them."""
+    places = {name: i for i, (name, _) in enumerate(model.named_modules())}
+
+    def place(name: str) -> int:
+        owner = name.rsplit(".", 2)[0] if isinstance(found[name], Expert) else name
+        return places.get(owner, 0)  # a model that is a stack itself has no name
+
+    return {name: found[name] for name in sorted(found, key=place)}
 
 
 def _listed(selectors: Selector | Iterable[Selector]) -> list[Selector]:

@@ -18,6 +18,7 @@ from secateur.core.tables import text_table
 from secateur.core.weights import require_module, why_not_ordinary
 from secateur.core.wrappers import unwrapped
 from secateur.model import layers as _layers
+from secateur.model.experts import parameter_name
 from secateur.model.layers import Selector
 from secateur.patterns import Pattern, as_pattern, parse
 
@@ -107,10 +108,10 @@ def plan(
 
     `pattern` is one pattern for all (`"2:4"`, `NM(2, 4)`), or a mapping from selectors to patterns
     in which the first match wins. `layers` and `ignore` take names, globs, `re:` expressions,
-    module types and callables. The default is every Linear, Conv2d and Conv1D of GPT-2 except
-    tied weights, adapters and the output head; layers whose shape cannot have the pattern, such as
-    a CNN's first convolution with its three input channels, are then skipped with the reason. A
-    warning says so if the plan has under 1 % of the model's matrices.
+    module types and callables. The default is every Linear, Conv2d, Conv1D of GPT-2 and expert
+    except tied weights, adapters and the output head; layers whose shape cannot have the pattern,
+    such as a CNN's first convolution with its three input channels, are then skipped with the
+    reason. A warning says so if the plan has under 1 % of the model's matrices.
 
     Raises:
         ValueError: if a selector matches nothing, a selected layer's shape cannot have its pattern,
@@ -136,7 +137,9 @@ def plan(
         raise ValueError(_cannot_have(misfits, len(chosen)))
     skipped = {**selection.skipped, **misfits}
     fitting = {name: shape for name, shape in shapes.items() if name not in misfits}
-    covered = {f"{name}.weight".lstrip("."): rows * cols for name, (rows, cols) in fitting.items()}
+    covered: Counter[str] = Counter()
+    for name, (rows, columns) in fitting.items():
+        covered[parameter_name(name, selection.layers[name])] += rows * columns
     left = left_alone(unwrapped(model), covered, skipped)
     made = Plan({name: chosen[name] for name in fitting}, fitting, skipped, left)
     if selectors is None and is_slight(made.weights, left):
@@ -202,7 +205,7 @@ def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """
     require_module(model)
     model = unwrapped(model)
-    modules = {name: m for name, m in model.named_modules() if _layers.is_prunable(m)}
+    modules = _layers.layers_of(model)
     missing = [name for name in plan.layers if name not in modules]
     other = [
         f"{name} is {_shape(name, modules[name])}, planned {tuple(shape)}"

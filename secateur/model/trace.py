@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.model.blocks import Batch, find_chains, hooks, input_of, run_batch, why_not
 from secateur.model.distributed import Team
+from secateur.model.experts import Expert, parameter_name
 from secateur.model.layers import rows_key
 from secateur.model.padding import SIDES, unpadded
 
@@ -164,13 +165,30 @@ def _trace(model: nn.Module, layers: Mapping[str, nn.Module], parts: Sequence[Pa
     return LayerTrace(calls, leader)
 
 
-def _merged(traces: Sequence[LayerTrace], layers: Collection[str]) -> LayerTrace:
+def _merged(traces: Sequence[LayerTrace], layers: Mapping[str, nn.Module]) -> LayerTrace:
     """The processes' traces as one: each layer as the first process that ran it saw it."""
     calls: dict[str, int] = {}
     leader: dict[str, str] = {}
     for trace in traces:
         leader.update({name: trace.leader[name] for name in trace.calls if name not in calls})
         calls |= {name: count for name, count in trace.calls.items() if name not in calls}
+    calls = _with_experts_not_chosen(calls, layers)
     if unseen := [name for name in layers if name not in calls]:
         raise ValueError(received_nothing(unseen))
-    return LayerTrace(calls, leader)
+    return LayerTrace(calls, leader | {name: name for name in calls if name not in leader})
+
+
+def _with_experts_not_chosen(
+    calls: Mapping[str, int], layers: Mapping[str, nn.Module]
+) -> dict[str, int]:
+    """The calls, and after the first expert of each stack those that no token was sent to."""
+    waiting: dict[str, list[str]] = {}
+    for name, module in layers.items():
+        if isinstance(module, Expert) and name not in calls:
+            waiting.setdefault(parameter_name(name, module), []).append(name)
+    found: dict[str, int] = {}
+    for name, count in calls.items():
+        found[name] = count
+        if isinstance(layers[name], Expert):
+            found |= dict.fromkeys(waiting.pop(parameter_name(name, layers[name]), ()), 1)
+    return found

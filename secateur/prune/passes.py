@@ -27,6 +27,7 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch
 from secateur.model.calibrate import LESS_MEMORY, Observed, as_list, observe
 from secateur.model.distributed import ALONE, Team, team
+from secateur.model.experts import Expert, require_no_experts
 from secateur.model.gradients import Loss, gradients
 from secateur.model.layers import weight_of
 from secateur.model.plan import Plan, match
@@ -230,6 +231,8 @@ def _prepared(
         layers = match(the_pass.model, the_pass.plan)
         require_sound(layers)
         _require_data(the_pass, batches)
+        if the_pass.blockwise:
+            require_no_experts(layers, the_pass.name)
         listed = as_list(batches) if the_pass.asks and batches is not None else []
         run = _fingerprint(the_pass, layers) if checkpoint or the_pass.team.size > 1 else {}
     data = the_pass.team.all_gather(digest(listed) if checkpoint else "")
@@ -390,9 +393,16 @@ def _put_in_place_(
         float((after == 0).float().mean()),
         _output_error(before, after, given.get("gram")),
         tokens,
-        solution.note,
+        "; ".join(filter(None, [solution.note, _lent(the_pass, module, tokens)])),
     )
     return result, solution.mask
+
+
+def _lent(the_pass: Pass, module: nn.Module, tokens: int) -> str:
+    """What to note of an expert that no calibration token was sent to."""
+    asked = any(name in STATISTICS for name in the_pass.method.needs)
+    none = asked and isinstance(module, Expert) and tokens == 0
+    return "no token reached it: by the other experts' inputs" if none else ""
 
 
 def _in_float32(weight: Tensor) -> Tensor:

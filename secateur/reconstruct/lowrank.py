@@ -30,6 +30,7 @@ from secateur.core.wrappers import unwrapped
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, input_of
 from secateur.model.calibrate import observe
+from secateur.model.experts import Expert, parameter_name
 from secateur.reconstruct.peft import require_new, write_adapter
 from secateur.reconstruct.refit import require_gram
 
@@ -207,11 +208,11 @@ def _lost(
     """The dense weights, as matrices, of the layers whose weight has changed since."""
     weights = dense.state_dict() if isinstance(dense, nn.Module) else dense
     lost: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if not _layers.is_prunable(module):
-            continue
+    for name, module in _layers.layers_of(model).items():
         now = _layers.weights_of({name: module}, written=False)[name]
-        before = weights.get(f"{name}.weight")
+        before = weights.get(parameter_name(name, module))
+        if isinstance(module, Expert) and before is not None:
+            before = module.piece_of(before)
         if before is None or before.shape != now.shape:
             found = "none" if before is None else f"one of {tuple(before.shape)}"
             raise ValueError(
@@ -235,6 +236,8 @@ def why_not_compensated(module: nn.Module) -> str | None:
     if isinstance(module, (nn.Conv2d, nn.Embedding)):
         kind = "a Conv2d" if isinstance(module, nn.Conv2d) else "an Embedding"
         return f"it is {kind}, the adapter is for linear layers: leave it out of the plan"
+    if isinstance(module, Expert):
+        return "it is an expert in a 3-D parameter, no linear layer: leave it out of the plan"
     return _layers.why_not_prunable(module)
 
 

@@ -1,5 +1,6 @@
 """The layers of a model as they are: their zeros, and the patterns that they hold or could."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -15,6 +16,7 @@ from secateur.core.weights import require_data, require_module, why_computed, wh
 from secateur.core.wrappers import unwrapped
 from secateur.formats import SparseLinear
 from secateur.model import layers as _layers
+from secateur.model.experts import parameter_name
 from secateur.patterns import NM, Block, Pattern
 
 # The patterns that hardware or a kernel here can use, for which zeros are tested.
@@ -134,14 +136,17 @@ def inspect(model: nn.Module) -> Inspection:
     """
     require_module(model)
     model = unwrapped(model)
-    modules = {n: m for n, m in model.named_modules() if _layers.is_prunable(m)}
+    modules = _layers.layers_of(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no linear, convolution or embedding layer")
     require_data({n: m for n, m in modules.items() if not why_computed(m)})
     skipped = _skipped(model, modules)
     with torch.no_grad():
         layers = tuple(_inspect(n, m, skipped.get(n, "")) for n, m in modules.items())
-    covered = {f"{r.layer}.weight".lstrip("."): prod(r.shape) for r in layers if r.counted}
+    covered: Counter[str] = Counter()
+    for layer in layers:
+        if layer.counted:
+            covered[parameter_name(layer.layer, modules[layer.layer])] += prod(layer.shape)
     return Inspection(layers, left_alone(model, covered, skipped))
 
 

@@ -82,7 +82,7 @@ def masks(model: nn.Module, inspection: Inspection, plan: Plan | None) -> Sectio
         wanted = [name for name in wanted if name in plan.layers]
     if not wanted:
         return None
-    modules = dict(model.named_modules())
+    modules = _layers.layers_of(model)
     pictures = []
     with torch.no_grad():
         for name in _one_of_each_kind(wanted)[:PICTURES]:

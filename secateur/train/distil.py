@@ -21,7 +21,7 @@ from secateur.core.weights import pairs_sharing_memory, require_module
 from secateur.core.wrappers import unwrapped
 from secateur.model.blocks import Batch
 from secateur.model.calibrate import as_list
-from secateur.model.layers import weight_of
+from secateur.model.layers import gradient_of, layers_of
 from secateur.model.outputs import answer, eval_mode
 from secateur.train.hold import HeldMasks, hold
 from secateur.train.loss import DistillationLoss, output_loss
@@ -163,8 +163,8 @@ class _Distillation:
     ) -> Iterator[float]:
         """Take the remaining steps and yield the loss of each."""
         order = _shuffled(len(self.batches), self.steps, self.seed)
-        modules = dict(self.model.named_modules())
-        kept = [(weight_of(modules[name]), mask) for name, mask in held.masks.items()]
+        modules = layers_of(self.model)
+        kept = [(modules[name], mask) for name, mask in held.masks.items()]
         with tqdm(total=self.steps, initial=done, desc="distil", disable=None) as bar:
             for step in range(done, self.steps):
                 rate = self.learning_rate * _rate(step, self.steps)
@@ -179,7 +179,7 @@ class _Distillation:
         step: int,
         batch: Batch,
         optimizer: torch.optim.Optimizer,
-        kept: Sequence[tuple[nn.Parameter, Bool[Tensor, "..."]]],
+        kept: Sequence[tuple[nn.Module, Bool[Tensor, "..."]]],
     ) -> float:
         with torch.no_grad():
             target = answer(self.teacher, batch, f"the batch of step {step} (the teacher)")
@@ -187,9 +187,9 @@ class _Distillation:
         value = self.loss(output, target, batch)
         _check_loss(value, step)
         value.backward()
-        for weight, mask in kept:
-            if weight.grad is not None:  # held zeros do not move, and must not count in the norm
-                weight.grad.masked_fill_(~mask, 0)
+        for module, mask in kept:
+            if (grad := gradient_of(module)) is not None:
+                grad.masked_fill_(~mask, 0)  # held zeros do not move: not to count in the norm
         norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
         if not bool(norm.isfinite()):
             raise ValueError(f"distil_ needs finite gradients, got {norm} at step {step}: {_HOW}")

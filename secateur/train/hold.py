@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from secateur.core.weights import adapters, require_data, require_module, require_ordinary
 from secateur.core.wrappers import optimizer_with_hooks, unwrapped
 from secateur.model import layers as _layers
+from secateur.model.experts import Expert
 from secateur.model.layers import weight_of
 
 # How masks move after every step: (layer name, weight [out, in], mask [out, in], step) -> mask.
@@ -73,9 +74,8 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
     fresh = adapters(model)  # start at zero, to be trained away from it
     layers = {
         name: module
-        for name, module in model.named_modules()
-        if _layers.is_prunable(module)
-        and not hasattr(module, "packed")  # frozen, with its zeros
+        for name, module in _layers.layers_of(model).items()
+        if not hasattr(module, "packed")  # frozen, with its zeros
         and (rule is not None or _may_have_zeros(module))
         and not (name in fresh and _is_zero(module))
     }
@@ -89,14 +89,10 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
         {
             name: module
             for name, module in layers.items()
-            if any(id(parameter) in updated for parameter in module.parameters())
+            if any(id(parameter) in updated for parameter in _parameters(module))
         }
     )
-    held = {
-        name: module
-        for name, module in layers.items()
-        if id(module._parameters.get("weight")) in updated
-    }
+    held = {name: module for name, module in layers.items() if id(_updated_for(module)) in updated}
     if not held:
         raise ValueError(
             f"the optimizer updates none of the {len(layers)} sparse weights: make it from the "
@@ -104,6 +100,17 @@ def hold(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None =
         )
     require_ordinary(held)
     return HeldMasks(held, optimizer, rule)
+
+
+def _updated_for(module: nn.Module) -> nn.Parameter | None:
+    """The parameter that an optimizer updates for the weight: the stack, for an expert."""
+    if isinstance(module, Expert):
+        return module.stacked
+    return module._parameters.get("weight")
+
+
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [module.stacked] if isinstance(module, Expert) else list(module.parameters())
 
 
 def _is_zero(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.core.wrappers import optimizer_with_hooks
 from secateur.model import layers as _layers
+from secateur.model.experts import require_no_experts
 from secateur.model.layers import weight_of, weights_of
 from secateur.model.plan import Plan, match
 from secateur.train.gradual import lowered
@@ -200,6 +201,7 @@ def _updated(
 ) -> dict[str, nn.Module]:
     """The planned layers, all of which the optimizer updates."""
     layers = match(model, plan)
+    require_no_experts(layers, "movement pruning")
     weights = weights_of(layers)
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if left := [name for name, weight in weights.items() if id(weight) not in updated]:

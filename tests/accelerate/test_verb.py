@@ -332,6 +332,7 @@ def test_the_printed_report() -> None:
     assert lines[6:] == [
         "0 and 1 more: block:4x8: faster than dense at every number of tokens",
         "2: dense: its weight has no zeros",
+        report.coverage,
         report.gain,
     ]
     assert report.given_up == "", "both policies choose the same"
