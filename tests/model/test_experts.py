@@ -178,6 +178,32 @@ def test_what_cannot_take_experts_says_so() -> None:
     sc.reconstruct_(model, sc.plan(model, "2:4", ignore="*.experts.*"), sc.best, batches)
 
 
+def test_what_raises_half_way_leaves_experts_as_they_were() -> None:
+    model, batches = mixture(), rows()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    calls = []
+
+    def failing(weight: Tensor, input_norm: Tensor) -> Tensor:
+        calls.append(weight)
+        if len(calls) == 11:  # of 24 layers, after experts
+            raise ValueError("enough")
+        return sc.wanda(weight, input_norm)
+
+    with pytest.raises(ValueError, match="enough"):
+        sc.prune_(model, "2:4", failing, batches)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.config._experts_implementation == mixture().config._experts_implementation
+
+
+def test_a_checkpoint_goes_on_with_experts(tmp_path: Path) -> None:
+    model, other, batches = mixture(), mixture(), rows()
+    plan = sc.plan(model, "2:4")
+    sc.reconstruct_(model, plan, sc.sparsegpt, batches, checkpoint=tmp_path / "kept")
+    sc.reconstruct_(other, plan, sc.sparsegpt, batches, checkpoint=tmp_path / "kept")
+    again = other.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+
+
 def test_distillation_holds_the_zeros_of_experts() -> None:
     model, teacher, batches = mixture(), mixture(), rows()
     plan = sc.plan(model, "2:4")
