@@ -3,7 +3,8 @@
 Dense form: stock safetensors with zeros in them and no trace in `config.json`, so that whatever
 loads the dense model loads the pruned one. Packed form, for a model with `SparseLinear`s: plain
 tensors in `model.secateur.safetensors`, a name under which other loaders find no weights at all;
-under the stock name they would warn and go on with random ones. `secateur.json` lies beside both.
+under the stock name they would warn and go on with random ones. `config.json` names it for the
+plug-in (`secateur.integrations.transformers_quantizer`). `secateur.json` lies beside both forms.
 """
 
 import json
@@ -21,7 +22,7 @@ from torch.nn.utils import parametrizations, parametrize
 from secateur.core.conv1d import as_linear, is_conv1d
 from secateur.core.disk.atomic import appearing_whole, settle
 from secateur.core.disk.owned import temporary_folder
-from secateur.core.disk.tensor_files import SUFFIX, load_files, save_file
+from secateur.core.disk.tensor_files import INDEX_SUFFIX, SUFFIX, load_files, save_file
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import require_module, why_computed
 from secateur.core.wrappers import adapted, base_name, unwrapped
@@ -37,6 +38,7 @@ from secateur.files.sidecar import (
 )
 from secateur.formats import Format, SparseLinear, describe, empty_from
 from secateur.formats.pack import swap
+from secateur.integrations.packed_config import packed_config
 from secateur.integrations.transformers import (
     is_transformers,
     load_folder,
@@ -126,13 +128,14 @@ def write_model(
     named = ((base_name(model, name), module) for name, module in model.named_modules())
     packed = {n: m for n, m in named if isinstance(m, SparseLinear) and n is not None}
     form: Form = "packed" if packed else "dense"
+    descriptions = {name: describe(linear) for name, linear in packed.items()}
     with replacing(folder, beside) as partial:
         if is_transformers(model) and form == "dense":
             save_folder(model, partial, saved)
         else:
+            weights = _write_shards(saved, partial, STEMS[form])
             if is_transformers(model):
-                save_config(model, partial)
-            _write_shards(saved, partial, STEMS[form])
+                save_config(model, partial, packed_config(descriptions, weights))
         Sidecar(
             form=form,
             model_class=type(model).__name__,
@@ -141,7 +144,7 @@ def write_model(
             plan=plan,
             reports=plain_reports,
             tied=_tied(saved),
-            packed={name: describe(linear) for name, linear in packed.items()},
+            packed=descriptions,
         ).write(partial)
 
 
@@ -320,8 +323,11 @@ def _in_saved_names(plan: Plan, model: nn.Module) -> Plan:
     )
 
 
-def _write_shards(saved: Mapping[str, Tensor], folder: Path, stem: str) -> None:
-    """The tensors in files of at most `SHARD_BYTES`, tied tensors once; an index if several."""
+def _write_shards(saved: Mapping[str, Tensor], folder: Path, stem: str) -> str:
+    """The name of the file that the tensors are written to, or of the index of several.
+
+    A file has at most `SHARD_BYTES`; tied tensors are in it once.
+    """
     tied = _tied(saved)
     state = {name: t for name, t in saved.items() if name not in tied}
     shards: list[dict[str, Tensor]] = [{}]
@@ -340,16 +346,17 @@ def _write_shards(saved: Mapping[str, Tensor], folder: Path, stem: str) -> None:
         copies = {n: t.to("cpu", copy=True).contiguous() for n, t in shard.items()}
         save_file(copies, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        write_index(folder, stem, files, sum(tensor.nbytes for tensor in state.values()))
+    if len(shards) == 1:
+        return file
+    return write_index(folder, stem, files, sum(tensor.nbytes for tensor in state.values()))
 
 
-def write_index(folder: Path, stem: str, files: Mapping[str, str], total_bytes: int) -> None:
-    """Write which tensor is in which of several weight files, where loaders look for it."""
+def write_index(folder: Path, stem: str, files: Mapping[str, str], total_bytes: int) -> str:
+    """The name of the file that now says which tensor is in which of several weight files."""
     index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
-    variant = stem.removeprefix("model")
-    text = json.dumps(index, indent=2)
-    (folder / f"model.safetensors.index{variant}.json").write_text(text)
+    name = f"{stem}{INDEX_SUFFIX}"
+    (folder / name).write_text(json.dumps(index, indent=2))
+    return name
 
 
 def _tied(saved: Mapping[str, Tensor]) -> dict[str, str]:

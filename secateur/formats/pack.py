@@ -3,6 +3,7 @@
 GPT-2's `Conv1D` is a linear too, whose weight is read and given back transposed.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,11 +19,14 @@ from secateur.core.coverage import coverage, left_alone
 from secateur.core.memory import room_for
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import adapters, require_data, require_module, tied_weights, why_computed
-from secateur.core.wrappers import unwrapped
+from secateur.core.wrappers import adapted, unwrapped
 from secateur.formats.contract import Format
 from secateur.formats.format import parse_format, weight_error
 from secateur.formats.fuse import separate_activations_
 from secateur.formats.linear import SparseLinear, Table
+
+# The name under which transformers knows the packed form.
+QUANT_METHOD = "secateur"
 
 REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
 
@@ -284,7 +288,7 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module], undo: Undo) ->
     for place, module, replacement in places:
         undo.call(model.set_submodule, place, module)
         model.set_submodule(place, replacement)
-    _guard(model, undo)
+    tell_writers(model, undo)
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:
@@ -295,9 +299,9 @@ def _plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def refuse_save_pretrained(*arguments: object, **ignored: object) -> None:
-    """Refuse to write: in the place of a transformers model's method while layers are packed.
+    """Refuse to write: in the place of a model's own method while layers of it are packed.
 
-    Stock transformers finds none of the packed tensors, and would go on with random weights.
+    Its loader would find none of the packed tensors, and might go on with random weights.
     """
     raise ValueError(
         "save_pretrained would write packed weights that no other loader knows: write them with "
@@ -305,19 +309,39 @@ def refuse_save_pretrained(*arguments: object, **ignored: object) -> None:
     )
 
 
-def _guard(model: nn.Module, undo: Undo) -> None:
-    """Have models that write themselves refuse it while they hold packed layers, no longer."""
+def tell_writers(model: nn.Module, undo: Undo) -> None:
+    """Have models that write themselves know which of their layers are packed now.
+
+    A transformers model carries this library's quantizer meanwhile, by which it writes them; parts
+    of one, and models of other libraries, refuse to be written.
+    """
+    parts = set[nn.Module]()
     for module in model.modules():
-        if not hasattr(type(module), "save_pretrained"):
-            continue
-        own = vars(module).get("save_pretrained")
+        if not hasattr(type(module), "save_pretrained") or adapted(module) is not module:
+            continue  # PEFT's wrapper writes adapters alone
         packed = any(isinstance(inner, SparseLinear) for inner in module.modules())
+        if (quantizer := _quantizer(module)) is not None and module not in parts:
+            quantizer.carry(module, undo)
+            parts.update(module.modules())
+            packed = False
+        own = vars(module).get("save_pretrained")
         if packed and own is None:
             undo.call(delattr, module, "save_pretrained")
             setattr(module, "save_pretrained", refuse_save_pretrained)  # noqa: B010
         elif own is refuse_save_pretrained and not packed:
             undo.call(setattr, module, "save_pretrained", own)
             del module.save_pretrained
+
+
+def _quantizer(module: nn.Module) -> Any:
+    """The class of this library's quantizer, if this is a transformers model; else None.
+
+    It is in a room above, and registered with transformers by `import secateur`.
+    """
+    models = sys.modules.get("transformers.modeling_utils")
+    if models is None or not isinstance(module, models.PreTrainedModel):
+        return None
+    return sys.modules["transformers.quantizers.auto"].AUTO_QUANTIZER_MAPPING.get(QUANT_METHOD)
 
 
 def _fitting(model: nn.Module, format: Format, tied: Mapping[str, str]) -> dict[str, nn.Linear]:

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from secateur.core.disk.data_files import read_json
 from secateur.core.disk.tensor_files import load_files, shards, writing
+from secateur.formats.pack import QUANT_METHOD
 from secateur.model.blocks import hooks
 
 # All files that tokenizers, processors and chat templates are known to be stored in.
@@ -211,10 +212,11 @@ def save_folder(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> 
         path.chmod((folder / "config.json").stat().st_mode)
 
 
-def save_config(model: nn.Module, folder: Path) -> None:
-    """Write config.json and generation_config.json, for weights in this library's packed form."""
+def save_config(model: nn.Module, folder: Path, quantization: Mapping[str, Any]) -> None:
+    """Write config.json, with this quantization_config, and generation_config.json."""
     stock: Any = model
     config = copy.deepcopy(stock.config)
+    config.quantization_config = dict(quantization)
     config.architectures = [type(model).__name__]
     config.dtype = stock.dtype
     config.save_pretrained(folder)
@@ -238,7 +240,12 @@ def _dense_architecture(folder: Path) -> Any:
         raise ValueError(
             f"{folder} is in secateur's packed form: load it with sc.load({str(folder)!r})"
         )
-    if "quantization_config" in config:
+    if (given := config.get("quantization_config")) is not None:
+        if isinstance(given, dict) and given.get("quant_method") == QUANT_METHOD:
+            raise ValueError(
+                f"{folder} is in secateur's packed form, written by save_pretrained: load it with "
+                f"transformers.{class_name(config, folder)}.from_pretrained({str(folder)!r})"
+            )
         raise ValueError(
             f"load_folder needs a dense model, {folder / 'config.json'} has a quantization_config: "
             "use the model that it was quantized from"
