@@ -10,15 +10,14 @@ The hooks are those of transformers 5.15 to 5.24, which have been renamed in bet
 the same here.
 """
 
-import re
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -31,8 +30,8 @@ from secateur.core.disk.tensor_files import SUFFIX
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.wrappers import base_name
 from secateur.formats import SparseLinear, describe, empty_from, unpack_
-from secateur.formats.pack import QUANT_METHOD, tell_writers
-from secateur.integrations.packed_config import VERSION, Description, require_readable
+from secateur.formats.pack import QUANT_METHOD, swap
+from secateur.integrations.packed_config import VERSION, require_readable
 
 AGAIN = "copy the folder again, or save the model again"
 FLAG = "_is_hf_initialized"  # transformers sets it on each tensor that it has read
@@ -47,9 +46,9 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        packed: Mapping[str, Description],
-        version: int = VERSION,
-        weights: str | None = None,
+        packed: Any,
+        version: object = VERSION,
+        weights: object = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         require_readable(version, weights, packed)
@@ -103,82 +102,61 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             )
         if self.quantization_config.weights is not None:
             config.transformers_weights = self.quantization_config.weights
-        self._stored = getattr(config, "dtype", None)
         return config
 
     def update_dtype(self, dtype: Any) -> Any:
-        """The dtype in which the model is stored, whatever is asked for."""
-        stored = getattr(torch, self._stored) if isinstance(self._stored, str) else self._stored
-        asked = dtype.get("", stored) if isinstance(dtype, dict) else dtype
-        if stored is None or asked in (stored, str(stored).removeprefix("torch.")):
-            return dtype if stored is None else stored
-        warnings.warn(
-            f"the model is packed in {stored} and is loaded so, though dtype={asked} was asked "
-            f"for: cast it afterwards, model.to({asked})",
-            stacklevel=2,
-        )
-        return stored
+        """The dtype in which most layers are packed, whatever is asked for."""
+        dtypes = Counter(entry.get("dtype") for entry in self.quantization_config.packed.values())
+        asked = str(dtype.get("") if isinstance(dtype, dict) else dtype).removeprefix("torch.")
+        stored = next((name for name, _ in dtypes.most_common(1)), asked)
+        if stored != asked:
+            warnings.warn(
+                f"the model is packed in {stored} and is loaded so, though {asked} was asked for: "
+                f"cast it afterwards, model.to(torch.{asked})",
+                stacklevel=2,
+            )
+        return getattr(torch, stored, dtype)
+
+    def get_new_dtype(self, converter: object, param: object, dtype: object) -> None:
+        """Every tensor in the dtype in which it is stored; transformers before 5.18 does so."""
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **ignored: object
     ) -> None:
-        """Put empty packed layers on the meta device, in the places of dense ones."""
+        """Put what transformers can read packed tensors into in the places of linear layers."""
         for file in map(Path, checkpoint_files or ()):
             if file.suffix != SUFFIX or not file.is_file():
                 raise ValueError(
                     f"{file.parent} lacks its weight file {file.name}, or it is no {SUFFIX} file: "
                     f"{AGAIN}"
                 )
-        self._shapes: dict[str, torch.Size] = {}
         vars(model.config).pop("transformers_weights", None)  # that folder's, not the model's
-        whole = type(model).__name__ in (model.config.architectures or ())
+        stored = dict[str, nn.Module]()
+        places, whole = _places(model), type(model).__name__ in (model.config.architectures or ())
         for name, description in self.quantization_config.packed.items():
-            place = _place(model, name)
-            if place is not None:
-                model.set_submodule(place, self._empty(model, place, dict(description)))
-            elif whole:  # a model without a head, from a folder with one, has fewer layers
+            if (place := places.get(name)) is not None:
+                renamed = self.quantization_config.weights is None
+                stored[place] = _Stored(model, place, dict(description), renamed)
+            elif whole:  # a model of another class may lack the head
                 raise ValueError(
                     f"config.json has a packed layer {name!r}, {type(model).__name__} has no "
                     f"linear layer of this name: {AGAIN}"
                 )
-        _untie(model)
-
-    def _empty(self, model: nn.Module, place: str, description: dict[str, Any]) -> SparseLinear:
-        """A layer without data that transformers fills, in the shapes in which it is stored."""
-        dense: Any = model.get_submodule(place)
-        try:
-            layer = empty_from(description, place).to("meta")
-        except ValueError as error:
-            raise ValueError(f"config.json, packed layer {place!r}: {error}") from error
-        if layer.shape != (dense.out_features, dense.in_features):
-            raise ValueError(
-                f"config.json has a packed layer {place!r} of {layer.out_features} x "
-                f"{layer.in_features}, {type(model).__name__} has one of {dense.out_features} x "
-                f"{dense.in_features}: {AGAIN}"
-            )
-        values = layer.packed["values"]
-        self._shapes[place] = values.shape
-        if self.quantization_config.weights is None:
-            layer.values = values.flatten()
-        setattr(layer, FLAG, True)  # else it is taken for an nn.Linear whose weight is drawn
-        return layer
-
-    def get_weight_conversions(self) -> list[Any]:
-        """Back from the names that `save_pretrained` gives values to those of the layers."""
-        if self.quantization_config.weights is not None:
-            return []
-        return [
-            WeightRenaming(f"^{re.escape(name)}\\.weight", f"{name}.values")
-            for name in self.quantization_config.packed
-        ]
+        with all_or_nothing() as undo:
+            swap(model, stored, undo)
+            _untie(model, stored, undo)
 
     def _process_model_after_weight_loading(self, model: Any, **ignored: object) -> Any:
-        """Check what was read, arrange it for what runs here, and remember what is packed."""
-        for name, module in model.named_modules():
-            if isinstance(module, SparseLinear):
-                _fill(name, module, self._shapes[name])
+        """Make the packed layers of what was read, arranged for what runs here."""
+        stored = {name: m for name, m in model.named_modules() if isinstance(m, _Stored)}
+        layers = {name: module.layer(name) for name, module in stored.items()}
         with all_or_nothing() as undo:
-            tell_writers(model, undo)
+            swap(model, layers, undo)
+        for name, module in stored.items():
+            if (hook := getattr(module, "_hf_hook", None)) is not None:  # of several devices
+                from accelerate.hooks import add_hook_to_module
+
+                add_hook_to_module(layers[name], hook)
         return model
 
     # --- saving ------------------------------------------------------------------------------
@@ -207,6 +185,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             config = PackedConfig(packed)
             _set(model, "hf_quantizer", cls(config), undo)
             _set(model.config, "quantization_config", config, undo)
+            _untie(model, packed, undo)
         elif isinstance(getattr(model, "hf_quantizer", None), cls):
             _set(model, "hf_quantizer", None, undo)
             _set(model.config, "quantization_config", None, undo)
@@ -238,46 +217,90 @@ def _packed(model: nn.Module) -> dict[str, SparseLinear]:
     return {n: m for n, m in named if isinstance(m, SparseLinear) and n is not None}
 
 
-def _place(model: Any, name: str) -> str | None:
-    """Where the layer of that name is: a model with a head holds one without under a prefix."""
+def _places(model: Any) -> dict[str, str]:
+    """Where the linear layers are, by the names that they may have in a folder.
+
+    A model with a head holds one without under a prefix; either may be in the folder of the other.
+    """
     prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
-    for place in (name, name.removeprefix(prefix), prefix + name):
-        if isinstance(modules.get(place), nn.Linear):
-            return place
-    return None
+    own = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    others = {name.removeprefix(prefix): name for name in own}
+    others |= {prefix + name: name for name in own}
+    return others | {name: name for name in own}
 
 
-def _untie(model: Any) -> None:
+def _untie(model: Any, packed: Collection[str], undo: Undo) -> None:
     """Take packed layers out of what transformers ties: they have no weight to assign."""
-    names = {f"{name}.weight" for name, _ in _packed(model).items()}
-    tied = model.all_tied_weights_keys
-    if apart := [key for key, other in tied.items() if names & {key, other}]:
-        for key in apart:
-            del tied[key]
-        model.config.get_text_config(decoder=True).tie_word_embeddings = False
-        model.config.tie_word_embeddings = False
+    tied, names = model.all_tied_weights_keys, {f"{name}.weight" for name in packed}
+    kept = {key: other for key, other in tied.items() if not names & {key, other}}
+    if len(kept) < len(tied):
+        _set(model, "all_tied_weights_keys", kept, undo)
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            _set(config, "tie_word_embeddings", False, undo)
 
 
-def _fill(name: str, layer: SparseLinear, shape: torch.Size) -> None:
-    """Check the tensors that were read into the layer, and arrange them."""
-    tensors = {key: getattr(layer, key) for key in layer.format.tensors}
-    read = tensors if layer.bias is None else {**tensors, "bias": layer.bias}
-    if lacking := [key for key, tensor in read.items() if not getattr(tensor, FLAG, False)]:
-        raise ValueError(
-            f"packed layer {name!r} lacks its {lacking[0]} in the weight files: {AGAIN}"
-        )
-    if any(tensor.is_meta for tensor in read.values()):
-        raise ValueError(
-            f"packed layer {name!r} was offloaded, and packed layers are not: give device_map "
-            "devices with room for it"
-        )
-    try:
-        layer.values = tensors["values"] = tensors["values"].view(shape)
-        layer.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:  # torch's own, for whatever is wrong with a checkpoint
-        said = " ".join(str(error).split())
-        raise ValueError(f"packed layer {name!r}: {said}") from error
+class _Stored(nn.Module):
+    """The tensors of a packed layer while transformers reads them, by their names in the files.
+
+    It stands in the place of the linear layer of that name, and has no data yet. What `renamed`
+    says is whether `save_pretrained` has given the values the name of the weight.
+    """
+
+    def __init__(
+        self, model: nn.Module, place: str, description: dict[str, Any], renamed: bool
+    ) -> None:
+        super().__init__()
+        dense: Any = model.get_submodule(place)
+        try:
+            empty = empty_from(description, place)
+        except ValueError as error:
+            raise ValueError(f"config.json, packed layer {place!r}: {error}") from error
+        if empty.shape != (dense.out_features, dense.in_features):
+            raise ValueError(
+                f"config.json has a packed layer {place!r} of {empty.out_features} x "
+                f"{empty.in_features}, {type(model).__name__} has one of {dense.out_features} x "
+                f"{dense.in_features}: {AGAIN}"
+            )
+        self.description = description
+        setattr(self, FLAG, True)
+        self.register_parameter("bias", empty.bias)
+        # A model draws the weights of some layers from outside; those with the flag it leaves.
+        self.weight = torch.empty(0, dtype=empty.dtype, device="meta")
+        setattr(self.weight, FLAG, True)
+        self.files: dict[str, str] = {}
+        for name, tensor in empty.packed.tensors.items():
+            self.files[name] = file = "weight" if renamed and name == "values" else name
+            if file == "weight":
+                del self.weight
+                tensor = tensor.flatten()
+            self.register_buffer(file, tensor)
+        self.to("meta")
+
+    def layer(self, name: str) -> SparseLinear:
+        """The packed layer, of the tensors that have been read.
+
+        Raises: ValueError if one was not read, or is none that belongs there.
+        """
+        read = {key: getattr(self, file) for key, file in self.files.items()}
+        if self.bias is not None:
+            read["bias"] = self.bias
+        if lacking := [key for key, tensor in read.items() if not getattr(tensor, FLAG, False)]:
+            raise ValueError(
+                f"packed layer {name!r} lacks its {lacking[0]} in the weight files: {AGAIN}"
+            )
+        if any(tensor.is_meta for tensor in read.values()):
+            raise ValueError(
+                f"packed layer {name!r} was offloaded, and packed layers are not: give device_map "
+                "devices with room for it"
+            )
+        layer = empty_from(self.description, name)
+        try:
+            read["values"] = read["values"].view(layer.packed["values"].shape)
+            layer.load_state_dict(read, assign=True)
+        except RuntimeError as error:  # torch's own, for whatever is wrong with a checkpoint
+            said = " ".join(str(error).split())
+            raise ValueError(f"packed layer {name!r}: {said}") from error
+        return layer.train(self.training)
 
 
 def _register() -> None:

@@ -1,7 +1,7 @@
 """Something to do once another library has been imported, without importing it."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, cast
@@ -26,7 +26,7 @@ class _Finder:
         self._name, self._then = name, then
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, name: str, path: Any = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name != self._name or self not in sys.meta_path:
             return None

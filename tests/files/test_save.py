@@ -248,17 +248,12 @@ def base_of(model: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_a_packed_transformers_folder_fails_loudly_elsewhere_and_loads_here(
-    kind: str, tmp_path: Path
-) -> None:
-    transformers = pytest.importorskip("transformers")
+def test_a_packed_transformers_folder_is_loaded_as_it_was_saved(kind: str, tmp_path: Path) -> None:
     model = tiny(kind)
     sc.prune_(model, sc.plan(model, "2:4"))
     report = pack_(model, "semi24")
     expected = first_output(model)
     save(model, tmp_path)
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        transformers.AutoModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is in secateur's packed form: load it with sc\.load\('"):
         load_folder(tmp_path)
     loaded = load(tmp_path)
@@ -281,43 +276,42 @@ def packed_llama() -> tuple[Any, sc.Plan]:
     return model, plan
 
 
-def test_a_packed_model_does_not_write_what_stock_would_read_as_random(tmp_path: Path) -> None:
+def test_every_copy_of_a_packed_model_writes_itself_and_no_part_of_one_does(
+    tmp_path: Path,
+) -> None:
     model, _ = packed_llama()
     save(model, tmp_path / "ours")
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    others = [
-        copy.deepcopy(model),
-        torch.load(buffer, weights_only=False),
-        load(tmp_path / "ours"),
-        torch.compile(model, backend="eager"),
-    ]
+    others = {
+        "itself": model,
+        "copied": copy.deepcopy(model),
+        "pickled": torch.load(buffer, weights_only=False),
+        "loaded": load(tmp_path / "ours"),
+        "compiled": torch.compile(model, backend="eager"),
+    }
     said = (
         r"no other loader knows: write them with sc.save\(model, folder\), or call unpack_\(model"
     )
-    for packed in (model, model.model, *others):
-        for call in (
-            lambda packed=packed: packed.save_pretrained(tmp_path / "stock"),
-            lambda packed=packed: packed.save_pretrained(
-                save_directory=str(tmp_path / "stock"), max_shard_size="1GB"
-            ),
-        ):
-            with pytest.raises(ValueError, match=said):
-                call()
-        assert any(name.endswith("0.mlp.up_proj.values") for name in packed.state_dict())
-    assert {path.name for path in tmp_path.iterdir()} == {"ours"}
-    assert all(torch.equal(first_output(other), first_output(model)) for other in others[:3])
+    for name, packed in others.items():
+        packed.save_pretrained(tmp_path / name)
+        assert_same(type(model).from_pretrained(tmp_path / name), state(model))
+        with pytest.raises(ValueError, match=said):
+            packed.model.save_pretrained(save_directory=str(tmp_path / "part"))
+        assert any(key.endswith("0.mlp.up_proj.values") for key in packed.state_dict())
+    assert {path.name for path in tmp_path.iterdir()} == {"ours", *others}
+    assert all(torch.equal(first_output(other), first_output(model)) for other in others.values())
     copied = copy.deepcopy(model)
     sc.unpack_(model)
     for plain, folder in ((model, "plain"), (model.model, "inner")):
-        assert "save_pretrained" not in vars(plain)
+        assert not {"save_pretrained", "hf_quantizer"} & vars(plain).keys()
         plain.save_pretrained(tmp_path / folder)
     assert_same(load_folder(tmp_path / "plain"), state(model))
-    assert "save_pretrained" in vars(copied)
+    assert "save_pretrained" in vars(copied.model) and "hf_quantizer" in vars(copied)
 
 
-def test_a_model_with_one_packed_layer_left_still_refuses(
+def test_a_model_is_packed_for_its_writers_until_the_last_layer_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("llama")
@@ -325,13 +319,20 @@ def test_a_model_with_one_packed_layer_left_still_refuses(
     names = [name for name, m in model.named_modules() if name.endswith("up_proj")]
     pack_(model, "semi24", names[:1])
     pack_(model, "bitmap", names[1:])
+    assert sorted(model.config.quantization_config.packed) == sorted(names)
     with pytest.raises(ValueError, match="no other loader knows"):
-        model.save_pretrained(tmp_path)
-    sc.unpack_(model)
+        model.model.save_pretrained(tmp_path)
+    packed = model.config.quantization_config
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
+    with monkeypatch.context() as patched:
+        patched.setattr("secateur.formats.pack.separate_activations_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sc.unpack_(model)
+    assert model.config.quantization_config is model.hf_quantizer.quantization_config is packed
+    sc.unpack_(model)
     monkeypatch.setattr("secateur.formats.pack.PackReport", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pack_(model, "semi24")
