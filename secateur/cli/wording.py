@@ -66,6 +66,9 @@ IN_OPTIONS = {
     r"untie them first, layer\.weight = \S+": "untie them in Python first",
     r", or make copy\.deepcopy\(model\) work": "",
     r"load it with sc\.load\([^)]*\)": "write it with `secateur export --to dense` first",
+    r"load it with transformers\.\S+\.from_pretrained\([^)]*\)": (
+        "load it with transformers in Python, where importing secateur is enough"
+    ),
     r"\bsc\.load reads what sc\.save wrote": (
         "the packed form is read with the secateur.json that was written beside it"
     ),
