@@ -284,14 +284,14 @@ class _Stored(nn.Module):
         read = {key: getattr(self, file) for key, file in self.files.items()}
         if self.bias is not None:
             read["bias"] = self.bias
-        if lacking := [key for key, tensor in read.items() if not getattr(tensor, FLAG, False)]:
-            raise ValueError(
-                f"packed layer {name!r} lacks its {lacking[0]} in the weight files: {AGAIN}"
-            )
         if any(tensor.is_meta for tensor in read.values()):
             raise ValueError(
                 f"packed layer {name!r} was offloaded, and packed layers are not: give device_map "
                 "devices with room for it"
+            )
+        if lacking := [key for key, tensor in read.items() if not getattr(tensor, FLAG, False)]:
+            raise ValueError(
+                f"packed layer {name!r} lacks its {lacking[0]} in the weight files: {AGAIN}"
             )
         layer = empty_from(self.description, name)
         try:

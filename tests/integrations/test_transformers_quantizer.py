@@ -221,6 +221,21 @@ def test_a_packed_head_over_tied_embeddings_is_tied_no_longer(tmp_path: Path) ->
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
+def test_a_model_over_several_devices_keeps_what_moves_its_inputs(tmp_path: Path) -> None:
+    """The disk is the other device that there is without a GPU."""
+    pytest.importorskip("accelerate")
+    model = packed(tie_word_embeddings=False)
+    sc.save(model, tmp_path / "packed")
+    options: dict[str, Any] = {"offload_folder": str(tmp_path / "offloaded")}
+    options["device_map"] = {"model": "cpu", "lm_head": "disk"}
+    loaded = from_pretrained(tmp_path / "packed", **options)
+    assert hasattr(loaded.get_submodule(LAYER), "_hf_hook")
+    assert torch.equal(result(loaded), result(model))
+    options["device_map"] = {"model": "disk", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match="was offloaded, and packed layers are not: give device"):
+        from_pretrained(tmp_path / "packed", offload_buffers=True, **options)
+
+
 # --- what is wrong with a folder -----------------------------------------------------------------
 
 
