@@ -69,10 +69,11 @@ def _through(multiply: Callable[..., Tensor], kind: Kind, grouped: bool) -> Call
         x: Float[Tensor, "tokens in"],
         packed: Packed,
         bias: Float[Tensor, " out"] | None,
-        **activation: str,
+        activation: str = "",
     ) -> Float[Tensor, "tokens out"]:
         scales, rows = packed.tensors.get("scales"), packed.shape[0]
-        return multiply(x, packed["units"], scales, bias, kind, grouped, rows, **activation)
+        options = (activation,) if activation else ()
+        return multiply(x, packed["units"], scales, bias, kind, grouped, rows, *options)
 
     return linear
 
