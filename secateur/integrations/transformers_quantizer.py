@@ -144,7 +144,6 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
                 )
         with all_or_nothing() as undo:
             swap(model, stored, undo)
-            _untie(model, stored, undo)
 
     def _process_model_after_weight_loading(self, model: Any, **ignored: object) -> Any:
         """Make the packed layers of what was read, arranged for what runs here."""
@@ -262,7 +261,6 @@ class _Stored(nn.Module):
                 f"{dense.in_features}: {AGAIN}"
             )
         self.description = description
-        setattr(self, FLAG, True)
         self.register_parameter("bias", empty.bias)
         # A model draws the weights of some layers from outside; those with the flag it leaves.
         self.weight = torch.empty(0, dtype=empty.dtype, device="meta")

@@ -143,6 +143,7 @@ def test_the_config_names_what_is_packed_only_while_something_is(
     assert written.keys() == {"quant_method", "version", "weights", "packed"}
     assert written["weights"] == "model.secateur.safetensors"
     model = from_pretrained(folder)
+    assert not hasattr(model.config, "transformers_weights")
     model.save_pretrained(tmp_path / "theirs")
     theirs = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert "transformers_weights" not in theirs
@@ -200,6 +201,16 @@ def test_layers_that_stay_float32_and_biases_are_read_as_they_were(tmp_path: Pat
             for key, tensor in model.state_dict().items():
                 assert state[key].dtype == tensor.dtype, key
                 assert torch.equal(state[key], tensor), key
+
+
+def test_what_stands_for_a_layer_meanwhile_is_left_alone_by_initialisation() -> None:
+    """Some models draw the weights of their children, by functions that ask for two dimensions."""
+    model = packed()
+    description = model.config.quantization_config.packed[LAYER]
+    stored = quantizer._Stored(model, LAYER, dict(description), False)
+    transformers.initialization.xavier_uniform_(stored.weight)
+    assert not isinstance(stored, nn.Linear) and not list(stored.parameters())
+    assert all(tensor.is_meta for tensor in stored.buffers())
 
 
 def test_a_packed_head_over_tied_embeddings_is_tied_no_longer(tmp_path: Path) -> None:
