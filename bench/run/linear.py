@@ -60,7 +60,8 @@ def candidates(linear: nn.Linear, format: Format, tokens: int) -> list[Candidate
     if not sparse:
         layer = packed_linear("", linear, format)
         layer.use((("reference", None),))
-        sparse = [Candidate(f"{format} reference", lambda: layer, layer.packed.nbytes)]
+        held = layer.held_bytes
+        sparse = [Candidate(f"{format} reference", lambda: layer, held, tuple(held))]
     return [*dense_candidates(linear, tokens), *sparse]
 
 
