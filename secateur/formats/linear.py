@@ -244,13 +244,17 @@ class SparseLinear(nn.Linear):
         return *(self._buffers.get(name) for name in stored), arranged
 
     def _default(self) -> Table:
-        """For each number of tokens, the first implementation that can run it."""
+        """For each number of tokens, the first implementation that can run it from one copy.
+
+        What holds a copy beside the weight is for a table, or `accelerate_`, to choose.
+        """
         held, rows = self.held, list[tuple[str, int | None]]()
         for tokens in PROBED_TOKENS:
             name = next(
                 implementation.name
                 for implementation in self.format.implementations
-                if implementation.why_not(held, tokens) is None
+                if (implementation.restores or implementation.arrangement is None)
+                and implementation.why_not(held, tokens) is None
             )
             if rows and rows[-1][0] == name:
                 rows.pop()

@@ -418,6 +418,16 @@ MIXED = Toy(
 )
 
 
+def test_no_default_holds_a_copy_beside_the_weight() -> None:
+    """Preferred and able to run, but for a table alone."""
+    through, reference = MIXED.implementations[1:]
+    format = Toy("opaque_first", (through, reference))
+    layer = SparseLinear(format.pack(torch.zeros(6, 8)))
+    assert layer.dispatch == "reference" and set(layer.held_bytes) == {"values"}
+    layer.use((("through", None),))
+    assert set(layer.held_bytes) == {"values", "opaque"}
+
+
 @given(
     st.lists(st.lists(st.sampled_from(("minus", "through", "reference")), min_size=1), max_size=5)
 )

@@ -123,12 +123,14 @@ def test_another_weight_is_arranged_anew(fake: Fake) -> None:
         {name: tensor * (name != "bias") for name, tensor in layer_in().state_dict().items()}
         | {"values": -layer.values}
     )
-    assert other.dispatch == "decode<=64 cusparselt"
+    assert other.dispatch == "decode<=64 reference" and set(other.held_bytes) == {"units"}
+    other.use((("cusparselt", None),))
     x = tokens_in(80, WIDTH, dtype=torch.bfloat16)
     weight = fitting_weight("semi24", OUT, WIDTH, torch.bfloat16)
     assert torch.equal(other(x), -(x.double() @ weight.double().t()).bfloat16())
     half = layer_in().to(torch.float16)  # the opaque blob is not what is cast
-    assert half.dispatch == "decode<=64 cusparselt"
+    assert half.dispatch == "decode<=64 reference"  # which holds no second copy
+    half.use((("cusparselt", None),))
     weight = fitting_weight("semi24", OUT, WIDTH, torch.bfloat16).half()
     x = x.half()
     error = (half(x).detach().double() - exact_linear(x, weight, half.bias)).abs().max()
