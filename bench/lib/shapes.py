@@ -19,6 +19,10 @@ SHAPES: dict[str, tuple[int, int]] = {
     "Qwen2.5-7B o": (3584, 3584),
     "Qwen2.5-7B gate_up": (37888, 3584),
     "Qwen2.5-7B down": (3584, 18944),
+    "Gemma-2-9B qkv": (8192, 3584),
+    "Gemma-2-9B o": (3584, 4096),
+    "Gemma-2-9B gate_up": (28672, 3584),
+    "Gemma-2-9B down": (3584, 14336),
     "SAM-ViT-h lin1": (5120, 1280),
     "SAM-ViT-h lin2": (1280, 5120),
 }
@@ -26,9 +30,9 @@ SHAPES: dict[str, tuple[int, int]] = {
 ON_CPU = ("Llama-2-7B attention", "Llama-2-7B gate, up")
 TOKENS_ON_CPU = (1, 16, 128)
 
-ON_GPU = ("llama-3-8b", "llama-3-70b", "qwen2.5-7b", "sam-vit-h")
+ON_GPU = ("llama-3-8b", "llama-3-70b", "qwen2.5-7b", "gemma-2-9b", "sam-vit-h")
 TOKENS_OF_DECODE = (1, 2, 4, 8, 16, 32, 64)
-TOKENS_OF_PREFILL = (128, 256, 512, 1024, 4096, 16384)
+TOKENS_OF_PREFILL = (65, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 
 def layers_of(model: str) -> tuple[str, ...]:

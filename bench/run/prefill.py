@@ -9,7 +9,8 @@ the candidate in the same run. Rows are written after each number of tokens.
 
 `accelerate_` is the 2:4 layer as that function left it, told all of these numbers of tokens, on
 measurements of its own made in this run; its note says what runs. Formats that end in `_dynamic`
-round their inputs within what is timed.
+round their inputs within what is timed. `--candidates` leaves out what a host is too slow for: on
+some, a call of cuSPARSELt takes 0.2 s before anything is launched.
 
 Errors are those of up to 128 tokens, spread over all, against float64 of the weight that is stored.
 For `_dynamic` that is the format's definition: the inputs are rounded first, as it says, so that
@@ -39,7 +40,10 @@ from secateur.formats.op import table
 
 ACCELERATE = "accelerate_"
 FORMATS = {
-    "semi24": ("dense", "cusparselt", "decode"),
+    "semi24": ("prefill", "dense", "cusparselt", "decode"),
+    "semi24_int4": ("prefill", "decode"),
+    "semi24_int8": ("prefill",),
+    "semi24_fp8": ("prefill",),
     "int8_dynamic": ("torch",),
     "fp8_dynamic": ("torch",),
     "semi24_int8_dynamic": ("prefill", "cusparselt"),
@@ -92,7 +96,7 @@ def implemented(data: Data, format: str, implementation: str) -> list[cold.Candi
 def accelerated(data: Data) -> list[cold.Candidate]:
     """The 2:4 layer after `accelerate_`: packed, or still dense."""
     model = nn.Sequential(cold.linear_of(data.sparse, data.bias))
-    report = accelerate_(model, data.tokens, ["semi24"], policy="fastest", remeasure=True)
+    report = accelerate_(model, data.tokens, ["semi24"], remeasure=True)
     layer, entry = model[0], report.layers[0]
     assert isinstance(layer, nn.Linear)
 
@@ -146,12 +150,17 @@ def layer_of(name: str, arguments: argparse.Namespace) -> cold.Layer:
             )
         if format == "semi24":
             makers[ACCELERATE] = partial(accelerated, data)
+    wanted = {CUBLAS, *(arguments.candidates or makers)}
+    if unknown := wanted - set(makers):
+        raise ValueError(f"candidates are {', '.join(makers)}, got {', '.join(sorted(unknown))}")
+    makers = {name: maker for name, maker in makers.items() if name in wanted}
     return cold.layer_from(name, shape, makers, int(1e9 * arguments.memory))
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Measures, writes each case's rows as they come; 1 if the time budget left cases out."""
     parser = cold.parser_of("prefill", __doc__, ["llama-3-8b", "sam-vit-h"], TOKENS_OF_PREFILL)
+    parser.add_argument("--candidates", nargs="+", metavar="NAME", help="beside dense cuBLAS")
     return cold.measure("prefill", cold.parsed(parser, words), layer_of)
 
 

@@ -11,7 +11,8 @@ from bench.tables.markdown import page, tokens, vs_cublas
 ACCELERATE = "accelerate_"
 NO_LOSS = 0.97  # as in secateur.accelerate.decision: a ratio below is slower, beyond noise
 SHORT = (
-    *("cusparselt alg 0", "cusparselt searched", ACCELERATE, "int8_dynamic torch"),
+    *("cusparselt alg 0", "cusparselt searched", ACCELERATE, "semi24 prefill"),
+    *("semi24_int4 prefill", "semi24_int8 prefill", "semi24_fp8 prefill", "int8_dynamic torch"),
     *("fp8_dynamic torch", "semi24_int8_dynamic cusparselt"),
     *("semi24_int8_dynamic prefill", "semi24_fp8_dynamic prefill"),
 )
@@ -28,24 +29,19 @@ def prefill_short(results: Path) -> str:
 
 
 def latest(results: Path) -> list[list[Row]]:
-    """For each device, the rows of every layer and number of tokens from the last run that had it.
+    """For each device, the row of every layer, number of tokens and candidate of its last run.
 
-    A run of all cases takes longer than a device may be had for.
+    A run of all takes longer than a device may be had for. Each ratio is to dense of its own run.
     """
-    devices: dict[str, dict[tuple[str, str], list[Row]]] = {}
+    devices: dict[str, dict[tuple[str, str, str], Row]] = {}
     for rows in every(results, "prefill"):
-        run: dict[tuple[str, str], list[Row]] = {}
-        for row in rows:
-            run.setdefault((row["layer"], row["tokens"]), []).append(row)
+        run = {(row["layer"], row["tokens"], row["candidate"]): row for row in rows}
         devices.setdefault(rows[0]["device"], {}).update(run)
-    return [
-        [row for case in sorted(cases, key=_order) for row in cases[case]]
-        for cases in devices.values()
-    ]
+    return [sorted(cases.values(), key=_order) for cases in devices.values()]
 
 
-def _order(case: tuple[str, str]) -> tuple[str, int]:
-    return case[0], int(case[1])
+def _order(row: Row) -> tuple[str, int]:
+    return row["layer"], int(row["tokens"])
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -16,7 +16,7 @@ FEW, MANY = (1, 16, 64), 4096
 # What stands in a row: its name, the candidate at few tokens, the candidate at many.
 KINDS = (
     ("2:4", "semi24", "accelerate_"),
-    ("2:4, int4 weights", "semi24_int4", ""),
+    ("2:4, int4 weights", "semi24_int4", "semi24_int4 prefill"),
     ("2:4, int8 weights and inputs", "semi24_int8", "semi24_int8_dynamic prefill"),
     ("dense, int4 weights, by torch", "tinygemm int4", ""),
     ("dense, fp8 weights and inputs, by torch", "", "fp8_dynamic torch"),

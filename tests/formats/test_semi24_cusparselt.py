@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.formats import SparseLinear, parse_format
+from secateur.formats.kernels import cusparselt_child
 from secateur.formats.kernels.cusparselt import Setting
 from secateur.formats.kernels.gpu import why_no_gpu
 from secateur.formats.semi24 import Semi24, cusparselt, dense
@@ -215,12 +216,14 @@ def gpu(test):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty cache of settings, in place of the user's: what is tested is searched here."""
+    """An empty cache in place of the user's: what is tested is searched here, among a few."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cusparselt_child, "MODULE", "tests.formats.kernels.small_child")
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("SECATEUR_CACHE", str(folder))
         forget()
         yield folder
+    cusparselt_child.end_child()
     forget()
 
 

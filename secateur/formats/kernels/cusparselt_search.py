@@ -23,10 +23,10 @@ MOST_ALGORITHMS = 128  # more than any version has
 MOST_REFUSALS = 4  # refused numbers in a row that end the search
 SPLIT_BEST = 2  # algorithms that are tried with their sums split, too
 SPLITS = tuple((count, mode) for count in (2, 4, 8) for mode in (1, 2))  # one kernel, or two
-MOST_COPIES = 16  # of the weight, in rotation: a model's layers find theirs in no cache
-FIRST_COPIES = 4  # that all are timed with; each costs two calls, which on some hosts take long
+MOST_COPIES = 8  # of the weight, in rotation: a model's layers find theirs in no cache
+FIRST_COPIES = 2  # that all are timed with; each costs two calls, of 0.2 s on some hosts
 ROUNDS = 5
-FINALISTS, FINAL_ROUNDS = 8, 15  # with all copies
+FINALISTS, FINAL_ROUNDS = 4, 15  # with all copies
 CHECKS = 5  # inputs more that the fastest has to be right for, each of them REPEATS times
 REPEATS = 2
 REASONS = 3  # in a message; there can be as many as settings
@@ -94,9 +94,9 @@ def search(
     each twice, and at every number of tokens of the bucket, or the next one is taken: some are
     wrong only now and then. Once one is right and `watch.late`, no other is tried.
 
-    Cost: a dozen calls of the library for each of some dozens of settings, 33 more for each of
+    Cost: seven calls of the library for each of some dozens of settings, 17 more for each of
         `FINALISTS`, and `exact` seven times or more. Memory for one and a half exact results, two
-        results, and up to 16 copies of the blob.
+        results, and up to 8 copies of the blob.
     Raises: RuntimeError if no setting is right, or the GPU has failed; OutOfMemoryError if there is
         no room, or none is right but some had no room.
     """

@@ -21,7 +21,10 @@ from tests.formats.test_dynamic import plain_quantise, plain_scale_bias
 OUT, WIDTH = 64, 128
 
 
-EXACT = ["semi24 dense", "semi24 cusparselt", "semi24 decode"]
+EXACT = [
+    *("semi24 prefill", "semi24 dense", "semi24 cusparselt", "semi24 decode"),
+    *("semi24_int4 prefill", "semi24_int4 decode", "semi24_int8 prefill", "semi24_fp8 prefill"),
+]
 
 
 DYNAMIC = ["int8_dynamic torch", "fp8_dynamic torch"]
@@ -82,8 +85,18 @@ def test_everyone_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     notes = {row["candidate"]: row["note"] for row in rows if not row["us"]}
     assert notes.keys() == {"cusparselt searched", *EXACT, *DYNAMIC, *SPARSE, *HOPPER}
     assert notes["semi24 cusparselt"].startswith("running it packed needs a CUDA GPU")
-    assert len(rows) == 2 * (7 + 9)
+    assert len(rows) == 2 * (10 + 14)
     assert "| Tiny o | 130 |" in TABLES["prefill"](tmp_path)
+
+
+def test_some_candidates_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = ["semi24 reference", "semi24_int4 prefill"]
+    words = ["--device", "cpu", "--shapes", "Tiny", "--tokens", "3", "--rounds", "2"]
+    assert prefill.main([*words, "--output", str(tmp_path), "--candidates", *some]) == 0
+    rows = results.read(Path(capsys.readouterr().out.split()[-1]))
+    assert [row["candidate"] for row in rows] == ["cublas bf16", *some]
+    with pytest.raises(ValueError, match="candidates are cublas bf16, .*, got semi42"):
+        prefill.main([*words, "--candidates", "semi42"])
 
 
 def test_sparse_products_are_measured(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.formats.kernels import cusparselt_search, cusparselt_settings
+from secateur.formats.kernels import cusparselt_child, cusparselt_search, cusparselt_settings
 from secateur.formats.kernels.cusparselt import (
     LARGEST_BUCKET,
     STEPS,
@@ -555,7 +555,9 @@ def test_codes_on_a_gpu(
     exact = x.double() @ weight.double().t() * (1 if alpha is None else alpha)
     blob, case = compress(weight), case_of(x, shape[0], None, alpha, out_dtype)
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    monkeypatch.setattr(cusparselt_child, "MODULE", "tests.formats.kernels.small_child")
     found = search_isolated(case, x.device)
+    cusparselt_child.end_child()
     y = multiply(blob, x, shape[0], found.setting, None, alpha, out_dtype)
     assert y.dtype == out_dtype and y.shape == exact.shape
     assert (y.double() - exact).abs().max() <= allowed(case) * exact.abs().max()
