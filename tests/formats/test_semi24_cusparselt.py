@@ -330,7 +330,7 @@ def test_copies_state_and_devices() -> None:
     moved = copy.deepcopy(layer).to("cpu")
     assert moved.dispatch == "reference" and moved.nbytes == 0.5625 * 2 * 256 * 512
     moved = moved.to("cuda")
-    assert moved.dispatch.endswith("cusparselt")
+    assert "cusparselt" not in moved.dispatch  # a default holds no second copy of the weight
     held_to_float64(moved, x)
     blank = copy.deepcopy(layer)
     for buffer in blank.buffers():
