@@ -164,6 +164,13 @@ class SparseLinear(nn.Linear):
             name if limit is None else f"{name}<={limit}" for name, limit in table
         )
 
+    def lie_in(self, name: str, place: Tensor) -> None:
+        """Hold the tensor of this name in `place` from now on, which has the same numbers.
+
+        So layers that run together can have theirs one after another in one piece of memory.
+        """
+        self._buffers[name] = place
+
     def forward(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         """`input @ weight.T + bias`, from the packed weight; then the activation, if one is fused.
 

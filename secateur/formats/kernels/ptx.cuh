@@ -287,6 +287,11 @@ __device__ __forceinline__ void store_remote(
         :: "r"(there), "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier_there) : "memory");
 }
 
+// Stores a float in another CTA, at an address of `in_cta`; a cluster's barrier says when it is there.
+__device__ __forceinline__ void store_in_cta(u32 there, float v) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(there), "f"(v) : "memory");
+}
+
 // ---- dependent launch, sm_90 -------------------------------------------------------------------
 
 // The next kernel's CTAs may start once every CTA of this one has said so, or has ended.

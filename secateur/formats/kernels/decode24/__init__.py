@@ -4,7 +4,7 @@ Shared by `semi24` and its quantised forms: each says how its packed weight is a
 does the rest. `kernel.cu` tells how it works, `units.cuh` draws the layout.
 """
 
-from secateur.formats.kernels.decode24.arrange import Kind, arrange, restore
-from secateur.formats.kernels.decode24.multiply import multiply, why_not
+from secateur.formats.kernels.decode24.arrange import FORMATS, Kind, arrange, restore
+from secateur.formats.kernels.decode24.multiply import multiply, multiply_into, why_not
 
-__all__ = ["Kind", "arrange", "multiply", "restore", "why_not"]
+__all__ = ["FORMATS", "Kind", "arrange", "multiply", "multiply_into", "restore", "why_not"]

@@ -1,6 +1,7 @@
 """The decode kernel, launched: one call from Python for each linear layer."""
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -56,20 +57,52 @@ def multiply(
     Raises: RuntimeError if the kernel has to be compiled while a graph is captured; ValueError if
         the bias has another dtype.
     """
-    tokens, columns = x.shape
     device = x.device
     check_bias(NAME, bias, x.dtype)
     x, bias = readable(x), None if bias is None else readable(bias)
-    y = x.new_empty(tokens, rows)
-    launch = _launch(device, kind, grouped, x.dtype, rows, columns, bucket(tokens))
+    y = x.new_empty(len(x), rows)
+    launch, told = _prepared(x, units, row_scales, bias, kind, grouped, y)
     with on(device):
-        launch(
-            torch.cuda.current_stream(device).cuda_stream,
-            *(x.data_ptr(), units.data_ptr()),
-            *(address(row_scales), address(bias), y.data_ptr()),
-            *(tokens, rows, columns),
-        )
+        launch(torch.cuda.current_stream(device).cuda_stream, *told)
     return y
+
+
+def multiply_into(
+    x: Float[Tensor, "tokens in"],
+    units: UInt8[Tensor, "tiles units bytes"],
+    row_scales: Float[Tensor, "out 1"] | None,
+    bias: Float[Tensor, " out"] | None,
+    kind: Kind,
+    grouped: bool,
+    y: Float[Tensor, "tokens out"],
+) -> Callable[[int], None]:
+    """`multiply` into y, bound to these tensors: called with a stream's handle, it launches there.
+
+    The tensors are contiguous, keep their addresses, and live as long as what is returned.
+    """
+    check_bias(NAME, bias, x.dtype)
+    launch, told = _prepared(x, units, row_scales, bias, kind, grouped, y)
+
+    def run(stream: int, _alive: object = (x, units, row_scales, bias, y)) -> None:
+        launch(stream, *told)
+
+    return run
+
+
+def _prepared(
+    x: Tensor,
+    units: Tensor,
+    row_scales: Tensor | None,
+    bias: Tensor | None,
+    kind: Kind,
+    grouped: bool,
+    y: Tensor,
+) -> tuple[Launch, tuple[int, ...]]:
+    """The launch, and its arguments."""
+    (tokens, columns), rows = x.shape, y.shape[1]
+    launch = _launch(x.device, kind, grouped, x.dtype, rows, columns, bucket(tokens))
+    pointers = x.data_ptr(), units.data_ptr(), address(row_scales), address(bias), y.data_ptr()
+    return launch, (*pointers, tokens, rows, columns)
 
 
 @lru_cache(maxsize=1024)  # five buckets of tokens for each of a model's few shapes

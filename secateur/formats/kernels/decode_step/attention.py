@@ -1,0 +1,116 @@
+"""Attention of one new token of each sequence over cached keys and values, bound to its tensors."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from secateur.formats.kernels.decode_step.between import Bound, bound
+from secateur.formats.kernels.gpu import why_no_bindings, why_no_gpu, why_not_capability
+from secateur.formats.kernels.launch import Launch, load, prepare
+from secateur.formats.kernels.nvrtc import Source
+
+NAME = "the attention kernel"
+SOURCE = Source("decode_step/attention.cu", "attention", ("ptx.cuh",))
+ARGUMENTS = "PPPPPPPPPPiiiifff"
+HEADS = (64, 128, 256)  # sizes of a head
+THREADS, STAGES = 256, 3
+STAGE_BYTES = 32 * 1024  # keys and values of a tile: the same for every size of a head
+CLUSTERS_FROM = (9, 0)
+WAVES = 2  # of CTAs, on the device at once
+MOST_QUERIES = 2  # heads of a cluster: with more a thread has too many registers for two CTAs an SM
+WITHOUT_WINDOW = 2**30
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the kernel is compiled for, beside the dtype: the heads, and what is done to them.
+
+    `window` is the most keys that a query sees, its own among them; `cap` that of the scores, where
+    there is one; `normed` is whether queries and keys are normalised before the rotation.
+    """
+
+    query_heads: int
+    kv_heads: int
+    head: int
+    scale: float
+    window: int = WITHOUT_WINDOW
+    cap: float = 0.0
+    normed: bool = False
+
+    @property
+    def queries(self) -> int:
+        """The query heads of a cluster."""
+        return min(MOST_QUERIES, self.query_heads // self.kv_heads)
+
+
+def why_no_attention(attention: Attention, device: torch.device) -> str | None:
+    """Why the kernel cannot run here, or None."""
+    if (problem := why_no_gpu(device)) is not None:
+        return problem
+    if attention.head not in HEADS:
+        return f"{NAME} has heads of {', '.join(map(str, HEADS))} numbers, got {attention.head}"
+    if attention.query_heads % attention.kv_heads:
+        return (
+            f"{NAME} needs whole groups, got {attention.query_heads} / {attention.kv_heads} heads"
+        )
+    remedy = "the model's own forward still works"
+    return why_not_capability(NAME, device, CLUSTERS_FROM, remedy) or why_no_bindings(NAME)
+
+
+def attention(
+    what: Attention,
+    qkv: Float[Tensor, "batch heads_times_head"],
+    keys: Float[Tensor, "batch kv_heads slots head"],
+    values: Float[Tensor, "batch kv_heads slots head"],
+    rotation: tuple[Float[Tensor, "positions half"], Float[Tensor, "positions half"]],
+    norms: tuple[Float[Tensor, " head"], Float[Tensor, " head"], float] | None,
+    position: Int[Tensor, "1"],
+    padding: Int[Tensor, " batch"],
+    y: Float[Tensor, "batch query_heads_times_head"],
+) -> Bound:
+    """Y = softmax(q K^T scale) V, once the new key and value stand in the cache at `position`.
+
+    The first `padding` slots of a sequence hold nothing, and its positions count from there.
+
+    Error: queries, scores, weights and sums are float32; one rounding of the result.
+    """
+    batch, _, slots, _ = keys.shape
+    launch = _launch(what, batch, qkv.dtype, qkv.device)
+    query_norm, key_norm, epsilon = norms if norms is not None else (None, None, 0.0)
+    return bound(
+        launch,
+        *(qkv, keys, values, *rotation, query_norm, key_norm, position, padding, y),
+        *(what.query_heads, what.kv_heads, slots, what.window, what.scale, what.cap, epsilon),
+    )
+
+
+@lru_cache(maxsize=64)
+def _launch(what: Attention, batch: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    clusters = batch * what.kv_heads * -(-what.query_heads // what.kv_heads // what.queries)
+    cluster = cluster_of(clusters, count)
+    kernel = load(SOURCE, defines(what, cluster, dtype), device)
+    return prepare(
+        kernel, clusters * cluster, cluster, THREADS, STAGES * STAGE_BYTES, True, ARGUMENTS
+    )
+
+
+def cluster_of(clusters: int, multiprocessors: int) -> int:
+    """CTAs that split the keys: as many as the device holds, at most 8."""
+    return next((n for n in (8, 4, 2) if clusters * n <= WAVES * multiprocessors), 1)
+
+
+def defines(what: Attention, cluster: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """The macros of `attention.cu`, whose head says what each means."""
+    return (
+        ("HALF", int(dtype == torch.float16)),
+        ("HEAD", what.head),
+        ("QUERIES", what.queries),
+        ("CLUSTER", cluster),
+        ("STAGES", STAGES),
+        ("NORM", int(what.normed)),
+        ("SOFTCAP", int(what.cap > 0)),
+    )

@@ -1,0 +1,1 @@
+"""Language models end to end: what makes their tokens, and how fast."""

@@ -1,0 +1,174 @@
+"""Steps by kernels of our own where they know the model, else by the model's own forward."""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from secateur.formats.kernels.decode_step import why_no_attention
+from secateur.formats.kernels.decode_step.between import MOST_WIDTH, PIECE
+from secateur.llm.decoder import Decoder, NotRead, read_decoder
+from secateur.llm.plan import Memory, Plan
+from secateur.llm.steps import ModelSteps
+
+SLOTS = 256  # a cache has a multiple of them, so that few plans serve all lengths
+OWN = "kernels of its own, one CUDA graph a token"
+FORWARD = "the model's own forward"
+
+State = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and of what: the addresses and versions of all tensors that its launches read."""
+
+    state: State
+    plan: Plan
+
+
+_plans: WeakKeyDictionary[nn.Module, Planned] = WeakKeyDictionary()
+
+
+class KernelSteps:
+    """Reads a prompt by the model's forward, then makes tokens by a captured `Plan`.
+
+    Before a plan is used, one step of it is compared with the model's own; where they differ by
+    more than roundings do, or the model is not known, the model's forward goes on. `about` says
+    which it is and why.
+    """
+
+    block = 16
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._forward = model, ModelSteps(model)
+        self._plan: Plan | None = None
+        self._seen = 0
+        self.about = FORWARD
+
+    def start(
+        self,
+        ids: Int[Tensor, "batch prompt"],
+        mask: Int[Tensor, "batch prompt"] | None,
+        length: int,
+    ) -> Float[Tensor, "batch vocab"]:
+        """The logits after the prompts, by the model's own forward."""
+        self._plan, self._seen = None, ids.shape[1]
+        logits = self._forward.start(ids, mask, length)
+        try:
+            planned = self._planned(len(ids), length)
+            _fill(planned.memory, self._forward.cache, ids.shape[1], mask)
+            if self._model not in _plans or _plans[self._model].plan is not planned:
+                self._compare(planned, logits)
+                _plans[self._model] = Planned(_state(planned.decoder), planned)
+        except (NotRead, RuntimeError) as problem:
+            self.about = f"{FORWARD}: {str(problem).splitlines()[0]}"
+            return logits if self._forward.seen == ids.shape[1] else self._again(ids, mask, length)
+        self._plan, self.about = planned, OWN
+        self._forward.forget()
+        return logits
+
+    def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+        """The logits after one more token of each sequence."""
+        if self._plan is None:
+            return self._forward.step(tokens)
+        self._run(tokens, 1)
+        return self._plan.memory.logits.clone()
+
+    def greedy(self, tokens: Int[Tensor, " batch"], count: int) -> Int[Tensor, "batch count"]:
+        """The `count` most likely tokens that follow these, one after the other."""
+        if self._plan is None:
+            return self._forward.greedy(tokens, count)
+        self._run(tokens, count)
+        return self._plan.memory.history[self._seen - count : self._seen].t().clone()
+
+    def _run(self, tokens: Tensor, count: int) -> None:
+        assert self._plan is not None
+        slots = self._plan.memory.slots
+        assert self._seen + count <= slots, f"token {self._seen + count} in a cache of {slots}"
+        self._plan.memory.tokens.copy_(tokens)
+        for _ in range(count):
+            self._plan.run()
+        self._seen += count
+
+    def _again(self, ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
+        """The prompt once more: the step that was compared stands in the cache."""
+        return self._forward.start(ids, mask, length)
+
+    def _planned(self, batch: int, length: int) -> Plan:
+        """The plan for so many sequences and tokens: the one that is kept, if it still fits."""
+        decoder = read_decoder(self._model)
+        if (problem := why_no_plan(decoder)) is not None:
+            raise NotRead(problem)
+        slots = -(-length // SLOTS) * SLOTS
+        kept = _plans.get(self._model)
+        if kept is not None:
+            memory = kept.plan.memory
+            fits = memory.logits.shape[0] == batch and memory.slots >= slots
+            if fits and kept.state == _state(decoder):
+                return kept.plan
+            del _plans[self._model]
+        return Plan.of(decoder, Memory.of(decoder, batch, slots))
+
+    def _compare(self, plan: Plan, logits: Tensor) -> None:
+        """Raises: NotRead if a step of the plan is not the model's own, but for roundings."""
+        tokens = logits.argmax(-1)
+        wanted = self._forward.step(tokens).float()
+        plan.memory.tokens.copy_(tokens)
+        plan.run()
+        plan.memory.position.fill_(self._seen)
+        got = plan.memory.logits.float()
+        error, most = float((got - wanted).norm() / wanted.norm()), allowed(plan.decoder)
+        if not error <= most:
+            raise NotRead(
+                f"its first step's logits differ by {error:.1e} from those of the kernels, where "
+                f"roundings make {most:.1e} at most: it has a part that is not known here"
+            )
+
+
+def allowed(decoder: Decoder) -> float:
+    """The relative difference of logits that roundings can make.
+
+    Two forwards in 16 bits round each block's two sums and what leads to them at other places; the
+    errors are independent, so they grow with the root of the number of blocks.
+    """
+    return float(2 * torch.finfo(decoder.dtype).eps * len(decoder.blocks) ** 0.5)
+
+
+def why_no_plan(decoder: Decoder) -> str | None:
+    """Why the kernels cannot run a step of this decoder here, or None."""
+    if decoder.dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernels of a step run bfloat16 and float16, it has {decoder.dtype}"
+    devices = {str(tensor.device) for tensor in decoder.tensors()}
+    if len(devices) > 1:
+        return f"its parameters are on {', '.join(sorted(devices))}: a step runs on one GPU"
+    inner = [int(block.down.in_features) for block in decoder.blocks]  # type: ignore[arg-type]
+    if any(n % PIECE for n in (decoder.width, *inner)) or decoder.width > MOST_WIDTH:
+        return f"the kernels need widths of whole {PIECE}s, {MOST_WIDTH} at most"
+    problems = (why_no_attention(block.attention, decoder.device) for block in decoder.blocks)
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _state(decoder: Decoder) -> State:
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in decoder.tensors())
+
+
+def _fill(memory: Memory, cache: Any, prompt: int, mask: Tensor | None) -> None:
+    """Copy the prompt's keys and values, and set where the next token stands.
+
+    Raises: NotRead if the cache is of another kind, or has not all of the prompt.
+    """
+    layers = getattr(cache, "layers", ())
+    if len(layers) != len(memory.keys):
+        raise NotRead(f"its cache is a {type(cache).__name__} with {len(layers)} layers of keys")
+    for layer, keys, values in zip(layers, memory.keys, memory.values, strict=True):
+        if layer.keys.shape[2] != prompt:
+            raise NotRead(f"its cache keeps {layer.keys.shape[2]} of {prompt} tokens of the prompt")
+        keys[:, :, :prompt].copy_(layer.keys)
+        values[:, :, :prompt].copy_(layer.values)
+    memory.position.fill_(prompt)
+    memory.padding.copy_(
+        (mask == 0).sum(1) if mask is not None else torch.zeros_like(memory.padding)
+    )

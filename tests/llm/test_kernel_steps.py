@@ -1,0 +1,195 @@
+"""Steps by kernels: the logits of the model's own forward, and when they are not used."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur as sc
+from secateur.llm.decoder import NotRead, read_decoder
+from secateur.llm.kernel_steps import FORWARD, OWN, KernelSteps
+
+transformers = pytest.importorskip("transformers")
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+
+
+def model_of(family: str, device: str, **others: object) -> nn.Module:
+    kind = getattr(transformers, f"{family}Config")
+    head = {} if family in ("Phi3", "Llama", "Mistral") else {"head_dim": 64}
+    config = kind(**{**SIZES, "pad_token_id": 0, **head, **others})
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.mul_(2)  # so that tokens differ
+    return model.to(device).eval().requires_grad_(False)
+
+
+def packed(model: nn.Module, format: str) -> nn.Module:
+    pattern = sc.NM(2, 4)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                weight.mul_(pattern.mask(weight.abs().float()))
+    sc.pack_(model, format, "*_proj")
+    return model
+
+
+def ids_of(rows: int, length: int, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(1, SIZES["vocab_size"], (rows, length), generator=generator).to(device)
+
+
+def followed(model: nn.Module, ids: Tensor, mask: Tensor | None, count: int) -> KernelSteps:
+    """Steps whose logits, at each of the model's own tokens, are the model's but for roundings."""
+    steps = KernelSteps(model)
+    logits = steps.start(ids, mask, ids.shape[1] + count + 1)
+    assert steps.about == OWN, steps.about
+    text, given = ids, mask
+    for _ in range(count):
+        tokens = logits.argmax(-1)
+        text = torch.cat([text, tokens[:, None]], 1)
+        logits = steps.step(tokens).float()
+        positions = None
+        if given is not None:
+            given = torch.cat([given, given.new_ones(len(ids), 1)], 1)
+            positions = (given.cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad():
+            wanted = model(text, attention_mask=given, position_ids=positions).logits[:, -1]
+        error = (logits - wanted.float()).norm() / wanted.float().norm()
+        assert float(error) < 0.03, float(error)
+    return steps
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite"])
+def test_decoders_are_read(family: str) -> None:
+    model = model_of(family, "cpu")
+    decoder = read_decoder(model)
+    assert len(decoder.blocks) == 4 and decoder.width == 512 and decoder.vocabulary == 1000
+    block = decoder.blocks[2]
+    inside = model.model.layers[2]
+    assert block.out is inside.self_attn.o_proj and block.down is inside.mlp.down_proj
+    assert (len(block.qkv), len(block.gate_up)) == ((1, 1) if family == "Phi3" else (3, 2))
+    assert (block.head_norms is not None) == (family == "Qwen3")
+    cosines, sines = decoder.rotation(9)
+    assert cosines.shape == sines.shape == (9, 32) and float(cosines[0].min()) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        (
+            "Gemma2",
+            "8 of its parameters are unknown here, model.layers.0.pre_f",
+        ),
+        ("GPT2", "GPT2LMHeadModel has no model"),
+        ("OPT", "OPTModel has no rotary_emb"),
+    ],
+)
+def test_others_are_named(family: str, reason: str) -> None:
+    with pytest.raises(NotRead, match=reason):
+        read_decoder(model_of(family, "cpu"))
+
+
+def test_on_a_cpu_the_forward_runs() -> None:
+    model, ids = model_of("Llama", "cpu"), ids_of(1, 5, "cpu")
+    steps = KernelSteps(model)
+    tokens = steps.start(ids, None, 20).argmax(-1)
+    assert steps.about.startswith(f"{FORWARD}: running it packed needs a CUDA GPU"), steps.about
+    wanted = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert torch.equal(torch.cat([tokens[:, None], steps.greedy(tokens, 3)], 1), wanted[:, 5:])
+
+
+def families(test: Callable[..., None]) -> Callable[..., None]:
+    named = ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3"]
+    for mark in (*gpu, pytest.mark.parametrize("family", named)):
+        test = mark(test)
+    return test
+
+
+@families
+def test_families_give_their_own_tokens(family: str) -> None:
+    model = packed(model_of(family, "cuda"), "semi24_int4")
+    followed(model, ids_of(1, 70, "cuda"), None, 6)
+
+
+@families
+def test_batches_with_padding(family: str) -> None:
+    model = packed(model_of(family, "cuda"), "semi24")
+    ids = ids_of(3, 40, "cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :7] = mask[2, :39] = 0
+    followed(model, ids.masked_fill(mask == 0, 0), mask, 4)
+
+
+@pytest.mark.parametrize("format", ["", "semi24_int8", "semi24_fp8"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_other_formats_and_dense(format: str) -> None:
+    model = model_of("Llama", "cuda")
+    followed(packed(model, format) if format else model, ids_of(2, 33, "cuda"), None, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_greedy_tokens_are_those_of_steps_and_a_plan_serves_again() -> None:
+    model, ids = packed(model_of("Llama", "cuda"), "semi24_int4"), ids_of(2, 50, "cuda")
+    one, many = KernelSteps(model), KernelSteps(model)
+    tokens = one.start(ids, None, 100).argmax(-1)
+    made = [tokens]
+    for _ in range(20):
+        made.append(one.step(made[-1]).argmax(-1))
+    assert torch.equal(tokens, many.start(ids, None, 100).argmax(-1))
+    assert many._plan is one._plan and many._plan is not None
+    assert torch.equal(torch.stack(made[1:], 1), many.greedy(tokens, 20))
+    held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = packed(model_of("Llama", "cuda"), "semi24_int4").state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in other.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_changed_weight_is_seen() -> None:
+    model, ids = model_of("Llama", "cuda"), ids_of(1, 20, "cuda")
+    followed(model, ids, None, 2)
+    model.model.layers[0].mlp.down_proj.weight.mul_(-1)
+    followed(model, ids, None, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("Gemma2", "unknown here"),
+        ("Granite", "differ by"),
+        ("GPT2", "has no model"),
+    ],
+)
+def test_others_run_by_their_own_forward(family: str, reason: str) -> None:
+    others = {"Granite": {"residual_multiplier": 0.3}, "GPT2": {}}.get(family, {})
+    model = model_of(family, "cuda", **others)
+    ids = ids_of(2, 12, "cuda")
+    steps = KernelSteps(model)
+    tokens = steps.start(ids, None, 40).argmax(-1)
+    assert steps.about.startswith(FORWARD) and reason in steps.about, steps.about
+    wanted = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(torch.cat([tokens[:, None], steps.greedy(tokens, 5)], 1), wanted[:, 12:])
