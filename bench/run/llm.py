@@ -195,7 +195,8 @@ def main(words: Sequence[str] | None = None) -> int:
         found = measured(arguments, format)
         names = ("model", "blocks", "batch", "prompt", "tokens", "rounds")
         head = DENSE if format in (DENSE, TRANSFORMERS) else arguments.head
-        row = {"format": format, "head": head, **{n: getattr(arguments, n) for n in names}, **found}
+        told = {name: getattr(arguments, name) for name in names}
+        row = {"format": format, "head": head, **told, **found}
         path = append(arguments.output, "llm", [row], arguments.device)
         print(
             ", ".join(f"{name} {row[name]}" for name in ("format", "head", *MEASURED)), flush=True

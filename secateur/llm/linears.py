@@ -1,6 +1,7 @@
 """Linear layers of a decode step, bound to tensors: siblings in one launch where they agree."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -8,34 +9,43 @@ from torch import Tensor, nn
 
 from secateur.formats import SparseLinear
 from secateur.formats.kernels import decode24
-from secateur.formats.kernels.decode24 import Kind
+from secateur.formats.kernels.decode24 import PLAIN, Fusion, Kind
 from secateur.formats.kernels.decode_step import Bound
 
 UNITS, SCALES = "units", "scales"
 
 
-def linear_operations(layers: Sequence[nn.Module], x: Tensor, y: Tensor) -> list[Bound]:
-    """Y = the results of these layers for x, side by side.
+@dataclass(frozen=True)
+class Joined:
+    """2:4 layers with one input as one: their units, scales and biases one after another."""
 
-    Layers of one format that hold units run as one launch; their units come to lie one after
-    another in one tensor, of which each layer holds its part. Others run one by one.
+    units: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    kind: Kind
+    grouped: bool
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def why_not_fused(self, tokens: int, fusion: Fusion) -> str | None:
+        """Why a launch cannot do more than multiply, or None."""
+        told = self.kind, self.grouped, self.dtype, self.shape, tokens, fusion
+        return decode24.why_not_fused(*told, self.units.device)
+
+    def into(
+        self, x: Tensor, y: Tensor, fusion: Fusion = PLAIN, norm: tuple[Tensor, float] | None = None
+    ) -> Bound:
+        """Y = the results for x, side by side: see `decode24.multiply_into`."""
+        weight = self.units, self.scales, self.bias, self.kind, self.grouped
+        return decode24.multiply_into(x, *weight, y, fusion, norm)
+
+
+def joined(layers: Sequence[nn.Module], tokens: int) -> Joined | str:
+    """The layers as one, or why they cannot run as one launch at so many tokens.
+
+    Their units come to lie one after another in one tensor, of which each layer holds its part.
     """
-    if (joined := _joined(layers, x, y)) is not None:
-        return [joined]
-    widths = [_out_features(layer) for layer in layers]
-    places = y.split(widths, dim=1)
-    if len(layers) > 1 and (y.shape[0] == 1 or all(p.is_contiguous() for p in places)):
-        return [
-            operation
-            for layer, place in zip(layers, places, strict=True)
-            for operation in linear_operations([layer], x, place)
-        ]
-    return [_called(layer, x, place) for layer, place in zip(layers, places, strict=True)]
-
-
-def why_separate(layers: Sequence[nn.Module]) -> str | None:
-    """Why these layers cannot run as one launch, or None."""
-    packed = _packed(layers)
+    packed = [one for one in layers if isinstance(one, SparseLinear) and UNITS in one.held_bytes]
     if len(packed) < len(layers):
         return "not all of them are 2:4 layers that the decode kernel runs"
     kinds = dict.fromkeys((str(one.format), one.dtype, one.in_features) for one in packed)
@@ -43,28 +53,32 @@ def why_separate(layers: Sequence[nn.Module]) -> str | None:
         return f"they are packed differently: {', '.join(format for format, _, _ in kinds)}"
     if any(one.activation for one in packed):
         return "one has an activation of its own"
-    return None
-
-
-def _packed(layers: Sequence[nn.Module]) -> list[SparseLinear]:
-    """Those of the layers that hold units."""
-    return [one for one in layers if isinstance(one, SparseLinear) and UNITS in one.held_bytes]
-
-
-def _joined(layers: Sequence[nn.Module], x: Tensor, y: Tensor) -> Bound | None:
-    """One launch for all of them, or None where they do not agree or the kernel cannot run."""
-    if why_separate(layers) is not None:
-        return None
-    packed = _packed(layers)
+    held = [one.held for one in packed]
+    for one in held:
+        if (problem := decode24.why_not(one.shape, one.dtype, one.device, tokens)) is not None:
+            return problem
     kind, grouped = decode24.FORMATS[str(packed[0].format)]
-    if any(decode24.why_not(one.shape, one.dtype, one.device, len(x)) for one in packed):
-        return None
-    scales = None
-    if kind is not Kind.W16 and not grouped:
-        scales = torch.cat([one.held[SCALES] for one in packed])
-    return decode24.multiply_into(
-        x, _in_one_place(packed), scales, _bias(layers, y), kind, grouped, y
+    own_scales = kind is not Kind.W16 and not grouped
+    return Joined(
+        _in_one_place(packed),
+        torch.cat([one[SCALES] for one in held]) if own_scales else None,
+        _bias(packed),
+        *(kind, grouped),
+        (sum(one.out_features for one in packed), packed[0].in_features),
+        packed[0].dtype,
     )
+
+
+def linear_operations(layers: Sequence[nn.Module], x: Tensor, y: Tensor) -> list[Bound]:
+    """Y = the results of these layers for x, side by side, in as few launches as there can be."""
+    if isinstance(whole := joined(layers, len(x)), Joined):
+        return [whole.into(x, y)]
+    widths = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
+    places = y.split(widths, dim=1)
+    if len(layers) > 1 and len(y) == 1:
+        parts = zip(layers, places, strict=True)
+        return [one for layer, place in parts for one in linear_operations([layer], x, place)]
+    return [_called(layer, x, place) for layer, place in zip(layers, places, strict=True)]
 
 
 def _in_one_place(layers: Sequence[SparseLinear]) -> Tensor:
@@ -80,16 +94,18 @@ def _in_one_place(layers: Sequence[SparseLinear]) -> Tensor:
     return whole
 
 
-def _bias(layers: Sequence[nn.Module], y: Tensor) -> Tensor | None:
+def _bias(layers: Sequence[SparseLinear]) -> Tensor | None:
     """The biases, zeros for a layer without one; None if none has one."""
-    biases = [getattr(layer, "bias", None) for layer in layers]
-    if all(bias is None for bias in biases):
+    if all(layer.bias is None for layer in layers):
         return None
-    parts = [
-        y.new_zeros(_out_features(layer)) if bias is None else bias.detach()
-        for layer, bias in zip(layers, biases, strict=True)
-    ]
-    return torch.cat(parts)
+    return torch.cat(
+        [
+            torch.zeros(layer.out_features, dtype=layer.dtype, device=layer.device)
+            if layer.bias is None
+            else layer.bias.detach()
+            for layer in layers
+        ]
+    )
 
 
 def _called(layer: nn.Module, x: Tensor, place: Tensor) -> Bound:
@@ -106,7 +122,3 @@ def _called(layer: nn.Module, x: Tensor, place: Tensor) -> Bound:
         place.copy_(layer(x))
 
     return call
-
-
-def _out_features(layer: nn.Module) -> int:
-    return int(layer.out_features)  # type: ignore[arg-type]

@@ -1,16 +1,20 @@
 """One step of a decoder as a flat list of launches on fixed memory, captured as a CUDA graph.
 
-A block is eight launches: norm, q k v, attention, out, norm, gate and up, act(gate) up, down. The
-last of a step chooses the most likely token and writes it where the next step reads its input, so
-that steps can follow one another without the host.
+A block is five launches where its layers can be fused: q, k, v of the normalised stream; attention;
+out, added to the stream; gate and up of the normalised stream; down of act(gate) up, added to the
+stream. What cannot be fused has launches of its own. The last of a step chooses the most likely
+token and writes it where the next step reads its input, so that steps follow one another without
+the host.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from secateur.formats.kernels.decode24 import Fusion
 from secateur.formats.kernels.decode_step import (
     Bound,
     add_norm,
@@ -18,9 +22,10 @@ from secateur.formats.kernels.decode_step import (
     choose,
     embed,
     gated,
+    norm,
 )
 from secateur.llm.decoder import Block, Decoder, Norm
-from secateur.llm.linears import linear_operations
+from secateur.llm.linears import Joined, joined, linear_operations
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Plan:
     memory: Memory
     operations: list[tuple[str, Bound]] = field(default_factory=list)
     graph: torch.cuda.CUDAGraph | None = None
+    _pending: Tensor | None = None  # what has still to be added to the stream
 
     @staticmethod
     def of(decoder: Decoder, memory: Memory) -> "Plan":
@@ -92,22 +98,16 @@ class Plan:
 
     def _lay_out(self) -> None:
         decoder, memory = self.decoder, self.memory
-        batch, width = len(memory.tokens), decoder.width
-        stream, normed, added = (memory.logits.new_zeros(batch, width) for _ in range(3))
+        batch = len(memory.tokens)
+        stream, normed = (memory.logits.new_zeros(batch, decoder.width) for _ in range(2))
         rotation = decoder.rotation(memory.slots)
-        first = decoder.blocks[0].before_attention
-        self._add(
-            "embedding",
-            embed(decoder.embedding.detach(), memory.tokens, *_told(first), stream, normed),
-        )
-        after = [*(block.before_attention for block in decoder.blocks[1:]), decoder.norm]
-        for index, (block, norm) in enumerate(zip(decoder.blocks, after, strict=True)):
+        embedded = decoder.embedding.detach(), memory.tokens, *_told(decoder.norm), stream, normed
+        self._add("embedding", embed(*embedded))
+        for index, block in enumerate(decoder.blocks):
             cache = memory.keys[index], memory.values[index]
-            self._add_attention(block, normed, cache, rotation, added)
-            self._add("norm", add_norm(stream, added, *_told(block.before_mlp), normed))
-            self._add_mlp(block, normed, added)
-            self._add("norm", add_norm(stream, added, *_told(norm), normed))
-        self._add("head", *linear_operations([decoder.head], normed, memory.logits))
+            self._add_attention(block, stream, normed, cache, rotation)
+            self._add_mlp(block, stream, normed)
+        self._add_normed([decoder.head], "head", decoder.norm, stream, normed, memory.logits)
         chosen = choose(memory.logits, memory.tokens, memory.history, memory.position)
         self._add("choice", chosen)
         torch.cuda.synchronize(decoder.device)  # weights are read before kernels wait for others
@@ -115,31 +115,69 @@ class Plan:
     def _add_attention(
         self,
         block: Block,
-        x: Tensor,
+        stream: Tensor,
+        normed: Tensor,
         cache: tuple[Tensor, Tensor],
         rotation: tuple[Tensor, Tensor],
-        y: Tensor,
     ) -> None:
         what, memory = block.attention, self.memory
-        qkv = x.new_zeros(len(x), (what.query_heads + 2 * what.kv_heads) * what.head)
-        mixed = x.new_zeros(len(x), what.query_heads * what.head)
+        qkv = stream.new_zeros(len(stream), (what.query_heads + 2 * what.kv_heads) * what.head)
+        mixed = stream.new_zeros(len(stream), what.query_heads * what.head)
         norms = None
         if block.head_norms is not None:
             of_queries, of_keys = block.head_norms
             norms = of_queries.weight.detach(), of_keys.weight.detach(), of_queries.epsilon
-        self._add("q, k, v", *linear_operations(block.qkv, x, qkv))
+        self._add_normed(block.qkv, "q, k, v", block.before_attention, stream, normed, qkv)
         attend = attention(
             what, qkv, *cache, rotation, norms, memory.position, memory.padding, mixed
         )
         self._add("attention", attend)
-        self._add("out", *linear_operations([block.out], mixed, y))
+        self._add_to_stream(block.out, "out", mixed, "", stream)
 
-    def _add_mlp(self, block: Block, x: Tensor, y: Tensor) -> None:
+    def _add_mlp(self, block: Block, stream: Tensor, normed: Tensor) -> None:
         inner = int(block.down.in_features)  # type: ignore[arg-type]
-        both, joined = x.new_zeros(len(x), 2 * inner), x.new_zeros(len(x), inner)
-        self._add("gate, up", *linear_operations(block.gate_up, x, both))
-        self._add("gated", gated(both, block.activation, joined))
-        self._add("down", *linear_operations([block.down], joined, y))
+        both = stream.new_zeros(len(stream), 2 * inner)
+        self._add_normed(block.gate_up, "gate, up", block.before_mlp, stream, normed, both)
+        self._add_to_stream(block.down, "down", both, block.activation, stream)
+
+    def _add_normed(
+        self,
+        layers: Sequence[nn.Module],
+        name: str,
+        before: Norm,
+        stream: Tensor,
+        normed: Tensor,
+        y: Tensor,
+    ) -> None:
+        """The layers of the normalised stream: in one launch, or the norm and then the layers."""
+        whole, fusion = joined(layers, len(stream)), Fusion(normed=True)
+        pending, self._pending = self._pending, None
+        if isinstance(whole, Joined) and whole.why_not_fused(len(stream), fusion) is None:
+            if pending is not None:
+                self._add("sum", _sum(stream, pending))
+            self._add(name, whole.into(stream, y, fusion, _told(before)))
+            return
+        if pending is not None:
+            self._add("norm", add_norm(stream, pending, *_told(before), normed))
+        else:
+            self._add("norm", norm(stream, *_told(before), normed))
+        self._add(name, *linear_operations(layers, normed, y))
+
+    def _add_to_stream(
+        self, layer: nn.Module, name: str, x: Tensor, gate: str, stream: Tensor
+    ) -> None:
+        """Add the layer of x, of act(gate) up where there is a gate, to the stream."""
+        whole, fusion = joined([layer], len(stream)), Fusion(gate=gate, adds=True)
+        if isinstance(whole, Joined) and whole.why_not_fused(len(stream), fusion) is None:
+            self._add(name, whole.into(x, stream, fusion))
+            return
+        if gate:
+            inner = x.new_zeros(len(x), x.shape[1] // 2)
+            self._add("gated", gated(x, gate, inner))
+            x = inner
+        added = torch.zeros_like(stream)
+        self._add(name, *linear_operations([layer], x, added))
+        self._pending = added  # the norm that follows adds it
 
     def _capture(self) -> None:
         device, position = self.decoder.device, self.memory.position
@@ -160,6 +198,13 @@ class Plan:
         stream = torch.cuda.current_stream(self.decoder.device).cuda_stream
         for _, operation in self.operations:
             operation(stream)
+
+
+def _sum(stream: Tensor, added: Tensor) -> Bound:
+    def add(handle: int) -> None:
+        stream.add_(added)
+
+    return add
 
 
 def _told(norm: Norm) -> tuple[Tensor, float]:

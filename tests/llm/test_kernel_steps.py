@@ -49,7 +49,7 @@ def packed(model: nn.Module, format: str) -> nn.Module:
         for name, weight in model.named_parameters():
             if name.endswith("_proj.weight"):
                 weight.mul_(pattern.mask(weight.abs().float()))
-    sc.pack_(model, format, "*_proj")
+    sc.pack_(model, format, ["*_proj"])
     return model
 
 

@@ -372,6 +372,34 @@ __device__ __forceinline__ u16 round_16(float f) {
     return bits;
 }
 
+// Eight neighbouring numbers of 16 bits, as they are loaded and stored at once.
+template <bool F16>
+__device__ __forceinline__ void unpack_8(float (&to)[8], uint4 v) {
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        to[2 * i] = float_of_16<F16>(static_cast<u16>(words[i]));
+        to[2 * i + 1] = float_of_16<F16>(static_cast<u16>(words[i] >> 16));
+    }
+}
+
+template <bool F16>
+__device__ __forceinline__ uint4 pack_8(const float (&from)[8]) {
+    u32 words[4];
+    #pragma unroll
+    for (int i = 0; i < 4; ++i)
+        words[i] = round_16<F16>(from[2 * i]) | static_cast<u32>(round_16<F16>(from[2 * i + 1])) << 16;
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The activation of a gate: silu; gelu; gelu by tanh.
+template <int WHICH>
+__device__ __forceinline__ float gate_of(float x) {
+    if constexpr (WHICH == 0) return x / (1.0f + __expf(-x));
+    else if constexpr (WHICH == 1) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    else return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+}
+
 // Two e4m3 codes, `low` in the low byte; what is beyond the largest becomes the largest.
 __device__ __forceinline__ u32 e4m3_pair(float low, float high) {
     u16 bits;

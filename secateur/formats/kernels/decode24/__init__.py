@@ -5,6 +5,23 @@ does the rest. `kernel.cu` tells how it works, `units.cuh` draws the layout.
 """
 
 from secateur.formats.kernels.decode24.arrange import FORMATS, Kind, arrange, restore
-from secateur.formats.kernels.decode24.multiply import multiply, multiply_into, why_not
+from secateur.formats.kernels.decode24.config import PLAIN, Fusion
+from secateur.formats.kernels.decode24.multiply import (
+    multiply,
+    multiply_into,
+    why_not,
+    why_not_fused,
+)
 
-__all__ = ["FORMATS", "Kind", "arrange", "multiply", "multiply_into", "restore", "why_not"]
+__all__ = [
+    "FORMATS",
+    "PLAIN",
+    "Fusion",
+    "Kind",
+    "arrange",
+    "multiply",
+    "multiply_into",
+    "restore",
+    "why_not",
+    "why_not_fused",
+]

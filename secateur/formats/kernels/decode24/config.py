@@ -35,6 +35,8 @@ STAY_EARLY, MOST_STAY, STAY_BYTES = 2, 4, 20_000
 
 
 BUCKETS = (2, 8, 16, 32, 64)
+GATES = ("silu", "gelu", "gelu_tanh")  # by the number that GATE has
+MOST_FUSED = BUCKETS[0]  # tokens
 
 
 def bucket(tokens: int) -> int:
@@ -86,6 +88,28 @@ class Case:
     def units(self) -> int:
         """Units of 128 columns in a row; the last one may be padded."""
         return ceil(self.columns / UNIT_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What the kernel does beside the product, at one or two tokens: see `Input` in kernel.cu.
+
+    With `normed` the inputs are a residual stream, normalised by RMS; with a `gate`, rows of
+    [gate, up]. With `adds` the results are added to what y holds.
+    """
+
+    normed: bool = False
+    gate: str = ""
+    adds: bool = False
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        number = GATES.index(self.gate) if self.gate else 0
+        kind = 1 if self.normed else 2 if self.gate else 0
+        return ("INPUT", kind), ("GATE", number), ("ADD", int(self.adds))
+
+
+PLAIN = Fusion()
 
 
 @dataclass(frozen=True)
@@ -175,9 +199,24 @@ class LaunchConfig:
         x = units * x_unit if self.warpgroup else case.tokens * (units * 2 * UNIT_COLUMNS + 16)
         return slack + _aligned(x) + ring + sums
 
-    def defines(self, case: Case, portable: bool) -> tuple[tuple[str, int], ...]:
+    def why_not_fused(self, case: Case, fusion: Fusion) -> str | None:
+        """Why a launch by this config cannot do more than multiply, or None."""
+        if fusion == PLAIN:
+            return None
+        if case.tokens > MOST_FUSED:
+            return f"at most {MOST_FUSED} tokens are fused, got {case.tokens}"
+        if self.x_stages or self.warpgroup:
+            return "its inputs do not lie whole in shared memory"
+        if fusion.normed and case.dtype == torch.float16:
+            return "a stream times the norm's weight can leave float16's range"
+        return None
+
+    def defines(
+        self, case: Case, portable: bool, fusion: Fusion = PLAIN
+    ) -> tuple[tuple[str, int], ...]:
         """The macros of `kernel.cu`, whose head says what each means."""
         return (
+            *fusion.defines,
             ("KIND", int(case.kind)),
             ("GROUP_SCALES", int(case.grouped)),
             ("HALF", int(case.dtype == torch.float16)),

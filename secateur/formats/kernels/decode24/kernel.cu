@@ -53,6 +53,9 @@
 //   READ_AHEAD       0, 1      config   weights leave the ring a step before they are multiplied, the first
 //                                       ones before the wait for the kernel ahead
 //   STAY_KILOCYCLES  0..       config   how long CTAs without rows stay: see `keep_apart`
+//   INPUT            `Input`   fusion   what is done to the inputs as they are read
+//   GATE             `GATE_..` fusion   the activation of gated inputs
+//   ADD              0, 1      fusion   the results are added to what y holds
 //   WHOLE_STEPS      0, 1      both     every step of every warp has STEP_UNITS units
 //   REFILL           0, 1      both     some warp makes more steps than its ring holds
 //   CTAS_PER_SM      1, 2      both     as many fit by shared memory and registers
@@ -68,6 +71,13 @@
 // so that the next CTAs come about when its activations do.
 enum Trigger { EARLY, AFTER_INPUTS, AFTER_LOOP, RELEASED };
 
+// As they are; the residual stream, to be normalised by RMS: what is multiplied is x weight, and the
+// results by 1 / rms(x), which every CTA finds from the whole row; [gate, up]: act(gate) up.
+enum Input { PLAIN, NORMED, GATED };
+
+static_assert((INPUT == PLAIN && !ADD) || (!STREAM && !WGMMA && !PORTABLE && TOKEN_PAIRS == 1),
+              "fused for one or two tokens whose inputs lie whole in shared memory");
+static_assert(INPUT != NORMED || !HALF, "a stream times its weight can leave float16's range");
 static_assert(!WGMMA || WARP_ROWS % 4 == 0, "a warpgroup is four warps of rows");
 static_assert(!PORTABLE || (CLUSTER == 1 && STREAM && STAGES == X_STAGES),
               "without clusters one group of copies feeds both rings");
@@ -180,12 +190,57 @@ struct Walk {
     }
 };
 
+// act(gate) up of eight numbers.
+__device__ __forceinline__ uint4 gated(uint4 gate, uint4 up) {
+    float a[8], b[8];
+    unpack_8<HALF>(a, gate);
+    unpack_8<HALF>(b, up);
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) a[i] = gate_of<GATE>(a[i]) * b[i];
+    return pack_8<HALF>(a);
+}
+
+// The stream's row as it is read by NORMED, from the first column to the last: this CTA keeps its own part,
+// times the weight, and adds up the squares of all.
+__device__ __forceinline__ void load_normed(
+    u32 to, u32 pitch, const u16* x, const u16* weight, int M, int K, int first_column, int last_column,
+    float (&squares)[2], Walk walk) {
+    constexpr int BATCH = 2;
+    const int pieces = (K + UNIT_COLUMNS - 1) / UNIT_COLUMNS * (UNIT_COLUMNS / 8);
+    while (walk.token < M) {
+        uint4 v[BATCH], w[BATCH];
+        int columns[BATCH], tokens[BATCH];
+        #pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            columns[i] = 8 * walk.piece, tokens[i] = walk.token;
+            v[i] = w[i] = make_uint4(0, 0, 0, 0);
+            if (walk.token < M && columns[i] < K) {
+                v[i] = *reinterpret_cast<const uint4*>(x + static_cast<size_t>(walk.token) * K + columns[i]);
+                w[i] = *reinterpret_cast<const uint4*>(weight + columns[i]);
+            }
+            walk.advance(pieces);
+        }
+        #pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            float a[8], b[8], sum = 0.0f;
+            unpack_8<HALF>(a, v[i]);
+            unpack_8<HALF>(b, w[i]);
+            #pragma unroll
+            for (int n = 0; n < 8; ++n) sum += a[n] * a[n], a[n] *= RAISED_X ? b[n] * 0x1p64f : b[n];
+            squares[0] += tokens[i] == 0 ? sum : 0.0f;
+            squares[1] += tokens[i] == 1 ? sum : 0.0f;
+            if (tokens[i] < M && columns[i] >= first_column && columns[i] < last_column)
+                store_shared_128(to + tokens[i] * pitch + 2 * (columns[i] - first_column), pack_8<HALF>(a));
+        }
+    }
+}
+
 // This thread's share of the activations, whole. Loads go out in batches.
 __device__ __forceinline__ void load_resident(
     u32 to, u32 pitch, const u16* x, int M, int K, int first_column, int pieces, Walk walk) {
-    constexpr int BATCH = TOKEN_PAIRS == 1 ? 4 : 8;
+    constexpr int BATCH = INPUT == GATED ? 2 : TOKEN_PAIRS == 1 ? 4 : 8;
     while (walk.token < M) {
-        uint4 v[BATCH];
+        uint4 v[BATCH], up[INPUT == GATED ? BATCH : 1] = {};
         u32 at[BATCH];
         bool valid[BATCH];
         #pragma unroll
@@ -196,12 +251,20 @@ __device__ __forceinline__ void load_resident(
                                       + 16 * ((walk.piece ^ walk.token) & 7)
                                 : walk.token * pitch + 16 * walk.piece);
             v[i] = make_uint4(0, 0, 0, 0);                     // beyond K: a unit's padding
-            if (valid[i] && column < K)
-                v[i] = *reinterpret_cast<const uint4*>(x + static_cast<size_t>(walk.token) * K + column);
+            if (valid[i] && column < K) {
+                if constexpr (INPUT == GATED) {
+                    const u16* const row = x + static_cast<size_t>(walk.token) * 2 * K + column;
+                    v[i] = *reinterpret_cast<const uint4*>(row);
+                    up[i] = *reinterpret_cast<const uint4*>(row + K);
+                } else {
+                    v[i] = *reinterpret_cast<const uint4*>(x + static_cast<size_t>(walk.token) * K + column);
+                }
+            }
             walk.advance(pieces);
         }
         #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
+            if constexpr (INPUT == GATED) v[i] = gated(v[i], up[i]);
             if constexpr (RAISED_X) {
                 v[i].x = multiply_bf16x2(v[i].x, RAISE_X);
                 v[i].y = multiply_bf16x2(v[i].y, RAISE_X);
@@ -321,17 +384,21 @@ struct alignas(2 * COUNT) Numbers {
     u16 bits[COUNT];
 };
 
-// y[0..COUNT) = sum x scale + bias of as many neighbouring rows.
+// y[0..COUNT) = sum x scale x factor + bias + added of as many neighbouring rows.
 template <int COUNT>
 __device__ __forceinline__ void store_result(
-    u16* y, const float (&sum)[COUNT], const u16* row_scales, const u16* bias) {
-    Numbers<COUNT> scales, offsets, result;
+    u16* y, const float (&sum)[COUNT], const u16* row_scales, const u16* bias, const u16* added, float factor) {
+    Numbers<COUNT> scales, offsets, before, result;
     if (row_scales) scales = *reinterpret_cast<const Numbers<COUNT>*>(row_scales);
     if (bias) offsets = *reinterpret_cast<const Numbers<COUNT>*>(bias);
+    if constexpr (ADD) before = *reinterpret_cast<const Numbers<COUNT>*>(added);
     #pragma unroll
     for (int r = 0; r < COUNT; ++r) {
         const float scale = row_scales ? float_of(scales.bits[r]) * RESTORE : RESTORE;
-        result.bits[r] = round_16<HALF>(sum[r] * scale + (bias ? float_of(offsets.bits[r]) : 0.0f));
+        float value = INPUT == NORMED ? sum[r] * scale * factor : sum[r] * scale;
+        value += bias ? float_of(offsets.bits[r]) : 0.0f;
+        if constexpr (ADD) value += float_of(before.bits[r]);
+        result.bits[r] = round_16<HALF>(value);
     }
     *reinterpret_cast<Numbers<COUNT>*>(y) = result;
 }
@@ -345,7 +412,12 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, CTAS_P
     const u16* __restrict__ row_scales,    // [N], or null: 1
     const u16* __restrict__ bias,          // [N], or null: 0
     u16* __restrict__ y,                   // [M, N]
-    int M, int N, int K) {
+    int M, int N, int K
+#if INPUT == 1
+    , const u16* __restrict__ norm_weight  // [K]
+    , float epsilon
+#endif
+) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = WGMMA ? 4 : 1;   // warps that must have the same columns
     const int warp_row = warp / group / WARP_SPLITS * group + warp % group, warp_slice = warp / group % WARP_SPLITS;
@@ -369,7 +441,10 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, CTAS_P
     const u32 rings = x_shared + (x_bytes_all + 127) / 128 * 128;
     const u32 ring = rings + warp * STAGES * STAGE_BYTES;
     const u32 sums = STREAM ? x_shared : rings + RING_BYTES;
-    __shared__ __align__(16) u16 scales_here[ROWS], bias_here[ROWS];
+    __shared__ __align__(16) u16 scales_here[ROWS], bias_here[ROWS], added_here[2][ADD ? ROWS : 8];
+#if INPUT == 1
+    __shared__ float squares_here[WARPS][2];
+#endif
     __shared__ __align__(8) u64 barriers[WARPS * STAGES + 1];
     const u32 landed = PORTABLE ? 0 : shared_address(barriers + warp * STAGES);
     const u32 summed = PORTABLE ? 0 : shared_address(barriers + WARPS * STAGES);
@@ -468,7 +543,7 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, CTAS_P
         if (bias && n < N) copy_16(shared_address(bias_here + 8 * piece), bias + n, true);
     }
     commit_copies();
-    const Walk walk((to - from) * 16);
+    const Walk walk((INPUT == NORMED ? units : to - from) * 16);
     if (READ_AHEAD && steps > 0) take(0, 0, 0), refill(0, 0);
     if constexpr (!PORTABLE) wait_for_predecessor();
     trigger<RELEASED>();
@@ -485,7 +560,25 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, CTAS_P
             commit_copies();
         }
     } else {
+        if constexpr (ADD) {
+            for (int index = threadIdx.x; index < M * (ROWS / 8); index += THREADS) {
+                const int token = index / (ROWS / 8), row = 8 * (index % (ROWS / 8)), n = 16 * first_tile + row;
+                if (n < N) copy_16(shared_address(added_here[token] + row), y + static_cast<size_t>(token) * N + n, true);
+            }
+            commit_copies();
+        }
+#if INPUT == 1
+        float squares[2] = {0.0f, 0.0f};
+        load_normed(x_shared, pitch, x, norm_weight, M, K, from * UNIT_COLUMNS, to * UNIT_COLUMNS, squares, walk);
+        #pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            squares[0] += __shfl_xor_sync(~0u, squares[0], step);
+            squares[1] += __shfl_xor_sync(~0u, squares[1], step);
+        }
+        if (lane == 0) squares_here[warp][0] = squares[0], squares_here[warp][1] = squares[1];
+#else
         load_resident(x_shared, pitch, x, M, K, from * UNIT_COLUMNS, (to - from) * 16, walk);
+#endif
         if constexpr (WGMMA) fence_async_proxy();
         __syncthreads();
     }
@@ -613,8 +706,14 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, CTAS_P
             #pragma unroll
             for (int r = 0; r < RUN; ++r)
                 sum[r] += load_shared_float(at + p * PART_BYTES + r * POSITIONS * 4);
+        float factor = 1.0f;
+#if INPUT == 1
+        float squares = 0.0f;
+        for (int w = 0; w < WARPS; ++w) squares += squares_here[w][token];
+        factor = rsqrtf(squares / K + epsilon);
+#endif
         store_result<RUN>(
             y + static_cast<size_t>(token) * N + n, sum, row_scales ? scales_here + here : nullptr,
-            bias ? bias_here + here : nullptr);
+            bias ? bias_here + here : nullptr, ADD ? added_here[token] + here : nullptr, factor);
     }
 }

@@ -13,9 +13,11 @@ from secateur.formats.kernels.decode24.choose import choose
 from secateur.formats.kernels.decode24.config import (
     CLUSTERS_FROM,
     MOST_TOKENS,
+    PLAIN,
     SM_BYTES,
     SPARSE_FROM,
     Case,
+    Fusion,
     LaunchConfig,
     bucket,
 )
@@ -75,15 +77,23 @@ def multiply_into(
     kind: Kind,
     grouped: bool,
     y: Float[Tensor, "tokens out"],
+    fusion: Fusion = PLAIN,
+    norm: tuple[Float[Tensor, " in"], float] | None = None,
 ) -> Callable[[int], None]:
     """`multiply` into y, bound to these tensors: called with a stream's handle, it launches there.
 
-    The tensors are contiguous, keep their addresses, and live as long as what is returned.
+    The tensors are contiguous, keep their addresses, and live as long as what is returned. `norm`
+    is the weight and the epsilon of a fusion that is `normed`; rows of x are [gate, up] of one with
+    a gate.
+
+    Raises: ValueError where `why_not_fused` has a reason.
     """
     check_bias(NAME, bias, x.dtype)
-    launch, told = _prepared(x, units, row_scales, bias, kind, grouped, y)
+    launch, told = _prepared(x, units, row_scales, bias, kind, grouped, y, fusion)
+    if norm is not None:
+        told = *told, norm[0].data_ptr(), norm[1]
 
-    def run(stream: int, _alive: object = (x, units, row_scales, bias, y)) -> None:
+    def run(stream: int, _alive: object = (x, units, row_scales, bias, y, norm)) -> None:
         launch(stream, *told)
 
     return run
@@ -97,10 +107,12 @@ def _prepared(
     kind: Kind,
     grouped: bool,
     y: Tensor,
-) -> tuple[Launch, tuple[int, ...]]:
+    fusion: Fusion = PLAIN,
+) -> tuple[Launch, tuple[int | float, ...]]:
     """The launch, and its arguments."""
     (tokens, columns), rows = x.shape, y.shape[1]
-    launch = _launch(x.device, kind, grouped, x.dtype, rows, columns, bucket(tokens))
+    columns = columns // 2 if fusion.gate else columns
+    launch = _launch(x.device, kind, grouped, x.dtype, rows, columns, bucket(tokens), fusion)
     pointers = x.data_ptr(), units.data_ptr(), address(row_scales), address(bias), y.data_ptr()
     return launch, (*pointers, tokens, rows, columns)
 
@@ -114,13 +126,34 @@ def _launch(
     rows: int,
     columns: int,
     tokens: int,
+    fusion: Fusion,
 ) -> Launch:
     case = Case(kind, grouped, dtype, rows, columns, tokens)
-    return prepared(case, choose(case, device), device)
+    return prepared(case, choose(case, device), device, fusion=fusion)
+
+
+def why_not_fused(
+    kind: Kind,
+    grouped: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    tokens: int,
+    fusion: Fusion,
+    device: torch.device,
+) -> str | None:
+    """Why a launch for this layer cannot do more than multiply, or None."""
+    if torch.cuda.get_device_capability(device) < CLUSTERS_FROM:
+        return "fused launches need compute capability 9.0"
+    case = Case(kind, grouped, dtype, *shape, bucket(tokens))
+    return choose(case, device).why_not_fused(case, fusion)
 
 
 def prepared(
-    case: Case, config: LaunchConfig, device: torch.device, dependent: bool = True
+    case: Case,
+    config: LaunchConfig,
+    device: torch.device,
+    dependent: bool = True,
+    fusion: Fusion = PLAIN,
 ) -> Launch:
     """A launch by this config.
 
@@ -131,10 +164,12 @@ def prepared(
     than a third of an SM's shared memory: two fit, one of this kernel and one of the next, never
     three.
 
-    Raises: RuntimeError if the device cannot hold it.
+    Raises: RuntimeError if the device cannot hold it; ValueError if it cannot be fused so.
     """
+    if (problem := config.why_not_fused(case, fusion)) is not None:
+        raise ValueError(f"{NAME} cannot be fused so: {problem}")
     portable = torch.cuda.get_device_capability(device) < CLUSTERS_FROM
-    kernel = load(SOURCE, config.defines(case, portable), device)
+    kernel = load(SOURCE, config.defines(case, portable, fusion), device)
     shared_bytes = max(config.shared_bytes(case), SM_BYTES // 3)
     alone = max(shared_bytes, SM_BYTES // 2)
     clusters = config.clusters(case)
@@ -142,4 +177,5 @@ def prepared(
         clusters = max(clusters, kernel.most_clusters(config.cluster, config.threads, alone))
     dependent = dependent and not portable and os.environ.get("SECATEUR_DEPENDENT", "1") != "0"
     grid = clusters * config.cluster
-    return prepare(kernel, grid, config.cluster, config.threads, shared_bytes, dependent, ARGUMENTS)
+    arguments = ARGUMENTS + ("Pf" if fusion.normed else "")
+    return prepare(kernel, grid, config.cluster, config.threads, shared_bytes, dependent, arguments)

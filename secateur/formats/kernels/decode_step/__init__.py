@@ -12,6 +12,7 @@ from secateur.formats.kernels.decode_step.between import (
     choose,
     embed,
     gated,
+    norm,
 )
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "choose",
     "embed",
     "gated",
+    "norm",
     "why_no_attention",
 ]

@@ -51,34 +51,17 @@ struct Piece {
     float low[8], high[8];
 };
 
-__device__ __forceinline__ void unpack(float (&to)[8], uint4 v) {
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        to[2 * i] = float_of_16<HALF>(static_cast<u16>(words[i]));
-        to[2 * i + 1] = float_of_16<HALF>(static_cast<u16>(words[i] >> 16));
-    }
-}
-
-__device__ __forceinline__ uint4 pack(const float (&from)[8]) {
-    u32 words[4];
-    #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        words[i] = round_16<HALF>(from[2 * i]) | static_cast<u32>(round_16<HALF>(from[2 * i + 1])) << 16;
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 __device__ __forceinline__ Piece read(const u16* head, int j) {
     Piece piece;
-    unpack(piece.low, *reinterpret_cast<const uint4*>(head + 8 * j));
-    unpack(piece.high, *reinterpret_cast<const uint4*>(head + HEAD / 2 + 8 * j));
+    unpack_8<HALF>(piece.low, *reinterpret_cast<const uint4*>(head + 8 * j));
+    unpack_8<HALF>(piece.high, *reinterpret_cast<const uint4*>(head + HEAD / 2 + 8 * j));
     return piece;
 }
 
 __device__ __forceinline__ Piece read_shared(u32 row, int j) {
     Piece piece;
-    unpack(piece.low, load_shared_128(row + 16 * j));
-    unpack(piece.high, load_shared_128(row + HEAD + 16 * j));
+    unpack_8<HALF>(piece.low, load_shared_128(row + 16 * j));
+    unpack_8<HALF>(piece.high, load_shared_128(row + HEAD + 16 * j));
     return piece;
 }
 
@@ -223,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
         Piece key = read(heads + (query_heads + kv) * HEAD, j);
         if constexpr (NORM) normalise(key, read(key_norm, j), epsilon);
         rotate(key);
-        const uint4 low = pack(key.low), high = pack(key.high);
+        const uint4 low = pack_8<HALF>(key.low), high = pack_8<HALF>(key.high);
         const u16* const value = heads + (query_heads + kv_heads + kv) * HEAD;
         if (part == 0 && group == 0) {
             const size_t to = (cache + here) * HEAD + 8 * j;
@@ -233,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
             *reinterpret_cast<uint4*>(values + to + HEAD / 2) =
                 *reinterpret_cast<const uint4*>(value + HEAD / 2 + 8 * j);
         }
-        unpack(key.low, low), unpack(key.high, high);
+        unpack_8<HALF>(key.low, low), unpack_8<HALF>(key.high, high);
         #pragma unroll
         for (int h = 0; h < QUERIES; ++h) {
             const float most = score(h, key);

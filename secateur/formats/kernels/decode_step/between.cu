@@ -7,28 +7,11 @@
 //
 //   macro      values   meaning
 //   HALF       0, 1     float16, not bfloat16
-//   ACT        0 1 2    gated: silu; gelu; gelu by tanh
+//   GATE       0 1 2    the activation of `gated`: silu; gelu; gelu by tanh
 
 #include "ptx.cuh"
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;
-
-__device__ __forceinline__ void unpack(float (&to)[8], uint4 v) {
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        to[2 * i] = float_of_16<HALF>(static_cast<u16>(words[i]));
-        to[2 * i + 1] = float_of_16<HALF>(static_cast<u16>(words[i] >> 16));
-    }
-}
-
-__device__ __forceinline__ uint4 pack(const float (&from)[8]) {
-    u32 words[4];
-    #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        words[i] = round_16<HALF>(from[2 * i]) | static_cast<u32>(round_16<HALF>(from[2 * i + 1])) << 16;
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
 
 // The sum over the CTA, the same in every thread and every time.
 __device__ __forceinline__ float over_cta(float v) {
@@ -51,7 +34,7 @@ __device__ __forceinline__ void norm_row(
     #pragma unroll
     for (int p = 0; p < PIECES; ++p) {
         const int column = 8 * (p * THREADS + threadIdx.x);
-        if (column < width) unpack(weights[p], *reinterpret_cast<const uint4*>(weight + column));
+        if (column < width) unpack_8<HALF>(weights[p], *reinterpret_cast<const uint4*>(weight + column));
     }
     wait_for_predecessor();
     float squares = 0.0f;
@@ -59,16 +42,16 @@ __device__ __forceinline__ void norm_row(
     for (int p = 0; p < PIECES; ++p) {
         const int column = 8 * (p * THREADS + threadIdx.x);
         if (column >= width) break;
-        unpack(row[p], *reinterpret_cast<const uint4*>(added + column));
+        unpack_8<HALF>(row[p], *reinterpret_cast<const uint4*>(added + column));
         if (!replace) {
             float before[8];
-            unpack(before, *reinterpret_cast<const uint4*>(stream + column));
+            unpack_8<HALF>(before, *reinterpret_cast<const uint4*>(stream + column));
             #pragma unroll
             for (int i = 0; i < 8; ++i) row[p][i] += before[i];
         }
-        const uint4 rounded = pack(row[p]);   // what the norm sees is what is kept
+        const uint4 rounded = pack_8<HALF>(row[p]);   // what the norm sees is what is kept
         *reinterpret_cast<uint4*>(stream + column) = rounded;
-        unpack(row[p], rounded);
+        unpack_8<HALF>(row[p], rounded);
         #pragma unroll
         for (int i = 0; i < 8; ++i) squares += row[p][i] * row[p][i];
     }
@@ -79,14 +62,15 @@ __device__ __forceinline__ void norm_row(
         if (column >= width) break;
         #pragma unroll
         for (int i = 0; i < 8; ++i) row[p][i] *= inverse * weights[p][i];
-        *reinterpret_cast<uint4*>(y + column) = pack(row[p]);
+        *reinterpret_cast<uint4*>(y + column) = pack_8<HALF>(row[p]);
     }
 }
 
-// stream += added (or = with `tokens`: the embedding's row), y = stream / rms(stream) * weight. One CTA a row.
+// stream += added (or = with `tokens`: the embedding's row; or stays, without `added`), then
+// y = stream / rms(stream) * weight. One CTA a row.
 extern "C" __global__ void __launch_bounds__(THREADS) add_norm(
-    u16* __restrict__ stream,            // [B, width]
-    const u16* __restrict__ added,       // [B, width], or the embedding [vocabulary, width]
+    u16* stream,                         // [B, width]
+    const u16* added,                    // [B, width], or null, or the embedding [vocabulary, width]
     const long long* __restrict__ tokens,  // [B], or null
     const u16* __restrict__ weight,      // [width]
     u16* __restrict__ y,                 // [B, width]
@@ -94,15 +78,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_norm(
     launch_dependents();
     if (tokens) wait_for_predecessor();
     const size_t row = static_cast<size_t>(blockIdx.x) * width;
-    const u16* const from = added + (tokens ? static_cast<size_t>(tokens[blockIdx.x]) * width : row);
-    if (width <= 8 * THREADS) norm_row<1>(stream + row, from, weight, y + row, width, epsilon, tokens);
-    else norm_row<4>(stream + row, from, weight, y + row, width, epsilon, tokens);
-}
-
-__device__ __forceinline__ float activated(float x) {
-    if constexpr (ACT == 0) return x / (1.0f + __expf(-x));
-    else if constexpr (ACT == 1) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-    else return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    const u16* const from =
+        !added ? stream + row : added + (tokens ? static_cast<size_t>(tokens[blockIdx.x]) * width : row);
+    const bool replace = tokens || !added;
+    if (width <= 8 * THREADS) norm_row<1>(stream + row, from, weight, y + row, width, epsilon, replace);
+    else norm_row<4>(stream + row, from, weight, y + row, width, epsilon, replace);
 }
 
 // y = act(gate) up, of rows [gate, up]. THREADS / 4 threads a CTA.
@@ -117,11 +97,11 @@ extern "C" __global__ void __launch_bounds__(THREADS / 4) gated(
     if (row >= rows) return;
     const u16* const from = both + static_cast<size_t>(row) * 2 * width + column;
     float gate[8], up[8];
-    unpack(gate, *reinterpret_cast<const uint4*>(from));
-    unpack(up, *reinterpret_cast<const uint4*>(from + width));
+    unpack_8<HALF>(gate, *reinterpret_cast<const uint4*>(from));
+    unpack_8<HALF>(up, *reinterpret_cast<const uint4*>(from + width));
     #pragma unroll
-    for (int i = 0; i < 8; ++i) gate[i] = activated(gate[i]) * up[i];
-    *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * width + column) = pack(gate);
+    for (int i = 0; i < 8; ++i) gate[i] = gate_of<GATE>(gate[i]) * up[i];
+    *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * width + column) = pack_8<HALF>(gate);
 }
 
 // A float's bits in the order of its value; nan is above all.
@@ -148,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
     u64 most = 0;
     for (int column = 8 * (part * THREADS + threadIdx.x); column < vocabulary; column += 8 * THREADS * of_row) {
         float v[8];
-        if (vocabulary % 8 == 0) unpack(v, *reinterpret_cast<const uint4*>(from + column));
+        if (vocabulary % 8 == 0) unpack_8<HALF>(v, *reinterpret_cast<const uint4*>(from + column));
         else
             for (int i = 0; i < 8; ++i)
                 if (column + i < vocabulary) v[i] = float_of_16<HALF>(from[column + i]);

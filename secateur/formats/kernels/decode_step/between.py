@@ -14,7 +14,7 @@ from secateur.formats.kernels.nvrtc import Source
 Bound = Callable[[int], None]  # launches on the stream of this handle
 
 FILE, HEADERS = "decode_step/between.cu", ("ptx.cuh",)
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # by the number that ACT has
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # by the number that GATE has
 THREADS, GATED_THREADS = 512, 128
 PIECE = 8  # numbers that a thread reads at once
 MOST_WIDTH = 4 * PIECE * THREADS  # of the residual stream
@@ -51,6 +51,17 @@ def add_norm(
     return bound(launch, stream, added, None, weight, y, stream.shape[1], epsilon)
 
 
+def norm(
+    stream: Float[Tensor, "batch width"],
+    weight: Float[Tensor, " width"],
+    epsilon: float,
+    y: Float[Tensor, "batch width"],
+) -> Bound:
+    """Y = stream / rms(stream) * weight, rounded once."""
+    launch = _launch("add_norm", stream.dtype, 0, len(stream), THREADS, "PPPPPif", stream.device)
+    return bound(launch, stream, None, None, weight, y, stream.shape[1], epsilon)
+
+
 def gated(
     both: Float[Tensor, "batch twice_width"], activation: str, y: Float[Tensor, "batch width"]
 ) -> Bound:
@@ -80,7 +91,7 @@ def choose(
     return bound(launch, logits, best, done, tokens, history, position, vocabulary, rows)
 
 
-def bound(launch: Launch, *values: Tensor | float | None) -> Bound:
+def bound(launch: Launch, *values: Tensor | int | float | None) -> Bound:
     """The launch with these arguments; the tensors live as long as it."""
     told = tuple(
         address(value) if value is None or isinstance(value, Tensor) else value for value in values
@@ -103,6 +114,6 @@ def _launch(
     device: torch.device,
     dependent: bool = True,
 ) -> Launch:
-    defines = (("HALF", int(dtype == torch.float16)), ("ACT", activation))
+    defines = (("HALF", int(dtype == torch.float16)), ("GATE", activation))
     kernel = load(Source(FILE, entry, HEADERS), defines, device)
     return prepare(kernel, blocks, 1, threads, 0, dependent, arguments)
