@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.formats.pack import linears_of
 from secateur.llm.decoder import NotRead, read_decoder
 from secateur.llm.kernel_steps import FORWARD, OWN, KernelSteps
 
@@ -44,12 +45,12 @@ def model_of(family: str, device: str, **others: object) -> nn.Module:
 
 
 def packed(model: nn.Module, format: str) -> nn.Module:
-    pattern = sc.NM(2, 4)
+    pattern, names = sc.NM(2, 4), [name for name in linears_of(model) if name != "lm_head"]
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("_proj.weight"):
-                weight.mul_(pattern.mask(weight.abs().float()))
-    sc.pack_(model, format, ["*_proj"])
+        for name in names:
+            weight = model.get_parameter(f"{name}.weight")
+            weight.mul_(pattern.mask(weight.abs().float()))
+    sc.pack_(model, format, names)
     return model
 
 

@@ -77,6 +77,11 @@ __device__ __forceinline__ void store_matrices_transposed(u32 address, const u32
                  :: "r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
+// Asks for the 128 bytes around an address, so that a load finds them in the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
+}
+
 // ---- asynchronous copies, sm_80 ----------------------------------------------------------------
 
 // 16 bytes to shared memory past the registers; with `valid` false it writes 16 zero bytes.

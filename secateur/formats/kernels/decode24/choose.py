@@ -2,7 +2,7 @@
 
 Measured launch configs come from two tables of the same form: one in the package, and one that
 `secateur tune` writes beside the compiled kernels, which goes first. A table is JSON:
-chip -> weight ("int4/128 4096x14336") -> largest number of tokens -> launch config.
+chip -> weight ("int4/128 4096x14336") -> largest number of tokens, or `step` -> launch config.
 """
 
 from functools import cache
@@ -21,6 +21,7 @@ from secateur.formats.kernels.decode24.launch_configs import PORTABLE
 from secateur.formats.kernels.measured import Entries, Table, add, chip, own_file, read
 
 PACKAGED = Path(__file__).parent / "tuned.json"
+STEP = "step"  # the key of launch configs that were measured within a decode step
 CONFIGS = Entries("launch configs", LaunchConfig.parse, "delete it and run `secateur tune`")
 
 
@@ -29,12 +30,17 @@ def own_table() -> Path:
     return own_file("decode24.json")
 
 
-def choose(case: Case, device: torch.device) -> LaunchConfig:
-    """The launch config for this case on this device."""
+def choose(case: Case, device: torch.device, in_step: bool = False) -> LaunchConfig:
+    """The launch config for this case on this device.
+
+    `in_step` is for a launch among others of a decode step, for which a table can have another one,
+    measured in that company under `STEP` in place of a number of tokens.
+    """
     for path in _places():
-        found = _table(path).get(chip(device), {}).get(case.weight, {}).get(str(case.tokens))
-        if found is not None:
-            return LaunchConfig.parse(found)
+        measured = _table(path).get(chip(device), {}).get(case.weight, {})
+        for key in (STEP, str(case.tokens)) if in_step else (str(case.tokens),):
+            if key in measured:
+                return LaunchConfig.parse(measured[key])
     capability = torch.cuda.get_device_capability(device)
     if capability < CLUSTERS_FROM:
         return PORTABLE

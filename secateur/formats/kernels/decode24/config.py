@@ -81,6 +81,11 @@ class Case:
         return unit_bytes(self.kind, self.grouped)
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of the units."""
+        return self.row_tiles * self.units * self.unit_bytes
+
+    @property
     def row_tiles(self) -> int:
         return self.rows // UNIT_ROWS
 

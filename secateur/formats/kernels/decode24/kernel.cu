@@ -238,7 +238,7 @@ __device__ __forceinline__ void load_normed(
 // This thread's share of the activations, whole. Loads go out in batches.
 __device__ __forceinline__ void load_resident(
     u32 to, u32 pitch, const u16* x, int M, int K, int first_column, int pieces, Walk walk) {
-    constexpr int BATCH = INPUT == GATED ? 2 : TOKEN_PAIRS == 1 ? 4 : 8;
+    constexpr int BATCH = INPUT == GATED ? (GATE == 1 ? 1 : 2) : TOKEN_PAIRS == 1 ? 4 : 8;
     while (walk.token < M) {
         uint4 v[BATCH], up[INPUT == GATED ? BATCH : 1] = {};
         u32 at[BATCH];
@@ -543,6 +543,9 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, CTAS_P
         if (bias && n < N) copy_16(shared_address(bias_here + 8 * piece), bias + n, true);
     }
     commit_copies();
+#if INPUT == 1
+    if (64 * static_cast<int>(threadIdx.x) < K) prefetch_l2(norm_weight + 64 * threadIdx.x);  // it may be in no cache
+#endif
     const Walk walk((INPUT == NORMED ? units : to - from) * 16);
     if (READ_AHEAD && steps > 0) take(0, 0, 0), refill(0, 0);
     if constexpr (!PORTABLE) wait_for_predecessor();

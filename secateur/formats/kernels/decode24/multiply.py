@@ -27,6 +27,8 @@ from secateur.formats.kernels.nvrtc import Source
 
 NAME = "the decode kernel"  # in messages
 SOURCE = Source("decode24/kernel.cu", "decode", ("ptx.cuh", "decode24/units.cuh"))
+ALONE_BYTES = SM_BYTES // 2 + 2048  # of shared memory: no two CTAs of a kernel share an SM
+ALONE_FROM = 20_000_000  # bytes of a weight
 ARGUMENTS = "PPPPPiii"  # x, weight, row_scales, bias, y, M, N, K
 
 
@@ -129,7 +131,8 @@ def _launch(
     fusion: Fusion,
 ) -> Launch:
     case = Case(kind, grouped, dtype, rows, columns, tokens)
-    return prepared(case, choose(case, device), device, fusion=fusion)
+    config = choose(case, device, in_step=fusion != PLAIN)
+    return prepared(case, config, device, fusion=fusion)
 
 
 def why_not_fused(
@@ -145,7 +148,7 @@ def why_not_fused(
     if torch.cuda.get_device_capability(device) < CLUSTERS_FROM:
         return "fused launches need compute capability 9.0"
     case = Case(kind, grouped, dtype, *shape, bucket(tokens))
-    return choose(case, device).why_not_fused(case, fusion)
+    return choose(case, device, in_step=True).why_not_fused(case, fusion)
 
 
 def prepared(
@@ -162,7 +165,8 @@ def prepared(
     CTAs in excess wait for the kernel before, stay until the next kernel's are placed, and end; if
     they ended sooner, the SMs that they left would get two. For the same reason a CTA takes more
     than a third of an SM's shared memory: two fit, one of this kernel and one of the next, never
-    three.
+    three. In a decode step a kernel of many bytes takes more than half: where the one before leaves
+    whole SMs, two of its CTAs would be placed on the first of them, and none on others.
 
     Raises: RuntimeError if the device cannot hold it; ValueError if it cannot be fused so.
     """
@@ -170,7 +174,8 @@ def prepared(
         raise ValueError(f"{NAME} cannot be fused so: {problem}")
     portable = torch.cuda.get_device_capability(device) < CLUSTERS_FROM
     kernel = load(SOURCE, config.defines(case, portable, fusion), device)
-    shared_bytes = max(config.shared_bytes(case), SM_BYTES // 3)
+    large = fusion != PLAIN and case.nbytes >= ALONE_FROM
+    shared_bytes = max(config.shared_bytes(case), ALONE_BYTES if large else SM_BYTES // 3)
     alone = max(shared_bytes, SM_BYTES // 2)
     clusters = config.clusters(case)
     if not portable:

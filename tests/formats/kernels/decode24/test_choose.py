@@ -49,6 +49,15 @@ def test_the_own_table_goes_before_the_packaged_one(tmp_path: Path) -> None:
     assert choose(sixteen, GPU) == SECOND
 
 
+def test_a_launch_of_a_step_has_a_config_of_its_own() -> None:
+    few = Case(Kind.INT4, True, torch.bfloat16, 4096, 14336, 2)
+    write(own_table(), {CHIP: {"int4/128 4096x14336": {"2": str(FIRST), "step": str(SECOND)}}})
+    assert choose(few, GPU) == FIRST and choose(few, GPU, in_step=True) == SECOND
+    write(own_table(), {CHIP: {"int4/128 4096x14336": {"2": str(FIRST)}}})
+    module._table.cache_clear()
+    assert choose(few, GPU, in_step=True) == FIRST
+
+
 @pytest.mark.parametrize(
     "table",
     [

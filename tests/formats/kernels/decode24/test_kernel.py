@@ -6,14 +6,21 @@ architecture's form at least once, in about fifty kernels of a second each.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from secateur.formats.kernels.decode24.arrange import Kind
-from secateur.formats.kernels.decode24.choose import PACKAGED
-from secateur.formats.kernels.decode24.config import BUCKETS, Case, LaunchConfig
+from secateur.formats.kernels.decode24.choose import PACKAGED, STEP
+from secateur.formats.kernels.decode24.config import (
+    BUCKETS,
+    PLAIN,
+    Case,
+    Fusion,
+    LaunchConfig,
+)
 from secateur.formats.kernels.decode24.cost_model import by_cost_model
 from secateur.formats.kernels.decode24.launch_configs import MOST_BYTES, PORTABLE
 from secateur.formats.kernels.decode24.multiply import SOURCE
@@ -159,7 +166,8 @@ def packaged() -> list[tuple[Case, LaunchConfig]]:
             assert match is not None, weight
             kind, grouped = Kind[match[1].upper()], match[2] is not None
             for tokens, text in configs.items():
-                case = Case(kind, grouped, BF16, int(match[3]), int(match[4]), int(tokens))
+                most = BUCKETS[0] if tokens == STEP else int(tokens)
+                case = Case(kind, grouped, BF16, int(match[3]), int(match[4]), most)
                 assert case.weight == weight
                 found.append((case, LaunchConfig.parse(text)))
     return found
@@ -186,6 +194,56 @@ def test_every_packaged_launch_config_fits() -> None:
 def test_packaged_launch_configs_do_not_spill(number: int, tmp_path: Path) -> None:
     case, config = PACKAGED_CONFIGS[number * len(PACKAGED_CONFIGS) // SAMPLE]
     check_hopper(config, compiled(case, config, HOPPER, tmp_path))
+
+
+@NEEDS_NVRTC
+@NEEDS_TABLE
+@pytest.mark.parametrize(
+    ("columns", "fusion"),
+    [
+        (4096, Fusion(normed=True)),
+        (4096, Fusion(adds=True)),
+        (14336, Fusion(gate="silu", adds=True)),
+        (14336, Fusion(gate="gelu")),
+    ],
+    ids=str,
+)
+def test_fused_launches_do_not_spill(columns: int, fusion: Fusion, tmp_path: Path) -> None:
+    for case, config in PACKAGED_CONFIGS:
+        if case.columns == columns and case.tokens == 2 and case.kind in (Kind.INT4, Kind.W16):
+            assert config.why_not_fused(case, fusion) is None
+            code = compile_cubin(SOURCE, config.defines(case, False, fusion), HOPPER)
+            found = info(code, tmp_path)
+            assert found.stack_bytes == 0 and found.sparse_mma, (config, fusion)
+
+
+@NEEDS_NVRTC
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_120a"])
+def test_fused_launches_spill_no_more_than_plain_ones(arch: str, tmp_path: Path) -> None:
+    for kind, grouped in KINDS:
+        case = layer(kind, grouped, BF16, 2)
+        config = by_cost_model(case, 132, warpgroups=False)
+        plain, fused = (
+            info(compile_cubin(SOURCE, config.defines(case, False, fusion), arch), tmp_path)
+            for fusion in (PLAIN, Fusion(gate="silu", adds=True))
+        )
+        assert fused.stack_bytes <= plain.stack_bytes, config
+
+
+def test_fusions_that_a_config_cannot_do() -> None:
+    case, config = layer(Kind.INT4, True, BF16, 2), LaunchConfig(2, 4, 2, 1, 2, 3, 0)
+    normed, gated = Fusion(normed=True), Fusion(gate="silu")
+    assert config.why_not_fused(case, normed) is None
+    eight = layer(Kind.INT4, True, BF16, 8)
+    assert config.why_not_fused(eight, gated) == "at most 2 tokens are fused, got 8"
+    assert config.why_not_fused(eight, PLAIN) is None
+    streamed = replace(config, x_stages=3)
+    told = streamed.why_not_fused(case, gated)
+    assert told == "its inputs do not lie whole in shared memory"
+    half = layer(Kind.INT4, True, HALF, 2)
+    told = config.why_not_fused(half, normed)
+    assert told == "a stream times the norm's weight can leave float16's range"
+    assert config.why_not_fused(half, gated) is None
 
 
 def _name(value: object) -> str:

@@ -1,0 +1,61 @@
+"""The kernels between the linear layers, compiled for every architecture that can run them."""
+
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur.formats.kernels.decode_step.attention import (
+    SOURCE,
+    STAGE_BYTES,
+    STAGES,
+    Attention,
+    cluster_of,
+    defines,
+)
+from secateur.formats.kernels.decode_step.between import FILE, HEADERS
+from secateur.formats.kernels.nvrtc import Source, compile_cubin
+from tests.formats.kernels.cubin_info import NEEDS_NVRTC, _output, info
+
+ARCHS = ("sm_90a", "sm_100a", "sm_120a")  # those with clusters and dependent launch
+HALF_AN_SM = 114 * 1024
+BESIDE = 65536 // 2 // 256  # registers of a thread, where two CTAs share an SM
+
+
+@NEEDS_NVRTC
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_attention_leaves_room_for_the_kernel_behind(arch: str, head: int, tmp_path: Path) -> None:
+    kinds = ((1, False, 0.0), (4, True, 30.0), (4, False, 0.0))
+    for (group, normed, cap), cluster in product(kinds, (1, 8)):
+        what = Attention(2 * group, 2, head, 0.1, cap=cap, normed=normed)
+        dtype = torch.bfloat16 if cluster == 8 else torch.float16
+        found = info(compile_cubin(SOURCE, defines(what, cluster, dtype), arch), tmp_path)
+        assert found.stack_bytes == 0 and found.registers <= BESIDE, (what, cluster)
+        assert found.shared_bytes + STAGES * STAGE_BYTES <= 2 * HALF_AN_SM
+
+
+@NEEDS_NVRTC
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("entry", ["add_norm", "gated", "choose"])
+def test_the_others_do_not_spill(arch: str, entry: str, tmp_path: Path) -> None:
+    for half, gate in ((0, 0), (1, 2)):
+        code = compile_cubin(Source(FILE, entry, HEADERS), (("HALF", half), ("GATE", gate)), arch)
+        assert stack_of(code, entry, tmp_path) == 0
+
+
+def stack_of(code: bytes, entry: str, folder: Path) -> int:
+    """Spilled bytes of one of the functions of a cubin."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(code)
+    usage = _output("cuobjdump", "-res-usage", str(path))
+    (found,) = re.findall(rf"Function {entry}:\s+REG:\d+ STACK:(\d+)", usage)
+    return int(found)
+
+
+def test_the_keys_are_split_where_ctas_would_be_few() -> None:
+    assert cluster_of(16, 132) == 8  # Llama-3-8B, one sequence: 128 CTAs
+    assert cluster_of(64, 132) == 4 and cluster_of(132, 132) == 2
+    assert cluster_of(133, 132) == cluster_of(4096, 132) == 1
