@@ -10,6 +10,7 @@ from secateur.core.version import VERSION
 from secateur.criteria import magnitude, random, ria, wanda
 from secateur.files import load, save
 from secateur.formats import SparseLinear, pack_, unpack_, warmup
+from secateur.llm import generate
 from secateur.model import evaluate as evaluate  # sc.evaluate.perplexity and the like
 from secateur.model.plan import Plan, plan, read_plan
 from secateur.patterns import NM, Block, Channel, Fp8, Int4, Int8, Unstructured
@@ -35,6 +36,7 @@ __all__ = [
     "blockwise",
     "check",
     "distil_",
+    "generate",
     "gradual",
     "hold",
     "load",

@@ -30,6 +30,7 @@ ROOMS = {
     "accelerate": "Acceleration",
     "formats": "Formats and packed layers",
     "files": "Models as files",
+    "llm": "Language models",
 }
 
 # Modules with no name in `secateur.__all__` that users import from all the same.

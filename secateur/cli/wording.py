@@ -49,6 +49,17 @@ IN_OPTIONS = {
     # methods
     r"\bor sc\.refit\b": "or --method 'refit(METHOD)'",
     r"\b(use|take|such as) sc\.(?=[a-z])": r"\1 --method ",
+    # text
+    r"\bpass max_new_tokens=": "give --tokens ",
+    r"\bmax_new_tokens=": "--tokens ",
+    r"\bmax_new_tokens needs": "--tokens needs",
+    r"\bpass temperature=1\.0 too": "give --temperature 1.0 too",
+    r"\btemperature needs": "--temperature needs",
+    r"\btop_k and top_p are": "--top-k and --top-p are",
+    r"\btop_([kp]) needs": r"--top-\1 needs",
+    r"use model\.generate\(custom_generate=secateur\.llm\.custom_generate\), which does": (
+        "transformers in Python does"
+    ),
     # verbs
     r"load the model whole and call reconstruct_": "use `secateur prune`, which loads it whole",
     r"load the model whole, save it and stream that": (

@@ -1,1 +1,6 @@
-"""Language models end to end: what makes their tokens, and how fast."""
+"""Text from a language model: the loop, and what runs its steps."""
+
+from secateur.llm.generate import generate
+from secateur.llm.steps import ModelSteps, Steps, steps_of
+
+__all__ = ["ModelSteps", "Steps", "generate", "steps_of"]

@@ -102,20 +102,6 @@ class ModelSteps:
             made.append(self.step(made[-1]).argmax(-1))
         return torch.stack(made[1:], 1)
 
-    @property
-    def cache(self) -> Any:
-        """The model's own cache of keys and values; None before a prompt was read."""
-        return self._cache
-
-    @property
-    def seen(self) -> int:
-        """The tokens that the cache holds."""
-        return self._seen
-
-    def forget(self) -> None:
-        """Let the cache go: others have copied it."""
-        self._cache, self._seen = None, 0
-
     def _call(self, ids: Int[Tensor, "batch new"], positions: Int[Tensor, "rows new"]) -> Any:
         given: dict[str, Any] = {"input_ids": ids, "use_cache": True}
         # As the forward takes them: a model may have no positions, or no choice of logits.
