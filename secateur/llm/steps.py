@@ -78,11 +78,7 @@ class ModelSteps:
         """
         self._cache, self._mask = None, mask
         self._seen, self._length = 0, length
-        if mask is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        else:
-            positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
-        return logits_of(self._call(ids, positions), "the prompt")[:, -1]
+        return logits_of(self._call(ids, positions_of(ids, mask)), "the prompt")[:, -1]
 
     def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
         """The logits after one more token of each sequence."""
@@ -124,6 +120,15 @@ def steps_of(model: nn.Module) -> tuple[Steps, str]:
     return ModelSteps(model), "the model's own forward: no kernels run a whole step here"
 
 
+def positions_of(
+    ids: Int[Tensor, "batch prompt"], mask: Int[Tensor, "batch prompt"] | None
+) -> Int[Tensor, "rows prompt"]:
+    """Each token's position in its own prompt; 0 at padding. One row where all are alike."""
+    if mask is None:
+        return torch.arange(ids.shape[1], device=ids.device)[None]
+    return (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+
+
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """The names of the arguments that the model inside all wrappers takes."""
     return frozenset(inspect.signature(adapted(unwrapped(model)).forward).parameters)
@@ -136,7 +141,10 @@ def cache_name(model: nn.Module) -> str:
     """
     takes = forward_parameters(model)
     found = next((name for name in CACHE_NAMES if name in takes), None)
-    if found is None or "use_cache" not in takes:
+    # A recurrent state knows no padding; models that mix it with attention count positions.
+    stateful = getattr(adapted(unwrapped(model)), "_is_stateful", False)
+    recurrent = stateful and "position_ids" not in takes
+    if found is None or "use_cache" not in takes or recurrent:
         raise ValueError(_without_cache(model))
     return found
 

@@ -163,7 +163,7 @@ def test_draws_are_repeatable_and_follow_the_distribution() -> None:
     seed=st.integers(0, 2**31),
     tied=st.booleans(),
     top_k=st.none() | st.integers(1, 30),
-    top_p=st.none() | st.floats(0.01, 1.0),
+    top_p=st.none() | st.floats(1e-12, 1.0),
 )
 def test_what_is_kept_is_what_transformers_keeps(
     seed: int, tied: bool, top_k: int | None, top_p: float | None
@@ -181,6 +181,13 @@ def test_what_is_kept_is_what_transformers_keeps(
     drawn = sampled(scores, 1.0, top_k, top_p, torch.Generator().manual_seed(seed))
     assert bool(expected.gather(1, drawn[:, None]).isfinite().all())
     assert torch.equal(most_likely(scores), scores.argmax(-1))
+
+
+def test_two_of_four_equal_tokens_add_up_to_a_half() -> None:
+    equal = torch.zeros(1, 4)
+    assert int(kept(equal, None, 0.5).sum()) == 2
+    assert int(kept(equal, None, 1e-9).sum()) == 1
+    assert int(kept(equal, 1, None).sum()) == 4, "all are as large as the largest"
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -203,9 +210,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.filterwarnings("ignore:.*rope")
-def test_a_model_that_keeps_tables_of_a_call_trains_on() -> None:
-    """Rope that grows with the text makes its tables within a call, and may exceed positions."""
+def test_positions_that_grow_with_the_text_have_no_limit() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -214,9 +219,21 @@ def test_a_model_that_keeps_tables_of_a_call_trains_on() -> None:
     ids = prompts(1, 6)
     made = sc.generate(model, ids, max_new_tokens=NEW, stop_ids=())
     assert torch.equal(made, stock(model, ids, eos_token_id=None))
-    model.train()
+
+
+def test_what_a_model_keeps_of_a_call_can_be_trained_with() -> None:
+    """A table that is made when it is first needed is a tensor like any other."""
+    model: Any = copy.deepcopy(language_model())
+    tables = list[Tensor]()
+
+    def scaled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        tables.extend([] if tables else [2 * torch.ones(output.shape[-1])])
+        return output * tables[0]
+
+    model.model.norm.register_forward_hook(scaled)
+    made = sc.generate(model, prompts(1, 6), max_new_tokens=2)
     model(made, labels=made).loss.backward()
-    assert model.lm_head.weight.grad is not None
+    assert model.model.norm.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
