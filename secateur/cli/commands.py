@@ -10,6 +10,7 @@ from secateur.cli.demo import demo
 from secateur.cli.doctor import doctor
 from secateur.cli.eval import evaluate
 from secateur.cli.export import export
+from secateur.cli.generate import generate
 from secateur.cli.inspect import inspect
 from secateur.cli.migrate import migrate
 from secateur.cli.plan import plan
@@ -20,7 +21,7 @@ from secateur.cli.sensitivity import sensitivity
 from secateur.cli.stream import stream
 from secateur.cli.tune import tune
 
-LOOK, WORK, MEASURE, SHOW = "Look", "Prune", "Measure", "Show"
+LOOK, WORK, MEASURE, RUN, SHOW = "Look", "Prune", "Measure", "Run", "Show"
 
 app = typer.Typer(
     name="secateur",
@@ -64,5 +65,6 @@ app.command("eval", rich_help_panel=MEASURE)(evaluate)
 app.command(rich_help_panel=MEASURE)(sensitivity)
 app.command(rich_help_panel=MEASURE)(bench)
 app.command(rich_help_panel=MEASURE)(tune)
+app.command(rich_help_panel=RUN)(generate)
 app.command(rich_help_panel=SHOW)(report)
 app.command(rich_help_panel=SHOW)(demo)

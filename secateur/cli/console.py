@@ -51,6 +51,12 @@ def say(*lines: str, style: str = "") -> None:
         console().print(plain(line, style), soft_wrap=True)
 
 
+def aside(*lines: str) -> None:
+    """Print lines as they are on stderr, beside a result that is alone on stdout."""
+    for line in lines:
+        console(stderr=True).print(plain(line), soft_wrap=True)
+
+
 def table(columns: Sequence[str], rows: Sequence[Row], *, full: bool = False) -> None:
     """Print a table; rows of layers that differ only in a number share a line, unless `full`."""
     shown = list(rows) if full or columns[0] != "layer" else fold(rows)

@@ -27,6 +27,7 @@ from secateur.integrations.transformers import (
 from secateur.model.outputs import eval_mode
 
 MORE_FILES = "give 8 documents or more, as a folder of files or as lines of a .jsonl file"
+IDS_INSTEAD = "pass token ids instead, as 'file.safetensors:key'"
 MORE_ROWS = "take rows of 8 documents or more"
 
 
@@ -84,7 +85,7 @@ def text_rows(
             f"the model in {folder} has {positions} positions, got a length of {length}: take a "
             "smaller one"
         )
-    tokenizer, generator = _tokenizer(folder), torch.Generator().manual_seed(seed)
+    tokenizer, generator = read_tokenizer(folder), torch.Generator().manual_seed(seed)
     if class_name(config, folder).endswith(CAUSAL_ENDINGS):
         documents = read_documents(text)
         return _rows_of_tokens(tokenizer, documents, _ends(config), rows, length, batch, generator)
@@ -231,16 +232,20 @@ def _sampling_plainly(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path, instead: str = IDS_INSTEAD) -> Any:
+    """The tokenizer in a Hugging Face folder, which neither cuts texts off nor pads them.
+
+    Raises:
+        ValueError: if there is none, it is damaged, or tokenizers is not installed. `instead` is
+            the remedy for a folder without one.
+    """
     try:
         import tokenizers
     except ImportError as error:
         raise ValueError(not_installed("tokenizers")) from error
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(
-            f"{folder} has no tokenizer.json: pass token ids instead, as 'file.safetensors:key'"
-        )
+        raise ValueError(f"{folder} has no tokenizer.json: {instead}")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower

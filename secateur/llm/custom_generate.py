@@ -79,7 +79,7 @@ def _require_plain(settings: Any, synced: bool, model_kwargs: dict[str, Any]) ->
         raise ValueError(f"custom_generate runs one process with a cache, got {what}: leave it out")
     for name in CACHE_NAMES:
         cache = model_kwargs.get(name)
-        own = getattr(cache, "_is_user_defined", False)  # which transformers marks since 5.17
+        own = getattr(cache, "_is_user_defined", False)  # newer releases of transformers say
         if cache is not None and (own or cache.get_seq_length()):
             raise ValueError(
                 f"custom_generate makes a cache of its own, got {name}: leave it out, and give the "

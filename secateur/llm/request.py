@@ -183,6 +183,14 @@ def special_tokens(model: nn.Module) -> tuple[tuple[int, ...], int | None]:
     return tuple(int(end) for end in ends if end is not None), pad
 
 
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a text may have, as far as the model's config limits it."""
+    rope = getattr(_text_config(model), "rope_parameters", None) or {}
+    if "dynamic" in (rope.get("rope_type"), rope.get("type")):
+        return None  # it grows with the text
+    return _number(model, "max_position_embeddings")
+
+
 # --- what is wrong with them ---------------------------------------------------------------------
 
 
@@ -213,20 +221,18 @@ def _require_ids(ids: Tensor, vocabulary: int | None) -> None:
 
 def _require_positions(model: nn.Module, prompt: int, count: int) -> None:
     """`prompt` is the length of the longest prompt without padding."""
-    limit = _number(model, "max_position_embeddings")
-    rope = getattr(_text_config(model), "rope_parameters", None) or {}
-    if limit is None or "dynamic" in (rope.get("rope_type"), rope.get("type")):
-        return  # which grows with the text
+    limit = positions(model)
+    if limit is None or prompt + count <= limit:
+        return
     if prompt >= limit:
         raise ValueError(
             f"the model has {limit:,} positions, the prompt alone has {prompt:,} tokens: shorten it"
         )
-    if prompt + count > limit:
-        raise ValueError(
-            f"the model has {limit:,} positions, got a prompt of {prompt:,} tokens and "
-            f"max_new_tokens={count}: pass max_new_tokens={limit - prompt} at most, or shorten "
-            "the prompt"
-        )
+    raise ValueError(
+        f"the model has {limit:,} positions, got a prompt of {prompt:,} tokens and "
+        f"max_new_tokens={count}: pass max_new_tokens={limit - prompt} at most, or shorten the "
+        "prompt"
+    )
 
 
 def _require_sampling(sampling: Sampling) -> None:

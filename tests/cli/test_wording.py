@@ -31,7 +31,8 @@ NO_COMMAND = (
     "prune/free_dimensions.py", "prune/channels/", "reconstruct/lowrank.py", "reconstruct/peft.py",
     "allocation/", "train/hold.py", "train/gradual.py", "train/movement.py", "train/schedules.py",
     "formats/warmup.py", "formats/convert.py", "formats/read_only.py", "formats/kernels/",
-    "llm/custom_generate.py", "integrations/packed_config.py", "integrations/transformers_quantizer.py",
+    "integrations/packed_config.py", "integrations/transformers_quantizer.py",
+    "llm/custom_generate.py",
     "patterns/grids.py", "report/plots.py", "report/pictures.py", "cli/",
 )  # fmt: skip
 REACHED = ("allocation/sensitivity.py", "allocation/progress.py")

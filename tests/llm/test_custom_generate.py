@@ -41,6 +41,7 @@ def test_ids_are_those_of_transformers_own_loop(family: str) -> None:
         {"repetition_penalty": 1.5},
         {"no_repeat_ngram_size": 1, "min_new_tokens": 8},
         {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "top_k": 0},
         {"eos_token_id": list(range(3, 20)), "pad_token_id": None},
         {"eos_token_id": list(range(3, 12)), "repetition_penalty": 1.1},
         {"cache_implementation": "static", "max_new_tokens": 1},
@@ -64,6 +65,19 @@ def test_criteria_of_the_caller_end_it() -> None:
     criteria = StoppingCriteriaList([After()])
     expected, made = both(language_model(), prompts(2, 6), stopping_criteria=criteria)
     assert torch.equal(made, expected) and made.shape == (2, 9)
+
+
+def test_criteria_of_the_caller_fill_nothing_up() -> None:
+    """Rows that they end go on until all have ended, without a token that ends a text."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class RowByRow(StoppingCriteria):
+        def __call__(self, ids: Tensor, scores: Any, **ignored: Any) -> Tensor:
+            return torch.tensor([8, 10]) <= ids.shape[1]
+
+    expected, made = both(language_model(), prompts(2, 6), eos_token_id=None,
+                          stopping_criteria=StoppingCriteriaList([RowByRow()]))  # fmt: skip
+    assert torch.equal(made, expected) and made.shape == (2, 10) and PAD not in made
 
 
 def test_a_streamer_gets_each_token() -> None:
@@ -110,6 +124,12 @@ def test_more_than_ids_is_refused() -> None:
         with pytest.raises(ValueError, match=said):
             model.generate(ids, max_new_tokens=2, do_sample=False, custom_generate=custom_generate,
                            **settings)  # fmt: skip
+    filled, own = DynamicCache(), DynamicCache()
+    filled.update(torch.ones(2, 1, 4, 8), torch.ones(2, 1, 4, 8), 0)
+    own._is_user_defined = True  # as newer releases say of an empty one, too
+    for given in (filled, own):
+        with pytest.raises(ValueError, match="makes a cache of its own, got past_key_values"):
+            custom_generate(model, ids, [], [], model.generation_config, past_key_values=given)
     with pytest.raises(ValueError, match="one process with a cache, got synced_gpus=True"):
         custom_generate(model, ids, [], [], model.generation_config, synced_gpus=True)
 
