@@ -20,8 +20,9 @@ from secateur.core.memory import is_out_of_memory
 from secateur.core.tables import as_bytes, printable
 from secateur.integrations.tokens import read_tokenizer
 from secateur.llm.generate import blocks
+from secateur.llm.kernel_steps import steps_of
 from secateur.llm.request import Request, Sampling, positions, request
-from secateur.llm.steps import Steps, steps_of
+from secateur.llm.steps import Steps
 from secateur.llm.text import TextStream
 
 # Tokens to write where nothing is said, about a paragraph.
@@ -163,14 +164,14 @@ def generate(
     batch = torch.tensor([ids], dtype=torch.long, device="cpu")
     count = _count(loaded, len(ids)) if tokens is None else tokens
     asked = request(loaded, batch, count, sampling=sampling)
-    steps, why = steps_of(loaded)
+    steps = steps_of(loaded)
     text = TextStream(tokenizer.decode, ids, stops)
     with _peak_memory(asked.ids.device) as peak, _out_of_memory():
         written = _write(steps, asked, text, shown=not json)
     figures = {
         "prompt_tokens": len(ids), "tokens": written.tokens, "ended": written.ended,
         "first_token_seconds": written.first, "tokens_per_second": written.per_second,
-        "peak_bytes": peak[0] if peak else None, "steps": why,
+        "peak_bytes": peak[0] if peak else None, "steps": steps.about,
     }  # fmt: skip
     if json:
         emit({"text": text.text, **figures})

@@ -2,6 +2,7 @@
 
 from secateur.llm.custom_generate import custom_generate
 from secateur.llm.generate import generate
-from secateur.llm.steps import ModelSteps, Steps, steps_of
+from secateur.llm.kernel_steps import KernelSteps, steps_of
+from secateur.llm.steps import ModelSteps, Steps
 
-__all__ = ["ModelSteps", "Steps", "custom_generate", "generate", "steps_of"]
+__all__ = ["KernelSteps", "ModelSteps", "Steps", "custom_generate", "generate", "steps_of"]

@@ -7,8 +7,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from secateur.llm.generate import blocks, in_eval_mode
+from secateur.llm.kernel_steps import steps_of
 from secateur.llm.request import Request, Sampling, mask_of, require_generating
-from secateur.llm.steps import CACHE_NAMES, Steps, positions_of, steps_of
+from secateur.llm.steps import CACHE_NAMES, Steps, positions_of
 from secateur.model.outputs import device_of
 
 # What transformers prepares for a model's forward and the steps do by themselves.
@@ -49,7 +50,7 @@ def custom_generate(
         )
     asked = _request(model, input_ids, mask, generation_config, stopping_criteria)
     with in_eval_mode(model):
-        steps, _ = steps_of(model)
+        steps = steps_of(model)
         if _needs_no_logits(generation_config, logits_processor, stopping_criteria):
             made = input_ids
             for block in blocks(steps, asked):

@@ -8,8 +8,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from secateur.core.interrupts import putting_back
+from secateur.llm.kernel_steps import steps_of
 from secateur.llm.request import Request, Sampling, request
-from secateur.llm.steps import Steps, steps_of
+from secateur.llm.steps import Steps
 
 
 def generate(
@@ -56,7 +57,7 @@ def generate(
     asked = request(model, ids, max_new_tokens, mask=mask, sampling=sampling, stop_ids=stop_ids)
     made = [ids.long()]
     with in_eval_mode(model):
-        steps, _ = steps_of(model)
+        steps = steps_of(model)
         for block in blocks(steps, asked):
             made.append(block.to(ids.device))
             if told is not None and told(made[-1]) is True:

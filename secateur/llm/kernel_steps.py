@@ -12,11 +12,11 @@ from secateur.formats.kernels.decode_step import why_no_attention
 from secateur.formats.kernels.decode_step.between import MOST_WIDTH, PIECE
 from secateur.llm.decoder import Decoder, NotRead, read_decoder
 from secateur.llm.plan import Memory, Plan
-from secateur.llm.steps import ModelSteps
+from secateur.llm.steps import FORWARD, ModelSteps, Steps
+from secateur.model.outputs import device_of
 
 SLOTS = 256  # a cache has a multiple of them, so that few plans serve all lengths
 OWN = "kernels of its own, one CUDA graph a token"
-FORWARD = "the model's own forward"
 
 State = tuple[tuple[int, int], ...]
 
@@ -126,6 +126,11 @@ class KernelSteps:
                 f"its first step's logits differ by {error:.1e} from those of the kernels, where "
                 f"roundings make {most:.1e} at most: it has a part that is not known here"
             )
+
+
+def steps_of(model: nn.Module) -> Steps:
+    """What runs the model's steps: kernels, once they have proved equal, on a GPU; else itself."""
+    return KernelSteps(model) if device_of(model).type == "cuda" else ModelSteps(model)
 
 
 def allowed(decoder: Decoder) -> float:

@@ -23,10 +23,11 @@ class Steps(Protocol):
     """Runs a prompt, then a token of each sequence at a time, with a key-value cache.
 
     `block` is how many greedy tokens it makes at best between two looks at them; 1 where each
-    costs a call.
+    costs a call. `about` says in a line what makes them and why, once the prompt is read.
     """
 
     block: int
+    about: str
 
     def start(
         self,
@@ -53,10 +54,14 @@ class Steps(Protocol):
         ...
 
 
+FORWARD = "the model's own forward"
+
+
 class ModelSteps:
     """Steps by the model's own forward, on any device."""
 
     block = 1
+    about = FORWARD
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -98,6 +103,20 @@ class ModelSteps:
             made.append(self.step(made[-1]).argmax(-1))
         return torch.stack(made[1:], 1)
 
+    @property
+    def cache(self) -> Any:
+        """The model's own cache of keys and values; None before a prompt was read."""
+        return self._cache
+
+    @property
+    def seen(self) -> int:
+        """The tokens that the cache holds."""
+        return self._seen
+
+    def forget(self) -> None:
+        """Let the cache go: others have copied it."""
+        self._cache, self._seen = None, 0
+
     def _call(self, ids: Int[Tensor, "batch new"], positions: Int[Tensor, "rows new"]) -> Any:
         given: dict[str, Any] = {"input_ids": ids, "use_cache": True}
         # As the forward takes them: a model may have no positions, or no choice of logits.
@@ -113,11 +132,6 @@ class ModelSteps:
             raise ValueError(_without_cache(self._model))
         self._seen += ids.shape[1]
         return output
-
-
-def steps_of(model: nn.Module) -> tuple[Steps, str]:
-    """What runs the model's steps here, and in a line which steps they are and why."""
-    return ModelSteps(model), "the model's own forward: no kernels run a whole step here"
 
 
 def positions_of(

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.llm.generate import blocks
+from secateur.llm.kernel_steps import steps_of
 from secateur.llm.request import Request, Sampling, request
 from secateur.llm.sampling import kept, most_likely, sampled
-from secateur.llm.steps import ModelSteps, Steps, steps_of
+from secateur.llm.steps import ModelSteps, Steps
 from tests.llm.language import (
     BOS,
     END,
@@ -83,6 +84,8 @@ def test_stops_and_padding_are_the_model_s_own() -> None:
 
 class InBlocks:
     """Steps that make several greedy tokens at once, by a model's; what was asked is kept."""
+
+    about = "test"
 
     def __init__(self, model: nn.Module, block: int) -> None:
         self._steps, self.block = ModelSteps(model), block
@@ -261,9 +264,9 @@ def test_packed_models_generate_what_their_dense_form_does() -> None:
 
 
 def test_steps_say_what_they_are() -> None:
-    steps, why = steps_of(language_model())
+    steps = steps_of(language_model())
     assert isinstance(steps, ModelSteps) and steps.block == 1
-    assert why == "the model's own forward: no kernels run a whole step here"
+    assert steps.about == "the model's own forward"
     with_cache: Steps = steps
     logits = with_cache.start(prompts(1, 3), None, 4)
     with_cache.step(logits.argmax(-1))

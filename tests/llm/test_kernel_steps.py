@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.formats.pack import linears_of
 from secateur.llm.decoder import NotRead, read_decoder
-from secateur.llm.kernel_steps import FORWARD, OWN, KernelSteps
+from secateur.llm.kernel_steps import OWN, KernelSteps
+from secateur.llm.steps import FORWARD
 
 transformers = pytest.importorskip("transformers")
 
