@@ -19,6 +19,7 @@ import torch
 
 from bench.lib.command import parser_of
 from bench.lib.rows import Row, append
+from secateur.formats.kernels import cusparselt_child
 from secateur.formats.kernels.cusparselt import STEPS, SearchCase, Setting
 from secateur.formats.kernels.cusparselt_child import NoSearch, Search, end_child, searched
 from secateur.formats.kernels.cusparselt_search import Past
@@ -76,6 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Searches, prints each row as JSON, appends it to a file, and prints its path."""
     parser = parser_of("searches", __doc__)
     parser.add_argument("--searches", type=int, default=20)
+    parser.add_argument("--skip", type=int, default=0, help="so that processes can share them")
     parser.add_argument("--shape", type=int, nargs=2, default=(256, 512), metavar=("OUT", "IN"))
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
@@ -87,7 +89,9 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"tokens need to be powers of two from {STEPS[dtype]}")
     kinds = cycle(product(arguments.tokens, (None, dtype)))
     end, path = monotonic() + arguments.time_budget, None
-    for number, (tokens, bias) in enumerate(islice(kinds, arguments.searches)):
+    cusparselt_child.SEARCH_SECONDS = arguments.time_budget  # all settings are to be tried
+    chosen = islice(kinds, arguments.skip, arguments.skip + arguments.searches)
+    for number, (tokens, bias) in enumerate(chosen):
         if monotonic() > end:
             print(f"out of time after {number} searches")
             break

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from secateur.core.wrappers import adapted, unwrapped
 from secateur.formats.kernels.decode_step import why_no_attention
 from secateur.formats.kernels.decode_step.between import MOST_WIDTH, PIECE
 from secateur.llm.decoder import Decoder, NotRead, read_decoder
@@ -99,7 +100,7 @@ class KernelSteps:
 
     def _planned(self, batch: int, length: int) -> Plan:
         """The plan for so many sequences and tokens: the one that is kept, if it still fits."""
-        decoder = read_decoder(self._model)
+        decoder = read_decoder(adapted(unwrapped(self._model)))
         if (problem := why_no_plan(decoder)) is not None:
             raise NotRead(problem)
         slots = -(-length // SLOTS) * SLOTS
