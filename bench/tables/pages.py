@@ -15,6 +15,7 @@ from bench.tables.decode import decode, decode_short
 from bench.tables.figure import front_page
 from bench.tables.grids import grids
 from bench.tables.linear import linear_cpu_all
+from bench.tables.llm import llm
 from bench.tables.memory import memory
 from bench.tables.pareto import pareto
 from bench.tables.prefill import prefill, prefill_short
@@ -39,6 +40,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "encoder-accuracy": encoder_accuracy,
     "grids": grids,
     "linear-cpu-all": linear_cpu_all,
+    "llm": llm,
     "memory": memory,
     "prefill": prefill,
     "prefill-short": prefill_short,

@@ -1,0 +1,47 @@
+"""The table of a language model's tokens a second."""
+
+from pathlib import Path
+
+from bench.lib.results import Row, every
+from bench.tables.markdown import bold, page, runs, without_figure
+
+DENSE, TRANSFORMERS = "dense", "transformers"
+HEADS = ("weights", "head", "tokens/s", "to dense", "ms to the first", "allocated GB", "peak GB")
+
+
+def llm(results: Path) -> str:
+    """For each device and case, every configuration of its last run, those that lose too."""
+    return "\n".join(_table(case) for case in latest(results))
+
+
+def latest(results: Path) -> list[list[Row]]:
+    """For each device, model, batch and prompt, the row of every configuration of its last run."""
+    cases: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
+    for rows in every(results, "llm"):
+        for row in rows:
+            case = row["device"], *(row[name] for name in ("model", "blocks", "batch", "prompt"))
+            cases.setdefault(case, {})[row["format"], row["head"]] = row
+    return [list(rows.values()) for rows in cases.values()]
+
+
+def _table(rows: list[Row]) -> str:
+    first = rows[0]
+    dense = next((row for row in rows if row["format"] == DENSE and not row["note"]), None)
+    lines = [_line(row, dense) for row in rows if not row["note"]]
+    origin = (
+        f"{first['model']}'s sizes, {first['blocks']} blocks, batch {first['batch']}, "
+        f"{first['tokens']} tokens after a prompt of {int(first['prompt']):,}; random weights in "
+        "bfloat16, so this is speed alone; each row's weights are 2:4 but for dense, which is the "
+        "same loop and kernels without zeros, its linear layers by cuBLAS. "
+        f"{first['device']}, driver {first['driver']}, torch {first['torch']}, {runs(rows)}, "
+        "`python -m bench.run.llm`."
+    )
+    failed = [f"{row['format']}: {row['note']}" for row in rows if row["note"]]
+    return page(HEADS, lines, origin, without_figure(failed))
+
+
+def _line(row: Row, dense: Row | None) -> list[str]:
+    name = "dense, by transformers' generate" if row["format"] == TRANSFORMERS else row["format"]
+    ratio = "-" if dense is None else bold(float(dense["ms"]) / float(row["ms"]))
+    sizes = [f"{int(row[n]) / 1e9:.2f}" if row[n] else "-" for n in ("allocated", "peak")]
+    return [name, row["head"], f"{float(row['tokens_s']):,.0f}", ratio, row["first_ms"], *sizes]

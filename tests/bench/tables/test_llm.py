@@ -1,0 +1,46 @@
+"""The table of tokens a second: ratios are to dense of the same case, and losing rows stay."""
+
+from pathlib import Path
+
+from bench.tables.llm import llm
+
+HEADS = (
+    "date,device,driver,torch,commit,format,head,model,blocks,batch,prompt,tokens,"
+    "ms,tokens_s,first_ms,allocated,peak,note"
+)
+CASE = "l,32,1,1024,128"
+ROWS = [
+    f"dense,dense,{CASE},5.0,200.0,40.1,16000000000,17000000000,",
+    f"semi24,dense,{CASE},10.0,100.0,50.0,9000000000,9500000000,",
+    f"semi24_int4,semi24_int4,{CASE},1.25,800.0,60.0,4200000000,4460000000,",
+    f"transformers,dense,{CASE},,,,,,RuntimeError: no room",
+    "dense,dense,l,32,8,1024,128,8.0,1000.0,90.0,,,",
+]
+
+
+def lines_of(folder: Path, rows: list[str]) -> list[str]:
+    lines = [HEADS, *(f"2026-11-30,a chip,580,2.11,abc,{row}" for row in rows)]
+    (folder / "llm_2026-11-30_x_abc.csv").write_text("\n".join(lines) + "\n")
+    return llm(folder).splitlines()
+
+
+def test_ratios_are_to_dense_of_the_same_case(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, ROWS)
+    assert lines[2:5] == [
+        "| dense | dense | 200 | 1.00 | 40.1 | 16.00 | 17.00 |",
+        "| semi24 | dense | 100 | 0.50 | 50.0 | 9.00 | 9.50 |",
+        "| semi24_int4 | semi24_int4 | 800 | **4.00** | 60.0 | 4.20 | 4.46 |",
+    ]
+    assert "batch 1, 128 tokens after a prompt of 1,024" in lines[6]
+    assert "speed alone" in lines[6] and "2026-11-30, commit abc" in lines[6]
+    assert lines[7] == "Without a figure: transformers: RuntimeError: no room."
+    assert "| dense | dense | 1,000 | 1.00 | 90.0 | - | - |" in lines
+
+
+def test_a_later_run_replaces_its_own_rows(tmp_path: Path) -> None:
+    lines_of(tmp_path, ROWS)
+    later = HEADS + "\n2026-12-01,a chip,580,2.11,def," + ROWS[2].replace("1.25", "1.0")
+    (tmp_path / "llm_2026-12-01_x_def.csv").write_text(later + "\n")
+    lines = llm(tmp_path).splitlines()
+    assert lines[4] == "| semi24_int4 | semi24_int4 | 800 | **5.00** | 60.0 | 4.20 | 4.46 |"
+    assert "2026-11-30, commit abc; 2026-12-01, commit def" in lines[6]
