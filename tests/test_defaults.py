@@ -17,6 +17,7 @@ from secateur.report.inspection import inspect
 from secateur.train.movement import movement
 from secateur.train.schedules import cubic
 from tests.formats.weights import FORMATS, sparse_linear, tokens_in
+from tests.llm.language import language_model, left_padded
 from tests.models import Decoder
 
 
@@ -75,6 +76,20 @@ def token_loss(model: nn.Module) -> float:
     return float(model(ids(1)[0]).float().square().mean())
 
 
+def written() -> Tensor:
+    model, (prompts, mask) = made(lambda: (language_model(), left_padded([3, 5])))
+    return sc.generate(
+        model,
+        prompts,
+        mask=mask,
+        max_new_tokens=9,
+        stop_ids=[7],
+        temperature=1.0,
+        top_p=0.9,
+        seed=0,
+    )
+
+
 def of_format(format: str) -> dict[str, Any]:
     layer, x = made(lambda: (sparse_linear(format), tokens_in(5, 24)))
     again = empty_from(describe(layer))
@@ -124,6 +139,7 @@ VERBS: dict[str, Callable[[], dict[str, Any]]] = {
             m := decoder(), {"lm_head": m.lm_head}, {"lm_head": sc.NM(2, 4)}, ids(2)
         ).bytes,
     },
+    "generate": lambda: {"ids": written()},
     **{f"format {format}": lambda f=format: of_format(f) for format in FORMATS},
 }
 

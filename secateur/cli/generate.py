@@ -198,8 +198,6 @@ def _write(steps: Steps, asked: Request, text: TextStream, shown: bool) -> Writt
     except KeyboardInterrupt:
         written.ended = "interrupted"
     _show(text.rest(), shown)
-    if text.stopped:  # by its last characters, which were held back
-        written.ended = "stop text"
     _show("" if text.text.endswith("\n") else "\n", shown)
     return written
 
@@ -218,10 +216,9 @@ def _show(text: str, shown: bool) -> None:
 
 def _lines(written: Written, figures: dict[str, Any]) -> Iterator[str]:
     """The figures, as a person reads them."""
-    yield (
-        f"{written.tokens:,} tokens after a prompt of {figures['prompt_tokens']:,}, ended by "
-        f"{written.ended}"
-    )
+    many = "" if written.tokens == 1 else "s"
+    prompt = figures["prompt_tokens"]
+    yield f"{written.tokens:,} token{many} after a prompt of {prompt:,}, ended: {written.ended}"
     if written.first is not None:
         yield f"first token after {written.first:.3g} s"
     if written.per_second is not None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.cli import generate as command
 from secateur.integrations.tokens import read_tokenizer
+from secateur.llm.request import request
 from secateur.llm.steps import ModelSteps
+from secateur.llm.text import TextStream
 from tests.cli.shell import ROWS, refused, run, said, tokens
 
 PROMPT = "w1 w2 w3"
@@ -34,7 +36,7 @@ def test_text_is_on_stdout_and_figures_on_stderr(pruned: Path) -> None:
     result = run("generate", pruned, "--prompt", PROMPT, "--tokens", 12)
     assert len(ids) == 12 and said(result) == f" {text}\n"
     ended, first, speed, steps = result.stderr.splitlines()
-    assert ended == "12 tokens after a prompt of 3, ended by length"
+    assert ended == "12 tokens after a prompt of 3, ended: length"
     assert first.startswith("first token after ") and first.endswith(" s")
     assert speed.endswith(" tokens/s after it")
     assert steps == "steps: the model's own forward"
@@ -49,12 +51,20 @@ def test_json_has_text_and_figures(pruned: Path) -> None:
     assert found["peak_bytes"] is None and found["steps"].startswith("the model's own forward")
     assert found["first_token_seconds"] > 0 and found["tokens_per_second"] > 0
     one = json.loads(said(run("generate", pruned, "--prompt", PROMPT, "--tokens", 1, "--json")))
+    result = run("generate", pruned, "--prompt", PROMPT, "--tokens", 1)
+    assert result.stderr.splitlines()[0] == "1 token after a prompt of 3, ended: length"
     assert one["tokens_per_second"] is None and one["text"] == f" {text.split()[0]}"
 
 
 def test_a_text_is_as_long_as_there_is_room_for(pruned: Path) -> None:
     found = json.loads(said(run("generate", pruned, "--prompt", PROMPT, "--json")))
     assert (found["tokens"], found["ended"]) == (61, "length")
+
+
+def test_it_is_a_paragraph_at_most(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "TOKENS", 7)
+    found = json.loads(said(run("generate", pruned, "--prompt", PROMPT, "--json")))
+    assert (found["tokens"], found["ended"]) == (7, "length")
 
 
 def test_draws_are_the_library_s(pruned: Path) -> None:
@@ -81,7 +91,7 @@ def test_it_ends_before_a_stop_text(pruned: Path) -> None:
     flags = ("--prompt", PROMPT, "--tokens", 12, *DRAWN, "--stop", "never", "--stop", stop)
     result = run("generate", pruned, *flags)
     assert said(result) == f" {' '.join(words[:at])} \n"
-    assert f"{at + 2} tokens after a prompt of 3, ended by stop text" in result.stderr
+    assert f"{at + 2} tokens after a prompt of 3, ended: stop text" in result.stderr
     found = json.loads(said(run("generate", pruned, *flags, "--json")))
     assert (found["text"], found["ended"]) == (f" {' '.join(words[:at])} ", "stop text")
 
@@ -104,7 +114,7 @@ def test_it_ends_with_the_end_of_a_text(pruned: Path, tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(settings))
     result = run("generate", folder, "--prompt", PROMPT, "--tokens", 12, *DRAWN)
     assert said(result) == f" {' '.join(text.split()[:last])}\n"
-    assert f"{last + 1} tokens after a prompt of 3, ended by end of text" in result.stderr
+    assert f"{last + 1} tokens after a prompt of 3, ended: end of text" in result.stderr
 
 
 def test_ctrl_c_ends_it_with_what_was_made(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +147,7 @@ def test_ctrl_c_ends_it_with_what_was_made(pruned: Path, monkeypatch: pytest.Mon
         )
         result = run("generate", pruned, "--prompt", PROMPT, "--tokens", 12)
         assert said(result, code=130) == text
-        assert f"{told} tokens after a prompt of 3, ended by interrupted" in result.stderr
+        assert f"{told} tokens after a prompt of 3, ended: interrupted" in result.stderr
         # What was held back for a stop text is given out.
         result = run("generate", pruned, "--prompt", PROMPT, "--stop", f"{words[-1]} never")
         assert said(result, code=130) == text
@@ -153,6 +163,27 @@ def test_memory_that_runs_out_is_one_line(pruned: Path, monkeypatch: pytest.Monk
     line = refused(run("generate", pruned, "--prompt", PROMPT))
     assert line.endswith("CUDA out of memory: write fewer --tokens after a shorter prompt, or give "
                          "--device cpu")  # fmt: skip
+
+
+def test_speed_is_counted_after_the_first_token() -> None:
+    written = command.Written()
+    assert written.per_second is None
+    written.count(1, 0.5)
+    assert written.per_second is None
+    written.count(2, 1.5)
+    written.count(2, 2.5)
+    assert (written.tokens, written.first, written.per_second) == (5, 0.5, 2.0)
+
+
+@pytest.mark.parametrize(("last", "shown"), [("a", "aa\n"), ("\n", "\n\n"), ("", "\n")])
+def test_the_last_line_ends_once(
+    last: str, shown: str, pruned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = sc.load(pruned)
+    asked = request(model, torch.tensor([[5, 6]]), 2, stop_ids=())
+    text = TextStream(lambda ids: last * len(ids), [5, 6])
+    command._write(ModelSteps(model), asked, text, shown=True)
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize("obeyed", [True, False])

@@ -48,6 +48,7 @@ LETTERS = st.text("ab", min_size=1, max_size=3)
 @example(prompt="", text="a🌱b", stops=[], sizes=[1] * 12)
 @example(prompt="x", text="aab", stops=["aaa", "ab"], sizes=[1] * 12)
 @example(prompt="x", text="abc", stops=["abcd", "b"], sizes=[3])
+@example(prompt="x", text="aab", stops=["aab"], sizes=[1] * 3)
 def test_the_pieces_are_the_text_up_to_the_first_stop(
     prompt: str, text: str, stops: list[str], sizes: list[int]
 ) -> None:
@@ -81,6 +82,12 @@ def test_bytes_that_are_no_character_are_text_at_the_end() -> None:
     stream = TextStream(tokenizer.decode, [], [])
     a = tokenizer.encode("a").ids
     assert [stream.add(broken), stream.add(a), stream.rest()] == ["", "\ufffda", ""]
+
+
+def test_of_stops_in_one_token_the_one_that_is_complete_first_ends_it() -> None:
+    for stops, text in [(["abc", "b"], "xa"), (["bc", "abc"], "x"), (["y", "bcd", "ab"], "x")]:
+        stream = TextStream(lambda ids: "xabcd" * len(ids), [], stops)
+        assert (stream.add([0]), stream.stopped) == (text, True)
 
 
 @pytest.mark.parametrize("words", [["w1", "w2"], ["w1"]])
