@@ -19,6 +19,7 @@ from secateur.cli.groups import Loading
 from secateur.core.memory import is_out_of_memory
 from secateur.core.tables import as_bytes, printable
 from secateur.integrations.tokens import read_tokenizer
+from secateur.integrations.transformers import read_config
 from secateur.llm.generate import blocks
 from secateur.llm.kernel_steps import steps_of
 from secateur.llm.request import Request, Sampling, positions, request
@@ -157,6 +158,7 @@ def generate(
     """
     stops = _stops(stop)
     given = prompt.read()
+    read_config(model)  # before a tokenizer is missed where there is no model
     tokenizer = read_tokenizer(model, "copy the one that the model was trained with")
     ids = tokenizer.encode(given).ids
     loaded = loading.model(model)

@@ -14,6 +14,7 @@ from secateur.core.wrappers import adapted, unwrapped
 from secateur.llm.sampling import most_likely, sampled
 from secateur.llm.steps import cache_name, forward_parameters
 from secateur.model.outputs import device_of
+from secateur.model.padding import MASK
 
 Choice = Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]]
 
@@ -109,14 +110,17 @@ def request(
     vocabulary = _number(model, "vocab_size")
     _require_ids(ids, vocabulary)
     prompt = mask_of(mask, ids)
+    if prompt is not None and MASK not in forward_parameters(model):
+        raise ValueError(
+            f"{type(unwrapped(model)).__name__} takes no {MASK}, got prompts with padding: give "
+            "one prompt at a time, or several of one length"
+        )
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"max_new_tokens needs to be at least 1, got {count}: pass 1 or more")
     _require_positions(model, ids.shape[1] if prompt is None else int(prompt.sum(1).max()), count)
     _require_sampling(sampling)
     own, pad = special_tokens(model)
-    stops = own if stop_ids is None else tuple(stop_ids)
-    if stop_ids is not None:
-        _require_stops(stops, vocabulary)
+    stops = own if stop_ids is None else _stops(stop_ids, vocabulary)
     _warn_of_settings(model)
     device = device_of(model)
     return Request(
@@ -255,13 +259,17 @@ def _require_sampling(sampling: Sampling) -> None:
         raise ValueError(f"seed needs to be in [0, 2**63), got {sampling.seed}: take another")
 
 
-def _require_stops(stops: tuple[int, ...], vocabulary: int | None) -> None:
+def _stops(stop_ids: Iterable[int], vocabulary: int | None) -> tuple[int, ...]:
+    if isinstance(stop_ids, int):
+        raise ValueError(f"stop_ids needs ids in a list, got {stop_ids}: pass [{stop_ids}]")
+    stops = tuple(map(int, stop_ids))
     for stop in stops:
         if stop < 0 or (vocabulary is not None and stop >= vocabulary):
             raise ValueError(
                 f"stop_ids need to be in [0, {vocabulary or '...'}), got {stop}: use the model's "
                 "own tokenizer"
             )
+    return stops
 
 
 def _warn_of_settings(model: nn.Module) -> None:

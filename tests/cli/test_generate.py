@@ -233,6 +233,7 @@ def test_what_generate_refuses(pruned: Path, encoder: Path, tmp_path: Path) -> N
         ((*prompt, "--dtype", "int8"), "--dtype needs to be one of"),
     ]:  # fmt: skip
         assert line in refused(run("generate", pruned, *arguments))
+    assert "there is no folder" in refused(run("generate", tmp_path / "no", *prompt))
     line = refused(run("generate", encoder, *prompt))
     assert f"{encoder} has no tokenizer.json: copy the one that the model was trained with" in line
     (encoder / "tokenizer.json").write_bytes((pruned / "tokenizer.json").read_bytes())

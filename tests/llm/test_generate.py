@@ -305,6 +305,7 @@ GOOD = prompts(2, 4)
         (GOOD, {"top_p": 0.5}, "are for draws, got None and 0.5"),
         (GOOD, {"temperature": 1.0, "seed": -1}, r"seed needs to be in \[0, 2\*\*63\), got -1"),
         (GOOD, {"stop_ids": [5, 48]}, r"stop_ids need to be in \[0, 48\), got 48"),
+        (GOOD, {"stop_ids": 5}, r"stop_ids needs ids in a list, got 5: pass \[5\]"),
         (GOOD, {"stop_ids": [-1]}, r"stop_ids need to be in \[0, 48\), got -1"),
         (GOOD, {"mask": torch.ones(2, 3)}, r"mask needs the shape of ids, \[2, 4\], got \[2, 3\]"),
         (GOOD, {"mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])},
@@ -371,6 +372,14 @@ def test_models_that_cannot_go_on_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=said):
             sc.generate(model, GOOD, max_new_tokens=2)
+
+
+def test_padding_needs_a_model_that_takes_a_mask() -> None:
+    ids, mask = left_padded([2, 4])
+    model = NoLogits("cache", torch.ones(2, 4, 8))
+    with pytest.raises(ValueError, match="NoLogits takes no attention_mask, got prompts with pad"):
+        sc.generate(model, ids, mask=mask, max_new_tokens=1)
+    assert sc.generate(model, ids, mask=mask | 1, max_new_tokens=1).shape == (2, 5)
 
 
 def test_settings_of_the_model_that_are_not_applied_are_told() -> None:
