@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from secateur.cli import options as o
 from secateur.cli.command import command
 from secateur.cli.console import INTERRUPTED, aside, emit
 from secateur.cli.groups import Loading
+from secateur.core.conv1d import is_conv1d
 from secateur.core.memory import is_out_of_memory
 from secateur.core.tables import as_bytes, printable
+from secateur.formats import SparseLinear
 from secateur.integrations.tokens import read_tokenizer
 from secateur.integrations.transformers import read_config
 from secateur.llm.generate import blocks
@@ -173,7 +176,7 @@ def generate(
     figures = {
         "prompt_tokens": len(ids), "tokens": written.tokens, "ended": written.ended,
         "first_token_seconds": written.first, "tokens_per_second": written.per_second,
-        "peak_bytes": peak[0] if peak else None, "steps": steps.about,
+        "peak_bytes": peak[0] if peak else None, "layers": _layers(loaded), "steps": steps.about,
     }  # fmt: skip
     if json:
         emit({"text": text.text, **figures})
@@ -227,7 +230,21 @@ def _lines(written: Written, figures: dict[str, Any]) -> Iterator[str]:
         yield f"{written.per_second:,.1f} tokens/s after it"
     if figures["peak_bytes"] is not None:
         yield f"peak memory {as_bytes(figures['peak_bytes'])}"
+    layers = ", ".join(f"{count} {what}" for what, count in figures["layers"].items())
+    yield f"linear layers: {layers}"
     yield f"steps: {figures['steps']}"
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    """How many linear layers run in which way, one token at a time."""
+    found = Counter[str]()
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            of_one_token = module.dispatch.split()[0].partition("<=")[0]
+            found[f"{module.format} by {of_one_token}"] += 1
+        elif isinstance(module, nn.Linear) or is_conv1d(module):
+            found["dense"] += 1
+    return dict(found)
 
 
 @contextmanager

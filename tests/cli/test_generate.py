@@ -35,10 +35,11 @@ def test_text_is_on_stdout_and_figures_on_stderr(pruned: Path) -> None:
     ids, text = continued(pruned, 12)
     result = run("generate", pruned, "--prompt", PROMPT, "--tokens", 12)
     assert len(ids) == 12 and said(result) == f" {text}\n"
-    ended, first, speed, steps = result.stderr.splitlines()
+    ended, first, speed, layers, steps = result.stderr.splitlines()
     assert ended == "12 tokens after a prompt of 3, ended: length"
     assert first.startswith("first token after ") and first.endswith(" s")
     assert speed.endswith(" tokens/s after it")
+    assert layers == "linear layers: 15 dense"
     assert steps == "steps: the model's own forward"
 
 
@@ -210,8 +211,8 @@ def test_from_dense_weights_to_text_by_commands(dense: Path, tmp_path: Path) -> 
     assert said(run("generate", packed, "--prompt", PROMPT, "--tokens", 8, *float32)) == (
         f" {text}\n"
     )
-    sparse = [m for m in sc.load(packed).modules() if isinstance(m, sc.SparseLinear)]
-    assert len(sparse) == 14
+    found = json.loads(said(run("generate", packed, "--prompt", PROMPT, "--device=cpu", "--json")))
+    assert found["layers"] == {"semi24_int4 by reference": 14, "dense": 1}
 
 
 def test_what_generate_refuses(pruned: Path, encoder: Path, tmp_path: Path) -> None:
