@@ -1,7 +1,11 @@
 """transformers' Llama at named sizes, with random weights and random tokens."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+
+import secateur as sc
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -38,6 +42,9 @@ WIDE = {  # where solving layers is most of the work
 }
 MODELS = {"llama-3-8b": LLAMA_3_8B, "wide": WIDE, "small": SMALL, "tiny": TINY}
 STD = 0.02
+BLOCKS = "model.layers."  # where transformers' Llama has them
+DENSE = "dense"  # a configuration that packs nothing
+FORMATS = ("semi24", "semi24_int4", "semi24_int8", "semi24_fp8")
 
 
 def random_llama(sizes: dict[str, int | float], length: int, device: str) -> nn.Module:
@@ -53,6 +60,15 @@ def random_llama(sizes: dict[str, int | float], length: int, device: str) -> nn.
             if parameter.dim() == 2:
                 parameter.normal_(0, STD, generator=generator)
     return model.eval()
+
+
+@torch.no_grad()
+def make_24(model: nn.Module, names: Iterable[str]) -> None:
+    """Make these linear layers 2:4 by magnitude, one at a time."""
+    pattern = sc.NM(2, 4)
+    for name in names:
+        weight = model.get_parameter(f"{name}.weight")
+        weight.mul_(pattern.mask(weight.abs().float()))
 
 
 def tokens(vocabulary: int, rows: int, length: int, batch: int, device: str) -> list[Tensor]:

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 import secateur as sc
 from bench.lib.cold import FAILURES, REASON
 from bench.lib.command import add_device, parser_of
-from bench.lib.llama import MODELS, random_llama, tokens
+from bench.lib.llama import BLOCKS, DENSE, FORMATS, MODELS, make_24, random_llama, tokens
 from bench.lib.rows import Row, append
-from bench.run.memory import BLOCKS, DENSE, FORMATS
 from secateur.accelerate.candidates import first_line
 from secateur.formats.pack import linears_of
 from secateur.llm.kernel_steps import KernelSteps
@@ -48,10 +47,7 @@ def llama(model: str, blocks: int, length: int, format: str, head: str, device: 
     packed = {format: of_blocks, **({head: [HEAD]} if head != DENSE else {})}
     if head == format:
         packed = {format: [*of_blocks, HEAD]}
-    pattern = sc.NM(2, 4)
-    for name in (name for names in packed.values() for name in names):
-        weight = made.get_parameter(f"{name}.weight")
-        weight.mul_(pattern.mask(weight.abs().float()))
+    make_24(made, [name for names in packed.values() for name in names])
     for one, names in packed.items():
         sc.pack_(made, one, names)
     return made

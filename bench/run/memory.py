@@ -29,14 +29,11 @@ from torch import nn
 import secateur as sc
 from bench.lib.cold import FAILURES, REASON
 from bench.lib.command import add_device, parser_of
-from bench.lib.llama import MODELS, random_llama, tokens
+from bench.lib.llama import BLOCKS, DENSE, FORMATS, MODELS, make_24, random_llama, tokens
 from bench.lib.rows import Row, append
 from secateur.accelerate.candidates import first_line
 from secateur.formats.pack import bytes_of, linears_of
 
-DENSE = "dense"
-FORMATS = ("semi24", "semi24_int4", "semi24_int8", "semi24_fp8")
-BLOCKS = "model.layers."  # where transformers' Llama has them
 MEASURED = ("packed", "runs", "file", "held", "allocated", "peak", "verb_peak", "seconds", "note")
 
 
@@ -59,10 +56,7 @@ def sparse_llama(case: Case, device: str) -> nn.Module:
     """The model on its device, made 2:4 a layer at a time."""
     sizes = {**MODELS[case.model], "num_hidden_layers": case.blocks}
     model = random_llama(sizes, case.prompt, device).requires_grad_(False)
-    pattern = sc.NM(2, 4)
-    for name in block_layers(model):
-        weight = model.get_parameter(f"{name}.weight")
-        weight.mul_(pattern.mask(weight.abs().float()))
+    make_24(model, block_layers(model))
     return model
 
 

@@ -42,7 +42,7 @@ class Memory:
 
     @staticmethod
     def of(decoder: Decoder, batch: int, slots: int) -> "Memory":
-        """Memory for sequences of so many tokens.
+        """Memory for sequences of up to `slots` tokens.
 
         Cost: 2 x blocks x batch x kv heads x slots x head numbers, and the logits.
         """

@@ -22,7 +22,7 @@ def test_decode_takes_models_and_single_layers(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         decode.parsed(["--shapes", "llama-4"])
     assert (
-        "shapes are llama-3-8b, llama-3-70b, qwen2.5-7b, sam-vit-h or the"
+        "shapes are llama-3-8b, llama-3-70b, qwen2.5-7b, gemma-2-9b, sam-vit-h or the"
         in capsys.readouterr().err
     )
 

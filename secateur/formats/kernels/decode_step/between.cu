@@ -110,7 +110,7 @@ __device__ __forceinline__ u32 ordered(float v) {
     return v != v ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
 }
 
-// The most likely token of each row, the first of equals: written as the next step's input and into the
+// The most likely token of each row, ties to the first: written as the next step's input and into the
 // history; the position moves on. CTAs_A_ROW CTAs a row; `best` and `done` are 0 before and after.
 extern "C" __global__ void __launch_bounds__(THREADS) choose(
     const u16* __restrict__ logits,   // [B, vocabulary]

@@ -79,7 +79,7 @@ def choose(
     history: Int[Tensor, "slots batch"],
     position: Int[Tensor, "1"],
 ) -> Bound:
-    """tokens, history[position] = the most likely of each sequence, the first of equals.
+    """tokens, history[position] = the most likely of each sequence; ties go to the first.
 
     Then the position moves on by one.
     """

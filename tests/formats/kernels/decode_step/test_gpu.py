@@ -202,7 +202,7 @@ def test_gated_activations_are_right(activation: str, rows: int, width: int) -> 
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 128256), (5, 1001), (64, 32000), (1, 7)])
 def test_the_most_likely_token_is_chosen(rows: int, vocabulary: int) -> None:
     logits = numbers(rows, vocabulary)
-    logits[0, vocabulary // 2] = logits[0, 3] = logits.max() + 1  # the first of equals
+    logits[0, vocabulary // 2] = logits[0, 3] = logits.max() + 1  # ties go to the first
     tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
     history = torch.zeros(9, rows, dtype=torch.int64, device="cuda")
     position = torch.tensor([4], dtype=torch.int32, device="cuda")
