@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from secateur.core.wrappers import adapted, unwrapped
 from secateur.formats.kernels.decode_step import why_no_attention
 from secateur.formats.kernels.decode_step.between import MOST_WIDTH, PIECE
+from secateur.formats.kernels.gpu import on
 from secateur.llm.decoder import Decoder, NotRead, read_decoder
 from secateur.llm.plan import Memory, Plan
 from secateur.llm.steps import FORWARD, ModelSteps, Steps
@@ -22,12 +23,18 @@ OWN = "kernels of its own, one CUDA graph a token"
 State = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Planned:
-    """A plan, and of what: the addresses and versions of all tensors that its launches read."""
+    """A plan, and of what: the addresses and versions of all tensors that its launches read.
+
+    In place of the plan there is a reason where the model turned out to compute something else.
+    `text` stands for the one in the plan's memory; no reference to a model, which would keep it
+    alive.
+    """
 
     state: State
-    plan: Plan
+    plan: Plan | str
+    text: object = None
 
 
 _plans: WeakKeyDictionary[nn.Module, Planned] = WeakKeyDictionary()
@@ -45,8 +52,8 @@ class KernelSteps:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._forward = model, ModelSteps(model)
-        self._plan: Plan | None = None
-        self._seen = 0
+        self._planned: Planned | None = None
+        self._text, self._seen = object(), 0
         self.about = FORWARD
 
     def start(
@@ -56,77 +63,102 @@ class KernelSteps:
         length: int,
     ) -> Float[Tensor, "batch vocab"]:
         """The logits after the prompts, by the model's own forward."""
-        self._plan, self._seen = None, ids.shape[1]
+        self._planned, self._text, self._seen = None, object(), ids.shape[1]
         logits = self._forward.start(ids, mask, length)
         try:
-            planned = self._planned(len(ids), length)
-            _fill(planned.memory, self._forward.cache, ids.shape[1], mask)
-            if self._model not in _plans or _plans[self._model].plan is not planned:
-                self._compare(planned, logits)
-                _plans[self._model] = Planned(_state(planned.decoder), planned)
+            planned, plan = self._plan_for(len(ids), length)
+            _fill(plan.memory, self._forward.cache, ids.shape[1], mask)
+            if planned is None:
+                planned = self._compared(plan, logits)
         except (NotRead, RuntimeError) as problem:
             self.about = f"{FORWARD}: {str(problem).splitlines()[0]}"
-            return logits if self._forward.seen == ids.shape[1] else self._again(ids, mask, length)
-        self._plan, self.about = planned, OWN
+            if self._forward.seen > ids.shape[1]:  # the step that was compared stands in the cache
+                self._forward.start(ids, mask, length)
+            return logits
+        planned.text, self._planned, self.about = self._text, planned, OWN
         self._forward.forget()
         return logits
 
     def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
-        """The logits after one more token of each sequence."""
-        if self._plan is None:
+        """The logits after one more token of each sequence.
+
+        Raises: RuntimeError if another text of the same model has been begun since.
+        """
+        if self._planned is None:
             return self._forward.step(tokens)
-        self._run(tokens, 1)
-        return self._plan.memory.logits.clone()
+        return self._run(tokens, 1).logits.clone()
 
     def greedy(self, tokens: Int[Tensor, " batch"], count: int) -> Int[Tensor, "batch count"]:
-        """The `count` most likely tokens that follow these, one after the other."""
-        if self._plan is None:
+        """The `count` most likely tokens that follow these, one after the other.
+
+        Raises: RuntimeError if another text of the same model has been begun since.
+        """
+        if self._planned is None:
             return self._forward.greedy(tokens, count)
-        self._run(tokens, count)
-        return self._plan.memory.history[self._seen - count : self._seen].t().clone()
+        made = self._run(tokens, count).history
+        return made[self._seen - count : self._seen].t().clone()
 
-    def _run(self, tokens: Tensor, count: int) -> None:
-        assert self._plan is not None
-        slots = self._plan.memory.slots
-        assert self._seen + count <= slots, f"token {self._seen + count} in a cache of {slots}"
-        self._plan.memory.tokens.copy_(tokens)
-        for _ in range(count):
-            self._plan.run()
-        self._seen += count
+    def _run(self, tokens: Tensor, count: int) -> Memory:
+        """Make so many steps; the memory that has their results."""
+        assert self._planned is not None and isinstance(self._planned.plan, Plan)
+        plan, memory = self._planned.plan, self._planned.plan.memory
+        if self._planned.text is not self._text:
+            raise RuntimeError(
+                "this text's keys and values are gone: another one was begun with the same model, "
+                "whose GPU kernels have one cache; write one text after the other, or as a batch"
+            )
+        after = self._seen + count
+        assert after <= memory.slots, f"token {after} in a cache of {memory.slots}"
+        memory.tokens.copy_(tokens)
+        with on(plan.decoder.device):
+            for _ in range(count):
+                plan.run()
+        self._seen = after
+        return memory
 
-    def _again(self, ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
-        """The prompt once more: the step that was compared stands in the cache."""
-        return self._forward.start(ids, mask, length)
+    def _plan_for(self, batch: int, length: int) -> tuple[Planned | None, Plan]:
+        """The plan for a batch of texts of this length: what is kept, if it fits, or a new one.
 
-    def _planned(self, batch: int, length: int) -> Plan:
-        """The plan for so many sequences and tokens: the one that is kept, if it still fits."""
+        Raises: NotRead where there can be none.
+        """
         decoder = read_decoder(adapted(unwrapped(self._model)))
         if (problem := why_no_plan(decoder)) is not None:
             raise NotRead(problem)
         slots = -(-length // SLOTS) * SLOTS
-        kept = _plans.get(self._model)
-        if kept is not None:
+        kept = _plans.pop(self._model, None)
+        if kept is not None and kept.state == _state(decoder):
+            if isinstance(kept.plan, str):
+                _plans[self._model] = kept
+                raise NotRead(kept.plan)
             memory = kept.plan.memory
-            fits = memory.logits.shape[0] == batch and memory.slots >= slots
-            if fits and kept.state == _state(decoder):
-                return kept.plan
-            del _plans[self._model]
-        return Plan.of(decoder, Memory.of(decoder, batch, slots))
+            if len(memory.tokens) == batch and memory.slots >= slots:
+                _plans[self._model] = kept
+                return kept, kept.plan
+        del kept  # its memory is free for the new one's
+        return None, Plan.of(decoder, Memory.of(decoder, batch, slots))
 
-    def _compare(self, plan: Plan, logits: Tensor) -> None:
-        """Raises: NotRead if a step of the plan is not the model's own, but for roundings."""
-        tokens = logits.argmax(-1)
+    def _compared(self, plan: Plan, logits: Tensor) -> Planned:
+        """The plan, to be kept, once a step of it has given the model's own logits.
+
+        Raises: NotRead if they differ by more than roundings; that is kept, too.
+        """
+        tokens, memory = logits.argmax(-1), plan.memory
         wanted = self._forward.step(tokens).float()
-        plan.memory.tokens.copy_(tokens)
-        plan.run()
-        plan.memory.position.fill_(self._seen)
-        got = plan.memory.logits.float()
-        error, most = float((got - wanted).norm() / wanted.norm()), allowed(plan.decoder)
+        memory.tokens.copy_(tokens)
+        with on(plan.decoder.device):
+            plan.run()
+        memory.position.fill_(self._seen)
+        error = float((memory.logits.float() - wanted).norm() / wanted.norm())
+        most, state = allowed(plan.decoder), _state(plan.decoder)
         if not error <= most:
-            raise NotRead(
+            problem = (
                 f"its first step's logits differ by {error:.1e} from those of the kernels, where "
                 f"roundings make {most:.1e} at most: it has a part that is not known here"
             )
+            _plans[self._model] = Planned(state, problem)
+            raise NotRead(problem)
+        _plans[self._model] = planned = Planned(state, plan)
+        return planned
 
 
 def steps_of(model: nn.Module) -> Steps:

@@ -1,6 +1,9 @@
 """Steps by kernels: the logits of the model's own forward, and when they are not used."""
 
+import gc
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -8,8 +11,10 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.formats.pack import linears_of
-from secateur.llm.decoder import NotRead, read_decoder
+from secateur.llm import kernel_steps
+from secateur.llm.decoder import Decoder, NotRead, read_decoder
 from secateur.llm.kernel_steps import OWN, KernelSteps
+from secateur.llm.plan import Memory, Plan
 from secateur.llm.steps import FORWARD
 
 transformers = pytest.importorskip("transformers")
@@ -120,6 +125,101 @@ def test_on_a_cpu_the_forward_runs() -> None:
     assert torch.equal(torch.cat([tokens[:, None], steps.greedy(tokens, 3)], 1), wanted[:, 5:])
 
 
+class ModelPlan(Plan):
+    """A plan whose steps are those of the model, on any device; with `wrong` its logits are not."""
+
+    def __init__(self, model: nn.Module, decoder: Decoder, memory: Memory, wrong: bool) -> None:
+        super().__init__(decoder, memory)
+        self.model, self.wrong = model, wrong
+        text = ids_of(len(memory.tokens), 9, "cpu")
+        self.text = torch.nn.functional.pad(text, (0, memory.slots - text.shape[1]))
+
+    def run(self) -> None:
+        memory, at = self.memory, int(self.memory.position)
+        self.text[:, at] = memory.tokens
+        with torch.no_grad():
+            logits = self.model(self.text[:, : at + 1]).logits[:, -1]
+        memory.logits.copy_(-logits if self.wrong else logits)
+        memory.tokens.copy_(logits.argmax(-1))
+        memory.history[at] = memory.tokens
+        memory.position.add_(1)
+
+
+@dataclass
+class Plans:
+    """Plans that run on this CPU, for texts of 9 ids, and what was made of them."""
+
+    model: nn.Module
+    made: list[ModelPlan] = field(default_factory=list)
+    wrong: bool = False
+
+    def of(self, decoder: Decoder, memory: Memory) -> ModelPlan:
+        self.made.append(ModelPlan(self.model, decoder, memory, self.wrong))
+        return self.made[-1]
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
+    found = Plans(model_of("Llama", "cpu"))
+    monkeypatch.setattr(kernel_steps, "why_no_plan", lambda decoder: None)
+    monkeypatch.setattr(Plan, "of", staticmethod(found.of))
+    return found
+
+
+def test_a_plan_makes_the_models_tokens_and_is_kept(plans: Plans) -> None:
+    model, ids = plans.model, ids_of(2, 9, "cpu")
+    wanted = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, 9:]
+    for _ in range(2):
+        steps = KernelSteps(model)
+        first = steps.start(ids, None, 17).argmax(-1)
+        assert steps.about == OWN
+        second = steps.step(first).argmax(-1)
+        rest = steps.greedy(second, 6)
+        assert torch.equal(torch.cat([first[:, None], second[:, None], rest], 1), wanted)
+    assert len(plans.made) == 1
+    KernelSteps(model).start(ids_of(1, 9, "cpu"), None, 17)  # another batch
+    KernelSteps(model).start(ids_of(1, 9, "cpu"), None, 300)  # a longer text
+    assert [plan.memory.slots for plan in plans.made] == [256, 256, 512]
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.0)  # changed in place
+    KernelSteps(model).start(ids_of(1, 9, "cpu"), None, 17)
+    assert len(plans.made) == 4
+
+
+def test_a_plan_does_not_keep_its_model(plans: Plans) -> None:
+    model = plans.model
+    KernelSteps(model).start(ids_of(1, 9, "cpu"), None, 17)
+    kept, gone = kernel_steps._plans[model], weakref.ref(model)
+    plans.made[0].model = plans.model = nn.Identity()
+    del model
+    gc.collect()
+    assert gone() is None and kept.plan is plans.made[0]
+
+
+def test_a_text_whose_cache_another_one_took_is_refused(plans: Plans) -> None:
+    model, ids = plans.model, ids_of(2, 9, "cpu")
+    steps, other = KernelSteps(model), KernelSteps(model)
+    tokens = steps.start(ids, None, 30).argmax(-1)
+    steps.step(tokens)
+    other.start(ids, None, 30)
+    for call in (lambda: steps.step(tokens), lambda: steps.greedy(tokens, 2)):
+        with pytest.raises(RuntimeError, match="another one was begun with the same model"):
+            call()
+    other.step(tokens)
+
+
+def test_a_plan_with_other_logits_is_not_used_again(plans: Plans) -> None:
+    plans.wrong = True
+    model, ids = plans.model, ids_of(2, 9, "cpu")
+    wanted = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)[:, 9:]
+    for _ in range(2):
+        steps = KernelSteps(model)
+        first = steps.start(ids, None, 20).argmax(-1)
+        assert "differ by 2.0e+00" in steps.about and steps.about.startswith(FORWARD)
+        assert torch.equal(torch.cat([first[:, None], steps.greedy(first, 4)], 1), wanted)
+    assert len(plans.made) == 1
+
+
 def families(test: Callable[..., None]) -> Callable[..., None]:
     named = ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3"]
     for mark in (*gpu, pytest.mark.parametrize("family", named)):
@@ -160,7 +260,7 @@ def test_greedy_tokens_are_those_of_steps_and_a_plan_serves_again() -> None:
     for _ in range(20):
         made.append(one.step(made[-1]).argmax(-1))
     assert torch.equal(tokens, many.start(ids, None, 100).argmax(-1))
-    assert many._plan is one._plan and many._plan is not None
+    assert many._planned is one._planned and many._planned is not None
     assert torch.equal(torch.stack(made[1:], 1), many.greedy(tokens, 20))
     held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     other = packed(model_of("Llama", "cuda"), "semi24_int4").state_dict()
