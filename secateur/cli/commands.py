@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from secateur.cli.accelerate import accelerate
 from secateur.cli.bench import bench
 from secateur.cli.check import check
 from secateur.cli.demo import demo
@@ -65,6 +66,7 @@ app.command("eval", rich_help_panel=MEASURE)(evaluate)
 app.command(rich_help_panel=MEASURE)(sensitivity)
 app.command(rich_help_panel=MEASURE)(bench)
 app.command(rich_help_panel=MEASURE)(tune)
+app.command(rich_help_panel=RUN)(accelerate)
 app.command(rich_help_panel=RUN)(generate)
 app.command(rich_help_panel=SHOW)(report)
 app.command(rich_help_panel=SHOW)(demo)

@@ -18,7 +18,7 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     verbs = (
         "doctor inspect sensitivity plan prune stream recover eval bench tune check export migrate "
-        "generate report demo"
+        "accelerate generate report demo"
     )
     assert all(f" {verb} " in done.stdout for verb in verbs.split())
 
