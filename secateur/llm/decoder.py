@@ -119,7 +119,7 @@ def read_decoder(model: nn.Module) -> Decoder:
     head = _part(model, "lm_head")
     decoder = Decoder(
         *(_part(embedding, "weight"), blocks, _norm(_part(inner, "norm")), head, rotary),
-        vocabulary=int(config.vocab_size),
+        vocabulary=int(_part(head, "out_features")),
     )
     known = {id(tensor) for tensor in decoder.tensors()}
     unknown = [name for name, tensor in model.named_parameters() if id(tensor) not in known]
