@@ -196,31 +196,34 @@ def test_packaged_launch_configs_do_not_spill(number: int, tmp_path: Path) -> No
     check_hopper(config, compiled(case, config, HOPPER, tmp_path))
 
 
+# What the launches of a step of Llama-3-8B do, and two that are harder on the registers.
+FUSED = {
+    "q, k, v": ("int4/128 6144x4096", STEP, Fusion(normed=True)),
+    "out": ("int4/128 4096x4096", STEP, Fusion(adds=True)),
+    "gate, up": ("int4/128 28672x4096", STEP, Fusion(normed=True)),
+    "down": ("int4/128 4096x14336", STEP, Fusion(gate="silu", adds=True)),
+    "gelu": ("int4/128 4096x14336", STEP, Fusion(gate="gelu", adds=True)),
+    "16 bits": ("w16 6144x4096", "2", Fusion(normed=True)),
+}
+
+
 @NEEDS_NVRTC
 @NEEDS_TABLE
-@pytest.mark.parametrize(
-    ("columns", "fusion"),
-    [
-        (4096, Fusion(normed=True)),
-        (4096, Fusion(adds=True)),
-        (14336, Fusion(gate="silu", adds=True)),
-        (14336, Fusion(gate="gelu")),
-    ],
-    ids=str,
-)
-def test_fused_launches_do_not_spill(columns: int, fusion: Fusion, tmp_path: Path) -> None:
-    for case, config in PACKAGED_CONFIGS:
-        if case.columns == columns and case.tokens == 2 and case.kind in (Kind.INT4, Kind.W16):
-            assert config.why_not_fused(case, fusion) is None
-            code = compile_cubin(SOURCE, config.defines(case, False, fusion), HOPPER)
-            found = info(code, tmp_path)
-            assert found.stack_bytes == 0 and found.sparse_mma, (config, fusion)
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_launches_do_not_spill(name: str, tmp_path: Path) -> None:
+    weight, key, fusion = FUSED[name]
+    (table,) = json.loads(PACKAGED.read_text(encoding="utf-8")).values()
+    config = LaunchConfig.parse(table[weight][key])
+    (case,) = {case for case, one in PACKAGED_CONFIGS if case.weight == weight and one == config}
+    assert config.why_not_fused(case, fusion) is None
+    found = info(compile_cubin(SOURCE, config.defines(case, False, fusion), HOPPER), tmp_path)
+    assert found.stack_bytes == 0 and found.sparse_mma
 
 
 @NEEDS_NVRTC
 @pytest.mark.parametrize("arch", ["sm_100a", "sm_120a"])
 def test_fused_launches_spill_no_more_than_plain_ones(arch: str, tmp_path: Path) -> None:
-    for kind, grouped in KINDS:
+    for kind, grouped in KINDS[::3]:
         case = layer(kind, grouped, BF16, 2)
         config = by_cost_model(case, 132, warpgroups=False)
         plain, fused = (
