@@ -6,6 +6,14 @@ from bench.lib.results import Row, every
 from bench.tables.markdown import bold, page, runs, without_figure
 
 DENSE, TRANSFORMERS = "dense", "transformers"
+NAMES = {
+    TRANSFORMERS: "bf16, by transformers' generate",
+    DENSE: "bf16",
+    "semi24": "2:4, bf16",
+    "semi24_fp8": "2:4, fp8",
+    "semi24_int8": "2:4, int8",
+    "semi24_int4": "2:4, int4",
+}
 HEADS = ("weights", "head", "tokens/s", "to dense", "ms to the first", "allocated GB", "peak GB")
 
 
@@ -27,12 +35,13 @@ def latest(results: Path) -> list[list[Row]]:
 def _table(rows: list[Row]) -> str:
     first = rows[0]
     dense = next((row for row in rows if row["format"] == DENSE and not row["note"]), None)
-    lines = [_line(row, dense) for row in rows if not row["note"]]
+    measured = sorted((row for row in rows if not row["note"]), key=_speed)
+    lines = [_line(row, dense) for row in measured]
     origin = (
         f"{first['model']}'s sizes, {first['blocks']} blocks, batch {first['batch']}, "
         f"{first['tokens']} tokens after a prompt of {int(first['prompt']):,}; random weights in "
-        "bfloat16, so this is speed alone; each row's weights are 2:4 but for dense, which is the "
-        "same loop and kernels without zeros, its linear layers by cuBLAS. "
+        "bfloat16, so this is speed alone. Ratios are to bf16 without zeros in the same loop, its "
+        "linear layers by cuBLAS. "
         f"{first['device']}, driver {first['driver']}, torch {first['torch']}, {runs(rows)}, "
         "`python -m bench.run.llm`."
     )
@@ -40,8 +49,12 @@ def _table(rows: list[Row]) -> str:
     return page(HEADS, lines, origin, without_figure(failed))
 
 
+def _speed(row: Row) -> float:
+    return float(row["tokens_s"])
+
+
 def _line(row: Row, dense: Row | None) -> list[str]:
-    name = "dense, by transformers' generate" if row["format"] == TRANSFORMERS else row["format"]
     ratio = "-" if dense is None else bold(float(dense["ms"]) / float(row["ms"]))
     sizes = [f"{int(row[n]) / 1e9:.2f}" if row[n] else "-" for n in ("allocated", "peak")]
-    return [name, row["head"], f"{float(row['tokens_s']):,.0f}", ratio, row["first_ms"], *sizes]
+    names = NAMES[row["format"]], NAMES[row["head"]]
+    return [*names, f"{float(row['tokens_s']):,.0f}", ratio, row["first_ms"], *sizes]

@@ -28,7 +28,7 @@ def test_each_configuration_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixt
         assert float(row["first_ms"]) > 0 and row["allocated"] == row["peak"] == ""
     assert rows[0]["runs"].startswith("the model's own forward")
     assert rows[2]["runs"] == "generate, static cache, compiled"
-    assert "| semi24_int4 | semi24 |" in TABLES["llm"](tmp_path)
+    assert "| 2:4, int4 | 2:4, bf16 |" in TABLES["llm"](tmp_path)
 
 
 def test_what_fails_has_its_reason(

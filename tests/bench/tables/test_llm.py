@@ -27,14 +27,14 @@ def lines_of(folder: Path, rows: list[str]) -> list[str]:
 def test_ratios_are_to_dense_of_the_same_case(tmp_path: Path) -> None:
     lines = lines_of(tmp_path, ROWS)
     assert lines[2:5] == [
-        "| dense | dense | 200 | 1.00 | 40.1 | 16.00 | 17.00 |",
-        "| semi24 | dense | 100 | 0.50 | 50.0 | 9.00 | 9.50 |",
-        "| semi24_int4 | semi24_int4 | 800 | **4.00** | 60.0 | 4.20 | 4.46 |",
+        "| 2:4, bf16 | bf16 | 100 | 0.50 | 50.0 | 9.00 | 9.50 |",
+        "| bf16 | bf16 | 200 | 1.00 | 40.1 | 16.00 | 17.00 |",
+        "| 2:4, int4 | 2:4, int4 | 800 | **4.00** | 60.0 | 4.20 | 4.46 |",
     ]
     assert "batch 1, 128 tokens after a prompt of 1,024" in lines[6]
     assert "speed alone" in lines[6] and "2026-11-30, commit abc" in lines[6]
     assert lines[7] == "Without a figure: transformers: RuntimeError: no room."
-    assert "| dense | dense | 1,000 | 1.00 | 90.0 | - | - |" in lines
+    assert "| bf16 | bf16 | 1,000 | 1.00 | 90.0 | - | - |" in lines
 
 
 def test_a_later_run_replaces_its_own_rows(tmp_path: Path) -> None:
@@ -42,5 +42,5 @@ def test_a_later_run_replaces_its_own_rows(tmp_path: Path) -> None:
     later = HEADS + "\n2026-12-01,a chip,580,2.11,def," + ROWS[2].replace("1.25", "1.0")
     (tmp_path / "llm_2026-12-01_x_def.csv").write_text(later + "\n")
     lines = llm(tmp_path).splitlines()
-    assert lines[4] == "| semi24_int4 | semi24_int4 | 800 | **5.00** | 60.0 | 4.20 | 4.46 |"
+    assert lines[4] == "| 2:4, int4 | 2:4, int4 | 800 | **5.00** | 60.0 | 4.20 | 4.46 |"
     assert "2026-11-30, commit abc; 2026-12-01, commit def" in lines[6]
