@@ -74,16 +74,26 @@ def why_computed(module: nn.Module, name: str = "weight") -> str | None:
     )
 
 
-def why_no_data(module: nn.Module) -> str | None:
+def names_of_computed(module: nn.Module) -> list[str]:
+    """The names of the module's tensors that a mask or a parametrization computes."""
+    kinds = (BasePruningMethod, WeightNorm, SpectralNorm)
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, kinds)]
+    masked = [h._tensor_name if isinstance(h, BasePruningMethod) else h.name for h in hooks]
+    parametrized = getattr(module, "parametrizations", None)
+    made = list(parametrized) if isinstance(parametrized, nn.ModuleDict) else []
+    return list(dict.fromkeys([*masked, *made]))
+
+
+def why_no_data(module: nn.Module, name: str = "weight") -> str | None:
     """Why the module has no dense weight of its own to read, and the remedy; None if it has one.
 
     The reason continues a sentence that begins with the weight's name.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return "belongs to a ScriptModule: use the module that it was made of"
-    if reason := why_computed(module):
+    if reason := why_computed(module, name):
         return reason
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(name)
     if weight is None:
         return f"is missing from this {type(module).__name__}: leave the layer out"
     if is_lazy(weight):
@@ -99,23 +109,25 @@ def why_no_data(module: nn.Module) -> str | None:
     if weight.layout is not torch.strided:
         return (
             f"is stored as {weight.layout}: make it dense, "
-            "layer.weight = torch.nn.Parameter(layer.weight.to_dense())"
+            f"layer.{name} = torch.nn.Parameter(layer.{name}.to_dense())"
         )
     return None
 
 
-def why_not_ordinary(module: nn.Module, *, written: bool = True) -> str | None:
+def why_not_ordinary(
+    module: nn.Module, name: str = "weight", *, written: bool = True
+) -> str | None:
     """Why the module's weight is not an ordinary parameter with data, and the remedy; or None.
 
     The reason continues a sentence that begins with the weight's name. A weight that is only read
     may be an inference tensor.
     """
-    if reason := why_no_data(module):
+    if reason := why_no_data(module, name):
         return reason
-    weight = module._parameters["weight"]
+    weight = module._parameters[name]
     assert weight is not None
     if weight.dtype not in DTYPES:
-        return f"is {_short(weight.dtype)}: {_remedy_for_dtype(weight)}"
+        return f"is {_short(weight.dtype)}: {_remedy_for_dtype(weight, name)}"
     if written and weight.is_inference():
         return (
             "was made in torch.inference_mode, outside of which it cannot be changed: go on with a "
@@ -124,7 +136,7 @@ def why_not_ordinary(module: nn.Module, *, written: bool = True) -> str | None:
     if written and _shares_elements(weight):
         return (
             f"has elements that share memory (strides {tuple(weight.stride())}, as expand makes "
-            "them): give it its own, layer.weight = torch.nn.Parameter(layer.weight.contiguous())"
+            f"them): give it its own, layer.{name} = torch.nn.Parameter(layer.{name}.contiguous())"
         )
     return None
 
@@ -151,13 +163,13 @@ def require_data(layers: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"{name}.weight {reason}")
 
 
-def _remedy_for_dtype(weight: Tensor) -> str:
+def _remedy_for_dtype(weight: Tensor, name: str) -> str:
     if weight.is_complex():
         return "complex weights have no pattern here, leave the layer out"
     if weight.is_floating_point():
         return (
-            "cast it to bfloat16 or a wider dtype, layer.weight = "
-            "torch.nn.Parameter(layer.weight.to(torch.bfloat16)), and quantise it afterwards"
+            f"cast it to bfloat16 or a wider dtype, layer.{name} = "
+            f"torch.nn.Parameter(layer.{name}.to(torch.bfloat16)), and quantise it afterwards"
         )
     return "leave the layer out, or prune the floating-point model that it was quantised from"
 

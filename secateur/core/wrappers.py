@@ -5,6 +5,7 @@ with `_orig_mod.` or `module.`; a plan, a file or a report is about the model in
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -22,21 +23,65 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def optimizer_with_hooks(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that calls step hooks: this one, or the one that it wraps.
+def optimizers_with_hooks(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that call step hooks: this one and all that it hands steps on to, in order.
 
-    The `accelerate` package's wrapper, which HF's Trainer hands to callbacks, has it as
-    `.optimizer`.
+    What wraps an optimizer keeps it as an attribute, whatever that is called: `.optimizer` for the
+    `accelerate` package, whose wrapper calls no hooks itself and is what HF's Trainer hands to
+    callbacks, `.base_optimizer` for SAM, `.optim` for ZeRO.
+
+    Raises: ValueError if none of them calls hooks.
     """
-    while not hasattr(optimizer, "_optimizer_step_post_hooks"):
-        inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
-            raise ValueError(
-                f"{type(optimizer).__name__} calls no hooks at its steps: pass the "
-                "torch.optim.Optimizer that it wraps"
-            )
-        optimizer = inner
-    return optimizer
+    found = [one for one in _handed_on(optimizer) if hasattr(one, "_optimizer_step_post_hooks")]
+    if not found:
+        raise ValueError(
+            f"{type(optimizer).__name__} calls no hooks at its steps: pass the "
+            "torch.optim.Optimizer that it wraps"
+        )
+    return found
+
+
+def _handed_on(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizer, and those that it or one of them has as an attribute, alone or in a list."""
+    found = [optimizer]
+    for one in found:
+        for value in vars(one).values():
+            several = value.values() if isinstance(value, dict) else value
+            for other in several if isinstance(value, (list, tuple, dict)) else [value]:
+                known = not isinstance(other, torch.optim.Optimizer) or any(
+                    other is each for each in found
+                )
+                found += [] if known else [other]
+    return found
+
+
+# What makes flat vectors of parameters, in which no weight has a shape, and what to use instead.
+FLATTENING = {
+    (
+        "torch",
+        "FullyShardedDataParallel",
+    ): "FSDP1: shard with fully_shard (FSDP2), which keeps them",
+    ("fairscale", "FullyShardedDataParallel"): "FSDP: shard with torch's fully_shard (FSDP2)",
+    ("deepspeed", ""): "DeepSpeed: train with fully_shard (FSDP2) or DistributedDataParallel",
+    ("accelerate", "DeepSpeedOptimizerWrapper"): "DeepSpeed: use accelerate with FSDP2 or DDP",
+}
+
+
+def require_unflattened(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise if the model or an optimizer belongs to a trainer that flattens parameters.
+
+    Raises:
+        ValueError: with its name and what to use instead.
+    """
+    parts = [*model.modules(), *(one for outer in optimizers for one in _handed_on(outer))]
+    for kind in dict.fromkeys(type(part) for part in parts):
+        for base in kind.__mro__:
+            for (package, name), remedy in FLATTENING.items():
+                if base.__module__.partition(".")[0] == package and name in ("", base.__name__):
+                    raise ValueError(
+                        f"zeros cannot be held in parameters that are flattened, {kind.__name__} "
+                        f"is of {remedy}"
+                    )
 
 
 def unwrapped_name(model: nn.Module, name: str) -> str:

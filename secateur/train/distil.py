@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,9 +20,8 @@ from secateur.core.weights import pairs_sharing_memory, require_module
 from secateur.core.wrappers import unwrapped
 from secateur.model.blocks import Batch
 from secateur.model.calibrate import as_list
-from secateur.model.layers import gradient_of, layers_of
 from secateur.model.outputs import answer, eval_mode
-from secateur.train.hold import HeldMasks, hold
+from secateur.train.hold import Held, hold
 from secateur.train.loss import DistillationLoss, output_loss
 from secateur.train.state import TrainingState
 
@@ -158,18 +156,14 @@ class _Distillation:
                 f"{self.learning_rate:g}"
             )
 
-    def __call__(
-        self, optimizer: torch.optim.Optimizer, held: HeldMasks, done: int
-    ) -> Iterator[float]:
+    def __call__(self, optimizer: torch.optim.Optimizer, held: Held, done: int) -> Iterator[float]:
         """Take the remaining steps and yield the loss of each."""
         order = _shuffled(len(self.batches), self.steps, self.seed)
-        modules = layers_of(self.model)
-        kept = [(modules[name], mask) for name, mask in held.masks.items()]
         with tqdm(total=self.steps, initial=done, desc="distil", disable=None) as bar:
             for step in range(done, self.steps):
                 rate = self.learning_rate * _rate(step, self.steps)
                 optimizer.param_groups[0]["lr"] = rate
-                value = self._step(step, self.batches[order[step]], optimizer, kept)
+                value = self._step(step, self.batches[order[step]], optimizer, held)
                 bar.update()
                 bar.set_postfix(loss=f"{value:.4g}")
                 yield value
@@ -179,7 +173,7 @@ class _Distillation:
         step: int,
         batch: Batch,
         optimizer: torch.optim.Optimizer,
-        kept: Sequence[tuple[nn.Module, Bool[Tensor, "..."]]],
+        held: Held,
     ) -> float:
         with torch.no_grad():
             target = answer(self.teacher, batch, f"the batch of step {step} (the teacher)")
@@ -187,9 +181,7 @@ class _Distillation:
         value = self.loss(output, target, batch)
         _check_loss(value, step)
         value.backward()
-        for module, mask in kept:
-            if (grad := gradient_of(module)) is not None:
-                grad.masked_fill_(~mask, 0)  # held zeros do not move: not to count in the norm
+        held.mask_gradients_()  # held zeros do not move: they do not count in the norm
         norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
         if not bool(norm.isfinite()):
             raise ValueError(f"distil_ needs finite gradients, got {norm} at step {step}: {_HOW}")

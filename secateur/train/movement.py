@@ -7,20 +7,22 @@ the values of W where M is zero are kept beside it and come back if their scores
 Source: Sanh, Wolf and Rush, NeurIPS 2020, arXiv:2005.07683, sections 3 and 4.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from secateur.core.wrappers import optimizer_with_hooks
+from secateur.core.wrappers import require_unflattened, unwrapped
 from secateur.model import layers as _layers
 from secateur.model.experts import require_no_experts
 from secateur.model.layers import weight_of, weights_of
 from secateur.model.plan import Plan, match
 from secateur.train.gradual import lowered
 from secateur.train.schedules import Schedule
+from secateur.train.steps import Optimizer, Steps, as_optimizers, parameters_of, require_free
+from secateur.train.weights import Weight
 
 # (dL/dS, scores) -> what the scores gain at a step.
 Learn = Callable[[Tensor, Tensor], Tensor]
@@ -36,12 +38,12 @@ class Moving:
 
     def __init__(
         self,
+        model: nn.Module,
         layers: Mapping[str, nn.Module],
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[Optimizer],
         learn: Learn,
         choose: Choose,
     ) -> None:
-        self.steps = 0
         self.masks: dict[str, Bool[Tensor, "..."]] = {
             name: torch.ones_like(weight_of(module), dtype=torch.bool)
             for name, module in layers.items()
@@ -52,16 +54,19 @@ class Moving:
         }
         self._hidden = {name: torch.zeros_like(weight_of(m)) for name, m in layers.items()}
         self._layers, self._learn, self._choose = layers, learn, choose
-        optimizer = optimizer_with_hooks(optimizer)
-        self._handles = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
+        self._learnt: set[str] = set()  # from the gradients of the step that is being taken
+        weights = {name: Weight(name, module, "weight") for name, module in layers.items()}
+        self._steps = Steps(model, optimizers, weights, "movement")
+        self._steps.attach(self._before, self._after)
+
+    @property
+    def steps(self) -> int:
+        """How many steps the optimizer has taken; of several, the one that has taken most."""
+        return max(self._steps.counts)
 
     def release(self) -> None:
         """Stop moving masks; the weights stay as they are, and hidden ones are forgotten."""
-        for handle in self._handles:
-            handle.remove()
+        self._steps.release()
         self._hidden.clear()
 
     def __enter__(self) -> "Moving":
@@ -76,14 +81,16 @@ class Moving:
             key: {name: tensor.clone() for name, tensor in named.items()}
             for key, named in self._tensors().items()
         }
-        return {"steps": self.steps, **tensors}
+        return {"steps": self._steps.counts, **tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of the same layers.
 
         Raises:
-            ValueError: if it belongs to other layers; nothing has changed then.
+            ValueError: if it belongs to other layers or to an earlier step; nothing has changed
+                then.
         """
+        self._steps.require(state["steps"])
         for key, named in self._tensors().items():
             own = {name: tensor.shape for name, tensor in named.items()}
             if {name: tensor.shape for name, tensor in state[key].items()} != own:
@@ -91,7 +98,7 @@ class Moving:
                     f"the {key} of this state are of other layers than {', '.join(own)}: load the "
                     "state of a run with the same model and plan"
                 )
-        self.steps = state["steps"]
+        self._steps.counts = list(state["steps"])
         for key, named in self._tensors().items():
             for name, tensor in named.items():
                 tensor.copy_(state[key][name])
@@ -100,24 +107,32 @@ class Moving:
         return {"masks": self.masks, "scores": self.scores, "hidden": self._hidden}
 
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    def _before(self, optimizer: Optimizer, final: bool) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # of a GradScaler, for fused optimizers
         for name, module in self._layers.items():
             a = weight_of(module)
             if a.grad is None:
                 continue
-            W = (a + self._hidden[name]).float()
-            self.scores[name] += self._learn(a.grad.float() * W, self.scores[name])
+            if final and name not in self._learnt:  # a closure may run more than once in a step
+                W = (a + self._hidden[name]).float()
+                slope = a.grad.float() if scale is None else a.grad.float() / scale
+                self.scores[name] += self._learn(slope * W, self.scores[name])
+                self._learnt.add(name)
             a.grad.masked_fill_(~self.masks[name], 0)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        self.steps += 1
+    def _after(self, optimizer: Optimizer, step: int | None) -> None:
+        own = parameters_of(optimizer)
         for name, module in self._layers.items():
             a, M, hidden = weight_of(module), self.masks[name], self._hidden[name]
+            if id(a) not in own:
+                continue
             W = torch.where(M, a, hidden)  # an optimizer's momentum moves dropped weights as well
-            chosen = self._choose(name, _layers.matrix(module, self.scores[name]), self.steps)
-            if chosen is not None:
-                M.copy_(_layers.from_matrix(module, chosen))
+            if step is not None:
+                self._learnt.discard(name)
+                chosen = self._choose(name, _layers.matrix(module, self.scores[name]), step)
+                if chosen is not None:
+                    M.copy_(_layers.from_matrix(module, chosen))
             a.copy_(W.masked_fill(~M, 0))
             hidden.copy_(W.masked_fill(M, 0))
 
@@ -125,7 +140,7 @@ class Moving:
 def movement(
     model: nn.Module,
     plan: Plan,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     schedule: Schedule,
     *,
     every: int = 1,
@@ -140,7 +155,7 @@ def movement(
     Cost: the scores in float32 and the dropped weights beside the model; a step reads each once.
     Raises:
         ValueError: if `every` is less than 1, a planned layer is missing or not updated by the
-            optimizer, or its weight is no ordinary parameter.
+            optimizer or frozen, its weight is no ordinary parameter or is held already.
     Source: Sanh, Wolf and Rush, arXiv:2005.07683, section 3, equation 2, and the cubic schedule of
         section 4.
     """
@@ -155,13 +170,14 @@ def movement(
             return None
         return lowered(plan.layers[name], schedule(step)).mask(scores)
 
-    return Moving(_updated(model, plan, optimizer), optimizer, learn, choose)
+    layers, optimizers = _updated(model, plan, optimizer)
+    return Moving(unwrapped(model), layers, optimizers, learn, choose)
 
 
 def soft_movement(
     model: nn.Module,
     plan: Plan,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     penalty: float,
     rate: float,
@@ -176,14 +192,15 @@ def soft_movement(
     Cost: as `movement`.
     Raises:
         ValueError: if the penalty is negative, the rate is not positive, or a planned layer is
-            missing, not updated by the optimizer, or its weight no ordinary parameter.
+            missing, frozen or not updated by the optimizer, or its weight no ordinary parameter or
+            held already.
     Source: Sanh, Wolf and Rush, arXiv:2005.07683, section 4, soft movement pruning.
     """
     if penalty < 0 or rate <= 0:
         raise ValueError(
             f"soft_movement needs a penalty >= 0 and a rate > 0, got {penalty:g} and {rate:g}"
         )
-    layers = _updated(model, plan, optimizer)
+    layers, optimizers = _updated(model, plan, optimizer)
     count = sum(weight_of(module).numel() for module in layers.values())
 
     def learn(slope: Tensor, scores: Tensor) -> Tensor:
@@ -193,20 +210,28 @@ def soft_movement(
     def choose(name: str, scores: Tensor, step: int) -> Tensor:
         return scores > threshold
 
-    return Moving(layers, optimizer, learn, choose)
+    return Moving(unwrapped(model), layers, optimizers, learn, choose)
 
 
 def _updated(
-    model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer
-) -> dict[str, nn.Module]:
-    """The planned layers, all of which the optimizer updates."""
+    model: nn.Module, plan: Plan, optimizer: Optimizer | Sequence[Optimizer]
+) -> tuple[dict[str, nn.Module], list[Optimizer]]:
+    """The planned layers, all of which the optimizers update, and the optimizers."""
+    optimizers = as_optimizers(optimizer)
+    require_unflattened(model, optimizers)
     layers = match(model, plan)
     require_no_experts(layers, "movement pruning")
     weights = weights_of(layers)
-    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    updated = {key for one in optimizers for key in parameters_of(one)}
     if left := [name for name, weight in weights.items() if id(weight) not in updated]:
         raise ValueError(
             f"the optimizer does not update {left[0]}: make it from the parameters of this model, "
             "or leave the layer out of the plan"
         )
-    return layers
+    if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
+        raise ValueError(
+            f"{frozen[0]} is frozen (requires_grad=False), so no gradient says which weights to "
+            "keep: unfreeze it, or leave the layer out of the plan"
+        )
+    require_free(weights)
+    return layers, optimizers

@@ -2,12 +2,17 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import optimizer as _optimizer
 
 import secateur as sc
+from secateur.train import movement, release
+from secateur.train.schedules import constant
+from secateur.train.steps import as_optimizers
 from tests.models import ConvNet
 
 
@@ -212,11 +217,11 @@ class Alone(Handing):
     """One that keeps what it wraps for itself."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.inner = optimizer
+        self.inner = lambda: optimizer
 
     @property
     def param_groups(self):  # type: ignore[no-untyped-def, override]
-        return self.inner.param_groups
+        return self.inner().param_groups
 
 
 def test_an_optimizer_that_is_wrapped_holds_as_it_does_alone() -> None:
@@ -232,3 +237,184 @@ def test_an_optimizer_that_is_wrapped_holds_as_it_does_alone() -> None:
     assert sc.check(model, "2:4") == {"0": 0.5, "2": 0.5}
     with pytest.raises(ValueError, match="Alone calls no hooks at its steps: pass the torch.optim"):
         sc.hold(model, Alone(torch.optim.SGD(model.parameters())))
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_an_optimizer_that_was_not_given_takes_no_step_of_weights_with_zeros() -> None:
+    model = pruned()
+    one, other = sgd(model[0]), sgd(model[2])
+    with sc.hold(model, one) as held:
+        train(model, one, 1)
+        before = model[2].weight.detach().clone()
+        with pytest.raises(
+            ValueError,
+            match=r"given another optimizer, and this SGD updates 2: .* hold\(model, \[a",
+        ):
+            other.step()
+        assert torch.equal(model[2].weight, before)
+    with sc.hold(model, [one, other]) as held:
+        train(model, one, 2)
+        other.step()
+        assert held.steps == 2
+    other.step()
+    sgd(nn.Linear(3, 3)).step()
+    assert sc.check(model[0], "2:4") == {"": 0.5}
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_copy_of_the_optimizer_takes_no_step(is_gone: bool) -> None:
+    """Copies have no hooks: a shallow one, and a deep one whose parameters are the model's."""
+    model = pruned()
+    optimizer = sgd(model)
+    sc.hold(model, optimizer)
+    train(model, optimizer, 1)
+    same = {id(parameter): parameter for parameter in model.parameters()}
+    copies = copy.copy(optimizer), copy.deepcopy(optimizer, same)
+    if is_gone:
+        del optimizer, same  # which the copying has put everything copied into
+    for other in copies:
+        with pytest.raises(ValueError, match="is gone, and" if is_gone else "given another optim"):
+            train(model, other, 1)
+    assert sc.check(model, "2:4") == {"0": 0.5, "2": 0.5}
+    with pytest.raises(ValueError, match=r"end it with secateur.train.release\(model\)"):
+        copies[0].step()
+    release(model)
+    copies[0].step()
+
+
+def test_a_model_is_held_once_at_a_time() -> None:
+    model = pruned()
+    optimizer = sgd(model)
+    held = sc.hold(model, optimizer)
+    for verb in (
+        lambda: sc.hold(model, sgd(model)),
+        lambda: movement(model, sc.plan(model, "2:4"), optimizer, constant(0.5)),
+        lambda: sc.distil_(model, copy.deepcopy(model), [torch.randn(4, 16)], steps=1),
+    ):
+        with pytest.raises(ValueError, match=r"0 is held already: call release\(\) of what hold"):
+            verb()
+    held.release()
+    sc.hold(model, optimizer)
+    del optimizer
+    optimizer = sgd(model)
+    sc.hold(model, optimizer)
+    train(model, optimizer, 1)
+    assert sc.check(model, "2:4") == {"0": 0.5, "2": 0.5}
+
+
+def test_what_is_held_ends_with_its_optimizer() -> None:
+    model = pruned()
+    optimizer = sgd(model)
+    held = weakref.ref(sc.hold(model, optimizer))
+    gone = weakref.ref(model)
+    assert held() is not None
+    hooks = len(_optimizer._global_optimizer_pre_hooks)
+    del model, optimizer
+    assert held() is None and gone() is None
+    assert len(_optimizer._global_optimizer_pre_hooks) == hooks - 1
+
+
+def test_parameters_that_were_replaced_are_named_before_the_step() -> None:
+    for replace in (
+        lambda m: setattr(m[2], "weight", nn.Parameter(m[2].weight.detach().clone())),
+        lambda m: m.__setitem__(2, nn.Linear(32, 4)),
+        lambda m: m.__delitem__(2),
+    ):
+        model = pruned()
+        optimizer = sgd(model)
+        sc.hold(model, optimizer)
+        replace(model)
+        before = model[0].weight.detach().clone()
+        model[0].weight.grad = torch.ones_like(before)
+        with pytest.raises(ValueError, match=r"2.weight has been replaced since hold began"):
+            optimizer.step()
+        assert torch.equal(model[0].weight, before)
+
+
+def test_weights_that_left_the_optimizer_are_missed() -> None:
+    model = pruned()
+    optimizer = sgd(model)
+    sc.hold(model, optimizer)
+    optimizer.param_groups[0]["params"] = [model[0].bias]
+    with pytest.raises(ValueError, match="updates none of the 2 held weights any more"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, 3, dtype=torch.bool), torch.ones(32, 16), None])
+def test_a_mask_of_the_wrong_kind_is_named(mask) -> None:
+    model = pruned()
+    optimizer = sgd(model)
+    with sc.hold(model, optimizer) as held:
+        held.masks["0"] = mask
+        before = model[0].weight.detach().clone()
+        with pytest.raises(ValueError, match=r"mask of 0 needs to be torch.bool of \(32, 16\)"):
+            train(model, optimizer, 1)
+        assert torch.equal(model[0].weight, before)
+    with (
+        sc.hold(model, optimizer, lambda *_: mask),
+        pytest.raises(ValueError, match=r"mask of 0 needs to be torch.bool of \(32, 16\)"),
+    ):
+        train(model, optimizer, 1)
+    assert sc.check(model, "2:4") == {"0": 0.5, "2": 0.5}
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    for other in ([], "sgd", [sgd(pruned()), None]):
+        with pytest.raises(ValueError, match=r"needs a torch.optim.Optimizer or a list of them"):
+            as_optimizers(other)
+
+
+def stand_in(package: str, name: str, base: type) -> type:
+    return type(name, (base,), {"__module__": package})
+
+
+def test_trainers_that_flatten_parameters_are_refused_by_name() -> None:
+    model = pruned()
+    optimizer = sgd(model)
+    engine = stand_in("deepspeed.runtime.engine", "DeepSpeedEngine", nn.Sequential)(model)
+    with pytest.raises(ValueError, match="DeepSpeedEngine is of DeepSpeed: train with fully_shard"):
+        sc.hold(engine, optimizer)
+    kind = stand_in("accelerate.utils.deepspeed", "DeepSpeedOptimizerWrapper", Handing)
+    with pytest.raises(ValueError, match="DeepSpeedOptimizerWrapper is of DeepSpeed: use"):
+        sc.hold(model, kind(optimizer))
+    fsdp = pytest.importorskip("torch.distributed.fsdp").FullyShardedDataParallel
+    sharded = nn.Sequential(model)
+    sharded.__class__ = type("Sharded", (nn.Sequential, fsdp), {})
+    with pytest.raises(ValueError, match="Sharded is of FSDP1: shard with fully_shard"):
+        sc.hold(sharded, optimizer)
+    with pytest.raises(ValueError, match="Sharded is of FSDP1"):
+        movement(sharded, sc.plan(model, "2:4"), optimizer, constant(0.5))
+
+
+# --- sharded --------------------------------------------------------------------------------------
+
+
+def test_sharded_weights_are_held_each_process_its_part(one_process: None) -> None:
+    fully_shard = pytest.importorskip("torch.distributed.fsdp").fully_shard
+    plain, sharded = pruned(), pruned()
+    for part in (sharded[0], sharded[2], sharded):
+        fully_shard(part)
+    for model in (plain, sharded):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        held = sc.hold(model, optimizer)
+        train(model, optimizer, 3)
+    assert type(held.masks["0"]) is type(sharded[0].weight.data)
+    for one, two in zip(plain.parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(one, two.full_tensor())
+    held.release()
+    with pytest.raises(ValueError, match=r"0.weight is sharded: prune_ the model before"):
+        sc.hold(sharded, optimizer, lambda name, weight, mask, step: mask)
+
+
+@pytest.fixture
+def one_process():
+    dist = pytest.importorskip("torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Movement pruning held to its definition by autograd, and to the zeros it promises."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import secateur as sc
 from secateur.train import movement, soft_movement
 from secateur.train.schedules import constant, cubic, linear
 from tests.models import ConvNet
+from tests.train.trainers import Drive, in_closures, plainly, scaled
 
 PLAN = {"0": "unstructured:0.5@layer"}
 
@@ -177,3 +179,56 @@ def test_what_it_refuses() -> None:
         movement(net, plan, elsewhere, constant(0.5))
     trained(net, optimizer, 1)
     assert bool((net[0].weight != 0).all())
+
+
+# --- under other trainers ------------------------------------------------------------------------
+
+
+class Twice(torch.optim.AdamW):
+    """Calls each closure twice, as line searches do; torch's hooks are around both `step`s."""
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+        closure()
+        return super().step(closure)
+
+
+def learnt(
+    drive: Drive, kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any
+) -> tuple[Tensor, Tensor, int]:
+    """The weight and the scores after four steps, and how many of them counted."""
+    net = model()
+    optimizer = kind(net.parameters(), lr=0.01, **options)
+    moving = movement(net, sc.plan(net, PLAN), optimizer, linear(0.5, 0, 4))
+    x, y = data()
+    drive(lambda _: (net(x) - y).square().mean(), optimizer, None, 4)
+    return net[0].weight.detach(), moving.scores["0"], moving.steps
+
+
+def test_it_learns_once_a_step_also_from_a_backward_inside_it() -> None:
+    plain = learnt(plainly)
+    assert bool(plain[1].any())
+    for found in (learnt(in_closures), learnt(in_closures, Twice)):
+        assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1])
+        assert found[2] == 4
+
+
+def test_a_scaler_changes_no_scores_and_a_skipped_step_teaches_nothing() -> None:
+    by_optimizer, fused = learnt(scaled), learnt(scaled, fused=True)
+    assert by_optimizer[2] == fused[2] == 3
+    assert bool(fused[1].isfinite().all())
+    assert torch.allclose(by_optimizer[1], fused[1], atol=1e-6)
+    assert torch.allclose(by_optimizer[0], fused[0], atol=1e-6)
+
+
+def test_a_frozen_layer_and_one_that_is_held_are_refused() -> None:
+    net = model()
+    plan, optimizer = sc.plan(net, PLAN), torch.optim.SGD(net.parameters(), lr=0.1)
+    net[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"0 is frozen \(requires_grad=False\).*: unfreeze it"):
+        movement(net, plan, optimizer, constant(0.5))
+    net[0].weight.requires_grad_()
+    with (
+        movement(net, plan, optimizer, constant(0.5)),
+        pytest.raises(ValueError, match="0 is held already: call release.. of what movement"),
+    ):
+        movement(net, plan, optimizer, constant(0.5))

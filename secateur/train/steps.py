@@ -1,0 +1,280 @@
+"""What is done around the steps of optimizers, whoever calls them, and who may take steps at all.
+
+An optimizer's step hooks are called around its class's own step, so they see the steps of
+schedulers, scalers, accelerate and Lightning alike. What they do not see is refused: a global hook
+raises before an optimizer updates a watched weight without having been given.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import optimizer as _optimizer
+from torch.utils.hooks import RemovableHandle
+
+from secateur.core.wrappers import optimizers_with_hooks
+from secateur.train.weights import Weight
+
+Optimizer = torch.optim.Optimizer
+
+
+def as_optimizers(given: object) -> list[Optimizer]:
+    """One optimizer or several as a list.
+
+    Raises: ValueError if something else is given, or none.
+    """
+    several = list(given) if isinstance(given, (list, tuple)) else [given]
+    optimizers = [one for one in several if isinstance(one, Optimizer)]
+    if not several or len(optimizers) < len(several):
+        kinds = ", ".join(type(one).__name__ for one in several) or "none"
+        raise ValueError(
+            f"training with zeros needs a torch.optim.Optimizer or a list of them, got {kinds}: "
+            "pass what updates the weights"
+        )
+    return optimizers
+
+
+def parameters_of(optimizer: Optimizer) -> dict[int, nn.Parameter]:
+    """The parameters that the optimizer updates, by identity."""
+    return {id(p): p for group in optimizer.param_groups for p in group["params"]}
+
+
+class Steps:
+    """The steps that some optimizers take of a model's weights, counted.
+
+    An optimizer that hands its steps on to another, as accelerate's and SAM do, counts none itself.
+    Steps that a GradScaler skips are none. Optimizers are known weakly.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        weights: Mapping[str, Weight],
+        verb: str,
+    ) -> None:
+        hooked = [one for given in optimizers for one in optimizers_with_hooks(given)]
+        unique = list({id(one): one for one in hooked}.values())
+        counting = [one for one in unique if len(optimizers_with_hooks(one)) == 1]
+        self._counting = [weakref.ref(one) for one in counting]
+        self.counts = [0] * len(counting)
+        self._begun = set[int]()  # the optimizers that are in a step, by identity
+        self.optimizers = weakref.WeakSet(unique)
+        self._handles: list[RemovableHandle] = []
+        self._model, self._verb = model, verb
+        self._weights: dict[str, Weight] = {}
+        self._parameters: dict[str, nn.Parameter] = {}  # as they were when they were added
+        self._watch = Watch(self, verb)
+        self.add(weights)
+
+    def add(self, weights: Mapping[str, Weight]) -> None:
+        """Take these weights as well for what is trained with zeros, and watch over them."""
+        self.watch(weights)
+        for name, weight in weights.items():
+            assert weight.parameter is not None
+            self._weights[name], self._parameters[name] = weight, weight.parameter
+
+    def watch(self, weights: Mapping[str, Weight]) -> None:
+        """Refuse steps of other optimizers that update these weights."""
+        self._watch.add({name: p for name, w in weights.items() if (p := w.parameter) is not None})
+
+    def require(self, counts: Sequence[int]) -> None:
+        """Raise unless a run may go on with these counts of steps.
+
+        Raises: ValueError if they are of other optimizers, or run backwards.
+        """
+        if len(counts) != len(self.counts):
+            raise ValueError(
+                f"this state is of {len(counts)} optimizers, {self._verb} has {len(self.counts)}: "
+                "give it as many, in the same order"
+            )
+        for count, now in zip(counts, self.counts, strict=True):
+            if count < now:
+                raise ValueError(
+                    f"this state is of step {count}, training is at step {now} and cannot run "
+                    f"backwards: load the weights of step {count}, release() this {self._verb}, "
+                    "make a new one and load its state"
+                )
+
+    def attach(
+        self,
+        before: Callable[[Optimizer, bool], None],
+        after: Callable[[Optimizer, int | None], None],
+    ) -> None:
+        """Have `before` called ahead of each step, and `after` behind it.
+
+        `before(optimizer, final)` is called where gradients have just been made: ahead of a step,
+        and at the end of each call of a step's closure. `final` is False ahead of a step with a
+        closure, whose gradients are still to come. `after(optimizer, step)` has the number of steps
+        that the optimizer has taken; it is None for one that hands on to another, which counts.
+
+        The optimizers hold these functions, and nothing else here does: they end together.
+        """
+        for one in self.optimizers:
+            pre, post = partial(self._before_step, before), partial(self._after_step, after)
+            self._handles += [one.register_step_pre_hook(pre), one.register_step_post_hook(post)]
+
+    def release(self) -> None:
+        """Let the optimizers take steps as if nothing had been attached."""
+        self._watch.end()
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_step(
+        self,
+        before: Callable[[Optimizer, bool], None],
+        optimizer: Optimizer,
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
+        self._require_as_seen()
+        self._require_owner()
+        self._begun.add(id(optimizer))
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            if not _is_skipped(optimizer):
+                before(optimizer, True)
+            return None
+        before(optimizer, False)
+
+        @wraps(closure)
+        def then_before() -> Any:
+            result = closure()
+            before(optimizer, True)
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": then_before}
+        return (args[0], then_before, *args[2:]), kwargs
+
+    def _after_step(
+        self,
+        after: Callable[[Optimizer, int | None], None],
+        optimizer: Optimizer,
+        args: Any,
+        kwargs: Any,
+    ) -> None:
+        if _is_skipped(optimizer):
+            return
+        step = None
+        # Two hooks behind one step: a subclass's, and another of the class whose step it calls.
+        is_first = id(optimizer) in self._begun
+        self._begun.discard(id(optimizer))
+        for i, one in enumerate(self._counting):
+            if is_first and one() is optimizer:
+                self.counts[i] += 1
+                step = self.counts[i]
+        after(optimizer, step)
+
+    def _require_as_seen(self) -> None:
+        for name, weight in self._weights.items():
+            try:
+                module = self._model.get_submodule(weight.path)
+            except AttributeError:
+                module = None
+            if module is not weight.owner or weight.parameter is not self._parameters[name]:
+                raise ValueError(
+                    f"{weight.name} has been replaced since {self._verb} began: release() it and "
+                    "begin anew, after what replaces parameters (sharding, adapters, new layers)"
+                )
+
+    def _require_owner(self) -> None:
+        held = {id(parameter) for parameter in self._parameters.values()}
+        if all(held.isdisjoint(parameters_of(one)) for one in self.optimizers):
+            raise ValueError(
+                f"the optimizer updates none of the {len(held)} held weights any more: release(), "
+                f"and give {self._verb} the optimizer that does"
+            )
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler has found infinite gradients, so that a fused step changes nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+class Watch:
+    """Raises before an optimizer that was not given updates one of these weights.
+
+    It knows weights and optimizers weakly, and ends with the weights.
+    """
+
+    def __init__(self, steps: Steps, verb: str) -> None:
+        self._optimizers, self.verb = steps.optimizers, verb
+        self._steps = weakref.ref(steps)
+        self._names: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
+        self._handle = _optimizer.register_optimizer_step_pre_hook(self)
+
+    def add(self, weights: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in weights.items():
+            key = id(parameter)
+            if key not in self._names:
+                self._names[key] = weakref.ref(parameter, partial(self._forget, key)), name
+
+    def end(self) -> None:
+        """Watch no more."""
+        self._handle.remove()
+
+    def release(self) -> None:
+        """Watch no more, and end what is done around the optimizers' steps."""
+        self.end()
+        if steps := self._steps():
+            steps.release()
+
+    def is_on(self) -> bool:
+        """Whether an optimizer is left that may update the weights."""
+        return bool(self._optimizers)
+
+    def watched(self, parameters: Mapping[int, nn.Parameter]) -> str | None:
+        """The name of the first of these parameters that is watched."""
+        return next((self._names[key][1] for key in parameters if key in self._names), None)
+
+    def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if optimizer in self._optimizers:
+            return
+        if name := self.watched(parameters_of(optimizer)):
+            owner = "another optimizer" if self.is_on() else "an optimizer that is gone"
+            raise ValueError(
+                f"{self.verb} was given {owner}, and this {type(optimizer).__name__} updates "
+                f"{name}: give it all optimizers of the model, {self.verb}(model, [a, b]), or end "
+                "it with secateur.train.release(model)"
+            )
+
+    def _forget(self, key: int, gone: object) -> None:
+        self._names.pop(key, None)
+        if not self._names:
+            self.end()
+
+
+def release(model: nn.Module) -> None:
+    """End every `hold` and `movement` of this model's weights; the weights stay as they are.
+
+    It is for what `release()` cannot be called of, because it was not kept.
+    """
+    for watch in _watches_of(model.parameters()):
+        watch.release()
+
+
+def require_free(weights: Mapping[str, nn.Parameter]) -> None:
+    """Raise if one of the weights is held already, and end holds whose optimizers are gone.
+
+    Raises: ValueError with the weight's name.
+    """
+    for watch in _watches_of(weights.values()):
+        if watch.is_on():
+            name = watch.watched({id(p): p for p in weights.values()})
+            raise ValueError(
+                f"{name} is held already: call release() of what {watch.verb} returned, or "
+                "secateur.train.release(model); several optimizers go into one call, [a, b]"
+            )
+        watch.end()
+
+
+def _watches_of(parameters: Iterable[nn.Parameter]) -> list[Watch]:
+    """The watches over one of these parameters."""
+    own = {id(p): p for p in parameters}
+    hooks = list(_optimizer._global_optimizer_pre_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, Watch) and hook.watched(own)]

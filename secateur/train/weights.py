@@ -1,0 +1,201 @@
+"""The weights of a model that may have zeros: those of its layers, and all other matrices."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from secateur.core.weights import adapters, names_of_computed, why_no_data, why_not_ordinary
+from secateur.model.experts import Expert, experts_of
+from secateur.model.layers import gradient_of, is_prunable, layers_of, weight_of
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a weight is: a parameter of a module, or an expert's matrix in a stack of them."""
+
+    path: str  # of the module, or of the one that holds the stack
+    module: nn.Module
+    key: str
+
+    @property
+    def name(self) -> str:
+        """The full name of the weight."""
+        inner = (
+            f".{self.module.stack}.{self.module.index}" if isinstance(self.module, Expert) else ""
+        )
+        return f"{self.path}{inner}.{self.key}".removeprefix(".")
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the parameter."""
+        return self.module.owner if isinstance(self.module, Expert) else self.module
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it can be seen as a matrix of outputs and inputs, in which rules choose."""
+        return isinstance(self.module, Expert) or (
+            self.key == "weight" and is_prunable(self.module)
+        )
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """What an optimizer updates: the stack, for an expert. None for a computed weight."""
+        if isinstance(self.module, Expert):
+            return self.module.stacked
+        return self.module._parameters.get(self.key)
+
+    def tensor(self) -> Shaped[Tensor, "..."]:
+        """The weight, in the memory that an optimizer updates."""
+        if isinstance(self.module, Expert):
+            return weight_of(self.module)
+        found = self.module._parameters[self.key]
+        assert found is not None
+        return found
+
+    def gradient(self) -> Shaped[Tensor, "..."] | None:
+        """Its gradient, in the memory that an optimizer reads."""
+        return gradient_of(self.module) if isinstance(self.module, Expert) else self.tensor().grad
+
+    def sources(self) -> list[nn.Parameter]:
+        """The parameters that change the weight: for a computed one, all of its module."""
+        own = self.parameter
+        return list(self.module.parameters()) if own is None else [own]
+
+    @torch.no_grad()
+    def has_zeros(self) -> bool:
+        """Whether some of it is zero, or it has no values to look at."""
+        weight = getattr(self.module, self.key)
+        if is_lazy(weight) or weight.is_meta or weight.layout is not torch.strided:
+            return True
+        return bool(whole((weight == 0).any()))
+
+    @torch.no_grad()
+    def is_all_zero(self) -> bool:
+        """Whether it is a parameter with values, all of them zero."""
+        weight = self.parameter
+        if weight is None or is_lazy(weight) or weight.is_meta:
+            return False
+        return not bool(whole((self.tensor() != 0).any()))
+
+
+def weights_of_model(model: nn.Module) -> dict[str, Weight]:
+    """Every weight with two dimensions or more: of layers by the layer's name, others by their own.
+
+    Layers come first, in module order, and experts each with a name of its own. Packed layers have
+    no weight that training could change.
+    """
+    layers = layers_of(model)
+    found = {
+        name: Weight(_path(name, module), module, "weight")
+        for name, module in layers.items()
+        if not hasattr(module, "packed")
+    }
+    for prefix, module in model.named_modules():
+        if prefix in layers or isinstance(module, ParametrizationList):
+            continue
+        for key in _keys(module):
+            name = prefix if key == "weight" else f"{prefix}.{key}" if prefix else key
+            found[name] = Weight(prefix, module, key)
+    return found
+
+
+def zeros_to_hold(model: nn.Module, *, all_layers: bool) -> dict[str, Weight]:
+    """The weights with zeros that are to stay, or with `all_layers` every layer's weight.
+
+    Zeros that training starts from are no zeros to stay: of an adapter's weight that is entirely
+    zero, as LoRA's are at first, and of a parameter of no layer, such as a table of positions.
+    """
+    fresh = adapters(model)
+    return {
+        name: weight
+        for name, weight in weights_of_model(model).items()
+        if ((all_layers and weight.is_layer) or weight.has_zeros())
+        and not ((name in fresh or weight.key != "weight") and weight.is_all_zero())
+    }
+
+
+def require_data(weights: Mapping[str, Weight]) -> None:
+    """Raise unless each has values of its own to read, of whatever kind.
+
+    Raises: ValueError with the weight's name, the reason and the remedy.
+    """
+    for weight in weights.values():
+        if reason := why_no_data(weight.module, weight.key):
+            raise ValueError(f"{weight.name} {reason}")
+
+
+def require_ordinary(weights: Mapping[str, Weight]) -> None:
+    """Raise unless each is an ordinary parameter with data that can be changed.
+
+    Raises: ValueError with the weight's name, the reason and the remedy.
+    """
+    for weight in weights.values():
+        if reason := why_not_ordinary(weight.module, weight.key):
+            raise ValueError(f"{weight.name} {reason}")
+
+
+def require_whole(weights: Mapping[str, Weight]) -> None:
+    """Raise if one is sharded among processes, each of which would choose in its part alone.
+
+    Raises: ValueError with the weight's name and the remedy.
+    """
+    for weight in weights.values():
+        if hasattr(weight.parameter, "full_tensor"):
+            raise ValueError(
+                f"a rule chooses among all of a weight, {weight.name} is sharded: prune_ the model "
+                "before it is sharded and hold it without a rule, or train it with "
+                "DistributedDataParallel"
+            )
+
+
+def _path(name: str, module: nn.Module) -> str:
+    """The name of the module that has the parameter of the layer of this name."""
+    if not isinstance(module, Expert):
+        return name
+    return name.removesuffix(f"{module.stack}.{module.index}").removesuffix(".")
+
+
+def _keys(module: nn.Module) -> Iterator[str]:
+    """The names of the module's own weights, and of computed ones in place of what makes them."""
+    computed = names_of_computed(module)
+    yield from computed
+    stacks = {expert.stack for expert in experts_of(module).values()}
+    for key, parameter in module._parameters.items():
+        of_computed = any(key.startswith(f"{name}_") for name in computed)
+        if parameter is None or key in stacks or of_computed or is_lazy(parameter):
+            continue
+        if parameter.dim() > 1:
+            yield key
+
+
+# --- sharded tensors -----------------------------------------------------------------------------
+
+
+def whole(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The tensor itself, or all of one that is sharded, gathered from the processes."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def local(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The tensor itself, or this process's part of one that is sharded; to be written to."""
+    own = getattr(tensor, "to_local", None)
+    return tensor if own is None else own()
+
+
+@torch.no_grad()
+def zero_(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> None:
+    """Set to zero what the mask does not keep; sharded tensors, each process its part.
+
+    A product with the mask would leave NaN and negative zeros.
+    """
+    if tensor.is_sparse:  # a gradient of some rows, as that of nn.Embedding(sparse=True)
+        kept = mask[tuple(tensor._indices())]
+        tensor._values().masked_fill_(~kept, 0)
+    else:
+        local(tensor).masked_fill_(~local(mask), 0)
