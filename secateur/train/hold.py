@@ -2,27 +2,40 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from secateur.core.weights import require_module
 from secateur.core.wrappers import require_unflattened, unwrapped
 from secateur.model import layers as _layers
+from secateur.model.plan import Plan
 from secateur.train.steps import Optimizer, Steps, as_optimizers, parameters_of, require_free
 from secateur.train.weights import (
     Weight,
     require_data,
     require_ordinary,
     require_whole,
+    weights_of_model,
+    whole,
     zero_,
     zeros_to_hold,
 )
 
 # How masks move after every step: (layer name, weight [out, in], mask [out, in], step) -> mask.
 Rule = Callable[[str, Tensor, Tensor, int], Tensor]
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A rule that remembers something from step to step, and so goes into a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Held:
@@ -41,7 +54,7 @@ class Held:
         self.masks: dict[str, Bool[Tensor, "..."]] = {}
         self._model, self._rule = model, rule
         self._weights: dict[str, Weight] = {}
-        self._seen: dict[int, weakref.ref[nn.Parameter]] = {}
+        self._seen: dict[int, weakref.ref[Tensor]] = {}
         own = _own(optimizers)
         held = _updated(weights, own)
         self._take(held, own)
@@ -98,10 +111,132 @@ class Held:
                 self.masks[name] = mask
                 zero_(held[name].tensor(), mask)
 
+    # --- what came back --------------------------------------------------------------------------
+
+    def came_back(self) -> dict[str, int]:
+        """How many held weights are not zero, by layer; only layers that have some.
+
+        Between two steps they come back by what writes into the model: a loaded checkpoint, a
+        merged adapter, an average with another model.
+        """
+        return _outside(self._weights, self.masks)
+
+    def check(self) -> None:
+        """Raise if held weights are not zero.
+
+        Raises: ValueError with the layers and how many weights came back.
+        """
+        if back := self.came_back():
+            raise ValueError(
+                f"{_told(back, self.masks)}: find what wrote into the model, or set them back to "
+                "zero with reapply()"
+            )
+
+    def reapply(self) -> dict[str, int]:
+        """Set what came back to zero, and return what `came_back` did before."""
+        back = self.came_back()
+        for name in back:
+            zero_(self._weights[name].tensor(), self.masks[name])
+        return back
+
+    def apply_(self, model: nn.Module) -> None:
+        """Set to zero in another model, such as an average over steps, what is zero in this one.
+
+        An average of weights has the zeros of its last masks only if masks have not moved.
+
+        Raises: ValueError if it has no such weight, or one of another shape; nothing has changed
+            then.
+        """
+        inside = model.module if isinstance(model, AveragedModel) else model
+        others = weights_of_model(unwrapped(inside))
+        for name, mask in self.masks.items():
+            if name not in others or others[name].tensor().shape != mask.shape:
+                raise ValueError(
+                    f"the masks are of another model, this {type(model).__name__} has no {name} of "
+                    f"shape {tuple(mask.shape)}: give a copy or an average of the model"
+                )
+        for name, mask in self.masks.items():
+            zero_(others[name].tensor(), mask)
+
+    # --- in a checkpoint -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the states of the model and the optimizer.
+
+        Masks are bool tensors, sharded as the weights are, so `torch.distributed.checkpoint` can
+        save this object and load it in another number of processes.
+        """
+        state = {
+            "steps": list(self._steps.counts),
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "free": [name for name in self._updated_now() if name not in self.masks],
+        }
+        rule = self._rule
+        return state | ({"rule": rule.state_dict()} if isinstance(rule, Resumable) else {})
+
+    def load_state_dict(self, state: Mapping[str, Any], *, reapply: bool = False) -> None:
+        """Go on from a checkpoint: hold the model with its weights loaded, then load this.
+
+        The run then takes the steps that it would have taken uninterrupted, bit for bit.
+
+        Raises:
+            ValueError: if the state is of another model or an earlier step, or weights that it
+                holds are not zero, unless `reapply` sets them to zero. Nothing has changed then.
+        """
+        masks = self._masks_of(state)
+        weights = self._updated_now()
+        back = _outside({name: weights[name] for name in masks}, masks)
+        if back and not reapply:
+            raise ValueError(
+                f"{_told(back, masks)}: load the model's weights of the same checkpoint first, or "
+                "set these to zero with load_state_dict(state, reapply=True)"
+            )
+        if isinstance(self._rule, Resumable):
+            self._rule.load_state_dict(state["rule"])
+        self._steps.counts = list(state["steps"])
+        self._steps.drop([name for name in self._weights if name not in masks])
+        self._steps.add({name: weights[name] for name in masks})
+        self._weights, self.masks = {name: weights[name] for name in masks}, masks
+        for name in back:
+            zero_(weights[name].tensor(), masks[name])
+
+    def _updated_now(self) -> dict[str, Weight]:
+        """All weights, held or not, that the optimizers update."""
+        own = _own(list(self._steps.optimizers))
+        return {n: w for n, w in weights_of_model(self._model).items() if id(w.parameter) in own}
+
+    def _masks_of(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The masks of a state, which has been checked to be of this model and these optimizers."""
+        has_rule = isinstance(self._rule, Resumable)
+        if not {"steps", "masks", "free"} <= set(state) or has_rule != ("rule" in state):
+            raise ValueError(
+                f"this is no state of a hold {'with' if has_rule else 'without'} a rule that "
+                f"remembers, it has {', '.join(map(str, state))}: load what state_dict() of such a "
+                "one returned"
+            )
+        self._steps.require(state["steps"])
+        weights = self._updated_now()
+        if missing := [name for name in state["masks"] if name not in weights]:
+            raise ValueError(
+                f"the state holds {missing[0]}, which the optimizer does not update: load the "
+                "state of the same model, with the same layers in the optimizer"
+            )
+        known = {*state["masks"], *state["free"]}
+        if unknown := [name for name in self.masks if name not in known]:
+            raise ValueError(
+                f"{unknown[0]} has zeros of which the state knows nothing: load the state of the "
+                "same model, or hold the model anew from the zeros that it has"
+            )
+        tensors = {name: weights[name].tensor() for name in state["masks"]}
+        return {
+            name: _checked(mask, name, tensors[name].shape).to(tensors[name].device, copy=True)
+            for name, mask in state["masks"].items()
+        }
+
     # --- what is held ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _take(self, weights: Mapping[str, Weight], seen: Mapping[int, nn.Parameter]) -> None:
+    def _take(self, weights: Mapping[str, Weight], seen: Mapping[int, Tensor]) -> None:
         """Hold these weights, and remember which parameters have been looked at."""
         require_ordinary(weights)
         for name, weight in weights.items():
@@ -109,14 +244,14 @@ class Held:
             self.masks[name] = weight.tensor() != 0
         self._seen |= {key: weakref.ref(parameter) for key, parameter in seen.items()}
 
-    def _take_later(self, parameters: Mapping[int, nn.Parameter]) -> None:
+    def _take_later(self, parameters: Mapping[int, Tensor]) -> None:
         """Hold the zeros of parameters that the optimizers had not updated before."""
         found = zeros_to_hold(self._model, all_layers=self._rule is not None)
         new = _updated({n: w for n, w in found.items() if n not in self.masks}, parameters)
         self._take(new, parameters)
         self._steps.add(new)
 
-    def _has_seen(self, key: int, parameter: nn.Parameter) -> bool:
+    def _has_seen(self, key: int, parameter: Tensor) -> bool:
         seen = self._seen.get(key)
         return seen is not None and seen() is parameter
 
@@ -150,7 +285,8 @@ def hold(
     Raises:
         ValueError: if without a rule no weight is zero, the optimizer updates none of them, a
             weight is computed (a mask of torch.nn.utils.prune, a parametrization) or has no data,
-            the weights are held already, a rule would choose in sharded ones, or the trainer
+            the weights are held already, a rule's plan has a layer that is frozen or that the
+            optimizer does not update, a rule would choose in sharded ones, or the trainer
             flattens parameters (FSDP1, DeepSpeed).
             Before a step, if weights have been replaced or have left the optimizer.
     """
@@ -163,24 +299,24 @@ def hold(
         raise ValueError(
             f"hold needs a model with zeros, this {type(model).__name__} has none: prune_ it first"
         )
-    if not _updated(weights, _own(optimizers)):
+    updated = _updated(weights, _own(optimizers))
+    if not updated:
         raise ValueError(
             f"the optimizer updates none of the {len(weights)} sparse weights: make it from the "
             "parameters of this model"
         )
     if rule is not None:
         require_whole(weights)
+        _require_planned(rule, updated)
     require_free({name: p for name, w in weights.items() if (p := w.parameter) is not None})
     return Held(model, optimizers, rule, weights)
 
 
-def _own(optimizers: Sequence[Optimizer]) -> dict[int, nn.Parameter]:
+def _own(optimizers: Sequence[Optimizer]) -> dict[int, Tensor]:
     return {key: p for optimizer in optimizers for key, p in parameters_of(optimizer).items()}
 
 
-def _updated(
-    weights: Mapping[str, Weight], parameters: Mapping[int, nn.Parameter]
-) -> dict[str, Weight]:
+def _updated(weights: Mapping[str, Weight], parameters: Mapping[int, Tensor]) -> dict[str, Weight]:
     """The weights that an optimizer of these parameters updates.
 
     For a computed weight it updates the parameters that it is computed from.
@@ -191,6 +327,31 @@ def _updated(
         {n: w for n, w in weights.items() if any(id(p) in parameters for p in w.sources())}
     )
     return {name: w for name, w in weights.items() if id(w.parameter) in parameters}
+
+
+def _require_planned(rule: Rule, weights: Mapping[str, Weight]) -> None:
+    """Raise if the rule has a plan with a layer that training will not change."""
+    plan = getattr(rule, "plan", None)
+    for name in plan.layers if isinstance(plan, Plan) else ():
+        parameter = weights[name].parameter if name in weights else None
+        if parameter is None or not parameter.requires_grad:
+            reason = "the optimizer does not update it" if parameter is None else "it is frozen"
+            raise ValueError(
+                f"{name} is planned and would keep its weights, {reason}: give the optimizer its "
+                "parameters, unfreeze it (requires_grad_()), or leave it out of the plan (ignore=)"
+            )
+
+
+@torch.no_grad()
+def _outside(weights: Mapping[str, Weight], masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many weights are not zero where the masks have none, by name, where there are any."""
+    counts = {n: (w.tensor() != 0).logical_and(~masks[n]).sum() for n, w in weights.items()}
+    return {name: found for name, count in counts.items() if (found := int(whole(count)))}
+
+
+def _told(back: Mapping[str, int], masks: Mapping[str, Tensor]) -> str:
+    few = ", ".join(f"{name} ({count:,})" for name, count in list(back.items())[:3])
+    return f"held weights came back in {len(back)} of {len(masks)} layers, {few}"
 
 
 def _moved(rule: Rule, name: str, weight: Weight, mask: Tensor, step: int) -> Tensor:

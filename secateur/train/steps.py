@@ -11,7 +11,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import optimizer as _optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -37,7 +37,7 @@ def as_optimizers(given: object) -> list[Optimizer]:
     return optimizers
 
 
-def parameters_of(optimizer: Optimizer) -> dict[int, nn.Parameter]:
+def parameters_of(optimizer: Optimizer) -> dict[int, Tensor]:
     """The parameters that the optimizer updates, by identity."""
     return {id(p): p for group in optimizer.param_groups for p in group["params"]}
 
@@ -76,6 +76,11 @@ class Steps:
         for name, weight in weights.items():
             assert weight.parameter is not None
             self._weights[name], self._parameters[name] = weight, weight.parameter
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Train these as any others; other optimizers are still refused."""
+        for name in names:
+            del self._weights[name], self._parameters[name]
 
     def watch(self, weights: Mapping[str, Weight]) -> None:
         """Refuse steps of other optimizers that update these weights."""
@@ -228,7 +233,7 @@ class Watch:
         """Whether an optimizer is left that may update the weights."""
         return bool(self._optimizers)
 
-    def watched(self, parameters: Mapping[int, nn.Parameter]) -> str | None:
+    def watched(self, parameters: Mapping[int, Tensor]) -> str | None:
         """The name of the first of these parameters that is watched."""
         return next((self._names[key][1] for key in parameters if key in self._names), None)
 
@@ -273,7 +278,7 @@ def require_free(weights: Mapping[str, nn.Parameter]) -> None:
         watch.end()
 
 
-def _watches_of(parameters: Iterable[nn.Parameter]) -> list[Watch]:
+def _watches_of(parameters: Iterable[Tensor]) -> list[Watch]:
     """The watches over one of these parameters."""
     own = {id(p): p for p in parameters}
     hooks = list(_optimizer._global_optimizer_pre_hooks.values())

@@ -120,3 +120,14 @@ def test_every_must_be_a_step() -> None:
     plan = sc.plan(nn.Linear(4, 4), "2:4", layers=[nn.Linear])
     with pytest.raises(ValueError, match="every >= 1 step, got 0"):
         sc.gradual(plan, linear(0.5, 0, 10), every=0)
+
+
+def test_a_step_count_that_runs_backwards_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(50, 40))
+    rule = sc.gradual(sc.plan(model, "unstructured:0.8"), linear(0.8, 0, 20), every=1)
+    mask = torch.ones(40, 50, dtype=torch.bool)
+    for step in (1, 2, 7):
+        rule("0", model[0].weight, mask, step)
+    with pytest.raises(ValueError, match="0 was at step 7 and is now at 5: make a rule for each"):
+        rule("0", model[0].weight, mask, 5)
+    rule("0", model[0].weight, mask, 1)  # another hold

@@ -1,24 +1,35 @@
 """Holding zeros through training, whatever the optimizer does."""
 
 import copy
+import io
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.optim import optimizer as _optimizer
+from torch.optim.swa_utils import AveragedModel
 
 import secateur as sc
+from secateur.patterns import keep_top
 from secateur.train import movement, release
-from secateur.train.schedules import constant
+from secateur.train.schedules import constant, cubic, linear
 from secateur.train.steps import as_optimizers
 from tests.models import ConvNet
+from tests.train.trainers import OPTIMIZERS, all_of, inputs, plainly
+
+
+def dense() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
 
 
 def pruned(pattern: str = "2:4") -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    model = dense()
     sc.prune_(model, sc.plan(model, pattern))
     return model
 
@@ -32,7 +43,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 100) 
         optimizer.step()
 
 
-OPTIMIZERS = {
+SOME = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
@@ -40,7 +51,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("make", SOME.values(), ids=SOME)
 def test_zeros_stay_zero_and_the_rest_learns(make) -> None:
     model = pruned()
     before = [layer.weight.detach().clone() for layer in (model[0], model[2])]
@@ -390,6 +401,204 @@ def test_trainers_that_flatten_parameters_are_refused_by_name() -> None:
         sc.hold(sharded, optimizer)
     with pytest.raises(ValueError, match="Sharded is of FSDP1"):
         movement(sharded, sc.plan(model, "2:4"), optimizer, constant(0.5))
+
+
+# --- in a checkpoint ------------------------------------------------------------------------------
+
+
+class Dropping:
+    """A rule that drops the kept weight nearest to zero every third step, and counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, name: str, weight: Tensor, mask: Tensor, step: int) -> Tensor:
+        self.calls += 1
+        if self.calls % 3:
+            return mask
+        scores = weight.abs().masked_fill(~mask, -1).flatten()
+        return keep_top(scores, int(mask.sum()) - 1).view_as(mask)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+def by_schedule(model: nn.Module) -> Any:
+    plan = sc.plan(model, {"0": "unstructured:0.8@layer", "2": "1:4"})
+    return sc.gradual(plan, cubic(0.8, 2, 24), every=4)
+
+
+RULES: dict[str, Any] = {
+    "none": lambda model: None,
+    "gradual": by_schedule,
+    "counting": lambda model: Dropping(),
+}
+
+
+def begun(kind: Any, rule: Any) -> tuple[nn.Module, Any, Any]:
+    model = pruned()
+    optimizer = kind(model)
+    return model, optimizer, sc.hold(model, optimizer, RULES[rule](model))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "Adafactor", "SGD fused"])
+@given(stopped=st.integers(1, 15))
+@settings(max_examples=4, deadline=None)
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(rule, name, stopped: int) -> None:
+    def loss(x: Tensor) -> Tensor:
+        return (model(x) - x[:, :4].sin()).square().mean()
+
+    make, data = OPTIMIZERS[name], inputs(16)
+    model, optimizer, held = begun(make, rule)
+    plainly(loss, optimizer, held, data)
+    whole, masks = model.state_dict(), held.masks
+
+    model, optimizer, held = begun(make, rule)
+    plainly(loss, optimizer, held, data[:stopped])
+    several = all_of(optimizer)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), [o.state_dict() for o in several], held.state_dict()], file)
+    file.seek(0)
+    weights, moments, state = torch.load(file, weights_only=True)
+
+    model = pruned("1:4")
+    model.load_state_dict(weights)
+    optimizer = make(model)
+    held = sc.hold(model, optimizer, RULES[rule](model))
+    for one, moment in zip(all_of(optimizer), moments, strict=True):
+        one.load_state_dict(moment)
+    held.load_state_dict(state)
+    assert held.steps == stopped
+    plainly(loss, optimizer, held, data[stopped:])
+    assert all(torch.equal(whole[key], value) for key, value in model.state_dict().items())
+    assert list(masks) == list(held.masks)
+    assert all(torch.equal(masks[key], held.masks[key]) for key in masks)
+
+
+def test_a_kept_weight_that_is_zero_by_chance_is_kept_after_resuming() -> None:
+    model = nn.Sequential(*pruned(), nn.Linear(4, 4))
+    optimizer = sgd(model)
+    held = sc.hold(model, optimizer)
+    state = held.state_dict()
+    assert state["free"] == ["3"]
+    where = held.masks["0"].nonzero()[0]
+    with torch.no_grad():
+        model[0].weight[tuple(where)] = 0
+        model[3].weight[1, 2] = 0
+    held.release()
+    held = sc.hold(model, optimizer)
+    assert "3" in held.masks
+    held.load_state_dict(state)
+    train(model, optimizer, 2)
+    assert model[0].weight[tuple(where)] != 0 and model[3].weight[1, 2] != 0
+    model[3] = nn.Linear(4, 4)  # free: it may be replaced
+    train(model, optimizer, 1)
+    assert sc.check(model, sc.plan(model, {"0": "2:4", "2": "2:4"}))
+
+
+def test_a_state_that_does_not_belong_here_changes_nothing() -> None:
+    model = pruned()
+    optimizer = sgd(model)
+    held = sc.hold(model, optimizer)
+    early = held.state_dict()
+    train(model, optimizer, 2)
+    state = held.state_dict()
+    masks = state["masks"]
+    for wrong, message in (
+        (early, r"of step 0, training is at step 2 and cannot run backwards: load the weights"),
+        (state | {"steps": [2, 2]}, "of 2 optimizers, hold has 1"),
+        (state | {"rule": {}}, "no state of a hold without a rule that remembers"),
+        ({"masks": masks}, "no state of a hold without a rule"),
+        (state | {"masks": masks | {"7": masks["0"]}}, "holds 7, which the optimizer does not"),
+        (state | {"masks": {"0": masks["0"]}}, "2 has zeros of which the state knows nothing"),
+        (state | {"masks": masks | {"2": masks["0"]}}, r"mask of 2 needs .* of \(4, 32\)"),
+        (state | {"masks": masks | {"2": ~masks["2"]}}, r"in 1 of 2 layers, 2 \(64\): load the"),
+    ):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            held.load_state_dict(wrong)
+        assert all(torch.equal(before[key], v) for key, v in model.state_dict().items())
+        assert held.steps == 2 and all(torch.equal(held.masks[n], masks[n]) for n in masks)
+    held.load_state_dict(state | {"masks": masks | {"2": ~masks["2"]}}, reapply=True)
+    assert not model[2].weight.any()
+
+
+def test_a_state_is_loaded_by_torchs_distributed_checkpoints(tmp_path, one_process: None) -> None:
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    fully_shard = pytest.importorskip("torch.distributed.fsdp").fully_shard
+    model = pruned()
+    fully_shard(model)
+    optimizer = sgd(model)
+    held = sc.hold(model, optimizer)
+    train(model, optimizer, 3)
+    dcp.save({"model": model.state_dict(), "held": held}, checkpoint_id=tmp_path / "step")
+    other = pruned()
+    fully_shard(other)
+    other_optimizer = sgd(other)
+    other_held = sc.hold(other, other_optimizer)
+    with torch.no_grad():
+        other_held.masks["0"].copy_(other_held.masks["0"].logical_not())
+    weights = other.state_dict()
+    dcp.load({"model": weights}, checkpoint_id=tmp_path / "step")
+    other.load_state_dict(weights)
+    dcp.load({"held": other_held}, checkpoint_id=tmp_path / "step")
+    assert other_held.steps == 3
+    assert torch.equal(other_held.masks["0"].full_tensor(), held.masks["0"].full_tensor())
+
+
+# --- what came back -------------------------------------------------------------------------------
+
+
+def test_a_check_says_which_weights_came_back_and_reapply_sets_them_back() -> None:
+    model = pruned()
+    optimizer = sgd(model)
+    held = sc.hold(model, optimizer)
+    held.check()
+    where = (~held.masks["2"]).nonzero()[:3].unbind(1)
+    with torch.no_grad():
+        model[2].weight[where] = 1.0
+    assert held.came_back() == {"2": 3}
+    with pytest.raises(
+        ValueError, match=r"came back in 1 of 2 layers, 2 \(3\): find what .*reapply"
+    ):
+        held.check()
+    assert held.reapply() == {"2": 3}
+    assert held.came_back() == held.reapply() == {}
+    sc.check(model, "2:4")
+
+
+def test_masks_go_onto_an_average_whose_steps_had_others() -> None:
+    model = dense()
+    average = AveragedModel(model)
+    optimizer = sgd(model)
+    plan = sc.plan(model, "1:4")
+    with sc.hold(model, optimizer, sc.gradual(plan, linear(0.75, 0, 6), every=1)) as held:
+        for _ in range(6):
+            train(model, optimizer, 1)
+            average.update_parameters(model)
+    with pytest.raises(ValueError, match="break the plan"):
+        sc.check(average.module, plan)
+    kept = average.module[0].weight[held.masks["0"]].clone()
+    held.apply_(average)
+    assert sc.check(average.module, plan) == {"0": 0.75, "2": 0.75}
+    assert torch.equal(average.module[0].weight[held.masks["0"]], kept)
+    with pytest.raises(ValueError, match=r"this Linear has no 0 of shape \(32, 16\): give a copy"):
+        held.apply_(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("way", ["frozen", "elsewhere"])
+def test_a_planned_layer_that_training_does_not_change_is_named(way: str) -> None:
+    model = pruned()
+    rule = sc.gradual(sc.plan(model, "1:4"), constant(0.75))
+    optimizer = sgd(model[0] if way == "elsewhere" else model)
+    model[2].weight.requires_grad_(way != "frozen")
+    reason = "it is frozen" if way == "frozen" else "the optimizer does not update it"
+    with pytest.raises(ValueError, match=f"2 is planned and would keep its weights, {reason}: "):
+        sc.hold(model, optimizer, rule)
 
 
 # --- sharded --------------------------------------------------------------------------------------

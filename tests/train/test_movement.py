@@ -11,7 +11,7 @@ import secateur as sc
 from secateur.train import movement, soft_movement
 from secateur.train.schedules import constant, cubic, linear
 from tests.models import ConvNet
-from tests.train.trainers import Drive, in_closures, plainly, scaled
+from tests.train.trainers import Drive, in_closures, inputs, plainly, scaled
 
 PLAN = {"0": "unstructured:0.5@layer"}
 
@@ -200,7 +200,7 @@ def learnt(
     optimizer = kind(net.parameters(), lr=0.01, **options)
     moving = movement(net, sc.plan(net, PLAN), optimizer, linear(0.5, 0, 4))
     x, y = data()
-    drive(lambda _: (net(x) - y).square().mean(), optimizer, None, 4)
+    drive(lambda _: (net(x) - y).square().mean(), optimizer, None, inputs(4))
     return net[0].weight.detach(), moving.scores["0"], moving.steps
 
 

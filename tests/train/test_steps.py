@@ -44,9 +44,9 @@ def test_lbfgs_searches_among_the_kept_weights() -> None:
     )
 
 
-def by_hand(loss: Any, optimizer: Any, held: Any, steps: int) -> None:
+def by_hand(loss: Any, optimizer: Any, held: Any, data: list[torch.Tensor]) -> None:
     """The two steps of SAM as its users call them, without `step`."""
-    for x in inputs(steps):
+    for x in data:
         for step in (optimizer.first_step, optimizer.second_step):
             loss(x).backward()
             if held is not None:
@@ -59,8 +59,8 @@ def test_sam_holds_through_the_optimizer_inside_it(drive) -> None:
     def make(model: nn.Module) -> SAM:
         return SAM(model.parameters())
 
-    def one_backward_before(loss: Any, optimizer: Any, held: Any, steps: int) -> None:
-        for x in inputs(steps):
+    def one_backward_before(loss: Any, optimizer: Any, held: Any, data: list[torch.Tensor]) -> None:
+        for x in data:
             loss(x).backward()
 
             def closure(x: torch.Tensor = x) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_a_step_that_a_grad_scaler_skips_is_not_counted(fused: bool) -> None:
         return mask
 
     held = sc.hold(model, optimizer, rule)
-    scaled(lambda x: goal(model(x), x), optimizer, held, 4)
+    scaled(lambda x: goal(model(x), x), optimizer, held, inputs(4))
     assert held.steps == 3
     assert sorted(set(seen)) == [1, 2, 3]
 
@@ -96,13 +96,13 @@ def test_weights_that_are_unfrozen_later_are_held_from_then_on() -> None:
     masks = sparse(model)
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=0.01)
     with sc.hold(model, optimizer) as held:
-        plainly(lambda x: goal(model(x), x), optimizer, held, 2)
+        plainly(lambda x: goal(model(x), x), optimizer, held, inputs(2))
         assert list(held.masks) == ["head"]
         optimizer.add_param_group({"params": [*model.conv.parameters(), *model.cell.parameters()]})
         model.added = nn.Linear(4, 4)
         sc.prune_(model.added, "2:4")
         optimizer.add_param_group({"params": model.added.parameters()})
-        plainly(lambda x: goal(model.added(model(x)), x), optimizer, held, 2)
+        plainly(lambda x: goal(model.added(model(x)), x), optimizer, held, inputs(2))
         assert held.steps == 4
     for name, mask in masks.items():
         assert not model.get_parameter(name)[~mask].any()
@@ -167,3 +167,17 @@ def test_accelerate_hands_on_to_the_optimizer_that_is_held() -> None:
         return {name: p.detach() for name, p in model.named_parameters()}
 
     expect_equal(run(False), run(True))
+
+
+def test_optimizers_of_plain_tensors_are_let_alone() -> None:
+    model = net()
+    sparse(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sc.hold(model, optimizer) as held:
+        other = torch.zeros(3, requires_grad=True)
+        other.grad = torch.ones(3)
+        torch.optim.SGD([other], lr=0.5).step()
+        assert other.tolist() == [-0.5] * 3 and held.steps == 0
+        optimizer.add_param_group({"params": [other]})
+        optimizer.step()
+        assert held.steps == 1

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 import secateur as sc
 
-# (the loss of a batch, the optimizer, the hold or None, how many steps)
-Drive = Callable[[Callable[[Tensor], Tensor], Any, Any, int], None]
+# (the loss of a batch, the optimizer, the hold or None, a batch for each step)
+Drive = Callable[[Callable[[Tensor], Tensor], Any, Any, list[Tensor]], None]
+Loss = Callable[[Tensor], Tensor]
 
 
 class Net(nn.Module):
@@ -135,8 +136,8 @@ def all_of(optimizer: Any) -> list[Any]:
     return optimizer if isinstance(optimizer, list) else [optimizer]
 
 
-def plainly(loss: Callable[[Tensor], Tensor], optimizer: Any, held: Any, steps: int) -> None:
-    for x in inputs(steps):
+def plainly(loss: Loss, optimizer: Any, held: Any, data: list[Tensor]) -> None:
+    for x in data:
         for one in all_of(optimizer):
             one.zero_grad()
         loss(x).backward()
@@ -144,8 +145,8 @@ def plainly(loss: Callable[[Tensor], Tensor], optimizer: Any, held: Any, steps: 
             one.step()
 
 
-def accumulating(loss: Callable[[Tensor], Tensor], optimizer: Any, held: Any, steps: int) -> None:
-    for x, y in zip(inputs(steps), reversed(inputs(steps)), strict=True):
+def accumulating(loss: Loss, optimizer: Any, held: Any, data: list[Tensor]) -> None:
+    for x, y in zip(data, reversed(data), strict=True):
         loss(x).backward()
         loss(y).backward()
         for one in all_of(optimizer):
@@ -153,9 +154,9 @@ def accumulating(loss: Callable[[Tensor], Tensor], optimizer: Any, held: Any, st
             one.zero_grad()
 
 
-def in_closures(loss: Callable[[Tensor], Tensor], optimizer: Any, held: Any, steps: int) -> None:
+def in_closures(loss: Loss, optimizer: Any, held: Any, data: list[Tensor]) -> None:
     """As Lightning does: the backward runs inside the step."""
-    for x in inputs(steps):
+    for x in data:
         for one in all_of(optimizer):
 
             def closure(one: Any = one, x: Tensor = x) -> Tensor:
@@ -167,8 +168,8 @@ def in_closures(loss: Callable[[Tensor], Tensor], optimizer: Any, held: Any, ste
             one.step(closure)
 
 
-def clipping(loss: Callable[[Tensor], Tensor], optimizer: Any, held: Any, steps: int) -> None:
-    for x in inputs(steps):
+def clipping(loss: Loss, optimizer: Any, held: Any, data: list[Tensor]) -> None:
+    for x in data:
         for one in all_of(optimizer):
             one.zero_grad()
         (100 * loss(x)).backward()
@@ -180,10 +181,10 @@ def clipping(loss: Callable[[Tensor], Tensor], optimizer: Any, held: Any, steps:
             one.step()
 
 
-def scaled(loss: Callable[[Tensor], Tensor], optimizer: Any, held: Any, steps: int) -> None:
+def scaled(loss: Loss, optimizer: Any, held: Any, data: list[Tensor]) -> None:
     """With a GradScaler that skips the second step, whose gradients are infinite."""
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    for i, x in enumerate(inputs(steps)):
+    for i, x in enumerate(data):
         for one in all_of(optimizer):
             one.zero_grad()
         scaler.scale(loss(x) * (float("inf") if i == 1 else 1.0)).backward()
@@ -216,7 +217,7 @@ def trained(
         masked = {n: p * masks[n] if n in masks else p for n, p in parameters.items()}
         return goal(torch.func.functional_call(model, masked, (x,)), x)
 
-    drive(loss, optimizer, sc.hold(model, optimizer) if held else None, steps)
+    drive(loss, optimizer, sc.hold(model, optimizer) if held else None, inputs(steps))
     return {
         name: (p if held or name not in masks else p * masks[name]).detach()
         for name, p in parameters.items()
