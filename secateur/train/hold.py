@@ -16,11 +16,12 @@ from secateur.model.plan import Plan
 from secateur.train.steps import Optimizer, Steps, as_optimizers, parameters_of, require_free
 from secateur.train.weights import (
     Weight,
+    gathered,
+    laid_out,
     require_data,
     require_ordinary,
     require_whole,
     weights_of_model,
-    whole,
     zero_,
     zeros_to_hold,
 )
@@ -160,15 +161,19 @@ class Held:
 
     # --- in a checkpoint -------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """What a checkpoint needs besides the states of the model and the optimizer.
 
         Masks are bool tensors, sharded as the weights are, so `torch.distributed.checkpoint` can
-        save this object and load it in another number of processes.
+        save this object and load it in another number of processes; with `whole` they are gathered,
+        in all processes at once.
         """
         state = {
             "steps": list(self._steps.counts),
-            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "masks": {
+                name: (gathered(mask) if whole else mask).clone()
+                for name, mask in self.masks.items()
+            },
             "free": [name for name in self._updated_now() if name not in self.masks],
         }
         rule = self._rule
@@ -229,7 +234,7 @@ class Held:
             )
         tensors = {name: weights[name].tensor() for name in state["masks"]}
         return {
-            name: _checked(mask, name, tensors[name].shape).to(tensors[name].device, copy=True)
+            name: laid_out(_checked(mask, name, tensors[name].shape), tensors[name])
             for name, mask in state["masks"].items()
         }
 
@@ -346,7 +351,7 @@ def _require_planned(rule: Rule, weights: Mapping[str, Weight]) -> None:
 def _outside(weights: Mapping[str, Weight], masks: Mapping[str, Tensor]) -> dict[str, int]:
     """How many weights are not zero where the masks have none, by name, where there are any."""
     counts = {n: (w.tensor() != 0).logical_and(~masks[n]).sum() for n, w in weights.items()}
-    return {name: found for name, count in counts.items() if (found := int(whole(count)))}
+    return {name: found for name, count in counts.items() if (found := int(gathered(count)))}
 
 
 def _told(back: Mapping[str, int], masks: Mapping[str, Tensor]) -> str:

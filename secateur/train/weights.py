@@ -72,7 +72,7 @@ class Weight:
         weight = getattr(self.module, self.key)
         if is_lazy(weight) or weight.is_meta or weight.layout is not torch.strided:
             return True
-        return bool(whole((weight == 0).any()))
+        return bool(gathered((weight == 0).any()))
 
     @torch.no_grad()
     def is_all_zero(self) -> bool:
@@ -80,7 +80,7 @@ class Weight:
         weight = self.parameter
         if weight is None or is_lazy(weight) or weight.is_meta:
             return False
-        return not bool(whole((self.tensor() != 0).any()))
+        return not bool(gathered((self.tensor() != 0).any()))
 
 
 def weights_of_model(model: nn.Module) -> dict[str, Weight]:
@@ -176,10 +176,24 @@ def _keys(module: nn.Module) -> Iterator[str]:
 # --- sharded tensors -----------------------------------------------------------------------------
 
 
-def whole(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+def gathered(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """The tensor itself, or all of one that is sharded, gathered from the processes."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
+
+
+def laid_out(mask: Bool[Tensor, "..."], weight: Shaped[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """A copy of the mask on the weight's device, sharded if that is, in the same way."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return gathered(mask).to(weight.device, copy=True)
+    if hasattr(mask, "device_mesh"):
+        return mask.to(weight.device, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    placements = weight.placements  # type: ignore[attr-defined]
+    sharded: Tensor = distribute_tensor(mask.to(weight.device), mesh, placements)
+    return sharded
 
 
 def local(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:

@@ -548,6 +548,11 @@ def test_a_state_is_loaded_by_torchs_distributed_checkpoints(tmp_path, one_proce
     dcp.load({"held": other_held}, checkpoint_id=tmp_path / "step")
     assert other_held.steps == 3
     assert torch.equal(other_held.masks["0"].full_tensor(), held.masks["0"].full_tensor())
+    whole = held.state_dict(whole=True)
+    assert type(whole["masks"]["0"]) is torch.Tensor
+    other_held.load_state_dict(whole)
+    assert torch.equal(other_held.masks["2"].full_tensor(), whole["masks"]["2"])
+    assert other_held.masks["2"].placements == other[2].weight.placements
 
 
 # --- what came back -------------------------------------------------------------------------------
