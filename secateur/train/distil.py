@@ -92,9 +92,10 @@ def distil_(
     Cost: a step is a forward of the teacher and a forward and a backward of the model. Memory:
         gradients and two moments, three times the parameters, and a copy of them on disk.
     Raises:
-        ValueError: before anything is changed, if the model has no zeros, parameters are not
-            float32 or are the teacher's own, or there is no batch; and if a loss is not finite
-            (the step is named). Whatever is raised, even by Ctrl-C, the model is left as it was.
+        ValueError: before anything is changed, if the model has no zeros or is held already,
+            parameters are not float32 or are the teacher's own, or there is no batch; and if a loss
+            is not finite (the step is named). Whatever is raised, even by Ctrl-C, the model is left
+            as it was.
     """
     require_module(model)
     require_module(teacher)

@@ -22,7 +22,7 @@ from secateur.model.plan import Plan, match
 from secateur.train.gradual import lowered
 from secateur.train.schedules import Schedule
 from secateur.train.steps import Optimizer, Steps, as_optimizers, parameters_of, require_free
-from secateur.train.weights import Weight
+from secateur.train.weights import Weight, require_whole
 
 # (dL/dS, scores) -> what the scores gain at a step.
 Learn = Callable[[Tensor, Tensor], Tensor]
@@ -233,5 +233,6 @@ def _updated(
             f"{frozen[0]} is frozen (requires_grad=False), so no gradient says which weights to "
             "keep: unfreeze it, or leave the layer out of the plan"
         )
+    require_whole({name: Weight(name, module, "weight") for name, module in layers.items()})
     require_free(weights)
     return layers, optimizers

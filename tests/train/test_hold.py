@@ -3,7 +3,10 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +23,10 @@ from secateur.train import movement, release
 from secateur.train.schedules import constant, cubic, linear
 from secateur.train.steps import as_optimizers
 from tests.models import ConvNet
+from tests.train import two_processes
 from tests.train.trainers import OPTIMIZERS, all_of, inputs, plainly
+
+ROOT = Path(__file__).parents[2]
 
 
 def dense() -> nn.Sequential:
@@ -445,7 +451,7 @@ def begun(kind: Any, rule: Any) -> tuple[nn.Module, Any, Any]:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ["AdamW", "Muon", "Adafactor", "SGD fused"])
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
 @given(stopped=st.integers(1, 15))
 @settings(max_examples=4, deadline=None)
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(rule, name, stopped: int) -> None:
@@ -624,6 +630,33 @@ def test_sharded_weights_are_held_each_process_its_part(one_process: None) -> No
     held.release()
     with pytest.raises(ValueError, match=r"0.weight is sharded: prune_ the model before"):
         sc.hold(sharded, optimizer, lambda name, weight, mask, step: mask)
+    with pytest.raises(ValueError, match=r"0.weight is sharded: prune_ the model before"):
+        movement(sharded, sc.plan(plain, "2:4"), optimizer, constant(0.5))
+
+
+def test_one_process_goes_on_from_what_two_have_saved(tmp_path: Path, one_process: None) -> None:
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    command = [sys.executable, "-m", "tests.train.two_processes"]
+    both = [subprocess.Popen([*command, str(r), "2", str(tmp_path)], cwd=ROOT) for r in (0, 1)]
+    whole = two_processes.sharded()
+    optimizer, held = two_processes.begun(whole)
+    two_processes.train(whole, optimizer, held, 6)
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+
+    resumed = two_processes.sharded()
+    weights = resumed.state_dict()
+    dcp.load({"model": weights}, checkpoint_id=tmp_path / "checkpoint")
+    resumed.load_state_dict(weights)
+    optimizer, again = two_processes.begun(resumed)
+    again.masks = {name: ~mask for name, mask in again.masks.items()}
+    dcp.load({"held": again}, checkpoint_id=tmp_path / "checkpoint")
+    assert again.steps == 3
+    two_processes.train(resumed, optimizer, again, 3)
+    for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.allclose(one.full_tensor(), two.full_tensor(), atol=1e-6)
+    for name, mask in held.masks.items():
+        assert torch.equal(mask.full_tensor(), again.masks[name].full_tensor())
+    assert again.came_back() == {}
 
 
 @pytest.fixture

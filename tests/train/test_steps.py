@@ -34,6 +34,15 @@ def test_training_is_that_of_a_model_whose_forward_has_the_mask(make, drive) -> 
     expect_equal(trained(make, drive, held=True), trained(make, drive, held=False))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_thousand_steps_later_it_still_is(make) -> None:
+    expect_equal(
+        trained(make, plainly, held=True, steps=1000),
+        trained(make, plainly, held=False, steps=1000),
+    )
+
+
 def test_lbfgs_searches_among_the_kept_weights() -> None:
     def make(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(model.parameters(), max_iter=5, line_search_fn="strong_wolfe")
