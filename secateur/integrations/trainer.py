@@ -29,8 +29,8 @@ class SecateurCallback(TrainerCallback):  # type: ignore[misc]
     `rule` is as for `hold`. `resume_from` is the checkpoint's folder where that is not the one of
     its step in `output_dir`.
 
-    The Trainer clips gradients before any callback is called: their norm includes those of held
-    weights, whatever `max_grad_norm` is.
+    The Trainer clips gradients before it calls any callback, so they are masked at each backward:
+    the norm is that of the kept weights' gradients.
 
     Raises: ValueError as `hold` when training begins, and if it resumes from a checkpoint that has
         no such file.
@@ -54,11 +54,11 @@ class SecateurCallback(TrainerCallback):  # type: ignore[misc]
         if self.held is not None:  # of a training that has failed
             self.held.release()
         self.held = hold(model, optimizer, self.rule)
-        if not state.global_step:
-            return
         try:
-            folder = self.resume_from or _folder(args, state)
-            self.held.load_state_dict(read_state(Path(folder) / FILE))
+            if state.global_step:
+                folder = self.resume_from or _folder(args, state)
+                self.held.load_state_dict(read_state(Path(folder) / FILE))
+            self.held.mask_gradients_early()
         except BaseException:
             self.held.release()
             raise

@@ -2,12 +2,14 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
 
 from secateur.core.weights import require_module
 from secateur.core.wrappers import require_unflattened, unwrapped
@@ -56,6 +58,7 @@ class Held:
         self._model, self._rule = model, rule
         self._weights: dict[str, Weight] = {}
         self._seen: dict[int, weakref.ref[Tensor]] = {}
+        self._is_early, self._early = False, list[RemovableHandle]()
         own = _own(optimizers)
         held = _updated(weights, own)
         self._take(held, own)
@@ -71,6 +74,8 @@ class Held:
     def release(self) -> None:
         """Stop holding; the weights stay as they are."""
         self._steps.release()
+        for handle in self._early:
+            handle.remove()
 
     def __enter__(self) -> "Held":
         return self
@@ -87,6 +92,32 @@ class Held:
         """
         for name, weight in self._weights.items():
             if (gradient := weight.gradient()) is not None:
+                zero_(gradient, self.masks[name])
+
+    def mask_gradients_early(self) -> None:
+        """Call `mask_gradients_` at each backward, until `release()`.
+
+        It is for trainers that clip gradients before anything of yours is called. Each held
+        parameter then has a hook, which its copies and pickles do not have.
+        """
+        self._is_early = True
+        self._mask_early(list(self._weights))
+
+    def _mask_early(self, names: Sequence[str]) -> None:
+        by_parameter: dict[int, list[str]] = {}
+        for name in names:
+            by_parameter.setdefault(id(self._weights[name].parameter), []).append(name)
+        for several in by_parameter.values():
+            parameter = self._weights[several[0]].parameter
+            if parameter is not None and parameter.requires_grad:
+                hook = partial(self._arrived, several)
+                self._early.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    @torch.no_grad()
+    def _arrived(self, names: Sequence[str], parameter: Tensor) -> None:
+        for name in names:
+            weight = self._weights.get(name)  # a state may have freed it
+            if weight is not None and (gradient := weight.gradient()) is not None:
                 zero_(gradient, self.masks[name])
 
     def _before(self, optimizer: Optimizer, final: bool) -> None:
@@ -255,6 +286,8 @@ class Held:
         new = _updated({n: w for n, w in found.items() if n not in self.masks}, parameters)
         self._take(new, parameters)
         self._steps.add(new)
+        if self._is_early:
+            self._mask_early(list(new))
 
     def _has_seen(self, key: int, parameter: Tensor) -> bool:
         seen = self._seen.get(key)

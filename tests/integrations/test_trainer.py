@@ -90,6 +90,32 @@ def test_a_training_that_resumes_equals_one_that_did_not_stop(rule: bool, tmp_pa
         assert torch.equal(mask, second.held.masks[name])
 
 
+class Masked(Net):
+    """What `Net` is to become, by its definition."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        body = nn.functional.linear(x, self.body.weight * self.masks[0], self.body.bias)
+        logits = nn.functional.linear(body.relu(), self.head.weight * self.masks[1], self.head.bias)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_gradients_are_clipped_by_the_norm_of_those_that_count(tmp_path: Path) -> None:
+    held, masked = net(), Masked()
+    sc.prune_(held, PATTERN)
+    masked.load_state_dict(held.state_dict())
+    masked.masks = [(masked.body.weight != 0).float(), (masked.head.weight != 0).float()]
+    given = SecateurCallback()
+    for model, callbacks in ((held, [given]), (masked, [])):
+        made = trainer(model, tmp_path, *callbacks, max_grad_norm=0.01, optim="sgd")
+        made.train()
+    for one, two in zip(held.parameters(), masked.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert not torch.equal(held.body.bias, net().body.bias)
+    held.body.weight.sum().backward()
+    assert (held.body.weight.grad == 1).all(), "the hooks end with the training"
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_a_checkpoint_without_masks_is_named(tmp_path: Path) -> None:
     model = net()

@@ -63,7 +63,16 @@ def by_hand(loss: Any, optimizer: Any, held: Any, data: list[torch.Tensor]) -> N
             step()
 
 
-@pytest.mark.parametrize("drive", [by_hand, in_closures], ids=["by hand", "closure"])
+def by_itself(loss: Any, optimizer: Any, held: Any, data: list[torch.Tensor]) -> None:
+    """As by hand, with gradients masked at each backward."""
+    if held is not None:
+        held.mask_gradients_early()
+    by_hand(loss, optimizer, None, data)
+
+
+@pytest.mark.parametrize(
+    "drive", [by_hand, by_itself, in_closures], ids=["by hand", "early", "closure"]
+)
 def test_sam_holds_through_the_optimizer_inside_it(drive) -> None:
     def make(model: nn.Module) -> SAM:
         return SAM(model.parameters())
@@ -79,7 +88,7 @@ def test_sam_holds_through_the_optimizer_inside_it(drive) -> None:
 
             optimizer.step(closure)
 
-    drive = drive if drive is by_hand else one_backward_before
+    drive = one_backward_before if drive is in_closures else drive
     expect_equal(trained(make, drive, held=True), trained(make, drive, held=False))
 
 
@@ -105,6 +114,7 @@ def test_weights_that_are_unfrozen_later_are_held_from_then_on() -> None:
     masks = sparse(model)
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=0.01)
     with sc.hold(model, optimizer) as held:
+        held.mask_gradients_early()
         plainly(lambda x: goal(model(x), x), optimizer, held, inputs(2))
         assert list(held.masks) == ["head"]
         optimizer.add_param_group({"params": [*model.conv.parameters(), *model.cell.parameters()]})
@@ -113,6 +123,9 @@ def test_weights_that_are_unfrozen_later_are_held_from_then_on() -> None:
         optimizer.add_param_group({"params": model.added.parameters()})
         plainly(lambda x: goal(model.added(model(x)), x), optimizer, held, inputs(2))
         assert held.steps == 4
+        optimizer.zero_grad()
+        model(inputs(1)[0]).sum().backward()
+        assert not model.conv.weight.grad[~masks["conv.weight"]].any()
     for name, mask in masks.items():
         assert not model.get_parameter(name)[~mask].any()
         assert (model.get_parameter(name)[mask] != 0).all()
