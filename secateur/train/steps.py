@@ -5,6 +5,7 @@ schedulers, scalers, accelerate and Lightning alike. What they do not see is ref
 raises before an optimizer updates a watched weight without having been given.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
@@ -27,7 +28,11 @@ def as_optimizers(given: object) -> list[Optimizer]:
     Raises: ValueError if something else is given, or none.
     """
     several = list(given) if isinstance(given, (list, tuple)) else [given]
-    optimizers = [one for one in several if isinstance(one, Optimizer)]
+    # Lightning's wrapper is none by its class, and has one.
+    inside = [
+        one if isinstance(one, Optimizer) else getattr(one, "optimizer", 0) for one in several
+    ]
+    optimizers = [one for one in inside if isinstance(one, Optimizer)]
     if not several or len(optimizers) < len(several):
         kinds = ", ".join(type(one).__name__ for one in several) or "none"
         raise ValueError(
@@ -67,7 +72,7 @@ class Steps:
         self._model, self._verb = model, verb
         self._weights: dict[str, Weight] = {}
         self._parameters: dict[str, nn.Parameter] = {}  # as they were when they were added
-        self._watch = Watch(self, verb)
+        self._watch = Watch(self, model, verb)
         self.add(weights)
 
     def add(self, weights: Mapping[str, Weight]) -> None:
@@ -84,7 +89,7 @@ class Steps:
 
     def watch(self, weights: Mapping[str, Weight]) -> None:
         """Refuse steps of other optimizers that update these weights."""
-        self._watch.add({name: p for name, w in weights.items() if (p := w.parameter) is not None})
+        self._watch.add(weights)
 
     def require(self, counts: Sequence[int]) -> None:
         """Raise unless a run may go on with these counts of steps.
@@ -204,20 +209,26 @@ def _is_skipped(optimizer: Optimizer) -> bool:
 class Watch:
     """Raises before an optimizer that was not given updates one of these weights.
 
-    It knows weights and optimizers weakly, and ends with the weights.
+    Nor may it update what has taken the place of one, as a sharded parameter does. Weights, model
+    and optimizers are known weakly: the watch ends with the weights and the model.
     """
 
-    def __init__(self, steps: Steps, verb: str) -> None:
+    def __init__(self, steps: Steps, model: nn.Module, verb: str) -> None:
         self._optimizers, self.verb = steps.optimizers, verb
         self._steps = weakref.ref(steps)
+        self._model = weakref.ref(model, self._end_without)
         self._names: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
+        self._places: dict[tuple[str, str], str] = {}
         self._handle = _optimizer.register_optimizer_step_pre_hook(self)
 
-    def add(self, weights: Mapping[str, nn.Parameter]) -> None:
-        for name, parameter in weights.items():
+    def add(self, weights: Mapping[str, Weight]) -> None:
+        for weight in weights.values():
+            if (parameter := weight.parameter) is None:
+                continue
             key = id(parameter)
+            self._places.setdefault((weight.path, weight.parameter_key), weight.name)
             if key not in self._names:
-                self._names[key] = weakref.ref(parameter, partial(self._forget, key)), name
+                self._names[key] = weakref.ref(parameter, partial(self._forget, key)), weight.name
 
     def end(self) -> None:
         """Watch no more."""
@@ -234,23 +245,44 @@ class Watch:
         return bool(self._optimizers)
 
     def watched(self, parameters: Mapping[int, Tensor]) -> str | None:
-        """The name of the first of these parameters that is watched."""
+        """The name of the first of these parameters that is watched, or in the place of one."""
+        return self._by_identity(parameters) or self._by_place(parameters)
+
+    def _by_identity(self, parameters: Mapping[int, Tensor]) -> str | None:
         return next((self._names[key][1] for key in parameters if key in self._names), None)
+
+    def _by_place(self, parameters: Mapping[int, Tensor]) -> str | None:
+        model = self._model()
+        for (path, key), name in self._places.items() if model is not None else ():
+            with contextlib.suppress(AttributeError):  # there is no such module any more
+                assert model is not None
+                if id(model.get_submodule(path)._parameters.get(key)) in parameters:
+                    return name
+        return None
 
     def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if optimizer in self._optimizers:
             return
-        if name := self.watched(parameters_of(optimizer)):
+        own, kind = parameters_of(optimizer), type(optimizer).__name__
+        if name := self._by_identity(own):
             owner = "another optimizer" if self.is_on() else "an optimizer that is gone"
             raise ValueError(
-                f"{self.verb} was given {owner}, and this {type(optimizer).__name__} updates "
-                f"{name}: give it all optimizers of the model, {self.verb}(model, [a, b]), or end "
-                "it with secateur.train.release(model)"
+                f"{self.verb} was given {owner}, and this {kind} updates {name}: give it all "
+                f"optimizers of the model, {self.verb}(model, [a, b]), or end it with "
+                "secateur.train.release(model)"
+            )
+        if name := self._by_place(own):
+            raise ValueError(
+                f"{name} has been replaced since {self.verb} began, and this {kind} updates what "
+                "is there now: end it with secateur.train.release(model) and begin anew"
             )
 
     def _forget(self, key: int, gone: object) -> None:
         self._names.pop(key, None)
-        if not self._names:
+        self._end_without(gone)
+
+    def _end_without(self, gone: object) -> None:
+        if not self._names and self._model() is None:
             self.end()
 
 

@@ -31,6 +31,11 @@ class Weight:
         return f"{self.path}{inner}.{self.key}".removeprefix(".")
 
     @property
+    def parameter_key(self) -> str:
+        """The name of the parameter in the module that has it."""
+        return self.module.stack if isinstance(self.module, Expert) else self.key
+
+    @property
     def owner(self) -> nn.Module:
         """The module that has the parameter."""
         return self.module.owner if isinstance(self.module, Expert) else self.module

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -271,7 +272,7 @@ def test_an_optimizer_that_was_not_given_takes_no_step_of_weights_with_zeros() -
         before = model[2].weight.detach().clone()
         with pytest.raises(
             ValueError,
-            match=r"given another optimizer, and this SGD updates 2: .* hold\(model, \[a",
+            match=r"given another optimizer, and this SGD updates 2.weight: .* hold\(model, \[a",
         ):
             other.step()
         assert torch.equal(model[2].weight, before)
@@ -314,7 +315,9 @@ def test_a_model_is_held_once_at_a_time() -> None:
         lambda: movement(model, sc.plan(model, "2:4"), optimizer, constant(0.5)),
         lambda: sc.distil_(model, copy.deepcopy(model), [torch.randn(4, 16)], steps=1),
     ):
-        with pytest.raises(ValueError, match=r"0 is held already: call release\(\) of what hold"):
+        with pytest.raises(
+            ValueError, match=r"0.weight is held already: call release\(\) of what hold"
+        ):
             verb()
     held.release()
     sc.hold(model, optimizer)
@@ -333,7 +336,7 @@ def test_what_is_held_ends_with_its_optimizer() -> None:
     assert held() is not None
     hooks = len(_optimizer._global_optimizer_pre_hooks)
     del model, optimizer
-    assert held() is None and gone() is None
+    assert held() is None and gone() is None  # at once, without the garbage collector
     assert len(_optimizer._global_optimizer_pre_hooks) == hooks - 1
 
 
@@ -352,6 +355,30 @@ def test_parameters_that_were_replaced_are_named_before_the_step() -> None:
         with pytest.raises(ValueError, match=r"2.weight has been replaced since hold began"):
             optimizer.step()
         assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("kept", ["nothing", "what hold returned", "the optimizer"])
+def test_what_takes_a_held_weights_place_is_updated_by_no_new_optimizer(kept: str) -> None:
+    """As sharding does, after which the optimizer is made anew: nothing calls the first one."""
+    model = pruned()
+    first = sgd(model)
+    held = sc.hold(model, first)
+    if kept != "the optimizer":
+        del first
+    if kept != "what hold returned":
+        del held
+    for layer in (model[0], model[2]):
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    second = sgd(model)
+    with pytest.raises(ValueError, match=r"0.weight has been replaced since hold began, and this"):
+        train(model, second, 1)
+    if kept == "the optimizer":
+        with pytest.raises(ValueError, match=r"0.weight is held already"):
+            sc.hold(model, second)
+        release(model)
+    with sc.hold(model, second):
+        train(model, second, 1)
+    assert sc.check(model, "2:4") == {"0": 0.5, "2": 0.5}
 
 
 def test_weights_that_left_the_optimizer_are_missed() -> None:
@@ -385,6 +412,8 @@ def test_what_is_no_optimizer_is_refused() -> None:
     for other in ([], "sgd", [sgd(pruned()), None]):
         with pytest.raises(ValueError, match=r"needs a torch.optim.Optimizer or a list of them"):
             as_optimizers(other)
+    lightning = SimpleNamespace(optimizer=(inner := sgd(pruned())))
+    assert as_optimizers([lightning]) == [inner]
 
 
 def stand_in(package: str, name: str, base: type) -> type:

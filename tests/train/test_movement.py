@@ -229,6 +229,8 @@ def test_a_frozen_layer_and_one_that_is_held_are_refused() -> None:
     net[0].weight.requires_grad_()
     with (
         movement(net, plan, optimizer, constant(0.5)),
-        pytest.raises(ValueError, match="0 is held already: call release.. of what movement"),
+        pytest.raises(
+            ValueError, match="0.weight is held already: call release.. of what movement"
+        ),
     ):
         movement(net, plan, optimizer, constant(0.5))
