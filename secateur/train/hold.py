@@ -182,13 +182,15 @@ class Held:
         inside = model.module if isinstance(model, AveragedModel) else model
         others = weights_of_model(unwrapped(inside))
         for name, mask in self.masks.items():
-            if name not in others or others[name].tensor().shape != mask.shape:
+            parameter = others[name].parameter if name in others else None
+            if parameter is None or others[name].tensor().shape != mask.shape:
                 raise ValueError(
                     f"the masks are of another model, this {type(model).__name__} has no {name} of "
                     f"shape {tuple(mask.shape)}: give a copy or an average of the model"
                 )
         for name, mask in self.masks.items():
-            zero_(others[name].tensor(), mask)
+            tensor = others[name].tensor()
+            zero_(tensor, laid_out(mask, tensor))  # averages may be on another device
 
     # --- in a checkpoint -------------------------------------------------------------------------
 
@@ -230,9 +232,12 @@ class Held:
         if isinstance(self._rule, Resumable):
             self._rule.load_state_dict(state["rule"])
         self._steps.counts = list(state["steps"])
+        new = [name for name in masks if name not in self._weights]
         self._steps.drop([name for name in self._weights if name not in masks])
         self._steps.add({name: weights[name] for name in masks})
         self._weights, self.masks = {name: weights[name] for name in masks}, masks
+        if self._is_early:
+            self._mask_early(new)
         for name in back:
             zero_(weights[name].tensor(), masks[name])
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import optimizer as _optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -535,6 +536,24 @@ def test_a_kept_weight_that_is_zero_by_chance_is_kept_after_resuming() -> None:
     assert sc.check(model, sc.plan(model, {"0": "2:4", "2": "2:4"}))
 
 
+def test_a_layer_whose_zeros_are_all_gone_is_held_by_its_state() -> None:
+    model = pruned()
+    optimizer = sgd(model)
+    held = sc.hold(model, optimizer)
+    state = held.state_dict()
+    held.release()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    held = sc.hold(model, optimizer)
+    assert list(held.masks) == ["2"]
+    held.mask_gradients_early()
+    held.load_state_dict(state, reapply=True)
+    model(torch.randn(8, 16)).sum().backward()
+    assert not model[0].weight.grad[~held.masks["0"]].any() and model[0].weight.grad.any()
+    train(model, optimizer, 1)
+    assert sc.check(model, "2:4") == {"0": 0.5, "2": 0.5}
+
+
 def test_a_state_that_does_not_belong_here_changes_nothing() -> None:
     model = pruned()
     optimizer = sgd(model)
@@ -626,8 +645,11 @@ def test_masks_go_onto_an_average_whose_steps_had_others() -> None:
     held.apply_(average)
     assert sc.check(average.module, plan) == {"0": 0.75, "2": 0.75}
     assert torch.equal(average.module[0].weight[held.masks["0"]], kept)
-    with pytest.raises(ValueError, match=r"this Linear has no 0 of shape \(32, 16\): give a copy"):
-        held.apply_(nn.Linear(3, 3))
+    masked = pruned()
+    prune.l1_unstructured(masked[0], "weight", 0.5)
+    for other in (nn.Linear(3, 3), masked):
+        with pytest.raises(ValueError, match=r"has no 0 of shape \(32, 16\): give a copy"):
+            held.apply_(other)
 
 
 @pytest.mark.parametrize("way", ["frozen", "elsewhere"])
