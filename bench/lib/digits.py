@@ -109,8 +109,7 @@ def digits(seed: int) -> Digits:
 def train(model: nn.Module, data: Digits, epochs: int, rate: float, seed: int, held: bool) -> None:
     """Train the model by AdamW, the rate falling to 0, its zeros held if it has some."""
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
-    if held:
-        sc.hold(model, optimizer)
+    masks = sc.hold(model, optimizer) if held else None
     steps = epochs * -(-len(data.pixels) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
@@ -121,6 +120,8 @@ def train(model: nn.Module, data: Digits, epochs: int, rate: float, seed: int, h
             functional.cross_entropy(model(data.pixels[batch]), data.labels[batch]).backward()
             optimizer.step()
             schedule.step()
+    if masks is not None:
+        masks.release()
     model.eval()
 
 

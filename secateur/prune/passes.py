@@ -38,6 +38,7 @@ from secateur.prune.report import LayerResult, PruneReport
 from secateur.reconstruct import Blockwise, Solution
 from secateur.reconstruct.estimate import foretold
 from secateur.reconstruct.methods import Method, bind_algorithm, naming
+from secateur.train.steps import require_not_held
 from secateur.train.together import held_out_loss, train_together_
 
 
@@ -230,6 +231,7 @@ def _prepared(
     with the_pass.team.raising_together():
         layers = match(the_pass.model, the_pass.plan)
         require_sound(layers)
+        require_not_held(the_pass.model)
         _require_data(the_pass, batches)
         if the_pass.blockwise:
             require_no_experts(layers, the_pass.name)

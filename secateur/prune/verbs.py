@@ -51,8 +51,8 @@ def prune_(
     Error: with several processes, the order in which float32 sums are added up.
     Raises:
         ValueError: before anything is changed, if the plan is for another model, weights are not
-            finite or are parametrized, or data is needed and missing. Whatever is raised, also by
-            Ctrl-C, the model is left as it was.
+            finite, are parametrized or are held in training, or data is needed and missing.
+            Whatever is raised, also by Ctrl-C, the model is left as it was.
         MemoryError: if a layer, which is named, needs more memory than there is; on a GPU it is a
             torch.OutOfMemoryError.
     """

@@ -6,6 +6,7 @@ raises before an optimizer updates a watched weight without having been given.
 """
 
 import contextlib
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
@@ -241,7 +242,13 @@ class Watch:
             steps.release()
 
     def is_on(self) -> bool:
-        """Whether an optimizer is left that may update the weights."""
+        """Whether an optimizer is left that may update the weights.
+
+        A trainer and its optimizer that refer to each other outlive the function that made them
+        until garbage is collected.
+        """
+        if self._optimizers:
+            gc.collect()
         return bool(self._optimizers)
 
     def watched(self, parameters: Mapping[int, Tensor]) -> str | None:
@@ -308,6 +315,22 @@ def require_free(weights: Mapping[str, nn.Parameter]) -> None:
                 "secateur.train.release(model); several optimizers go into one call, [a, b]"
             )
         watch.end()
+
+
+def require_not_held(model: nn.Module) -> None:
+    """Raise if the model is held, so that zeros that were made now would be lost in training.
+
+    Raises: ValueError with the name of a held weight.
+    """
+    parameters = list(model.parameters())
+    for watch in _watches_of(parameters):
+        if watch.is_on():
+            name = watch.watched({id(p): p for p in parameters})
+            raise ValueError(
+                f"{name} is held with the zeros that it had, new ones would be lost: call "
+                f"release() of what {watch.verb} returned, or secateur.train.release(model), and "
+                "hold the model anew once it is pruned"
+            )
 
 
 def _watches_of(parameters: Iterable[Tensor]) -> list[Watch]:

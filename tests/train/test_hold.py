@@ -1,6 +1,7 @@
 """Holding zeros through training, whatever the optimizer does."""
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
@@ -327,6 +328,49 @@ def test_a_model_is_held_once_at_a_time() -> None:
     sc.hold(model, optimizer)
     train(model, optimizer, 1)
     assert sc.check(model, "2:4") == {"0": 0.5, "2": 0.5}
+
+
+def test_a_model_is_not_pruned_further_while_it_is_held() -> None:
+    """Its new zeros would not be in the masks."""
+    model = pruned()
+    optimizer = sgd(model)
+    held = sc.hold(model, optimizer)
+    before = model[2].weight.detach().clone()
+    data = [torch.randn(8, 16) for _ in range(4)]
+    for verb in (
+        lambda: sc.prune_(model, "1:4"),
+        lambda: sc.prune_(model, sc.plan(model, {"2": "1:4"})),
+        lambda: sc.reconstruct_(model, "1:4", sc.thorough, data),
+    ):
+        with pytest.raises(ValueError, match=r"0.weight is held .*, new ones would be lost: call"):
+            verb()
+        assert torch.equal(model[2].weight, before)
+    held.release()
+    sc.prune_(model, "1:4")
+    sc.hold(model, optimizer)
+    train(model, optimizer, 1)
+    assert sc.check(model, "1:4") == {"0": 0.75, "2": 0.75}
+
+
+def test_a_function_that_trained_leaves_nothing_held() -> None:
+    """What refers to an optimizer and is referred to keeps it until garbage is collected."""
+
+    def trained(model: nn.Module) -> None:
+        optimizer = sgd(model)
+        optimizer.trainer = SimpleNamespace(optimizer=optimizer)
+        sc.hold(model, optimizer)
+        train(model, optimizer, 1)
+
+    model = pruned()
+    gc.disable()
+    try:
+        trained(model)
+        trained(model)
+        sc.prune_(model, "1:4")
+        trained(model)
+    finally:
+        gc.enable()
+    assert sc.check(model, "1:4") == {"0": 0.75, "2": 0.75}
 
 
 def test_what_is_held_ends_with_its_optimizer() -> None:
