@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -208,7 +209,7 @@ def test_what_stands_for_a_layer_meanwhile_is_left_alone_by_initialisation() -> 
     model = packed()
     description = model.config.quantization_config.packed[LAYER]
     stored = quantizer._Stored(model, LAYER, dict(description), False)
-    transformers.initialization.xavier_uniform_(stored.weight)
+    import_module("transformers.initialization").xavier_uniform_(stored.weight)
     assert not isinstance(stored, nn.Linear) and not list(stored.parameters())
     assert all(tensor.is_meta for tensor in stored.buffers())
 
