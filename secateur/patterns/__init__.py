@@ -2,7 +2,7 @@
 
 from secateur.patterns.block import Block
 from secateur.patterns.channel import Channel
-from secateur.patterns.grids import Fp8, Grid, Int4, Int8
+from secateur.patterns.grids import Fp8, Grid, Int2, Int3, Int4, Int8
 from secateur.patterns.keep import keep_top
 from secateur.patterns.nm import NM
 from secateur.patterns.parse import as_pattern, parse
@@ -15,6 +15,8 @@ __all__ = [
     "Channel",
     "Fp8",
     "Grid",
+    "Int2",
+    "Int3",
     "Int4",
     "Int8",
     "Pattern",

@@ -1,6 +1,7 @@
 """Quantisation grids: the numbers that a weight may take, as scale x code.
 
-A grid is passed by value: `Int4(group_size=128)`, `Int8()`, `Fp8()`. Scales are rounded to the
+A grid is passed by value: `Int4(group_size=128)`, `Int8()`, `Fp8()`; `Int3` and `Int2` are for
+measuring what fewer bits cost, and no format packs them. Scales are rounded to the
 weight's dtype *before* codes are chosen, so that what is stored is what was chosen for. No grid has
 a zero point: a zero weight has code 0 and stays zero, as sparse formats need.
 
@@ -28,6 +29,7 @@ PROBED = 32  # columns of a group that are looked at before all of them are
 # and below the last nothing was gained on normal and heavy-tailed weights, but for 4 bits with one
 # scale for thousands of heavy-tailed weights. For 8 bits the gain is small altogether.
 INT4_CLIPS = tuple(1 - step / 40 for step in range(29))  # 1.0 to 0.3
+FEWER_CLIPS = tuple(1 - step / 40 for step in range(37))  # 1.0 to 0.1, for 2 and 3 bits
 INT8_CLIPS = tuple(1 - step / 40 for step in range(11))  # 1.0 to 0.75
 FP8_CLIPS = tuple(1 - step / 16 for step in range(8))  # 1.0 to 0.56: one power of two repeats
 
@@ -39,7 +41,7 @@ class Grid:
     Codes are `code_dtype` numbers of at most `largest` in magnitude, `bits` each: all integers
     there, or all e4m3 floats. A group is `group_size` consecutive inputs of an output, kept or
     pruned, the last may be shorter; None is all inputs of an output. Grids with the same codes and
-    groups are equal. `Int4`, `Int8` and `Fp8` make them.
+    groups are equal. `Int2`, `Int3`, `Int4`, `Int8` and `Fp8` make them.
     """
 
     name: str
@@ -110,12 +112,25 @@ def Int4(group_size: int | None = 128) -> Grid:
 
     Raises: ValueError for a group_size below 1.
     """
-    if group_size is not None and group_size < 1:
-        raise ValueError(
-            f"Int4 needs a group_size of at least 1, got {group_size}: "
-            "pass None for one scale per output"
-        )
-    return Grid("int4", 4, 7.0, group_size, torch.int8, INT4_CLIPS)
+    return _of_groups(4, group_size, INT4_CLIPS)
+
+
+def Int3(group_size: int | None = 128) -> Grid:
+    """The grid of codes -3 to 3, with scales and groups as `Int4` has them. No format packs it.
+
+    Raises: ValueError for a group_size below 1.
+    """
+    return _of_groups(3, group_size, FEWER_CLIPS)
+
+
+def Int2(group_size: int | None = 128) -> Grid:
+    """The grid of the codes -1, 0 and 1, with scales and groups as `Int4` has them.
+
+    Without a zero point three of the four values of 2 bits are used. No format packs it.
+
+    Raises: ValueError for a group_size below 1.
+    """
+    return _of_groups(2, group_size, FEWER_CLIPS)
 
 
 def Int8() -> Grid:
@@ -126,6 +141,17 @@ def Int8() -> Grid:
 def Fp8() -> Grid:
     """The grid of 8-bit floats (e4m3fn: magnitudes up to 448), a scale for every output."""
     return Grid("fp8", 8, 448.0, None, torch.float8_e4m3fn, FP8_CLIPS)
+
+
+def _of_groups(bits: int, group_size: int | None, clips: tuple[float, ...]) -> Grid:
+    """The symmetric grid of integers of so few bits that groups need scales of their own."""
+    name = f"int{bits}"
+    if group_size is not None and group_size < 1:
+        raise ValueError(
+            f"{name.capitalize()} needs a group_size of at least 1, got {group_size}: "
+            "pass None for one scale per output"
+        )
+    return Grid(name, bits, 2.0 ** (bits - 1) - 1, group_size, torch.int8, clips)
 
 
 @cache
