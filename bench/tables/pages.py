@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.tables.accuracy import accuracy_all
 from bench.tables.allocation import allocation, budget
+from bench.tables.bytes import bytes_
 from bench.tables.costs import announced, cost, seconds
 from bench.tables.cuts import cuts, cuts_short
 from bench.tables.decode import decode, decode_short
@@ -32,6 +33,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "allocation": allocation,
     "announced": announced,
     "budget": budget,
+    "bytes": bytes_,
     "cost": cost,
     "cuts": cuts,
     "cuts-short": cuts_short,

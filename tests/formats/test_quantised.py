@@ -7,7 +7,7 @@ import secateur as sc
 from secateur.formats import SparseLinear, describe, empty_from, parse_format
 from secateur.formats.format import FORMATS
 from secateur.formats.quantised import Quantised
-from secateur.patterns.grids import Grid
+from secateur.patterns.grids import Grid, Int2, Int3
 from tests.formats.weights import changed, exact_linear, tokens_in
 
 UNNAMED = (
@@ -70,6 +70,13 @@ def test_an_odd_number_of_4_bit_codes_ends_on_half_a_byte() -> None:
     ("grid", "pattern", "rounds_inputs", "message"),
     [
         (sc.Int8(), sc.NM(4, 8), False, "stores every weight or 2:4, got 4:8: pass pattern=None"),
+        (
+            Int3(),
+            sc.NM(2, 4),
+            False,
+            r"codes of 4 or 8 bits, got Int3\(group_size=128\): pass Int4",
+        ),
+        (Int2(None), None, True, r"codes of 4 or 8 bits, got Int2\(group_size=None\): pass Int4"),
         (sc.Int4(64), None, False, "int4 needs a group_size of 128, or None .* got 64"),
         (sc.Int4(), None, True, "int4_dynamic needs one scale per output, got one for every 128"),
     ],

@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import secateur as sc
-from secateur.patterns import grids
+from secateur.patterns import Int2, Int3, grids
 from secateur.patterns.grids import Grid
 
-GRIDS: tuple[Grid, ...] = (sc.Int4(), sc.Int4(None), sc.Int4(20), sc.Int8(), sc.Fp8())
+GRIDS: tuple[Grid, ...] = (
+    *(sc.Int4(), sc.Int4(None), sc.Int4(20), sc.Int8(), sc.Fp8()),
+    *(Int3(), Int2()),
+)
 NAMES = tuple(map(repr, GRIDS))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,6 +30,8 @@ def levels(grid: Grid) -> Tensor:
     """Every code of the grid, in float32, written out from its definition."""
     if grid.name == "int4":
         return torch.arange(-7.0, 8.0)
+    if grid.name in ("int2", "int3"):
+        return torch.arange(-1.0, 2.0) if grid.name == "int2" else torch.arange(-3.0, 4.0)
     if grid.name == "int8":
         return torch.arange(-127.0, 128.0)
     fractions = [m / 8 * 2.0**-6 for m in range(8)]  # subnormal
@@ -145,6 +150,41 @@ def test_the_search_never_loses_to_the_largest_magnitude(grid: Grid) -> None:
         assert float(searched.sum()) < 0.95 * float(error(grid, weight, plain).sum())
 
 
+def test_int3_and_int2_by_hand() -> None:
+    weight, scales = torch.tensor([[6.0, -3.2, 0.9, -1.1, 0.0, 5.0]]), torch.tensor([[2.0]])
+    assert Int3().codes(weight, scales).tolist() == [[3, -2, 0, -1, 0, 2]]  # 2.5 is a tie: to even
+    assert Int2().codes(weight, scales).tolist() == [[1, -1, 0, -1, 0, 1]]
+    assert (repr(Int3()), repr(Int2(None))) == ("Int3(group_size=128)", "Int2(group_size=None)")
+    assert Int3() != sc.Int4() and Int3(64) != Int3() == Int3(128)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(DTYPES), heavy=st.booleans())
+def test_rounding_is_off_by_half_a_step_and_by_more_with_fewer_bits(
+    seed: int, dtype: torch.dtype, heavy: bool
+) -> None:
+    """Half a step of what is not cut off, and nothing is cut off at the largest magnitude."""
+    weight = random_weight(6, 260, seed)
+    weight = (weight**3 if heavy else weight).to(dtype)
+    norms = []
+    for grid in (sc.Int4(), Int3(), Int2()):
+        scales = grid.scales(weight)
+        codes = grid.codes(weight, scales)
+        largest = 2 ** (grid.bits - 1) - 1
+        assert int(codes.abs().max()) <= largest
+        step = scales.float().repeat_interleave(128, dim=1)[:, :260]
+        off = (grid.dequantised(codes, scales) - weight.float()).abs()
+        within = weight.float().abs() <= (largest + 0.5) * step
+        assert bool((off <= step / 2 * (1 + 1e-5))[within].all())
+        assert bool((codes.abs() == largest)[~within].all())
+        norms.append(float(off.square().sum().sqrt()))
+        plain = torch.stack([p.float().abs().amax(1) for p in weight.split(128, 1)], 1) / largest
+        worst = (grid.dequantised(grid.codes(weight, plain), plain) - weight.float()).abs()
+        spread = plain.repeat_interleave(128, dim=1)[:, :260]
+        assert bool((worst <= spread / 2 * (1 + 1e-5)).all())
+    assert norms[0] < norms[1] < norms[2]
+
+
 def test_curvature_moves_the_scales_to_where_errors_cost() -> None:
     weight = random_weight(16, 256)
     curvature = torch.ones(256)
@@ -211,3 +251,5 @@ def test_other_dtypes_and_group_sizes_are_refused() -> None:
         sc.Int8().scales(torch.zeros(4, 8, dtype=torch.float64))
     with pytest.raises(ValueError, match="Int4 needs a group_size of at least 1, got 0"):
         sc.Int4(0)
+    with pytest.raises(ValueError, match="Int2 needs a group_size of at least 1, got -1"):
+        Int2(-1)

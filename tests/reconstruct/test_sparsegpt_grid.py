@@ -4,14 +4,17 @@ import functools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.patterns import Pattern
+from secateur.patterns import Int2, Int3, Pattern
 from secateur.patterns.grids import Grid
 from tests.reconstruct.problems import output_error, problem
 
-GRIDS: tuple[Grid, ...] = (sc.Int4(), sc.Int4(None), sc.Int8(), sc.Fp8())
+PACKED: tuple[Grid, ...] = (sc.Int4(), sc.Int4(None), sc.Int8(), sc.Fp8())
+GRIDS = (*PACKED, Int3(), Int2())
 FORMATS = ("semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8")
 DENSE = sc.Unstructured(0.0)
 
@@ -19,7 +22,7 @@ DENSE = sc.Unstructured(0.0)
 def nearest(grid: Grid, ratio: Tensor) -> Tensor:
     if grid.name == "fp8":
         return ratio.clamp(-448, 448).float().to(torch.float8_e4m3fn).double()
-    largest = 7 if grid.name == "int4" else 127
+    largest = {"int2": 1, "int3": 3, "int4": 7, "int8": 127}[grid.name]
     return ratio.round().clamp(-largest, largest)
 
 
@@ -94,6 +97,8 @@ def rounded_after(weight: Tensor, gram: Tensor, pattern: Pattern, grid: Grid) ->
         (sc.NM(2, 4), sc.Int8(), 1.02),
         (sc.NM(2, 4), sc.Fp8(), 1.01),
         (DENSE, sc.Int4(), 0.35),
+        (DENSE, Int3(), 0.35),
+        (DENSE, Int2(), 0.4),
         (DENSE, sc.Int8(), 0.35),
         (DENSE, sc.Fp8(), 0.35),
     ],
@@ -110,6 +115,19 @@ def test_loses_less_output_than_rounding_afterwards(
         jointly += output_error(weight, joint.weight, gram)
         afterwards += output_error(weight, rounded_after(weight, gram, pattern, grid), gram)
     assert jointly < factor * afterwards
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**16), grid=st.sampled_from(GRIDS))
+def test_dense_weights_lose_no_more_than_rounding_to_nearest(seed: int, grid: Grid) -> None:
+    """On the statistic that the walk is given; every weight is kept."""
+    weight, gram = problem(rows=16, columns=192, seed=seed)
+    solution = sc.sparsegpt(weight, gram, DENSE, grid=grid)
+    assert bool(solution.mask.all())
+    scales = grid.scales(weight)
+    nearest = grid.dequantised(grid.codes(weight, scales), scales)
+    own, others = (output_error(weight, w, gram) for w in (solution.weight, nearest))
+    assert own < others
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -166,7 +184,7 @@ def model_and_batches(dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("grid", "format"), list(zip(GRIDS, FORMATS, strict=True)), ids=str)
+@pytest.mark.parametrize(("grid", "format"), list(zip(PACKED, FORMATS, strict=True)), ids=str)
 def test_packing_finds_the_grid_again_and_loses_nothing(
     grid: Grid, format: str, dtype: torch.dtype
 ) -> None:

@@ -39,8 +39,8 @@ class Quantised:
     With `rounds_inputs` the linear rounds each token to 8-bit codes, too, with a scale of its own
     (`dynamic.py`), and multiplies codes.
 
-    Raises: ValueError for another pattern than 2:4, another group_size than 128 or None, and groups
-        where inputs are rounded.
+    Raises: ValueError for codes of other than 4 or 8 bits, another pattern than 2:4, another
+        group_size than 128 or None, and groups where inputs are rounded.
     """
 
     grid: Grid
@@ -52,6 +52,11 @@ class Quantised:
     prune_to = ""
 
     def __post_init__(self) -> None:
+        if self.grid.bits not in (4, 8):
+            raise ValueError(
+                f"a quantised format stores codes of 4 or 8 bits, got {self.grid!r}: pass Int4(), "
+                "Int8() or Fp8()"
+            )
         if self.pattern not in (None, TWO_OF_FOUR):
             raise ValueError(
                 f"a quantised format stores every weight or 2:4, got {self.pattern}: "

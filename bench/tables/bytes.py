@@ -1,0 +1,58 @@
+"""The table of loss against bits a weight, sparse weights beside dense quantised ones."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.lib.results import Row, every
+from bench.tables.markdown import page, runs
+
+HEADS = (
+    *("weights", "bits a weight", "loss over dense, nats", "KL to dense", "top-1 as dense"),
+    "least KL of a dense grid in no more bits",
+)
+DENSE = "dense "  # how the names of recipes without zeros begin
+EQUAL = 1e-6  # bits
+
+
+def bytes_(results: Path) -> str:
+    """For each device, model and data, every recipe of its last run, those that lose too."""
+    return "\n".join(map(_table, latest(results)))
+
+
+def latest(results: Path) -> list[list[Row]]:
+    """For each device, model, calibration and validation, the row of each recipe's last run."""
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    of_case = "device", "model", "calibration_rows", "seed", "validation_rows"
+    for rows in every(results, "bytes"):
+        for row in rows:
+            cases.setdefault(tuple(row[name] for name in of_case), {})[row["recipe"]] = row
+    return [list(rows.values()) for rows in cases.values()]
+
+
+def _table(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    ordered = sorted(rows, key=lambda row: (-float(row["bits"]), float(row["kl"])))
+    origin = (
+        f"{first['model']}, the linear layers of its blocks; {first['calibration_rows']} "
+        f"calibration rows of {first['documents']} documents, {first['validation_rows']} "
+        f"validation rows; {first['device']}, torch {first['torch']}, {runs(rows)}, "
+        "`python -m bench.run.bytes`."
+    )
+    return page(HEADS, [_line(row, rows) for row in ordered], origin)
+
+
+def _line(row: Row, rows: Sequence[Row]) -> list[str]:
+    measured = [f"{float(row['dnll']):.3f}", f"{float(row['kl']):.3f}", f"{float(row['top1']):.1%}"]
+    return [row["recipe"], f"{float(row['bits']):.3f}", *measured, _opponent(row, rows)]
+
+
+def _opponent(row: Row, rows: Sequence[Row]) -> str:
+    """The dense recipe that a sparse one has to beat, if there is one of so few bits."""
+    if row["recipe"].startswith(DENSE):
+        return ""
+    most = float(row["bits"]) + EQUAL
+    dense = [r for r in rows if r["recipe"].startswith(DENSE) and float(r["bits"]) <= most]
+    if not dense:
+        return "none measured"
+    best = min(dense, key=lambda r: float(r["kl"]))
+    return f"{best['recipe']}: {float(best['kl']):.3f}"
