@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from secateur.core.weights import is_adapters
+
 # Reasons of the parameters that belong to no layer with a matrix.
 VECTORS = "vectors: biases, norms and the like"
 EMBEDDINGS = "embeddings"
+ADAPTERS = "adapters, which stay beside the model"
 EXPERTS = "experts: 3-D parameters, a matrix for each expert"
+NO_MATRICES = (VECTORS, ADAPTERS)  # of the model, that somebody could have meant
 
 SLIGHT = 0.01  # of the matrices: a user who covers less has most likely meant more
 TOLD = 3  # reasons in a sentence, the largest ones
@@ -29,7 +33,8 @@ def left_alone(
     for name, parameter in model.named_parameters():
         owner, _, _ = name.rpartition(".")
         if not is_lazy(parameter) and (rest := parameter.numel() - covered.get(name, 0)) > 0:
-            left[_reason(modules[owner], parameter, skipped.get(owner))] += rest
+            why = _reason(modules[owner], parameter, skipped.get(owner))
+            left[ADAPTERS if is_adapters(model, name) else why] += rest
     return dict(left.most_common())
 
 
@@ -48,8 +53,8 @@ def coverage(verb: str, covered: int, left: Mapping[str, int]) -> str:
 
 
 def is_slight(covered: int, left: Mapping[str, int]) -> bool:
-    """Whether hardly any of what could have been meant is covered: of all but the vectors."""
-    matrices = covered + sum(n for why, n in left.items() if why != VECTORS)
+    """Whether hardly any of what could have been meant is covered: of the model's matrices."""
+    matrices = covered + sum(n for why, n in left.items() if why not in NO_MATRICES)
     return covered < SLIGHT * matrices
 
 

@@ -14,6 +14,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from secateur.core.wrappers import base_name, under_adapter
+
 # The dtypes in which weights are pruned and trained: others lose small steps and sums.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -194,24 +196,34 @@ def _shares_elements(tensor: Tensor) -> bool:
 
 # --- adapters ------------------------------------------------------------------------------------
 
+MODULES_TO_SAVE = "modules_to_save"  # PEFT's name for the copies, in its configs too
+DORMANT = "the adapter's copy in modules_to_save runs in its place"
+
 
 def adapters(model: nn.Module) -> dict[str, str]:
     """The modules that belong to an adapter and not to the adapted model, and what they are.
 
-    PEFT's layers name the children that do. Where those are a full copy of a module, the copy runs
-    and the original is dormant.
+    They are all that a module of PEFT's holds but for what it adapts, whatever the method. Where
+    that is a full copy of a module, the copy runs and the original is dormant.
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        own = getattr(module, "adapter_layer_names", ())
-        for child in own if isinstance(own, (tuple, list)) else ():
-            found |= dict.fromkeys(_inside(module, name, child), f"an adapter's weight ({child})")
-            if child == "modules_to_save":
-                what = "the adapter's copy in modules_to_save runs in its place"
-                found |= dict.fromkeys(_inside(module, name, "original_module"), what)
-        if any(part.startswith("lora_") for part in name.split(".")):  # so named without PEFT, too
+        base = under_adapter(module)
+        for child in module._modules if base is not None else ():
+            if child != base:
+                what = f"an adapter's weight ({child})"
+                found |= dict.fromkeys(_inside(module, name, child), what)
+            elif MODULES_TO_SAVE in module._modules:
+                found |= dict.fromkeys(_inside(module, name, child), DORMANT)
+        if is_adapters(model, name):  # also what is named so without PEFT
             found.setdefault(name, "an adapter's weight (LoRA)")
     return found
+
+
+def is_adapters(model: nn.Module, name: str) -> bool:
+    """Whether the module or parameter of this name belongs to an adapter."""
+    plain = base_name(model, name)
+    return plain is None or any(part.startswith("lora_") for part in plain.split("."))
 
 
 def _inside(module: nn.Module, prefix: str, child: str) -> Iterator[str]:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# What PEFT's modules call the module that they adapt: layers, copies of layers, whole models.
+ADAPTED = ("base_layer", "original_module", "base_model", "lora_model", "model")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -112,14 +114,15 @@ def adapted(model: nn.Module) -> nn.Module:
 def base_name(model: nn.Module, name: str) -> str | None:
     """The name without wrappers and without adapters; None for what belongs to an adapter.
 
-    `layers.0.base_layer.weight` is `layers.0.weight`.
+    `base_model.model.layers.0.base_layer.weight` is `layers.0.weight`.
     """
     kept: list[str] = []
     module: nn.Module | None = model
     for part in name.split("."):
-        inner = "" if module is None else wrapping(module)
-        if module is not None and not inner and (inner := _under_adapter(module)):
-            if part != inner:
+        inner: str | None = None if module is None else wrapping(module) or None
+        if module is not None and inner is None:
+            inner = under_adapter(module)
+            if inner is not None and part != inner:
                 return None
         if part != inner:
             kept.append(part)
@@ -128,11 +131,17 @@ def base_name(model: nn.Module, name: str) -> str | None:
     return ".".join(kept)
 
 
-def _under_adapter(module: nn.Module) -> str:
-    """The name of the child that a PEFT layer adapts; empty for other modules."""
-    if not isinstance(getattr(module, "adapter_layer_names", None), tuple | list):
-        return ""
-    return next((n for n in ("base_layer", "original_module") if n in module._modules), "")
+def under_adapter(module: nn.Module) -> str | None:
+    """The name of the child that PEFT's module adapts; None if it is not PEFT's.
+
+    All else in such a module is the adapter's, whatever the method; with "" all of it is.
+    """
+    marked = isinstance(getattr(module, "adapter_layer_names", None), tuple | list)
+    if not marked and not any(
+        c.__module__.partition(".")[0] == "peft" for c in type(module).__mro__
+    ):
+        return None
+    return next((name for name in ADAPTED if name in module._modules), "")
 
 
 def wrapping(module: nn.Module) -> str:

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from secateur.core.conv1d import is_conv1d
 from secateur.core.weights import adapters, require_module, require_ordinary, tied_weights
-from secateur.core.wrappers import unwrapped
+from secateur.core.wrappers import base_name, unwrapped
 from secateur.model.experts import Expert, experts_of
 from secateur.patterns import Pattern
 
@@ -177,9 +177,11 @@ def select(
     or a callable `(name, module) -> bool`. `None` means every Linear, Conv2d, Conv1D
     of GPT-2 and expert's matrix (`experts.down_proj.3`). A name or glob may be the weight's,
     `blocks.0.up_proj.weight`. Names are without the wrappers of `torch.compile`, `DataParallel` and
-    `DistributedDataParallel`. The output head and the weights of adapters (PEFT's) are skipped,
-    with the reason, unless named in full. So are weights that share memory with another and
-    convolutions that cannot be pruned; naming one is an error.
+    `DistributedDataParallel`, and may be without PEFT's: `*.q_proj` is the layer under an adapter
+    that PEFT calls `base_model.model.*.q_proj.base_layer`. The output head and the weights of
+    adapters (PEFT's, of every method) are skipped, with the reason, unless named in full. So are
+    weights that share memory with another and convolutions that cannot be pruned; naming one is an
+    error.
 
     Raises:
         ValueError: if the model is no ordinary module, a selector or an ignore matches nothing
@@ -212,14 +214,15 @@ def select_any(
         if isinstance(module, OTHER_CONVOLUTIONS) or _is_scripted(module)
     }
     modules = _in_order(model, layers_of(model) | others)
+    plain = {name: base_name(model, name) for name in modules}  # None for an adapter's
     default: list[Selector] = [by_default, *OTHER_CONVOLUTIONS, torch.jit.ScriptModule]
     chosen = default if selectors is None else _listed(selectors)
     ignored = _listed(ignore)
     if selectors is not None:
         for selector in chosen:
-            _require_match(model, modules, selector)
+            _require_match(model, modules, plain, selector)
     for selector in ignored:
-        _require_match(model, modules, selector)
+        _require_match(model, modules, plain, selector)
 
     shared = tied_weights(model)
     optional = dict.fromkeys(_output_heads(model), "output head") | adapters(model)
@@ -227,11 +230,12 @@ def select_any(
     matched_by: dict[str, int] = {}
     skipped: dict[str, str] = {}
     for name, module in modules.items():
-        index = next((i for i, s in enumerate(chosen) if _matches(s, name, module)), None)
+        names = _names_of(name, plain[name])
+        index = next((i for i, s in enumerate(chosen) if _matches(s, names, module)), None)
         if index is None:
             continue
-        named = _names(chosen[index], name)
-        if any(_matches(selector, name, module) for selector in ignored):
+        named = _names(chosen[index], names)
+        if any(_matches(selector, names, module) for selector in ignored):
             skipped[name] = "ignored"
         elif reason := why_not_prunable(module):
             if named:
@@ -270,25 +274,37 @@ def _listed(selectors: Selector | Iterable[Selector]) -> list[Selector]:
     return list(selectors)
 
 
-def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
+def _names_of(name: str, plain: str | None) -> tuple[str, ...]:
+    """What a layer may be called: its name in the model, and that without PEFT's wrappers."""
+    return (name,) if plain is None or plain == name else (name, plain)
+
+
+def _matches(selector: Selector, names: Sequence[str], module: nn.Module) -> bool:
     if isinstance(selector, type):
         return isinstance(module, selector)
     if callable(selector):
-        return bool(selector(name, module))
+        return bool(selector(names[0], module))
     if selector.startswith("re:"):
-        return re.search(selector[3:], name) is not None
-    if _names(selector, name) or fnmatch.fnmatchcase(name, selector):
+        return any(re.search(selector[3:], name) for name in names)
+    if _names(selector, names) or any(fnmatch.fnmatchcase(name, selector) for name in names):
         return True
-    return selector.endswith(".weight") and fnmatch.fnmatchcase(f"{name}.weight", selector)
+    return selector.endswith(".weight") and any(
+        fnmatch.fnmatchcase(f"{name}.weight", selector) for name in names
+    )
 
 
-def _names(selector: Selector, name: str) -> bool:
+def _names(selector: Selector, names: Sequence[str]) -> bool:
     """Whether the selector is the full name of the layer, or of its weight."""
-    return selector in (name, f"{name}.weight" if name else "weight")
+    return any(selector in (name, f"{name}.weight" if name else "weight") for name in names)
 
 
-def _require_match(model: nn.Module, modules: Mapping[str, nn.Module], selector: Selector) -> None:
-    if any(_matches(selector, name, module) for name, module in modules.items()):
+def _require_match(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    plain: Mapping[str, str | None],
+    selector: Selector,
+) -> None:
+    if any(_matches(selector, _names_of(n, plain[n]), module) for n, module in modules.items()):
         return
     if isinstance(selector, str):
         if isinstance(other := dict(model.named_modules()).get(selector), nn.Module):
@@ -328,7 +344,7 @@ def _corrected(selector: str, modules: Mapping[str, nn.Module]) -> str | None:
     for word in re.findall(r"\w+", selector.removeprefix("re:")):
         for close in difflib.get_close_matches(word, known, n=3) if word not in known else ():
             corrected = re.sub(rf"\b{word}\b", close, selector)
-            if any(_matches(corrected, name, module) for name, module in modules.items()):
+            if any(_matches(corrected, (name,), module) for name, module in modules.items()):
                 return corrected
     return None
 

@@ -16,7 +16,7 @@ from secateur.core.disk.atomic import write_whole
 from secateur.core.disk.data_files import first_fault, read_yaml
 from secateur.core.tables import text_table
 from secateur.core.weights import require_module, why_not_ordinary
-from secateur.core.wrappers import unwrapped
+from secateur.core.wrappers import base_name, unwrapped
 from secateur.model import layers as _layers
 from secateur.model.experts import parameter_name
 from secateur.model.layers import Selector
@@ -197,7 +197,9 @@ def as_plan(model: nn.Module, given: Plan | Pattern | str) -> Plan:
 
 
 def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The plan's layers in the model, in the model's order.
+    """The plan's layers in the model, by the plan's names and in the model's order.
+
+    A plan that was made without PEFT's adapters holds for the model with them.
 
     Raises:
         ValueError: if the plan was made for another model: layers are missing or have another
@@ -205,7 +207,7 @@ def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """
     require_module(model)
     model = unwrapped(model)
-    modules = _layers.layers_of(model)
+    modules = _named_as_in(plan, model)
     missing = [name for name in plan.layers if name not in modules]
     other = [
         f"{name} is {_shape(name, modules[name])}, planned {tuple(shape)}"
@@ -229,6 +231,15 @@ def match(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
             f"{'; '.join(parts)}: make a plan for this model"
         )
     return {name: module for name, module in modules.items() if name in plan.layers}
+
+
+def _named_as_in(plan: Plan, model: nn.Module) -> dict[str, nn.Module]:
+    """The model's layers, those under adapters without PEFT's names if the plan names them so."""
+    named: dict[str, nn.Module] = {}
+    for name, module in _layers.layers_of(model).items():
+        plain = None if name in plan.layers else base_name(model, name)
+        named[plain if plain is not None and plain in plan.layers else name] = module
+    return named
 
 
 def _shape(name: str, module: nn.Module) -> tuple[int, int]:
