@@ -139,7 +139,8 @@ class SparseLinear(nn.Linear):
             raise ValueError(
                 f"{self._title()} needs its weight left packed, got an assignment to .weight: "
                 "call unpack_(model) first and pack_ again afterwards; merging a dense adapter "
-                "would destroy the zeros, so keep the adapter beside the layer"
+                "would destroy the zeros, so keep the adapter beside the layer, or unpack and "
+                "merge by secateur.integrations.peft.merge_adapters_"
             )
         super().__setattr__(name, value)
 

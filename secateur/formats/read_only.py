@@ -42,7 +42,8 @@ class ReadOnlyWeight(Tensor):
             raise ValueError(
                 f"a packed weight is read-only, got a write by {name}: call unpack_(model) first "
                 "and pack_ again afterwards; merging a dense adapter would destroy the zeros, so "
-                "keep the adapter beside the layer"
+                "keep the adapter beside the layer, or unpack and merge by "
+                "secateur.integrations.peft.merge_adapters_"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **options)

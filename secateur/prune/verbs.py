@@ -115,6 +115,7 @@ def check(model: nn.Module, plan: Plan | Pattern | str) -> dict[str, float]:
         listed = "; ".join(f"{name} ({plan.layers[name]}) {why}" for name, why in broken.items())
         raise ValueError(
             f"{len(broken)} of {len(layers)} layers break the plan: {listed}. Zeros are lost by "
-            "training without sc.hold and by merging a dense adapter"
+            "training without sc.hold and by merging a dense adapter other than by "
+            "secateur.integrations.peft.merge_adapters_"
         )
     return {name: float((~mask).float().mean()) for name, mask in masks.items()}
