@@ -71,9 +71,10 @@ IN_OPTIONS = {
     r"\bunpack_(?:\(model\)| a packed model) first": (
         "write it with `secateur export --to dense` first"
     ),
-    r"cast it to bfloat16 or a wider dtype, layer\.weight = .*\), and quantise it afterwards": (
+    r"cast it to bfloat16 or a wider dtype, layer\.\S+ = .*\), and quantise it afterwards": (
         "prune the model that it was made from, and quantise it afterwards"
     ),
+    r" other than by\s+secateur\.integrations\.peft\.merge_adapters_": "",
     r"untie them first, layer\.weight = \S+": "untie them in Python first",
     r", or make copy\.deepcopy\(model\) work": "",
     r"load it with sc\.load\([^)]*\)": "write it with `secateur export --to dense` first",

@@ -111,6 +111,9 @@ def test_two_blocks_where_memory_and_registers_allow() -> None:
 def test_the_macros() -> None:
     macros = dict(RESIDENT.defines(case(tokens=2), portable=False))
     assert macros == {
+        "INPUT": 0,
+        "GATE": 0,
+        "ADD": 0,
         "KIND": 3,
         "GROUP_SCALES": 1,
         "HALF": 0,
