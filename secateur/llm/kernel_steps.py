@@ -27,7 +27,8 @@ State = tuple[tuple[int, int], ...]
 class Planned:
     """A plan, and of what: the addresses and versions of all tensors that its launches read.
 
-    In place of the plan there is a reason where the model turned out to compute something else.
+    In place of the plan there is a reason where the model turned out to compute something else, or
+    this GPU to take no such kernels.
     `text` stands for the one in the plan's memory; no reference to a model, which would keep it
     alive.
     """
@@ -135,7 +136,13 @@ class KernelSteps:
                 _plans[self._model] = kept
                 return kept, kept.plan
         del kept  # its memory is free for the new one's
-        return None, Plan.of(decoder, Memory.of(decoder, batch, slots))
+        try:
+            return None, Plan.of(decoder, Memory.of(decoder, batch, slots))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as problem:  # a kernel that this GPU does not take, most likely
+            _plans[self._model] = Planned(_state(decoder), str(problem).splitlines()[0])
+            raise
 
     def _compared(self, plan: Plan, logits: Tensor) -> Planned:
         """The plan, to be kept, once a step of it has given the model's own logits.

@@ -152,8 +152,13 @@ class Plans:
     model: nn.Module
     made: list[ModelPlan] = field(default_factory=list)
     wrong: bool = False
+    failure: RuntimeError | None = None
+    asked: int = 0
 
     def of(self, decoder: Decoder, memory: Memory) -> ModelPlan:
+        self.asked += 1
+        if self.failure is not None:
+            raise self.failure
         self.made.append(ModelPlan(self.model, decoder, memory, self.wrong))
         return self.made[-1]
 
@@ -218,6 +223,24 @@ def test_a_plan_with_other_logits_is_not_used_again(plans: Plans) -> None:
         assert "differ by 2.0e+00" in steps.about and steps.about.startswith(FORWARD)
         assert torch.equal(torch.cat([first[:, None], steps.greedy(first, 4)], 1), wanted)
     assert len(plans.made) == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "asked"),
+    [(RuntimeError("no such shared memory\nmore"), 1), (torch.OutOfMemoryError("no room"), 2)],
+)
+def test_what_a_gpu_does_not_take_is_asked_once_and_room_again(
+    plans: Plans, failure: RuntimeError, asked: int
+) -> None:
+    plans.failure = failure
+    model, ids = plans.model, ids_of(2, 9, "cpu")
+    wanted = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)[:, 9:]
+    for _ in range(2):
+        steps = KernelSteps(model)
+        first = steps.start(ids, None, 20).argmax(-1)
+        assert steps.about == f"{FORWARD}: {str(failure).splitlines()[0]}"
+        assert torch.equal(torch.cat([first[:, None], steps.greedy(first, 3)], 1), wanted)
+    assert plans.asked == asked
 
 
 def families(test: Callable[..., None]) -> Callable[..., None]:
