@@ -30,6 +30,12 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def no_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernels for a CPU were not compiled: plain torch runs."""
+    monkeypatch.setenv("SECATEUR_CPU_BODY", "none")
+
+
 @pytest.fixture(autouse=True)
 def no_memory_of_other_tests(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

@@ -116,9 +116,9 @@ def _define(name: str, stored: tuple[str, ...]) -> None:
         dtype: torch.dtype,
     ) -> Packed:
         known = {key: t for key, t in zip(stored, tensors, strict=True) if t is not None}
-        format = DEFINED[name].like(shape, known)
-        names = arranged_tensors(dispatch, format)  # type: ignore[arg-type]  # hashable: frozen
-        return Packed(format, shape, dtype, {**known, **dict(zip(names, arranged, strict=True))})
+        names = arranged_tensors(dispatch, DEFINED[name])
+        known |= dict(zip(names, arranged, strict=True))
+        return Packed(DEFINED[name].like(shape, known), shape, dtype, known)
 
     def run_linear(x: Tensor, *rest: Any) -> Tensor:
         arranged, bias, out_features, in_features, dispatch, activation = rest[count:]

@@ -8,6 +8,7 @@ from secateur.formats import parse_format
 from secateur.formats.contract import Implementation
 from secateur.formats.format import FORMATS as NAMED
 from secateur.formats.format import dequantised
+from secateur.formats.kernels import simd
 from tests.formats.weights import (
     DTYPES,
     FORMATS,
@@ -46,7 +47,9 @@ def test_only_csr_in_16_bits_and_what_needs_a_gpu_cannot_run_here() -> None:
     on_a_gpu |= {(f, "prefill", d) for f in dynamic for d in DTYPES}
     on_a_gpu |= {("semi24_int8_dynamic", "cusparselt", d) for d in DTYPES}
     torchs = {(f, "torch", d) for f in ("int8_dynamic", "fp8_dynamic") for d in DTYPES}
-    assert missing == sixteen | on_a_gpu | torchs
+    lacking = DTYPES if simd.why_not() else [torch.float64]
+    on_a_cpu = {(f, i.name, d) for f, i in CASES if i.name == "simd" for d in lacking}
+    assert missing == sixteen | on_a_gpu | torchs | on_a_cpu
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (8, 104)], ids=str)
@@ -106,7 +109,7 @@ def test_what_is_arranged_restores_what_is_stored(
 ) -> None:
     """Bit for bit, and in no more bytes but for what fills the last tile."""
     packed = packed_weight(format, fitting_weight(format, *shape, dtype))
-    if implementation.name != "cpu" and dtype.itemsize != 2:
+    if implementation.name not in ("cpu", "simd") and dtype.itemsize != 2:
         return  # their kernels run in 16 bits alone
     arranged = implementation.arranged(packed)
     restored = arranged.stored()

@@ -30,6 +30,8 @@ from tests.formats.weights import (
 )
 from tests.toy import Toy
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 
 def is_right(layer: SparseLinear, x: Tensor) -> bool:
     """Whether the layer's result is within the budget of its own dense weight."""
@@ -467,7 +469,7 @@ def test_use_names_what_runs() -> None:
         ((("cpu", None), ("reference", None)), "ascending limits that end with None"),
         ((("cpu", 8), ("reference", 4), ("cpu", None)), "ascending limits"),
         ((("cpu", 0), ("reference", None)), "ascending limits"),
-        ((("gpu", None),), "block:4x8 has no implementation 'gpu': it has cpu, reference"),
+        ((("gpu", None),), "block:4x8 has no implementation 'gpu': it has simd, cpu, reference"),
     ],
 )
 def test_use_refuses_other_tables(table: tuple[tuple[str, int | None]], message: str) -> None:

@@ -19,6 +19,8 @@ from secateur.formats.kernels import decode24
 from secateur.formats.linear import describe, empty_from
 from tests.formats.weights import fitting_weight, tokens_in
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 FORMATS = ("semi24", "semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8")
 SHAPE = (32, 320)  # two units of 128 columns and half of one
 MOST = 64

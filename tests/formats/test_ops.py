@@ -158,6 +158,7 @@ def test_a_dispatch_string_must_serve_every_number(dispatch: str) -> None:
         table(dispatch, (marker("few"),))
 
 
+@pytest.mark.usefixtures("no_cpu_kernels")
 @pytest.mark.parametrize(("tokens", "ran"), [(1, "cpu"), (4, "cpu"), (5, "reference")])
 def test_the_number_of_tokens_decides_at_run_time(
     monkeypatch: pytest.MonkeyPatch, tokens: int, ran: str

@@ -11,6 +11,8 @@ from secateur.formats import SparseLinear, pack_, unpack_
 from tests.formats.weights import fitting_weight, tokens_in
 from tests.reconstruct.problems import gpt2_and_batches
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 
 class Model(nn.Module):
     """A 2:4 layer, a dense one, one of width 6, a nested 2:4 one, and a conv."""

@@ -25,6 +25,8 @@ from tests.formats.weights import (
     tokens_on_gpu,
 )
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 OUT, WIDTH = 48, 64
 TYPES = (torch.bfloat16, torch.float16)
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.formats import compressed_rows
-from secateur.formats.block import cpu
+from secateur.formats.block import cpu, simd
 from secateur.formats.contract import Format, Implementation, Packed, dense_shape, why_no_weight
 from secateur.formats.reference import REFERENCE
 
@@ -34,6 +34,7 @@ class Blocks(Format):
     name = "block"
     tensors = compressed_rows.TENSORS
     implementations = (
+        Implementation("simd", simd.linear, simd.why_not, simd.BY_COLUMN),
         Implementation("cpu", cpu.linear, cpu.why_not, cpu.BLOCK_ROWS),
         REFERENCE,
     )
@@ -49,7 +50,9 @@ class Blocks(Format):
 
     def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Blocks":
         """The format whose blocks are as large as these tensors'."""
-        return Blocks(*tensors["values"].shape[1:])
+        if "values" in tensors:
+            return Blocks(*tensors["values"].shape[1:])
+        return Blocks(*tensors["by_column"].shape[:0:-1])
 
     def why_not(self, weight: Tensor) -> str | None:
         """Why storing blocks would gain nothing, or None if some block is zero."""

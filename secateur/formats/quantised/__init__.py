@@ -16,6 +16,7 @@ from secateur.formats.quantised import (
     on_units,
     prefill,
     reference,
+    simd,
     torch_fp8,
     torch_int8,
 )
@@ -76,7 +77,7 @@ class Quantised:
         able = (  # in order of preference where nothing was measured
             prefill.implementation(*what),
             *on_units.implementations(*what),
-            *(file.implementation(*what) for file in (cusparselt, torch_int8, torch_fp8)),
+            *(file.implementation(*what) for file in (simd, cusparselt, torch_int8, torch_fp8)),
             reference.implementation(*what),
         )
         object.__setattr__(self, "implementations", tuple(filter(None, able)))

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.formats import two_of_four, units
+from secateur.formats import simd, two_of_four, units
 from secateur.formats.contract import Format, Implementation, Packed, dense_shape, why_no_weight
 from secateur.formats.kernels.decode24 import Kind
 from secateur.formats.reference import REFERENCE
@@ -36,6 +36,7 @@ class Semi24(Format):
         units.decode(*UNITS),
         units.prefill(*UNITS),
         units.expanded(*UNITS),
+        simd.two_of_four(simd.stored_floats),
         Implementation(
             *("cusparselt", cusparselt.linear, cusparselt.why_not, cusparselt.BLOB), searches=True
         ),

@@ -1,0 +1,201 @@
+"""The kernels for a CPU: a library of C functions without torch in it, its threads torch's own.
+
+It is compiled when the wheel is built (`hatch_build.py`), once for each body, which is a set of
+instructions: `avx512`, `avx2`, or `scalar` for any processor. The best that this one has runs;
+`SECATEUR_CPU_BODY` names another, or `none`. Functions get addresses and sizes, checked here; the
+address of torch's `torch_parallel_for` (`torch/csrc/stable/c/shim.h`) among them, so that one build
+serves every torch from 2.10 on.
+"""
+
+import ctypes
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from ctypes import c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int32, Shaped, UInt8
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+LIBRARY = "kernels.so"
+SOURCES = ("kernels.cpp", "vectors.h")
+CHOICE = "SECATEUR_CPU_BODY"
+NEEDS = {  # of the processor, by body, the best first
+    "avx512": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx2", "fma3", "f16c"),
+    "avx2": ("avx2", "fma3", "f16c"),
+    "scalar": (),
+}
+SIGNATURES = {
+    "two_of_four": (*[c_void_p] * 7, *[c_int64] * 4, c_int32, c_int32),
+    "blocks": (*[c_void_p] * 8, *[c_int64] * 5, c_int32),
+}
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Kind in kernels.cpp
+INT8, FLOAT8, INT4 = 3, 4, 5
+
+Function = Callable[..., None]
+
+
+def why_not() -> str | None:
+    """Why these kernels cannot run on this machine, or None; where they are missing, warn once.
+
+    Raises: ValueError if SECATEUR_CPU_BODY names a body that does not exist, or cannot run here.
+    """
+    if body() is None:
+        return f"{CHOICE} is none"
+    problem = _loaded()[1]
+    if problem is not None:
+        _warn(problem)
+    return problem
+
+
+@cache
+def _warn(problem: str) -> None:
+    warnings.warn(
+        f"packed layers are slower on this CPU than they could be: {problem}", stacklevel=3
+    )
+
+
+def bodies() -> tuple[str, ...]:
+    """The bodies that this processor can run, the best first."""
+    has = torch.cpu.get_capabilities()
+    return tuple(name for name, needs in NEEDS.items() if all(has.get(need) for need in needs))
+
+
+def body() -> str | None:
+    """The body that runs, or None if the environment says none.
+
+    Raises: ValueError if it names a body that does not exist, or cannot run here.
+    """
+    able, named = bodies(), os.environ.get(CHOICE)
+    if named == "none":
+        return None
+    if named and named not in able:
+        raise ValueError(
+            f"{CHOICE} needs one of {', '.join(able)} or none on this processor, got {named!r}: "
+            "unset it, and the fastest runs"
+        )
+    return named or able[0]
+
+
+def two_of_four(
+    x: Float[Tensor, "tokens in"] | None,
+    shape: tuple[int, int],
+    values: Shaped[Tensor, "out kept"],
+    metadata: UInt8[Tensor, "out bytes"],
+    kind: int,
+    scales: Float[Tensor, "out groups"] | None = None,
+    bias: Float[Tensor, " out"] | None = None,
+) -> Float[Tensor, "rows columns"]:
+    """`x @ W.T + bias` in float32, or without x the dense weight.
+
+    `kind` says how `values` are read. The dense weight has the dtype of 16-bit values and is of
+    float32 otherwise.
+
+    Error: products are exact in float32 or rounded once, summed in float32 in an order of its own.
+    """
+    rows, width = shape
+    groups = 1 if scales is None else scales.shape[1]
+    group = width if groups == 1 else 128
+    if x is None:
+        dtype = values.dtype if kind in (1, 2) else torch.float32
+        inputs, tokens, y = None, 0, torch.empty(shape, dtype=dtype, device="cpu")
+    else:
+        inputs, tokens = _wide(x), len(x)
+        y = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
+    offset = _wide(bias)
+    held = [values.contiguous(), metadata.contiguous(), _contiguous(scales)]
+    _function("two_of_four")(
+        _parallel(),
+        *map(_address, (inputs, *held, offset, y)),
+        *(tokens, rows, width, group, kind),
+        FLOATS[torch.float32 if scales is None else scales.dtype],
+    )
+    return y
+
+
+def blocks(
+    x: Float[Tensor, "tokens in"],
+    shape: tuple[int, int],
+    by_column: Float[Tensor, "blocks cols rows"],
+    crow_indices: Int32[Tensor, " row_blocks_and_1"],
+    col_indices: Int32[Tensor, " blocks"],
+    bias: Float[Tensor, " out"] | None,
+) -> Float[Tensor, "tokens out"]:
+    """`x @ W.T + bias` in float32; `by_column` holds each block transposed.
+
+    Error: products are exact in float32 or rounded once, summed in float32 in the order of columns.
+    """
+    _, cols, rows = by_column.shape
+    y = torch.empty(len(x), shape[0], dtype=torch.float32, device="cpu")
+    inputs, offset = _wide(x), _wide(bias)
+    held = [tensor.contiguous() for tensor in (by_column, crow_indices, col_indices)]
+    _function("blocks")(
+        _parallel(),
+        *map(_address, (inputs, *held, None, offset, y)),
+        *(len(x), *shape, rows, cols, FLOATS[by_column.dtype]),
+    )
+    return y
+
+
+def _wide(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _function(name: str) -> Function:
+    return _function_of(name, body())
+
+
+@cache
+def _function_of(name: str, of: str | None) -> Function:
+    library, problem = _loaded()
+    assert library is not None and of is not None, problem
+    function = getattr(library, f"{name}_{of}")
+    function.restype, function.argtypes = None, SIGNATURES[name]
+    made: Function = function
+    return made
+
+
+@cache
+def _parallel() -> int:
+    """The address of torch's loop over threads."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    address = ctypes.cast(library.torch_parallel_for, c_void_p).value
+    assert address is not None
+    return address
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or None and why it is not to be had."""
+    where = FOLDER / LIBRARY
+    again = "install secateur again where a C++ compiler is, or from a wheel for this platform"
+    if not where.exists():
+        return None, f"the kernels for a CPU were not compiled into this installation: {again}"
+    try:
+        library = ctypes.CDLL(str(where))
+        built_from = ctypes.c_char * 16
+        sources = built_from.in_dll(library, "secateur_sources").value.decode()
+        _parallel()
+    except (OSError, ValueError, AttributeError) as error:
+        return None, f"the kernels for a CPU cannot be loaded ({error}): {again}"
+    if sources != hash_of(FOLDER):
+        return None, f"the kernels for a CPU were compiled from other sources: {again}"
+    return library, None
+
+
+def hash_of(folder: Path) -> str:
+    """What `hatch_build.py` compiles into the library: a hash of its sources."""
+    texts = b"".join((folder / name).read_bytes() for name in SOURCES)
+    return hashlib.sha256(texts).hexdigest()[:16]
