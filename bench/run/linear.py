@@ -34,11 +34,7 @@ from secateur.formats.kernels.timing import Timing, copies_for
 from secateur.formats.pack import packed_linear
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
-FIXED = {  # whatever the arguments say
-    "semi24": (0.5,),  # the format stores no other sparsity
-    "bitmap": (0.5,),  # runs its reference: the time is that of unpacking, at any sparsity
-}
-FORMATS = ("block:64x64", "csr", "semi24", "bitmap")
+FORMATS = ("block:64x64", "csr", "semi24", "semi24_int8", "semi24_int4", "bitmap")
 
 
 def sparse_weight(shape: tuple[int, int], format: Format, sparsity: float) -> Tensor:
@@ -46,7 +42,7 @@ def sparse_weight(shape: tuple[int, int], format: Format, sparsity: float) -> Te
     generator = torch.Generator().manual_seed(0)
     out, width = shape
     weight = torch.randn(out, width, generator=generator)
-    if str(format) == "semi24":
+    if format.name.startswith("semi24"):
         rank = torch.rand(out, width // 4, 4, generator=generator).argsort(-1)
         return weight * (rank < 2).flatten(1)
     rows, cols = (format.rows, format.cols) if isinstance(format, Blocks) else (1, 1)
@@ -102,6 +98,12 @@ def case(
         }
 
 
+def _sparsities(format: Format, asked: Sequence[float]) -> Sequence[float]:
+    """Half for 2:4, which stores no other, and for what runs its reference: it unpacks anyway."""
+    fixed = format.name.startswith("semi24") or format.name == "bitmap"
+    return (0.5,) if fixed else asked
+
+
 def _ratio(timings: Mapping[str, Timing], baseline: str, key: str) -> str:
     if baseline not in timings:
         return ""
@@ -114,7 +116,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         (name, format, sparsity, tokens)
         for name in arguments.layers
         for format in map(parse_format, arguments.formats)
-        for sparsity in FIXED.get(format.name, tuple(arguments.sparsities))
+        for sparsity in _sparsities(format, arguments.sparsities)
         for tokens in arguments.tokens
     ]
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]

@@ -8,6 +8,7 @@ import torch
 
 from secateur.formats.contract import Format, Implementation, Packed
 from secateur.formats.format import FORMATS
+from secateur.formats.kernels import simd
 
 STATES = ("yes", "no", "info")
 TOKENS = (1, 4096)  # generating text, and reading a prompt or a batch of images
@@ -99,12 +100,22 @@ def _machine() -> list[Finding]:
     found = [
         Finding("torch", "info", torch.__version__),
         Finding("cpu", "info", f"{torch.get_num_threads()} threads, {cpu}"),
+        _cpu_kernels(),
     ]
     if not torch.cuda.is_available():
         return [*found, Finding("cuda", "no", "torch sees no CUDA device: layers run on the CPU")]
     major, minor = torch.cuda.get_device_capability()
     detail = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
     return [*found, Finding("cuda", "yes", detail)]
+
+
+def _cpu_kernels() -> Finding:
+    missing = simd.why_not()
+    name = "cpu kernels"
+    if missing is not None:
+        return Finding(name, "no", missing)
+    others = ", ".join(body for body in simd.bodies() if body != simd.body())
+    return Finding(name, "yes", f"the {simd.body()} body runs; {simd.CHOICE} can name {others}, too")
 
 
 def _packages() -> list[Finding]:

@@ -178,19 +178,22 @@ def _parallel() -> int:
 
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or None and why it is not to be had."""
-    where = FOLDER / LIBRARY
+    return load(FOLDER)
+
+
+def load(folder: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library in a folder of sources, or None and why it is not to be had."""
+    where = folder / LIBRARY
     again = "install secateur again where a C++ compiler is, or from a wheel for this platform"
     if not where.exists():
         return None, f"the kernels for a CPU were not compiled into this installation: {again}"
     try:
         library = ctypes.CDLL(str(where))
-        built_from = ctypes.c_char * 16
-        sources = built_from.in_dll(library, "secateur_sources").value.decode()
+        sources = (ctypes.c_char * 16).in_dll(library, "secateur_sources").value.decode()
         _parallel()
     except (OSError, ValueError, AttributeError) as error:
         return None, f"the kernels for a CPU cannot be loaded ({error}): {again}"
-    if sources != hash_of(FOLDER):
+    if sources != hash_of(folder):
         return None, f"the kernels for a CPU were compiled from other sources: {again}"
     return library, None
 
