@@ -31,6 +31,9 @@ from secateur.formats.kernels.timing import Calls, Timing, VariantFailed
 from tests import toy
 from tests.formats.weights import fitting_weight, tokens_in
 
+# A stand-in clock times plain torch's candidates.
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 Times = Mapping[str, float] | Callable[[int, str], float]
 FORMATS = ("semi24", "block:4x8", "csr")
 FAST = {"dense": 100.0, "dense prepacked": 90.0, "block:4x8 cpu": 30.0, "csr torch_csr": 200.0}
