@@ -19,7 +19,7 @@ from secateur.formats.contract import (
     typed_tensor,
 )
 from secateur.formats.format import parse_format
-from secateur.formats.op import linear_operator, register, unpack_operator
+from secateur.formats.op import linear_operator, refuse_onnx, register, unpack_operator
 from secateur.formats.read_only import ReadOnlyWeight
 
 # Token counts at which the default choice asks each implementation whether it can run. A limit is
@@ -177,6 +177,8 @@ class SparseLinear(nn.Linear):
 
         Raises: ValueError for an input of another dtype or width.
         """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            refuse_onnx(self.format.name)
         if (lower := autocast_dtype(self.device)) is not None:
             # Of float64 autocast keeps its hands off, and so of what is no number to be rounded.
             dtypes = (input.dtype, self.dtype)
@@ -196,7 +198,7 @@ class SparseLinear(nn.Linear):
         ]
         result: Tensor = linear_operator(self._operators)(
             input.to(lower),
-            *(*parts, []),
+            *(*parts, None),
             None if self.bias is None else self.bias.to(lower),
             *(*self.shape, "reference", ""),
         )
@@ -246,10 +248,10 @@ class SparseLinear(nn.Linear):
         self._names = tuple(tensors)
 
     def _parts(self) -> tuple[Any, ...]:
-        """What is held, as the operators take it: each stored tensor or None, the others."""
+        """What is held, as operators take it: each stored tensor or None, the others or None."""
         stored = self.format.tensors
         arranged = [self._buffers[name] for name in self._names if name not in stored]
-        return *(self._buffers.get(name) for name in stored), arranged
+        return *(self._buffers.get(name) for name in stored), arranged or None
 
     def _default(self) -> Table:
         """For each number of tokens, the first implementation that can run it from one copy.

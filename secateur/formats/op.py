@@ -5,13 +5,14 @@ and autograd see as one node. Which implementation runs is decided inside it, at
 number of tokens. `secateur::<format>_unpack` is the dense weight; the backward needs it as an
 operator of its own, because its body reads the number of nonzeros from the data.
 
-    secateur::<format>_linear(Tensor x, Tensor? <stored>..., Tensor[] arranged, Tensor? bias,
+    secateur::<format>_linear(Tensor x, Tensor? <stored>..., Tensor[]? arranged, Tensor? bias,
         int out_features, int in_features, str dispatch, str activation) -> Tensor
-    secateur::<format>_unpack(Tensor? <stored>..., Tensor[] arranged, int out_features,
+    secateur::<format>_unpack(Tensor? <stored>..., Tensor[]? arranged, int out_features,
         int in_features, str dispatch, ScalarType dtype) -> Tensor
 
 A layer holds its weight as its implementations read it. What is stored is None where it does not
-hold it; `arranged` are the others that it holds, in the order of `arranged_tensors`.
+hold it; `arranged` are the others that it holds, in the order of `arranged_tensors`, and None where
+there are none: AOTInductor loses an empty list on the way to an operator.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,6 +100,15 @@ def operator(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor
     return overload
 
 
+def refuse_onnx(name: str) -> None:
+    """Raise if this is a trace for ONNX, which would end in an error about an unknown operator."""
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            f"ONNX needs dense weights, got layers packed as {name}: export a dense copy, "
+            "dense = copy.deepcopy(model); secateur.unpack_(dense)"
+        )
+
+
 def _kind(format: Format) -> tuple[str, str]:
     """The class by name: one that was defined again, in a notebook, is the same."""
     return type(format).__module__, type(format).__qualname__
@@ -110,14 +120,14 @@ def _define(name: str, stored: tuple[str, ...]) -> None:
 
     def held(
         tensors: Sequence[Tensor | None],
-        arranged: Sequence[Tensor],
+        arranged: Sequence[Tensor] | None,
         shape: tuple[int, int],
         dispatch: str,
         dtype: torch.dtype,
     ) -> Packed:
         known = {key: t for key, t in zip(stored, tensors, strict=True) if t is not None}
         names = arranged_tensors(dispatch, DEFINED[name])
-        known |= dict(zip(names, arranged, strict=True))
+        known |= dict(zip(names, arranged or (), strict=True))
         return Packed(DEFINED[name].like(shape, known), shape, dtype, known)
 
     def run_linear(x: Tensor, *rest: Any) -> Tensor:
@@ -130,6 +140,7 @@ def _define(name: str, stored: tuple[str, ...]) -> None:
         return result.reshape(*x.shape[:-1], out_features).contiguous()
 
     def fake_linear(x: Tensor, *rest: Any) -> Tensor:
+        refuse_onnx(name)
         return x.new_empty((*x.shape[:-1], rest[count + 2]))
 
     def run_unpack(*rest: Any) -> Tensor:
@@ -139,17 +150,19 @@ def _define(name: str, stored: tuple[str, ...]) -> None:
 
     def fake_unpack(*rest: Any) -> Tensor:
         arranged, out_features, in_features, _, dtype = rest[count:]
-        like: Tensor = next(tensor for tensor in (*rest[:count], *arranged) if tensor is not None)
+        like: Tensor = next(
+            tensor for tensor in (*rest[:count], *(arranged or ())) if tensor is not None
+        )
         return like.new_empty((out_features, in_features), dtype=dtype)
 
     linear = operator(
-        f"{name}_linear(Tensor x, {fields}, Tensor[] arranged, Tensor? bias, int out_features, "
+        f"{name}_linear(Tensor x, {fields}, Tensor[]? arranged, Tensor? bias, int out_features, "
         "int in_features, str dispatch, str activation) -> Tensor",
         run_linear,
         fake_linear,
     )
     unpack = operator(
-        f"{name}_unpack({fields}, Tensor[] arranged, int out_features, int in_features, "
+        f"{name}_unpack({fields}, Tensor[]? arranged, int out_features, int in_features, "
         "str dispatch, ScalarType dtype) -> Tensor",
         run_unpack,
         fake_unpack,
@@ -178,18 +191,18 @@ def _differentiate(linear_op: OpOverload, unpack_op: OpOverload, count: int) -> 
                 "and the activation after it"
             )
         arranged, _, out_features, in_features, dispatch, _ = rest[count:]
-        ctx.save_for_backward(*rest[:count], *arranged)
+        ctx.save_for_backward(*rest[:count], *(arranged or ()))
         ctx.rest = out_features, in_features, dispatch, x.dtype
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x_grad = bias_grad = None
         stored, arranged = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if ctx.needs_input_grad[0]:
-            x_grad = grad @ unpack_op(*stored, arranged, *ctx.rest)
+            x_grad = grad @ unpack_op(*stored, arranged or None, *ctx.rest)
         if ctx.needs_input_grad[2 + count]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
-        no_grads = [None] * count, [None] * len(arranged)
-        return x_grad, *no_grads[0], no_grads[1], bias_grad, None, None, None, None
+        no_grads = [None] * len(arranged) or None
+        return x_grad, *[None] * count, no_grads, bias_grad, None, None, None, None
 
     torch.library.register_autograd(
         linear_op.name(), backward, setup_context=setup_context, lib=LIBRARY

@@ -74,6 +74,7 @@ BY_PROGRAMS = (
     "… of this … has no memory (meta device)",
     "it holds a dense …weight",
     "save_pretrained would write packed weights",
+    "ONNX needs dense weights",
     "… calls no hooks at its steps",
     "transformers.….from_pretrained(…, dtype='auto')",  # a part of what `python -c` is given
 )

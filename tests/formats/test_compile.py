@@ -1,16 +1,19 @@
-"""Compile and export, each in a plain process: dynamo and shape checking do not mix.
+"""Compilers and exporters, each in a plain process: dynamo and shape checking do not mix.
 
 The runtime checks wrap every function, which breaks graphs (pytorch#122093).
 
 Run as a script with the name of a check, this file runs that check.
 """
 
+import copy
+import io
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,11 +24,12 @@ if __name__ == "__main__":  # the checks import the same helpers as the tests
     sys.path.insert(0, str(Path(__file__).parents[2]))
     WITH_TORCH = frozenset(sys.modules)  # it imports the driver's bindings where they are installed
 
+from secateur import unpack_
 from secateur.core.undo import Undo
 from secateur.formats.fuse import Fused, fuse_activations_
 from secateur.formats.kernels import decode24
 from secateur.formats.op import linear_operator
-from tests.formats.weights import DYNAMIC, FORMATS, sparse_linear, tokens_in
+from tests.formats.weights import DYNAMIC, FORMATS, QUANTISED, sparse_linear, tokens_in
 
 
 class Block(nn.Module):
@@ -126,6 +130,98 @@ def check_export() -> None:
             assert torch.equal(loaded.module()(x), model(x))
 
 
+class Every(nn.Module):
+    """A layer of each format, side by side, with and without a bias."""
+
+    def __init__(self, formats: Sequence[str], out: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            sparse_linear(format, out, width, dtype, bias=i % 2 == 0)
+            for i, format in enumerate(formats)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([torch.relu(layer(x)) for layer in self.layers])
+
+
+def aot_inductor(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The model as AOTInductor runs it from a file, for any number of tokens."""
+    tokens = torch.export.Dim("tokens", min=2, max=512)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: tokens}})
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(folder) / "model.pt2")
+        )
+        loaded: Callable[[Tensor], Tensor] = torch._inductor.aoti_load_package(path)
+    return loaded
+
+
+def check_aot_inductor() -> None:
+    """A program compiled to a shared library runs every format, and what a kernel arranged."""
+    model = Every(FORMATS, 32, 24, torch.float32).eval()
+    compiled = aot_inductor(model, tokens_in(3, 24))
+    for tokens in (3, 40):
+        x = tokens_in(tokens, 24)
+        for format, found, wanted in zip(FORMATS, compiled(x), model(x), strict=True):
+            assert torch.equal(found, wanted), (format, tokens)
+    able = decode24.why_not
+    decode24.why_not = lambda shape, dtype, device, tokens: None if tokens <= 2 else "too many"
+    try:
+        held = Every(["semi24", *QUANTISED], 32, 192, torch.bfloat16).eval()
+        assert all("units" in layer.held_bytes for layer in held.layers)
+        x = tokens_in(5, 192, dtype=torch.bfloat16)
+        assert torch.equal(aot_inductor(held, x)(x), held(x))
+    finally:
+        decode24.why_not = able
+
+
+def check_a_whole_llama() -> None:
+    """One graph of a model with a layer of every format, compiled and exported: equal logits."""
+    model, ids = packed_llama(FORMATS, 32, torch.float32), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(ids, use_cache=False).logits, expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        program = torch.export.export(model, (ids,), {"use_cache": False})
+        assert torch.equal(program.module()(ids, use_cache=False).logits, expected)
+
+
+def packed_llama(formats: Sequence[str], width: int, dtype: torch.dtype) -> nn.Module:
+    """A tiny Llama whose linear layers have these formats, in turn."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    names = [name for name, m in model.model.named_modules() if isinstance(m, nn.Linear)]
+    assert len(names) >= len(formats)
+    for name, format in zip(names, itertools.cycle(formats)):
+        out, inputs = model.model.get_submodule(name).weight.shape
+        model.model.set_submodule(name, sparse_linear(format, out, inputs, dtype, bias=False))
+    return model
+
+
+def check_onnx_is_refused() -> None:
+    """By both exporters of torch, with the remedy; a plain trace is not, and keeps its results."""
+    model, x = Block("semi24").eval(), tokens_in(3, 24)
+    for dynamo in (True, False):
+        try:
+            torch.onnx.export(model, (x,), io.BytesIO(), dynamo=dynamo, verbose=False)
+        except Exception as error:
+            assert "ONNX needs dense weights, got layers packed as semi24" in str(error)
+            assert "secateur.unpack_(dense)" in str(error)
+        else:
+            raise AssertionError(dynamo)
+    assert torch.equal(torch.jit.trace(model, (x,))(x), model(x))
+
+
 def check_dispatch_is_not_baked_in() -> None:
     """A program traced with one token still chooses by the tokens of each call."""
     model = Block("block:4x8").eval()
@@ -200,6 +296,37 @@ def check_dynamic_on_a_gpu() -> None:
         assert torch.allclose(eager, plain, rtol=1e-2, atol=1e-2), format
 
 
+def check_aot_inductor_on_a_gpu() -> None:
+    """By whatever runs so many tokens here: the bits of eager, in every format that it has."""
+    model = Every(FORMATS, 128, 256, torch.bfloat16).cuda().eval()
+    compiled = aot_inductor(model, tokens_in(5, 256, dtype=torch.bfloat16).cuda())
+    for tokens in (2, 40, 300):
+        x = tokens_in(tokens, 256, dtype=torch.bfloat16).cuda()
+        with torch.no_grad():
+            results = zip(model.layers, compiled(x), model(x), strict=True)
+            for layer, found, wanted in results:
+                assert torch.equal(found, wanted), (layer, tokens)
+
+
+def check_a_whole_llama_on_a_gpu() -> None:
+    """One graph by the default compiler, which rounds elsewhere between the layers than eager."""
+    formats = ("semi24", *QUANTISED)
+    model = packed_llama(formats, 256, torch.bfloat16).cuda()
+    for layer in (m for m in model.modules() if hasattr(m, "dispatch")):
+        assert layer.dispatch.startswith("decode"), layer
+    exact = copy.deepcopy(model)
+    unpack_(exact)
+    exact.double()
+    for length in (1, 6):
+        ids = torch.arange(2 * length, device="cuda").view(2, length)
+        with torch.no_grad():
+            wanted = exact(ids, use_cache=False).logits
+            eager = model(ids, use_cache=False).logits
+            compiled = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
+        error = (compiled - wanted).norm() / wanted.norm()
+        assert error <= 2 * (eager - wanted).norm() / wanted.norm() + 1e-3, (length, error)
+
+
 def check_import_is_cheap() -> None:
     """The formats import neither a kernel language nor a model library, beyond what torch does."""
     heavy = ("triton", "cuda", "transformers", "scipy", "pandas")
@@ -217,15 +344,20 @@ CHECKS: dict[str, Callable[[], None]] = {
         check_one_form,
         check_dispatch_is_not_baked_in,
         check_a_weight_can_be_asked_for_its_dtype,
+        check_aot_inductor,
+        check_a_whole_llama,
+        check_onnx_is_refused,
         check_inductor,
         check_decode_on_a_gpu,
         check_dynamic_on_a_gpu,
+        check_aot_inductor_on_a_gpu,
+        check_a_whole_llama_on_a_gpu,
     )
 }
 
 
 SLOW = "inductor"  # half a minute, most of it the C++ compiler
-ON_GPU = ("decode_on_a_gpu", "dynamic_on_a_gpu")
+ON_GPU = [name for name in CHECKS if name.endswith("_on_a_gpu")]
 IN_ONE_PROCESS = [name for name in CHECKS if name not in (SLOW, *ON_GPU)]
 
 

@@ -32,7 +32,8 @@ def operands(
 ) -> tuple[Tensor, list[Any], str]:
     """The dense weight, its tensors as the operators take them and the implementation's name.
 
-    The tensors are those that are stored, None where they are not held, and a list of the others.
+    The tensors are those that are stored, None where they are not held, and a list of the others,
+    or None.
     """
     weight = fitting_weight(format, 8, 16, dtype)
     packed = packed_weight(format, weight)
@@ -42,7 +43,7 @@ def operands(
     held |= runs.arranged(packed).tensors
     stored = packed.format.tensors
     others = [held[name] for name in arranged_tensors(runs.name, packed.format)]
-    return weight, [*map(held.get, stored), others], runs.name
+    return weight, [*map(held.get, stored), others or None], runs.name
 
 
 @pytest.mark.parametrize("bias", [True, False])
