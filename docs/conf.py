@@ -37,6 +37,7 @@ myst_heading_anchors = 3
 # Guides are run at every build, on small models; one that raises or warns fails the build. One
 # thread, because more of them on a busy machine wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TQDM_DISABLE"] = "1"  # pages show results, not how they came about
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120

@@ -105,7 +105,7 @@ def test_house_style(path: Path) -> None:
 
 
 # A protocol's members with a body are answers that hold for any class of it.
-PROTOCOLS = {"Pattern", "Format"}
+PROTOCOLS = {"Pattern", "Format", "Shown"}
 
 
 def inheriting(tree: ast.Module) -> set[str]:

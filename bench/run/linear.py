@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bench.lib.command import parser_of
 from bench.lib.rows import Row, append
@@ -28,6 +27,7 @@ from secateur.accelerate.candidates import (
     runs,
     sparse_candidates,
 )
+from secateur.core.progress import progress
 from secateur.formats import Format, parse_format
 from secateur.formats.block import Blocks
 from secateur.formats.kernels.timing import Timing, copies_for
@@ -121,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     ]
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
     with torch.no_grad():
-        return [row for each in tqdm(cases, disable=None) for row in case(*each, dtype)]
+        return [row for each in progress(cases, "layers") for row in case(*each, dtype)]
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -11,13 +11,14 @@ from secateur.accelerate.choices import LEAST_GAIN, Policy
 from secateur.accelerate.layer_report import LayerReport, LayerTimes, token_count
 from secateur.accelerate.tokens import Day
 from secateur.accelerate.totals import given_up, in_all, layer_given_up
-from secateur.core.tables import as_bytes, text_table
+from secateur.core.shown import Shown, Table
+from secateur.core.tables import as_bytes
 
 REASONS_SHOWN = 8  # groups of layers that the printed report explains before it only counts
 
 
 @dataclass(frozen=True)
-class AccelerateReport:
+class AccelerateReport(Shown):
     """What `accelerate_` measured and decided; printing it gives a table.
 
     `often` is how often each number of tokens occurs, empty where that is not known.
@@ -120,17 +121,19 @@ class AccelerateReport:
         told = {"headline": self.headline, "given_up": self.given_up, "gain": self.gain}
         return {**told, **asdict(self)}
 
-    def __str__(self) -> str:
-        lines = [self.headline, f"measured on {self.device}, {self.threads} threads"]
+    @property
+    def paragraphs(self) -> tuple[str | Table, ...]:
+        how = f"measured on {self.device}, {self.threads} threads"
         measured = [(one, entry) for one in self.layers for entry in one.measured]
         earlier = sum(entry.remembered for _, entry in measured)
         if earlier:
             what = "all" if earlier == len(measured) else f"{earlier} of {len(measured)} rows"
-            lines[-1] += f"; {what} remembered from earlier calls, remeasure=True measures afresh"
+            how += f"; {what} remembered from earlier calls, remeasure=True measures afresh"
         if self.often:
-            lines[-1] += f"; {_frequencies(self._day)}"
+            how += f"; {_frequencies(self._day)}"
+        lines: list[str | Table] = [self.headline, how]
         if shown := self.distinct_rows():
-            lines.append(text_table(*_shown(self.columns, shown)))
+            lines.append(Table(*_shown(self.columns, shown)))
         reasons: dict[tuple[int, str], list[str]] = {}
         for layer in self.layers:
             for rank, reason in enumerate(_reasons(layer)):
@@ -143,7 +146,7 @@ class AccelerateReport:
         if len(reasons) > REASONS_SHOWN:
             lines.append(f"... and {len(reasons) - REASONS_SHOWN} more reasons, in .layers")
         lines += filter(None, (self.coverage, self.advice, self.given_up, self.gain))
-        return "\n".join(lines)
+        return tuple(lines)
 
     def _row(self, layer: LayerReport, measured: LayerTimes) -> tuple[str, ...]:
         times = dict(measured.microseconds)

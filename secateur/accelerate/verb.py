@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from secateur.accelerate.advice import blocks_that_gain
 from secateur.accelerate.candidates import (
@@ -27,6 +26,7 @@ from secateur.accelerate.measurements import Measurement, lookup, store
 from secateur.accelerate.report import AccelerateReport
 from secateur.accelerate.tokens import Day, Tokens, day_of
 from secateur.core.autocast import without_autocast
+from secateur.core.progress import progress
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import DTYPES, adapters, require_module, tied_weights
 from secateur.core.wrappers import unwrapped
@@ -142,7 +142,7 @@ def _accelerate(
     groups, skipped = _groups(model, linears, tried, left)
     decisions: dict[str, tuple[str, Decision]] = {}
     with one_child():  # that searches what a library has, if that has to be searched
-        for like, names in tqdm(groups.items(), desc="measure", unit="layer", disable=None):
+        for like, names in progress(groups.items(), "measure", unit="layer"):
             layer = linears[names[0]]
             with torch.no_grad(), without_autocast(layer.weight.device):
                 decision = _measured_decision(layer, like, day, timer, policy, remeasure)
@@ -213,7 +213,7 @@ def _groups(
     tied = tied_weights(model)
     groups: dict[Likeness, list[str]] = {}
     skipped: dict[str, str] = {}
-    for name, linear in tqdm(linears.items(), desc="look", unit="layer", disable=None):
+    for name, linear in progress(linears.items(), "look", unit="layer"):
         weight = linear.weight.detach()
         module = model.get_submodule(name)
         problem = left.get(name) or why_not_layer(name, module, tied) or _why_unmeasurable(weight)

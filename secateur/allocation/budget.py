@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from secateur.allocation.sensitivity import Sensitivity
-from secateur.core.tables import text_table
+from secateur.core.shown import Shown, Table
 from secateur.patterns import Pattern, parse
 
 DENSE_CHOICE = "dense"
@@ -57,7 +57,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Allocation(Shown):
     """The best choices within the budget, and what other budgets would give, cheapest first."""
 
     best: Point
@@ -88,11 +88,12 @@ class Allocation:
             for point in self.front
         ]
 
-    def __str__(self) -> str:
+    @property
+    def paragraphs(self) -> tuple[str | Table, ...]:
         return (
-            f"{text_table(self.columns, self.rows())}\n"
+            Table(self.columns, self.rows()),
             f"within {figure(self.budget)} {self.unit}, of {figure(self.dense)} dense; increases "
-            "of the loss are sums over layers pruned one at a time"
+            "of the loss are sums over layers pruned one at a time",
         )
 
 

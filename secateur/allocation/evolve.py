@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from secateur.allocation.budget import DENSE_CHOICE, Costs, figure
+from secateur.core.progress import progress
+from secateur.core.shown import Shown
 from secateur.core.weights import require_ordinary
 from secateur.core.wrappers import unwrapped
 from secateur.model.blocks import Batch
@@ -31,7 +32,7 @@ Choices = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Evolved:
+class Evolved(Shown):
     """The best choices found, what they cost, and the losses on the way.
 
     `losses` holds the loss of the start, then of each generation's best, each on the batches of its
@@ -48,10 +49,11 @@ class Evolved:
         """The patterns of the layers that are not dense, as `sc.plan` takes them."""
         return {name: parse(one) for name, one in self.choices.items() if one != DENSE_CHOICE}
 
-    def __str__(self) -> str:
+    @property
+    def paragraphs(self) -> tuple[str]:
         return (
             f"loss {self.losses[-1]:.4f} after {len(self.losses) - 1} generations, "
-            f"{self.losses[0]:.4f} at the start, {figure(self.cost)} {self.unit}"
+            f"{self.losses[0]:.4f} at the start, {figure(self.cost)} {self.unit}",
         )
 
 
@@ -106,7 +108,7 @@ def evolve(
             return sorted(zip(losses, candidates, strict=True), key=lambda pair: pair[0])
 
         losses = [judged([best], rounds[-1][0])[0][0]]
-        for _ in tqdm(range(generations), desc="evolve", disable=None):
+        for _ in progress(range(generations), "evolve", unit="generation"):
             candidates = [_child(best, levels, costs, budget, generator) for _ in range(offspring)]
             for count, survivors in rounds[:-1]:
                 candidates = [one for _, one in judged(candidates, count)[:survivors]]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from secateur.allocation.progress import Progress, write_json
 from secateur.core.disk.checkpoint import digest
 from secateur.core.disk.data_files import first_fault, read_json
-from secateur.core.tables import text_table
+from secateur.core.progress import bar
+from secateur.core.shown import Shown, Table
 from secateur.core.weights import require_ordinary
 from secateur.core.wrappers import unwrapped
 from secateur.criteria import magnitude
@@ -33,7 +33,7 @@ SENSITIVITY_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Shown):
     """The loss of the dense model, and by how much pruning a single layer raises it.
 
     `increase[layer][pattern]` is None where the layer cannot have the pattern; `why_not` says why.
@@ -61,16 +61,17 @@ class Sensitivity:
             for name, found in self.increase.items()
         ]
 
-    def __str__(self) -> str:
+    @property
+    def paragraphs(self) -> tuple[str | Table, ...]:
         reasons = [
             f"\n  {name}, {pattern}: {reason}"
             for name, found in self.why_not.items()
             for pattern, reason in found.items()
         ]
         return (
-            f"{text_table(self.columns, self.rows())}\n"
+            Table(self.columns, self.rows()),
             f"increase of the loss over the dense model's {self.loss:.4f}, one layer pruned by "
-            f"{self.criterion}" + ("\nnot measured:" + "".join(reasons) if reasons else "")
+            f"{self.criterion}" + ("\nnot measured:" + "".join(reasons) if reasons else ""),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,14 +139,14 @@ def sensitivity(
             for name in shapes
         }
         missing = {name: selection.layers[name] for name in shapes if todo[name]}
-        bar = tqdm(total=sum(map(len, todo.values())), desc="sensitivity", disable=None)
-        with bar, contextlib.closing(scores(model, missing, criterion, listed)) as scored:
+        shown = bar("sensitivity", sum(map(len, todo.values())))
+        with shown, contextlib.closing(scores(model, missing, criterion, listed)) as scored:
             for name, found in scored:
                 for key in todo[name]:
                     with _pruned(missing[name], patterns_of[name][key].mask(found)):
                         increase = _measured(loss, model, f"{name} pruned to {key}") - dense
                     progress.add(name, key, increase)
-                    bar.update()
+                    shown.update()
     return Sensitivity(
         name_of(criterion),
         dense,

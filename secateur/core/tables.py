@@ -37,7 +37,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in aligned columns, numbers to the right and text to the left."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    numeric = numeric_columns(columns, rows)
 
     def line(cells: Sequence[str]) -> str:
         set_cells = (
@@ -47,6 +47,11 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(set_cells).rstrip()
 
     return "\n".join([line(columns), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def numeric_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[bool]:
+    """Whether each column has numbers alone, or dashes in their place, and so is set right."""
+    return [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
 
 
 def _is_number(cell: str) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from secateur.core.conv1d import as_linear, conv1d, is_conv1d
 from secateur.core.coverage import coverage, left_alone
 from secateur.core.memory import room_for
+from secateur.core.shown import Shown
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import adapters, require_data, require_module, tied_weights, why_computed
 from secateur.core.wrappers import adapted, unwrapped
@@ -32,7 +33,7 @@ REASONS_SHOWN = 3  # enough to see what is wrong without a page of text
 
 
 @dataclass(frozen=True)
-class PackReport:
+class PackReport(Shown):
     """What `pack_` or `unpack_` changed, layer by layer in order.
 
     A layer is (name, format, bytes before, bytes after, weight error). Bytes count
@@ -62,12 +63,13 @@ class PackReport:
         layers = [dict(zip(names, layer, strict=True)) for layer in self.layers]
         return {"layers": layers, "model_bytes": self.model_bytes}
 
-    def __str__(self) -> str:
+    @property
+    def paragraphs(self) -> tuple[str]:
         rounded = f", weights off by up to {self.weight_error:.1%}" if self.weight_error else ""
         return (
             f"{len(self.layers)} layers, {self.bytes_before / 1e6:.1f} MB of weights before, "
             f"{self.bytes_after / 1e6:.1f} MB after{rounded}; "
-            f"{whole_model(self.model_bytes, self.bytes_before, self.bytes_after)}"
+            f"{whole_model(self.model_bytes, self.bytes_before, self.bytes_after)}",
         )
 
 

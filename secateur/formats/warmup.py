@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from secateur.core.progress import progress
 from secateur.formats.contract import Format
 from secateur.formats.linear import SparseLinear
 
@@ -37,7 +37,7 @@ def warmup(model: nn.Module, tokens: Sequence[int] = (1, 16)) -> int:
             "run accelerate_ or pack_ first"
         )
     with torch.no_grad():
-        for layer in tqdm(distinct.values(), desc="warm up", unit="layer", disable=None):
+        for layer in progress(distinct.values(), "warm up", unit="layer"):
             for count in dict.fromkeys(tokens):
                 _run(layer, count)
     return len(distinct)

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from secateur.core.tables import text_table
+from secateur.core.shown import Shown, Table
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import require_module, require_ordinary, tied_weights
 from secateur.core.wrappers import base_name, unwrapped
@@ -39,7 +39,7 @@ class MergedWeight:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Shown):
     """What `merge_adapters_` merged, and what keeping the zeros cost."""
 
     adapters: Mapping[str, float]
@@ -60,10 +60,12 @@ class MergeReport:
             (w.weight, f"{w.zeros:.1%}", f"{w.added:.4g}", f"{w.cost:.1%}") for w in self.weights
         ]
 
-    def __str__(self) -> str:
+    @property
+    def paragraphs(self) -> tuple[str | Table, ...]:
         return (
-            f"{text_table(self.columns, self.rows())}\nzeros kept in {len(self.weights)} weights; "
-            f"of what the adapters add, their masks dropped {self.cost:.1%} (Frobenius norm)"
+            Table(self.columns, self.rows()),
+            f"zeros kept in {len(self.weights)} weights; "
+            f"of what the adapters add, their masks dropped {self.cost:.1%} (Frobenius norm)",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from secateur.core.progress import progress
 from secateur.integrations.deal import Dealt, held_apart, in_turns, shuffled
 from secateur.integrations.documents import read_documents, read_passages
 from secateur.integrations.transformers import (
@@ -211,7 +211,7 @@ def sampled_rows(
             writer.generate(
                 start, attention_mask=torch.ones_like(start), max_length=length, use_cache=True
             )
-            for start in tqdm(starts.split(at_once), desc="sample", disable=None)
+            for start in progress(starts.split(at_once), "sample")
         ]
     return list(torch.cat(written).split(len(batches[0])))
 

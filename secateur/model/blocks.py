@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from secateur.core.interrupts import held, putting_back
+from secateur.core.progress import progress
 
 # The arguments of one call of the model: one tensor, positional arguments, or keywords.
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -243,7 +243,7 @@ def record_all(
             if stand_in and not _same_calls(calls, _record(model, blocks, batches[0])[0]):
                 return None
             recorded = [_offloaded(calls) if offload else calls]
-            for batch in tqdm(batches[1:], desc="recording", leave=False, disable=None):
+            for batch in progress(batches[1:], "recording", within=True):
                 calls, _ = _record(model, blocks, batch)
                 recorded.append(_offloaded(calls) if offload else calls)
     except NotAChain:

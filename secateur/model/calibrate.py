@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from secateur.core.autocast import without_autocast
 from secateur.core.memory import room_for
-from secateur.core.tables import printable
+from secateur.core.progress import progress
 from secateur.model import layers as _layers
 from secateur.model.blocks import (
     Batch,
@@ -314,7 +313,7 @@ class _Recorder:
                 for n, m in layers.items()
             ),
         ):
-            for i, run in enumerate(tqdm(runs, desc=printable(block), leave=False, disable=None)):
+            for i, run in enumerate(progress(runs, block, within=True)):
                 current.update(batch=self.batch_of[i], calls=0)
                 with contextlib.suppress(Enough):
                     run()

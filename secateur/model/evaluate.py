@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from secateur.core.float64 import in_float64
+from secateur.core.progress import progress
+from secateur.core.shown import Shown
 from secateur.model.blocks import Batch, require_iterable
 from secateur.model.outputs import (
     answer,
@@ -33,7 +34,7 @@ LOGITS_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(Shown):
     """The mean negative log-likelihood of the next token, in nats, and the number of tokens."""
 
     nll: float
@@ -44,32 +45,37 @@ class Perplexity:
         """exp(nll); infinity if that overflows."""
         return math.exp(self.nll) if self.nll < 709 else math.inf  # exp(709.8) overflows
 
-    def __str__(self) -> str:
-        return f"perplexity {self.perplexity:.4g} (nll {self.nll:.4f}) over {self.tokens:,} tokens"
+    @property
+    def paragraphs(self) -> tuple[str]:
+        value = f"perplexity {self.perplexity:.4g} (nll {self.nll:.4f})"
+        return (f"{value} over {self.tokens:,} tokens",)
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Shown):
     """How close the model's predictions are to the dense model's: `kl` in nats per token."""
 
     kl: float
     top1: float
     tokens: int
 
-    def __str__(self) -> str:
-        return f"KL to dense {self.kl:.4g}, same top-1 {self.top1:.2%}, over {self.tokens:,} tokens"
+    @property
+    def paragraphs(self) -> tuple[str]:
+        close = f"KL to dense {self.kl:.4g}, same top-1 {self.top1:.2%}"
+        return (f"{close}, over {self.tokens:,} tokens",)
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(Shown):
     """Cosines between the model's and the dense model's embeddings: mean and 10th percentile."""
 
     mean: float
     p10: float
     count: int
 
-    def __str__(self) -> str:
-        return f"cosine to dense {self.mean:.4f} (p10 {self.p10:.4f}) over {self.count:,} rows"
+    @property
+    def paragraphs(self) -> tuple[str]:
+        return (f"cosine to dense {self.mean:.4f} (p10 {self.p10:.4f}) over {self.count:,} rows",)
 
 
 def perplexity(
@@ -183,7 +189,7 @@ def _named(batches: Iterable[Any], verb: str) -> Iterator[tuple[str, Any]]:
     """Yield each batch with the words that name it; raise if there is none."""
     require_iterable(batches, verb)
     index = -1
-    for index, batch in enumerate(tqdm(batches, desc=verb, leave=False, disable=None)):
+    for index, batch in enumerate(progress(batches, verb, within=True)):
         yield f"batch {index}", batch
     if index < 0:
         raise ValueError(f"{verb} needs at least one batch, got none")

@@ -14,10 +14,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from secateur.core.interrupts import putting_back
 from secateur.core.memory import room_for
+from secateur.core.progress import progress
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, find_chains, hooks
 from secateur.model.calibrate import as_list
@@ -159,7 +159,7 @@ def _add(
     """Add the means over all rows; rows run alone only if squared gradients are asked for."""
     rows = sum(_row_count(batch, i) for i, batch in enumerate(batches))
     alone = any("squared_gradient" in of_layer for of_layer in sums.values())
-    for i, batch in enumerate(tqdm(batches, desc="gradients", leave=False, disable=None)):
+    for i, batch in enumerate(progress(batches, "gradients", within=True)):
         share = (1 if alone else _row_count(batch, i)) / rows
         for part in _rows(batch, i) if alone else (batch,):
             value = loss(answer(model, part, f"batch {i}"), part)
@@ -225,7 +225,7 @@ def _add_regional(
         hooks(b.register_forward_pre_hook(before, with_kwargs=True) for b in regions),
         hooks(b.register_forward_hook(after, with_kwargs=True) for b in regions),
     ):
-        for i, batch in enumerate(tqdm(batches, desc="gradients", leave=False, disable=None)):
+        for i, batch in enumerate(progress(batches, "gradients", within=True)):
             for row in _rows(batch, i):
                 for part in unpadded(model, row, sides):
                     answer(model, part, f"batch {i}")

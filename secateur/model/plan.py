@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from secateur.core.coverage import coverage, is_slight, left_alone
 from secateur.core.disk.atomic import write_whole
 from secateur.core.disk.data_files import first_fault, read_yaml
-from secateur.core.tables import text_table
+from secateur.core.shown import Shown, Table
 from secateur.core.weights import require_module, why_not_ordinary
 from secateur.core.wrappers import base_name, unwrapped
 from secateur.model import layers as _layers
@@ -26,7 +26,7 @@ PLAN_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """Each layer's pattern and `[out, in]` shape by name, and why other layers were skipped.
 
     `left` accounts for all other parameters of the model: how many are left dense, by the reason.
@@ -62,15 +62,17 @@ class Plan:
             for name, pattern in self.layers.items()
         ]
 
-    def __str__(self) -> str:
+    @property
+    def paragraphs(self) -> tuple[str | Table, ...]:
         patterns = ", ".join(
             f"{p}: {n}" for p, n in Counter(map(str, self.layers.values())).items()
         )
         skipped = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped.items())
         return (
-            f"{self.coverage}\n{text_table(self.columns, self.rows())}\n"
+            self.coverage,
+            Table(self.columns, self.rows()),
             f"{len(self.layers)} layers ({patterns}), {self.weights:,} weights"
-            + (f"\nskipped:{skipped}" if skipped else "")
+            + (f"\nskipped:{skipped}" if skipped else ""),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ inputs are known at the same time. Everything else here is a step of one of the 
 import contextlib
 import copy
 import functools
-import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from secateur.core.autocast import without_autocast
 from secateur.core.disk.checkpoint import Checkpoint, digest
 from secateur.core.memory import room_for
+from secateur.core.progress import bar, say
 from secateur.core.undo import Undo
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch
@@ -174,8 +173,8 @@ def solve_stages_(
     """
     results: dict[str, LayerResult] = {}
     masks: dict[str, Tensor] = {}
-    bar = tqdm(total=len(layers), desc=the_pass.name, disable=None)
-    with bar, contextlib.closing(stages):
+    shown = bar(the_pass.name, len(layers), unit="layer")
+    with shown, contextlib.closing(stages):
         for observed in stages:
             remember({name: weight_of(layers[name]) for name in observed.statistics})
             results |= _restored_(layers, observed.statistics, saved)
@@ -195,7 +194,7 @@ def solve_stages_(
                             )
                 for result, mask in _synchronised(the_pass.team, turn, layers, solved):
                     results[result.layer], masks[result.layer] = result, mask
-            bar.update(len(observed.statistics))
+            shown.update(len(observed.statistics))
             done = _finalise_(the_pass, observed, layers, masks, results)
             if saved and done and the_pass.team.rank == 0:
                 weights = {name: weight_of(layers[name]) for name in done}
@@ -293,7 +292,7 @@ def _foretell(
                 the_pass.model, missing, patterns, batches, the_pass.blockwise, offload=offload
             )
             if told is not None:
-                tqdm.write(f"{the_pass.name}: {told}", file=sys.stderr)
+                say(f"{the_pass.name}: {told}")
 
 
 def _dense_copy(the_pass: Pass) -> nn.Module:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.core.float64 import in_float64
-from secateur.core.tables import text_table
+from secateur.core.shown import Shown, Table
 from secateur.core.undo import all_or_nothing
 from secateur.core.wrappers import unwrapped
 from secateur.model.blocks import Batch, hooks, tensors_of
@@ -50,7 +50,7 @@ class PermutedLayer:
 
 
 @dataclass(frozen=True)
-class PermuteReport:
+class PermuteReport(Shown):
     """What `permute_` did, and why it left the other layers of the plan as they are."""
 
     layers: tuple[PermutedLayer, ...]
@@ -67,12 +67,13 @@ class PermuteReport:
             for r in self.layers
         ]
 
-    def __str__(self) -> str:
+    @property
+    def paragraphs(self) -> tuple[str | Table, ...]:
         left = "".join(f"\n  {n} layers: {why}" for why, n in Counter(self.left.values()).items())
         return (
-            f"{text_table(self.columns, self.rows())}\n"
+            Table(self.columns, self.rows()),
             f"permuted the inputs of {len(self.layers)} layers in {self.seconds:.1f} s"
-            + (f"\nleft as they are:{left}" if left else "")
+            + (f"\nleft as they are:{left}" if left else ""),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.core.tables import text_table
+from secateur.core.shown import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
-class PruneReport:
+class PruneReport(Shown):
     """What `prune_` or `reconstruct_` did, layer by layer.
 
     `zeros` counts the zeros in these layers' weights, `parameters` all parameters of the model.
@@ -53,8 +53,9 @@ class PruneReport:
             for r in self.layers
         ]
 
-    def __str__(self) -> str:
-        return f"{text_table(self.columns, self.rows())}\n{self.summary}"
+    @property
+    def paragraphs(self) -> tuple[str | Table, ...]:
+        return Table(self.columns, self.rows()), self.summary
 
     @property
     def summary(self) -> str:

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from secateur.core.float64 import float64_device, in_float64
 from secateur.core.memory import room_for
-from secateur.core.tables import printable
+from secateur.core.progress import bar
 from secateur.model import layers as _layers
 from secateur.model.distributed import ALONE, Team
 from secateur.model.half_blocks import HalfBlock
@@ -102,7 +101,7 @@ class Blockwise:
         before = after = training.held_out_error(held_out)
         longest = max(team.all_gather(len(trained)))
         steps = self.epochs * longest
-        with tqdm(total=steps, desc=printable(half.name), leave=False, disable=None) as bar:
+        with bar(half.name, steps, unit="step", within=True) as shown:
             optimizer = training.optimizer()
             for epoch in range(self.epochs):
                 for step, b in enumerate(_shuffled(trained, epoch, longest), epoch * longest):
@@ -110,7 +109,7 @@ class Blockwise:
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["scale"]
                     training.step(optimizer, b)
-                    bar.update()
+                    shown.update()
                 now = training.held_out_error(held_out)
                 if now < after:
                     after = now

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.core.shown import Shown
 from secateur.model.blocks import Batch, find_chains, hooks, tensors_of
 from secateur.model.half_blocks import first_tensor
 from secateur.model.layers import weight_of
@@ -39,20 +40,21 @@ DISTILLED, OUTPUTS = 4, 8
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Shown):
     """About how long a preset takes, and its peak memory on the device beyond the model's."""
 
     seconds: float
     bytes: int
     device: str
 
-    def __str__(self) -> str:
+    @property
+    def paragraphs(self) -> tuple[str]:
         hours, minutes = divmod(round(self.seconds / 60), 60)
         duration = f"{hours} h {minutes} min" if hours else f"{minutes} min"
         if self.seconds < 60:
             duration = f"{self.seconds:.0f} s"
         memory = f"{self.bytes / 1e9:.1f} GB" if self.bytes >= 1e8 else f"{self.bytes / 1e6:.1f} MB"
-        return f"about {duration} on {self.device}, and {memory} of memory beside the model"
+        return (f"about {duration} on {self.device}, and {memory} of memory beside the model",)
 
 
 def estimate(

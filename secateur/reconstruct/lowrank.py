@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from secateur.core.float64 import in_float64
 from secateur.core.interrupts import putting_back
-from secateur.core.tables import text_table
+from secateur.core.progress import bar
+from secateur.core.shown import Shown, Table
 from secateur.core.wrappers import unwrapped
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, input_of
@@ -84,7 +84,7 @@ class Compensated:
 
 
 @dataclass(frozen=True)
-class CompensationReport:
+class CompensationReport(Shown):
     """What `compensate` wrote, layer by layer, with its parameters counted.
 
     `parameters` counts the pruned model's with the zeros, `nonzeros` without.
@@ -111,13 +111,14 @@ class CompensationReport:
             for r in self.layers
         ]
 
-    def __str__(self) -> str:
+    @property
+    def paragraphs(self) -> tuple[str | Table, ...]:
         return (
-            f"{text_table(self.columns, self.rows())}\n"
+            Table(self.columns, self.rows()),
             f"rank {self.rank}: {len(self.layers)} layers in {self.seconds:.1f} s, {self.extra:,} "
             f"extra parameters, {self.extra / self.parameters:.2%} of the model's "
             f"{self.parameters:,} and {self.extra / self.nonzeros:.2%} of its {self.nonzeros:,} "
-            "nonzeros"
+            "nonzeros",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def compensate(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     results: dict[str, Compensated] = {}
     with torch.no_grad(), putting_back() as stack:
-        bar = stack.enter_context(tqdm(total=len(layers), desc="compensate", disable=None))
+        shown = stack.enter_context(bar("compensate", len(layers), unit="layer"))
         seen = observe(model, layers, batches, ["gram"], sequential=True, offload=offload)
         stack.enter_context(contextlib.closing(seen))
         for observed in seen:
@@ -175,7 +176,7 @@ def compensate(
                 stack.callback(hook.remove)
                 tokens = observed.tokens[name]
                 results[name] = Compensated(name, B.numel() + A.numel(), before, after, tokens)
-                bar.update()
+                shown.update()
     write_adapter(
         Path(folder),
         {name: factors[name] for name in layers},

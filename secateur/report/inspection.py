@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from secateur.core.coverage import coverage, left_alone
-from secateur.core.tables import text_table
+from secateur.core.shown import Shown, Table
 from secateur.core.weights import require_data, require_module, why_computed, why_not_ordinary
 from secateur.core.wrappers import unwrapped
 from secateur.formats import SparseLinear
@@ -60,7 +60,7 @@ class LayerInspection:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Shown):
     """What `inspect` found, layer by layer, in the model's order.
 
     `left` says how many other parameters there are, by the reason why no layer has them.
@@ -117,8 +117,9 @@ class Inspection:
         share = f"; {coverage('these are', weights, self.left)}" if self.left else ""
         return f"{many}: {weights:,} weights, {self.zeros:.1%} zeros{told}{share}"
 
-    def __str__(self) -> str:
-        return f"{text_table(self.columns, self.rows())}\n{self.summary}"
+    @property
+    def paragraphs(self) -> tuple[str | Table, ...]:
+        return Table(self.columns, self.rows()), self.summary
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

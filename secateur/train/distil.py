@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from secateur.core.disk.checkpoint import digest
 from secateur.core.interrupts import putting_back
-from secateur.core.tables import text_table
+from secateur.core.progress import bar
+from secateur.core.shown import Shown, Table
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import pairs_sharing_memory, require_module
 from secateur.core.wrappers import unwrapped
@@ -40,7 +40,7 @@ REPORTED = 0.1
 
 
 @dataclass(frozen=True)
-class DistilReport:
+class DistilReport(Shown):
     """What `distil_` did; `first_loss` and `last_loss` are means over a tenth of the steps."""
 
     loss: str
@@ -60,8 +60,9 @@ class DistilReport:
         rate, seconds = f"{self.learning_rate:g}", f"{self.seconds:.1f}"
         return [(self.loss, f"{self.steps:,}", rate, first, last, seconds)]
 
-    def __str__(self) -> str:
-        return text_table(self.columns, self.rows())
+    @property
+    def paragraphs(self) -> tuple[str | Table, ...]:
+        return (Table(self.columns, self.rows()),)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -160,13 +161,13 @@ class _Distillation:
     def __call__(self, optimizer: torch.optim.Optimizer, held: Held, done: int) -> Iterator[float]:
         """Take the remaining steps and yield the loss of each."""
         order = _shuffled(len(self.batches), self.steps, self.seed)
-        with tqdm(total=self.steps, initial=done, desc="distil", disable=None) as bar:
+        with bar("distil", self.steps, unit="step", done=done) as shown:
             for step in range(done, self.steps):
                 rate = self.learning_rate * _rate(step, self.steps)
                 optimizer.param_groups[0]["lr"] = rate
                 value = self._step(step, self.batches[order[step]], optimizer, held)
-                bar.update()
-                bar.set_postfix(loss=f"{value:.4g}")
+                shown.update()
+                shown.set_postfix_str(f"loss={value:.4g}")
                 yield value
 
     def _step(

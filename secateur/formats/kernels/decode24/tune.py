@@ -12,8 +12,8 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from secateur.core.progress import progress
 from secateur.formats.kernels import timing
 from secateur.formats.kernels.cubins import cubin
 from secateur.formats.kernels.decode24.arrange import UNIT_COLUMNS, UNIT_ROWS, Kind, arrange
@@ -78,7 +78,7 @@ def tune(
     compile_all(
         [(case, config) for case, drawn in plan.items() for config in drawn], device, workers
     )
-    for case, drawn in tqdm(plan.items(), desc="tune", unit="case", disable=None):
+    for case, drawn in progress(plan.items(), "tune", unit="case"):
         tokens = TYPICAL.get(case.tokens, case.tokens)
         yield case, _measured(problem(replace(case, tokens=tokens), device), drawn, device)
 
@@ -153,7 +153,7 @@ def compile_all(
     defines = sorted({config.defines(case, portable) for case, config in cases})
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = pool.map(_compile, [(one, arch) for one in defines], chunksize=4)
-        for _ in tqdm(jobs, total=len(defines), desc="compile", unit="kernel", disable=None):
+        for _ in progress(jobs, "compile", total=len(defines), unit="kernel"):
             pass
 
 
