@@ -44,17 +44,24 @@ def arguments_of(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[
 
 
 def has_labels_beside(model: nn.Module, batch: Batch) -> bool:
-    """Whether a batch is (inputs, labels), as data sets give it, for a model that takes one input.
+    """Whether a batch is (inputs, labels), as data sets give it, and forward takes no labels.
 
-    That is two tensors of one length; losses read the second, the model does not.
+    That is two tensors of one length where the forward takes one argument; or where it can do
+    without a second one, whose name is not that of labels, and the second tensor is one integer a
+    row. Losses read the labels, the model does not.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         return False
     inputs, labels = batch
     if not all(isinstance(x, Tensor) and x.dim() > 0 for x in (inputs, labels)):
         return False
-    takes_one = _takes(model, inputs) and not _takes(model, inputs, labels)
-    return takes_one and len(inputs) == len(labels)
+    if len(inputs) != len(labels) or not _takes(model, inputs):
+        return False
+    if not _takes(model, inputs, labels):
+        return True
+    second = list(inspect.signature(model.forward).parameters.values())[1:2]
+    named = any(p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in LABELS for p in second)
+    return named and labels.dim() == 1 and labels.dtype in INTEGERS
 
 
 def _takes(model: nn.Module, *arguments: Any) -> bool:
@@ -112,8 +119,14 @@ def why_not(model: nn.Module, batch: Batch, where: str, error: Exception) -> str
             remedy = f"leave out {', '.join(map(repr, other))}, which its forward does not take"
         elif raw:
             remedy = f"{raw[0]!r} is {_one(batch[raw[0]])}: make it a tensor, or leave it out"
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        remedy += "; if what follows the first are labels, give batches without them"
     return f"{type(model).__name__} cannot run {where}, {described(batch)}: {reason}: {remedy}"
 
+
+# What a second argument of forward is called that labels are for.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LABELS = ("labels", "label", "targets", "target", "y")
 
 _BATCH = "a batch is a tensor, a tuple of positional or a dict of keyword arguments"
 

@@ -130,8 +130,8 @@ def _check_batches(model: nn.Module, batches: Sequence[Batch], count: int, halve
     """Warn of labels that nobody reads; raise for a single batch where some are held out."""
     if any(has_labels_beside(model, batch) for batch in batches):
         warnings.warn(
-            f"batches are pairs and {type(model).__name__} takes one argument: it runs on the "
-            "first of each, the labels are not read",
+            f"batches are pairs of inputs and labels, which {type(model).__name__} does not take: "
+            "it runs on the first of each, the labels are not read",
             stacklevel=3,
         )
     if halves and count < 2:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -217,7 +218,7 @@ def test_labels_beside_the_input_of_a_model_that_takes_one_are_left_out_with_a_w
     model = nn.Sequential(nn.Flatten(), nn.Linear(8, 8))
     rows = [x.unflatten(1, (2, 4)) for x in vectors()]
     labels = torch.zeros(5, dtype=torch.long)
-    with pytest.warns(UserWarning, match="Sequential takes one argument: it runs on the first"):
+    with pytest.warns(UserWarning, match="which Sequential does not take: it runs on the"):
         (observed,) = observe(
             model, select(model).layers, [(x, labels) for x in rows], ["gram"], sequential=False
         )
@@ -252,6 +253,63 @@ def test_two_arguments_of_a_model_that_takes_two_are_no_labels() -> None:
     torch.testing.assert_close(observed.statistics["layer"]["gram"], 4 * x.T @ x / 5)
     with pytest.raises(ValueError, match="cannot run calibration batch 0, Tensor .5, 8.: .*scale"):
         list(observe(model, select(model).layers, [x], ["gram"], sequential=False))
+
+
+class Masked(nn.Module):
+    """Takes an optional second argument, and keeps what it got there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.got = nn.Linear(8, 8), list[Any]()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.got.append(mask)
+        out: Tensor = self.layer(x)
+        return out
+
+
+class Labelled(Masked):
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(x, labels)
+
+
+class Several(Masked):
+    def forward(self, *args: Tensor) -> Tensor:
+        return super().forward(*args)
+
+
+CLASSES = torch.zeros(5, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("kind", "second", "left_out"),
+    [
+        (Masked, CLASSES, True),
+        (Masked, CLASSES.bool(), False),
+        (Masked, CLASSES.float(), False),
+        (Masked, CLASSES[:, None], False),
+        (Masked, CLASSES[:4], False),
+        (Labelled, CLASSES, False),
+        (Several, CLASSES, False),
+    ],
+)
+def test_class_numbers_are_no_mask(kind: type[Masked], second: Tensor, left_out: bool) -> None:
+    """Labels are not handed to an argument that is for something else, and may be left out."""
+    model = kind()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        sc.prune_(model, "2:4", sc.wanda, [(vectors()[0], second)])
+    assert all((got is None) == left_out for got in model.got) and model.got
+    assert any("labels are not read" in str(one.message) for one in told) == left_out
+
+
+def test_a_pair_that_a_model_cannot_run_says_what_labels_want() -> None:
+    class Flagged(Masked):
+        def forward(self, x: Tensor, flag: Any = False) -> Tensor:
+            return x if flag else super().forward(x)
+
+    with pytest.raises(ValueError, match="if what follows the first are labels, give batches wi"):
+        sc.prune_(Flagged(), "2:4", sc.wanda, [(vectors()[0], CLASSES.float())])
 
 
 def test_the_model_is_left_in_its_mode_also_when_the_walk_is_abandoned() -> None:
