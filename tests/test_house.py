@@ -64,6 +64,7 @@ def test_importing_touches_no_optional_package() -> None:
         "triton",
         "cuda",
         "transformers",
+        "lm_eval",
         "matplotlib",
         "jinja2",
         "typer",

@@ -13,6 +13,7 @@ from secateur.cli.source import AUTO, Opened, open_folder, open_source
 from secateur.cli.wording import in_options
 from secateur.files.save import Report, require_writable
 from secateur.integrations.documents import read_documents
+from secateur.integrations.lm_eval import task_scores
 from secateur.integrations.tokens import end_of_text, stored_rows, text_rows
 from secateur.integrations.transformers import read_config
 from secateur.model.blocks import Batch
@@ -124,6 +125,23 @@ class HeldOut:
         """It as data, in rows and batches as long as the others."""
         return Data(
             self.eval_text, self.eval_tokens, self.eval_rows, data.length, data.batch, "--eval-"
+        )
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What lm-eval measures."""
+
+    tasks: o.Tasks = None
+    task_folder: o.TaskFolder = None
+    limit: o.Limit = None
+
+    def scores(self, model: nn.Module, folder: Path | None, batch: int) -> dict[str, float]:
+        """The tasks' scores of the model from the folder, by the names that reports print."""
+        if not self.tasks or folder is None:
+            return {}
+        return task_scores(
+            model, folder, self.tasks, own=self.task_folder, batch=batch, limit=self.limit
         )
 
 

@@ -139,6 +139,23 @@ TokensPerCall = Annotated[
         show_default=False,
     ),
 ]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Measure this task of lm-eval too, such as arc_easy; repeat it for more. Data that is "
+        "not on the disk is downloaded by lm-eval.",
+        show_default=False,
+    ),
+]
+TaskFolder = Annotated[
+    Path | None,
+    typer.Option(help="A folder with task files of your own for lm-eval.", show_default=False),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Documents of each task, at most.", show_default=False),
+]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option(
