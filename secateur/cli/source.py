@@ -20,6 +20,8 @@ from secateur.files.state_dict import (
     write_state_dict,
 )
 from secateur.integrations.transformers import (
+    FROM_GGUF,
+    GGUF,
     PACKED_FILES,
     PICKLED,
     converted,
@@ -94,6 +96,7 @@ def open_source(name: str | Path, dtype: str = STORED, device: str = "cpu") -> O
         raise ValueError(
             f"{path} is no model: name a Hugging Face folder, a .safetensors file or its index.json"
             + (f"; {converted(path)}" if path.suffix in PICKLED else "")
+            + (f"; {FROM_GGUF}" if path.suffix == GGUF else "")
         )
     if file is None:
         return open_folder(path, dtype, device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from secateur.core.disk.data_files import first_fault, read_json
 from secateur.core.disk.tensor_files import SUFFIX, is_plain_name
 from secateur.core.version import VERSION
+from secateur.integrations.transformers import FROM_GGUF, GGUF, no_folder
 from secateur.model.plan import Plan, plan_from_dict
 
 SIDECAR = "secateur.json"
@@ -192,12 +193,11 @@ def is_read_by_loaders(name: str) -> bool:
 
 def _read_json(folder: Path, path: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: sc.load reads what sc.save wrote")
+        raise ValueError(no_folder(folder))
     if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {SIDECAR}: sc.load reads what sc.save wrote; a Hugging Face folder "
-            "is read by its class's from_pretrained"
-        )
+        other = "a Hugging Face folder is read by its class's from_pretrained"
+        remedy = FROM_GGUF if any(folder.glob(f"*{GGUF}")) else other
+        raise ValueError(f"{folder} has no {SIDECAR}: sc.load reads what sc.save wrote; {remedy}")
     try:
         data = read_json(path)
     except ValueError as error:

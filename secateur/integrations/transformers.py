@@ -8,7 +8,7 @@ import contextlib
 import copy
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ TOKENIZER_FILES = (
 PACKED_FILES = "model.secateur*.safetensors"
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+GGUF = ".gguf"
+FROM_GGUF = (
+    "a GGUF file holds weights quantised for llama.cpp, which are not read: take the folder of "
+    "safetensors that it was made from"
+)
 UNTRUSTED = "a pickle may hold code, so it is never read: convert it, if you trust it"
 
 # The deepest models have a few hundred, and transformers builds a thousand in a second.
@@ -264,6 +269,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(no_folder(folder))
     if not path.is_file():
+        files = sorted(folder.iterdir())
+        if any(file.suffix == GGUF for file in files):
+            raise ValueError(f"{folder} has no config.json, {_only_gguf(files)}")
         raise ValueError(f"{folder} has no config.json: it is no Hugging Face model folder")
     config = read_json(path, infinite=True)  # state-space models limit a time step by infinity
     if "configuration_files" in config:
@@ -322,6 +330,8 @@ def _no_weights(folder: Path) -> str:
     """The message for a folder without safetensors; pickled weights can be converted."""
     pickled = sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
     missing = f"{folder} has no model.safetensors, nor the index of several files"
+    if not pickled and any(path.suffix == GGUF for path in folder.iterdir()):
+        return f"{missing}, {_only_gguf(sorted(folder.iterdir()))}"
     if not pickled:
         return f"{missing}: copy the folder again"
     name = class_name(read_config(folder), folder)
@@ -330,6 +340,12 @@ def _no_weights(folder: Path) -> str:
         f"{missing}, only {pickled[0].name}, and {UNTRUSTED}: "
         f"python -c \"import transformers; {made}.save_pretrained('converted')\""
     )
+
+
+def _only_gguf(files: Sequence[Path]) -> str:
+    """What is there in place of what is read, and what to do."""
+    first = next(file.name for file in files if file.suffix == GGUF)
+    return f"only {first}: {FROM_GGUF}"
 
 
 def converted(path: Path) -> str:

@@ -112,7 +112,11 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         if stored != asked:
             warnings.warn(
                 f"the model is packed in {stored} and is loaded so, though {asked} was asked for: "
-                f"cast it afterwards, model.to(torch.{asked})",
+                + (
+                    f"cast it afterwards, model.to(torch.{asked})"
+                    if getattr(getattr(torch, asked, None), "is_floating_point", False)
+                    else "leave dtype= out"
+                ),
                 stacklevel=2,
             )
         return getattr(torch, stored, dtype)
@@ -297,7 +301,7 @@ class _Stored(nn.Module):
             layer.load_state_dict(read, assign=True)
         except RuntimeError as error:  # torch's own, for whatever is wrong with a checkpoint
             said = " ".join(str(error).split())
-            raise ValueError(f"packed layer {name!r}: {said}") from error
+            raise ValueError(f"packed layer {name!r}: {said}: {AGAIN}") from error
         return layer.train(self.training)
 
 

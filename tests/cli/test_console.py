@@ -189,3 +189,10 @@ def test_a_pickle_says_how_to_convert_it(
     exec(command[1])
     assert same_tensors(load_file(tmp_path / "w.safetensors"), load_file(bare))
     assert "hf download a/b-c --local-dir b-c" in refused(run("inspect", "a/b-c"))
+
+
+def test_a_gguf_file_says_what_to_take_instead(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for name in (tmp_path, tmp_path / "model.gguf"):
+        line = refused(run("inspect", name))
+        assert "take the folder of safetensors that it was made from" in line

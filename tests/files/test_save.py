@@ -443,6 +443,12 @@ def test_a_damaged_foreign_or_newer_sidecar_is_refused(saved: Path) -> None:
     path.unlink()
     refused(saved, r"has no secateur.json: sc.load reads what sc.save wrote; a Hugging Face folder")
     refused(saved / "nowhere", "there is no folder .*nowhere")
+    (saved / "model.gguf").write_bytes(b"GGUF")
+    refused(saved, "has no secateur.json: .*; a GGUF file holds weights quantised for llama.cpp")
+    with pytest.raises(
+        ValueError, match="downloaded first: hf download owner/name --local"
+    ):
+        sc.load("owner/name")
 
 
 def test_weights_of_another_model_are_refused(saved: Path) -> None:

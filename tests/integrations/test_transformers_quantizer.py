@@ -261,8 +261,19 @@ def test_a_tensor_that_is_missing_or_damaged_is_an_error_and_never_random(folder
         (folder / "model.secateur.safetensors").write_bytes(whole)
     metadata = load_file(folder / "model.secateur.safetensors")[f"{LAYER}.metadata"]
     edit_weights(folder, f"{LAYER}.metadata", torch.full_like(metadata, 0))
-    with pytest.raises(ValueError, match=f"packed layer '{LAYER}': .*metadata"):
+    with pytest.raises(ValueError, match=f"packed layer '{LAYER}': .*metadata.*: copy the folder"):
         from_pretrained(folder)
+    (folder / "model.secateur.safetensors").write_bytes(whole)
+    values = load_file(folder / "model.secateur.safetensors")[f"{LAYER}.values"]
+    edit_weights(folder, f"{LAYER}.values", values.double())
+    said = rf"'{LAYER}': .*values needs \w+, got float64: copy the folder again"
+    with pytest.raises(ValueError, match=said):
+        from_pretrained(folder)
+
+
+def test_a_dtype_that_weights_cannot_have_is_no_advice(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="though int8 was asked for: leave dtype= out"):
+        from_pretrained(folder, dtype=torch.int8)
 
 
 def test_what_the_config_may_not_say_is_one_line_with_the_remedy(folder: Path) -> None:
