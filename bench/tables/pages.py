@@ -22,6 +22,7 @@ from bench.tables.pareto import pareto
 from bench.tables.prefill import prefill, prefill_short
 from bench.tables.readme import accuracy_short, speed_short
 from bench.tables.small_models import encoder_accuracy, vision_accuracy
+from bench.tables.support import support
 from bench.tables.vit import vision, vit
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "prefill-short": prefill_short,
     "seconds": seconds,
     "speed-short": speed_short,
+    "support": support,
     "vision": vision,
     "vision-accuracy": vision_accuracy,
     "vit": vit,

@@ -445,9 +445,7 @@ def test_a_damaged_foreign_or_newer_sidecar_is_refused(saved: Path) -> None:
     refused(saved / "nowhere", "there is no folder .*nowhere")
     (saved / "model.gguf").write_bytes(b"GGUF")
     refused(saved, "has no secateur.json: .*; a GGUF file holds weights quantised for llama.cpp")
-    with pytest.raises(
-        ValueError, match="downloaded first: hf download owner/name --local"
-    ):
+    with pytest.raises(ValueError, match="downloaded first: hf download owner/name --local"):
         sc.load("owner/name")
 
 

@@ -64,14 +64,10 @@ def test_loading_errors_name_file_and_remedy(folder: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"has no config.json: it is no Hugging Face model folder"):
         load_folder(tmp_path)
     (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
-    with pytest.raises(
-        ValueError, match=r"has no config.json, only model.Q4_K_M.gguf: a GGUF"
-    ):
+    with pytest.raises(ValueError, match=r"has no config.json, only model.Q4_K_M.gguf: a GGUF"):
         load_folder(tmp_path)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(
-        ValueError, match=r"files, only model.Q4_K_M.gguf: .*take the folder"
-    ):
+    with pytest.raises(ValueError, match=r"files, only model.Q4_K_M.gguf: .*take the folder"):
         load_folder(tmp_path)
     change_config(folder, quantization_config={"quant_method": "gptq"})
     refused("has a quantization_config: use the model that it was quantized from")
