@@ -65,6 +65,7 @@ def test_importing_touches_no_optional_package() -> None:
         "cuda",
         "transformers",
         "lm_eval",
+        "lightning",
         "matplotlib",
         "jinja2",
         "typer",

@@ -69,7 +69,9 @@ ROWS = (
         "tests/train/test_hold.py::test_sharded_weights_are_held_each_process_its_part"),
     Row("FSDP1, DeepSpeed", "refused by name",
         "tests/train/test_hold.py::test_trainers_that_flatten_parameters_are_refused_by_name"),
-    Row("Lightning", "`hold` in a training loop", untested="no callback for it yet"),
+    Row("Lightning", "`SecateurCallback` holds zeros and resumes",
+        "tests/integrations/test_lightning.py"
+        "::test_a_training_that_resumes_equals_one_that_did_not_stop"),
     Row("torchrun", "processes calibrate together",
         "tests/model/test_distributed.py::test_two_processes_end_with_the_model_of_one"),
     Row("DataLoader", "batches of images and labels calibrate",

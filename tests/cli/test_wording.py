@@ -33,7 +33,7 @@ NO_COMMAND = (
     "formats/warmup.py", "formats/convert.py", "formats/read_only.py", "formats/kernels/",
     "integrations/packed_config.py", "integrations/transformers_quantizer.py",
     "integrations/peft.py", "integrations/trainer.py", "train/steps.py", "train/weights.py",
-    "llm/custom_generate.py",
+    "integrations/lightning.py", "llm/custom_generate.py",
     "patterns/grids.py", "report/plots.py", "report/pictures.py", "cli/",
 )  # fmt: skip
 REACHED = ("allocation/sensitivity.py", "allocation/progress.py")
