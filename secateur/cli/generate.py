@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,23 +10,21 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.cli import options as o
 from secateur.cli.command import command
 from secateur.cli.console import INTERRUPTED, aside, emit
 from secateur.cli.groups import Loading
-from secateur.core.conv1d import is_conv1d
+from secateur.cli.running import counted, linear_layers
 from secateur.core.memory import is_out_of_memory
 from secateur.core.tables import as_bytes, printable
-from secateur.formats import SparseLinear
 from secateur.integrations.tokens import read_tokenizer
 from secateur.integrations.transformers import read_config
-from secateur.llm.generate import blocks
 from secateur.llm.kernel_steps import steps_of
 from secateur.llm.request import Request, Sampling, positions, request
 from secateur.llm.steps import Steps
-from secateur.llm.text import TextStream
+from secateur.llm.text import TextStream, pieces
 
 # Tokens to write where nothing is said, about a paragraph.
 TOKENS = 128
@@ -176,7 +173,7 @@ def generate(
     figures = {
         "prompt_tokens": len(ids), "tokens": written.tokens, "ended": written.ended,
         "first_token_seconds": written.first, "tokens_per_second": written.per_second,
-        "peak_bytes": peak[0] if peak else None, "layers": _layers(loaded), "steps": steps.about,
+        "peak_bytes": peak[0] if peak else None, "layers": linear_layers(loaded), "steps": steps.about,
     }  # fmt: skip
     if json:
         emit({"text": text.text, **figures})
@@ -190,26 +187,15 @@ def _write(steps: Steps, asked: Request, text: TextStream, shown: bool) -> Writt
     """Write the text, on stdout as it comes if it is `shown`, until it ends or Ctrl-C."""
     written, begun = Written(), time.perf_counter()
     try:
-        for block in blocks(steps, asked):
-            new = _tokens(block)
-            written.count(len(new), time.perf_counter() - begun)
-            stopped = new[-1] in asked.stop_ids
-            _show(text.add(new[:-1] if stopped else new), shown)
-            if text.stopped or stopped:
-                written.ended = "stop text" if text.stopped else "end of text"
-                break
-        else:
-            written.ended = "length"
+        for piece in pieces(steps, asked, text):
+            written.count(piece.tokens, time.perf_counter() - begun)
+            written.ended = piece.ended
+            _show(piece.text, shown)
     except KeyboardInterrupt:
         written.ended = "interrupted"
-    _show(text.rest(), shown)
+        _show(text.rest(), shown)
     _show("" if text.text.endswith("\n") else "\n", shown)
     return written
-
-
-def _tokens(block: Tensor) -> list[int]:
-    found: list[int] = block[0].tolist()
-    return found
 
 
 def _show(text: str, shown: bool) -> None:
@@ -230,21 +216,8 @@ def _lines(written: Written, figures: dict[str, Any]) -> Iterator[str]:
         yield f"{written.per_second:,.1f} tokens/s after it"
     if figures["peak_bytes"] is not None:
         yield f"peak memory {as_bytes(figures['peak_bytes'])}"
-    layers = ", ".join(f"{count} {what}" for what, count in figures["layers"].items())
-    yield f"linear layers: {layers}"
+    yield counted(figures["layers"])
     yield f"steps: {figures['steps']}"
-
-
-def _layers(model: nn.Module) -> dict[str, int]:
-    """How many linear layers run in which way, one token at a time."""
-    found = Counter[str]()
-    for module in model.modules():
-        if isinstance(module, SparseLinear):
-            of_one_token = module.dispatch.split()[0].partition("<=")[0]
-            found[f"{module.format} by {of_one_token}"] += 1
-        elif isinstance(module, nn.Linear) or is_conv1d(module):
-            found["dense"] += 1
-    return dict(found)
 
 
 @contextmanager

@@ -21,6 +21,10 @@ Choice = Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]]
 # Seeds are what torch's generators take.
 SEEDS = 2**63
 
+# Logits divided by less may overflow, and a draw from what then is no distribution ends in an
+# assertion on the GPU, after which a process can do nothing more there.
+LEAST_TEMPERATURE = 1e-5
+
 # Settings of a model's generation_config that change what is most likely, each with the values
 # that change nothing.
 NOT_APPLIED: Mapping[str, tuple[object, ...]] = {
@@ -241,10 +245,10 @@ def _require_positions(model: nn.Module, prompt: int, count: int) -> None:
 
 def _require_sampling(sampling: Sampling) -> None:
     temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
-    if not (math.isfinite(temperature) and temperature >= 0):
+    if not (math.isfinite(temperature) and (temperature == 0 or temperature >= LEAST_TEMPERATURE)):
         raise ValueError(
-            f"temperature needs to be 0 or more, got {temperature}: pass 0 for the most likely "
-            "token, 1 for the model's own distribution"
+            f"temperature needs to be 0, or {LEAST_TEMPERATURE} or more, got {temperature}: pass 0 "
+            "for the most likely token, 1 for the model's own distribution"
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k needs to be at least 1, got {top_k}: leave it out to keep all")

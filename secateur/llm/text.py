@@ -1,6 +1,11 @@
 """Text as its tokens come: whole characters, and an end at a stop text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from secateur.llm.generate import blocks
+from secateur.llm.request import Request
+from secateur.llm.steps import Steps
 
 # Tokens of the prompt that are decoded with the first new ones: a decoder may treat what begins a
 # text differently, as those that leave out its first space do.
@@ -8,6 +13,18 @@ CONTEXT = 8
 
 # What a decoder writes for bytes that are no character, or not yet one.
 INCOMPLETE = "\ufffd"
+
+# How a text ends.
+STOP_TEXT, END_OF_TEXT, LENGTH = "stop text", "end of text", "length"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became certain of a text with so many new tokens; `ended` says how, in the last one."""
+
+    text: str
+    tokens: int
+    ended: str = ""
 
 
 class TextStream:
@@ -66,6 +83,24 @@ class TextStream:
             certain, self._held = found[: len(found) - kept], found[len(found) - kept :]
         self.text += certain
         return certain
+
+
+def pieces(steps: Steps, asked: Request, text: TextStream) -> Iterator[Piece]:
+    """Yield what one prompt goes on with, as soon as it is certain, until it ends.
+
+    It ends at a stop text, at a token that ends a text, which is not part of it, or after the
+    tokens that are asked for. Nothing is yielded twice: all pieces together are `text.text`.
+    """
+    left = asked.count
+    for block in blocks(steps, asked):
+        new: list[int] = block[0].tolist()
+        left -= len(new)
+        last = new[-1] in asked.stop_ids
+        given = text.add(new[:-1] if last else new)
+        ended = STOP_TEXT if text.stopped else END_OF_TEXT if last else "" if left else LENGTH
+        yield Piece(given + (text.rest() if ended else ""), len(new), ended)
+        if ended:
+            return
 
 
 def _overlap(text: str, stop: str) -> int:

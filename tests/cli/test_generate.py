@@ -228,7 +228,7 @@ def test_what_generate_refuses(pruned: Path, encoder: Path, tmp_path: Path) -> N
         (("--prompt", "w " * 64), "the model has 64 positions, the prompt alone has 64 tokens"),
         ((*prompt, "--top-k", 4), "--top-k and --top-p are for draws, got 4 and None with tempera"
          "ture 0, which draws nothing: give --temperature 1.0 too"),
-        ((*prompt, "--temperature", -1), "--temperature needs to be 0 or more, got -1.0"),
+        ((*prompt, "--temperature", -1), "--temperature needs to be 0, or 1e-05 or more, got -1.0"),
         ((*prompt, "--temperature", 1, "--top-p", 0), "--top-p needs to be in (0, 1], got 0.0"),
         ((*prompt, "--temperature", 1, "--top-k", 0), "--top-k needs to be at least 1, got 0"),
         ((*prompt, "--dtype", "int8"), "--dtype needs to be one of"),

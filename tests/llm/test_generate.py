@@ -296,8 +296,9 @@ GOOD = prompts(2, 4)
         (GOOD, {"max_new_tokens": 61}, "64 positions, got a prompt of 4 tokens and "
          "max_new_tokens=61: pass max_new_tokens=60 at most, or shorten the prompt"),
         (prompts(1, POSITIONS), {}, "the model has 64 positions, the prompt alone has 64 tokens"),
-        (GOOD, {"temperature": -0.5}, "temperature needs to be 0 or more, got -0.5"),
-        (GOOD, {"temperature": math.nan}, "temperature needs to be 0 or more, got nan"),
+        (GOOD, {"temperature": -0.5}, "temperature needs to be 0, or 1e-05 or more, got -0.5"),
+        (GOOD, {"temperature": 1e-40}, "temperature needs to be 0, or 1e-05 or more, got 1e-40"),
+        (GOOD, {"temperature": math.nan}, "temperature needs to be 0, or 1e-05 or more, got nan"),
         (GOOD, {"temperature": 1.0, "top_k": 0}, "top_k needs to be at least 1, got 0"),
         (GOOD, {"temperature": 1.0, "top_p": 0.0}, r"top_p needs to be in \(0, 1\], got 0.0"),
         (GOOD, {"temperature": 1.0, "top_p": 1.5}, r"top_p needs to be in \(0, 1\], got 1.5"),
