@@ -19,6 +19,7 @@ from secateur.cli.prune import prune
 from secateur.cli.recover import recover
 from secateur.cli.report import report
 from secateur.cli.sensitivity import sensitivity
+from secateur.cli.serve import serve
 from secateur.cli.stream import stream
 from secateur.cli.tune import tune
 
@@ -68,5 +69,6 @@ app.command(rich_help_panel=MEASURE)(bench)
 app.command(rich_help_panel=MEASURE)(tune)
 app.command(rich_help_panel=RUN)(accelerate)
 app.command(rich_help_panel=RUN)(generate)
+app.command(rich_help_panel=RUN)(serve)
 app.command(rich_help_panel=SHOW)(report)
 app.command(rich_help_panel=SHOW)(demo)

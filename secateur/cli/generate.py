@@ -173,7 +173,8 @@ def generate(
     figures = {
         "prompt_tokens": len(ids), "tokens": written.tokens, "ended": written.ended,
         "first_token_seconds": written.first, "tokens_per_second": written.per_second,
-        "peak_bytes": peak[0] if peak else None, "layers": linear_layers(loaded), "steps": steps.about,
+        "peak_bytes": peak[0] if peak else None, "layers": linear_layers(loaded),
+        "steps": steps.about,
     }  # fmt: skip
     if json:
         emit({"text": text.text, **figures})
