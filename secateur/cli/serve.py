@@ -51,10 +51,10 @@ def serve(
     template = chat_template(model)
     with _place(host, port) as place:
         loaded = loading.model(model)
-        # Once, and not with each request.
-        warnings.filterwarnings("once", message="generate does not apply")
         name = model.resolve().name
         app = application(Served(name, loaded, tokenizer, template, aside))
+        # It has just said so, and each request would again.
+        warnings.filterwarnings("ignore", message="generate does not apply")
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LEFT)
         )
