@@ -1,7 +1,7 @@
-"""Writes down what of vLLM the plug-in relies on, from its wheel, which is read and never imported.
+"""Writes down what of vLLM the plug-in relies on, from its wheel, which is not imported.
 
-`python -m tests.integrations.record_vllm vllm-VERSION.whl`, by hand for a new release: what changes in
-`vllm_contract.json` is what to look at. Signatures are recorded, and no code.
+`python -m tests.integrations.record_vllm vllm-VERSION.whl`, by hand for a new release: what changes
+in `vllm_contract.json` is what to look at. Signatures are recorded, and no code.
 """
 
 import ast
@@ -27,7 +27,7 @@ RECORDED: dict[str, tuple[str, ...]] = {
         "RowParallelLinear", "register_weight_loader_v2_supported_method",
     ),
     "vllm.model_executor.parameter": (
-        "BasevLLMParameter", "RowvLLMParameter", "ModelWeightParameter",
+        "BasevLLMParameter", "_ColumnvLLMParameter", "RowvLLMParameter", "ModelWeightParameter",
         "GroupQuantScaleParameter", "ChannelQuantScaleParameter",
     ),
     "vllm.model_executor.models.utils": ("WeightsMapper",),
