@@ -25,6 +25,7 @@ from secateur.llm.kernel_steps import steps_of
 from secateur.llm.request import Request, Sampling, positions, request
 from secateur.llm.steps import Steps
 from secateur.llm.text import TextStream, pieces
+from secateur.model.outputs import device_of
 
 # Tokens to write where nothing is said, about a paragraph.
 TOKENS = 128
@@ -165,7 +166,7 @@ def generate(
     sampling = Sampling(drawn.temperature, drawn.top_k, drawn.top_p, drawn.seed)
     batch = torch.tensor([ids], dtype=torch.long, device="cpu")
     count = _count(loaded, len(ids)) if tokens is None else tokens
-    asked = request(loaded, batch, count, sampling=sampling)
+    asked = request(loaded, batch, count, sampling=sampling).to(device_of(loaded))
     steps = steps_of(loaded)
     text = TextStream(tokenizer.decode, ids, stops)
     with _peak_memory(asked.ids.device) as peak, _out_of_memory():

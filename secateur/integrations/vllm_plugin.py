@@ -56,7 +56,7 @@ class SecateurConfig(QuantizationConfig):  # type: ignore[misc]
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: it is a part of config.json."""
+        """No file: it is a part of config.json."""
         return []
 
     @classmethod

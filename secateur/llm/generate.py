@@ -11,6 +11,7 @@ from secateur.core.interrupts import putting_back
 from secateur.llm.kernel_steps import steps_of
 from secateur.llm.request import Request, Sampling, request
 from secateur.llm.steps import Steps
+from secateur.model.outputs import device_of
 
 
 def generate(
@@ -55,6 +56,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     asked = request(model, ids, max_new_tokens, mask=mask, sampling=sampling, stop_ids=stop_ids)
+    asked = asked.to(device_of(model))
     made = [ids.long()]
     with in_eval_mode(model):
         steps = steps_of(model)

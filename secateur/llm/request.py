@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from secateur.core.wrappers import adapted, unwrapped
 from secateur.llm.sampling import most_likely, sampled
 from secateur.llm.steps import cache_name, forward_parameters
-from secateur.model.outputs import device_of
 from secateur.model.padding import MASK
 
 Choice = Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]]
@@ -86,6 +85,11 @@ class Request:
     stop_ids: tuple[int, ...]
     pad: int
 
+    def to(self, device: torch.device) -> "Request":
+        """The same with its tensors on the device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, ids=self.ids.to(device), mask=mask)
+
     @property
     def length(self) -> int:
         """Tokens of a sequence at most: its padding, its prompt and the new ones."""
@@ -101,7 +105,7 @@ def request(
     sampling: Sampling | None = None,
     stop_ids: Iterable[int] | None = None,
 ) -> Request:
-    """The request for `count` more tokens after the ids, on the model's device.
+    """The request for `count` more tokens after the ids, on their device.
 
     Warns about settings of the model's `generation_config` that would not be applied.
 
@@ -126,10 +130,9 @@ def request(
     own, pad = special_tokens(model)
     stops = own if stop_ids is None else _stops(stop_ids, vocabulary)
     _warn_of_settings(model)
-    device = device_of(model)
     return Request(
-        ids.to(device, torch.long),
-        None if prompt is None else prompt.to(device),
+        ids.long(),
+        prompt,
         count,
         sampling,
         stops,

@@ -36,6 +36,7 @@ from secateur.llm.kernel_steps import steps_of
 from secateur.llm.protocol import COMPLETION_TOKENS, Answer, Body, Usage, error, read_body
 from secateur.llm.request import Request, Sampling, positions, request
 from secateur.llm.text import Piece, TextStream, pieces
+from secateur.model.outputs import device_of
 
 GONE = 499  # what stands for an answer that nobody waits for, as in nginx's logs
 OUT_OF_MEMORY = "out of memory: ask for fewer max_tokens, or give a shorter prompt"
@@ -64,10 +65,9 @@ def application(served: Served) -> Starlette:
     Raises: ValueError if the model does not go on with text.
     """
     served.model.eval()
-    asked = request(served.model, torch.zeros(1, 1, dtype=torch.long, device="cpu"), 1)
-    for _ in pieces(steps_of(served.model), asked, TextStream(served.tokenizer.decode, [0])):
-        pass
     texts = _Texts(served)
+    asked = request(served.model, torch.zeros(1, 1, dtype=torch.long, device="cpu"), 1)
+    texts.try_out(_Prompt(asked, TextStream(served.tokenizer.decode, [0])))
 
     async def completions(asked: HttpRequest) -> Response:
         return await _answered(texts, asked, chat=False)
@@ -121,6 +121,13 @@ class _Texts:
         self._closed.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def try_out(self, prompt: _Prompt) -> None:
+        """Write the text and keep nothing of it.
+
+        Raises: ValueError if the model does not go on with text.
+        """
+        self._thread.submit(lambda: list(self._made(prompt))).result()
+
     async def write(self, prompt: _Prompt) -> AsyncGenerator[Piece, None]:
         """Yield the text in pieces, once those before it are written.
 
@@ -156,19 +163,27 @@ class _Texts:
         """Yield the text until it ends or is dropped, and say that it has."""
         if dropped.is_set():
             return
-        begun, tokens, steps = time.perf_counter(), 0, steps_of(self.served.model)
-        for piece in pieces(steps, prompt.asked, prompt.text):
+        begun, tokens = time.perf_counter(), 0
+        for piece, about in self._made(prompt):
             tokens += piece.tokens
             broken_off = dropped.is_set() or self._closed.is_set()
             if piece.ended or broken_off:
                 self.served.told(
                     f"{tokens:,} {'token' if tokens == 1 else 'tokens'} after a prompt of "
                     f"{prompt.asked.ids.shape[1]:,} in {time.perf_counter() - begun:.3g} s, "
-                    f"ended: {piece.ended or 'dropped'}; steps: {steps.about}"
+                    f"ended: {piece.ended or 'dropped'}; steps: {about}"
                 )
             yield piece
             if broken_off:
                 return
+
+    def _made(self, prompt: _Prompt) -> Iterator[tuple[Piece, str]]:
+        """Yield the text in pieces, each with what made it."""
+        # Only here is anything done on a GPU: another thread's call may break a graph's capture.
+        steps = steps_of(self.served.model)
+        asked = prompt.asked.to(device_of(self.served.model))
+        for piece in pieces(steps, asked, prompt.text):
+            yield piece, steps.about
 
 
 async def _answered(texts: _Texts, asked: HttpRequest, *, chat: bool) -> Response:
