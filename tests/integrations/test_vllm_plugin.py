@@ -225,6 +225,7 @@ def test_what_vllm_cannot_run_packed_is_refused(plugin: Any) -> None:
 def test_a_cut_within_a_group_is_refused(plugin: Any) -> None:
     for format, columns, size, tensor in [
         ("semi24_int4", 384, 2, "scales"),
+        ("semi24_int4", 240, 2, "scales"),  # as many groups as two parts have, and others
         ("semi24_int4", 248, 2, "metadata"),
         ("semi24", 24, 2, "metadata"),
     ]:

@@ -32,14 +32,15 @@ def tokenizer() -> Any:
 
 
 class Gated:
-    """Steps that wait for the gate before every token but the first."""
+    """Steps that say when a text is begun, and wait for the gate before every further token."""
 
     block, about = 1, "gated"
 
-    def __init__(self, model: nn.Module, gate: threading.Semaphore) -> None:
-        self._steps, self._gate = ModelSteps(model), gate
+    def __init__(self, model: nn.Module, gate: threading.Semaphore, begun: threading.Event) -> None:
+        self._steps, self._gate, self._begun = ModelSteps(model), gate, begun
 
     def start(self, ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
+        self._begun.set()
         return self._steps.start(ids, mask, length)
 
     def step(self, tokens: Tensor) -> Tensor:

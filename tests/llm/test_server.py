@@ -210,11 +210,13 @@ def test_without_a_template_there_is_no_chat() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_is_dropped(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    gate = threading.Semaphore(0)
-    monkeypatch.setattr(server, "steps_of", lambda model: Gated(model, gate))
+    gate, begun = threading.Semaphore(0), threading.Event()
+    monkeypatch.setattr(server, "steps_of", lambda model: Gated(model, gate, begun))
     with serving() as client:
+        begun.clear()  # it tries the model out
         body = {"prompt": PROMPT, "max_tokens": 50, "temperature": 0, "stream": stream}
         connection = client.send(COMPLETIONS, body)
+        assert begun.wait(60)
         if stream:
             answer = connection.getresponse()
             assert answer.readline().startswith(b"data: ")
