@@ -103,6 +103,26 @@ class Grid:
         spread = _spread(scales, codes.shape[1], self.group_size)
         return codes.to(spread.dtype).mul_(spread)
 
+    def straight_through(
+        self,
+        weight: Float[Tensor, "out in"],
+        scales: Float[Tensor, "out groups"],
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "out in"]:
+        """The nearest `scale x code` as `dtype` stores it, in the weight's dtype, with gradients.
+
+        Those are of rounding taken for the identity: a weight gets the gradient of the result
+        unless it is beyond the largest code, a scale the sum over its group of the gradient times
+        code - weight / scale, or times the code beyond the largest.
+
+        Source: straight-through estimator, Bengio et al., arXiv:1308.3432; scales as in LSQ, Esser
+            et al., arXiv:1902.08153.
+        """
+        spread = _as_stored(_spread(scales, weight.shape[1], self.group_size), dtype)
+        ratios = (weight / spread).clamp(-self.largest, self.largest)
+        codes = ratios + (self.nearest(ratios.detach()) - ratios).detach()
+        return _as_stored(codes * spread, dtype)
+
 
 def Int4(group_size: int | None = 128) -> Grid:
     """The grid of codes -7 to 7, a scale for every `group_size` inputs of an output, or for all.
@@ -253,6 +273,11 @@ def _spread(scales: Tensor, columns: int, group_size: int | None) -> Tensor:
         return wide
     assert group_size is not None, "one scale per output means one column of scales"
     return wide.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def _as_stored(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers rounded to the dtype, with the gradients of what they were."""
+    return wide + (wide.detach().to(dtype).to(wide.dtype) - wide).detach()
 
 
 def _ratios(weight: Tensor, scales: Tensor, group_size: int | None) -> Tensor:

@@ -46,7 +46,8 @@ class Pass:
     """A pass about to be made: a method for the layers of a plan.
 
     With `sequential`, each layer's inputs come from the layers already changed. `blockwise` trains
-    half-blocks, and perhaps the whole model, after the method.
+    half-blocks, and perhaps the whole model, after the method; `alone` is its method for layers
+    that are in no half-block.
     """
 
     model: nn.Module
@@ -55,6 +56,12 @@ class Pass:
     loss: Loss | None = None
     sequential: bool = False
     blockwise: Blockwise | None = None
+    alone: Method | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics and gradients that its methods need."""
+        return tuple(dict.fromkeys([*self.method.needs, *(self.alone.needs if self.alone else ())]))
 
     @property
     def name(self) -> str:
@@ -64,7 +71,7 @@ class Pass:
     @property
     def asks(self) -> bool:
         """Whether it needs data."""
-        return bool(self.method.needs or self.blockwise)
+        return bool(self.needs or self.blockwise)
 
     @property
     def distils(self) -> bool:
@@ -89,8 +96,8 @@ def reconstruction(
         ValueError: as `bind_algorithm`.
     """
     if isinstance(algorithm, Blockwise):
-        method = bind_algorithm(algorithm.method)
-        return Pass(model, plan, method, loss, sequential=True, blockwise=algorithm)
+        method, alone = bind_algorithm(algorithm.method), bind_algorithm(algorithm.alone)
+        return Pass(model, plan, method, loss, sequential=True, blockwise=algorithm, alone=alone)
     return Pass(model, plan, bind_algorithm(algorithm), loss, sequential=True)
 
 
@@ -113,7 +120,7 @@ def pass_over_(
         if dense is not None:
             held_out_loss(the_pass.model, dense, listed)  # before hours of work: is there one?
         found = gradients(
-            the_pass.model, missing, listed, the_pass.method.needs, the_pass.loss, the_pass.team
+            the_pass.model, missing, listed, the_pass.needs, the_pass.loss, the_pass.team
         )
         stages = stages_of(the_pass, layers, listed, saved, offload=offload)
         results = solve_stages_(the_pass, layers, stages, saved, found, undo.remember)
@@ -137,7 +144,7 @@ def stages_of(
     Layers in the checkpoint are still yielded, in order and without statistics, so that the caller
     can restore them.
     """
-    sums = [name for name in the_pass.method.needs if name in STATISTICS]
+    sums = [name for name in the_pass.needs if name in STATISTICS]
     finished = saved.finished() if saved else {}
     if len(finished) == len(layers) or not (sums or the_pass.blockwise):
         yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
@@ -188,7 +195,7 @@ def solve_stages_(
                         name = turn[the_pass.team.rank]
                         with _solving(the_pass, name, layers[name]):
                             given = _given(the_pass, name, layers[name], found[name])
-                            solution = the_pass.method.solve(given)
+                            solution = _method_for(the_pass, observed).solve(given)
                             solved = _put_in_place_(
                                 the_pass, name, layers[name], given, solution, observed.tokens[name]
                             )
@@ -248,9 +255,9 @@ def _prepared(
 
 
 def _require_data(the_pass: Pass, batches: Iterable[Batch] | None) -> None:
-    if the_pass.method.needs and batches is None:
+    if the_pass.needs and batches is None:
         raise ValueError(
-            f"{the_pass.name} needs calibration data for {', '.join(the_pass.method.needs)}: "
+            f"{the_pass.name} needs calibration data for {', '.join(the_pass.needs)}: "
             "pass batches, or use sc.magnitude"
         )
     if the_pass.distils and the_pass.team.size > 1:
@@ -341,6 +348,11 @@ def _turns(names: Sequence[str], members: Team) -> Iterator[Sequence[str]]:
         yield names[first : first + members.size]
 
 
+def _method_for(the_pass: Pass, observed: Observed) -> Method:
+    """The method for layers that were observed together: another one where no half-block follows."""
+    return the_pass.alone if the_pass.alone and observed.half is None else the_pass.method
+
+
 @contextlib.contextmanager
 def _solving(the_pass: Pass, name: str, module: nn.Module) -> Iterator[None]:
     """Name the layer in errors, and switch autocast off, while it is solved."""
@@ -401,7 +413,7 @@ def _put_in_place_(
 
 def _lent(the_pass: Pass, module: nn.Module, tokens: int) -> str:
     """What to note of an expert that no calibration token was sent to."""
-    asked = any(name in STATISTICS for name in the_pass.method.needs)
+    asked = any(name in STATISTICS for name in the_pass.needs)
     none = asked and isinstance(module, Expert) and tokens == 0
     return "no token reached it: by the other experts' inputs" if none else ""
 

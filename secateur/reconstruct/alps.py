@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur.core.float64 import float64_device
 from secateur.model.statistics import call
 from secateur.patterns import Pattern
+from secateur.patterns.grids import Grid
 from secateur.reconstruct.refit import DAMPING, normalised, refitted
 from secateur.reconstruct.solution import Solution
 
@@ -40,6 +41,8 @@ def alps(
     held_gram: Float[Tensor, "in in"] | None = None,
     *,
     damping: float | None = None,
+    grid: Grid | None = None,
+    dtype: torch.dtype | None = None,
     memo: Callable[..., Any] = call,
 ) -> Solution:
     """The weight with the pattern's zeros where ADMM finds that they cost least, then refitted.
@@ -47,7 +50,8 @@ def alps(
     Weights compete for the mask by their squared magnitude, each in units of its input's norm,
     after they have made up for one another. Any pattern works: its own mask of that score is the
     projection. The mask is found with the damping `DAMPING`; for the refit the held-out part of the
-    data chooses it. A given `damping` is used for both.
+    data chooses it. A given `damping` is used for both. With a `grid` the refitted weights are
+    rounded to it, as by `secateur.reconstruct.refitted`.
 
     Cost: O(in^3), for the eigenvectors, which layers with the same input share (`memo`), and two
         products with an in x in matrix per iteration, 300 at most; 8 out in + 6 in^2 in float32
@@ -63,7 +67,9 @@ def alps(
     WA = start @ A
     del A, n  # the refit needs the room
     mask, settled = _admm(start, WA, L, Q, pattern)
-    found = refitted(weight, mask, gram, held_gram, damping=damping)
+    found = refitted(
+        weight, mask, gram, held_gram, damping=damping, grid=grid, dtype=dtype or weight.dtype
+    )
     note = "" if settled else f"the mask still changed after {ITERATIONS} iterations"
     return found._replace(note="; ".join(filter(None, [note, found.note])))
 

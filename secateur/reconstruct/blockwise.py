@@ -4,13 +4,17 @@ Layer by layer, each weight is fitted to its own layer's outputs. Here the layer
 into the residual stream (attention, then MLP) are fitted together to that sum: they are trained
 from where the layers' own method left them, on the outputs of the pruned blocks before, towards the
 dense model's stream. So they make up for one another, and for what earlier blocks lost.
+
+With a grid, a half-block is trained without it first, because rounding by the layers' own Gram
+matrices (`rounding`) loses less than training that rounds from its first step. Then all of its
+weights are rounded, and trained on with gradients straight through, at a lower rate, scales too.
 Source: the idea comes from block-wise reconstruction in Li et al. (BRECQ), ICLR 2021,
 arXiv:2102.05426, and for sparse weights Hubara et al. (AdaPrune), NeurIPS 2021, arXiv:2102.08124.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,14 +28,21 @@ from secateur.core.float64 import float64_device, in_float64
 from secateur.core.memory import room_for
 from secateur.core.progress import bar
 from secateur.model import layers as _layers
+from secateur.model.blocks import hooks, input_of
 from secateur.model.distributed import ALONE, Team
 from secateur.model.half_blocks import HalfBlock
 from secateur.model.layers import weight_of
-from secateur.model.statistics import is_held_out, name_of
+from secateur.model.statistics import Gram, is_held_out, name_of
+from secateur.patterns.grids import Grid
+from secateur.reconstruct.methods import naming
 from secateur.reconstruct.refit import refit
+from secateur.reconstruct.rounding import rounded
 
 EPOCHS = 4
 LEARNING_RATE = 0.01
+
+# On a grid: of the learning rate, for weights and for scales, whose unit is their root mean square.
+ROUNDED, SCALES = 0.3, 0.1
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,16 @@ class Blockwise:
     epochs: int
     learning_rate: float
     distil: int = 0
+    grid: Grid | None = None
+
+    @property
+    def alone(self) -> Callable[..., Any]:
+        """The method for a layer that is in no half-block."""
+        if self.grid is None:
+            return self.method
+        if "grid" in inspect.signature(self.method).parameters:
+            return partial(self.method, grid=self.grid)
+        return refit(self.method, grid=self.grid)
 
     @property
     def name(self) -> str:
@@ -53,6 +74,7 @@ class Blockwise:
             "epochs": (self.epochs, EPOCHS),
             "learning_rate": (self.learning_rate, LEARNING_RATE),
             "distil": (self.distil, 0),
+            "grid": (self.grid, None),
         }
         changed = [
             f", {key}={value!r}" for key, (value, usual) in options.items() if value != usual
@@ -89,7 +111,8 @@ class Blockwise:
 
         The error is the mean squared distance to the dense half-block's outputs over their
         variance. It is computed after every epoch, and the layers end with the best weights seen,
-        the start among them: the second error is never above the first. At every step each process
+        the start among them: the second error is never above the first. With a grid the layers end
+        with the best weights seen on it, and the second error is theirs. At every step each process
         of a `team` takes a batch, and all use the mean of their gradients.
         """
         training = _Training(half, layers, masks, team)
@@ -97,28 +120,48 @@ class Blockwise:
         first = sum(counts[: team.rank])  # batches are numbered as for held-out Gram matrices
         held_out = [b for b in range(len(half.targets)) if is_held_out(first + b)]
         trained = [b for b in range(len(half.targets)) if b not in held_out]
-        best = {name: w.detach().clone() for name, w in training.weights.items()}
-        before = after = training.held_out_error(held_out)
-        longest = max(team.all_gather(len(trained)))
+        before = training.held_out_error(held_out)
+        after = self._fitted_(training, trained, held_out, self.learning_rate, before)
+        if self.grid is not None:
+            training.round_(self.grid)
+            on_grid = training.held_out_error(held_out)
+            rate = ROUNDED * self.learning_rate
+            after = self._fitted_(training, trained, held_out, rate, on_grid)
+        if after < before or self.grid is not None:
+            for name, stored in training.stored().items():
+                weight_of(layers[name]).copy_(stored)
+        return before, after
+
+    def _fitted_(
+        self,
+        training: "_Training",
+        trained: Sequence[int],
+        held_out: Sequence[int],
+        learning_rate: float,
+        start: float,
+    ) -> float:
+        """Train, and leave the tensors that had the least error, which is returned; `start` is the
+        error now."""
+        best = [tensor.detach().clone() for tensor in training.tensors]
+        least, longest = start, max(training.team.all_gather(len(trained)))
         steps = self.epochs * longest
-        with bar(half.name, steps, unit="step", within=True) as shown:
+        with bar(training.name, steps, unit="step", within=True) as shown:
             optimizer = training.optimizer()
             for epoch in range(self.epochs):
                 for step, b in enumerate(_shuffled(trained, epoch, longest), epoch * longest):
-                    rate = self.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+                    rate = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["scale"]
                     training.step(optimizer, b)
                     shown.update()
                 now = training.held_out_error(held_out)
-                if now < after:
-                    after = now
-                    for name, weight in training.weights.items():
-                        best[name].copy_(weight.detach())
-        if after < before:
-            for name, stored in training.stored(best).items():
-                weight_of(layers[name]).copy_(stored)
-        return before, after
+                if now < least:
+                    least = now
+                    for kept, tensor in zip(best, training.tensors, strict=True):
+                        kept.copy_(tensor.detach())
+        for kept, tensor in zip(best, training.tensors, strict=True):
+            tensor.data.copy_(kept)
+        return least
 
 
 def blockwise(
@@ -127,6 +170,7 @@ def blockwise(
     epochs: int = EPOCHS,
     learning_rate: float = LEARNING_RATE,
     distil: int = 0,
+    grid: Grid | None = None,
 ) -> Blockwise:
     """The method layer by layer, then the kept weights of each half-block trained together.
 
@@ -164,7 +208,7 @@ def blockwise(
             f"{epochs}, {learning_rate:g} and {distil}"
         )
     chooses = "pattern" in inspect.signature(method).parameters
-    return Blockwise(method if chooses else refit(method), epochs, learning_rate, distil)
+    return Blockwise(method if chooses else refit(method), epochs, learning_rate, distil, grid)
 
 
 class _Training:
@@ -177,59 +221,122 @@ class _Training:
         masks: Mapping[str, Bool[Tensor, "out in"]],
         team: Team,
     ) -> None:
-        self._half = half
-        self._team = team
+        self._half, self._layers = half, layers
+        self.name, self.team = half.name, team
         stored = {name: weight_of(layers[name]).detach() for name in half.layers}
         self._dtypes = {name: weight.dtype for name, weight in stored.items()}
-        self._dropped = {
-            name: _layers.from_matrix(layers[name], ~masks[name]) for name in half.layers
-        }
+        self._masks = {name: masks[name] for name in half.layers}
+        self._grid: Grid | None = None
+        self.scales: dict[str, Tensor] = {}
         self.weights = {
             name: weight.to(torch.float32, copy=True).requires_grad_()
             for name, weight in stored.items()
         }
         self._variance = self._variance_of_targets()
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is trained: the weights, and their scales once they are on a grid."""
+        return [*self.weights.values(), *self.scales.values()]
+
     def optimizer(self) -> torch.optim.Adam:
-        """Adam for the weights; `scale` is the unit of each weight's learning rate."""
-        return torch.optim.Adam(
-            [{"params": [w], "scale": _kept_rms(w)} for w in self.weights.values()]
-        )
+        """Adam for what is trained; `scale` is the unit of each tensor's learning rate."""
+        units = [_kept_rms(w) for w in self.weights.values()]
+        units += [SCALES * _kept_rms(s) for s in self.scales.values()]
+        groups = zip(self.tensors, units, strict=True)
+        return torch.optim.Adam([{"params": [t], "scale": unit} for t, unit in groups])
 
     @torch.enable_grad()
     def step(self, optimizer: torch.optim.Adam, batch: int | None) -> None:
-        """Train the weights on the batch, or on other processes' batches alone if it is None."""
+        """Train on the batch, or on other processes' batches alone if it is None."""
         self.add_gradients(batch)
         optimizer.step()
         optimizer.zero_grad()
 
-    def stored(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def stored(self) -> dict[str, Tensor]:
         """The weights as the layers will store them: with exact zeros, in the model's dtype."""
-        return {
-            name: weight.masked_fill(self._dropped[name], 0).to(self._dtypes[name])
-            for name, weight in weights.items()
-        }
+        return {name: self._stored(name, weight) for name, weight in self.weights.items()}
+
+    def _stored(self, name: str, weight: Tensor) -> Tensor:
+        module, dtype = self._layers[name], self._dtypes[name]
+        if self._grid is not None:
+            matrix = _layers.matrix(module, weight)
+            on_grid = self._grid.straight_through(matrix, self.scales[name], dtype)
+            weight = _layers.from_matrix(module, on_grid)
+        return weight.masked_fill(_layers.from_matrix(module, ~self._masks[name]), 0).to(dtype)
+
+    @torch.no_grad()
+    def round_(self, grid: Grid) -> None:
+        """Put the weights on the grid, each layer by what it sees on the batches of all processes.
+
+        Layers see what the weights as trained pass on. What is trained from now on are the scales,
+        and weights that round to the codes found.
+        """
+        grams = self._grams()
+        for name, weight in self.weights.items():
+            module = self._layers[name]
+            with naming(name):
+                found = rounded(
+                    _layers.matrix(module, weight.detach()),
+                    self._masks[name],
+                    grams.pop(name),
+                    grid,
+                    dtype=self._dtypes[name],
+                )
+            weight.copy_(_layers.from_matrix(module, found.latent))
+            self.scales[name] = found.scales.float().requires_grad_()
+        self._grid = grid
+
+    def _grams(self) -> dict[str, Float[Tensor, "in in"]]:
+        """The Gram matrix of each layer's inputs on all batches, of which some layers share one."""
+        columns = {n: _layers.matrix(self._layers[n], w).shape[1] for n, w in self.weights.items()}
+        device = self._half.device
+        sums = {n: torch.zeros(c, c, device=device, dtype=torch.float32) for n, c in columns.items()}
+        tokens = dict.fromkeys(columns, 0)
+        found: dict[Hashable, tuple[Tensor, Tensor, int]] = {}  # the input, so that its id is its own
+
+        def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = input_of(args, kwargs)
+            key = id(x), _layers.rows_key(module)
+            if key not in found:
+                rows, gram = _layers.input_rows(module, x), Gram(columns[name], device)
+                gram.update(rows, 0)
+                found[key] = x, *gram.sums, len(rows)
+            sums[name] += found[key][1]
+            tokens[name] += found[key][2]
+
+        run = ((self._layers[n], partial(before, n)) for n in columns)
+        with (
+            self.team.raising_together(),
+            hooks(m.register_forward_pre_hook(look, with_kwargs=True) for m, look in run),
+        ):
+            for b in range(len(self._half.targets)):
+                self._half.output(b, self.stored())
+                found.clear()
+        self.team.all_reduce_(list(sums.values()))
+        everywhere = self.team.all_gather(tokens)
+        return {n: g / max(1, sum(seen[n] for seen in everywhere)) for n, g in sums.items()}
 
     def error(self, batch: int) -> Float[Tensor, ""]:
         """The mean squared error on a batch over the variance of the targets."""
-        output = self._half.output(batch, self.stored(self.weights)).float()
+        output = self._half.output(batch, self.stored()).float()
         target = self._half.targets[batch].to(output.device, non_blocking=True).float()
         return (output - target).square().mean() / self._variance
 
     def add_gradients(self, batch: int | None) -> None:
         """Give the weights the mean gradient of the processes' batches; None is no batch."""
-        with self._team.raising_together():
+        with self.team.raising_together():
             if batch is not None and (error := self.error(batch)).requires_grad:
                 error.backward()  # else no trained weight affects this batch
-        if self._team.size == 1:
+        if self.team.size == 1:
             return
         had_one = float(batch is not None)
         counted = torch.tensor(had_one, dtype=torch.float32, device=self._half.device)
-        for weight in self.weights.values():
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        self._team.all_reduce_([counted, *gradients])
+        for tensor in self.tensors:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        gradients = [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+        self.team.all_reduce_([counted, *gradients])
         for gradient in gradients:
             gradient /= counted
 
@@ -237,10 +344,10 @@ class _Training:
     def held_out_error(self, batches: Sequence[int]) -> float:
         """The mean error on the batches of all processes."""
         sums = torch.zeros(2, device=self._half.device, dtype=torch.float32)
-        with self._team.raising_together():
+        with self.team.raising_together():
             for b in batches:
                 sums += torch.stack([self.error(b), sums.new_ones(())])
-        self._team.all_reduce_([sums])
+        self.team.all_reduce_([sums])
         return float(sums[0] / sums[1])
 
     def _variance_of_targets(self) -> Float[Tensor, ""]:
@@ -253,7 +360,7 @@ class _Training:
             n += y.numel()
             total += in_float64(y.sum())
             squares += in_float64(y.square().sum())
-        self._team.all_reduce_([n, total, squares])
+        self.team.all_reduce_([n, total, squares])
         variance = squares / n - (total / n).square()
         return variance.clamp(min=torch.finfo(torch.float32).tiny).float().to(device)
 

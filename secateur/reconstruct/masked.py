@@ -18,8 +18,8 @@ def on_mask_of(
 ) -> Callable[..., Solution]:
     """The algorithm that takes its mask from a criterion or an algorithm and has it finished.
 
-    `finish` is a function `(weight, mask, statistic...)`, which may ask for `pattern` too. The
-    algorithm asks for the statistics of both and joins their notes. `wrapper` and `options` make
+    `finish` is a function `(weight, mask, statistic...)`, which may ask for `pattern` and `dtype`
+    too. The algorithm asks for the statistics of both and joins their notes. `wrapper` and `options` make
     its name; `at_hand` names, in the error, the function that takes a mask directly.
     """
     if not callable(method):
@@ -40,8 +40,8 @@ def on_mask_of(
     parameters = inspect.signature(method).parameters.values()
     asked = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in parameters}
     asked.pop("layer_seed", None)  # derived from the layer's name
-    also = needed_by(finish, given=("weight", "mask", "pattern"))
-    for name in ("weight", *also, "pattern", "layer"):
+    also = needed_by(finish, given=("weight", "mask", "pattern", "dtype"))
+    for name in ("weight", *also, "pattern", "layer", "dtype"):
         asked[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
     algorithm.__name__ = f"{wrapper}({name_of(method)}{options})"
     vars(algorithm)["__signature__"] = inspect.Signature(list(asked.values()))

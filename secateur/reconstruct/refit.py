@@ -19,7 +19,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.core.float64 import float64_device, in_float64
+from secateur.patterns.grids import Grid
 from secateur.reconstruct.masked import on_mask_of
+from secateur.reconstruct.rounding import rounded
 from secateur.reconstruct.solution import Solution
 
 # A row's residual, relative to its first. What a refit could still gain is then at most
@@ -41,26 +43,40 @@ DAMPINGS = (0.1, 0.03, DAMPING, 0.003, 0.001)
 CHOOSING = 512
 
 
-def refit(method: Callable[..., Any], *, damping: float | None = None) -> Callable[..., Solution]:
+def refit(
+    method: Callable[..., Any], *, damping: float | None = None, grid: Grid | None = None
+) -> Callable[..., Solution]:
     """The algorithm that takes the mask of a criterion or an algorithm and refits what it keeps.
 
     `sc.reconstruct_(model, plan, sc.refit(sc.wanda), batches)`. Any mask will do; whatever an
     algorithm did to the kept weights, such as rounding to a grid, is replaced. If you already have
-    a mask, use `secateur.reconstruct.refitted`, which says what is computed, and how the damping is
-    chosen on held-out batches unless it is given.
+    a mask, use `secateur.reconstruct.refitted`, which says what is computed, how the damping is
+    chosen on held-out batches unless it is given, and how weights are rounded to a `grid`.
 
     Cost: the method's, and `refitted`.
     Raises:
         ValueError: if the method is not a function.
     Source: Meng et al., arXiv:2406.07831, section 3.3.
     """
-    if damping is None:
-        return on_mask_of(method, refitted, "refit", "refitted")
+    given = {"damping": damping, "grid": grid}
+    options = "".join(f", {key}={value!r}" for key, value in given.items() if value is not None)
 
-    def fixed(weight: Tensor, mask: Tensor, gram: Tensor) -> Solution:
-        return refitted(weight, mask, gram, damping=damping)
+    def chosen(
+        weight: Tensor,
+        mask: Tensor,
+        gram: Tensor,
+        held_gram: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> Solution:
+        return refitted(weight, mask, gram, held_gram, damping=damping, grid=grid, dtype=dtype)
 
-    return on_mask_of(method, fixed, "refit", "refitted", f", damping={damping!r}")
+    def fixed(
+        weight: Tensor, mask: Tensor, gram: Tensor, dtype: torch.dtype | None = None
+    ) -> Solution:
+        return refitted(weight, mask, gram, damping=damping, grid=grid, dtype=dtype)
+
+    finish = chosen if damping is None else fixed  # which asks for fewer statistics
+    return on_mask_of(method, finish, "refit", "refitted", options)
 
 
 def refitted(
@@ -70,6 +86,8 @@ def refitted(
     held_gram: Float[Tensor, "in in"] | None = None,
     *,
     damping: float | None = None,
+    grid: Grid | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Solution:
     """The What on the mask with the least tr (W - What) H (W - What)^T, its excess bounded.
 
@@ -87,11 +105,14 @@ def refitted(
     refit on all of `gram` with that damping. The note names it where it is not `DAMPING`, which is
     used where nothing is held out, as with a single batch. A given damping is used as it is.
 
+    With a `grid`, What is then rounded to it by `secateur.reconstruct.rounding.rounded`, scales in
+    the `dtype` in which the layer will store them (by default the weight's own).
+
     Cost: out in^2 time per step, 10 to 100 steps, and five solutions for at most 1,023 of the
-        outputs to choose the damping; 7 out in + 2 in^2 in float32 memory.
+        outputs to choose the damping; 7 out in + 2 in^2 in float32 memory; then that of `rounded`.
     Raises:
-        ValueError: if the damping is negative, or a Gram matrix is not finite or has a negative
-            diagonal.
+        ValueError: if the damping is negative, a Gram matrix is not finite or has a negative
+            diagonal, or `rounded` finds no factor of it.
     Source: Meng et al., arXiv:2406.07831, section 3.3; damping as in SparseGPT, arXiv:2301.00774.
     """
     W = weight.float()
@@ -118,6 +139,10 @@ def refitted(
     if dead := int((gram.diagonal() == 0).sum()):
         notes.append(f"{dead} inputs were never active")
     new = W.masked_fill(~mask, 0) + X
+    if grid is not None:
+        new = rounded(
+            new, mask, gram, grid, damping=damping, dtype=dtype or weight.dtype
+        ).weight
     return Solution(new.to(weight.dtype), mask, "; ".join(notes))
 
 

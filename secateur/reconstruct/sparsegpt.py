@@ -19,7 +19,7 @@ from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.model.statistics import call
@@ -41,7 +41,9 @@ FEWEST = 4 * CHUNK
 # Threads share the graphs, and torch allows one capture at a time.
 ONE_AT_A_TIME = threading.Lock()
 
-Part = tuple[int, int, Pattern]  # columns start..stop, whose zeros are chosen together
+# Columns start..stop, and the pattern by which their zeros are chosen together; None if the zeros
+# are there already.
+Part = tuple[int, int, Pattern | None]
 
 
 def sparsegpt(
@@ -79,11 +81,35 @@ def sparsegpt(
     W = weight.float().T.contiguous()
     W[dead] = 0
     sweep = _Sweep(W, U, grid, dtype or weight.dtype, _can_capture(W))
-    sweep.run(_runs(list(pattern.parts((weight.shape[0], weight.shape[1]))), grid))
+    parts: list[Part] = list(pattern.parts((weight.shape[0], weight.shape[1])))
+    sweep.run(_runs(parts, grid))
     if dead.any():
         note = "; ".join(filter(None, [note, f"{int(dead.sum())} inputs were never active"]))
     M = sweep.M.T.contiguous()
     return Solution(W.T.masked_fill(~M, 0).to(weight.dtype), M, note)
+
+
+def walked(
+    weight: Float[Tensor, "out in"],
+    mask: Bool[Tensor, "out in"],
+    gram: Float[Tensor, "in in"],
+    grid: Grid,
+    *,
+    damping: float,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out groups"]]:
+    """The weight on the grid, in float32, and its scales, by the same walk with the zeros given.
+
+    Raises:
+        ValueError: as `sparsegpt`.
+    """
+    U, _ = _upper_factor(gram, damping)
+    W = weight.float().T.contiguous()
+    sweep = _Sweep(W, U, grid, dtype, _can_capture(W))
+    sweep.M = mask.T.contiguous()
+    width = grid.group_size or len(W)
+    sweep.run([[(a, min(a + width, len(W)), None)] for a in range(0, len(W), width)])
+    return W.T.masked_fill(~mask, 0), torch.cat(sweep.chosen, 1)
 
 
 class _Sweep:
@@ -107,6 +133,7 @@ class _Sweep:
         self.d = U.diagonal()
         self.first = 0
         self.scales: Float[Tensor, "out groups"] | None = None
+        self.chosen: list[Float[Tensor, "out groups"]] = []
 
     def run(self, runs: list[list[Part]]) -> None:
         """Prune these runs of parts one after another, each with its own scales."""
@@ -137,6 +164,7 @@ class _Sweep:
         self.W[columns] = before
         curvature = self.d[columns].square().reciprocal()
         self.scales = grid.scales(kept.T.to(self.dtype), curvature)
+        self.chosen.append(self.scales)
 
     def prune(self, parts: list[Part]) -> None:
         """Choose the masks of these parts one after another, and eliminate what they drop."""
@@ -151,8 +179,9 @@ class _Sweep:
             self.prune(parts[middle:])
             return
         ((start, stop, pattern),) = parts
-        score = (self.W[start:stop] / self.d[start:stop, None]).square().T
-        self.M[start:stop] = pattern.mask(score).T
+        if pattern is not None:
+            score = (self.W[start:stop] / self.d[start:stop, None]).square().T
+            self.M[start:stop] = pattern.mask(score).T
         self.eliminate(start, stop)
 
     def eliminate(self, start: int, stop: int) -> None:
@@ -255,6 +284,8 @@ def _can_capture(W: Float[Tensor, "in out"]) -> bool:
 def _is_launches_alone(part: Part) -> bool:
     """Whether the part's mask is chosen without a synchronisation, which no graph can capture."""
     start, stop, pattern = part
+    if pattern is None:
+        return True
     groups = list(pattern.groups(stop - start))
     return bool(groups) and all(b - a <= PAIRWISE_WIDTH for a, b in groups)
 
