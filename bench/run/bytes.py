@@ -3,9 +3,10 @@
     python -m bench.run.bytes --model ../shared/models/reference-lm --rows 32 --validation 16
 
 A recipe is a pattern, a grid or none, and how weights get there: `nearest` rounds each weight by
-itself; SparseGPT prunes and rounds jointly, which without zeros is GPTQ. Every linear layer of the
-blocks is treated; head, embeddings and norms are as they were. All that is stored is rounded to
-bfloat16: scales, scale x code, and weights without a grid.
+itself; SparseGPT prunes and rounds jointly, which without zeros is GPTQ; ALPS, `best` and
+`thorough` are given the grid. Every linear layer of the blocks is treated; head, embeddings and
+norms are as they were. All that is stored is rounded to bfloat16: scales, scale x code, and weights
+without a grid. Training takes a batch a step, so that `--batch` counts for it.
 
 Bits a weight are those of codes, positions and scales together, over all weights of the layers:
 
@@ -28,7 +29,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,13 @@ from secateur.model import evaluate
 from secateur.model.layers import weight_of
 from secateur.model.statistics import call
 from secateur.patterns import NM, Grid, Int2, Int3, Int4, Pattern, Unstructured
-from secateur.reconstruct import Solution
+from secateur.reconstruct import Blockwise, Solution
 
 STORED = torch.bfloat16  # weights without a grid, and scales
 BITS_STORED = 16
 EVERY_WEIGHT = Unstructured(0.0)  # keeps all
 NEAREST, SPARSEGPT = "nearest", "sparsegpt"
+ALPS, BEST, THOROUGH = "alps", "best", "thorough"
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,17 @@ RECIPES = {
             for how in (SPARSEGPT, NEAREST)
         ),
         *(Recipe(pattern, grid) for grid in (Int4(), None) for pattern in PATTERNS),
+        *(Recipe(NM(2, 4), grid, ALPS) for grid in (Int4(), None)),
+        *(
+            Recipe(pattern, grid, how)
+            for how in (BEST, THOROUGH)
+            for pattern, grid in (
+                (NM(2, 4), Int4()),
+                (NM(2, 4), None),
+                (EVERY_WEIGHT, Int4()),
+                (EVERY_WEIGHT, Int3()),
+            )
+        ),
     )
 }
 
@@ -124,19 +138,33 @@ def apply_(model: nn.Module, recipe: Recipe, data: Sequence[Tensor]) -> sc.Plan:
             f"{recipe.name} does not fit layer {missing[0]}, and its bits a weight are those of "
             "all layers: leave the recipe out of --recipes"
         )
-    if recipe.method == SPARSEGPT:
-        sc.reconstruct_(model, plan, _jointly(recipe.grid), list(data))
+    if recipe.method != NEAREST:
+        sc.reconstruct_(model, plan, _algorithm(recipe), list(data))
     for name in plan.layers:
         weight = weight_of(model.get_submodule(name))
         with torch.no_grad():
             stored = weight.to(STORED)
-            if recipe.grid is not None and recipe.method == NEAREST:
-                scales = recipe.grid.scales(stored)
-                codes = recipe.grid.codes(stored, scales)
-                stored = recipe.grid.dequantised(codes, scales).to(STORED)
+            if recipe.grid is not None and recipe.method != SPARSEGPT:
+                on_grid = stored if recipe.method == NEAREST else weight  # others found it already
+                scales = recipe.grid.scales(on_grid)
+                codes = recipe.grid.codes(on_grid, scales)
+                stored = recipe.grid.dequantised(codes, scales.to(STORED)).to(STORED)
             weight.copy_(stored)
     sc.check(model, plan)
     return plan
+
+
+def _algorithm(recipe: Recipe) -> Callable[..., Solution] | Blockwise:
+    match recipe.method:
+        case "sparsegpt":
+            return _jointly(recipe.grid)
+        case "alps":
+            return partial(sc.alps, grid=recipe.grid)
+        case "best":
+            return replace(sc.best, grid=recipe.grid)
+        case "thorough":
+            return replace(sc.thorough, grid=recipe.grid)
+    raise ValueError(f"{recipe.method} rounds and reconstructs nothing: it needs no algorithm")
 
 
 def _jointly(grid: Grid | None) -> Callable[..., Solution]:

@@ -41,8 +41,9 @@ from secateur.reconstruct.rounding import rounded
 EPOCHS = 4
 LEARNING_RATE = 0.01
 
-# On a grid: of the learning rate, for weights and for scales, whose unit is their root mean square.
-ROUNDED, SCALES = 0.3, 0.1
+# On a grid: the share of the epochs, and of the learning rate; and that of scales beside weights,
+# both in units of their root mean square. At the whole rate few steps undo what rounding found.
+EPOCHS_ROUNDED, RATE_ROUNDED, RATE_OF_SCALES = 0.5, 0.3, 0.1
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,12 @@ class Blockwise:
         held_out = [b for b in range(len(half.targets)) if is_held_out(first + b)]
         trained = [b for b in range(len(half.targets)) if b not in held_out]
         before = training.held_out_error(held_out)
-        after = self._fitted_(training, trained, held_out, self.learning_rate, before)
+        after = self._fitted_(training, trained, held_out, self.epochs, self.learning_rate)
         if self.grid is not None:
             training.round_(self.grid)
-            on_grid = training.held_out_error(held_out)
-            rate = ROUNDED * self.learning_rate
-            after = self._fitted_(training, trained, held_out, rate, on_grid)
+            epochs = math.ceil(EPOCHS_ROUNDED * self.epochs)
+            rate = RATE_ROUNDED * self.learning_rate
+            after = self._fitted_(training, trained, held_out, epochs, rate)
         if after < before or self.grid is not None:
             for name, stored in training.stored().items():
                 weight_of(layers[name]).copy_(stored)
@@ -137,17 +138,16 @@ class Blockwise:
         training: "_Training",
         trained: Sequence[int],
         held_out: Sequence[int],
+        epochs: int,
         learning_rate: float,
-        start: float,
     ) -> float:
-        """Train, and leave the tensors that had the least error, which is returned; `start` is the
-        error now."""
-        best = [tensor.detach().clone() for tensor in training.tensors]
-        least, longest = start, max(training.team.all_gather(len(trained)))
-        steps = self.epochs * longest
+        """The least held-out error before, between and after the epochs; its weights stay."""
+        best, least = training.copies(), training.held_out_error(held_out)
+        longest = max(training.team.all_gather(len(trained)))
+        steps = epochs * longest
         with bar(training.name, steps, unit="step", within=True) as shown:
             optimizer = training.optimizer()
-            for epoch in range(self.epochs):
+            for epoch in range(epochs):
                 for step, b in enumerate(_shuffled(trained, epoch, longest), epoch * longest):
                     rate = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
                     for group in optimizer.param_groups:
@@ -156,10 +156,8 @@ class Blockwise:
                     shown.update()
                 now = training.held_out_error(held_out)
                 if now < least:
-                    least = now
-                    for kept, tensor in zip(best, training.tensors, strict=True):
-                        kept.copy_(tensor.detach())
-        for kept, tensor in zip(best, training.tensors, strict=True):
+                    best, least = training.copies(), now
+        for tensor, kept in zip(training.tensors, best, strict=True):
             tensor.data.copy_(kept)
         return least
 
@@ -239,10 +237,14 @@ class _Training:
         """What is trained: the weights, and their scales once they are on a grid."""
         return [*self.weights.values(), *self.scales.values()]
 
+    def copies(self) -> list[Tensor]:
+        """Copies of what is trained, as it is now."""
+        return [tensor.detach().clone() for tensor in self.tensors]
+
     def optimizer(self) -> torch.optim.Adam:
         """Adam for what is trained; `scale` is the unit of each tensor's learning rate."""
         units = [_kept_rms(w) for w in self.weights.values()]
-        units += [SCALES * _kept_rms(s) for s in self.scales.values()]
+        units += [RATE_OF_SCALES * _kept_rms(s) for s in self.scales.values()]
         groups = zip(self.tensors, units, strict=True)
         return torch.optim.Adam([{"params": [t], "scale": unit} for t, unit in groups])
 

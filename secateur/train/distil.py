@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from secateur.core.wrappers import unwrapped
 from secateur.model.blocks import Batch
 from secateur.model.calibrate import as_list
 from secateur.model.outputs import answer, eval_mode
-from secateur.train.hold import Held, hold
+from secateur.train.hold import hold
 from secateur.train.loss import DistillationLoss, output_loss
 from secateur.train.state import TrainingState
 
@@ -102,45 +102,52 @@ def distil_(
     require_module(teacher)
     model, teacher = unwrapped(model), unwrapped(teacher)
     with all_or_nothing() as undo:
-        run = _Distillation(
+        run = Distillation(
             model, teacher, as_list(batches), steps, learning_rate, loss or output_loss, seed
         )
         return _distilled(run, checkpoint, undo)
 
 
-def _distilled(run: "_Distillation", checkpoint: str | Path | None, undo: Undo) -> DistilReport:
+def _distilled(run: "Distillation", checkpoint: str | Path | None, undo: Undo) -> DistilReport:
     parameters = _trained(run.model, run.teacher)
-    begin = time.perf_counter()
     optimizer = torch.optim.AdamW(parameters.values(), run.learning_rate, weight_decay=0.0)
-    with (
-        contextlib.ExitStack() as stack,
-        hold(run.model, optimizer) as held,
-        _own_gradients(parameters),
-        eval_mode(run.model, run.teacher),
-        torch.enable_grad(),
-    ):
-        state: TrainingState | None = None
-        losses: list[float] = []
-        if checkpoint is not None:
-            state = stack.enter_context(TrainingState(checkpoint, run.fingerprint()))
-            begin -= state.seconds
-            losses = state.losses
-        undo.remember(parameters)
-        if state is not None:
-            state.restore(parameters, optimizer)
-        kept_at = time.perf_counter()
-        for loss_now in run(optimizer, held, len(losses)):
-            losses.append(loss_now)
-            now = time.perf_counter()
-            due = now - kept_at >= CHECKPOINT_SECONDS or len(losses) == run.steps
-            if state is not None and due:
-                state.keep(parameters, optimizer, losses, now - begin)
-                kept_at = now
-        return _report(run, losses, time.perf_counter() - begin)
+    with hold(run.model, optimizer) as held:
+        return run(Trained(parameters, optimizer, held.mask_gradients_), checkpoint, undo)
+
+
+def _nothing() -> None:
+    """What does nothing."""
 
 
 @dataclass(frozen=True)
-class _Distillation:
+class Trained:
+    """What a distillation trains, by AdamW in one group or several.
+
+    `gradients_` is called after each backward, before gradients are clipped: held zeros do not
+    count in their norm. `place_` is called before each forward, and at the end. A group's learning
+    rate is the distillation's times its `share`, if it has one.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    gradients_: Callable[[], None]
+    place_: Callable[[], None] = _nothing
+
+    def step_(self, learning_rate: float, step: int) -> None:
+        """Take a step with the gradients that the backward left."""
+        self.gradients_()
+        groups = self.optimizer.param_groups
+        for group in groups:
+            group["lr"] = learning_rate * group.get("share", 1.0)
+        norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], CLIP)
+        if not bool(norm.isfinite()):
+            raise ValueError(f"distil_ needs finite gradients, got {norm} at step {step}: {_HOW}")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Distillation:
     """Everything that determines the steps of one distillation."""
 
     model: nn.Module
@@ -158,37 +165,57 @@ class _Distillation:
                 f"{self.learning_rate:g}"
             )
 
-    def __call__(self, optimizer: torch.optim.Optimizer, held: Held, done: int) -> Iterator[float]:
+    def __call__(
+        self, trained: Trained, checkpoint: str | Path | None, undo: Undo
+    ) -> DistilReport:
+        """Train, from the checkpoint's step on if there is one; `undo` puts parameters back."""
+        begin = time.perf_counter()
+        with (
+            contextlib.ExitStack() as stack,
+            own_gradients(trained.parameters),
+            eval_mode(self.model, self.teacher),
+            torch.enable_grad(),
+        ):
+            state: TrainingState | None = None
+            losses: list[float] = []
+            if checkpoint is not None:
+                state = stack.enter_context(TrainingState(checkpoint, self.fingerprint()))
+                begin -= state.seconds
+                losses = state.losses
+            undo.remember(trained.parameters)
+            if state is not None:
+                state.restore(trained.parameters, trained.optimizer)
+            kept_at = time.perf_counter()
+            for loss_now in self._losses(trained, len(losses)):
+                losses.append(loss_now)
+                now = time.perf_counter()
+                due = now - kept_at >= CHECKPOINT_SECONDS or len(losses) == self.steps
+                if state is not None and due:
+                    state.keep(trained.parameters, trained.optimizer, losses, now - begin)
+                    kept_at = now
+            trained.place_()
+            return _report(self, losses, time.perf_counter() - begin)
+
+    def _losses(self, trained: Trained, done: int) -> Iterator[float]:
         """Take the remaining steps and yield the loss of each."""
         order = _shuffled(len(self.batches), self.steps, self.seed)
         with bar("distil", self.steps, unit="step", done=done) as shown:
             for step in range(done, self.steps):
-                rate = self.learning_rate * _rate(step, self.steps)
-                optimizer.param_groups[0]["lr"] = rate
-                value = self._step(step, self.batches[order[step]], optimizer, held)
+                trained.place_()
+                value = self._backward(step, self.batches[order[step]])
+                trained.step_(self.learning_rate * _rate(step, self.steps), step)
                 shown.update()
-                shown.set_postfix_str(f"loss={value:.4g}")
+                shown.set_postfix(loss=f"{value:.4g}")
                 yield value
 
-    def _step(
-        self,
-        step: int,
-        batch: Batch,
-        optimizer: torch.optim.Optimizer,
-        held: Held,
-    ) -> float:
+    def _backward(self, step: int, batch: Batch) -> float:
+        """The loss on the batch, whose gradients are then in the model."""
         with torch.no_grad():
             target = answer(self.teacher, batch, f"the batch of step {step} (the teacher)")
         output = answer(self.model, batch, f"the batch of step {step}")
         value = self.loss(output, target, batch)
         _check_loss(value, step)
         value.backward()
-        held.mask_gradients_()  # held zeros do not move: they do not count in the norm
-        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
-        if not bool(norm.isfinite()):
-            raise ValueError(f"distil_ needs finite gradients, got {norm} at step {step}: {_HOW}")
-        optimizer.step()
-        optimizer.zero_grad()
         return float(value.detach())
 
     def fingerprint(self) -> dict[str, Any]:
@@ -269,7 +296,7 @@ def _trained(model: nn.Module, teacher: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _report(run: _Distillation, losses: Sequence[float], seconds: float) -> DistilReport:
+def _report(run: Distillation, losses: Sequence[float], seconds: float) -> DistilReport:
     few = math.ceil(REPORTED * run.steps)
     first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
     return DistilReport(
@@ -282,7 +309,7 @@ def _name(loss: DistillationLoss) -> str:
 
 
 @contextlib.contextmanager
-def _own_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def own_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Clear the gradients, and restore them at the end."""
     with putting_back() as stack:
         for parameter in parameters.values():

@@ -253,3 +253,46 @@ def test_other_dtypes_and_group_sizes_are_refused() -> None:
         sc.Int4(0)
     with pytest.raises(ValueError, match="Int2 needs a group_size of at least 1, got -1"):
         Int2(-1)
+
+
+# --- training through rounding -------------------------------------------------------------------
+
+
+def by_formula(
+    grid: Grid, weight: Tensor, scales: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """LSQ's gradients in float64, weight by weight: of the weight, and of its group's scale."""
+    of_weight, of_scales = torch.zeros_like(weight.double()), torch.zeros_like(scales.double())
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            group = column // (grid.group_size or weight.shape[1])
+            ratio = float(weight[row, column].double() / scales[row, group].double())
+            within = abs(ratio) <= grid.largest
+            clipped = max(-grid.largest, min(grid.largest, ratio))
+            code = float(grid.nearest(torch.tensor([clipped])))
+            g = float(upstream[row, column])
+            of_weight[row, column] = g if within else 0.0
+            of_scales[row, group] += g * (code - ratio if within else code)
+    return of_weight, of_scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", [Int2(8), Int3(8), sc.Int4(8), sc.Int4(None), sc.Int8(), sc.Fp8()])
+def test_gradients_pass_straight_through(grid: Grid, dtype: torch.dtype) -> None:
+    """To float32's rounding, whatever the dtype that is stored: its rounding is passed, too."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 20, generator=generator)  # the last group is shorter
+    upstream = torch.randn(3, 20, generator=generator)
+    groups = 3 if grid.group_size else 1
+    scales = (torch.rand(3, groups, generator=generator) + 1) * 0.5 / grid.largest
+    scales = scales.to(dtype).float()  # some weights are beyond the largest code
+    leaves = weight.clone().requires_grad_(), scales.clone().requires_grad_()
+    found = grid.straight_through(*leaves, dtype)
+    on_grid = grid.dequantised(grid.codes(weight, scales.to(dtype)), scales.to(dtype)).to(dtype)
+    assert found.dtype == torch.float32 and torch.equal(found.detach(), on_grid.float())
+    beyond = float((weight.abs() > scales.amax() * grid.largest).float().mean())
+    assert 0.1 < beyond < 0.9
+    of_weight, of_scales = torch.autograd.grad(found, leaves, upstream)
+    expected = by_formula(grid, weight, scales, upstream)
+    torch.testing.assert_close(of_weight.double(), expected[0])
+    torch.testing.assert_close(of_scales.double(), expected[1], rtol=1e-4, atol=1e-4)
