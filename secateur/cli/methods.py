@@ -4,7 +4,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ from secateur.core.disk.data_files import parse_yaml
 from secateur.model.blocks import Batch
 from secateur.model.plan import Plan
 from secateur.model.statistics import STATISTICS, needed_by
+from secateur.patterns.grids import Grid, parse_grid
 from secateur.prune.verbs import PruneReport, prune_, reconstruct_
 from secateur.reconstruct.methods import ALGORITHM_GIVEN, CRITERION_GIVEN
 
@@ -96,7 +97,7 @@ def find_method(name: str, options: Sequence[str] = ()) -> ChosenMethod:
         return ChosenMethod(name, algorithm, True, needed_by(each, given=ALGORITHM_GIVEN))
     presets = presets_by_name()
     if preset := presets.get(name):
-        _options(name, lambda: None, options)
+        preset = replace(preset, **_options(name, _of_preset, options))
         return ChosenMethod(name, preset, True, needed_by(preset.method, given=ALGORITHM_GIVEN))
     algorithms = algorithms_by_name()
     known = {**criteria_by_name(), **algorithms}
@@ -111,6 +112,10 @@ def find_method(name: str, options: Sequence[str] = ()) -> ChosenMethod:
     needs = needed_by(function, given=given)
     fixed = _options(name, function, options)
     return ChosenMethod(name, partial(function, **fixed) if fixed else function, refits, needs)
+
+
+def _of_preset(*, grid: Grid | None = None) -> None:
+    """The options of a preset."""
 
 
 def find_criterion(name: str) -> ChosenMethod:
@@ -146,6 +151,9 @@ def _options(name: str, function: Callable[..., Any], options: Sequence[str]) ->
             has = ", ".join(f"{k}={v}" for k, (v, _) in defaults.items()) or "none"
             raise ValueError(f"{name} has no option {option!r}: write NAME=VALUE, it has {has}")
         default, kind = defaults[key]
+        if key == "grid":
+            found[key] = parse_grid(value)
+            continue
         read = parse_yaml(value, f"--option {option}")
         if kind is float and isinstance(read, int):
             read = float(read)

@@ -97,7 +97,7 @@ def reconstruct_folder(
 
 def _require_part_by_part(made: Pass) -> None:
     """Raise if the method needs the whole model at once."""
-    if asked := [name for name in made.method.needs if name not in STATISTICS]:
+    if asked := [name for name in made.needs if name not in STATISTICS]:
         raise ValueError(
             f"{made.name} asks for the {asked[0]} of the whole model, which is in memory part by "
             "part: take another method, or load the model whole and call reconstruct_"

@@ -163,6 +163,26 @@ def Fp8() -> Grid:
     return Grid("fp8", 8, 448.0, None, torch.float8_e4m3fn, FP8_CLIPS)
 
 
+def parse_grid(text: str) -> Grid:
+    """The grid of a short string: `int4`, `int4:64` for groups of 64, `int4:channel`, `int8`.
+
+    Raises: ValueError for any other text.
+    """
+    name, colon, group = text.partition(":")
+    in_groups = {"int4": Int4, "int3": Int3, "int2": Int2}
+    if name in in_groups:
+        if not colon:
+            return in_groups[name]()
+        if group == "channel" or group.isdecimal():
+            return in_groups[name](None if group == "channel" else int(group))
+    if text in ("int8", "fp8"):
+        return Int8() if text == "int8" else Fp8()
+    raise ValueError(
+        f"a grid is int4, int3, int2, int8 or fp8, got {text!r}: int4:64 has a scale for 64 "
+        "inputs, int4:channel one for each output"
+    )
+
+
 def _of_groups(bits: int, group_size: int | None, clips: tuple[float, ...]) -> Grid:
     """The symmetric grid of integers of so few bits that groups need scales of their own."""
     name = f"int{bits}"

@@ -32,13 +32,16 @@ from secateur.model.layers import weight_of
 from secateur.model.plan import Plan, match
 from secateur.model.statistics import STATISTICS, call, name_of
 from secateur.model.window import Window
+from secateur.patterns.grids import Grid
 from secateur.prune.preconditions import require_sound
 from secateur.prune.report import LayerResult, PruneReport
 from secateur.reconstruct import Blockwise, Solution
 from secateur.reconstruct.estimate import foretold
 from secateur.reconstruct.methods import Method, bind_algorithm, naming
+from secateur.reconstruct.rounding import rounded
+from secateur.train.on_grid import Latent
 from secateur.train.steps import require_not_held
-from secateur.train.together import held_out_loss, train_together_
+from secateur.train.together import held_out_loss, train_on_grid_, train_together_
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def pass_over_(
         results = solve_stages_(the_pass, layers, stages, saved, found, undo.remember)
         if dense is not None:
             folder = Path(checkpoint) / "distil" if checkpoint else None
-            results = _distilled(the_pass, dense, layers, listed, folder, results)
+            results = _distilled(the_pass, dense, layers, listed, folder, offload, results)
         return report_of(the_pass, layers, results, begin)
 
 
@@ -349,7 +352,7 @@ def _turns(names: Sequence[str], members: Team) -> Iterator[Sequence[str]]:
 
 
 def _method_for(the_pass: Pass, observed: Observed) -> Method:
-    """The method for layers that were observed together: another one where no half-block follows."""
+    """The method for layers that were observed together, by whether they are in a half-block."""
     return the_pass.alone if the_pass.alone and observed.half is None else the_pass.method
 
 
@@ -487,15 +490,51 @@ def _distilled(
     layers: Mapping[str, nn.Module],
     batches: Sequence[Batch],
     checkpoint: Path | None,
+    offload: bool,
     results: Sequence[LayerResult],
 ) -> tuple[LayerResult, ...]:
     """The results once the weights of all layers have been trained together."""
     assert the_pass.blockwise is not None
-    before, after = train_together_(
-        the_pass.model, dense, layers, batches, the_pass.blockwise.distil, checkpoint
-    )
+    model, method, grid = the_pass.model, the_pass.blockwise, the_pass.blockwise.grid
+    if grid is None:
+        before, after = train_together_(model, dense, layers, batches, method.distil, checkpoint)
+    else:
+        masks = {n: the_pass.plan.layers[n].mask(_magnitudes(m)) for n, m in layers.items()}
+        round_ = functools.partial(_rounded_, the_pass, layers, masks, grid, batches, offload)
+        epochs = method.distil, method.distil_on_grid
+        before, after = train_on_grid_(
+            model, dense, layers, batches, epochs, grid, masks, round_, checkpoint
+        )
     note = f"whole model: held-out loss {before:.4g} before training, {after:.4g} after"
     *others, last = (
         replace(result, error=None) if after < before else result for result in results
     )
     return (*others, replace(last, note="; ".join(filter(None, [last.note, note]))))
+
+
+def _magnitudes(module: nn.Module) -> Tensor:
+    return _layers.matrix(module).detach().float().abs()
+
+
+@torch.no_grad()
+def _rounded_(
+    the_pass: Pass,
+    layers: Mapping[str, nn.Module],
+    masks: Mapping[str, Tensor],
+    grid: Grid,
+    batches: Sequence[Batch],
+    offload: bool,
+) -> dict[str, Latent]:
+    """Round all layers in the order in which they run, each on inputs from those before it."""
+    found: dict[str, Latent] = {}
+    stages = observe(the_pass.model, layers, batches, ["gram"], sequential=True, offload=offload)
+    with contextlib.closing(stages):
+        for observed in stages:
+            for name, statistics in observed.statistics.items():
+                weight, mask = _in_float32(_layers.matrix(layers[name])), masks[name]
+                with _solving(the_pass, name, layers[name]):
+                    dtype = weight_of(layers[name]).dtype
+                    one = rounded(weight, mask, statistics["gram"], grid, dtype=dtype)
+                weight_of(layers[name]).copy_(_layers.from_matrix(layers[name], one.weight))
+                found[name] = Latent(one.latent, one.scales, mask)
+    return found

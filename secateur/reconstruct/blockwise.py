@@ -41,9 +41,9 @@ from secateur.reconstruct.rounding import rounded
 EPOCHS = 4
 LEARNING_RATE = 0.01
 
-# On a grid: the share of the epochs, and of the learning rate; and that of scales beside weights,
-# both in units of their root mean square. At the whole rate few steps undo what rounding found.
-EPOCHS_ROUNDED, RATE_ROUNDED, RATE_OF_SCALES = 0.5, 0.3, 0.1
+# On a grid: the share of the learning rate, and that of scales beside weights, both in units of
+# their root mean square. At the whole rate few steps undo what rounding found.
+RATE_ROUNDED, RATE_OF_SCALES = 0.3, 0.1
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,16 @@ class Blockwise:
     learning_rate: float
     distil: int = 0
     grid: Grid | None = None
+
+    @property
+    def epochs_on_grid(self) -> int:
+        """Epochs of a half-block once its weights are on the grid: half as many as before."""
+        return math.ceil(self.epochs / 2) if self.grid else 0
+
+    @property
+    def distil_on_grid(self) -> int:
+        """The same for the whole model."""
+        return math.ceil(self.distil / 2) if self.grid else 0
 
     @property
     def alone(self) -> Callable[..., Any]:
@@ -121,13 +131,11 @@ class Blockwise:
         first = sum(counts[: team.rank])  # batches are numbered as for held-out Gram matrices
         held_out = [b for b in range(len(half.targets)) if is_held_out(first + b)]
         trained = [b for b in range(len(half.targets)) if b not in held_out]
-        before = training.held_out_error(held_out)
-        after = self._fitted_(training, trained, held_out, self.epochs, self.learning_rate)
+        before, after = self._fitted_(training, trained, held_out, self.epochs, self.learning_rate)
         if self.grid is not None:
             training.round_(self.grid)
-            epochs = math.ceil(EPOCHS_ROUNDED * self.epochs)
             rate = RATE_ROUNDED * self.learning_rate
-            after = self._fitted_(training, trained, held_out, epochs, rate)
+            _, after = self._fitted_(training, trained, held_out, self.epochs_on_grid, rate)
         if after < before or self.grid is not None:
             for name, stored in training.stored().items():
                 weight_of(layers[name]).copy_(stored)
@@ -140,9 +148,10 @@ class Blockwise:
         held_out: Sequence[int],
         epochs: int,
         learning_rate: float,
-    ) -> float:
-        """The least held-out error before, between and after the epochs; its weights stay."""
-        best, least = training.copies(), training.held_out_error(held_out)
+    ) -> tuple[float, float]:
+        """The held-out error at the start, and the least since then, whose weights stay."""
+        best, start = training.copies(), training.held_out_error(held_out)
+        least = start
         longest = max(training.team.all_gather(len(trained)))
         steps = epochs * longest
         with bar(training.name, steps, unit="step", within=True) as shown:
@@ -159,7 +168,7 @@ class Blockwise:
                     best, least = training.copies(), now
         for tensor, kept in zip(training.tensors, best, strict=True):
             tensor.data.copy_(kept)
-        return least
+        return start, least
 
 
 def blockwise(
@@ -178,13 +187,20 @@ def blockwise(
     as the method left them. Only the planned weights are trained, by Adam, one batch per step, with
     a learning rate that falls along a cosine to 0, in units of the root mean square of each layer's
     kept weights. One batch in eight is held out, and the weights that do best on the held-out
-    batches are kept, the start among them. Kept weights leave a grid that an algorithm rounded to.
-    Under torchrun each process takes a batch at every step: fewer and larger steps.
+    batches are kept, the start among them. Under torchrun each process takes a batch at every
+    step: fewer and larger steps.
 
     After the last block, another `distil` epochs train the planned weights of all blocks together,
     in float32, towards the outputs of the dense model as `sc.distil_` does, on the same batches
     with the same ones held out; if that does not lower the loss on the held-out batches, the
     weights stay as they were before.
+
+    With a `grid` the kept weights end on it, for packing to find without loss, and the weights of
+    `sc.Unstructured(0.0)` are all kept. Each half-block is trained as without, then rounded as by
+    `secateur.reconstruct.refitted`, and trained for half as many epochs with gradients straight
+    through rounding, scales too. So is the whole model, whose weights leave the grid for `distil`
+    epochs. Layers in no half-block are given to the method with this grid, or, where it has no such
+    option, refitted. Without a `grid`, kept weights leave one that a method rounded to.
 
     Cost: the method's; each epoch a forward and a backward of every half-block, and a forward of
         what is before it in its block. Memory: weights in float32, gradients, Adam's moments and
@@ -293,9 +309,13 @@ class _Training:
         """The Gram matrix of each layer's inputs on all batches, of which some layers share one."""
         columns = {n: _layers.matrix(self._layers[n], w).shape[1] for n, w in self.weights.items()}
         device = self._half.device
-        sums = {n: torch.zeros(c, c, device=device, dtype=torch.float32) for n, c in columns.items()}
+        sums = {
+            n: torch.zeros(c, c, device=device, dtype=torch.float32) for n, c in columns.items()
+        }
         tokens = dict.fromkeys(columns, 0)
-        found: dict[Hashable, tuple[Tensor, Tensor, int]] = {}  # the input, so that its id is its own
+        found: dict[
+            Hashable, tuple[Tensor, Tensor, int]
+        ] = {}  # the input, so that its id is its own
 
         def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             x = input_of(args, kwargs)

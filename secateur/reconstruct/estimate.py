@@ -37,6 +37,7 @@ HIDDEN_STATES = 4  # two streams and the targets of two halves
 # While the whole model is trained, in float32: per planned weight a gradient, two moments and a
 # temporary; per output the logarithms and gradients of both models.
 DISTILLED, OUTPUTS = 4, 8
+ON_A_GRID = 2  # more for each planned weight there: latent weights, and gradients straight through
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,20 @@ def estimate(
     passes, seconds = rehearse(model, layers, patterns, batches, method, stages)
     step, look = sum(one.step for one in passes), sum(one.look for one in passes)
     seconds += times * sum(one.batch for one in passes)
-    seconds += method.epochs * (times - held) * step + (method.epochs + 1) * held * look
+    epochs = method.epochs + method.epochs_on_grid
+    seconds += epochs * (times - held) * step + (epochs + (2 if method.grid else 1)) * held * look
     bytes = peak_bytes(stages, 0 if offload else round(hidden * times), weight.itemsize)
     if method.distil:
         forward = seconds_of_a_forward(model, batches[0])
         together = forward + seconds_of_a_step(model, layers, batches[0])
         judged = 6 * held * forward  # by both models, three times
         seconds += slower_in_float32(stages, weight.dtype, weight.device) * (
-            method.distil * (times - held) * together + judged
+            (method.distil + method.distil_on_grid) * (times - held) * together + judged
         )
         parameters = sum(parameter.numel() for parameter in model.parameters())
         outputs = _outputs(model, batches[0])
-        at_the_end = distilling_bytes(stages, parameters, outputs, weight.itemsize)
+        on_grid = method.grid is not None
+        at_the_end = distilling_bytes(stages, parameters, outputs, weight.itemsize, on_grid)
         bytes = max(bytes + parameters * weight.itemsize, at_the_end)
     return Estimate(seconds, bytes, str(weight.device))
 
@@ -145,16 +148,19 @@ def peak_bytes(stages: Sequence[Stage], hidden: int, itemsize: int) -> int:
     return HIDDEN_STATES * hidden + max(solving, 4 * SUMS * widest**2 + training)
 
 
-def distilling_bytes(stages: Sequence[Stage], parameters: int, outputs: int, itemsize: int) -> int:
+def distilling_bytes(
+    stages: Sequence[Stage], parameters: int, outputs: int, itemsize: int, on_grid: bool = False
+) -> int:
     """Memory beyond the model, in bytes, while all planned layers are trained together.
 
     For each parameter, 4 bytes in the dense model in float32, and what it grows by in this one; 16
-    per planned weight; for what a batch keeps, 4 tokens (in + 2 out) for each layer and what
-    follows it, and 32 for each of the model's `outputs`. `stages` come from one batch.
+    per planned weight, 24 on a grid; for what a batch keeps, 4 tokens (in + 2 out) for each layer
+    and what follows it, and 32 for each of the model's `outputs`. `stages` come from one batch.
     """
     planned = sum(s.outputs * s.inputs for s in stages)
     kept = sum(s.tokens * (s.inputs + 2 * s.outputs) for s in stages)
-    return (8 - itemsize) * parameters + 4 * (DISTILLED * planned + kept + OUTPUTS * outputs)
+    each = DISTILLED + ON_A_GRID if on_grid else DISTILLED
+    return (8 - itemsize) * parameters + 4 * (each * planned + kept + OUTPUTS * outputs)
 
 
 def _first_batch(

@@ -19,8 +19,8 @@ def on_mask_of(
     """The algorithm that takes its mask from a criterion or an algorithm and has it finished.
 
     `finish` is a function `(weight, mask, statistic...)`, which may ask for `pattern` and `dtype`
-    too. The algorithm asks for the statistics of both and joins their notes. `wrapper` and `options` make
-    its name; `at_hand` names, in the error, the function that takes a mask directly.
+    too. The algorithm asks for the statistics of both and joins their notes. `wrapper` and
+    `options` make its name; `at_hand` names, in the error, the function that takes a mask directly.
     """
     if not callable(method):
         raise ValueError(

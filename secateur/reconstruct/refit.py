@@ -140,9 +140,7 @@ def refitted(
         notes.append(f"{dead} inputs were never active")
     new = W.masked_fill(~mask, 0) + X
     if grid is not None:
-        new = rounded(
-            new, mask, gram, grid, damping=damping, dtype=dtype or weight.dtype
-        ).weight
+        new = rounded(new, mask, gram, grid, damping=damping, dtype=dtype or weight.dtype).weight
     return Solution(new.to(weight.dtype), mask, "; ".join(notes))
 
 

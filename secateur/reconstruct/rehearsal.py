@@ -334,7 +334,7 @@ def _solve(
             weight = _matrix(layers, name).float()[:out, :columns].clone()
             available = {"weight": weight, "pattern": patterns[name], "layer": name, "memo": memo}
             available["dtype"] = weight_of(layers[name]).dtype
-            found[name] = bind_algorithm(method.method).solve({**available, **given}).mask
+            found[name] = bind_algorithm(method.alone).solve({**available, **given}).mask
         return shared, _now() - begin - shared, found
 
     def fits(out: int, columns: int) -> bool:

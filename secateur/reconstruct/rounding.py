@@ -60,7 +60,9 @@ def rounded(
     Q, scales = walked(weight, mask, gram, grid, damping=damping, dtype=dtype)
     H = gram.float().clone()
     H.diagonal().add_(damping * H.diagonal().mean())
-    descent = _Descent(weight.float().masked_fill(~mask, 0).T, Q.T, scales.T, mask.T, H, grid, dtype)
+    descent = _Descent(
+        weight.float().masked_fill(~mask, 0).T, Q.T, scales.T, mask.T, H, grid, dtype
+    )
     error = descent.error()
     for _ in range(ROUNDS):
         descent.round()
@@ -91,7 +93,7 @@ class _Descent:
         self.d = H.diagonal().masked_fill(H.diagonal() <= 0, 1)
 
     def error(self) -> float:
-        """tr (W - Q) H (W - Q)^T."""
+        """The error of the outputs, tr (W - Q) H (W - Q)^T."""
         return float(((self.W - self.Q) * self.P).sum())
 
     def latent(self) -> Float[Tensor, "in out"]:
@@ -117,7 +119,12 @@ class _Descent:
 
     def rescale(self, group: int, columns: slice) -> None:
         """Give each output the scale that loses least with these codes, where that is a gain."""
-        Q, P, H, scale = self.Q[columns], self.P[columns], self.H[columns, columns], self.scales[group]
+        Q, P, H, scale = (
+            self.Q[columns],
+            self.P[columns],
+            self.H[columns, columns],
+            self.scales[group],
+        )
         codes = self.grid.nearest(Q / scale)
         bend = ((H @ codes) * codes).sum(0)
         tried = scale + (P * codes).sum(0) / bend.masked_fill(bend <= 0, 1)

@@ -165,9 +165,7 @@ class Distillation:
                 f"{self.learning_rate:g}"
             )
 
-    def __call__(
-        self, trained: Trained, checkpoint: str | Path | None, undo: Undo
-    ) -> DistilReport:
+    def __call__(self, trained: Trained, checkpoint: str | Path | None, undo: Undo) -> DistilReport:
         """Train, from the checkpoint's step on if there is one; `undo` puts parameters back."""
         begin = time.perf_counter()
         with (

@@ -1,25 +1,30 @@
 """Training all planned weights together after their blocks: the last step of `sc.thorough`."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur.core.float64 import in_float64
 from secateur.core.interrupts import putting_back
 from secateur.core.undo import all_or_nothing
+from secateur.model import layers as _layers
 from secateur.model.blocks import Batch
 from secateur.model.layers import weight_of
 from secateur.model.outputs import answer, eval_mode
 from secateur.model.statistics import is_held_out
-from secateur.train.distil import distil_
+from secateur.patterns.grids import Grid
+from secateur.train.distil import Distillation, Trained, distil_, own_gradients
 from secateur.train.loss import output_loss
+from secateur.train.on_grid import Latent, OnGrid, kept_rms
 
 LEARNING_RATE = 0.003  # in units of the kept weights' root mean square
+RATE_ON_GRID = 0.001  # the same once weights are on a grid
 
 
 def train_together_(
@@ -49,7 +54,7 @@ def train_together_(
                 teacher,
                 [_float32(batch) for batch in trained],
                 steps=epochs * len(trained),
-                learning_rate=LEARNING_RATE * _kept_rms(weights),
+                learning_rate=LEARNING_RATE * kept_rms(weights.values()),
                 checkpoint=checkpoint,
             )
         after = held_out_loss(model, teacher, batches)
@@ -57,6 +62,78 @@ def train_together_(
             return before, after
         undo.restore()
         return before, before
+
+
+def train_on_grid_(
+    model: nn.Module,
+    teacher: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    epochs: tuple[int, int],
+    grid: Grid,
+    masks: Mapping[str, Bool[Tensor, "out in"]],
+    round_: Callable[[], Mapping[str, Latent]],
+    checkpoint: Path | None = None,
+) -> tuple[float, float]:
+    """Train weights that lie on a grid, and leave them on it; the held-out loss before and after.
+
+    First they leave the grid and train as in `train_together_`, with zeros where `masks` drop. Then
+    `round_` puts them on it again, as the layers stand, and what it returns is trained straight
+    through rounding. `epochs` are those off the grid and on it. Of the weights before, as rounded
+    and at the end, those with the lowest loss stay.
+
+    Raises: ValueError as `distil_`; the model is left as it was.
+    """
+    trained = [batch for i, batch in enumerate(batches) if not is_held_out(i)]
+    weights = {name: weight_of(module) for name, module in layers.items()}
+    dtypes = {name: weight.dtype for name, weight in weights.items()}
+    before = held_out_loss(model, teacher, batches)
+    with all_or_nothing() as undo:
+        undo.remember(weights)
+
+        def train_(make: Callable[[float], Trained], epochs: int, rate: float, part: str) -> None:
+            with (
+                _in_float32(model, teacher),
+                _requiring_gradients(model, weights.values()),
+                own_gradients(weights),
+            ):
+                rate *= kept_rms(weights.values())
+                steps, listed = epochs * len(trained), [_float32(batch) for batch in trained]
+                run = Distillation(model, teacher, listed, steps, rate, output_loss, seed=0)
+                run(make(rate), checkpoint and checkpoint / part, undo)
+
+        train_(partial(_masked, layers, masks), epochs[0], LEARNING_RATE, "off-grid")
+        latent = OnGrid(layers, round_(), grid, dtypes)
+        rounded = {name: weight.detach().clone() for name, weight in weights.items()}
+        as_rounded = held_out_loss(model, teacher, batches)
+        train_(latent.trained, epochs[1], RATE_ON_GRID, "on-grid")
+        after = held_out_loss(model, teacher, batches)
+        if as_rounded <= after:
+            after = as_rounded
+            for name, weight in weights.items():
+                weight.data.copy_(rounded[name])
+        if after < before:
+            return before, after
+        undo.restore()
+        return before, before
+
+
+def _masked(
+    layers: Mapping[str, nn.Module],
+    masks: Mapping[str, Bool[Tensor, "out in"]],
+    learning_rate: float,
+) -> Trained:
+    """The layers' weights, of which those that the masks drop get no gradient."""
+    weights = {name: weight_of(module) for name, module in layers.items()}
+    dropped = {name: _layers.from_matrix(layers[name], ~mask) for name, mask in masks.items()}
+
+    def mask_gradients_() -> None:
+        for name, weight in weights.items():
+            if weight.grad is not None:
+                weight.grad.masked_fill_(dropped[name], 0)
+
+    optimizer = torch.optim.AdamW(weights.values(), learning_rate, weight_decay=0.0)
+    return Trained(weights, optimizer, mask_gradients_)
 
 
 @torch.no_grad()
@@ -121,10 +198,3 @@ def _requiring_gradients(model: nn.Module, weights: Iterable[nn.Parameter]) -> I
         for weight in weights:
             weight.requires_grad_()
         yield
-
-
-def _kept_rms(weights: Mapping[str, nn.Parameter]) -> float:
-    """The root mean square of all nonzero weights."""
-    squares = sum(float(in_float64(w.detach()).square().sum()) for w in weights.values())
-    count = sum(int(w.count_nonzero()) for w in weights.values())
-    return float((squares / max(count, 1)) ** 0.5)

@@ -1,8 +1,10 @@
 """Half-block reconstruction: where halves are cut, and what training them may and may not do."""
 
 import copy
+import importlib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.model import layers
 from secateur.model.calibrate import observe
 from secateur.model.half_blocks import HalfBlock, find_cuts
 from secateur.model.layers import select, weight_of
 from secateur.model.statistics import name_of
-from secateur.reconstruct import Solution, blockwise
+from secateur.patterns import Int2, Int3, Pattern
+from secateur.patterns.grids import Grid
+from secateur.reconstruct import Blockwise, Solution, blockwise
 from secateur.reconstruct.blockwise import EPOCHS
 from tests.models import Block, Caching, ConvNet, Decoder
+
+module = importlib.import_module("secateur.reconstruct.blockwise")
 
 
 def decoder() -> Decoder:
@@ -370,6 +377,210 @@ def test_layers_outside_a_chain_are_as_the_method_left_them() -> None:
     report = sc.reconstruct_(model, "2:4", sc.blockwise(sc.alps), batches)
     assert not errors(report)
     assert torch.equal(model.blocks[1].linear.weight, plain.blocks[1].linear.weight)
+
+
+# --- on a grid -----------------------------------------------------------------------------------
+
+
+def on_grid(grid: Grid, model: nn.Module, plan: sc.Plan) -> bool:
+    """Whether every planned weight is scale x code for scales that the grid finds, to the bit."""
+    for name in plan.layers:
+        weight = layers.matrix(model.get_submodule(name)).detach().contiguous()
+        scales = grid.scales(weight)
+        again = grid.dequantised(grid.codes(weight, scales), scales).to(weight.dtype)
+        if not torch.equal(again, weight):
+            return False
+    return True
+
+
+PATTERNS = (
+    sc.NM(2, 4),
+    sc.NM(1, 4),
+    sc.Unstructured(0.6),
+    sc.Block(4, 4, 0.5),
+    sc.Channel(0.25, "in"),
+    sc.Unstructured(0.0),
+)
+GRIDS = (sc.Int4(8), sc.Int4(None), sc.Int8(), sc.Fp8(), Int3(8), Int2())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=repr)
+def test_every_pattern_ends_on_every_grid_with_its_zeros(
+    grid: Grid, pattern: Pattern, dtype: torch.dtype
+) -> None:
+    """Of the half-blocks and of the whole model, whose training is made sure of by 12 batches."""
+    for method in (sc.blockwise(sc.alps, epochs=1, grid=grid), WHOLE(grid)):
+        model = decoder().to(dtype)
+        plan = sc.plan(model, pattern, ignore=["lm_head"])
+        report = sc.reconstruct_(model, plan, method, tokens(12))
+        sc.check(model, plan)
+        assert on_grid(grid, model, plan)
+        assert report.method == method.name and f"grid={grid!r}" in report.method
+
+
+def WHOLE(grid: Grid) -> Blockwise:
+    return sc.blockwise(sc.wanda, epochs=1, distil=1, grid=grid)
+
+
+@pytest.mark.parametrize(("make", "data"), CASES)
+def test_convolutions_too(make: Callable[[], nn.Module], data: Callable[..., list[Tensor]]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    plan = sc.plan(model, "2:4", ignore=["stem"] if isinstance(model, ConvNet) else [])
+    sc.reconstruct_(model, plan, sc.blockwise(sc.alps, distil=1, grid=sc.Int4(16)), data(9))
+    sc.check(model, plan)
+    assert on_grid(sc.Int4(16), model, plan)
+
+
+def test_packing_finds_the_grid_and_loses_nothing() -> None:
+    for grid, format in (
+        (sc.Int4(), "semi24_int4"),
+        (sc.Int4(None), "semi24_int4:channel"),
+        (sc.Int8(), "semi24_int8"),
+        (sc.Fp8(), "semi24_fp8"),
+    ):
+        model = decoder()
+        plan = sc.plan(model, "2:4", ignore=["lm_head"])
+        sc.reconstruct_(model, plan, WHOLE(grid), tokens(12))
+        before = copy.deepcopy(model.state_dict())
+        packed = sc.pack_(model, format)
+        assert packed.weight_error <= torch.finfo(torch.float32).eps
+        sc.unpack_(model)
+        assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_half_blocks_lose_less_than_rounding_what_was_trained_without_a_grid() -> None:
+    """On new batches, and less than the method's own rounding layer by layer."""
+    lost: dict[str, float] = {}
+    for name, method in (
+        ("free", sc.blockwise(sc.alps)),
+        ("rounded after", sc.blockwise(sc.alps)),
+        ("layer by layer", partial(sc.alps, grid=Int3(16))),
+        ("on the grid", sc.blockwise(sc.alps, grid=Int3(16))),
+    ):
+        model = decoder().eval()
+        dense, plan = copy.deepcopy(model), sc.plan(model, "2:4", ignore=["lm_head"])
+        sc.reconstruct_(model, plan, method, tokens(12))
+        if name == "rounded after":
+            for layer in plan.layers:
+                weight = weight_of(model.get_submodule(layer)).data
+                scales = Int3(16).scales(weight)
+                weight.copy_(Int3(16).dequantised(Int3(16).codes(weight, scales), scales))
+        with torch.no_grad():
+            new = tokens(16)[12:]
+            lost[name] = sum(float((model(x) - dense(x)).square().sum()) for x in new)
+    assert lost["free"] < lost["on the grid"] < lost["layer by layer"]
+    gap = lost["rounded after"] - lost["free"]
+    assert lost["on the grid"] - lost["free"] < 0.6 * gap
+
+
+def test_the_note_says_the_error_on_the_grid_worked_out_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    dense = copy.deepcopy(model)
+    batches = [torch.randn(40, 8) for _ in range(3)]
+    plan = sc.plan(model, "2:4", ignore=["0.0"])
+    report = sc.reconstruct_(model, plan, sc.blockwise(zeroed, grid=Int2()), batches)
+    with torch.no_grad():
+        target = [dense(x) for x in batches]
+        error = (model(batches[1]) - target[1]).square().mean()
+        expected = error / torch.cat(target).var(correction=0)
+    ((_, after),) = errors(report).values()
+    assert after == pytest.approx(float(expected), rel=1e-3)
+    assert on_grid(Int2(), model, plan)
+
+
+def test_training_that_does_not_help_leaves_what_rounding_gave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At learning rates that destroy every weight, off the grid and on it."""
+    rounding: list[dict[str, Tensor]] = []
+    round_ = module._Training.round_
+
+    def seen(self: Any, grid: Grid) -> None:
+        round_(self, grid)
+        rounding.append({n: w.detach().clone() for n, w in self.stored().items()})
+
+    monkeypatch.setattr(module._Training, "round_", seen)
+    model = decoder()
+    sc.reconstruct_(
+        model, "2:4", sc.blockwise(sc.wanda, learning_rate=100.0, grid=sc.Int4(8)), tokens()
+    )
+    found = {name: w for half in rounding for name, w in half.items()}
+    assert len(found) == 18
+    for name, weight in found.items():
+        assert torch.equal(weight_of(model.get_submodule(name)), weight), name
+
+
+def test_grams_are_those_that_calibration_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all batches, for layers of a half-block at once, padding left out."""
+    model, batches = decoder(), tokens()
+    padded = [
+        {
+            "input_ids": torch.cat([ids, torch.full((4, 4), 7)], 1),
+            "attention_mask": torch.tensor([[1] * 12 + [0] * 4]).expand(4, -1),
+        }
+        for ids in batches
+    ]
+    planned = select(model).layers
+    expected = {
+        name: statistics["gram"]
+        for observed in observe(model, planned, batches, ["gram"], sequential=False)
+        for name, statistics in observed.statistics.items()
+    }
+    for data in (batches, padded):
+        half = first_half(model, data)
+        masks = {n: torch.ones_like(weight_of(planned[n]), dtype=torch.bool) for n in half.layers}
+        found = module._Training(half, planned, masks, module.ALONE)._grams()
+        assert set(found) == set(half.layers)
+        for name, gram in found.items():
+            torch.testing.assert_close(gram, expected[name])
+
+
+def test_layers_outside_a_chain_are_rounded_by_the_method() -> None:
+    batches = [torch.randn(5, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for method, alone in (
+        (sc.alps, partial(sc.alps, grid=sc.Int4(4))),
+        (sc.wanda, sc.refit(sc.wanda, grid=sc.Int4(4))),
+        (zeroed, sc.refit(zeroed, grid=sc.Int4(4))),
+    ):
+        torch.manual_seed(0)
+        model = Caching()
+        plain = copy.deepcopy(model)
+        sc.reconstruct_(plain, "2:4", alone, batches)
+        report = sc.reconstruct_(model, "2:4", sc.blockwise(method, grid=sc.Int4(4)), batches)
+        assert not errors(report)
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_on_a_grid_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def method(after: int) -> Blockwise:
+        return sc.blockwise(interrupting(after), epochs=2, grid=sc.Int4(8))
+
+    whole, model = decoder(), decoder()
+    before = copy.deepcopy(model.state_dict())
+    expected = sc.reconstruct_(whole, "2:4", method(99), tokens())
+    with pytest.raises(KeyboardInterrupt):
+        sc.reconstruct_(model, "2:4", method(11), tokens(), checkpoint=tmp_path / "run")
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    with pytest.raises(ValueError, match="another run, its method differs"):
+        other = sc.blockwise(interrupting(99), epochs=2, grid=sc.Int4(4))
+        sc.reconstruct_(model, "2:4", other, tokens(), checkpoint=tmp_path / "run")
+    report = sc.reconstruct_(model, "2:4", method(8), tokens(), checkpoint=tmp_path / "run")
+    assert report.layers == expected.layers
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_grid_that_a_weights_dtype_has_no_scales_for_is_refused() -> None:
+    model = decoder().double()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"layer blocks\.0\..*: a grid needs a float32, .*float64"):
+        sc.reconstruct_(model, "2:4", sc.blockwise(sc.alps, grid=sc.Int4()), tokens())
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
 # --- a verb like the others ----------------------------------------------------------------------

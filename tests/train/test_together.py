@@ -13,8 +13,11 @@ import secateur as sc
 from secateur.model.evaluate import compare
 from secateur.model.layers import select
 from secateur.model.plan import match
-from secateur.reconstruct import Solution, estimate
+from secateur.patterns import Int2, Int3, Pattern
+from secateur.patterns.grids import Grid
+from secateur.reconstruct import Blockwise, Solution, estimate
 from secateur.reconstruct.estimate import distilling_bytes
+from secateur.train.state import TrainingState
 from secateur.train.together import held_out_loss, train_together_
 from tests.models import ConvNet, Decoder
 
@@ -171,3 +174,91 @@ def test_bytes_and_time_are_those_of_the_blocks_and_of_the_whole_model() -> None
     assert dear.bytes == max(cheap.bytes + 4 * size, 4 * size + kept)
     assert distilling_bytes([], 10, 0, 2) == 60  # in 16 bits the model itself grows, too
     assert dear.seconds > 0
+
+
+# --- on a grid -----------------------------------------------------------------------------------
+
+
+def on_a_grid(grid: Grid, distil: int = 3) -> Blockwise:
+    return sc.blockwise(zeroed, epochs=1, distil=distil, grid=grid)
+
+
+def lies_on(grid: Grid, model: nn.Module, plan: sc.Plan) -> bool:
+    weights = [model.get_parameter(f"{name}.weight").detach() for name in plan.layers]
+    scales = [grid.scales(weight) for weight in weights]
+    again = [grid.dequantised(grid.codes(w, s), s) for w, s in zip(weights, scales, strict=True)]
+    return all(torch.equal(a.to(w.dtype), w) for a, w in zip(again, weights, strict=True))
+
+
+@pytest.mark.parametrize("pattern", [sc.NM(2, 4), sc.Unstructured(0.0)], ids=str)
+def test_on_a_grid_it_loses_less_than_the_blocks_did(pattern: Pattern) -> None:
+    grid, batches = Int3(8), tokens(40)
+    dense, plan = decoder(), sc.plan(decoder(), pattern, ignore=["lm_head"])
+    blocks, whole = copy.deepcopy(dense), copy.deepcopy(dense)
+    sc.reconstruct_(blocks, plan, sc.blockwise(zeroed, epochs=1, grid=grid), batches)
+    report = sc.reconstruct_(whole, plan, on_a_grid(grid), batches)
+    sc.check(whole, plan)
+    before, after = note(report)
+    assert after < 0.95 * before
+    assert after == pytest.approx(held_out_loss(whole, dense, batches), rel=1e-3)
+    assert before == pytest.approx(held_out_loss(blocks, dense, batches), rel=1e-3)
+    assert lies_on(grid, whole, plan)
+    assert report.method == f"blockwise(zeroed, epochs=1, distil=3, grid={grid!r})"
+    planned = {f"{name}.weight" for name in plan.layers}
+    for (name, one), other in zip(dense.named_parameters(), whole.parameters(), strict=True):
+        assert (name in planned) or torch.equal(one, other)
+        assert other.grad is None and other.requires_grad
+
+
+def test_weights_that_were_rounded_to_zero_are_free_where_the_pattern_keeps_them() -> None:
+    """The pattern keeps all; masks by what is zero now would leave two in five out of training."""
+    model = decoder()
+    plan = sc.plan(model, sc.Unstructured(0.0), ignore=["lm_head"])
+    blocks = copy.deepcopy(model)
+    sc.reconstruct_(blocks, plan, sc.blockwise(zeroed, epochs=1, grid=Int2(8)), tokens(24))
+    sc.reconstruct_(model, plan, on_a_grid(Int2(8), 6), tokens(24))
+    back = 0
+    for name in plan.layers:
+        one, other = (m.get_parameter(f"{name}.weight") != 0 for m in (blocks, model))
+        back += int((other & ~one).sum())
+    assert back > 0
+
+
+def test_on_a_grid_weights_that_lose_more_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "LEARNING_RATE", 100.0)
+    blocks, model = decoder(), decoder()
+    sc.reconstruct_(blocks, "2:4", sc.blockwise(zeroed, epochs=1, grid=sc.Int4(8)), tokens())
+    report = sc.reconstruct_(model, "2:4", on_a_grid(sc.Int4(8), 1), tokens())
+    first, last = note(report)
+    assert first == last
+    assert same(model, state(blocks))
+
+
+@pytest.mark.parametrize("part", ["off-grid", "on-grid"])
+def test_on_a_grid_an_interruption_leaves_the_model_and_is_gone_on_from(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of either part; a state is kept at every step."""
+    plan, batches, method = sc.plan(decoder(), "2:4"), tokens(), on_a_grid(sc.Int4(8), 2)
+    whole = decoder()
+    report = sc.reconstruct_(whole, plan, method, batches)
+    keep, kept = TrainingState.keep, []
+
+    def interrupted(self: TrainingState, *args: Any) -> None:
+        keep(self, *args)
+        kept.append(1)
+        if len(kept) == {"off-grid": 3, "on-grid": 2 * 9 + 3}[part]:
+            raise KeyboardInterrupt
+
+    model = decoder()
+    with monkeypatch.context() as patched:
+        patched.setattr("secateur.train.distil.CHECKPOINT_SECONDS", 0.0)
+        patched.setattr(TrainingState, "keep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sc.reconstruct_(model, plan, method, batches, checkpoint=tmp_path)
+    assert same(model, state(decoder()))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    for _ in range(2):  # the second finds all of it finished
+        model = decoder()
+        again = sc.reconstruct_(model, plan, method, batches, checkpoint=tmp_path)
+        assert same(model, state(whole)) and note(again) == note(report)
