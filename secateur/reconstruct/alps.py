@@ -60,13 +60,15 @@ def alps(
         ValueError: as `secateur.reconstruct.refitted`.
     Source: Meng et al., NeurIPS 2024, arXiv:2406.07831.
     """
-    for_mask = DAMPING if damping is None else damping
-    L, Q = memo(_eigenvectors, gram, for_mask)
-    A, n = normalised(gram, for_mask, torch.float32)
-    start = weight.float() * n
-    WA = start @ A
-    del A, n  # the refit needs the room
-    mask, settled = _admm(start, WA, L, Q, pattern)
+    mask, settled = pattern.mask(weight.float().abs()), True
+    if not mask.all():  # else there is nothing to choose
+        for_mask = DAMPING if damping is None else damping
+        L, Q = memo(_eigenvectors, gram, for_mask)
+        A, n = normalised(gram, for_mask, torch.float32)
+        start = weight.float() * n
+        WA = start @ A
+        del A, n  # the refit needs the room
+        mask, settled = _admm(start, WA, L, Q, pattern)
     found = refitted(
         weight, mask, gram, held_gram, damping=damping, grid=grid, dtype=dtype or weight.dtype
     )

@@ -1,5 +1,7 @@
 """Methods by name: what is exported is one, with its options."""
 
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import secateur as sc
 from secateur import criteria, reconstruct
 from secateur.cli.methods import algorithms_by_name, find_method
 from secateur.model.statistics import name_of
+from secateur.patterns import Int2, Int3
+from secateur.patterns.grids import Grid
 from tests.cli.shell import run, said, weights
 
 
@@ -48,8 +52,43 @@ def test_refit_is_a_method_with_the_mask_of_another() -> None:
         find_method("low_rank_part")
     with pytest.raises(ValueError, match="unknown method 'wand': did you mean 'wanda'"):
         find_method("refit(wand)")
-    with pytest.raises(ValueError, match=r"refit\(wanda\) has no option 'grid=1': .* damping=None"):
-        find_method("refit(wanda)", ["grid=1"])
+    with pytest.raises(ValueError, match=r"refit\(wanda\) has no option 'once=1': .* damping=None"):
+        find_method("refit(wanda)", ["once=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "grid"),
+    [
+        ("int4", sc.Int4()),
+        ("int4:64", sc.Int4(64)),
+        ("int4:channel", sc.Int4(None)),
+        ("int3", Int3()),
+        ("int2:32", Int2(32)),
+        ("int8", sc.Int8()),
+        ("fp8", sc.Fp8()),
+    ],
+)
+def test_a_grid_is_an_option_by_its_short_string(text: str, grid: Grid) -> None:
+    for name in ("sparsegpt", "alps"):
+        assert find_method(name, [f"grid={text}"]).function.keywords == {"grid": grid}
+    for name, preset in (("best", sc.best), ("thorough", sc.thorough)):
+        found = find_method(name, [f"grid={text}"])
+        assert found.function == replace(preset, grid=grid) and found.refits
+        assert found.function.name.endswith(f"grid={grid!r})")
+    assert find_method("blockwise(wanda)", [f"grid={text}", "epochs=2"]).function.grid == grid
+    assert name_of(find_method("refit(ria)", [f"grid={text}"]).function) == (
+        f"refit(ria, grid={grid!r})"
+    )
+
+
+def test_what_is_no_grid_is_said_with_those_there_are() -> None:
+    for text in ("int5", "int8:64", "int4:", "int4:x", "Int4()", ""):
+        with pytest.raises(
+            ValueError, match=f"int4, int3, int2, int8 or fp8, got '{re.escape(text)}'"
+        ):
+            find_method("best", [f"grid={text}"])
+    with pytest.raises(ValueError, match="Int4 needs a group_size of at least 1, got 0"):
+        find_method("alps", ["grid=int4:0"])
 
 
 def test_swap_is_a_method_that_betters_the_mask_of_another() -> None:
@@ -75,11 +114,11 @@ def test_blockwise_is_a_method_that_trains_after_another() -> None:
     ("name", "function"),
     [("best", sc.blockwise(sc.alps)), ("thorough", sc.blockwise(sc.alps, distil=4))],
 )
-def test_a_preset_is_a_method_and_has_no_options(name: str, function: Any) -> None:
+def test_a_preset_is_a_method_whose_one_option_is_a_grid(name: str, function: Any) -> None:
     method = find_method(name)
     assert method.function == function and method.refits
     assert method.needs == ("gram", "held_gram")
-    with pytest.raises(ValueError, match=f"{name} has no option 'epochs=1': .* it has none"):
+    with pytest.raises(ValueError, match=f"{name} has no option 'epochs=1': .* has grid=None$"):
         find_method(name, ["epochs=1"])
 
 
@@ -92,7 +131,9 @@ def test_what_the_library_gives_is_no_option() -> None:
     assert find_method("alps", ["damping=1"]).function.keywords == {"damping": 1.0}
     with pytest.raises(ValueError, match="alps needs a float for damping, got 'much': it is None"):
         find_method("alps", ["damping=much"])
-    with pytest.raises(ValueError, match=r"alps has no option 'once=1': .*, it has damping=None$"):
+    with pytest.raises(
+        ValueError, match=r"alps has no option 'once=1': .* damping=None, grid=None$"
+    ):
         find_method("alps", ["once=1"])
 
 
