@@ -15,14 +15,17 @@ EQUAL = 1e-6  # bits
 
 
 def bytes_(results: Path) -> str:
-    """For each device, model and data, every recipe of its last run, those that lose too."""
+    """For each model and data, every recipe of its last run, those that lose too."""
     return "\n".join(map(_table, latest(results)))
 
 
 def latest(results: Path) -> list[list[Row]]:
-    """For each device, model, calibration and validation, the row of each recipe's last run."""
+    """For each model, calibration and validation, the row of each recipe's last run.
+
+    On whatever device: they differ by the order of float32 sums alone.
+    """
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
-    of_case = "device", "model", "calibration_rows", "seed", "validation_rows"
+    of_case = "model", "calibration_rows", "seed", "validation_rows"
     for rows in every(results, "bytes"):
         for row in rows:
             cases.setdefault(tuple(row[name] for name in of_case), {})[row["recipe"]] = row
@@ -30,15 +33,25 @@ def latest(results: Path) -> list[list[Row]]:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    first = rows[0]
+    first, devices = rows[0], dict.fromkeys(f"{r['device']}, torch {r['torch']}" for r in rows)
     ordered = sorted(rows, key=lambda row: (-float(row["bits"]), float(row["kl"])))
     origin = (
         f"{first['model']}, the linear layers of its blocks; {first['calibration_rows']} "
-        f"calibration rows of {first['documents']} documents, {first['validation_rows']} "
-        f"validation rows; {first['device']}, torch {first['torch']}, {runs(rows)}, "
+        f"calibration rows of {first['documents']} documents, {_batches(rows)}, "
+        f"{first['validation_rows']} validation rows; {'; '.join(devices)}, {runs(rows)}, "
         "`python -m bench.run.bytes`."
     )
     return page(HEADS, [_line(row, rows) for row in ordered], origin)
+
+
+def _batches(rows: Sequence[Row]) -> str:
+    """How many rows a batch has, which counts for what is trained: a step takes one."""
+    of_size: dict[str, list[str]] = {}
+    for row in rows:
+        of_size.setdefault(row["batch"], []).append(row["recipe"])
+    usual, *others = sorted(of_size, key=lambda size: -len(of_size[size]))
+    told = [f"{size} for {' and '.join(of_size[size])}" for size in others]
+    return ", ".join([f"{usual} a batch", *told])
 
 
 def _line(row: Row, rows: Sequence[Row]) -> list[str]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from bench.tables.pages import TABLES
 
 HEADS = (
-    "date,device,torch,commit,model,calibration_rows,seed,documents,validation_rows,"
+    "date,device,torch,commit,model,calibration_rows,seed,documents,validation_rows,batch,"
     "recipe,bits,dnll,kl,top1"
 )
-CASE = "2026-11-30,a chip,2.13,abc,lm,32,0,20,16"
+CASE = "2026-11-30,a chip,2.13,abc,lm,32,0,20,16,8"
 ROWS = [
     '"2:4 int4, sparsegpt",3.125,0.3,0.4,0.75',
     '"dense int4, gptq",4.125,0.02,0.03,0.94',
@@ -35,6 +35,18 @@ def test_the_dense_grid_of_no_more_bits_with_least_kl_is_named(tmp_path: Path) -
     ]
     assert lines[8].startswith("lm, the linear layers of its blocks; 32 calibration rows of 20 doc")
     assert "16 validation rows; a chip" in lines[8] and "commit abc" in lines[8]
+
+
+def test_rows_of_other_devices_and_batches_stand_beside_them_and_are_told(tmp_path: Path) -> None:
+    lines_of(tmp_path, "2026-11-30_x_abc", ROWS)
+    case = CASE.replace("a chip", "another").replace("16,8", "16,1")
+    text = "\n".join([HEADS, f'{case},"2:4 int4, best",3.125,0.1,0.2,0.8'])
+    (tmp_path / "bytes_2026-12-01_y_def.csv").write_text(text + "\n")
+    lines = TABLES["bytes"](tmp_path).splitlines()
+    assert "| 2:4 int4, best | 3.125 | 0.100 | 0.200 | 80.0% | dense int3, gptq: 0.080 |" in lines
+    assert len(lines) == 10
+    assert "20 documents, 8 a batch, 1 for 2:4 int4, best, 16 validation" in lines[9]
+    assert "a chip, torch 2.13; another, torch 2.13, " in lines[9]
 
 
 def test_rows_of_a_later_run_stand_for_their_recipes_alone(tmp_path: Path) -> None:
