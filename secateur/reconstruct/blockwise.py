@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from secateur.core.autocast import without_autocast
 from secateur.core.float64 import float64_device, in_float64
 from secateur.core.memory import room_for
 from secateur.core.progress import bar
@@ -240,6 +241,9 @@ class _Training:
         stored = {name: weight_of(layers[name]).detach() for name in half.layers}
         self._dtypes = {name: weight.dtype for name, weight in stored.items()}
         self._masks = {name: masks[name] for name in half.layers}
+        self._dropped = {
+            name: _layers.from_matrix(layers[name], ~masks[name]) for name in half.layers
+        }
         self._grid: Grid | None = None
         self.scales: dict[str, Tensor] = {}
         self.weights = {
@@ -281,7 +285,7 @@ class _Training:
             matrix = _layers.matrix(module, weight)
             on_grid = self._grid.straight_through(matrix, self.scales[name], dtype)
             weight = _layers.from_matrix(module, on_grid)
-        return weight.masked_fill(_layers.from_matrix(module, ~self._masks[name]), 0).to(dtype)
+        return weight.masked_fill(self._dropped[name], 0).to(dtype)
 
     @torch.no_grad()
     def round_(self, grid: Grid) -> None:
@@ -293,7 +297,7 @@ class _Training:
         grams = self._grams()
         for name, weight in self.weights.items():
             module = self._layers[name]
-            with naming(name):
+            with naming(name), without_autocast(self._half.device):
                 found = rounded(
                     _layers.matrix(module, weight.detach()),
                     self._masks[name],
@@ -313,17 +317,17 @@ class _Training:
             n: torch.zeros(c, c, device=device, dtype=torch.float32) for n, c in columns.items()
         }
         tokens = dict.fromkeys(columns, 0)
-        found: dict[
-            Hashable, tuple[Tensor, Tensor, int]
-        ] = {}  # the input, so that its id is its own
+        # By input, which is held so that no other one gets its id: the products, and how many rows.
+        found: dict[Hashable, tuple[Tensor, Tensor, int]] = {}
 
         def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             x = input_of(args, kwargs)
             key = id(x), _layers.rows_key(module)
             if key not in found:
                 rows, gram = _layers.input_rows(module, x), Gram(columns[name], device)
-                gram.update(rows, 0)
-                found[key] = x, *gram.sums, len(rows)
+                with without_autocast(device):
+                    gram.update(rows, 0)
+                found[key] = x, gram.sums[0], len(rows)
             sums[name] += found[key][1]
             tokens[name] += found[key][2]
 

@@ -1,7 +1,7 @@
 """Weights on a grid, trained: latent weights and scales stand in for them, and are rounded."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -49,10 +49,9 @@ class OnGrid:
         scales = {f"{name}.scales": s for name, s in self.scales.items()}
         unit = kept_rms(weights.values())
         shares = {name: SHARE_OF_SCALES * kept_rms([s]) / unit for name, s in scales.items()}
-        groups = [{"params": [s], "share": shares[name]} for name, s in scales.items()]
-        optimizer = torch.optim.AdamW(
-            [{"params": list(weights.values())}, *groups], learning_rate, weight_decay=0.0
-        )
+        groups: list[dict[str, Any]] = [{"params": list(weights.values())}]
+        groups += [{"params": [s], "share": shares[name]} for name, s in scales.items()]
+        optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=0.0)
         return Trained({**weights, **scales}, optimizer, self.gradients_, self.place_)
 
     @torch.no_grad()

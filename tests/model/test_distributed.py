@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.criteria import snip, wanda_regional
 from secateur.model.distributed import ALONE, Team, team
+from secateur.patterns.grids import Grid
 from secateur.reconstruct import Solution
 from tests.models import Decoder, Experts
 
@@ -149,9 +150,9 @@ def stopped_and_resumed(folder: Path, part: slice) -> dict[str, Tensor]:
     return {**model.state_dict(), "finished": torch.tensor(finished)}
 
 
-def half_blocks(data: list[Tensor]) -> tuple[dict[str, Tensor], Any]:
+def half_blocks(data: list[Tensor], grid: Grid | None = None) -> tuple[dict[str, Tensor], Any]:
     model = decoder()
-    report = sc.reconstruct_(model, "2:4", sc.blockwise(sc.sparsegpt, epochs=2), data)
+    report = sc.reconstruct_(model, "2:4", sc.blockwise(sc.sparsegpt, epochs=2, grid=grid), data)
     return model.state_dict(), report
 
 
@@ -179,6 +180,7 @@ def work(rank: int, folder: Path) -> None:
         "resumed": stopped_and_resumed(folder / "checkpoint", part),
         "halves": half_blocks(batches()[part]),
         "halves of the same": half_blocks(eight()),
+        "halves on a grid": half_blocks(batches()[part], sc.Int4(8)),
         "copied": copied(rank),
         "team": team(),
     }
@@ -253,6 +255,17 @@ def test_half_blocks_of_uneven_shares_end_alike_and_lose_less(found: list[dict[s
     befores, afters = errors(report)[::2], errors(report)[1::2]
     assert len(befores) == 6 and all(map(operator.le, afters, befores))
     assert min(map(operator.truediv, afters, befores)) < 0.95
+
+
+def test_half_blocks_on_a_grid_end_alike_and_on_it(found: list[dict[str, Any]]) -> None:
+    """Gram matrices, and gradients of scales, are those of the batches of both."""
+    (first, report), (second, other) = (results["halves on a grid"] for results in found)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert report.layers == other.layers
+    for row in report.layers:
+        weight = first[f"{row.layer}.weight"]
+        scales = sc.Int4(8).scales(weight)
+        assert torch.equal(sc.Int4(8).dequantised(sc.Int4(8).codes(weight, scales), scales), weight)
 
 
 def test_each_layer_is_solved_by_one_process(found: list[dict[str, Any]]) -> None:
