@@ -2,6 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -116,6 +118,7 @@ VERBS: dict[str, Callable[[], dict[str, Any]]] = {
             "swap": sc.swap(sc.wanda),
             "best": sc.best,
             "thorough": sc.thorough,
+            "thorough on a grid": replace(sc.thorough, grid=sc.Int4(8)),
         }.items()
     },
     "hold": lambda: trained(sc.hold).state_dict(),
@@ -188,6 +191,7 @@ OF_ONE_LAYER: dict[str, Callable[[nn.Module, list[Tensor]], Any]] = {
     "alps": lambda m, x: sc.reconstruct_(m, "2:4", sc.alps, x),
     "refit": lambda m, x: sc.reconstruct_(m, "2:4", sc.refit(sc.magnitude), x),
     "swap": lambda m, x: sc.reconstruct_(m, "2:4", sc.swap(sc.wanda), x),
+    "alps on a grid": lambda m, x: sc.reconstruct_(m, "2:4", partial(sc.alps, grid=sc.Int4()), x),
 }
 
 

@@ -121,27 +121,30 @@ def refitted(
         damping = DAMPING if held_gram is None else _chosen_damping(W, mask, gram, held_gram)
         notes += [f"damping {damping:g}"] if damping != DAMPING else []
     X, rough = _solved(gram, damping, W, mask, torch.zeros_like(W), TOLERANCE)
-    if rough.any():
-        there = float64_device(W.device)
-        better, still = _solved(
-            gram.to(there),
-            damping,
-            in_float64(W[rough]),
-            mask[rough].to(there),
-            in_float64(X[rough]),
-            TOLERANCE,
-        )
-        X[rough] = better.to(X)
-        if still.any():
-            notes.append(
-                f"the refit of {int(still.sum())} outputs did not converge, raise the damping"
-            )
+    if rough.any() and (still := _in_float64_(X, rough, gram, damping, W, mask)):
+        notes.append(f"the refit of {still} outputs did not converge, raise the damping")
     if dead := int((gram.diagonal() == 0).sum()):
         notes.append(f"{dead} inputs were never active")
     new = W.masked_fill(~mask, 0) + X
     if grid is not None:
         new = rounded(new, mask, gram, grid, damping=damping, dtype=dtype or weight.dtype).weight
     return Solution(new.to(weight.dtype), mask, "; ".join(notes))
+
+
+def _in_float64_(
+    X: Float[Tensor, "out in"],
+    rough: Bool[Tensor, " out"],
+    gram: Float[Tensor, "in in"],
+    damping: float,
+    W: Float[Tensor, "out in"],
+    mask: Bool[Tensor, "out in"],
+) -> int:
+    """Go on with the rough rows of X in float64; the number of those that still miss."""
+    there = float64_device(W.device)
+    W, mask, start = in_float64(W[rough]), mask[rough].to(there), in_float64(X[rough])
+    better, still = _solved(gram.to(there), damping, W, mask, start, TOLERANCE)
+    X[rough] = better.to(X)
+    return int(still.sum())
 
 
 def _chosen_damping(
