@@ -64,7 +64,7 @@ class Pass:
     @property
     def needs(self) -> tuple[str, ...]:
         """The statistics and gradients that its methods need."""
-        return tuple(dict.fromkeys([*self.method.needs, *(self.alone.needs if self.alone else ())]))
+        return (self.alone or self.method).needs  # the former begins with the latter
 
     @property
     def name(self) -> str:

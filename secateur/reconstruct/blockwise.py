@@ -72,7 +72,7 @@ class Blockwise:
 
     @property
     def alone(self) -> Callable[..., Any]:
-        """The method for a layer that is in no half-block."""
+        """The method for a layer that is in no half-block; it asks for all that `method` does."""
         if self.grid is None:
             return self.method
         if "grid" in inspect.signature(self.method).parameters:
@@ -222,6 +222,8 @@ def blockwise(
             f"blockwise needs at least 1 epoch, a learning rate above 0 and distil at least 0, got "
             f"{epochs}, {learning_rate:g} and {distil}"
         )
+    if grid is not None and not isinstance(grid, Grid):
+        raise ValueError(f"blockwise takes a grid such as sc.Int4(), got {grid!r}: pass the value")
     chooses = "pattern" in inspect.signature(method).parameters
     return Blockwise(method if chooses else refit(method), epochs, learning_rate, distil, grid)
 

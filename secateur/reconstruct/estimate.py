@@ -82,7 +82,7 @@ def estimate(
         ValueError: as `reconstruct_`, if the model cannot run the first batch; if the method asks
             for gradients.
     """
-    needs = bind_algorithm(method.method).needs
+    needs = bind_algorithm(method.alone).needs
     if gradients := [name for name in needs if name not in STATISTICS]:
         raise ValueError(f"estimate has no gradients, {method.name} needs {gradients[0]}: use alps")
     weight = weight_of(next(iter(layers.values())))

@@ -158,7 +158,7 @@ def _timed(
     passes: dict[str, Passes] = {}
     solved: dict[str, Solved] = {}
     masks: dict[str, Tensor] = {}
-    needs = bind_algorithm(method.method).needs
+    needs = bind_algorithm(method.alone).needs
     source = observe(model, layers, batches, needs, sequential=True, halves=True)
     with contextlib.closing(source):
         for observed in source:
