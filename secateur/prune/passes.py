@@ -32,7 +32,7 @@ from secateur.model.layers import weight_of
 from secateur.model.plan import Plan, match
 from secateur.model.statistics import STATISTICS, call, name_of
 from secateur.model.window import Window
-from secateur.patterns.grids import Grid
+from secateur.patterns.grids import QUANTISABLE, Grid
 from secateur.prune.preconditions import require_sound
 from secateur.prune.report import LayerResult, PruneReport
 from secateur.reconstruct import Blockwise, Solution
@@ -244,6 +244,7 @@ def _prepared(
         _require_data(the_pass, batches)
         if the_pass.blockwise:
             require_no_experts(layers, the_pass.name)
+            _require_quantisable(layers, the_pass.blockwise.grid)
         listed = as_list(batches) if the_pass.asks and batches is not None else []
         run = _fingerprint(the_pass, layers) if checkpoint or the_pass.team.size > 1 else {}
     data = the_pass.team.all_gather(digest(listed) if checkpoint else "")
@@ -268,6 +269,15 @@ def _require_data(the_pass: Pass, batches: Iterable[Batch] | None) -> None:
             f"{the_pass.name} trains the whole model in one process, these are "
             f"{the_pass.team.size}: take sc.best, or start it without torchrun"
         )
+
+
+def _require_quantisable(layers: Mapping[str, nn.Module], grid: Grid | None) -> None:
+    for name, module in layers.items() if grid else ():
+        if (dtype := weight_of(module).dtype) not in QUANTISABLE:
+            raise ValueError(
+                f"layer {name}: {grid} needs a float32, bfloat16 or float16 weight, got {dtype}: "
+                "cast the model with .float() first"
+            )
 
 
 def _fingerprint(the_pass: Pass, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
