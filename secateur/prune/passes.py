@@ -276,7 +276,7 @@ def _require_quantisable(layers: Mapping[str, nn.Module], grid: Grid | None) -> 
         if (dtype := weight_of(module).dtype) not in QUANTISABLE:
             raise ValueError(
                 f"layer {name}: {grid} needs a float32, bfloat16 or float16 weight, got {dtype}: "
-                "cast the model with .float() first"
+                "cast the model to float32 first"
             )
 
 

@@ -223,7 +223,7 @@ def blockwise(
             f"{epochs}, {learning_rate:g} and {distil}"
         )
     if grid is not None and not isinstance(grid, Grid):
-        raise ValueError(f"blockwise takes a grid such as sc.Int4(), got {grid!r}: pass the value")
+        raise ValueError(f"blockwise takes a Grid, got {grid!r}: make one, such as Int4(128)")
     chooses = "pattern" in inspect.signature(method).parameters
     return Blockwise(method if chooses else refit(method), epochs, learning_rate, distil, grid)
 

@@ -650,7 +650,7 @@ def test_wrong_calls_are_refused_before_anything(unchecked: None) -> None:
         blockwise("alps")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs at least 1 epoch, .*got 0, 0.01 and 0"):
         blockwise(sc.alps, epochs=0)
-    with pytest.raises(ValueError, match=r"blockwise takes a grid such as sc.Int4\(\), got 'int4'"):
+    with pytest.raises(ValueError, match="blockwise takes a Grid, got 'int4': make one"):
         blockwise(sc.alps, grid="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got 4, nan and 0"):
         blockwise(sc.alps, epochs=4, learning_rate=float("nan"))
