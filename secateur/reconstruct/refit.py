@@ -65,7 +65,7 @@ def refit(
         weight: Tensor,
         mask: Tensor,
         gram: Tensor,
-        held_gram: Tensor,
+        held_gram: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Solution:
         return refitted(weight, mask, gram, held_gram, damping=damping, grid=grid, dtype=dtype)
