@@ -115,7 +115,9 @@ def _cpu_kernels() -> Finding:
     if missing is not None:
         return Finding(name, "no", missing)
     others = ", ".join(body for body in simd.bodies() if body != simd.body())
-    return Finding(name, "yes", f"the {simd.body()} body runs; {simd.CHOICE} can name {others}, too")
+    return Finding(
+        name, "yes", f"the {simd.body()} body runs; {simd.CHOICE} can name {others}, too"
+    )
 
 
 def _packages() -> list[Finding]:

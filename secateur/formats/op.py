@@ -126,7 +126,7 @@ def _define(name: str, stored: tuple[str, ...]) -> None:
         dtype: torch.dtype,
     ) -> Packed:
         known = {key: t for key, t in zip(stored, tensors, strict=True) if t is not None}
-        names = arranged_tensors(dispatch, DEFINED[name])
+        names = arranged_tensors(dispatch, DEFINED[name])  # type: ignore[arg-type]  # hashable: frozen
         known |= dict(zip(names, arranged or (), strict=True))
         return Packed(DEFINED[name].like(shape, known), shape, dtype, known)
 

@@ -32,8 +32,8 @@ NO_COMMAND = (
     "allocation/", "train/hold.py", "train/gradual.py", "train/movement.py", "train/schedules.py",
     "formats/warmup.py", "formats/convert.py", "formats/read_only.py", "formats/kernels/",
     "integrations/packed_config.py", "integrations/transformers_quantizer.py",
-    "integrations/vllm_plugin.py", "integrations/peft.py", "integrations/trainer.py", "train/steps.py",
-    "train/weights.py", "integrations/lightning.py", "llm/custom_generate.py",
+    "integrations/vllm_plugin.py", "integrations/peft.py", "integrations/trainer.py",
+    "train/steps.py", "train/weights.py", "integrations/lightning.py", "llm/custom_generate.py",
     "patterns/grids.py", "report/plots.py", "report/pictures.py", "cli/",
 )  # fmt: skip
 REACHED = ("allocation/sensitivity.py", "allocation/progress.py")
