@@ -99,7 +99,9 @@ def _compile(compiler: list[str], folder: Path, built: Path) -> str:
                 return why
         fresh = Path(work) / LIBRARY
         link = ["-shared", "-s", "-Wl,--as-needed", "-o", str(fresh), *objects]
-        if why := _run([*compiler, *link]):
+        # nothing of a C++ library is used, and zig would compile its own first
+        linker = ["cc" if word == "c++" and "ziglang" in compiler else word for word in compiler]
+        if why := _run([*linker, *link]):
             return why
         # under a new name, then renamed: a process may have the old one in its memory
         beside = built.with_suffix(f".{os.getpid()}")

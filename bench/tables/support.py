@@ -100,7 +100,15 @@ ROWS = (
         "tests/compat/torchao/test_core.py::test_whole_channels_go_alike"),
     Row("GGUF files", "refused, with what to take instead",
         "tests/cli/test_console.py::test_a_gguf_file_says_what_to_take_instead"),
-    Row("vLLM", "packed folders", untested="no plug-in for it yet"),
+    Row("Clients of OpenAI's API", "`secateur serve`: completions, chats and streams, on a CPU",
+        "tests/cli/test_serve.py::test_a_folder_answers_as_generate_does"),
+    Row("Clients of OpenAI's API", "malformed requests are answered, clients that leave dropped",
+        "tests/llm/test_server.py::test_a_client_that_goes_away_is_dropped"),
+    Row("Clients of OpenAI's API", "`secateur serve` on a GPU", untested="waits for a GPU"),
+    Row("transformers serve", "packed folders", untested="tried by hand: guide/serve.md"),
+    Row("vLLM 0.33", "the plug-in has the signatures that vLLM calls, and cuts layers as it does",
+        "tests/integrations/test_vllm_plugin.py::test_signatures_are_those_that_vllm_calls"),
+    Row("vLLM 0.33", "packed folders inside vLLM", untested="takes a GPU"),
     Row("SGLang", "packed folders", untested="no plug-in for it yet"),
 )  # fmt: skip
 

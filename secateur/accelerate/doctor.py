@@ -23,8 +23,12 @@ EXTRAS = {
     "hf": ("transformers", "models in Hugging Face folders"),
     "report": ("matplotlib", "pages of results"),
     "budget": ("scipy", "budgets of size and time"),
+    "serve": ("uvicorn", "answers over HTTP"),
+    "eval": ("lm_eval", "the tasks of lm-eval"),
+    "vllm": ("vllm", "packed folders in vLLM"),
     "cuda": ("cuda.bindings.nvrtc", "the kernels for a GPU"),
 }
+FOR_A_GPU = ("cuda", "vllm")
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def digest(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     missing = [
         f"pip install 'secateur[{extra}]' for {purpose}"
         for extra, (module, purpose) in EXTRAS.items()
-        if not _installed(module) and (extra != "cuda" or gpu.state == "yes")
+        if not _installed(module) and (extra not in FOR_A_GPU or gpu.state == "yes")
     ]
     return [
         ("this machine", machine),

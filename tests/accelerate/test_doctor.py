@@ -5,6 +5,7 @@ import tomllib
 from copy import copy
 from pathlib import Path
 
+import pytest
 import torch
 from pytest import MonkeyPatch
 
@@ -86,6 +87,7 @@ def test_implementations_are_asked_at_few_and_many_tokens(monkeypatch: MonkeyPat
     assert found["semi24_int4 reference"].detail == everywhere
 
 
+@pytest.mark.usefixtures("no_cpu_kernels")
 def test_four_lines_say_what_a_newcomer_needs(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(module, "_installed", lambda name: True)
@@ -103,8 +105,10 @@ def test_four_lines_say_what_a_newcomer_needs(monkeypatch: MonkeyPatch) -> None:
     told = dict(digest(doctor()))["to install"]
     assert told == (
         "pip install 'secateur[hf]' for models in Hugging Face folders; "
-        "pip install 'secateur[report]' for pages of results"
-    ), "the extra for GPUs is for machines with one"
+        "pip install 'secateur[report]' for pages of results; "
+        "pip install 'secateur[serve]' for answers over HTTP; "
+        "pip install 'secateur[eval]' for the tasks of lm-eval"
+    ), "extras for GPUs are for machines with one"
 
 
 def test_a_machine_with_a_gpu_is_told_what_it_can_run_and_lacks(monkeypatch: MonkeyPatch) -> None:

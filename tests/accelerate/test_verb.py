@@ -130,8 +130,9 @@ def test_no_number_of_tokens_may_lose() -> None:
     report, _ = run(model, times)
     assert kinds(model) == [nn.Linear]
     assert report.layers[0].reason == (
-        "at 16 tokens block:4x8 cpu is 0.94x of the best dense; leave 16 out of tokens= and it "
-        "runs block:4x8, 3.00x at 1 token; at 16 tokens it then runs block:4x8 cpu, 0.94x of dense"
+        "at 16 tokens block:4x8 cpu is 0.94x of the best dense; SECATEUR_CPU_BODY is none; "
+        "leave 16 out of tokens= and it runs block:4x8, 3.00x at 1 token; at 16 tokens it then "
+        "runs block:4x8 cpu, 0.94x of dense"
     )
     assert report.layers[0].bytes_after == report.layers[0].bytes_before
     assert "the model is unchanged" in str(report)
@@ -195,7 +196,8 @@ def test_what_does_not_fit_says_why() -> None:
     report, clock = run(model, FAST)
     dense, semi, shared = report.layers
     assert dense.reason == "its weight has no zeros"
-    assert semi.reason == why_no_gpu(torch.device("cpu"))  # once for all of its kernels
+    on_a_gpu = why_no_gpu(torch.device("cpu"))  # once for all of its kernels
+    assert semi.reason == f"{on_a_gpu}; SECATEUR_CPU_BODY is none"
     assert shared.reason.startswith("its weight is tied to '3'")
     assert kinds(model) == [nn.Linear] * 3 + [nn.Embedding]
     assert clock.asked == [(1, ("dense", "dense prepacked")), (16, ("dense", "dense prepacked"))]
