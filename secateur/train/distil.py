@@ -203,7 +203,7 @@ class Distillation:
                 value = self._backward(step, self.batches[order[step]])
                 trained.step_(self.learning_rate * _rate(step, self.steps), step)
                 shown.update()
-                shown.set_postfix(loss=f"{value:.4g}")
+                shown.set_postfix_str(f"loss={value:.4g}")
                 yield value
 
     def _backward(self, step: int, batch: Batch) -> float:
