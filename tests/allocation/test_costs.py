@@ -14,6 +14,8 @@ from secateur.accelerate.verb import Timing
 from secateur.allocation import Sensitivity, allocate, costs, monotone
 from secateur.formats.kernels.timing import Calls
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 PATTERNS = ("2:4", "unstructured:0.9", "block:64x64@0.75")
 
 

@@ -31,6 +31,7 @@ def test_export_packs_and_unpacks_exactly(pruned: Path, tmp_path: Path) -> None:
     assert "is in packed form, whose weights are frozen" in line
 
 
+@pytest.mark.usefixtures("no_cpu_kernels")
 def test_export_says_where_packed_is_slower(
     dense: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,7 @@ def test_a_terminal_is_not_moved_by_what_a_model_writes(
     assert capsys.readouterr().out == expected
 
 
+@pytest.mark.usefixtures("no_cpu_kernels")
 def test_from_dense_weights_to_text_by_commands(dense: Path, tmp_path: Path) -> None:
     """prune, recover, export, generate: each folder is one that the next command reads."""
     data = ("--tokens", tokens(dense, "calibration"), "--rows", ROWS, "--batch", 4)

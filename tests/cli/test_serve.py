@@ -59,6 +59,7 @@ def packed(pruned: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("no_cpu_kernels")
 @pytest.mark.parametrize("form", ["pruned", "packed"])
 def test_a_folder_answers_as_generate_does(form: str, request: pytest.FixtureRequest) -> None:
     """Whole and streamed, and Ctrl-C ends it."""

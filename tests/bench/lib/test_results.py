@@ -47,6 +47,6 @@ def test_every_prefix_of_files_has_a_line_in_the_index(folder: str, text: str) -
 def test_the_index_names_every_table_and_commands_that_there_are() -> None:
     lines = [line.split("|") for line in LIVE.splitlines() if LINE.match(line)]
     named = {name for *_, tables, _ in lines for name in re.findall(r"`([\w-]+)`", tables)}
-    assert named == set(TABLES)
+    assert named == set(TABLES) - {"support"}  # which is made of tests, not of rows
     modules = re.findall(r"python -m ([\w.]+)", LIVE)
     assert len(modules) > 10 and all(map(importlib.util.find_spec, modules))

@@ -11,6 +11,8 @@ from bench.lib.shapes import SHAPES
 from bench.run import linear
 from secateur.formats import parse_format
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 
 @pytest.mark.parametrize("format", ["semi24", "block:4x8", "csr", "bitmap"])
 def test_weights_have_zeros_that_the_format_stores(format: str) -> None:

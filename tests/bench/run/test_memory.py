@@ -11,6 +11,8 @@ from bench.run import memory
 from bench.run.memory import Case
 from tests.bench.rows import rows_of
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 pytest.importorskip("transformers")
 
 # bfloat16 numbers of the tiny model: q, k, v, o; gate, up, down; norms; embeddings and head

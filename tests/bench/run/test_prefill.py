@@ -18,6 +18,8 @@ from secateur.formats.kernels.cusparselt import Setting
 from tests.formats.kernels.fake_cusparselt import Fake, forget, install
 from tests.formats.test_dynamic import plain_quantise, plain_scale_bias
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 OUT, WIDTH = 64, 128
 
 

@@ -12,6 +12,8 @@ from bench.lib.configurations import EVERYTHING, MLP, named
 from bench.run import vision, vit
 from tests.bench.rows import rows_of
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 pytest.importorskip("transformers")
 
 

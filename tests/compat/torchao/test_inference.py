@@ -27,6 +27,8 @@ from secateur.compat.torchao import (
     sparsify_,
 )
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
+
 SLOW_HERE = r"run \S+ by its reference here, right but slower than dense, first '.*accelerate_"
 
 
