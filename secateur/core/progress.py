@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -44,9 +45,13 @@ def bar(
     On stderr; as a widget in notebooks that have ipywidgets. Where stderr is no terminal, nothing
     is shown for the first 30 s and a line every 30 s after that. TQDM_DISABLE=1 turns all off.
     """
-    if sys.stderr is None or not (sys.stderr.isatty() or _is_notebook()):
+    shows = sys.stderr is not None and (sys.stderr.isatty() or _is_notebook())
+    if os.environ.get("TQDM_DISABLE") or not shows:
         return _Lines(printable(what), total, unit, done)
-    from tqdm.auto import tqdm as auto  # looks at what it is imported in, so not before it is asked
+    with warnings.catch_warnings():  # without ipywidgets a bar is of text, which is no news
+        warnings.simplefilter("ignore")
+        # looks at what it is imported in, so not before it is asked
+        from tqdm.auto import tqdm as auto
 
     shown: Bar = auto(desc=printable(what), total=total, unit=unit, initial=done, leave=not within)
     return shown
