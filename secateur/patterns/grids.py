@@ -183,6 +183,15 @@ def parse_grid(text: str) -> Grid:
     )
 
 
+def require_grid(grid: object, who: str) -> None:
+    """Raise unless it is a grid or None; `who` takes it.
+
+    Raises: ValueError for anything else, such as a grid's name.
+    """
+    if grid is not None and not isinstance(grid, Grid):
+        raise ValueError(f"{who} takes a Grid, got {grid!r}: make one, such as Int4(128)")
+
+
 def _of_groups(bits: int, group_size: int | None, clips: tuple[float, ...]) -> Grid:
     """The symmetric grid of integers of so few bits that groups need scales of their own."""
     name = f"int{bits}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from secateur.core.float64 import float64_device
 from secateur.model.statistics import call
 from secateur.patterns import Pattern
-from secateur.patterns.grids import Grid
+from secateur.patterns.grids import Grid, require_grid
 from secateur.reconstruct.refit import DAMPING, normalised, refitted
 from secateur.reconstruct.solution import Solution
 
@@ -60,6 +60,7 @@ def alps(
         ValueError: as `secateur.reconstruct.refitted`.
     Source: Meng et al., NeurIPS 2024, arXiv:2406.07831.
     """
+    require_grid(grid, "alps")
     mask, settled = pattern.mask(weight.float().abs()), True
     if not mask.all():  # else there is nothing to choose
         for_mask = DAMPING if damping is None else damping

@@ -34,7 +34,7 @@ from secateur.model.distributed import ALONE, Team
 from secateur.model.half_blocks import HalfBlock
 from secateur.model.layers import weight_of
 from secateur.model.statistics import Gram, is_held_out, name_of
-from secateur.patterns.grids import Grid
+from secateur.patterns.grids import Grid, require_grid
 from secateur.reconstruct.methods import naming
 from secateur.reconstruct.refit import refit
 from secateur.reconstruct.rounding import rounded
@@ -222,8 +222,7 @@ def blockwise(
             f"blockwise needs at least 1 epoch, a learning rate above 0 and distil at least 0, got "
             f"{epochs}, {learning_rate:g} and {distil}"
         )
-    if grid is not None and not isinstance(grid, Grid):
-        raise ValueError(f"blockwise takes a Grid, got {grid!r}: make one, such as Int4(128)")
+    require_grid(grid, "blockwise")
     chooses = "pattern" in inspect.signature(method).parameters
     return Blockwise(method if chooses else refit(method), epochs, learning_rate, distil, grid)
 

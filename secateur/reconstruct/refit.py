@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.core.float64 import float64_device, in_float64
-from secateur.patterns.grids import Grid
+from secateur.patterns.grids import Grid, require_grid
 from secateur.reconstruct.masked import on_mask_of
 from secateur.reconstruct.rounding import rounded
 from secateur.reconstruct.solution import Solution
@@ -58,6 +58,7 @@ def refit(
         ValueError: if the method is not a function.
     Source: Meng et al., arXiv:2406.07831, section 3.3.
     """
+    require_grid(grid, "refit")
     given = {"damping": damping, "grid": grid}
     options = "".join(f", {key}={value!r}" for key, value in given.items() if value is not None)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from secateur.model.statistics import call
 from secateur.patterns import Pattern
-from secateur.patterns.grids import Grid
+from secateur.patterns.grids import Grid, require_grid
 from secateur.patterns.keep import PAIRWISE_WIDTH
 from secateur.reconstruct.solution import Solution
 
@@ -76,6 +76,7 @@ def sparsegpt(
     Raises:
         ValueError: if H has no Cholesky factor even with the damping raised a million times.
     """
+    require_grid(grid, "sparsegpt")
     dead = gram.diagonal() == 0
     U, note = memo(_upper_factor, gram, damping)
     W = weight.float().T.contiguous()

@@ -650,6 +650,11 @@ def test_wrong_calls_are_refused_before_anything(unchecked: None) -> None:
         blockwise("alps")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs at least 1 epoch, .*got 0, 0.01 and 0"):
         blockwise(sc.alps, epochs=0)
+    for method in (sc.sparsegpt, sc.alps):
+        with pytest.raises(ValueError, match="takes a Grid, got 'int4': make one, such as Int4"):
+            method(torch.ones(4, 8), torch.eye(8), sc.NM(2, 4), grid="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="refit takes a Grid, got 'int4': make one"):
+        sc.refit(sc.wanda, grid="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="blockwise takes a Grid, got 'int4': make one"):
         blockwise(sc.alps, grid="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got 4, nan and 0"):
