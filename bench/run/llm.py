@@ -7,15 +7,17 @@ blocks 2:4 by magnitude, packed in the format; `dense` packs nothing. `--head` m
 and packs it, too, in the rows that are not dense. A row is one configuration: tokens, the new ones
 that the time is of, after `prompt` tokens; ms, of a token of all sequences, the median of `rounds`;
 tokens_s, of all sequences together; first_ms, until the first token is there; allocated and peak
-bytes, by torch's allocator; runs, what made the tokens. `transformers` is its own `generate` of the
-dense model with a static cache, which it compiles, in a process that has run it once. One that
-fails has its reason in `note`. `--profile` prints what a token's time goes to, by kernel.
+bytes, by torch's allocator; runs, what made the tokens. The loop is `steps`, the library's own;
+`generate`, transformers' with a static cache, which it compiles, after it has run twice; or
+`custom_generate`, transformers' with the library's steps in it. A configuration that fails has its
+reason in `note`. `--profile` prints what a token's time goes to, by kernel.
 """
 
-import argparse
 import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
 from statistics import median
 from time import perf_counter
 
@@ -29,9 +31,10 @@ from bench.lib.llama import BLOCKS, DENSE, FORMATS, MODELS, make_24, random_llam
 from bench.lib.rows import Row, append
 from secateur.accelerate.candidates import first_line
 from secateur.formats.pack import linears_of
-from secateur.llm.kernel_steps import KernelSteps
+from secateur.llm import custom_generate
+from secateur.llm.kernel_steps import steps_of
 
-TRANSFORMERS = "transformers"
+STEPS, GENERATE, CUSTOM = "steps", "generate", "custom_generate"
 HEAD = "lm_head"
 MEASURED = ("ms", "tokens_s", "first_ms", "allocated", "peak", "runs", "note")
 PROFILED = 8  # steps
@@ -53,87 +56,97 @@ def llama(model: str, blocks: int, length: int, format: str, head: str, device: 
     return made
 
 
-def measured(arguments: argparse.Namespace, format: str) -> Row:
+@dataclass(frozen=True)
+class Case:
+    """What is asked of a model: `tokens` new ones of each prompt, by which loop."""
+
+    loop: str
+    batch: int
+    prompt: int
+    tokens: int
+    rounds: int
+    device: str
+
+    def ids(self, vocabulary: int) -> Tensor:
+        """Random prompts."""
+        (ids,) = tokens(vocabulary, self.batch, self.prompt, self.batch, self.device)
+        return ids
+
+
+def measured(case: Case, model: nn.Module) -> Row:
     """The configuration's figures, or the reason why there are none."""
-    _settled(arguments.device)
+    _settled(case.device)
+    ids = case.ids(int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
     try:
-        if format == TRANSFORMERS:
-            return _by_transformers(arguments)
-        return _by_steps(arguments, format)
+        if case.loop == STEPS:
+            return _by_steps(case, model, ids)
+        return _by_transformers(case, model, ids)
     except FAILURES as problem:
         reason = f"{type(problem).__name__}: {first_line(problem)}"[:REASON]
         return {**dict.fromkeys(MEASURED, ""), "note": reason}
 
 
-def _by_steps(arguments: argparse.Namespace, format: str) -> Row:
-    model, ids = _model_and_ids(arguments, format)
-    steps, count = KernelSteps(model), arguments.tokens
-    length = arguments.prompt + count
+def _by_steps(case: Case, model: nn.Module, ids: Tensor) -> Row:
+    steps, count, length = steps_of(model), case.tokens, case.prompt + case.tokens
     steps.start(ids, None, length)
 
     def first() -> Tensor:
         return steps.start(ids, None, length).argmax(-1)
 
     firsts, each = list[float](), list[float]()
-    _settled(arguments.device)
-    for _ in range(arguments.rounds):
-        seconds, chosen = _timed(first, arguments.device)
+    _settled(case.device)
+    for _ in range(case.rounds):
+        seconds, chosen = _timed(first, case.device)
         firsts.append(seconds)
-        seconds, _ = _timed(lambda chosen=chosen: steps.greedy(chosen, count - 1), arguments.device)
+        seconds, _ = _timed(lambda chosen=chosen: steps.greedy(chosen, count - 1), case.device)
         each.append(seconds / (count - 1))
-    if arguments.profile:
-        _profile(lambda: steps.greedy(first(), PROFILED))
-    return _row(arguments, each, firsts, steps.about)
+    return _row(case, each, firsts, steps.about)
 
 
-def _by_transformers(arguments: argparse.Namespace) -> Row:
-    model, ids = _model_and_ids(arguments, DENSE)
-    count = arguments.tokens
+def _by_transformers(case: Case, model: nn.Module, ids: Tensor) -> Row:
+    own = {"cache_implementation": "static"}
+    how = {"custom_generate": custom_generate} if case.loop == CUSTOM else own
 
     def generate(new: int) -> Tensor:
         made: Tensor = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
-            **{"max_new_tokens": new, "min_new_tokens": new, "do_sample": False},
-            cache_implementation="static",
+            **{"max_new_tokens": new, "min_new_tokens": None, "do_sample": False, **how},
             max_length=None,
+            eos_token_id=None,
             pad_token_id=0,
         )
         return made
 
-    generate(count)  # compiles
-    generate(count)  # captures
+    generate(case.tokens)  # compiles
+    generate(case.tokens)  # captures
     firsts, each = list[float](), list[float]()
-    _settled(arguments.device)
-    for _ in range(arguments.rounds):
-        seconds, _ = _timed(lambda: generate(1), arguments.device)
+    _settled(case.device)
+    for _ in range(case.rounds):
+        seconds, _ = _timed(lambda: generate(1), case.device)
         firsts.append(seconds)
-        whole, _ = _timed(lambda: generate(count), arguments.device)
-        each.append((whole - seconds) / (count - 1))
-    return _row(arguments, each, firsts, "generate, static cache, compiled")
-
-
-def _model_and_ids(arguments: argparse.Namespace, format: str) -> tuple[nn.Module, Tensor]:
-    told = arguments.model, arguments.blocks, arguments.prompt + arguments.tokens
-    model = llama(*told, format, arguments.head, arguments.device)
-    vocabulary = int(MODELS[arguments.model]["vocab_size"])
-    (ids,) = tokens(
-        vocabulary, arguments.batch, arguments.prompt, arguments.batch, arguments.device
+        whole, made = _timed(lambda: generate(case.tokens), case.device)
+        assert made.shape[1] == case.prompt + case.tokens
+        each.append((whole - seconds) / (case.tokens - 1))
+    return _row(
+        case,
+        each,
+        firsts,
+        "transformers' generate, static cache, compiled"
+        if case.loop == GENERATE
+        else "transformers' generate, this library's steps",
     )
-    return model, ids
 
 
-def _row(
-    arguments: argparse.Namespace, each: Sequence[float], firsts: Sequence[float], runs: str
-) -> Row:
+def _row(case: Case, each: Sequence[float], firsts: Sequence[float], runs: str) -> Row:
     peak: int | str = ""
     allocated: int | str = ""
-    if arguments.device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated(arguments.device)
-        allocated = torch.cuda.memory_allocated(arguments.device)
+    if case.device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated(case.device)
+        allocated = torch.cuda.memory_allocated(case.device)
     values = (
         round(1e3 * median(each), 4),
-        round(arguments.batch / median(each), 1),
+        round(case.batch / median(each), 1),
         round(1e3 * median(firsts), 2),
         *(allocated, peak, runs, ""),
     )
@@ -157,17 +170,31 @@ def _settled(device: str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _profile(call: Callable[[], object]) -> None:
-    """Prints the kernels of the steps by the time that they take, in microseconds a step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+def profile(case: Case, model: nn.Module) -> None:
+    """Prints where the time of the prompt and of a step goes on the GPU, by kernel."""
+    steps = steps_of(model)
+    ids = case.ids(int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+
+    def first() -> Tensor:
+        return steps.start(ids, None, case.prompt + case.tokens).argmax(-1)
+
+    chosen = first()
+    _print_kernels("the prompt", first, 1)
+    _print_kernels("a step", lambda: steps.greedy(chosen, PROFILED), PROFILED)
+
+
+def _print_kernels(of: str, call: Callable[[], Tensor], steps: int) -> None:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
     times, counts = Counter[str](), Counter[str]()
     for event in profile.events():
-        times[event.name] += event.device_time / PROFILED
+        times[event.name] += event.device_time / steps
         counts[event.name] += 1
-    for name, us in times.most_common(25):
-        print(f"{us:10.1f} us a step in {counts[name] / PROFILED:7.1f} launches: {name[:90]}")
+    print(f"{of}: {sum(times.values()):.1f} us in {sum(counts.values()) / steps:.1f} launches")
+    for name, us in times.most_common(15):
+        print(f"{us:10.1f} us in {counts[name] / steps:7.1f} launches: {name[:90]}")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -176,27 +203,34 @@ def main(words: Sequence[str] | None = None) -> int:
     add_device(parser)
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
     parser.add_argument("--blocks", type=int, help="instead of all")
-    known = (TRANSFORMERS, DENSE, *FORMATS)
+    known = (DENSE, *FORMATS)
     parser.add_argument("--formats", nargs="+", choices=known, default=known)
-    parser.add_argument("--head", choices=(DENSE, *FORMATS), default=DENSE)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--head", choices=known, default=DENSE)
+    loops = (STEPS, GENERATE, CUSTOM)
+    parser.add_argument("--loops", nargs="+", choices=loops, default=[STEPS])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--prompt", type=int, nargs="+", default=[1024])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args(words)
-    arguments.blocks = arguments.blocks or int(MODELS[arguments.model]["num_hidden_layers"])
+    blocks = arguments.blocks or int(MODELS[arguments.model]["num_hidden_layers"])
+    length = max(arguments.prompt) + arguments.tokens
     path = None
     for format in arguments.formats:
-        found = measured(arguments, format)
-        names = ("model", "blocks", "batch", "prompt", "tokens", "rounds")
-        head = DENSE if format in (DENSE, TRANSFORMERS) else arguments.head
-        told = {name: getattr(arguments, name) for name in names}
-        row = {"format": format, "head": head, **told, **found}
-        path = append(arguments.output, "llm", [row], arguments.device)
-        print(
-            ", ".join(f"{name} {row[name]}" for name in ("format", "head", *MEASURED)), flush=True
-        )
+        head = DENSE if format == DENSE else arguments.head
+        model = llama(arguments.model, blocks, length, format, head, arguments.device)
+        told = {"format": format, "head": head, "model": arguments.model, "blocks": blocks}
+        for cell in product(arguments.loops, arguments.batch, arguments.prompt):
+            case = Case(*cell, arguments.tokens, arguments.rounds, arguments.device)
+            row = {**told, **asdict(case), **measured(case, model)}
+            del row["device"]
+            path = append(arguments.output, "llm", [row], arguments.device)
+            shown = ("format", "head", "loop", "batch", "prompt", *MEASURED)
+            print(", ".join(f"{name} {row[name]}" for name in shown), flush=True)
+            if arguments.profile and case.loop == STEPS:
+                profile(case, model)
+        del model
     print(path)
     return 0
 

@@ -5,16 +5,29 @@ from pathlib import Path
 from bench.lib.results import Row, every
 from bench.tables.markdown import bold, page, runs, without_figure
 
-DENSE, TRANSFORMERS = "dense", "transformers"
+DENSE, STEPS = "dense", "steps"
 NAMES = {
-    TRANSFORMERS: "bf16, by transformers' generate",
     DENSE: "bf16",
     "semi24": "2:4, bf16",
     "semi24_fp8": "2:4, fp8",
     "semi24_int8": "2:4, int8",
     "semi24_int4": "2:4, int4",
 }
-HEADS = ("weights", "head", "tokens/s", "to dense", "ms to the first", "allocated GB", "peak GB")
+LOOPS = {
+    STEPS: "its own",
+    "custom_generate": "`generate(custom_generate=...)`",
+    "generate": "transformers' `generate`, static cache, compiled",
+}
+HEADS = (
+    "weights",
+    "head",
+    "loop",
+    "tokens/s",
+    "to dense",
+    "ms to the first",
+    "allocated GB",
+    "peak GB",
+)
 
 
 def llm(results: Path) -> str:
@@ -24,19 +37,20 @@ def llm(results: Path) -> str:
 
 def latest(results: Path) -> list[list[Row]]:
     """For each device, model, batch and prompt, the row of every configuration of its last run."""
-    cases: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
+    cases: dict[tuple[str, ...], dict[tuple[str, str, str], Row]] = {}
     for rows in every(results, "llm"):
         for row in rows:
             case = row["device"], *(row[name] for name in ("model", "blocks", "batch", "prompt"))
-            cases.setdefault(case, {})[row["format"], row["head"]] = row
+            row.setdefault("loop", STEPS)
+            cases.setdefault(case, {})[row["format"], row["head"], row["loop"]] = row
     return [list(rows.values()) for rows in cases.values()]
 
 
 def _table(rows: list[Row]) -> str:
     first = rows[0]
-    dense = next((row for row in rows if row["format"] == DENSE and not row["note"]), None)
     measured = sorted((row for row in rows if not row["note"]), key=_speed)
-    lines = [_line(row, dense) for row in measured]
+    dense = {row["loop"]: row for row in measured if row["format"] == DENSE}
+    lines = [_line(row, dense.get(row["loop"])) for row in measured]
     origin = (
         f"{first['model']}'s sizes, {first['blocks']} blocks, batch {first['batch']}, "
         f"{first['tokens']} tokens after a prompt of {int(first['prompt']):,}; random weights in "
@@ -45,7 +59,7 @@ def _table(rows: list[Row]) -> str:
         f"{first['device']}, driver {first['driver']}, torch {first['torch']}, {runs(rows)}, "
         "`python -m bench.run.llm`."
     )
-    failed = [f"{row['format']}: {row['note']}" for row in rows if row["note"]]
+    failed = [f"{row['format']} by {row['loop']}: {row['note']}" for row in rows if row["note"]]
     return page(HEADS, lines, origin, without_figure(failed))
 
 
@@ -56,5 +70,5 @@ def _speed(row: Row) -> float:
 def _line(row: Row, dense: Row | None) -> list[str]:
     ratio = "-" if dense is None else bold(float(dense["ms"]) / float(row["ms"]))
     sizes = [f"{int(row[n]) / 1e9:.2f}" if row[n] else "-" for n in ("allocated", "peak")]
-    names = NAMES[row["format"]], NAMES[row["head"]]
+    names = NAMES[row["format"]], NAMES[row["head"]], LOOPS[row["loop"]]
     return [*names, f"{float(row['tokens_s']):,.0f}", ratio, row["first_ms"], *sizes]

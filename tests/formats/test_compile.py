@@ -363,9 +363,9 @@ IN_ONE_PROCESS = [name for name in CHECKS if name not in (SLOW, *ON_GPU)]
 
 def run_apart(*names: str) -> str:
     """What a plain process prints when it runs these checks; starting one costs seconds."""
-    command = [sys.executable, "-W", "ignore", __file__, *names]
+    command = [sys.executable, "-X", "faulthandler", "-W", "ignore", __file__, *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
+    return f"{done.stdout}{done.stderr}\nexit code {done.returncode}"
 
 
 @pytest.fixture(scope="module")
