@@ -19,7 +19,13 @@ from secateur.formats.contract import (
     typed_tensor,
 )
 from secateur.formats.format import parse_format
-from secateur.formats.op import linear_operator, refuse_onnx, register, unpack_operator
+from secateur.formats.op import (
+    linear_operator,
+    refuse_onnx,
+    register,
+    serving,
+    unpack_operator,
+)
 from secateur.formats.read_only import ReadOnlyWeight
 
 # Token counts at which the default choice asks each implementation whether it can run. A limit is
@@ -164,6 +170,10 @@ class SparseLinear(nn.Linear):
         self.dispatch = " ".join(
             name if limit is None else f"{name}<={limit}" for name, limit in table
         )
+
+    def runs(self, tokens: int) -> str:
+        """The name of the implementation that serves so many tokens."""
+        return serving(self.dispatch, self.format, tokens).name
 
     def lie_in(self, name: str, place: Tensor) -> None:
         """Hold the tensor of this name in `place` from now on, which has the same numbers.

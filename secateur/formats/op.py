@@ -49,6 +49,12 @@ def table(dispatch: str, implementations: tuple[Implementation, ...]) -> tuple[R
     return tuple(rows)
 
 
+def serving(dispatch: str, format: Format, tokens: int) -> Implementation:
+    """The implementation that serves so many tokens."""
+    rows = table(dispatch, format.implementations)
+    return next(entry for most, entry in rows if tokens <= most)
+
+
 @lru_cache(maxsize=256)
 def arranged_tensors(dispatch: str, format: Format) -> tuple[str, ...]:
     """The names of what a layer with this table holds beside, or instead of, what is stored."""
@@ -172,8 +178,7 @@ def _define(name: str, stored: tuple[str, ...]) -> None:
 
 def _run(packed: Packed, x: Tensor, bias: Tensor | None, dispatch: str, activation: str) -> Tensor:
     """The result of the implementation that serves this number of tokens."""
-    rows = table(dispatch, packed.format.implementations)
-    implementation = next(entry for most, entry in rows if x.shape[0] <= most)
+    implementation = serving(dispatch, packed.format, x.shape[0])
     if implementation.arrangement is None:
         packed = packed.stored()
     if activation in implementation.activations:

@@ -46,6 +46,15 @@ class Block:
     activation: str
     down: nn.Module
 
+    @property
+    def width(self) -> int:
+        return int(self.out.out_features)  # type: ignore[arg-type]
+
+    @property
+    def inner(self) -> int:
+        """The width between gate, up and down."""
+        return int(self.down.in_features)  # type: ignore[arg-type]
+
     def modules(self) -> Iterator[nn.Module]:
         yield from (*self.qkv, self.out, *self.gate_up, self.down)
 

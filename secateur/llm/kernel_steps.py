@@ -14,6 +14,7 @@ from secateur.formats.kernels.decode_step.between import MOST_WIDTH, PIECE
 from secateur.formats.kernels.gpu import on
 from secateur.llm.decoder import Decoder, NotRead, read_decoder
 from secateur.llm.plan import Memory, Plan
+from secateur.llm.prompt import Prompts
 from secateur.llm.steps import FORWARD, ModelSteps, Steps
 from secateur.model.outputs import device_of
 
@@ -28,13 +29,16 @@ class Planned:
     """A plan, and of what: the addresses and versions of all tensors that its launches read.
 
     In place of the plan there is a reason where the model turned out to compute something else, or
-    this GPU to take no such kernels.
+    this GPU to take no such kernels. `prompts` reads prompts, if it has given the model's own
+    logits for the first that it was `tried` with.
     `text` stands for the one in the plan's memory; no reference to a model, which would keep it
     alive.
     """
 
     state: State
     plan: Plan | str
+    prompts: Prompts | None = None
+    tried: bool = False
     text: object = None
 
 
@@ -42,11 +46,11 @@ _plans: WeakKeyDictionary[nn.Module, Planned] = WeakKeyDictionary()
 
 
 class KernelSteps:
-    """Reads a prompt by the model's forward, then makes tokens by a captured `Plan`.
+    """Reads a prompt by `Prompts`, then makes tokens by a captured `Plan`.
 
-    Before a plan is used, one step of it is compared with the model's own; where they differ by
+    The first prompt is read by the model's forward, too, and one step made; where logits differ by
     more than roundings do, or the model is not known, the model's forward goes on. `about` says
-    which it is and why.
+    which it is and why. Prompts with padding are always read by the model's forward.
     """
 
     block = 16
@@ -63,11 +67,20 @@ class KernelSteps:
         mask: Int[Tensor, "batch prompt"] | None,
         length: int,
     ) -> Float[Tensor, "batch vocab"]:
-        """The logits after the prompts, by the model's own forward."""
+        """The logits after the prompts.
+
+        Raises: ValueError if the model gives no cache or no logits, or they are NaN.
+        """
         self._planned, self._text, self._seen = None, object(), ids.shape[1]
+        plain = mask is None or bool(mask.all())
+        kept = self._kept(len(ids), length)
+        if kept is not None and plain and (logits := self._read(kept, ids)) is not None:
+            self._goes_on_by(kept)
+            return logits
         logits = self._forward.start(ids, mask, length)
         try:
-            planned, plan = self._plan_for(len(ids), length)
+            planned, plan = kept, kept.plan if kept is not None else self._new(len(ids), length)
+            assert isinstance(plan, Plan)
             _fill(plan.memory, self._forward.cache, ids.shape[1], mask)
             if planned is None:
                 planned = self._compared(plan, logits)
@@ -76,7 +89,9 @@ class KernelSteps:
             if self._forward.seen > ids.shape[1]:  # the step that was compared stands in the cache
                 self._forward.start(ids, mask, length)
             return logits
-        planned.text, self._planned, self.about = self._text, planned, OWN
+        if plain and not planned.tried:
+            _try_prompts(planned, ids, logits)
+        self._goes_on_by(planned)
         self._forward.forget()
         return logits
 
@@ -117,32 +132,56 @@ class KernelSteps:
         self._seen = after
         return memory
 
-    def _plan_for(self, batch: int, length: int) -> tuple[Planned | None, Plan]:
-        """The plan for a batch of texts of this length: what is kept, if it fits, or a new one.
+    def _goes_on_by(self, planned: Planned) -> None:
+        planned.text, self._planned, self.about = self._text, planned, OWN
+
+    def _read(self, kept: Planned, ids: Tensor) -> Tensor | None:
+        """The logits after prompts that kernels have read; None where the forward has to."""
+        prompts, plan = kept.prompts, kept.plan
+        if prompts is None or not prompts.takes(ids.shape[1]):
+            return None
+        assert isinstance(plan, Plan)
+        with on(plan.decoder.device):
+            logits = prompts.read(ids, plan.memory)
+        return None if bool(logits.isnan().any()) else logits  # of NaN the forward says what it is
+
+    def _kept(self, batch: int, length: int) -> Planned | None:
+        """What is kept of this model as it is now, if it serves such texts."""
+        kept = _plans.get(self._model)
+        if kept is None or isinstance(kept.plan, str):
+            return None
+        memory = kept.plan.memory
+        if len(memory.tokens) != batch or memory.slots < length:
+            return None
+        try:
+            state = _state(read_decoder(self._inner()))
+        except NotRead:  # it was changed since
+            return None
+        return kept if kept.state == state else None
+
+    def _new(self, batch: int, length: int) -> Plan:
+        """A plan for a batch of texts of this length.
 
         Raises: NotRead where there can be none.
         """
-        decoder = read_decoder(adapted(unwrapped(self._model)))
+        decoder = read_decoder(self._inner())
         if (problem := why_no_plan(decoder)) is not None:
             raise NotRead(problem)
-        slots = -(-length // SLOTS) * SLOTS
         kept = _plans.pop(self._model, None)
-        if kept is not None and kept.state == _state(decoder):
-            if isinstance(kept.plan, str):
-                _plans[self._model] = kept
-                raise NotRead(kept.plan)
-            memory = kept.plan.memory
-            if len(memory.tokens) == batch and memory.slots >= slots:
-                _plans[self._model] = kept
-                return kept, kept.plan
+        if kept is not None and isinstance(kept.plan, str) and kept.state == _state(decoder):
+            _plans[self._model] = kept
+            raise NotRead(kept.plan)
         del kept  # its memory is free for the new one's
         try:
-            return None, Plan.of(decoder, Memory.of(decoder, batch, slots))
+            return Plan.of(decoder, Memory.of(decoder, batch, -(-length // SLOTS) * SLOTS))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as problem:  # a kernel that this GPU does not take, most likely
             _plans[self._model] = Planned(_state(decoder), str(problem).splitlines()[0])
             raise
+
+    def _inner(self) -> nn.Module:
+        return adapted(unwrapped(self._model))
 
     def _compared(self, plan: Plan, logits: Tensor) -> Planned:
         """The plan, to be kept, once a step of it has given the model's own logits.
@@ -189,11 +228,31 @@ def why_no_plan(decoder: Decoder) -> str | None:
     devices = {str(tensor.device) for tensor in decoder.tensors()}
     if len(devices) > 1:
         return f"its parameters are on {', '.join(sorted(devices))}: a step runs on one GPU"
-    inner = [int(block.down.in_features) for block in decoder.blocks]  # type: ignore[arg-type]
+    inner = [block.inner for block in decoder.blocks]
     if any(n % PIECE for n in (decoder.width, *inner)) or decoder.width > MOST_WIDTH:
         return f"the kernels need widths of whole {PIECE}s, {MOST_WIDTH} at most"
     problems = (why_no_attention(block.attention, decoder.device) for block in decoder.blocks)
     return next((problem for problem in problems if problem is not None), None)
+
+
+def _try_prompts(planned: Planned, ids: Tensor, logits: Tensor) -> None:
+    """Let kernels read later prompts if they give these logits after these, but for roundings."""
+    plan = planned.plan
+    assert isinstance(plan, Plan)
+    prompts = Prompts.of(plan.decoder)
+    if not prompts.takes(ids.shape[1]):
+        return
+    planned.tried, wanted = True, logits.float()
+    try:
+        with on(plan.decoder.device):
+            found = prompts.read(ids, plan.memory).float()
+    except torch.OutOfMemoryError:
+        planned.tried = False
+    except RuntimeError:  # a kernel that this GPU does not take: the forward reads on
+        return
+    else:
+        error = float((found - wanted).norm() / wanted.norm())
+        planned.prompts = prompts if error <= allowed(plan.decoder) else None
 
 
 def _state(decoder: Decoder) -> State:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.formats import SparseLinear
-from secateur.formats.kernels import decode24
+from secateur.formats.kernels import decode24, prefill16
 from secateur.formats.kernels.decode24 import PLAIN, Fusion, Kind
 from secateur.formats.kernels.decode_step import Bound
 
@@ -38,6 +39,44 @@ class Joined:
         """Y = the results for x, side by side: see `decode24.multiply_into`."""
         weight = self.units, self.scales, self.bias, self.kind, self.grouped
         return decode24.multiply_into(x, *weight, y, fusion, norm)
+
+    def of_many(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        """The results for many tokens, side by side: see `prefill16.multiply`."""
+        weight = self.units, self.scales, self.bias, self.kind, self.grouped
+        return prefill16.multiply(x, *weight, self.shape[0])
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """Layers with one input as a prompt's tokens go through them: in one launch, where they can."""
+
+    layers: Sequence[nn.Module]
+    whole: Joined | None
+
+    @staticmethod
+    def of(layers: Sequence[nn.Module]) -> "Siblings":
+        whole = joined(layers, 1)
+        if not isinstance(whole, Joined):
+            return Siblings(layers, None)
+        problem = prefill16.why_not(whole.shape, whole.dtype, whole.units.device)
+        return Siblings(layers, whole if problem is None else None)
+
+    def __call__(
+        self, x: Float[Tensor, "rows in"], widths: Sequence[int]
+    ) -> tuple[Float[Tensor, "rows out"], ...]:
+        """Their results side by side, in parts of these widths."""
+        if self.whole is not None and all(_runs_prefill(one, len(x)) for one in self.layers):
+            return self._parts(self.whole.of_many(x), widths)
+        results = tuple(layer(x) for layer in self.layers)
+        return results if len(results) > 1 else self._parts(results[0], widths)
+
+    @staticmethod
+    def _parts(y: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+        return tuple(torch.split(y, list(widths), 1))
+
+
+def _runs_prefill(layer: nn.Module, tokens: int) -> bool:
+    return isinstance(layer, SparseLinear) and layer.runs(tokens) == "prefill"
 
 
 def joined(layers: Sequence[nn.Module], tokens: int) -> Joined | str:

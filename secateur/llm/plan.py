@@ -135,8 +135,7 @@ class Plan:
         self._add_to_stream(block.out, "out", mixed, "", stream)
 
     def _add_mlp(self, block: Block, stream: Tensor, normed: Tensor) -> None:
-        inner = int(block.down.in_features)  # type: ignore[arg-type]
-        both = stream.new_zeros(len(stream), 2 * inner)
+        both = stream.new_zeros(len(stream), 2 * block.inner)
         self._add_normed(block.gate_up, "gate, up", block.before_mlp, stream, normed, both)
         self._add_to_stream(block.down, "down", both, block.activation, stream)
 
@@ -172,8 +171,9 @@ class Plan:
             self._add(name, whole.into(x, stream, fusion))
             return
         if gate:
-            inner = x.new_zeros(len(x), x.shape[1] // 2)
-            self._add("gated", gated(x, gate, inner))
+            gates, ups = x.chunk(2, 1)
+            inner = x.new_zeros(gates.shape)
+            self._add("gated", gated(gates, ups, gate, inner))
             x = inner
         added = torch.zeros_like(stream)
         self._add(name, *linear_operations([layer], x, added))

@@ -15,7 +15,8 @@ from secateur.llm import kernel_steps
 from secateur.llm.decoder import Decoder, NotRead, read_decoder
 from secateur.llm.kernel_steps import OWN, KernelSteps
 from secateur.llm.plan import Memory, Plan
-from secateur.llm.steps import FORWARD
+from secateur.llm.prompt import Prompts
+from secateur.llm.steps import FORWARD, ModelSteps
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,7 +84,26 @@ def followed(model: nn.Module, ids: Tensor, mask: Tensor | None, count: int) -> 
             wanted = model(text, attention_mask=given, position_ids=positions).logits[:, -1]
         error = (logits - wanted.float()).norm() / wanted.float().norm()
         assert float(error) < 0.03, float(error)
+    if mask is None:
+        assert_prompts_are_read_alike(model, ids)
     return steps
+
+
+def assert_prompts_are_read_alike(model: nn.Module, ids: Tensor) -> None:
+    """Kernels read the prompt, and a part of it: logits and the next ones are the model's own."""
+    prompts = kernel_steps._plans[model].prompts
+    assert isinstance(prompts, Prompts)
+    for length in (ids.shape[1], ids.shape[1] // 2, 1):
+        text, steps = ids[:, :length], KernelSteps(model)
+        logits = [steps.start(text, None, length + 2)]
+        assert steps._forward.cache is None and steps.about == OWN
+        logits.append(steps.step(logits[0].argmax(-1)))
+        for found in logits:
+            with torch.no_grad():
+                wanted = model(text).logits[:, -1].float()
+            error = (found.float() - wanted).norm() / wanted.norm()
+            assert float(error) < 0.03, (length, float(error))
+            text = torch.cat([text, logits[0].argmax(-1)[:, None]], 1)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite"])
@@ -146,11 +166,37 @@ class ModelPlan(Plan):
 
 
 @dataclass
+class ModelPrompts:
+    """Reads prompts by the model, on any device; with `wrong` its logits are not the model's."""
+
+    plans: "Plans"
+
+    def takes(self, length: int) -> bool:
+        return length < self.plans.window
+
+    def read(self, ids: Tensor, memory: Memory) -> Tensor:
+        self.plans.read.append(tuple(ids.shape))
+        with torch.no_grad():
+            output = self.plans.model(ids, use_cache=True)
+        for layer, keys, values in zip(
+            output.past_key_values.layers, memory.keys, memory.values, strict=True
+        ):
+            keys[:, :, : ids.shape[1]], values[:, :, : ids.shape[1]] = layer.keys, layer.values
+        memory.position.fill_(ids.shape[1])
+        memory.padding.zero_()
+        logits: Tensor = output.logits[:, -1]
+        return -logits if self.plans.wrong_prompts else logits
+
+
+@dataclass
 class Plans:
     """Plans that run on this CPU, for texts of 9 ids, and what was made of them."""
 
     model: nn.Module
     made: list[ModelPlan] = field(default_factory=list)
+    read: list[tuple[int, ...]] = field(default_factory=list)
+    window: int = 1000
+    wrong_prompts: bool = False
     wrong: bool = False
     failure: RuntimeError | None = None
     asked: int = 0
@@ -168,7 +214,69 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
     found = Plans(model_of("Llama", "cpu"))
     monkeypatch.setattr(kernel_steps, "why_no_plan", lambda decoder: None)
     monkeypatch.setattr(Plan, "of", staticmethod(found.of))
+    monkeypatch.setattr(Prompts, "of", staticmethod(lambda decoder: ModelPrompts(found)))
     return found
+
+
+def forwards(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the prompts that the model's own forward reads from now on."""
+    seen, start = list[tuple[int, ...]](), ModelSteps.start
+
+    def told(steps: ModelSteps, ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
+        seen.append(tuple(ids.shape))
+        return start(steps, ids, mask, length)
+
+    monkeypatch.setattr(ModelSteps, "start", told)
+    return seen
+
+
+def test_a_second_prompt_is_read_by_kernels_alone(
+    plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids, seen = plans.model, ids_of(2, 9, "cpu"), forwards(plans.model, monkeypatch)
+    wanted = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)[:, 9:]
+    for prompts in (1, 2, 3):
+        steps = KernelSteps(model)
+        first = steps.start(ids, torch.ones_like(ids), 17).argmax(-1)
+        assert steps.about == OWN and plans.read == [(2, 9)] * prompts and seen == [(2, 9)]
+        assert torch.equal(torch.cat([first[:, None], steps.greedy(first, 3)], 1), wanted)
+    mask = torch.ones_like(ids)
+    mask[1, 0] = 0
+    KernelSteps(model).start(ids, mask, 17)  # with padding
+    assert seen == [(2, 9)] * 2 and len(plans.read) == 3
+
+
+def test_prompts_that_kernels_read_otherwise_are_the_forwards(
+    plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans.wrong_prompts = True
+    model, ids, seen = plans.model, ids_of(2, 9, "cpu"), forwards(plans.model, monkeypatch)
+    for prompts in (1, 2):
+        steps = KernelSteps(model)
+        logits = steps.start(ids, None, 17)
+        with torch.no_grad():
+            assert torch.equal(logits, model(ids).logits[:, -1])
+        assert steps.about == OWN and len(plans.read) == 1 and len(seen) == prompts
+
+
+def test_what_a_prompt_cannot_tell_a_later_one_does(
+    plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans.window = 9  # as long as the first prompt
+    model, seen = plans.model, forwards(plans.model, monkeypatch)
+    KernelSteps(model).start(ids_of(2, 9, "cpu"), None, 17)
+    assert not plans.read
+    for length in (5, 6, 9):
+        KernelSteps(model).start(ids_of(2, length, "cpu"), None, 17)
+    assert plans.read == [(2, 5), (2, 6)] and seen == [(2, 9), (2, 5), (2, 9)]
+
+
+def test_logits_that_are_no_numbers_are_told_by_the_forward(plans: Plans) -> None:
+    model, ids = plans.model, ids_of(2, 9, "cpu")
+    KernelSteps(model).start(ids, None, 17)
+    model.lm_head.register_forward_hook(lambda *given: given[-1] * float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        KernelSteps(model).start(ids, None, 17)
 
 
 def test_a_plan_makes_the_models_tokens_and_is_kept(plans: Plans) -> None:

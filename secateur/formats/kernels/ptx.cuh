@@ -70,6 +70,13 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
 
+// The same, transposed on their way: lane l receives the two neighbours in column l/4, rows 2(l%4) and
+// 2(l%4)+1.
+__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+}
+
 // Four 8x8 matrices of 16-bit numbers, transposed on their way: lane l has the two neighbours in row
 // l/4, columns 2(l%4) and 2(l%4)+1, of each, and gives the address of column l%8 of matrix l/8.
 __device__ __forceinline__ void store_matrices_transposed(u32 address, const u32 (&r)[4]) {
@@ -332,6 +339,22 @@ __device__ __forceinline__ void multiply_sparse(float (&d)[4], const u32 (&a)[4]
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
               "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata), "n"(SELECTOR));
+    }
+}
+
+// d += A B: A is 16x16, B is 16x8; both have neighbours in k in one word.
+template <bool F16>
+__device__ __forceinline__ void multiply_16(float (&d)[4], const u32 (&a)[4], u32 b_low, u32 b_high) {
+    if constexpr (F16) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
     }
 }
 

@@ -14,10 +14,14 @@ WORDS = "--model tiny --device cpu --prompt 5 --tokens 4 --rounds 2".split()
 def test_each_configuration_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     words = [*WORDS, "--output", str(tmp_path), "--head", "semi24"]
-    assert llm.main([*words, "--formats", "dense", "semi24_int4", "transformers"]) == 0
+    loops = ["steps", "generate", "custom_generate"]
+    assert llm.main([*words, "--formats", "dense", "semi24_int4", "--loops", *loops]) == 0
     rows = results.read(Path(capsys.readouterr().out.split()[-1]))
-    named = [(row["format"], row["head"]) for row in rows]
-    assert named == [("dense", "dense"), ("semi24_int4", "semi24"), ("transformers", "dense")]
+    named = [(row["format"], row["head"], row["loop"]) for row in rows]
+    assert named == [
+        *(("dense", "dense", loop) for loop in loops),
+        *(("semi24_int4", "semi24", loop) for loop in loops),
+    ]
     for row in rows:
         assert row["note"] == "" and (row["model"], row["blocks"], row["batch"]) == (
             "tiny",
@@ -27,8 +31,8 @@ def test_each_configuration_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixt
         assert float(row["tokens_s"]) == pytest.approx(1e3 / float(row["ms"]), rel=0.01)
         assert float(row["first_ms"]) > 0 and row["allocated"] == row["peak"] == ""
     assert rows[0]["runs"].startswith("the model's own forward")
-    assert rows[2]["runs"] == "generate, static cache, compiled"
-    assert "| 2:4, int4 | 2:4, bf16 |" in TABLES["llm"](tmp_path)
+    assert rows[1]["runs"] == "transformers' generate, static cache, compiled"
+    assert "| 2:4, int4 | 2:4, bf16 | its own |" in TABLES["llm"](tmp_path)
 
 
 def test_what_fails_has_its_reason(
@@ -37,7 +41,7 @@ def test_what_fails_has_its_reason(
     def refuses(*arguments: object) -> None:
         raise RuntimeError("no room. And more")
 
-    monkeypatch.setattr(llm, "random_llama", refuses)
+    monkeypatch.setattr(llm, "steps_of", refuses)
     assert llm.main([*WORDS, "--output", str(tmp_path), "--formats", "dense"]) == 0
     (row,) = results.read(Path(capsys.readouterr().out.split()[-1]))
     assert row["note"].startswith("RuntimeError: no room") and row["ms"] == ""

@@ -4,6 +4,7 @@ Each function binds a launch to tensors that keep their addresses: `Bound` launc
 and can be captured in a CUDA graph. Launches follow one another by programmatic dependent launch.
 """
 
+from secateur.formats.kernels.decode_step.append import append
 from secateur.formats.kernels.decode_step.attention import Attention, attention, why_no_attention
 from secateur.formats.kernels.decode_step.between import (
     ACTIVATIONS,
@@ -20,6 +21,7 @@ __all__ = [
     "Attention",
     "Bound",
     "add_norm",
+    "append",
     "attention",
     "choose",
     "embed",

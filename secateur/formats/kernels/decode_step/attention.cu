@@ -6,47 +6,53 @@
 // queries are there: keys and values of earlier tokens depend on no kernel of this step, and their copies
 // start before `wait_for_predecessor`.
 //
-// A cluster serves QUERIES query heads of one kv head of one sequence. Each of its CTAs takes a part of
-// the keys, in tiles of TILE keys that bulk copies bring to a ring; consecutive keys of a head follow one
-// another in the cache, so a tile is one run of bytes. LANES lanes share a key: lane j has the numbers
-// 8j..8j+7 of both halves of the head, so that a rotary pair is in one lane. Every group of lanes keeps a
-// running maximum, sum and result; they are joined in the warp, in the CTA, and by the CTA of the cluster
-// that owns an output: always in the same order, so a repeated call gives the same bits.
+// A cluster serves QUERIES query heads of one kv head of one sequence. Its warps take tiles of TILE keys
+// in turns, each through a ring of its own, so that no warp waits for another before the end. Tensor cores
+// multiply: a query is a row of A, of which there are 16, so rows 0..7 hold the queries rounded to 16 bits
+// and rows 8..15 what the rounding left; likewise the weights. Their products are added in one lane, and
+// nothing but the stored keys and values and the result is rounded to 16 bits. Every warp keeps a running
+// maximum, sum and result; they are joined in the CTA, and by the CTA of the cluster that owns an output:
+// always in the same order, so a repeated call gives the same bits.
 //
-// The queries are not rounded after the rotation, keys are, as they are stored. Sums are float32.
+// A tile lies in shared memory key by key; its 16-byte pieces are permuted by the key, so that eight keys'
+// pieces of one place are in different banks. The new key and value are put where the cache's last would
+// be followed by the next.
 //
 //   macro      values         meaning
 //   HALF       0, 1           float16, not bfloat16
 //   HEAD       64, 128, 256   numbers of a head
-//   QUERIES    1 2 4          query heads of a cluster; the kv head's that are left over are idle
+//   QUERIES    1 2 4 8        query heads of a cluster; the kv head's that are left over are idle
 //   CLUSTER    1 2 4 8 16     CTAs that split the keys
-//   STAGES     2..            tiles that the ring holds
+//   STAGES     2..            tiles that a warp's ring holds
 //   NORM       0, 1           queries and keys are normalised, by RMS, before the rotation
 //   SOFTCAP    0, 1           scores are cap tanh(score / cap)
 //
 // Source: online softmax, Milakov and Gimelshein 2018 (arXiv 1805.02867); split over keys, Dao et al. 2023
-// (Flash-Decoding).
+// (Flash-Decoding); rows for the heads of a group, Ainslie et al. 2023 (arXiv 2305.13245, grouped queries).
 
 #include "ptx.cuh"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int LANES = HEAD / 16;                 // that share a key
-constexpr int GROUPS = THREADS / LANES;          // of lanes, in a CTA
-constexpr int KEYS = 2;                          // of a group, in a tile
-constexpr int TILE = KEYS * GROUPS;
+constexpr int WARPS = 512 / HEAD, THREADS = 32 * WARPS;
+constexpr int LANES = HEAD / 16;                 // that share the new key
+constexpr int STEPS = HEAD / 16;                 // of 16 numbers of a head
+constexpr int TILE = 16;                         // keys
 constexpr int ROW_BYTES = 2 * HEAD;
+constexpr int PIECES = ROW_BYTES / 16;           // of a key
 constexpr int TILE_BYTES = TILE * ROW_BYTES;     // of keys, and of values
 constexpr int STAGE_BYTES = 2 * TILE_BYTES;
+constexpr int WORKERS = WARPS * CLUSTER;         // that take tiles in turns
 constexpr int OUTPUTS = QUERIES * HEAD;
 constexpr int OWNED = OUTPUTS / CLUSTER;         // of a CTA
+constexpr bool KEPT = HEAD < 256;                // queries in registers, of which a thread has enough
 constexpr float LOWEST = -1e30f;                 // below every score; its difference with itself is 0
 constexpr float LOG2_E = 1.4426950408889634f;
 
+static_assert(QUERIES <= 8, "rows 8..15 hold what rounding has left");
 static_assert(OUTPUTS % CLUSTER == 0, "every CTA owns as many outputs");
 
 extern __shared__ __align__(128) u8 ring[];
 
-// 16 numbers of a head: eight of each half.
+// 16 numbers of a head: eight of each half, so that a rotary pair is in one lane.
 struct Piece {
     float low[8], high[8];
 };
@@ -58,51 +64,56 @@ __device__ __forceinline__ Piece read(const u16* head, int j) {
     return piece;
 }
 
-__device__ __forceinline__ Piece read_shared(u32 row, int j) {
-    Piece piece;
-    unpack_8<HALF>(piece.low, load_shared_128(row + 16 * j));
-    unpack_8<HALF>(piece.high, load_shared_128(row + HEAD + 16 * j));
-    return piece;
-}
-
-// The sum over the lanes that share a key.
+// The sum over neighbouring lanes, LANES of them or four.
+template <int COUNT>
 __device__ __forceinline__ float over_lanes(float v) {
     #pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2) v += __shfl_xor_sync(~0u, v, step);
+    for (int step = COUNT / 2; step > 0; step /= 2) v += __shfl_xor_sync(~0u, v, step);
     return v;
 }
 
-__device__ __forceinline__ float dot(const Piece& a, const Piece& b) {
-    float sum = 0.0f;
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) sum += a.low[i] * b.low[i];
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) sum += a.high[i] * b.high[i];
-    return sum;
-}
-
-// x = x / rms(x) * weight, over the head.
-__device__ __forceinline__ void normalise(Piece& x, const Piece& weight, float epsilon) {
-    if constexpr (NORM) {
-        const float inverse = rsqrtf(over_lanes(dot(x, x)) / HEAD + epsilon);
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) x.low[i] *= inverse * weight.low[i], x.high[i] *= inverse * weight.high[i];
-    }
-}
-
-// What has been found of one query: the result before it is divided by the sum, relative to the maximum.
-struct Found {
-    float most, sum;
-    Piece result;
+// Two numbers rounded to 16 bits, and what that leaves of them, rounded too.
+struct Split {
+    u32 rounded, rest;
 };
 
-__device__ __forceinline__ void add_scaled(Piece& to, float scale, const Piece& value, float weight) {
+__device__ __forceinline__ Split split(float a, float b) {
+    const u16 low = round_16<HALF>(a), high = round_16<HALF>(b);
+    const float a_left = a - float_of_16<HALF>(low), b_left = b - float_of_16<HALF>(high);
+    return {low | static_cast<u32>(high) << 16,
+            round_16<HALF>(a_left) | static_cast<u32>(round_16<HALF>(b_left)) << 16};
+}
+
+// The new key and value of a kv head, as they are stored: 16 numbers of each, one lane's.
+struct New {
+    uint4 key_low, key_high, value_low, value_high;
+};
+
+__device__ __forceinline__ New read_new(
+    const u16* key_head, const u16* value_head, const u16* key_norm, const float* cosine, const float* sine,
+    float epsilon, int j) {
+    Piece key = read(key_head, j);
+    if constexpr (NORM) {
+        const Piece weight = read(key_norm, j);
+        float squares = 0.0f;
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) squares += key.low[i] * key.low[i] + key.high[i] * key.high[i];
+        const float inverse = rsqrtf(over_lanes<LANES>(squares) / HEAD + epsilon);
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) key.low[i] *= inverse * weight.low[i], key.high[i] *= inverse * weight.high[i];
+    }
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        to.low[i] = to.low[i] * scale + weight * value.low[i];
-        to.high[i] = to.high[i] * scale + weight * value.high[i];
+        const float low = key.low[i], high = key.high[i], c = cosine[8 * j + i], s = sine[8 * j + i];
+        key.low[i] = low * c - high * s;
+        key.high[i] = high * c + low * s;
     }
+    const uint4* const value = reinterpret_cast<const uint4*>(value_head);
+    return {pack_8<HALF>(key.low), pack_8<HALF>(key.high), value[j], value[LANES + j]};
 }
+
+// A query's rotary pairs that lane q of its four has: numbers 16 s + 2 q + {0, 1, 8, 9} of both halves.
+__device__ __forceinline__ constexpr int number_of(int i, int q) { return i / 4 * 16 + i % 4 / 2 * 8 + 2 * q + i % 2; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
     const u16* __restrict__ qkv,        // [B, (query heads + 2 kv heads) HEAD]
@@ -118,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
     int query_heads, int kv_heads, int slots,
     int window,                         // the most keys that a query sees, its own among them
     float scale, float cap, float epsilon) {
-    const int lane = threadIdx.x % 32, j = lane % LANES, group = threadIdx.x / LANES;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int of_kv = query_heads / kv_heads, clusters = (of_kv + QUERIES - 1) / QUERIES;
     int cluster = static_cast<int>(blockIdx.x) / CLUSTER;
     const int part = cluster % clusters;
@@ -126,169 +137,203 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
     const int kv = cluster % kv_heads, sequence = cluster / kv_heads;
     const int rank = CLUSTER > 1 ? static_cast<int>(cluster_rank()) : 0;
     const int here = *position, skipped = padding[sequence];
-    const int first_key = max(skipped, here - window + 1), count_all = max(here - first_key, 0);
-    const int share = (count_all + CLUSTER - 1) / CLUSTER;
-    const int begin = min(rank * share, count_all), count = min(share, count_all - begin);
-    const int tiles = (count + TILE - 1) / TILE;
+    const int first_key = max(skipped, here - window + 1), count = max(here - first_key, 0);   // in the cache
+    const int worker = rank * WARPS + warp, all_tiles = count / TILE + 1;                      // with the new key
+    const int tiles = (all_tiles - worker + WORKERS - 1) / WORKERS;                            // of this warp
+    const bool has_new = (all_tiles - 1) % WORKERS == worker;                                  // in its last
     const size_t cache = (static_cast<size_t>(sequence) * kv_heads + kv) * slots;
-    const size_t from = (cache + first_key + begin) * HEAD;
+    const u16* const old_keys = keys + (cache + first_key) * HEAD;
+    const u16* const old_values = values + (cache + first_key) * HEAD;
 
-    __shared__ __align__(8) u64 landed_here[STAGES];
     __shared__ float warp_results[WARPS][OUTPUTS], warp_most[WARPS][QUERIES], warp_sums[WARPS][QUERIES];
     __shared__ float cta_results[CLUSTER][OWNED], cta_most[CLUSTER][QUERIES], cta_sums[CLUSTER][QUERIES];
-    const u32 landed = shared_address(landed_here), stages = shared_address(ring);
+    __shared__ New new_pieces[LANES];
+    __shared__ uint4 query_pieces[KEPT ? 1 : STEPS][32];
+    const u32 stages = shared_address(ring) + warp * STAGES * STAGE_BYTES;
 
-    auto fetch = [&](int tile) {
-        const u32 bytes = min(TILE, count - tile * TILE) * ROW_BYTES;
-        const u32 barrier = landed + 8 * (tile % STAGES), to = stages + tile % STAGES * STAGE_BYTES;
-        const size_t offset = from + static_cast<size_t>(tile) * TILE * HEAD;
-        barrier_expect(barrier, 2 * bytes);
-        copy_bulk_to_all<1>(to, keys + offset, bytes, barrier);
-        copy_bulk_to_all<1>(to + TILE_BYTES, values + offset, bytes, barrier);
+    // The place of a piece of a key in a tile.
+    auto place = [](int key, int piece) { return key * ROW_BYTES + 16 * (piece ^ key % 8); };
+    auto fetch = [&](int tile, u32 to) {
+        if (tile < tiles) {
+            const int first = TILE * (tile * WORKERS + worker);
+            #pragma unroll 4
+            for (int i = 0; i < TILE * PIECES / 32; ++i) {
+                const int key = (32 * i + lane) / PIECES, piece = (32 * i + lane) % PIECES;
+                const bool there = first + key < count;   // else zeros: what lies there need not be numbers
+                const u32 offset = there ? (first + key) * HEAD + 8 * piece : 0;   // of a head: less than 2^32
+                copy_16(to + place(key, piece), old_keys + offset, there);
+                copy_16(to + TILE_BYTES + place(key, piece), old_values + offset, there);
+            }
+        }
+        commit_copies();
     };
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) barrier_init(landed + 8 * i, 1);
-        barrier_init_done();
-        for (int i = 0; i < STAGES; ++i)
-            if (i < tiles) fetch(i);
-    }
+    #pragma unroll
+    for (int i = 0; i < STAGES; ++i) fetch(i, stages + i * STAGE_BYTES);
     if constexpr (CLUSTER > 1) cluster_arrive_relaxed();
 
-    const float* const cosine = cosines + static_cast<size_t>(here - skipped) * (HEAD / 2) + 8 * j;
-    const float* const sine = sines + static_cast<size_t>(here - skipped) * (HEAD / 2) + 8 * j;
-    float c[8], s[8];
+    const int h = lane / 4, q = lane % 4;            // this lane's query, and which of its lanes it is
+    const float* const cosine = cosines + static_cast<size_t>(here - skipped) * (HEAD / 2);
+    const float* const sine = sines + static_cast<size_t>(here - skipped) * (HEAD / 2);
+    float c[2 * STEPS], s[2 * STEPS];
     #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-        *reinterpret_cast<float4*>(c + i) = *reinterpret_cast<const float4*>(cosine + i);
-        *reinterpret_cast<float4*>(s + i) = *reinterpret_cast<const float4*>(sine + i);
+    for (int i = 0; i < 2 * STEPS; i += 2) {
+        const float2 cos_pair = *reinterpret_cast<const float2*>(cosine + number_of(i, q));
+        const float2 sin_pair = *reinterpret_cast<const float2*>(sine + number_of(i, q));
+        c[i] = cos_pair.x, c[i + 1] = cos_pair.y, s[i] = sin_pair.x, s[i + 1] = sin_pair.y;
     }
-    auto rotate = [&](Piece& x) {
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float low = x.low[i], high = x.high[i];
-            x.low[i] = low * c[i] - high * s[i];
-            x.high[i] = high * c[i] + low * s[i];
-        }
-    };
 
-    __syncthreads();                    // the barriers are there for those who wait on them
     wait_for_predecessor();
     launch_dependents();                // whoever starts behind this kernel knows that all before it has ended
 
     const u16* const heads = qkv + static_cast<size_t>(sequence) * (query_heads + 2 * kv_heads) * HEAD;
-    const int first_query = kv * of_kv + part * QUERIES;
-    const float unit = SOFTCAP ? scale : scale * LOG2_E;
-    Piece query[QUERIES];
-    #pragma unroll
-    for (int h = 0; h < QUERIES; ++h) {
-        const int head = min(first_query + h, kv * of_kv + of_kv - 1);
-        query[h] = read(heads + head * HEAD, j);
-        if constexpr (NORM) normalise(query[h], read(query_norm, j), epsilon);
-        rotate(query[h]);
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) query[h].low[i] *= unit, query[h].high[i] *= unit;
-    }
-    auto score = [&](int h, const Piece& key) {
-        float value = over_lanes(dot(query[h], key));
-        if constexpr (SOFTCAP) value = cap * tanhf(value / cap) * LOG2_E;
-        return value;
-    };
-
-    Found found[QUERIES];
-    #pragma unroll
-    for (int h = 0; h < QUERIES; ++h) {
-        found[h].most = LOWEST, found[h].sum = 0.0f;
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) found[h].result.low[i] = found[h].result.high[i] = 0.0f;
-    }
-
-    if (rank == 0 && threadIdx.x < 32) {   // the new key and value: one group's, read by all of its warp
-        Piece key = read(heads + (query_heads + kv) * HEAD, j);
-        if constexpr (NORM) normalise(key, read(key_norm, j), epsilon);
-        rotate(key);
-        const uint4 low = pack_8<HALF>(key.low), high = pack_8<HALF>(key.high);
-        const u16* const value = heads + (query_heads + kv_heads + kv) * HEAD;
-        if (part == 0 && group == 0) {
-            const size_t to = (cache + here) * HEAD + 8 * j;
-            *reinterpret_cast<uint4*>(keys + to) = low;
-            *reinterpret_cast<uint4*>(keys + to + HEAD / 2) = high;
-            *reinterpret_cast<uint4*>(values + to) = *reinterpret_cast<const uint4*>(value + 8 * j);
-            *reinterpret_cast<uint4*>(values + to + HEAD / 2) =
-                *reinterpret_cast<const uint4*>(value + HEAD / 2 + 8 * j);
-        }
-        unpack_8<HALF>(key.low, low), unpack_8<HALF>(key.high, high);
-        #pragma unroll
-        for (int h = 0; h < QUERIES; ++h) {
-            const float most = score(h, key);
-            if (group == 0) found[h].most = most, found[h].sum = 1.0f, found[h].result = read(value, j);
-        }
-    }
-
-    for (int tile = 0; tile < tiles; ++tile) {
-        const u32 stage = stages + tile % STAGES * STAGE_BYTES;
-        barrier_wait(landed + 8 * (tile % STAGES), tile / STAGES & 1);
-        const int left = count - tile * TILE;
-        float scores[KEYS][QUERIES];
-        #pragma unroll
-        for (int k = 0; k < KEYS; ++k) {
-            const Piece key = read_shared(stage + (group + k * GROUPS) * ROW_BYTES, j);
-            #pragma unroll
-            for (int h = 0; h < QUERIES; ++h) {
-                const float value = score(h, key);   // of what an earlier tile left there, where there is no key
-                scores[k][h] = group + k * GROUPS < left ? value : LOWEST;
-            }
-        }
-        float weights[KEYS][QUERIES], kept[QUERIES];
-        #pragma unroll
-        for (int h = 0; h < QUERIES; ++h) {
-            float most = found[h].most;
-            #pragma unroll
-            for (int k = 0; k < KEYS; ++k) most = fmaxf(most, scores[k][h]);
-            kept[h] = exp2f(found[h].most - most);
-            found[h].most = most;
-            found[h].sum *= kept[h];
-            #pragma unroll
-            for (int k = 0; k < KEYS; ++k) {
-                weights[k][h] = group + k * GROUPS < left ? exp2f(scores[k][h] - most) : 0.0f;
-                found[h].sum += weights[k][h];
-            }
-        }
-        #pragma unroll
-        for (int k = 0; k < KEYS; ++k) {
-            if (group + k * GROUPS >= left) break;   // what lies there need not be numbers
-            const Piece value = read_shared(stage + TILE_BYTES + (group + k * GROUPS) * ROW_BYTES, j);
-            #pragma unroll
-            for (int h = 0; h < QUERIES; ++h)
-                add_scaled(found[h].result, k == 0 ? kept[h] : 1.0f, value, weights[k][h]);
-        }
-        if (tile + STAGES < tiles) {
-            __syncthreads();            // all have read the stage
-            if (threadIdx.x == 0) fetch(tile + STAGES);
-        }
-    }
-
-    // Join the groups of the warp, the warps of the CTA, and the CTAs of the cluster.
-    #pragma unroll
-    for (int h = 0; h < QUERIES; ++h) {
-        Found& mine = found[h];
-        float most = mine.most;
-        #pragma unroll
-        for (int step = LANES; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-        const float scale_here = exp2f(mine.most - most);
-        auto join = [&](float v) {
-            v *= scale_here;
-            #pragma unroll
-            for (int step = LANES; step < 32; step *= 2) v += __shfl_xor_sync(~0u, v, step);
-            return v;
+    const int first_query = kv * of_kv + part * QUERIES, j = lane % LANES;
+    u32 queries[STEPS][4];                           // A of each 16 numbers: rounded and rest, in turns
+    {
+        const u16* const head = heads + min(first_query + min(h, QUERIES - 1), kv * of_kv + of_kv - 1) * HEAD;
+        float low[2 * STEPS], high[2 * STEPS];
+        auto read_pair = [&](float* to, const u16* at) {
+            const u32 pair = *reinterpret_cast<const u32*>(at);
+            to[0] = float_of_16<HALF>(static_cast<u16>(pair)), to[1] = float_of_16<HALF>(static_cast<u16>(pair >> 16));
         };
-        mine.sum = join(mine.sum);
-        float* const to = warp_results[threadIdx.x / 32] + h * HEAD + 8 * j;
         #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float low = join(mine.result.low[i]), high = join(mine.result.high[i]);
-            if (lane < LANES) to[i] = low, to[HEAD / 2 + i] = high;
+        for (int i = 0; i < 2 * STEPS; i += 2) {
+            read_pair(low + i, head + number_of(i, q));
+            read_pair(high + i, head + HEAD / 2 + number_of(i, q));
         }
-        if (lane == 0) warp_most[threadIdx.x / 32][h] = most, warp_sums[threadIdx.x / 32][h] = mine.sum;
+        if constexpr (NORM) {
+            float squares = 0.0f;
+            #pragma unroll
+            for (int i = 0; i < 2 * STEPS; ++i) squares += low[i] * low[i] + high[i] * high[i];
+            const float inverse = rsqrtf(over_lanes<4>(squares) / HEAD + epsilon);
+            #pragma unroll
+            for (int i = 0; i < 2 * STEPS; i += 2) {
+                float of_low[2], of_high[2];
+                read_pair(of_low, query_norm + number_of(i, q));
+                read_pair(of_high, query_norm + HEAD / 2 + number_of(i, q));
+                #pragma unroll
+                for (int k = 0; k < 2; ++k) low[i + k] *= inverse * of_low[k], high[i + k] *= inverse * of_high[k];
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < 2 * STEPS; ++i) {
+            const float l = low[i], r = high[i];
+            low[i] = l * c[i] - r * s[i];
+            high[i] = r * c[i] + l * s[i];
+        }
+        #pragma unroll
+        for (int i = 0; i < 2 * STEPS; i += 2) {
+            const Split of_low = split(low[i], low[i + 1]), of_high = split(high[i], high[i + 1]);
+            const int step = i / 4, to = i % 4;      // a[0], a[1]: the first eight numbers; a[2], a[3]: the others
+            queries[step][to] = of_low.rounded, queries[step][to + 1] = of_low.rest;
+            queries[STEPS / 2 + step][to] = of_high.rounded, queries[STEPS / 2 + step][to + 1] = of_high.rest;
+        }
+    }
+    if constexpr (!KEPT)                             // no matter which warp is the last: all have the same
+        #pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+            query_pieces[step][lane] =
+                make_uint4(queries[step][0], queries[step][1], queries[step][2], queries[step][3]);
+    auto query = [&](u32 (&a)[4], int step) {
+        const uint4 pieces = KEPT ? make_uint4(queries[step][0], queries[step][1], queries[step][2], queries[step][3])
+                                  : query_pieces[step][lane];
+        a[0] = pieces.x, a[1] = pieces.y, a[2] = pieces.z, a[3] = pieces.w;
+    };
+    if (has_new) {
+        const New fresh = read_new(
+            heads + (query_heads + kv) * HEAD, heads + (query_heads + kv_heads + kv) * HEAD, key_norm,
+            cosine, sine, epsilon, j);
+        if (lane < LANES) new_pieces[lane] = fresh;
+        if (lane < LANES && part == 0) {
+            uint4* const key = reinterpret_cast<uint4*>(keys + (cache + here) * HEAD);
+            uint4* const value = reinterpret_cast<uint4*>(values + (cache + here) * HEAD);
+            key[j] = fresh.key_low, key[LANES + j] = fresh.key_high;
+            value[j] = fresh.value_low, value[LANES + j] = fresh.value_high;
+        }
+    }
+
+    const float unit = SOFTCAP ? scale : scale * LOG2_E;
+    float most = LOWEST, sum = 0.0f;                 // of this lane's query; the sum is of this lane's keys
+    float result[2 * STEPS][4];                      // by the rounded weights, and by their rests
+    #pragma unroll
+    for (int d = 0; d < 2 * STEPS; ++d)
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) result[d][i] = 0.0f;
+
+    const int matrix = lane / 8, row = lane % 8;     // whose address this lane gives, of four
+    u32 of_keys = stages;
+    for (int tile = 0; tile < tiles; ++tile) {
+        const int first = TILE * (tile * WORKERS + worker);
+        const u32 of_values = of_keys + TILE_BYTES;
+        wait_copies<STAGES - 1>();
+        if (has_new && tile == tiles - 1 && lane < LANES) {
+            const int key = count - first;
+            const New fresh = new_pieces[lane];          // this lane's own
+            store_shared_128(of_keys + place(key, j), fresh.key_low);
+            store_shared_128(of_keys + place(key, LANES + j), fresh.key_high);
+            store_shared_128(of_values + place(key, j), fresh.value_low);
+            store_shared_128(of_values + place(key, LANES + j), fresh.value_high);
+        }
+        __syncwarp();                                // every lane's copies are there for all
+
+        float scores[2][4] = {};                     // of eight keys each
+        #pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            u32 a[4], k[4];
+            query(a, step);
+            load_matrices(k, of_keys + place(matrix / 2 * 8 + row, 2 * step + matrix % 2));
+            multiply_16<HALF>(scores[0], a, k[0], k[1]);
+            multiply_16<HALF>(scores[1], a, k[2], k[3]);
+        }
+        float value[2][2], highest = LOWEST;
+        #pragma unroll
+        for (int t = 0; t < 2; ++t)
+            #pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float v = (scores[t][i] + scores[t][2 + i]) * unit;
+                if constexpr (SOFTCAP) v = cap * tanhf(v / cap) * LOG2_E;
+                value[t][i] = first + 8 * t + 2 * q + i <= count ? v : LOWEST;
+                highest = fmaxf(highest, value[t][i]);
+            }
+        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+        if (__any_sync(~0u, highest > most)) {
+            const float kept = exp2f(most - fmaxf(most, highest));
+            most = fmaxf(most, highest);
+            sum *= kept;
+            #pragma unroll
+            for (int d = 0; d < 2 * STEPS; ++d)
+                #pragma unroll
+                for (int i = 0; i < 4; ++i) result[d][i] *= kept;
+        }
+        u32 weights[4];
+        #pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            const float a = exp2f(value[t][0] - most), b = exp2f(value[t][1] - most);
+            sum += a + b;
+            const Split both = split(a, b);
+            weights[2 * t] = both.rounded, weights[2 * t + 1] = both.rest;
+        }
+        #pragma unroll
+        for (int d = 0; d < STEPS; ++d) {
+            u32 v[4];
+            load_matrices_transposed(v, of_values + place(matrix % 2 * 8 + row, 2 * d + matrix / 2));
+            multiply_16<HALF>(result[2 * d], weights, v[0], v[1]);
+            multiply_16<HALF>(result[2 * d + 1], weights, v[2], v[3]);
+        }
+        __syncwarp();                                // all have read the stage
+        fetch(tile + STAGES, of_keys);
+        of_keys = of_keys == stages + (STAGES - 1) * STAGE_BYTES ? stages : of_keys + STAGE_BYTES;
+    }
+
+    // Join the lanes of a query, the warps of the CTA, and the CTAs of the cluster.
+    sum = over_lanes<4>(sum);
+    if (h < QUERIES) {
+        float* const to = warp_results[warp] + h * HEAD + 2 * q;
+        #pragma unroll
+        for (int d = 0; d < 2 * STEPS; ++d)
+            *reinterpret_cast<float2*>(to + 8 * d) =
+                make_float2(result[d][0] + result[d][2], result[d][1] + result[d][3]);
+        if (q == 0) warp_most[warp][h] = most, warp_sums[warp][h] = sum;
     }
     if constexpr (CLUSTER > 1) cluster_wait();      // the others have begun: their memory can be written
     __syncthreads();

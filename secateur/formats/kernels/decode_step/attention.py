@@ -16,11 +16,15 @@ NAME = "the attention kernel"
 SOURCE = Source("decode_step/attention.cu", "attention", ("ptx.cuh",))
 ARGUMENTS = "PPPPPPPPPPiiiifff"
 HEADS = (64, 128, 256)  # sizes of a head
-THREADS, STAGES = 256, 3
-STAGE_BYTES = 32 * 1024  # keys and values of a tile: the same for every size of a head
+NUMBERS = 512 * 32  # of a head, times the threads of a CTA
+STAGES = 3
+STAGE_BYTES = (
+    32 * 1024
+)  # a tile of keys and values of every warp: the same for every size of a head
 CLUSTERS_FROM = (9, 0)
 WAVES = 2  # of CTAs, on the device at once
-MOST_QUERIES = 2  # heads of a cluster: with more a thread has too many registers for two CTAs an SM
+MOST_QUERIES = 8  # heads of a cluster: half of the rows that tensor cores multiply
+MOST_CTAS = 8  # of a cluster that every device takes
 WITHOUT_WINDOW = 2**30
 
 
@@ -41,9 +45,9 @@ class Attention:
     normed: bool = False
 
     @property
-    def queries(self) -> int:
-        """The query heads of a cluster."""
-        return min(MOST_QUERIES, self.query_heads // self.kv_heads)
+    def group(self) -> int:
+        """The query heads of a kv head."""
+        return self.query_heads // self.kv_heads
 
 
 def why_no_attention(attention: Attention, device: torch.device) -> str | None:
@@ -90,25 +94,40 @@ def attention(
 @lru_cache(maxsize=64)
 def _launch(what: Attention, batch: int, dtype: torch.dtype, device: torch.device) -> Launch:
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    clusters = batch * what.kv_heads * -(-what.query_heads // what.kv_heads // what.queries)
-    cluster = cluster_of(clusters, count)
-    kernel = load(SOURCE, defines(what, cluster, dtype), device)
-    return prepare(
-        kernel, clusters * cluster, cluster, THREADS, STAGES * STAGE_BYTES, True, ARGUMENTS
-    )
+    queries, cluster = shares(what, batch, count)
+    ctas = cluster * batch * what.kv_heads * -(-what.group // queries)
+    kernel = load(SOURCE, defines(what, queries, cluster, dtype), device)
+    threads = NUMBERS // what.head
+    return prepare(kernel, ctas, cluster, threads, STAGES * STAGE_BYTES, True, ARGUMENTS)
 
 
-def cluster_of(clusters: int, multiprocessors: int) -> int:
-    """CTAs that split the keys: as many as the device holds, at most 8."""
-    return next((n for n in (8, 4, 2) if clusters * n <= WAVES * multiprocessors), 1)
+def shares(what: Attention, batch: int, multiprocessors: int) -> tuple[int, int]:
+    """Query heads that a cluster serves, and CTAs that split its keys.
+
+    All heads of a group, which read the same keys; fewer where the device would stand half empty.
+    As many CTAs as it holds at once, at most 8.
+    """
+    queries = min(MOST_QUERIES, 1 << (what.group - 1).bit_length())
+    groups = batch * what.kv_heads
+
+    def clusters(queries: int) -> int:
+        return groups * -(-what.group // queries)
+
+    while queries > 1 and MOST_CTAS * clusters(queries // 2) <= multiprocessors:
+        queries //= 2
+    sizes = (MOST_CTAS, 4, 2)
+    fitting = (n for n in sizes if clusters(queries) * n <= WAVES * multiprocessors)
+    return queries, next(fitting, 1)
 
 
-def defines(what: Attention, cluster: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+def defines(
+    what: Attention, queries: int, cluster: int, dtype: torch.dtype
+) -> tuple[tuple[str, int], ...]:
     """The macros of `attention.cu`, whose head says what each means."""
     return (
         ("HALF", int(dtype == torch.float16)),
         ("HEAD", what.head),
-        ("QUERIES", what.queries),
+        ("QUERIES", queries),
         ("CLUSTER", cluster),
         ("STAGES", STAGES),
         ("NORM", int(what.normed)),

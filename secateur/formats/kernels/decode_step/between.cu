@@ -85,20 +85,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_norm(
     else norm_row<4>(stream + row, from, weight, y + row, width, epsilon, replace);
 }
 
-// y = act(gate) up, of rows [gate, up]. THREADS / 4 threads a CTA.
+// y = act(gate) up. THREADS / 4 threads a CTA.
 extern "C" __global__ void __launch_bounds__(THREADS / 4) gated(
-    const u16* __restrict__ both,   // [B, 2 width]
+    const u16* __restrict__ gates,  // [B, width], rows `stride` numbers apart
+    const u16* __restrict__ ups,
     u16* __restrict__ y,            // [B, width]
-    int width, int rows) {
+    int stride, int width, int rows) {
     launch_dependents();
     wait_for_predecessor();
     const int index = static_cast<int>(blockIdx.x) * (THREADS / 4) + threadIdx.x;
     const int row = index / (width / 8), column = 8 * (index % (width / 8));
     if (row >= rows) return;
-    const u16* const from = both + static_cast<size_t>(row) * 2 * width + column;
+    const size_t from = static_cast<size_t>(row) * stride + column;
     float gate[8], up[8];
-    unpack_8<HALF>(gate, *reinterpret_cast<const uint4*>(from));
-    unpack_8<HALF>(up, *reinterpret_cast<const uint4*>(from + width));
+    unpack_8<HALF>(gate, *reinterpret_cast<const uint4*>(gates + from));
+    unpack_8<HALF>(up, *reinterpret_cast<const uint4*>(ups + from));
     #pragma unroll
     for (int i = 0; i < 8; ++i) gate[i] = gate_of<GATE>(gate[i]) * up[i];
     *reinterpret_cast<uint4*>(y + static_cast<size_t>(row) * width + column) = pack_8<HALF>(gate);

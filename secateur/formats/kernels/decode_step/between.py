@@ -63,14 +63,18 @@ def norm(
 
 
 def gated(
-    both: Float[Tensor, "batch twice_width"], activation: str, y: Float[Tensor, "batch width"]
+    gate: Float[Tensor, "batch width"],
+    up: Float[Tensor, "batch width"],
+    activation: str,
+    y: Float[Tensor, "batch width"],
 ) -> Bound:
-    """Y = activation(gate) up for rows [gate, up], rounded once."""
+    """Y = activation(gate) up, rounded once; rows of gate and up stand equally far apart."""
     rows, width = y.shape
+    assert gate.stride() == up.stride(), "both are parts of one tensor, or tensors of their own"
     blocks = ceil(rows * width / PIECE / GATED_THREADS)
     number = ACTIVATIONS.index(activation)
-    launch = _launch("gated", y.dtype, number, blocks, GATED_THREADS, "PPii", y.device)
-    return bound(launch, both, y, width, rows)
+    launch = _launch("gated", y.dtype, number, blocks, GATED_THREADS, "PPPiii", y.device)
+    return bound(launch, gate, up, y, gate.stride(0), width, rows)
 
 
 def choose(

@@ -259,7 +259,7 @@ def test_copies_state_and_files(format: str, tmp_path: Path) -> None:
     y = model(x)
     assert torch.equal(copy.deepcopy(model)(x), y)
     moved = copy.deepcopy(model).to("cpu")
-    assert moved[0].dispatch == "reference"
+    assert "decode" not in moved[0].dispatch
     moved = moved.to("cuda")
     assert moved[0].dispatch.startswith("decode<=64 ")
     assert torch.equal(moved(x), y)

@@ -9,6 +9,7 @@ from torch import Tensor
 from secateur.formats.kernels.decode_step import (
     Attention,
     add_norm,
+    append,
     attention,
     choose,
     embed,
@@ -161,6 +162,33 @@ def test_a_chain_of_attention_keeps_its_order(batch: int) -> None:
     assert torch.equal(y, alone)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["one tensor", "three tensors"])
+@pytest.mark.parametrize("tokens", [1, 3, 130])
+@pytest.mark.parametrize("kind", ["llama", "one head a group", "normed", "gemma"])
+def test_prompts_are_appended(kind: str, tokens: int, apart: bool) -> None:
+    what, batch = KINDS[kind], 3
+    case = Case(what, batch * tokens, 0, torch.bfloat16, 0)
+    heads, eps = (what.query_heads, what.kv_heads, what.kv_heads), torch.finfo(torch.bfloat16).eps
+    given = case.qkv.split([n * what.head for n in heads], 1)
+    exact = [t.double().view(batch, tokens, n, -1) for t, n in zip(given, heads, strict=True)]
+    if case.norms is not None:
+        exact[:2] = [normed(x, w, 1e-6) for x, w in zip(exact[:2], case.norms[:2], strict=True)]
+    turn = [table[:tokens].double()[:, None] for table in case.rotation]
+    exact[:2] = [rotated(x, *turn) for x in exact[:2]]
+    q, k, v = (t.clone() for t in given) if apart else given
+    shape = batch, what.kv_heads, tokens + 5, what.head
+    keys, values = (q.new_full(shape, torch.nan) for _ in range(2))
+    launched(append(what, q, k, v, keys, values, case.rotation, case.norms))
+    found = [q.reshape(batch, tokens, -1, what.head)]
+    found += [cache[:, :, :tokens].transpose(1, 2) for cache in (keys, values)]
+    for mine, wanted in zip(found, exact, strict=True):
+        # one rounding, of a difference of two products whose size is that of a pair
+        size = wanted.abs() + wanted.roll(what.head // 2, -1).abs()
+        assert ((mine.double() - wanted).abs() <= eps / 2 * size + 1e-6).all()
+    assert torch.equal(found[2].double(), exact[2])
+    assert bool(keys[:, :, tokens:].isnan().all() and values[:, :, tokens:].isnan().all())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 4096), (2, 5120), (1, 16384)])
 def test_norms_are_right(rows: int, width: int, dtype: torch.dtype) -> None:
@@ -188,8 +216,9 @@ def test_norms_are_right(rows: int, width: int, dtype: torch.dtype) -> None:
 def test_gated_activations_are_right(activation: str, rows: int, width: int) -> None:
     both = numbers(rows, 2 * width) * 3
     y = both.new_empty(rows, width)
-    launched(gated(both, activation, y))
-    gate, up = both.double().chunk(2, -1)
+    gate, up = both.chunk(2, 1)
+    launched(gated(gate, up, activation, y))
+    gate, up = gate.double(), up.double()
     functions = {
         "silu": torch.nn.functional.silu,
         "gelu": torch.nn.functional.gelu,
