@@ -22,9 +22,8 @@ STAGE_BYTES = (
     32 * 1024
 )  # a tile of keys and values of every warp: the same for every size of a head
 CLUSTERS_FROM = (9, 0)
-WAVES = 2  # of CTAs, on the device at once
 MOST_QUERIES = 8  # heads of a cluster: half of the rows that tensor cores multiply
-MOST_CTAS = 8  # of a cluster that every device takes
+SPLITS = (8, 4, 2)  # CTAs of a cluster
 WITHOUT_WINDOW = 2**30
 
 
@@ -94,30 +93,21 @@ def attention(
 @lru_cache(maxsize=64)
 def _launch(what: Attention, batch: int, dtype: torch.dtype, device: torch.device) -> Launch:
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    queries, cluster = shares(what, batch, count)
-    ctas = cluster * batch * what.kv_heads * -(-what.group // queries)
-    kernel = load(SOURCE, defines(what, queries, cluster, dtype), device)
-    threads = NUMBERS // what.head
-    return prepare(kernel, ctas, cluster, threads, STAGES * STAGE_BYTES, True, ARGUMENTS)
-
-
-def shares(what: Attention, batch: int, multiprocessors: int) -> tuple[int, int]:
-    """Query heads that a cluster serves, and CTAs that split its keys.
-
-    All heads of a group, which read the same keys; fewer where the device would stand half empty.
-    As many CTAs as it holds at once, at most 8.
-    """
     queries = min(MOST_QUERIES, 1 << (what.group - 1).bit_length())
-    groups = batch * what.kv_heads
+    clusters = batch * what.kv_heads * -(-what.group // queries)
+    cluster = cluster_of(clusters, count)
+    kernel = load(SOURCE, defines(what, queries, cluster, dtype), device)
+    threads, ring = NUMBERS // what.head, STAGES * STAGE_BYTES
+    return prepare(kernel, clusters * cluster, cluster, threads, ring, True, ARGUMENTS)
 
-    def clusters(queries: int) -> int:
-        return groups * -(-what.group // queries)
 
-    while queries > 1 and MOST_CTAS * clusters(queries // 2) <= multiprocessors:
-        queries //= 2
-    sizes = (MOST_CTAS, 4, 2)
-    fitting = (n for n in sizes if clusters(queries) * n <= WAVES * multiprocessors)
-    return queries, next(fitting, 1)
+def cluster_of(clusters: int, multiprocessors: int) -> int:
+    """CTAs that split the keys: as many as leave a multiprocessor to each, at most 8.
+
+    With two on one they take longer, and with two clusters that share a group's heads
+    (docs/log/2026-12-01-attention-by-tensor-cores.md).
+    """
+    return next((n for n in SPLITS if clusters * n <= multiprocessors), 1)
 
 
 def defines(
