@@ -3,14 +3,15 @@
     python -m bench.run.llm --model llama-3-8b --formats dense semi24 semi24_int4 --head semi24_int4
 
 transformers' Llama at the model's sizes with random weights in bfloat16, every linear layer of its
-blocks 2:4 by magnitude, packed in the format; `dense` packs nothing. `--head` makes the head 2:4
-and packs it, too, in the rows that are not dense. A row is one configuration: tokens, the new ones
-that the time is of, after `prompt` tokens; ms, of a token of all sequences, the median of `rounds`;
-tokens_s, of all sequences together; first_ms, until the first token is there; allocated and peak
-bytes, by torch's allocator; runs, what made the tokens. The loop is `steps`, the library's own;
-`generate`, transformers' with a static cache, which it compiles, after it has run twice; or
-`custom_generate`, transformers' with the library's steps in it. A configuration that fails has its
-reason in `note`. `--profile` prints what a token's time goes to, by kernel.
+blocks packed in the format, 2:4 by magnitude if its name says so; `dense` packs nothing. `--head`
+makes the head 2:4 and packs it, too, in the rows that are not dense. A row is one configuration:
+tokens, the new ones that the time is of, after `prompt` tokens; ms, of a token of all sequences,
+the median of `rounds`; tokens_s, of all sequences together; first_ms, until the first token is
+there; allocated and peak bytes, by torch's allocator; runs, what made the tokens. The loop is
+`steps`, the library's own; `generate`, transformers' with a static cache, which it compiles, after
+it has run twice; or `custom_generate`, transformers' with the library's steps in it. A
+configuration that fails has its reason in `note`. `--profile` prints what a token's time goes to,
+by kernel.
 """
 
 import gc
@@ -34,6 +35,7 @@ from secateur.formats.pack import linears_of
 from secateur.llm import custom_generate
 from secateur.llm.kernel_steps import steps_of
 
+DYNAMIC = ("int8_dynamic", "semi24_int8_dynamic", "fp8_dynamic", "semi24_fp8_dynamic")
 STEPS, GENERATE, CUSTOM = "steps", "generate", "custom_generate"
 HEAD = "lm_head"
 MEASURED = ("ms", "tokens_s", "first_ms", "allocated", "peak", "runs", "note")
@@ -50,7 +52,7 @@ def llama(model: str, blocks: int, length: int, format: str, head: str, device: 
     packed = {format: of_blocks, **({head: [HEAD]} if head != DENSE else {})}
     if head == format:
         packed = {format: [*of_blocks, HEAD]}
-    make_24(made, [name for names in packed.values() for name in names])
+    make_24(made, [n for one, names in packed.items() if one.startswith("semi24") for n in names])
     for one, names in packed.items():
         sc.pack_(made, one, names)
     return made
@@ -204,7 +206,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
     parser.add_argument("--blocks", type=int, help="instead of all")
     known = (DENSE, *FORMATS)
-    parser.add_argument("--formats", nargs="+", choices=known, default=known)
+    parser.add_argument("--formats", nargs="+", choices=(*known, *DYNAMIC), default=known)
     parser.add_argument("--head", choices=known, default=DENSE)
     loops = (STEPS, GENERATE, CUSTOM)
     parser.add_argument("--loops", nargs="+", choices=loops, default=[STEPS])

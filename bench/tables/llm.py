@@ -12,6 +12,10 @@ NAMES = {
     "semi24_fp8": "2:4, fp8",
     "semi24_int8": "2:4, int8",
     "semi24_int4": "2:4, int4",
+    "int8_dynamic": "int8, dynamic",
+    "semi24_int8_dynamic": "2:4, int8, dynamic",
+    "fp8_dynamic": "fp8, dynamic",
+    "semi24_fp8_dynamic": "2:4, fp8, dynamic",
 }
 LOOPS = {
     STEPS: "its own",
