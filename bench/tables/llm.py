@@ -5,7 +5,7 @@ from pathlib import Path
 from bench.lib.results import Row, every
 from bench.tables.markdown import bold, page, runs, without_figure
 
-DENSE, STEPS = "dense", "steps"
+DENSE, STEPS, CUSTOM = "dense", "steps", "custom_generate"
 NAMES = {
     DENSE: "bf16",
     "semi24": "2:4, bf16",
@@ -19,9 +19,10 @@ NAMES = {
 }
 LOOPS = {
     STEPS: "its own",
-    "custom_generate": "`generate(custom_generate=...)`",
+    CUSTOM: "`generate(custom_generate=...)`",
     "generate": "transformers' `generate`, static cache, compiled",
 }
+FIRST = ("1", "1024")  # batch and prompt of the case that stands first
 HEADS = (
     "weights",
     "head",
@@ -37,6 +38,20 @@ HEADS = (
 def llm(results: Path) -> str:
     """For each device and case, every configuration of its last run, those that lose too."""
     return "\n".join(_table(case) for case in latest(results))
+
+
+def llm_short(results: Path) -> str:
+    """One sequence after a prompt of 1,024 tokens: of each format the fastest, by two loops."""
+    cases = (case for case in latest(results) if (case[0]["batch"], case[0]["prompt"]) == FIRST)
+    return "\n".join(_table(_fastest(case)) for case in cases)
+
+
+def _fastest(rows: list[Row]) -> list[Row]:
+    """Of each format and loop the fastest row, but for the loop that lies between the two."""
+    measured = sorted(
+        (row for row in rows if not row["note"] and row["loop"] != CUSTOM), key=_speed
+    )
+    return list({(row["format"], row["loop"]): row for row in measured}.values())
 
 
 def latest(results: Path) -> list[list[Row]]:
@@ -55,9 +70,10 @@ def _table(rows: list[Row]) -> str:
     measured = sorted((row for row in rows if not row["note"]), key=_speed)
     dense = {row["loop"]: row for row in measured if row["format"] == DENSE}
     lines = [_line(row, dense.get(row["loop"])) for row in measured]
+    made = " or ".join(map(str, sorted({int(row["tokens"]) for row in rows})))
     origin = (
         f"{first['model']}'s sizes, {first['blocks']} blocks, batch {first['batch']}, "
-        f"{first['tokens']} tokens after a prompt of {int(first['prompt']):,}; random weights in "
+        f"{made} tokens after a prompt of {int(first['prompt']):,}; random weights in "
         "bfloat16, so this is speed alone. Ratios are to bf16 without zeros in the same loop, its "
         "linear layers by cuBLAS. "
         f"{first['device']}, driver {first['driver']}, torch {first['torch']}, {runs(rows)}, "

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench.tables.llm import llm
+from bench.tables.llm import llm, llm_short
 
 HEADS = (
     "date,device,driver,torch,commit,format,head,model,blocks,batch,prompt,tokens,"
@@ -57,3 +57,16 @@ def test_each_loop_is_compared_with_dense_in_the_same_loop(tmp_path: Path) -> No
         [[stock, "50", "1.00"], [stock, "100", "**2.00**"],
          ["its own", "100", "0.50"], ["its own", "200", "1.00"]]
     )  # fmt: skip
+
+
+def test_the_short_table_has_the_fastest_of_each_format(tmp_path: Path) -> None:
+    slower = ROWS[2].replace("semi24_int4,semi24_int4", "semi24_int4,dense").replace("800", "700")
+    rows = [f"{row},{loop}" for row in [slower, *ROWS] for loop in ("custom_generate", "steps")]
+    lines = [f"{HEADS},loop", *(f"2026-11-30,a chip,580,2.11,abc,{row}" for row in rows)]
+    (tmp_path / "llm_2026-11-30_x_abc.csv").write_text("\n".join(lines) + "\n")
+    found = [line.split(" | ")[:4] for line in llm_short(tmp_path).splitlines()[2:]]
+    assert [row for row in found if len(row) > 1] == [
+        ["| 2:4, bf16", "bf16", "its own", "100"],
+        ["| bf16", "bf16", "its own", "200"],
+        ["| 2:4, int4", "2:4, int4", "its own", "800"],
+    ]

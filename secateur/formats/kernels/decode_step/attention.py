@@ -93,21 +93,31 @@ def attention(
 @lru_cache(maxsize=64)
 def _launch(what: Attention, batch: int, dtype: torch.dtype, device: torch.device) -> Launch:
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    queries = min(MOST_QUERIES, 1 << (what.group - 1).bit_length())
+    queries, cluster = shares(what, batch, count)
     clusters = batch * what.kv_heads * -(-what.group // queries)
-    cluster = cluster_of(clusters, count)
     kernel = load(SOURCE, defines(what, queries, cluster, dtype), device)
     threads, ring = NUMBERS // what.head, STAGES * STAGE_BYTES
     return prepare(kernel, clusters * cluster, cluster, threads, ring, True, ARGUMENTS)
 
 
-def cluster_of(clusters: int, multiprocessors: int) -> int:
-    """CTAs that split the keys: as many as leave a multiprocessor to each, at most 8.
+def shares(what: Attention, batch: int, multiprocessors: int) -> tuple[int, int]:
+    """Query heads that a cluster serves, and CTAs that split its keys.
 
-    With two on one they take longer, and with two clusters that share a group's heads
+    All heads of a group, which read the same keys; fewer where multiprocessors would be left over,
+    on which CTAs of the kernel behind would be placed two by two. As many CTAs as leave a
+    multiprocessor to each, at most 8 a cluster: with two on one it takes longer
     (docs/log/2026-12-01-attention-by-tensor-cores.md).
     """
-    return next((n for n in SPLITS if clusters * n <= multiprocessors), 1)
+    queries = min(MOST_QUERIES, 1 << (what.group - 1).bit_length())
+    groups = batch * what.kv_heads
+
+    def clusters(queries: int) -> int:
+        return groups * -(-what.group // queries)
+
+    while queries > 1 and SPLITS[0] * clusters(queries // 2) <= multiprocessors:
+        queries //= 2
+    fitting = (n for n in SPLITS if clusters(queries) * n <= multiprocessors)
+    return queries, next(fitting, 1)
 
 
 def defines(

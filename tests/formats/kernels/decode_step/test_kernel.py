@@ -15,8 +15,8 @@ from secateur.formats.kernels.decode_step.attention import (
     STAGE_BYTES,
     STAGES,
     Attention,
-    cluster_of,
     defines,
+    shares,
 )
 from secateur.formats.kernels.decode_step.between import FILE, HEADERS
 from secateur.formats.kernels.nvrtc import Source, compile_cubin
@@ -70,7 +70,12 @@ def stack_of(code: bytes, entry: str, folder: Path) -> int:
     return int(found)
 
 
-def test_the_keys_are_split_where_ctas_would_be_few() -> None:
-    assert cluster_of(8, 132) == cluster_of(16, 132) == 8  # Llama-3-8B, one sequence and two
-    assert cluster_of(33, 132) == 4 and cluster_of(64, 132) == 2
-    assert cluster_of(67, 132) == cluster_of(4096, 132) == 1
+def test_a_device_is_filled_by_splitting_keys_and_then_heads() -> None:
+    llama = Attention(32, 8, 128, 0.1)
+    assert shares(llama, 1, 132) == (2, 8)  # one sequence: 128 CTAs
+    assert shares(llama, 2, 132) == (4, 8) and shares(llama, 8, 132) == (4, 2)
+    assert shares(llama, 17, 132) == shares(llama, 512, 132) == (4, 1)
+    seven = Attention(28, 4, 128, 0.1)
+    assert shares(seven, 1, 132) == (2, 8) and shares(seven, 16, 132) == (8, 2)
+    assert shares(Attention(64, 64, 64, 0.1), 1, 132) == (1, 2)
+    assert shares(Attention(24, 2, 128, 0.1), 64, 132) == (8, 1)
