@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from secateur.llm.generate import blocks, in_eval_mode
-from secateur.llm.kernel_steps import steps_of
+from secateur.llm.kernel_steps import steps_of, warn_of_forward
 from secateur.llm.request import Request, Sampling, mask_of, require_generating
 from secateur.llm.steps import CACHE_NAMES, Steps, positions_of
 from secateur.model.outputs import device_of
@@ -60,6 +60,7 @@ def custom_generate(
                 steps, asked, input_ids, generation_config, logits_processor, stopping_criteria,
                 streamer,
             )  # fmt: skip
+    warn_of_forward(model, steps)
     if streamer is not None:
         streamer.end()
     return made

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from secateur.core.interrupts import putting_back
-from secateur.llm.kernel_steps import steps_of
+from secateur.llm.kernel_steps import steps_of, warn_of_forward
 from secateur.llm.request import Request, Sampling, request
 from secateur.llm.steps import Steps
 from secateur.model.outputs import device_of
@@ -45,7 +45,8 @@ def generate(
     `told` is called with the new tokens as they come, [batch, 1] or, where several are made at
     once, more; if it returns True, generation ends there.
 
-    The model runs in eval mode without gradients and is left as it was.
+    The model runs in eval mode without gradients and is left as it was. On a GPU whose kernels do
+    not know the model, its own forward runs; a warning says so once, and why.
 
     Cost: a forward pass over the prompts, and one over a token of each for every further token;
         keys and values of all tokens in memory.
@@ -62,6 +63,7 @@ def generate(
         steps = steps_of(model)
         for block in blocks(steps, asked):
             made.append(block.to(ids.device))
+            warn_of_forward(model, steps)
             if told is not None and told(made[-1]) is True:
                 break
     return torch.cat(made, 1)

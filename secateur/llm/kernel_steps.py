@@ -1,8 +1,9 @@
 """Steps by kernels of our own where they know the model, else by the model's own forward."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Float, Int
@@ -42,6 +43,7 @@ class Planned:
     text: object = None
 
 
+_warned: WeakSet[nn.Module] = WeakSet()
 _plans: WeakKeyDictionary[nn.Module, Planned] = WeakKeyDictionary()
 
 
@@ -210,6 +212,18 @@ class KernelSteps:
 def steps_of(model: nn.Module) -> Steps:
     """What runs the model's steps: kernels, once they have proved equal, on a GPU; else itself."""
     return KernelSteps(model) if device_of(model).type == "cuda" else ModelSteps(model)
+
+
+def warn_of_forward(model: nn.Module, steps: Steps) -> None:
+    """Warn, once for a model on a GPU, that its steps run by its own forward, and why."""
+    by_forward = steps.about.startswith(FORWARD) and device_of(model).type == "cuda"
+    if by_forward and model not in _warned:
+        _warned.add(model)
+        why = steps.about.removeprefix(FORWARD).removeprefix(": ")
+        warnings.warn(
+            f"generate runs {FORWARD}, several times as long as the GPU kernels take: {why}",
+            stacklevel=3,
+        )
 
 
 def allowed(decoder: Decoder) -> float:

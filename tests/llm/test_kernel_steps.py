@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.formats.pack import linears_of
-from secateur.llm import kernel_steps
+from secateur.llm import custom_generate, kernel_steps
 from secateur.llm.decoder import Decoder, NotRead, read_decoder
 from secateur.llm.kernel_steps import OWN, KernelSteps
 from secateur.llm.plan import Memory, Plan
@@ -143,6 +143,24 @@ def test_on_a_cpu_the_forward_runs() -> None:
     assert steps.about.startswith(f"{FORWARD}: running it packed needs a CUDA GPU"), steps.about
     wanted = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert torch.equal(torch.cat([tokens[:, None], steps.greedy(tokens, 3)], 1), wanted[:, 5:])
+
+
+def test_a_model_on_a_gpu_that_its_forward_runs_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids = model_of("Llama", "cpu"), ids_of(1, 5, "cpu")
+    plain = sc.generate(model, ids, max_new_tokens=3, stop_ids=())  # on a CPU it is no news
+    monkeypatch.setattr(kernel_steps, "device_of", lambda model: torch.device("cuda"))
+    with pytest.warns(UserWarning, match="own forward, several times .*: running it packed needs"):
+        assert torch.equal(sc.generate(model, ids, max_new_tokens=3, stop_ids=()), plain)
+    sc.generate(model, ids, max_new_tokens=3, stop_ids=())
+    other = model_of("Llama", "cpu")
+    with pytest.warns(UserWarning, match="own forward"):
+        other.generate(
+            *(ids,),
+            custom_generate=custom_generate,
+            **{"max_new_tokens": 3, "do_sample": False, "eos_token_id": None},
+        )
 
 
 class ModelPlan(Plan):
