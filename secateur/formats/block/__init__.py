@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.formats import compressed_rows
-from secateur.formats.block import cpu, simd
+from secateur.formats.block import cpu, gpu, simd
 from secateur.formats.contract import Format, Implementation, Packed, dense_shape, why_no_weight
 from secateur.formats.reference import REFERENCE
 
@@ -34,6 +34,8 @@ class Blocks(Format):
     name = "block"
     tensors = compressed_rows.TENSORS
     implementations = (
+        Implementation("decode", gpu.linear, gpu.why_not_few, gpu.BY_LINE),
+        Implementation("prefill", gpu.linear, gpu.why_not, gpu.BY_LINE),
         Implementation("simd", simd.linear, simd.why_not, simd.BY_COLUMN),
         Implementation("cpu", cpu.linear, cpu.why_not, cpu.BLOCK_ROWS),
         REFERENCE,

@@ -1,0 +1,159 @@
+"""The Triton kernels of `blocks`, held to float64: in Triton's interpreter, and on a GPU.
+
+The interpreter runs in a plain process, because it is chosen when the kernels are imported and
+because shape checking wraps functions that it has to read. Run as a script, this file is that
+process.
+"""
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from secateur.formats.block import Blocks, gpu
+from secateur.formats.contract import Packed
+from secateur.formats.kernels import blocks
+from secateur.formats.kernels.blocks import Config
+
+SIZES = ((16, 16), (32, 32), (64, 64), (128, 128), (32, 128), (128, 32), (48, 80), (64, 16))
+DOWN, ACROSS = 5, 6
+
+
+def weight_of(block: tuple[int, int], kept: str, dtype: torch.dtype, device: str) -> Packed:
+    """A weight of 5 by 6 blocks: some kept but a row and a column of them, or none, or all."""
+    generator = torch.Generator().manual_seed(sum(block))
+    keep = torch.rand(DOWN, ACROSS, generator=generator) < 0.5
+    keep[2], keep[:, 3] = False, False
+    keep = keep.fill_(kept == "all") if kept != "some" else keep
+    spread = keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    weight = torch.randn(spread.shape, generator=generator) * spread
+    packed = Blocks(*block).pack(weight.to(dtype).to(device))
+    return next(e for e in packed.format.implementations if e.name == "prefill").arranged(packed)
+
+
+def normal(*shape: int, dtype: torch.dtype, device: str, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def hold(found: Tensor, exact: Tensor, magnitude: Tensor, depth: int) -> None:
+    """One rounding to the result's type, and a float32 rounding of the magnitudes for each sum."""
+    assert found.shape == exact.shape
+    kind = torch.finfo(found.dtype)  # the last term: a rounding below its least normal number
+    allowed = kind.eps * exact.abs() + depth * 2.0**-24 * magnitude + kind.eps * kind.tiny
+    error = (found.double() - exact).abs()
+    assert bool((error <= allowed).all()), float((error - allowed).max())
+
+
+def check_products(packed: Packed, tokens: int, bias: bool, config: Config | None) -> None:
+    """The product by the weight, by its transpose, and the gradient of the kept blocks."""
+    (out, width), like = packed.shape, {"dtype": packed.dtype, "device": str(packed.device)}
+    x, grads = normal(tokens, width, seed=1, **like), normal(tokens, out, seed=2, **like)
+    offset = normal(out, seed=3, **like) if bias else None
+    weight, wide, wide_grads = packed.dense().double(), x.double(), grads.double()
+
+    found = blocks.multiply(x, packed["values"], gpu.rows(packed), offset, config)
+    exact, magnitude = wide @ weight.T, wide.abs() @ weight.abs().T
+    if offset is not None:
+        exact, magnitude = exact + offset.double(), magnitude + offset.double().abs()
+    hold(found, exact, magnitude, width + 1)
+
+    if config is None:
+        found = blocks.multiply(grads, packed["values"], gpu.columns(packed), None)
+        hold(found, wide_grads @ weight, wide_grads.abs() @ weight.abs(), out)
+        found = blocks.sampled(grads, x, gpu.rows(packed), packed["values"])
+        both = wide_grads.T @ wide, wide_grads.abs().T @ wide.abs()
+        hold(found, *(at_blocks(full, packed) for full in both), tokens)
+
+
+def at_blocks(full: Tensor, packed: Packed) -> Tensor:
+    """The parts of a full matrix where the weight has blocks, as it stores them."""
+    rows, cols = packed["values"].shape[1:]
+    tiles = full.unflatten(0, (-1, rows)).unflatten(2, (-1, cols)).transpose(1, 2)
+    kept = [
+        tiles[row, column]
+        for row in range(len(tiles))
+        for column in packed["col_indices"][slice(*packed["crow_indices"][row : row + 2])].tolist()
+    ]
+    return torch.stack(kept) if kept else full.new_empty(0, rows, cols)
+
+
+CONFIGS = (
+    Config(64, 16, 64, 4, 3, splits=4),
+    Config(32, 32, 128, 4, 3, group=2, splits=2, tokens_first=True),
+    Config(16, 64, 32, 4, 2, group=3),
+    Config(64, 128, 16, 4, 2, tokens_first=True),
+)
+
+
+def check_all(device: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Every size of block, tokens below, at and above a tile, no block and all; and other tiles."""
+    for dtype in dtypes:
+        for block in SIZES:
+            some = weight_of(block, "some", dtype, device)
+            for tokens in (1, 5, 70, 130):
+                check_products(some, tokens, tokens != 5, None)
+        for kept in ("none", "all"):
+            packed = weight_of((64, 32), kept, dtype, device)
+            for tokens in (3, 90):
+                check_products(packed, tokens, True, None)
+        for config in CONFIGS:
+            check_products(weight_of((64, 64), "some", dtype, device), 33, True, config)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_the_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-W", "ignore", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.strip() == "all hold", (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_the_kernels_on_a_gpu() -> None:
+    check_all("cuda", (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.parametrize("block", SIZES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 4096])
+@pytest.mark.parametrize("lines", [1, 64, 448, 2000])
+def test_tiles_divide_blocks(block: tuple[int, int], tokens: int, lines: int) -> None:
+    config = blocks.config_for(block, lines, tokens, 132)
+    assert block[0] % config.tile_rows == 0
+    assert config.tile_tokens >= min(tokens, 128) and config.tile_k >= blocks.STEP
+    for size in (config.tile_rows, config.tile_tokens, config.tile_k):
+        assert size & (size - 1) == 0, "Triton has tiles of powers of two"
+    assert config.splits == 1 or tokens <= 64
+
+
+def test_the_fullest_line_comes_first() -> None:
+    starts = torch.tensor([0, 2, 2, 5, 7], dtype=torch.int32)
+    assert blocks.fullest_first(starts).tolist() == [2, 0, 3, 1]
+
+
+def let_the_interpreter_read_numbers() -> None:
+    """Make Triton 3.6's interpreter work with numpy 2.5, which refuses `int(array of one)`."""
+    interpreter = import_module("triton.runtime.interpreter")  # CI has no Triton
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: object, scope: object) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # type: ignore[attr-defined]
+
+    interpreter._patch_lang_tensor = patched
+
+
+if __name__ == "__main__":
+    let_the_interpreter_read_numbers()
+    check_all("cpu", (torch.float16,))  # its products of bfloat16 are products of bit patterns
+    print("all hold")
