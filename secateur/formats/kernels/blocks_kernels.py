@@ -9,6 +9,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+NUMBERS = ("tokens", "row_tiles")  # or 1 and multiples of 16 would be compiled anew
+
 
 @triton.jit
 @no_type_check
@@ -54,7 +56,7 @@ def _blocks_at(
     return column, place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 @no_type_check
 def multiply_blocks(
     x,
@@ -141,7 +143,7 @@ def multiply_blocks(
     tl.store(target, sums.to(result.dtype.element_ty), mask=(token < tokens)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 @no_type_check
 def add_parts(
     parts,
@@ -164,7 +166,7 @@ def add_parts(
     tl.store(result + at, sums.to(result.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 @no_type_check
 def sample_products(
     grads,
