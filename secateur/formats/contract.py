@@ -146,6 +146,18 @@ class Arrangement:
 
 
 @dataclass(frozen=True)
+class Gradients:
+    """What is run in a backward pass where nothing dense is to be made.
+
+    `of_input(grad, packed)` is `grad @ weight`, for `[tokens, out]`. `of_values(grad, x, packed)`
+    are the numbers of `grad.T @ x` at the places of the stored `values`.
+    """
+
+    of_input: Callable[..., Tensor]
+    of_values: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
 class Implementation:
     """One way to run a format's linear.
 
@@ -156,6 +168,7 @@ class Implementation:
     `activations` names the functions of `secateur.formats.activations` that `linear` applies to its
     results itself if it is called with `activation`, for less than another pass over them.
     `searches` is whether its first call for a shape searches for an algorithm, which takes minutes.
+    Without `gradients` of its own those of the reference run, on the dense weight.
     """
 
     name: str
@@ -164,6 +177,7 @@ class Implementation:
     arrangement: Arrangement | None = None
     activations: tuple[str, ...] = ()
     searches: bool = False
+    gradients: Gradients | None = None
 
     @property
     def restores(self) -> bool:

@@ -1,14 +1,21 @@
-"""The one place that speaks to `torch.library`: two operators for each format, and parts of some.
+"""The one place that speaks to `torch.library`: four operators for each format, and parts of some.
 
 `secateur::<format>_linear` is the whole forward of a `SparseLinear`: one call that compile, export
 and autograd see as one node. Which implementation runs is decided inside it, at run time, from the
-number of tokens. `secateur::<format>_unpack` is the dense weight; the backward needs it as an
-operator of its own, because its body reads the number of nonzeros from the data.
+number of tokens, and so in the two that make gradients. `secateur::<format>_unpack` is the dense
+weight, an operator because its body reads the number of nonzeros from the data.
 
     secateur::<format>_linear(Tensor x, Tensor? <stored>..., Tensor[]? arranged, Tensor? bias,
         int out_features, int in_features, str dispatch, str activation) -> Tensor
+    secateur::<format>_input_grad(Tensor grad, Tensor? <stored>..., Tensor[]? arranged,
+        int out_features, int in_features, str dispatch) -> Tensor
+    secateur::<format>_values_grad(Tensor grad, Tensor x, Tensor? <stored>..., Tensor[]? arranged,
+        int out_features, int in_features, str dispatch) -> Tensor
     secateur::<format>_unpack(Tensor? <stored>..., Tensor[]? arranged, int out_features,
         int in_features, str dispatch, ScalarType dtype) -> Tensor
+
+The first three are what is left of grad . (x W^T) without one of its three, so that each is a
+derivative of the others and there are gradients of gradients.
 
 A layer holds its weight as its implementations read it. What is stored is None where it does not
 hold it; `arranged` are the others that it holds, in the order of `arranged_tensors`, and None where
@@ -23,8 +30,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from secateur.formats import reference
 from secateur.formats.activations import ACTIVATIONS
-from secateur.formats.contract import Format, Implementation, Packed, held_tensors
+from secateur.formats.contract import Format, Gradients, Implementation, Packed, held_tensors
 
 LIBRARY = torch.library.Library("secateur", "FRAGMENT")
 DEFINED: dict[str, Format] = {}  # by the name that torch knows its operators by
@@ -63,11 +71,11 @@ def arranged_tensors(dispatch: str, format: Format) -> tuple[str, ...]:
 
 
 def register(format: Format) -> None:
-    """Define `<name>_linear` and `<name>_unpack`, unless formats of this name have them.
+    """Define the operators of formats of this name, unless they are there.
 
-    The operators are defined for every device: an implementation, not the operator, knows where it
-    runs. The linear's input and bias have gradients, the packed weight is frozen: `grad @ weight`,
-    dense; where a format rounds inputs, as if it did not (straight through).
+    They are defined for every device: an implementation, not the operator, knows where it runs. The
+    linear's input and bias have gradients, and `values` where a layer trains them; where a format
+    rounds inputs, as if it did not (straight through).
 
     Raises: ValueError if another kind of format has this name.
     """
@@ -161,19 +169,61 @@ def _define(name: str, stored: tuple[str, ...]) -> None:
         )
         return like.new_empty((out_features, in_features), dtype=dtype)
 
+    weight = f"{fields}, Tensor[]? arranged"
+    sizes = "int out_features, int in_features, str dispatch"
     linear = operator(
-        f"{name}_linear(Tensor x, {fields}, Tensor[]? arranged, Tensor? bias, int out_features, "
-        "int in_features, str dispatch, str activation) -> Tensor",
+        f"{name}_linear(Tensor x, {weight}, Tensor? bias, {sizes}, str activation) -> Tensor",
         run_linear,
         fake_linear,
     )
-    unpack = operator(
-        f"{name}_unpack({fields}, Tensor[]? arranged, int out_features, int in_features, "
-        "str dispatch, ScalarType dtype) -> Tensor",
-        run_unpack,
-        fake_unpack,
+    operator(
+        f"{name}_unpack({weight}, {sizes}, ScalarType dtype) -> Tensor", run_unpack, fake_unpack
     )
-    _differentiate(linear, unpack, count)
+    gradients = _define_gradients(name, f"{weight}, {sizes}", held, count)
+    _differentiate(linear, *gradients, count, stored.index("values"))
+
+
+def _define_gradients(
+    name: str, weight: str, held: Callable[..., Packed], count: int
+) -> tuple[OpOverload, OpOverload]:
+    """`<name>_input_grad` and `<name>_values_grad`, for a weight of these arguments."""
+
+    def chosen(grad: Tensor, rest: tuple[Any, ...]) -> tuple[Packed, Gradients]:
+        arranged, out_features, in_features, dispatch = rest[count:]
+        shape = out_features, in_features
+        packed = held(rest[:count], arranged, shape, dispatch, grad.dtype)
+        gradients = serving(dispatch, packed.format, grad.numel() // out_features).gradients
+        if gradients is None:
+            return packed.stored(), reference.GRADIENTS
+        return packed, gradients
+
+    def run_input_grad(grad: Tensor, *rest: Any) -> Tensor:
+        packed, gradients = chosen(grad, rest)
+        result = gradients.of_input(grad.reshape(-1, packed.shape[0]), packed)
+        return result.reshape(*grad.shape[:-1], packed.shape[1])
+
+    def fake_input_grad(grad: Tensor, *rest: Any) -> Tensor:
+        return grad.new_empty((*grad.shape[:-1], rest[count + 2]))
+
+    def run_values_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        packed, gradients = chosen(grad, rest)
+        flat = grad.reshape(-1, packed.shape[0]), x.reshape(-1, packed.shape[1])
+        return gradients.of_values(*flat, packed)
+
+    def fake_values_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        values = rest[DEFINED[name].tensors.index("values")]
+        return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+    return (
+        operator(
+            f"{name}_input_grad(Tensor grad, {weight}) -> Tensor", run_input_grad, fake_input_grad
+        ),
+        operator(
+            f"{name}_values_grad(Tensor grad, Tensor x, {weight}) -> Tensor",
+            run_values_grad,
+            fake_values_grad,
+        ),
+    )
 
 
 def _run(packed: Packed, x: Tensor, bias: Tensor | None, dispatch: str, activation: str) -> Tensor:
@@ -187,28 +237,75 @@ def _run(packed: Packed, x: Tensor, bias: Tensor | None, dispatch: str, activati
     return ACTIVATIONS[activation](result) if activation else result
 
 
-def _differentiate(linear_op: OpOverload, unpack_op: OpOverload, count: int) -> None:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *rest = inputs
-        if rest[-1]:
+def _differentiate(
+    linear: OpOverload, input_grad: OpOverload, values_grad: OpOverload, count: int, at: int
+) -> None:
+    """Make each of the three the derivative of the others; `values` is stored tensor `at`."""
+
+    def save(ctx: Any, tensors: tuple[Tensor, ...], weight: tuple[Any, ...]) -> None:
+        *stored, arranged, out_features, in_features, dispatch = weight
+        ctx.save_for_backward(*tensors, *stored, *(arranged or ()))
+        ctx.sizes = out_features, in_features, dispatch
+
+    def saved(ctx: Any, first: int, values: Tensor | None = None) -> tuple[Any, ...]:
+        """The weight as operators take it, with other `values` if some are given."""
+        stored = list(ctx.saved_tensors[first : first + count])
+        stored[at] = stored[at] if values is None else values
+        return *stored, ctx.saved_tensors[first + count :] or None, *ctx.sizes
+
+    def of_weight(values: Tensor | None, weight: tuple[Any, ...]) -> tuple[Any, ...]:
+        none: list[Any] = [None] * count
+        none[at] = values
+        return *none, [None] * len(weight[count] or ()) or None
+
+    def setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *weight, activation = inputs
+        del weight[count + 1]  # the bias
+        if activation:
             raise ValueError(
-                f"{linear_op} has no gradients through {rest[-1]!r}: call it without activation, "
+                f"{linear} has no gradients through {activation!r}: call it without activation, "
                 "and the activation after it"
             )
-        arranged, _, out_features, in_features, dispatch, _ = rest[count:]
-        ctx.save_for_backward(*rest[:count], *(arranged or ()))
-        ctx.rest = out_features, in_features, dispatch, x.dtype
+        trains = ctx.needs_input_grad[1 + at]
+        save(ctx, (x,) if trains else (), tuple(weight))
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x_grad = bias_grad = None
-        stored, arranged = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        if ctx.needs_input_grad[0]:
-            x_grad = grad @ unpack_op(*stored, arranged or None, *ctx.rest)
-        if ctx.needs_input_grad[2 + count]:
-            bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
-        no_grads = [None] * len(arranged) or None
-        return x_grad, *[None] * count, no_grads, bias_grad, None, None, None, None
+    def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad
+        weight = saved(ctx, int(needed[1 + at]))
+        x_grad = input_grad(grad, *weight) if needed[0] else None
+        values = values_grad(grad, ctx.saved_tensors[0], *weight) if needed[1 + at] else None
+        bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needed[2 + count] else None
+        return x_grad, *of_weight(values, weight), bias, None, None, None, None
 
-    torch.library.register_autograd(
-        linear_op.name(), backward, setup_context=setup_context, lib=LIBRARY
-    )
+    def setup_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save(ctx, inputs[:1], inputs[1:])
+
+    def input_grad_backward(ctx: Any, other: Tensor) -> tuple[Any, ...]:
+        grad, weight, needed = ctx.saved_tensors[0], saved(ctx, 1), ctx.needs_input_grad
+        of_grad = _without_bias(linear, count, other, weight) if needed[0] else None
+        values = values_grad(grad, other, *weight) if needed[1 + at] else None
+        return of_grad, *of_weight(values, weight), None, None, None
+
+    def setup_values_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save(ctx, inputs[:2], inputs[2:])
+
+    def values_grad_backward(ctx: Any, other: Tensor) -> tuple[Any, ...]:
+        grad, x, *_ = ctx.saved_tensors
+        weight, needed = saved(ctx, 2, other), ctx.needs_input_grad
+        of_grad = _without_bias(linear, count, x, weight) if needed[0] else None
+        of_x = input_grad(grad, *weight) if needed[1] else None
+        return of_grad, of_x, *of_weight(None, weight), None, None, None
+
+    for operator_, backward, setup in (
+        (linear, linear_backward, setup_linear),
+        (input_grad, input_grad_backward, setup_input_grad),
+        (values_grad, values_grad_backward, setup_values_grad),
+    ):
+        torch.library.register_autograd(
+            operator_.name(), backward, setup_context=setup, lib=LIBRARY
+        )
+
+
+def _without_bias(linear: OpOverload, count: int, x: Tensor, weight: tuple[Any, ...]) -> Tensor:
+    result: Tensor = linear(x, *weight[: count + 1], None, *weight[count + 1 :], "")
+    return result

@@ -1,5 +1,6 @@
 """The registered operators: opcheck, dispatch by tokens, and gradients."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,6 +88,27 @@ def test_gradients_of_input_and_bias(format: str, arranged: bool) -> None:
     grads = torch.autograd.grad(run(x, bias), (x, bias), up)
     assert torch.allclose(grads[0], up @ weight)
     assert torch.allclose(grads[1], up.sum(0))
+
+
+@pytest.mark.parametrize("format", EXACT)
+def test_gradients_of_values(format: str) -> None:
+    """They are what the dense gradient has at their places; and there are gradients of them."""
+    weight, held, _ = operands(format, torch.float64, arranged=False)
+    linear = linear_operator(parse_format(format).name)
+    x, up = tokens_in(3, 16, dtype=torch.float64), tokens_in(3, 8, dtype=torch.float64, seed=4)
+    values, *others = held
+
+    def run(x: Tensor, values: Tensor) -> Tensor:
+        result: Tensor = linear(x, values, *others, None, 8, 16, "reference", "")
+        return result
+
+    leaves = x.requires_grad_(), values.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(run, leaves) and torch.autograd.gradgradcheck(run, leaves)
+    (found,) = torch.autograd.grad(run(*leaves), leaves[1:], up)
+    changed = parse_format(format).pack(weight).tensors | {"values": found}
+    dense = parse_format(format).unpack(replace(parse_format(format).pack(weight), tensors=changed))
+    assert torch.allclose(dense, torch.where(dense != 0, up.t() @ x.detach(), 0.0))
+    assert bool((dense != 0)[weight != 0].all())
 
 
 @pytest.mark.parametrize("format", DYNAMIC)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.formats.compressed_rows import TENSORS, rows_of, starts_of
-from secateur.formats.contract import Arrangement, Packed
+from secateur.formats.contract import Arrangement, Gradients, Packed
 from secateur.formats.kernels import blocks
 from secateur.formats.kernels.blocks import Lines
 
@@ -75,3 +75,18 @@ def linear(
 ) -> Float[Tensor, "tokens out"]:
     """`x @ weight.T + bias`, from the stored blocks alone, summed in float32 and rounded once."""
     return blocks.multiply(x, packed["values"], rows(packed), bias)
+
+
+def input_gradient(grad: Float[Tensor, "tokens out"], packed: Packed) -> Float[Tensor, "tokens in"]:
+    """`grad @ weight`, from the stored blocks alone."""
+    return blocks.multiply(grad, packed["values"], columns(packed), None)
+
+
+def values_gradient(
+    grad: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"], packed: Packed
+) -> Float[Tensor, "blocks rows cols"]:
+    """The blocks of `grad.T @ x` that are stored, and no others."""
+    return blocks.sampled(grad, x, rows(packed), packed["values"])
+
+
+GRADIENTS = Gradients(input_gradient, values_gradient)
