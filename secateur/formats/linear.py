@@ -34,6 +34,7 @@ PROBED_TOKENS = tuple(2**power for power in range(17))
 
 Table = tuple[tuple[str, int | None], ...]
 REFERENCE: Table = (("reference", None),)
+VALUES = "values"  # every format stores a tensor of this name
 
 DESCRIBED: dict[str, type] = {
     "format": str,
@@ -52,7 +53,7 @@ class SparseLinear(nn.Linear):
     it read it, from which what is stored is restored bit for bit whenever it is asked for, by
     `state_dict`, a save, a move or a cast. These tensors are buffers under their own names, the
     bias an ordinary parameter. The weight is frozen; gradients flow to the input and the bias, so
-    adapters can be trained on top of it.
+    adapters can be trained on top of it. After `unfreeze_` its `values` are a parameter, too.
 
     `.to(dtype)` casts the values as it would cast a dense weight, or the scales of a quantised one;
     indices and codes keep their type. After `.to` another dtype or device, and after
@@ -92,9 +93,7 @@ class SparseLinear(nn.Linear):
 
     @property
     def device(self) -> torch.device:
-        buffer = self._buffers[self._names[0]]
-        assert buffer is not None
-        return buffer.device
+        return self._tensor(self._names[0]).device
 
     @property
     def held(self) -> Packed:
@@ -175,6 +174,32 @@ class SparseLinear(nn.Linear):
         """The name of the implementation that serves so many tokens."""
         return serving(self.dispatch, self.format, tokens).name
 
+    @property
+    def trains(self) -> bool:
+        """Whether the weight is trained: `values` is a parameter."""
+        return VALUES in self._parameters
+
+    def unfreeze_(self) -> "SparseLinear":
+        """Make `values` a parameter, so that an optimizer of `parameters()` trains what is kept.
+
+        What is zero and not stored stays zero. From now on only implementations run that read
+        `values`; those with gradients of their own make nothing dense.
+
+        Raises: ValueError for a format that rounds: its values are codes.
+        """
+        if not self.format.is_exact:
+            raise ValueError(
+                f"{self._title()} needs an exact format to train its weight, got {self.format}: "
+                "call unpack_(model), train it under hold(...), and pack_ it again"
+            )
+        if not self.trains:
+            self.use(REFERENCE)
+            tensors = self._held()
+            values = nn.Parameter(tensors[VALUES].detach())
+            self._hold({**tensors, VALUES: values})
+            self.use(self._default())
+        return self
+
     def lie_in(self, name: str, place: Tensor) -> None:
         """Hold the tensor of this name in `place` from now on, which has the same numbers.
 
@@ -227,7 +252,7 @@ class SparseLinear(nn.Linear):
             )
         bias, activation = self.bias, self.activation
         if activation and torch.is_grad_enabled():
-            if input.requires_grad or (bias is not None and bias.requires_grad):
+            if input.requires_grad or any(p.requires_grad for p in self.parameters()):
                 activation = ""  # the operator has gradients of the linear alone
         result: Tensor = linear_operator(self._operators)(
             input, *self._parts(), bias, *(*self.shape, self.dispatch, activation)
@@ -246,40 +271,55 @@ class SparseLinear(nn.Linear):
 
     def _held(self) -> dict[str, Tensor]:
         """The tensors of the weight by name: those that are stored first."""
-        return {name: self._buffers[name] for name in self._names}  # type: ignore[misc]
+        return {name: self._tensor(name) for name in self._names}
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor | None = self._parameters.get(name)
+        tensor = self._buffers[name] if tensor is None else tensor
+        assert tensor is not None
+        return tensor
 
     def _hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Hold these tensors of the weight and no others."""
         for name in getattr(self, "_names", ()):
-            del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
+            delattr(self, name)
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=name in self.format.tensors)
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor, persistent=name in self.format.tensors)
         self._names = tuple(tensors)
 
     def _parts(self) -> tuple[Any, ...]:
         """What is held, as operators take it: each stored tensor or None, the others or None."""
         stored = self.format.tensors
-        arranged = [self._buffers[name] for name in self._names if name not in stored]
-        return *(self._buffers.get(name) for name in stored), arranged or None
+        held = self._held()
+        arranged = [tensor for name, tensor in held.items() if name not in stored]
+        return *(held.get(name) for name in stored), arranged or None
 
     def _default(self) -> Table:
         """For each number of tokens, the first implementation that can run it from one copy.
 
         What holds a copy beside the weight is for a table, or `accelerate_`, to choose.
         """
-        held, rows = self.held, list[tuple[str, int | None]]()
+        rows = list[tuple[str, int | None]]()
         for tokens in PROBED_TOKENS:
             name = next(
                 implementation.name
                 for implementation in self.format.implementations
                 if (implementation.restores or implementation.arrangement is None)
-                and implementation.why_not(held, tokens) is None
+                and self._why_not(implementation, tokens) is None
             )
             if rows and rows[-1][0] == name:
                 rows.pop()
             rows.append((name, tokens))
         return (*rows[:-1], (rows[-1][0], None))
+
+    def _why_not(self, implementation: Implementation, tokens: int) -> str | None:
+        """Why it cannot run this layer as it is, or None."""
+        if self.trains and VALUES not in implementation.reads(self.format):
+            return f"it does not read {VALUES}, which are trained: pack the trained model again"
+        return implementation.why_not(self.held, tokens)
 
     def _validated(self, table: Table) -> tuple[Implementation, ...]:
         known = {entry.name: entry for entry in self.format.implementations}
@@ -298,7 +338,7 @@ class SparseLinear(nn.Linear):
                 raise ValueError(
                     f"{self.format} has no implementation {name!r}: it has {', '.join(known)}"
                 )
-            problem = known[name].why_not(self.held, limit or PROBED_TOKENS[-1])
+            problem = self._why_not(known[name], limit or PROBED_TOKENS[-1])
             if problem is not None:
                 raise ValueError(f"{self._title()} cannot run {name} here: {problem}")
         return tuple(known[name] for name, _ in table)
@@ -313,7 +353,8 @@ class SparseLinear(nn.Linear):
         """The state to pickle: what is arranged is for this device and release alone."""
         stored = self.packed.tensors
         others = {name: b for name, b in self._buffers.items() if name not in self._names}
-        changed = {"_buffers": {**others, **stored}, "_names": tuple(stored)}
+        buffers = {name: t for name, t in stored.items() if name not in self._parameters}
+        changed = {"_buffers": {**others, **buffers}, "_names": tuple(stored)}
         return {**self.__dict__, **changed, "_non_persistent_buffers_set": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
