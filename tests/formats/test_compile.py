@@ -277,6 +277,25 @@ def check_decode_on_a_gpu() -> None:
         assert torch.allclose(compiled, eager, rtol=2e-2, atol=2e-2)
 
 
+def check_blocks_on_a_gpu() -> None:
+    """The default compiler around a layer of blocks, whose weight trains."""
+    layer = sparse_linear("block:16x32", 128, 256, torch.bfloat16)
+    model = nn.Sequential(nn.LayerNorm(256, dtype=torch.bfloat16), layer, nn.GELU()).cuda()
+    layer.unfreeze_()
+    assert layer.dispatch == "decode<=64 prefill", layer.dispatch
+    compiled = torch.compile(model, fullgraph=True)
+    for tokens in (5, 300):
+        x = tokens_in(tokens, 256, dtype=torch.bfloat16).cuda()
+        with torch.no_grad():
+            assert torch.allclose(compiled(x), model(x), rtol=2e-2, atol=2e-2)
+        found, wanted = (
+            torch.autograd.grad(run(x).float().square().sum(), list(model.parameters()))
+            for run in (compiled, model)
+        )
+        for one, other in zip(found, wanted, strict=True):
+            assert float((one - other).norm()) <= 2e-2 * float(other.norm())
+
+
 def check_dynamic_on_a_gpu() -> None:
     """By whatever runs so many tokens here, with the activation behind it; the bits of eager."""
     for format in DYNAMIC:
@@ -349,6 +368,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         check_onnx_is_refused,
         check_inductor,
         check_decode_on_a_gpu,
+        check_blocks_on_a_gpu,
         check_dynamic_on_a_gpu,
         check_aot_inductor_on_a_gpu,
         check_a_whole_llama_on_a_gpu,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.formats.compressed_rows import TENSORS, rows_of, starts_of
+from secateur.formats.compressed_rows import TENSORS, rows_of
 from secateur.formats.contract import Arrangement, Gradients, Packed
 from secateur.formats.kernels import blocks
 from secateur.formats.kernels.blocks import Lines
@@ -34,17 +34,20 @@ def why_not_few(packed: Packed, tokens: int) -> str | None:
 
 
 def arrange(packed: Packed) -> dict[str, Tensor]:
-    """The order of the rows of blocks, and where the blocks of each column of blocks are."""
-    crow, col = packed["crow_indices"], packed["col_indices"]
-    places = col.argsort(stable=True)
-    starts = starts_of(col, packed.shape[1] // packed["values"].shape[2])
-    return {
-        "row_order": blocks.fullest_first(crow),
-        "column_starts": starts,
-        "column_rows": rows_of(crow, len(col))[places],
-        "column_places": places.to(torch.int32),
-        "column_order": blocks.fullest_first(starts),
-    }
+    """The lines of rows of blocks, and those of columns of blocks for the gradient of the input."""
+    stored, rows, cols = packed["values"].shape
+    at = rows_of(packed["crow_indices"], stored).long(), packed["col_indices"].long()
+    size, like = (packed.shape[0] // rows, packed.shape[1] // cols), at[0].to(torch.int32)
+    numbers = like.new_full(size, -1)
+    numbers[at] = torch.arange(stored, dtype=like.dtype, device=like.device)
+    result = dict[str, Tensor]()
+    for names, lines in (
+        (ROWS, blocks.lines_of(numbers, rows)),
+        (COLUMNS, blocks.lines_of(numbers.t(), cols)),
+    ):
+        parts = lines.starts, lines.across, lines.places, lines.members
+        result |= dict(zip(names, parts, strict=True))
+    return result
 
 
 def restore(packed: Packed) -> dict[str, Tensor]:
@@ -52,21 +55,13 @@ def restore(packed: Packed) -> dict[str, Tensor]:
     return {name: packed[name] for name in TENSORS}
 
 
-BY_LINE = Arrangement(
-    (*TENSORS, "row_order", "column_starts", "column_rows", "column_places", "column_order"),
-    arrange,
-    restore,
-)
+ROWS = ("row_starts", "row_columns", "row_places", "row_members")
+COLUMNS = ("column_starts", "column_rows", "column_places", "column_members")
+BY_LINE = Arrangement((*TENSORS, *ROWS, *COLUMNS), arrange, restore)
 
 
-def rows(packed: Packed) -> Lines:
-    """The rows of blocks of an arranged weight."""
-    return Lines(packed["crow_indices"], packed["col_indices"], None, packed["row_order"])
-
-
-def columns(packed: Packed) -> Lines:
-    """The columns of blocks of an arranged weight."""
-    names = "column_starts", "column_rows", "column_places", "column_order"
+def lines(packed: Packed, names: tuple[str, ...]) -> Lines:
+    """The lines of an arranged weight: `ROWS` or `COLUMNS`."""
     return Lines(*(packed[name] for name in names))
 
 
@@ -74,19 +69,19 @@ def linear(
     x: Float[Tensor, "tokens in"], packed: Packed, bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "tokens out"]:
     """`x @ weight.T + bias`, from the stored blocks alone, summed in float32 and rounded once."""
-    return blocks.multiply(x, packed["values"], rows(packed), bias)
+    return blocks.multiply(x, packed["values"], lines(packed, ROWS), False, bias)
 
 
 def input_gradient(grad: Float[Tensor, "tokens out"], packed: Packed) -> Float[Tensor, "tokens in"]:
     """`grad @ weight`, from the stored blocks alone."""
-    return blocks.multiply(grad, packed["values"], columns(packed), None)
+    return blocks.multiply(grad, packed["values"], lines(packed, COLUMNS), True, None)
 
 
 def values_gradient(
     grad: Float[Tensor, "tokens out"], x: Float[Tensor, "tokens in"], packed: Packed
 ) -> Float[Tensor, "blocks rows cols"]:
     """The blocks of `grad.T @ x` that are stored, and no others."""
-    return blocks.sampled(grad, x, rows(packed), packed["values"])
+    return blocks.sampled(grad, x, *(packed[name] for name in (*TENSORS[1:], TENSORS[0])))
 
 
 GRADIENTS = Gradients(input_gradient, values_gradient)

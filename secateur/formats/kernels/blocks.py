@@ -10,29 +10,31 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from secateur.formats.kernels.gpu import on, why_not_16_bits, why_not_capability
 
 STEP = 16  # the least depth of a tensor core's product: sides of blocks are multiples
+JOINED_SIDE = 128  # rows of a tile: fewer join, and share what is read
 PROCESSORS = 132  # of an H200; another GPU's are asked for
 ADDED = 1024  # sums of a program of `add_parts`
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Where kept blocks are along one side of a weight: by rows of blocks, or by columns.
+    """Rows of blocks of a weight, or columns of blocks of its transpose, some joined to a line.
 
-    Line `i` has the blocks `starts[i]..starts[i + 1]`; `across` is where each lies in its line, and
-    `places` which of the stored blocks it is, None where they are stored in this order. `order`
-    takes the fullest lines first, so that none of them is left for the end.
+    Joined are those that have blocks at the same places, so that inputs read for one serve others.
+    Line `i` has the entries `starts[i]..starts[i + 1]`, where any of its `members` has a block:
+    `across` is the place along the line, and `places` which of the stored blocks each member has
+    there, -1 for none. The fullest lines come first, so that none of them is left for the end.
     """
 
     starts: Int32[Tensor, " lines_and_1"]
-    across: Int32[Tensor, " blocks"]
-    places: Int32[Tensor, " blocks"] | None
-    order: Int32[Tensor, " lines"]
+    across: Int32[Tensor, " entries"]
+    places: Int32[Tensor, "entries joined"]
+    members: Int32[Tensor, "lines joined"]
 
 
 @dataclass(frozen=True)
@@ -64,56 +66,93 @@ def why_not(block: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     return why_not_capability("block on a GPU", device, (8, 0), "it stays dense")
 
 
-def fullest_first(starts: Int32[Tensor, " lines_and_1"]) -> Int32[Tensor, " lines"]:
-    """The lines from that with the most blocks to that with the fewest; ties by number."""
-    return starts.diff().argsort(descending=True, stable=True).to(torch.int32)
+def lines_of(
+    numbers: Int32[Tensor, "rows columns"], side: int, joined_side: int = JOINED_SIDE
+) -> Lines:
+    """The lines of rows of blocks of this side; `numbers` are those of stored blocks, -1 for none.
+
+    Rows join until a line has `joined_side` rows of the weight, if sides and their number allow it.
+
+    Cost: the square of the number of rows, some milliseconds, on the CPU.
+    """
+    keep = (numbers >= 0).cpu()
+    lines = [[row] for row in range(len(keep))]
+    while 2 * len(lines[0]) * side <= joined_side and side & -side == side and len(lines) % 2 == 0:
+        lines = _paired(lines, keep)
+    met = torch.stack([keep[line].any(0) for line in lines])
+    order = met.sum(1).argsort(descending=True, stable=True)
+    members = torch.tensor(lines)[order].to(numbers.device)
+    line, across = met[order].nonzero(as_tuple=True)
+    starts = torch.zeros(len(lines) + 1, dtype=torch.int32, device="cpu")
+    starts[1:] = met[order].sum(1).cumsum(0)
+    line, across = line.to(numbers.device), across.to(numbers.device)
+    return Lines(
+        starts.to(numbers.device),
+        across.to(torch.int32),
+        numbers[members[line], across[:, None]].contiguous(),
+        members.to(torch.int32),
+    )
 
 
-def config_for(block: tuple[int, int], lines: int, tokens: int, processors: int) -> Config:
-    """The tile sizes for blocks of this size in so many lines, and this number of tokens."""
-    rows, _ = block
-    tile_rows = min(128, rows & -rows)
+def _paired(lines: list[list[int]], keep: Bool[Tensor, "rows columns"]) -> list[list[int]]:
+    """Pairs of lines that meet at most places: the fullest takes the one that is most like it."""
+    met = torch.stack([keep[line].any(0) for line in lines]).float()
+    alike, pairs = met @ met.t(), list[list[int]]()
+    for one in met.sum(1).argsort(descending=True, stable=True).tolist():
+        if alike[one, one] < 0:
+            continue  # it is taken
+        alike[:, one] = -1
+        other = int(alike[one].argmax())
+        alike[:, other] = -1
+        pairs.append(lines[one] + lines[other])
+    return pairs
+
+
+def config_for(block: tuple[int, int], lines: Lines, tokens: int, processors: int) -> Config:
+    """The tile sizes for blocks of this size in these lines, and this number of tokens."""
+    (rows, cols), (count, joined) = block, lines.members.shape
+    tile_rows = joined * rows if joined > 1 else min(128, rows & -rows)
+    tile_k = min(64, cols & -cols) if joined > 1 else 64
     if tokens <= 64:
         tile_tokens = max(16, 1 << (tokens - 1).bit_length())
-        programs = lines * (rows // tile_rows)
+        programs = count * (joined * rows // tile_rows)
         splits = max(1, min(8, 1 << (4 * processors // max(1, programs)).bit_length() >> 1))
-        return Config(tile_rows, tile_tokens, 64, 4, 4, splits=splits)
-    tokens_first = tile_rows < 64
-    return Config(tile_rows, 128, 64, 4, 3, group=8, tokens_first=tokens_first)
+        return Config(tile_rows, tile_tokens, tile_k, 4, 4, splits=splits)
+    return Config(tile_rows, 128, tile_k, 4, 3, group=8, tokens_first=tile_rows < 64)
 
 
 def multiply(
     x: Float[Tensor, "tokens width"],
     values: Float[Tensor, "blocks rows cols"],
     lines: Lines,
+    is_transposed: bool,
     bias: Float[Tensor, " out"] | None,
     config: Config | None = None,
 ) -> Float[Tensor, "tokens out"]:
-    """`x @ W.T + bias` for the W of these blocks; `x @ W` for lines that have places.
+    """`x @ W.T + bias`, W in these lines of blocks; `x @ W` where they are columns of W's.
 
     Sums are float32, rounded once to x's dtype. The same bits every time.
 
-    Cost: reads kept blocks once for every tile of tokens, and a tile of x once for every kept block
-        of a row; with `splits`, writes and reads that many float32 results.
+    Cost: reads a weight's blocks once for every tile of tokens, and a tile of x once for every
+        entry of a line; with `splits`, writes and reads that many float32 results.
     """
     from secateur.formats.kernels.blocks_kernels import multiply_blocks
 
-    is_transposed = lines.places is not None
     rows, cols = values.shape[:0:-1] if is_transposed else values.shape[1:]
-    count, (tokens, width) = len(lines.order), x.shape
-    config = config or config_for((rows, cols), count, tokens, _processors(x.device))
-    x, out = x.contiguous(), count * rows
-    row_tiles, splits = count * (rows // config.tile_rows), config.splits
+    (count, joined), (tokens, width) = lines.members.shape, x.shape
+    config = config or config_for((rows, cols), lines, tokens, _processors(x.device))
+    x, out, splits = x.contiguous(), count * joined * rows, config.splits
+    row_tiles = count * (joined * rows // config.tile_rows)
     result = x.new_empty(tokens, out)
     parts = result if splits == 1 else x.new_empty(splits, tokens, out, dtype=torch.float32)
     programs = row_tiles * -(-tokens // config.tile_tokens)
     with on(x.device):
         multiply_blocks[(programs, splits)](
-            *(x, values, lines.starts, lines.across),
-            *(lines.across if lines.places is None else lines.places, lines.order),
+            *(x, values, lines.starts, lines.across, lines.places, lines.members),
             *(x if bias is None else bias, parts, tokens, width, out, row_tiles),
             rows=rows,
             cols=cols,
+            joined=joined,
             is_transposed=is_transposed,
             has_bias=bias is not None and splits == 1,
             splits=splits,
@@ -148,7 +187,8 @@ def _add(
 def sampled(
     grads: Float[Tensor, "tokens out"],
     x: Float[Tensor, "tokens width"],
-    lines: Lines,
+    starts: Int32[Tensor, " rows_and_1"],
+    columns: Int32[Tensor, " blocks"],
     values: Float[Tensor, "blocks rows cols"],
 ) -> Float[Tensor, "blocks rows cols"]:
     """The gradient of the kept blocks: `grads.T @ x` where a block is, summed in float32."""
@@ -158,11 +198,11 @@ def sampled(
     tile_rows = min(64, rows & -rows)
     tile_cols = 256 if tile_rows == 64 else 128
     grads, x, result = grads.contiguous(), x.contiguous(), torch.empty_like(values)
-    row_tiles = len(lines.order) * (rows // tile_rows)
+    row_tiles = (len(starts) - 1) * (rows // tile_rows)
     spans = max(1, min(16, 8 * _processors(x.device) // max(1, row_tiles)))
     with on(x.device):
         sample_products[(row_tiles * spans,)](
-            *(grads, x, lines.starts, lines.across, lines.order, result),
+            *(grads, x, starts, columns, result),
             *(len(x), grads.shape[1], x.shape[1], row_tiles),
             rows=rows,
             cols=cols,

@@ -33,26 +33,20 @@ def _place(tokens, row_tiles, tile_tokens: tl.constexpr, group: tl.constexpr):
 def _blocks_at(
     columns,
     places,
-    begin,
+    member,
+    entry,
     end,
-    at,
-    cols: tl.constexpr,
-    has_places: tl.constexpr,
-    tile_k: tl.constexpr,
+    joined: tl.constexpr,
 ):
-    """The column of blocks, and the stored block, of `tile_k` kept columns of a line from `at` on.
+    """The column of blocks of an entry, and which stored block it is for each row; none is -1.
 
-    One number where they are of one block, else one for each. Zeros behind the end.
+    Both are one number, or `entry` and so they are one for each of some columns.
     """
-    if cols % tile_k == 0:
-        entry = begin + at // cols
-    else:
-        entry = begin + (at + tl.arange(0, tile_k)) // cols
     column = tl.load(columns + entry, mask=entry < end, other=0)
-    if has_places:
-        place = tl.load(places + entry, mask=entry < end, other=0)
+    if joined > 1:
+        place = tl.load(places + entry * joined + member, mask=entry < end, other=-1)
     else:
-        place = entry
+        place = tl.load(places + entry, mask=entry < end, other=0)
     return column, place
 
 
@@ -64,7 +58,7 @@ def multiply_blocks(
     starts,
     columns,
     places,
-    order,
+    members,
     bias,
     result,
     tokens,
@@ -73,6 +67,7 @@ def multiply_blocks(
     row_tiles,
     rows: tl.constexpr,
     cols: tl.constexpr,
+    joined: tl.constexpr,
     is_transposed: tl.constexpr,
     has_bias: tl.constexpr,
     splits: tl.constexpr,
@@ -84,18 +79,20 @@ def multiply_blocks(
 ):
     """`result[tokens, out] = x[tokens, width] @ W.T + bias`, W in blocks of `rows` x `cols`.
 
-    Row of blocks `i` has the blocks `starts[i]..starts[i + 1]`, at `columns` of blocks; block `e`
-    is `values[e]`, or where the weight is transposed `values[places[e]].T`. Rows of blocks are
-    taken by `order`. The kept columns of a row of blocks are one axis, `tile_k` of it at a time: a
-    part of a block, or several blocks. With `splits` that axis is cut among as many programs, each
+    `joined` rows of blocks, `members` of a line, share the inputs that are read for any of them:
+    line `i` has the entries `starts[i]..starts[i + 1]`, at `columns` of blocks, and `places` says
+    for each member which of `values` it has there, -1 for none, which counts as zeros and is not
+    read. Where the weight is transposed blocks are `values[place].T`.
+
+    The columns of a line are one axis, `tile_k` of it at a time: a part of an entry, or of a line
+    of one member several entries. With `splits` that axis is cut among as many programs, each
     writing its sums to a part of its own, `result[split, tokens, out]`.
     """
     token_tile, row_tile = _place(tokens, row_tiles, tile_tokens, group)
-    tiles_a_block: tl.constexpr = rows // tile_rows
-    row = tl.load(order + row_tile // tiles_a_block)
-    first_row = row_tile % tiles_a_block * tile_rows
-    begin = tl.load(starts + row)
-    end = tl.load(starts + row + 1)
+    tiles_a_line: tl.constexpr = joined * rows // tile_rows
+    line = row_tile // tiles_a_line
+    begin = tl.load(starts + line)
+    end = tl.load(starts + line + 1)
     split = tl.program_id(1)
     if splits > 1:
         share = tl.cdiv(end - begin, splits)
@@ -104,31 +101,45 @@ def multiply_blocks(
 
     token = token_tile * tile_tokens + tl.arange(0, tile_tokens)
     inputs = x + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * width
-    row_in_block = first_row + tl.arange(0, tile_rows)
+    row = row_tile % tiles_a_line * tile_rows + tl.arange(0, tile_rows)
+    member, row_in_block = row // rows, row % rows
     k = tl.arange(0, tile_k)
+    if cols % tile_k == 0:
+        ahead = 0
+    else:
+        ahead = k
     if tokens_first:
         sums = tl.zeros([tile_tokens, tile_rows], dtype=tl.float32)
     else:
         sums = tl.zeros([tile_rows, tile_tokens], dtype=tl.float32)
     # Indices are read one step ahead: a load whose address waits for another is not pipelined.
-    column, place = _blocks_at(columns, places, begin, end, 0, cols, is_transposed, tile_k)
+    column, place = _blocks_at(columns, places, member, begin + ahead // cols, end, joined)
     for at in range(0, (end - begin) * cols, tile_k):
         inner = (at + k) % cols
         read = (column * cols + inner)[None, :]
-        if is_transposed:
-            weights = (place * (rows * cols) + inner * rows)[None, :] + row_in_block[:, None]
+        if joined > 1:
+            first = (place * (rows * cols))[:, None]
+        elif cols % tile_k == 0:
+            first = place * (rows * cols)
         else:
-            weights = (place * (rows * cols) + inner)[None, :] + row_in_block[:, None] * cols
+            first = (place * (rows * cols))[None, :]
+        if is_transposed:
+            weights = values + (first + (inner * rows)[None, :] + row_in_block[:, None])
+        else:
+            weights = values + (first + inner[None, :] + row_in_block[:, None] * cols)
         if cols % tile_k == 0:
             used = tl.load(inputs + read)
-            block = tl.load(values + weights)
         else:
             inside = (at + k < (end - begin) * cols)[None, :]
             used = tl.load(inputs + read, mask=inside, other=0.0)
-            block = tl.load(values + weights, mask=inside, other=0.0)
-        column, place = _blocks_at(
-            columns, places, begin, end, at + tile_k, cols, is_transposed, tile_k
-        )
+        if joined > 1:
+            block = tl.load(weights, mask=(place >= 0)[:, None], other=0.0)
+        elif cols % tile_k == 0:
+            block = tl.load(weights)
+        else:
+            block = tl.load(weights, mask=inside, other=0.0)
+        entry = begin + (at + tile_k + ahead) // cols
+        column, place = _blocks_at(columns, places, member, entry, end, joined)
         if tokens_first:
             sums = tl.dot(used, tl.trans(block), sums)
         else:
@@ -136,7 +147,7 @@ def multiply_blocks(
 
     if not tokens_first:
         sums = tl.trans(sums)
-    column = row * rows + row_in_block
+    column = tl.load(members + line * joined + member) * rows + row_in_block
     if has_bias:
         sums += tl.load(bias + column).to(tl.float32)[None, :]
     target = result + (split.to(tl.int64) * tokens + token)[:, None] * out + column[None, :]
@@ -173,7 +184,6 @@ def sample_products(
     x,
     starts,
     columns,
-    order,
     result,
     tokens,
     out,
@@ -195,7 +205,7 @@ def sample_products(
     row_tile = tl.program_id(0) // spans
     span = tl.program_id(0) % spans
     tiles_a_block: tl.constexpr = rows // tile_rows
-    row = tl.load(order + row_tile // tiles_a_block)
+    row = row_tile // tiles_a_block
     row_in_block = row_tile % tiles_a_block * tile_rows + tl.arange(0, tile_rows)
     begin = tl.load(starts + row)
     end = tl.load(starts + row + 1)

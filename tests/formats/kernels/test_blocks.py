@@ -25,11 +25,11 @@ from secateur.formats.kernels import blocks
 from secateur.formats.kernels.blocks import Config
 
 SIZES = ((16, 16), (32, 32), (64, 64), (128, 128), (32, 128), (128, 32), (48, 80), (64, 16))
-DOWN, ACROSS = 5, 6
+DOWN, ACROSS = 8, 6
 
 
 def weight_of(block: tuple[int, int], kept: str, dtype: torch.dtype, device: str) -> Packed:
-    """A weight of 5 by 6 blocks: some kept but a row and a column of them, or none, or all."""
+    """A weight of 8 by 6 blocks: some kept but a row and a column of them, or none, or all."""
     generator = torch.Generator().manual_seed(sum(block))
     keep = torch.rand(DOWN, ACROSS, generator=generator) < 0.5
     keep[2], keep[:, 3] = False, False
@@ -60,16 +60,16 @@ def check_products(packed: Packed, tokens: int, bias: bool, config: Config | Non
     offset = normal(out, seed=3, **like) if bias else None
     weight, wide, wide_grads = packed.dense().double(), x.double(), grads.double()
 
-    found = blocks.multiply(x, packed["values"], gpu.rows(packed), offset, config)
+    found = blocks.multiply(x, packed["values"], gpu.lines(packed, gpu.ROWS), False, offset, config)
     exact, magnitude = wide @ weight.T, wide.abs() @ weight.abs().T
     if offset is not None:
         exact, magnitude = exact + offset.double(), magnitude + offset.double().abs()
     hold(found, exact, magnitude, width + 1)
 
     if config is None:
-        found = blocks.multiply(grads, packed["values"], gpu.columns(packed), None)
+        found = blocks.multiply(grads, packed["values"], gpu.lines(packed, gpu.COLUMNS), True, None)
         hold(found, wide_grads @ weight, wide_grads.abs() @ weight.abs(), out)
-        found = blocks.sampled(grads, x, gpu.rows(packed), packed["values"])
+        found = gpu.values_gradient(grads, x, packed)
         both = wide_grads.T @ wide, wide_grads.abs().T @ wide.abs()
         hold(found, *(at_blocks(full, packed) for full in both), tokens)
 
@@ -87,10 +87,11 @@ def at_blocks(full: Tensor, packed: Packed) -> Tensor:
 
 
 CONFIGS = (
-    Config(64, 16, 64, 4, 3, splits=4),
-    Config(32, 32, 128, 4, 3, group=2, splits=2, tokens_first=True),
-    Config(16, 64, 32, 4, 2, group=3),
-    Config(64, 128, 16, 4, 2, tokens_first=True),
+    ((64, 64), Config(64, 16, 64, 4, 3, splits=4)),
+    ((64, 64), Config(16, 64, 32, 4, 2, group=3)),
+    ((32, 32), Config(128, 32, 16, 4, 3, group=2, splits=2, tokens_first=True)),
+    ((128, 128), Config(64, 32, 256, 4, 3, splits=2, tokens_first=True)),
+    ((128, 16), Config(64, 128, 64, 4, 2, group=4)),
 )
 
 
@@ -105,8 +106,8 @@ def check_all(device: str, dtypes: tuple[torch.dtype, ...]) -> None:
             packed = weight_of((64, 32), kept, dtype, device)
             for tokens in (3, 90):
                 check_products(packed, tokens, True, None)
-        for config in CONFIGS:
-            check_products(weight_of((64, 64), "some", dtype, device), 33, True, config)
+        for block, config in CONFIGS:
+            check_products(weight_of(block, "some", dtype, device), 33, True, config)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -126,19 +127,37 @@ def test_the_kernels_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("block", SIZES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 4096])
-@pytest.mark.parametrize("lines", [1, 64, 448, 2000])
-def test_tiles_divide_blocks(block: tuple[int, int], tokens: int, lines: int) -> None:
+@pytest.mark.parametrize("count", [1, 64, 448])
+def test_tiles_divide_lines(block: tuple[int, int], tokens: int, count: int) -> None:
+    lines = blocks.lines_of(torch.full((count, 3), -1, dtype=torch.int32), block[0])
     config = blocks.config_for(block, lines, tokens, 132)
-    assert block[0] % config.tile_rows == 0
+    joined = lines.members.shape[1]
+    assert joined * block[0] % config.tile_rows == 0
+    assert joined == 1 or block[1] % config.tile_k == 0
     assert config.tile_tokens >= min(tokens, 128) and config.tile_k >= blocks.STEP
     for size in (config.tile_rows, config.tile_tokens, config.tile_k):
         assert size & (size - 1) == 0, "Triton has tiles of powers of two"
     assert config.splits == 1 or tokens <= 64
 
 
-def test_the_fullest_line_comes_first() -> None:
-    starts = torch.tensor([0, 2, 2, 5, 7], dtype=torch.int32)
-    assert blocks.fullest_first(starts).tolist() == [2, 0, 3, 1]
+NUMBERS = torch.tensor([[0, -1, -1, 1], [-1, 2, -1, -1], [-1, -1, -1, -1], [3, 4, -1, 5]])
+
+
+def test_rows_that_are_alike_are_joined_and_the_fullest_come_first() -> None:
+    lines = blocks.lines_of(NUMBERS.int(), 64)
+    assert lines.members.tolist() == [[3, 0], [1, 2]]
+    assert lines.starts.tolist() == [0, 3, 4]
+    assert lines.across.tolist() == [0, 1, 3, 1]
+    assert lines.places.tolist() == [[3, 0], [4, -1], [5, 1], [2, -1]]
+    assert blocks.lines_of(NUMBERS.int(), 32).members.tolist() == [[3, 0, 1, 2]]
+
+
+def test_rows_of_blocks_as_large_as_a_tile_stay_alone() -> None:
+    lines = blocks.lines_of(NUMBERS.int(), 128)
+    assert lines.members.tolist() == [[3], [0], [1], [2]]
+    assert lines.starts.tolist() == [0, 3, 5, 6, 6]
+    assert lines.places.tolist() == [[3], [4], [5], [0], [1], [2]]
+    assert blocks.lines_of(NUMBERS[:3].int(), 16).members.shape == (3, 1), "an odd number"
 
 
 def let_the_interpreter_read_numbers() -> None:
