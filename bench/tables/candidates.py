@@ -1,9 +1,26 @@
 """What the tables of decode and prefill share: rows of one candidate at one layer and tokens."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from bench.lib.results import Row, Rows
+from bench.lib.results import Row, Rows, every
 from bench.tables.markdown import vs_cublas
+
+
+def latest(results: Path, bench: str) -> list[list[Row]]:
+    """For each device, the row of every layer, number of tokens and candidate of its last run.
+
+    A run of all takes longer than a device may be had for. Each ratio is to dense of its own run.
+    """
+    devices: dict[str, dict[tuple[str, str, str], Row]] = {}
+    for rows in every(results, bench):
+        run = {(row["layer"], row["tokens"], row["candidate"]): row for row in rows}
+        devices.setdefault(rows[0]["device"], {}).update(run)
+    return [sorted(cases.values(), key=_order) for cases in devices.values()]
+
+
+def _order(row: Row) -> tuple[str, int]:
+    return row["layer"], int(row["tokens"])
 
 
 def lines_of(rows: Rows, names: Sequence[str], cell: Callable[[Row], str]) -> list[list[str]]:

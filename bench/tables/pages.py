@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.tables.accuracy import accuracy_all
 from bench.tables.allocation import allocation, budget
+from bench.tables.blocks import blocks
 from bench.tables.bytes import bytes_
 from bench.tables.costs import announced, cost, seconds
 from bench.tables.cuts import cuts, cuts_short
@@ -33,6 +34,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy-short": accuracy_short,
     "allocation": allocation,
     "announced": announced,
+    "blocks": blocks,
     "budget": budget,
     "bytes": bytes_,
     "cost": cost,

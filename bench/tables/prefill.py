@@ -4,8 +4,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.lib.results import Row, every
-from bench.tables.candidates import candidates, layers, lines_of, quartiles, ratios_of
+from bench.lib.results import Row
+from bench.tables.candidates import (
+    candidates,
+    latest,
+    layers,
+    lines_of,
+    quartiles,
+    ratios_of,
+)
 from bench.tables.markdown import page, tokens, vs_cublas
 
 ACCELERATE = "accelerate_"
@@ -20,28 +27,12 @@ SHORT = (
 
 def prefill(results: Path) -> str:
     """For each device, a row a layer and number of tokens and a column a candidate, losers too."""
-    return "\n".join(map(_table, latest(results)))
+    return "\n".join(map(_table, latest(results, "prefill")))
 
 
 def prefill_short(results: Path) -> str:
     """For each device, ratios to dense: a row a candidate, a column a number of tokens."""
-    return "\n".join(map(_short_table, latest(results)))
-
-
-def latest(results: Path) -> list[list[Row]]:
-    """For each device, the row of every layer, number of tokens and candidate of its last run.
-
-    A run of all takes longer than a device may be had for. Each ratio is to dense of its own run.
-    """
-    devices: dict[str, dict[tuple[str, str, str], Row]] = {}
-    for rows in every(results, "prefill"):
-        run = {(row["layer"], row["tokens"], row["candidate"]): row for row in rows}
-        devices.setdefault(rows[0]["device"], {}).update(run)
-    return [sorted(cases.values(), key=_order) for cases in devices.values()]
-
-
-def _order(row: Row) -> tuple[str, int]:
-    return row["layer"], int(row["tokens"])
+    return "\n".join(map(_short_table, latest(results, "prefill")))
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 from bench.lib.paper import PAPER
 from bench.lib.results import Row, newest
 from bench.tables.accuracy import latest, table
+from bench.tables.candidates import latest as latest_of
 from bench.tables.markdown import page, runs, vs_cublas
-from bench.tables.prefill import latest as latest_prefill
 
 METHODS = ("dense", "magnitude", PAPER, "blockwise(alps)", "thorough")
 PATTERNS = ("2:4", "unstructured:0.5@layer")
@@ -67,5 +67,5 @@ def speeds(results: Path) -> dict[str, dict[int, Row]]:
 
 def _rows(results: Path) -> tuple[list[Row], list[Row]]:
     """The layer's rows at few tokens and at many."""
-    few, many = newest(results, "decode")[-1], latest_prefill(results)[-1]
+    few, many = newest(results, "decode")[-1], latest_of(results, "prefill")[-1]
     return [row for row in few if row["layer"] == LAYER], [r for r in many if r["layer"] == LAYER]

@@ -23,6 +23,7 @@ there are none: AOTInductor loses an empty list on the way to an operator.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -180,7 +181,9 @@ def _define(name: str, stored: tuple[str, ...]) -> None:
         f"{name}_unpack({weight}, {sizes}, ScalarType dtype) -> Tensor", run_unpack, fake_unpack
     )
     gradients = _define_gradients(name, f"{weight}, {sizes}", held, count)
-    _differentiate(linear, *gradients, count, stored.index("values"))
+    three = _Three(linear, *gradients, count, stored.index("values"))
+    _differentiate_linear(three)
+    _differentiate_gradients(three)
 
 
 def _define_gradients(
@@ -237,75 +240,92 @@ def _run(packed: Packed, x: Tensor, bias: Tensor | None, dispatch: str, activati
     return ACTIVATIONS[activation](result) if activation else result
 
 
-def _differentiate(
-    linear: OpOverload, input_grad: OpOverload, values_grad: OpOverload, count: int, at: int
-) -> None:
-    """Make each of the three the derivative of the others; `values` is stored tensor `at`."""
+@dataclass(frozen=True)
+class _Three:
+    """A format's linear and its gradients, whose weight has `count` stored tensors, `at` values."""
 
-    def save(ctx: Any, tensors: tuple[Tensor, ...], weight: tuple[Any, ...]) -> None:
+    linear: OpOverload
+    input_grad: OpOverload
+    values_grad: OpOverload
+    count: int
+    at: int
+
+    def save(self, ctx: Any, tensors: tuple[Tensor, ...], weight: Sequence[Any]) -> None:
+        """Keep these tensors and the weight for the backward pass."""
         *stored, arranged, out_features, in_features, dispatch = weight
         ctx.save_for_backward(*tensors, *stored, *(arranged or ()))
         ctx.sizes = out_features, in_features, dispatch
 
-    def saved(ctx: Any, first: int, values: Tensor | None = None) -> tuple[Any, ...]:
-        """The weight as operators take it, with other `values` if some are given."""
-        stored = list(ctx.saved_tensors[first : first + count])
-        stored[at] = stored[at] if values is None else values
-        return *stored, ctx.saved_tensors[first + count :] or None, *ctx.sizes
+    def saved(self, ctx: Any, first: int, values: Tensor | None = None) -> tuple[Any, ...]:
+        """The weight as operators take it, behind `first` tensors; with other `values` if given."""
+        stored = list(ctx.saved_tensors[first : first + self.count])
+        stored[self.at] = stored[self.at] if values is None else values
+        return *stored, ctx.saved_tensors[first + self.count :] or None, *ctx.sizes
 
-    def of_weight(values: Tensor | None, weight: tuple[Any, ...]) -> tuple[Any, ...]:
-        none: list[Any] = [None] * count
-        none[at] = values
-        return *none, [None] * len(weight[count] or ()) or None
+    def run_linear(self, x: Tensor, weight: Sequence[Any]) -> Tensor:
+        """The linear without a bias."""
+        held, sizes = weight[: self.count + 1], weight[self.count + 1 :]
+        result: Tensor = self.linear(x, *held, None, *sizes, "")
+        return result
 
-    def setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def of_weight(self, values: Tensor | None, weight: Sequence[Any]) -> tuple[Any, ...]:
+        """The gradients of the weight's tensors, all of them None but that of values."""
+        none: list[Any] = [None] * self.count
+        none[self.at] = values
+        return *none, [None] * len(weight[self.count] or ()) or None
+
+
+def _differentiate_linear(three: _Three) -> None:
+    count, at = three.count, three.at
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, *weight, activation = inputs
         del weight[count + 1]  # the bias
         if activation:
             raise ValueError(
-                f"{linear} has no gradients through {activation!r}: call it without activation, "
-                "and the activation after it"
+                f"{three.linear} has no gradients through {activation!r}: call it without "
+                "activation, and the activation after it"
             )
-        trains = ctx.needs_input_grad[1 + at]
-        save(ctx, (x,) if trains else (), tuple(weight))
+        three.save(ctx, (x,) if ctx.needs_input_grad[1 + at] else (), weight)
 
-    def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad
-        weight = saved(ctx, int(needed[1 + at]))
-        x_grad = input_grad(grad, *weight) if needed[0] else None
-        values = values_grad(grad, ctx.saved_tensors[0], *weight) if needed[1 + at] else None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        needed, values = ctx.needs_input_grad, None
+        weight = three.saved(ctx, int(needed[1 + at]))
+        x = three.input_grad(grad, *weight) if needed[0] else None
+        if needed[1 + at]:
+            values = three.values_grad(grad, ctx.saved_tensors[0], *weight)
         bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needed[2 + count] else None
-        return x_grad, *of_weight(values, weight), bias, None, None, None, None
+        return x, *three.of_weight(values, weight), bias, None, None, None, None
 
-    def setup_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        save(ctx, inputs[:1], inputs[1:])
-
-    def input_grad_backward(ctx: Any, other: Tensor) -> tuple[Any, ...]:
-        grad, weight, needed = ctx.saved_tensors[0], saved(ctx, 1), ctx.needs_input_grad
-        of_grad = _without_bias(linear, count, other, weight) if needed[0] else None
-        values = values_grad(grad, other, *weight) if needed[1 + at] else None
-        return of_grad, *of_weight(values, weight), None, None, None
-
-    def setup_values_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        save(ctx, inputs[:2], inputs[2:])
-
-    def values_grad_backward(ctx: Any, other: Tensor) -> tuple[Any, ...]:
-        grad, x, *_ = ctx.saved_tensors
-        weight, needed = saved(ctx, 2, other), ctx.needs_input_grad
-        of_grad = _without_bias(linear, count, x, weight) if needed[0] else None
-        of_x = input_grad(grad, *weight) if needed[1] else None
-        return of_grad, of_x, *of_weight(None, weight), None, None, None
-
-    for operator_, backward, setup in (
-        (linear, linear_backward, setup_linear),
-        (input_grad, input_grad_backward, setup_input_grad),
-        (values_grad, values_grad_backward, setup_values_grad),
-    ):
-        torch.library.register_autograd(
-            operator_.name(), backward, setup_context=setup, lib=LIBRARY
-        )
+    _register_gradient(three.linear, setup, backward)
 
 
-def _without_bias(linear: OpOverload, count: int, x: Tensor, weight: tuple[Any, ...]) -> Tensor:
-    result: Tensor = linear(x, *weight[: count + 1], None, *weight[count + 1 :], "")
-    return result
+def _differentiate_gradients(three: _Three) -> None:
+    def setup_of_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        three.save(ctx, inputs[:1], inputs[1:])
+
+    def of_input(ctx: Any, other: Tensor) -> tuple[Any, ...]:
+        weight, needed, values = three.saved(ctx, 1), ctx.needs_input_grad, None
+        grad = three.run_linear(other, weight) if needed[0] else None
+        if needed[1 + three.at]:
+            values = three.values_grad(ctx.saved_tensors[0], other, *weight)
+        return grad, *three.of_weight(values, weight), None, None, None
+
+    def setup_of_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        three.save(ctx, inputs[:2], inputs[2:])
+
+    def of_values(ctx: Any, other: Tensor) -> tuple[Any, ...]:
+        (grad, x, *_), needed = ctx.saved_tensors, ctx.needs_input_grad
+        weight = three.saved(ctx, 2, other)
+        of_grad = three.run_linear(x, weight) if needed[0] else None
+        of_x = three.input_grad(grad, *weight) if needed[1] else None
+        return of_grad, of_x, *three.of_weight(None, weight), None, None, None
+
+    _register_gradient(three.input_grad, setup_of_input, of_input)
+    _register_gradient(three.values_grad, setup_of_values, of_values)
+
+
+def _register_gradient(
+    op: OpOverload, setup: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+) -> None:
+    torch.library.register_autograd(op.name(), backward, setup_context=setup, lib=LIBRARY)

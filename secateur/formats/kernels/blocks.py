@@ -81,7 +81,7 @@ def lines_of(
         lines = _paired(lines, keep)
     met = torch.stack([keep[line].any(0) for line in lines])
     order = met.sum(1).argsort(descending=True, stable=True)
-    members = torch.tensor(lines)[order].to(numbers.device)
+    members = torch.tensor(lines, device="cpu")[order].to(numbers.device)
     line, across = met[order].nonzero(as_tuple=True)
     starts = torch.zeros(len(lines) + 1, dtype=torch.int32, device="cpu")
     starts[1:] = met[order].sum(1).cumsum(0)

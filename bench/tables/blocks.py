@@ -1,0 +1,43 @@
+"""The table of weights in blocks on a GPU."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.lib.results import Row
+from bench.tables.candidates import latest, quartiles
+from bench.tables.markdown import page, vs_cublas, without_figure
+
+
+def blocks(results: Path) -> str:
+    """For each device, ratios to dense: a line a candidate and number of tokens, losers too."""
+    return "\n".join(map(_table, latest(results, "blocks")))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        layer, sparsity = row["layer"].split("@")
+        if row["candidate"] != row["baseline"]:
+            name, _, size = layer.rpartition(" block:")
+            key = name, size, row["tokens"], row["candidate"]
+            cells.setdefault(key, {})[sparsity] = vs_cublas(row)
+    sparsities = sorted({row["layer"].split("@")[1] for row in rows}, key=float)
+    lines = [
+        [*key, *(found.get(one, "-") for one in sparsities)]
+        for key, found in cells.items()
+        if set(found.values()) != {"-"}
+    ]
+    first = rows[0]
+    heads = ["layer", "block", "tokens", "runs", *(f"{float(s):.0%} zero" for s in sparsities)]
+    runs = dict.fromkeys(
+        f"{row['date']}, commit {row['commit']}, `{row['command']}`" for row in rows
+    )
+    origin = (
+        "Ratio to dense cuBLAS bf16, bold where it is faster; random weights and zero blocks, "
+        f"cold, with a bias, one CUDA graph, median; {first['device']}, driver {first['driver']}, "
+        f"torch {first['torch']}, {'; '.join(runs)}; {quartiles(rows)}"
+    )
+    timed = {row["candidate"] for row in rows if row["us"]}
+    never = [row for row in rows if row["candidate"] not in timed]
+    missing = without_figure([f"{row['candidate']}: {row['note']}" for row in never])
+    return page(heads, lines, origin, missing)
