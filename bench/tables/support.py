@@ -84,6 +84,8 @@ ROWS = (
     Row("torch.compile", "the same on a GPU, by its default compiler",
         f"{ON_GPU}[a_whole_llama_on_a_gpu]"),
     Row("torch.compile", "the decode kernels on a GPU", f"{ON_GPU}[decode_on_a_gpu]"),
+    Row("torch.compile", "layers of blocks on a GPU, and their training",
+        f"{ON_GPU}[blocks_on_a_gpu]", unrun="waits for a GPU"),
     Row("torch.export", "packed layers of every format, any number of tokens",
         f"{COMPILED}[export]"),
     Row("AOTInductor", "packed layers of every format, any number of tokens, on a CPU",

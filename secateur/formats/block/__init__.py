@@ -34,8 +34,8 @@ class Blocks(Format):
     name = "block"
     tensors = compressed_rows.TENSORS
     implementations = (
-        Implementation("decode", gpu.linear, gpu.why_not_few, gpu.BY_LINE, gradients=gpu.GRADIENTS),
-        Implementation("prefill", gpu.linear, gpu.why_not, gpu.BY_LINE, gradients=gpu.GRADIENTS),
+        gpu.DECODE,
+        gpu.PREFILL,
         Implementation("simd", simd.linear, simd.why_not, simd.BY_COLUMN),
         Implementation("cpu", cpu.linear, cpu.why_not, cpu.BLOCK_ROWS),
         REFERENCE,

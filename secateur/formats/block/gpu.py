@@ -11,11 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.formats.compressed_rows import TENSORS, rows_of
-from secateur.formats.contract import Arrangement, Gradients, Packed
+from secateur.formats.contract import Arrangement, Gradients, Implementation, Packed
 from secateur.formats.kernels import blocks
 from secateur.formats.kernels.blocks import Lines
-
-FEW_TOKENS = 64
 
 
 def why_not(packed: Packed, tokens: int) -> str | None:
@@ -28,8 +26,9 @@ def why_not_few(packed: Packed, tokens: int) -> str | None:
     """Why they cannot run it as what waits for weights, or None."""
     if (problem := why_not(packed, tokens)) is not None:
         return problem
-    if tokens > FEW_TOKENS:
-        return f"block decode needs at most {FEW_TOKENS} tokens, got {tokens}: prefill runs more"
+    if tokens > blocks.FEW_TOKENS:
+        most = blocks.FEW_TOKENS
+        return f"block decode needs at most {most} tokens, got {tokens}: prefill runs more"
     return None
 
 
@@ -40,11 +39,15 @@ def arrange(packed: Packed) -> dict[str, Tensor]:
     size, like = (packed.shape[0] // rows, packed.shape[1] // cols), at[0].to(torch.int32)
     numbers = like.new_full(size, -1)
     numbers[at] = torch.arange(stored, dtype=like.dtype, device=like.device)
+    made: dict[tuple[str, ...], Lines] = {
+        ROWS: blocks.lines_of(numbers, rows),
+        COLUMNS: blocks.lines_of(numbers.t(), cols),
+    }
+    made[WIDE_ROWS] = made[ROWS]
+    if stored > blocks.DENSE * numbers.numel():
+        made[WIDE_ROWS] = blocks.lines_of(numbers, rows, blocks.DENSE_JOINED_SIDE)
     result = dict[str, Tensor]()
-    for names, lines in (
-        (ROWS, blocks.lines_of(numbers, rows)),
-        (COLUMNS, blocks.lines_of(numbers.t(), cols)),
-    ):
+    for names, lines in made.items():
         parts = lines.starts, lines.across, lines.places, lines.members
         result |= dict(zip(names, parts, strict=True))
     return result
@@ -56,8 +59,10 @@ def restore(packed: Packed) -> dict[str, Tensor]:
 
 
 ROWS = ("row_starts", "row_columns", "row_places", "row_members")
+WIDE_ROWS = tuple(f"wide_{name}" for name in ROWS)  # those for many tokens
 COLUMNS = ("column_starts", "column_rows", "column_places", "column_members")
-BY_LINE = Arrangement((*TENSORS, *ROWS, *COLUMNS), arrange, restore)
+FOR_FEW = Arrangement((*TENSORS, *ROWS, *COLUMNS), arrange, restore)
+FOR_MANY = Arrangement((*TENSORS, *WIDE_ROWS, *COLUMNS), arrange, restore)
 
 
 def lines(packed: Packed, names: tuple[str, ...]) -> Lines:
@@ -65,11 +70,18 @@ def lines(packed: Packed, names: tuple[str, ...]) -> Lines:
     return Lines(*(packed[name] for name in names))
 
 
-def linear(
+def linear_of_few(
     x: Float[Tensor, "tokens in"], packed: Packed, bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "tokens out"]:
     """`x @ weight.T + bias`, from the stored blocks alone, summed in float32 and rounded once."""
     return blocks.multiply(x, packed["values"], lines(packed, ROWS), False, bias)
+
+
+def linear(
+    x: Float[Tensor, "tokens in"], packed: Packed, bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "tokens out"]:
+    """The same for more tokens, for which more rows of blocks may share what is read."""
+    return blocks.multiply(x, packed["values"], lines(packed, WIDE_ROWS), False, bias)
 
 
 def input_gradient(grad: Float[Tensor, "tokens out"], packed: Packed) -> Float[Tensor, "tokens in"]:
@@ -85,3 +97,5 @@ def values_gradient(
 
 
 GRADIENTS = Gradients(input_gradient, values_gradient)
+DECODE = Implementation("decode", linear_of_few, why_not_few, FOR_FEW, gradients=GRADIENTS)
+PREFILL = Implementation("prefill", linear, why_not, FOR_MANY, gradients=GRADIENTS)

@@ -14,9 +14,17 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from secateur.formats.kernels.gpu import on, why_not_16_bits, why_not_capability
+from secateur.formats.kernels.launch import readable
 
 STEP = 16  # the least depth of a tensor core's product: sides of blocks are multiples
-JOINED_SIDE = 128  # rows of a tile: fewer join, and share what is read
+JOINED_SIDE = 64  # rows of a tile: fewer join, and share what is read; so many does wgmma take
+DENSE_JOINED_SIDE = 128  # where more than this share of the blocks is there:
+DENSE = 0.3  # measured with two rows of 64: 0.5 gains, 0.2 does not
+BOXED = (64, 64)  # the size of blocks for which copies of boxes were measured, and gain
+FEW_TOKENS = 64
+MOST_SPLITS = 8
+BUSY = 1.5  # programs a processor from which splitting lines gains nothing; measured: 2 and 3.4
+SAMPLING = 13  # programs a processor that share the gradient of blocks; measured best of 3.4 to 27
 PROCESSORS = 132  # of an H200; another GPU's are asked for
 ADDED = 1024  # sums of a program of `add_parts`
 
@@ -49,6 +57,7 @@ class Config:
     group: int = 1
     splits: int = 1
     tokens_first: bool = False
+    boxes: bool = False
 
 
 def why_not(block: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -108,17 +117,30 @@ def _paired(lines: list[list[int]], keep: Bool[Tensor, "rows columns"]) -> list[
     return pairs
 
 
-def config_for(block: tuple[int, int], lines: Lines, tokens: int, processors: int) -> Config:
-    """The tile sizes for blocks of this size in these lines, and this number of tokens."""
+def config_for(
+    block: tuple[int, int], lines: Lines, tokens: int, processors: int, has_boxes: bool
+) -> Config:
+    """The tile sizes for blocks of this size in these lines, and this number of tokens.
+
+    Few tokens wait for weights: as many programs as keep the memory busy, and no more, since their
+    sums have to be added. More wait for inputs from the L2 cache. What was measured, and on what:
+    docs/log/2026-12-01-gpu-blocks.md.
+    """
     (rows, cols), (count, joined) = block, lines.members.shape
     tile_rows = joined * rows if joined > 1 else min(128, rows & -rows)
     tile_k = min(64, cols & -cols) if joined > 1 else 64
-    if tokens <= 64:
+    if tokens <= FEW_TOKENS:
         tile_tokens = max(16, 1 << (tokens - 1).bit_length())
-        programs = count * (joined * rows // tile_rows)
-        splits = max(1, min(8, 1 << (4 * processors // max(1, programs)).bit_length() >> 1))
+        programs, splits = count * (joined * rows // tile_rows), 1
+        while splits < MOST_SPLITS and splits * programs < BUSY * processors:
+            splits *= 2
         return Config(tile_rows, tile_tokens, tile_k, 4, 4, splits=splits)
-    return Config(tile_rows, 128, tile_k, 4, 3, group=8, tokens_first=tile_rows < 64)
+    if has_boxes and block == BOXED and joined == 1:
+        return Config(tile_rows, 128, cols, 4, 3, group=8, tokens_first=True, boxes=True)
+    if has_boxes and block == BOXED and joined == 2:
+        return Config(tile_rows, 256, cols, 8, 3, group=8, boxes=True)
+    warps, stages = 8 if tile_rows == 128 else 4, 3 if tile_k == 64 else 4
+    return Config(tile_rows, 128, tile_k, warps, stages, group=8, tokens_first=tile_rows < 64)
 
 
 def multiply(
@@ -136,37 +158,85 @@ def multiply(
     Cost: reads a weight's blocks once for every tile of tokens, and a tile of x once for every
         entry of a line; with `splits`, writes and reads that many float32 results.
     """
+    rows, cols = values.shape[:0:-1] if is_transposed else values.shape[1:]
+    if config is None:
+        has_boxes = _has_boxes(x.device) and len(values) > 0 and not is_transposed
+        config = config_for((rows, cols), lines, len(x), _processors(x.device), has_boxes)
+    count, joined = lines.members.shape
+    x, values = readable(x), readable(values)
+    result = x.new_empty(len(x), count * joined * rows)
+    with on(x.device):
+        if config.boxes:
+            _multiply_boxes(x, values, lines, bias, result, config)
+        elif config.splits == 1:
+            _multiply_blocks(x, values, lines, is_transposed, bias, result, config)
+        else:
+            parts = x.new_empty(config.splits, *result.shape, dtype=torch.float32)
+            _multiply_blocks(x, values, lines, is_transposed, None, parts, config)
+            _add(parts, bias, result)
+    return result
+
+
+def _multiply_blocks(
+    x: Float[Tensor, "tokens width"],
+    values: Float[Tensor, "blocks rows cols"],
+    lines: Lines,
+    is_transposed: bool,
+    bias: Float[Tensor, " out"] | None,
+    result: Float[Tensor, "*splits tokens out"],
+    config: Config,
+) -> None:
     from secateur.formats.kernels.blocks_kernels import multiply_blocks
 
     rows, cols = values.shape[:0:-1] if is_transposed else values.shape[1:]
-    (count, joined), (tokens, width) = lines.members.shape, x.shape
-    config = config or config_for((rows, cols), lines, tokens, _processors(x.device))
-    x, out, splits = x.contiguous(), count * joined * rows, config.splits
+    (count, joined), (tokens, width), out = lines.members.shape, x.shape, result.shape[-1]
     row_tiles = count * (joined * rows // config.tile_rows)
-    result = x.new_empty(tokens, out)
-    parts = result if splits == 1 else x.new_empty(splits, tokens, out, dtype=torch.float32)
-    programs = row_tiles * -(-tokens // config.tile_tokens)
-    with on(x.device):
-        multiply_blocks[(programs, splits)](
-            *(x, values, lines.starts, lines.across, lines.places, lines.members),
-            *(x if bias is None else bias, parts, tokens, width, out, row_tiles),
-            rows=rows,
-            cols=cols,
-            joined=joined,
-            is_transposed=is_transposed,
-            has_bias=bias is not None and splits == 1,
-            splits=splits,
-            tokens_first=config.tokens_first,
-            tile_rows=config.tile_rows,
-            tile_tokens=config.tile_tokens,
-            tile_k=config.tile_k,
-            group=config.group,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-        if splits > 1:
-            _add(parts, bias, result)
-    return result
+    multiply_blocks[(row_tiles * -(-tokens // config.tile_tokens), config.splits)](
+        *(x, values, lines.starts, lines.across, lines.places, lines.members),
+        *(x if bias is None else bias, result, tokens, width, out, row_tiles),
+        rows=rows,
+        cols=cols,
+        joined=joined,
+        is_transposed=is_transposed,
+        has_bias=bias is not None,
+        splits=config.splits,
+        tokens_first=config.tokens_first,
+        tile_rows=config.tile_rows,
+        tile_tokens=config.tile_tokens,
+        tile_k=config.tile_k,
+        group=config.group,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def _multiply_boxes(
+    x: Float[Tensor, "tokens width"],
+    values: Float[Tensor, "blocks rows cols"],
+    lines: Lines,
+    bias: Float[Tensor, " out"] | None,
+    result: Float[Tensor, "tokens out"],
+    config: Config,
+) -> None:
+    from secateur.formats.kernels.blocks_kernels import TensorDescriptor, multiply_boxes
+
+    _, rows, cols = values.shape
+    (count, joined), (tokens, out) = lines.members.shape, result.shape
+    multiply_boxes[(count * -(-tokens // config.tile_tokens),)](
+        TensorDescriptor.from_tensor(x, [config.tile_tokens, cols]),
+        TensorDescriptor.from_tensor(values.view(-1, cols), [rows, cols]),
+        *(lines.starts, lines.across, lines.places, lines.members),
+        *(x if bias is None else bias, result, tokens, out, count),
+        rows=rows,
+        cols=cols,
+        joined=joined,
+        has_bias=bias is not None,
+        tokens_first=config.tokens_first,
+        tile_tokens=config.tile_tokens,
+        group=config.group,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
 
 
 def _add(
@@ -195,25 +265,31 @@ def sampled(
     from secateur.formats.kernels.blocks_kernels import sample_products
 
     _, rows, cols = values.shape
-    tile_rows = min(64, rows & -rows)
-    tile_cols = 256 if tile_rows == 64 else 128
+    tile_rows, (tokens, width) = min(64, rows & -rows), x.shape
+    wide = tile_rows == 64 and _has_boxes(x.device)  # and so room for four stages of it
+    tile_cols, warps, stages = (256, 8, 4) if wide else (128, 4, 3)
     grads, x, result = grads.contiguous(), x.contiguous(), torch.empty_like(values)
     row_tiles = (len(starts) - 1) * (rows // tile_rows)
-    spans = max(1, min(16, 8 * _processors(x.device) // max(1, row_tiles)))
+    spans = -(-SAMPLING * _processors(x.device) // max(1, row_tiles))
+    spans = max(1, min(spans, -(-width // tile_cols)))
     with on(x.device):
         sample_products[(row_tiles * spans,)](
-            *(grads, x, starts, columns, result),
-            *(len(x), grads.shape[1], x.shape[1], row_tiles),
+            *(grads, x, starts, columns, result, tokens, grads.shape[1], width, row_tiles),
             rows=rows,
             cols=cols,
             tile_rows=tile_rows,
             tile_cols=tile_cols,
             tile_tokens=64,
             spans=spans,
-            num_warps=8,
-            num_stages=3,
+            num_warps=warps,
+            num_stages=stages,
         )
     return result
+
+
+def _has_boxes(device: torch.device) -> bool:
+    """Whether the GPU has Hopper's engine that copies boxes, and its shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _processors(device: torch.device) -> int:

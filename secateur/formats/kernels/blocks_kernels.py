@@ -8,6 +8,7 @@ from typing import no_type_check
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor as TensorDescriptor
 
 NUMBERS = ("tokens", "row_tiles")  # or 1 and multiples of 16 would be compiled anew
 
@@ -152,6 +153,90 @@ def multiply_blocks(
         sums += tl.load(bias + column).to(tl.float32)[None, :]
     target = result + (split.to(tl.int64) * tokens + token)[:, None] * out + column[None, :]
     tl.store(target, sums.to(result.dtype.element_ty), mask=(token < tokens)[:, None])
+
+
+@triton.jit
+@no_type_check
+def _store_rows(
+    sums, row, bias, result, token, tokens, out, rows: tl.constexpr, has_bias: tl.constexpr
+):
+    """The results of the tokens for a row of blocks."""
+    column = row * rows + tl.arange(0, rows)
+    if has_bias:
+        sums += tl.load(bias + column).to(tl.float32)[None, :]
+    target = result + token.to(tl.int64)[:, None] * out + column[None, :]
+    tl.store(target, sums.to(result.dtype.element_ty), mask=(token < tokens)[:, None])
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+@no_type_check
+def multiply_boxes(
+    x,
+    values,
+    starts,
+    columns,
+    places,
+    members,
+    bias,
+    result,
+    tokens,
+    out,
+    row_tiles,
+    rows: tl.constexpr,
+    cols: tl.constexpr,
+    joined: tl.constexpr,
+    has_bias: tl.constexpr,
+    tokens_first: tl.constexpr,
+    tile_tokens: tl.constexpr,
+    group: tl.constexpr,
+):
+    """What `multiply_blocks` is for lines of one or two members, by Hopper's engine for boxes.
+
+    `x` and `values` are descriptors, of boxes of `tile_tokens` x `cols` and of blocks. What lies
+    beyond a matrix is zeros and is not read: tokens behind the last, and block -1.
+    """
+    token_tile, line = _place(tokens, row_tiles, tile_tokens, group)
+    begin = tl.load(starts + line)
+    end = tl.load(starts + line + 1)
+    if tokens_first:
+        sums = tl.zeros([tile_tokens, rows], dtype=tl.float32)
+    else:
+        sums = tl.zeros([rows, tile_tokens], dtype=tl.float32)
+    others = sums
+    column = tl.load(columns + begin, mask=begin < end, other=0)
+    place = tl.load(places + joined * begin, mask=begin < end, other=0)
+    other_place = place
+    if joined > 1:
+        other_place = tl.load(places + joined * begin + 1, mask=begin < end, other=0)
+    for entry in range(begin, end):
+        used = x.load([token_tile * tile_tokens, column * cols])
+        block = values.load([place * rows, 0])
+        if tokens_first:
+            sums = tl.dot(used, tl.trans(block), sums)
+        else:
+            sums = tl.dot(block, tl.trans(used), sums)
+        if joined > 1:
+            block = values.load([other_place * rows, 0])
+            if tokens_first:
+                others = tl.dot(used, tl.trans(block), others)
+            else:
+                others = tl.dot(block, tl.trans(used), others)
+        more = entry + 1 < end
+        column = tl.load(columns + entry + 1, mask=more, other=0)
+        place = tl.load(places + joined * (entry + 1), mask=more, other=0)
+        if joined > 1:
+            other_place = tl.load(places + joined * (entry + 1) + 1, mask=more, other=0)
+
+    token = token_tile * tile_tokens + tl.arange(0, tile_tokens)
+    if not tokens_first:
+        sums = tl.trans(sums)
+    row = tl.load(members + joined * line)
+    _store_rows(sums, row, bias, result, token, tokens, out, rows, has_bias)
+    if joined > 1:
+        if not tokens_first:
+            others = tl.trans(others)
+        row = tl.load(members + joined * line + 1)
+        _store_rows(others, row, bias, result, token, tokens, out, rows, has_bias)
 
 
 @triton.jit(do_not_specialize=["size"])

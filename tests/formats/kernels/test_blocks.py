@@ -8,6 +8,7 @@ process.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,7 @@ def weight_of(block: tuple[int, int], kept: str, dtype: torch.dtype, device: str
     spread = keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     weight = torch.randn(spread.shape, generator=generator) * spread
     packed = Blocks(*block).pack(weight.to(dtype).to(device))
-    return next(e for e in packed.format.implementations if e.name == "prefill").arranged(packed)
+    return replace(packed, tensors={**packed.tensors, **gpu.arrange(packed)})
 
 
 def normal(*shape: int, dtype: torch.dtype, device: str, seed: int) -> Tensor:
@@ -60,11 +61,14 @@ def check_products(packed: Packed, tokens: int, bias: bool, config: Config | Non
     offset = normal(out, seed=3, **like) if bias else None
     weight, wide, wide_grads = packed.dense().double(), x.double(), grads.double()
 
-    found = blocks.multiply(x, packed["values"], gpu.lines(packed, gpu.ROWS), False, offset, config)
     exact, magnitude = wide @ weight.T, wide.abs() @ weight.abs().T
     if offset is not None:
         exact, magnitude = exact + offset.double(), magnitude + offset.double().abs()
-    hold(found, exact, magnitude, width + 1)
+    for names in (gpu.ROWS, gpu.WIDE_ROWS):
+        lines = gpu.lines(packed, names)
+        if config is None or config.tile_rows <= lines.members.shape[1] * packed["values"].shape[1]:
+            found = blocks.multiply(x, packed["values"], lines, False, offset, config)
+            hold(found, exact, magnitude, width + 1)
 
     if config is None:
         found = blocks.multiply(grads, packed["values"], gpu.lines(packed, gpu.COLUMNS), True, None)
@@ -88,6 +92,8 @@ def at_blocks(full: Tensor, packed: Packed) -> Tensor:
 
 CONFIGS = (
     ((64, 64), Config(64, 16, 64, 4, 3, splits=4)),
+    ((64, 64), Config(64, 64, 64, 4, 3, group=2, boxes=True)),
+    ((64, 64), Config(64, 32, 64, 4, 3, tokens_first=True, boxes=True)),
     ((64, 64), Config(16, 64, 32, 4, 2, group=3)),
     ((32, 32), Config(128, 32, 16, 4, 3, group=2, splits=2, tokens_first=True)),
     ((128, 128), Config(64, 32, 256, 4, 3, splits=2, tokens_first=True)),
@@ -128,9 +134,13 @@ def test_the_kernels_on_a_gpu() -> None:
 @pytest.mark.parametrize("block", SIZES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 4096])
 @pytest.mark.parametrize("count", [1, 64, 448])
-def test_tiles_divide_lines(block: tuple[int, int], tokens: int, count: int) -> None:
-    lines = blocks.lines_of(torch.full((count, 3), -1, dtype=torch.int32), block[0])
-    config = blocks.config_for(block, lines, tokens, 132)
+@pytest.mark.parametrize("side", [blocks.JOINED_SIDE, blocks.DENSE_JOINED_SIDE])
+@pytest.mark.parametrize("has_boxes", [True, False])
+def test_tiles_divide_lines(
+    block: tuple[int, int], tokens: int, count: int, side: int, has_boxes: bool
+) -> None:
+    lines = blocks.lines_of(torch.full((count, 3), -1, dtype=torch.int32), block[0], side)
+    config = blocks.config_for(block, lines, tokens, 132, has_boxes)
     joined = lines.members.shape[1]
     assert joined * block[0] % config.tile_rows == 0
     assert joined == 1 or block[1] % config.tile_k == 0
@@ -138,22 +148,30 @@ def test_tiles_divide_lines(block: tuple[int, int], tokens: int, count: int) -> 
     for size in (config.tile_rows, config.tile_tokens, config.tile_k):
         assert size & (size - 1) == 0, "Triton has tiles of powers of two"
     assert config.splits == 1 or tokens <= 64
+    assert not config.boxes or (has_boxes and tokens > 64 and block == (64, 64))
+
+
+def test_lines_are_split_where_they_leave_processors_idle() -> None:
+    """As was measured: 448 lines of 64 rows are enough for 132 processors, 64 are not."""
+    for count, splits in ((448, 1), (64, 4), (20, 8)):
+        lines = blocks.lines_of(torch.zeros(count, 1, dtype=torch.int32), 64)
+        assert blocks.config_for((64, 64), lines, 1, 132, True).splits == splits
 
 
 NUMBERS = torch.tensor([[0, -1, -1, 1], [-1, 2, -1, -1], [-1, -1, -1, -1], [3, 4, -1, 5]])
 
 
 def test_rows_that_are_alike_are_joined_and_the_fullest_come_first() -> None:
-    lines = blocks.lines_of(NUMBERS.int(), 64)
+    lines = blocks.lines_of(NUMBERS.int(), 32)
     assert lines.members.tolist() == [[3, 0], [1, 2]]
     assert lines.starts.tolist() == [0, 3, 4]
     assert lines.across.tolist() == [0, 1, 3, 1]
     assert lines.places.tolist() == [[3, 0], [4, -1], [5, 1], [2, -1]]
-    assert blocks.lines_of(NUMBERS.int(), 32).members.tolist() == [[3, 0, 1, 2]]
+    assert blocks.lines_of(NUMBERS.int(), 16).members.tolist() == [[3, 0, 1, 2]]
 
 
 def test_rows_of_blocks_as_large_as_a_tile_stay_alone() -> None:
-    lines = blocks.lines_of(NUMBERS.int(), 128)
+    lines = blocks.lines_of(NUMBERS.int(), 64)
     assert lines.members.tolist() == [[3], [0], [1], [2]]
     assert lines.starts.tolist() == [0, 3, 5, 6, 6]
     assert lines.places.tolist() == [[3], [4], [5], [0], [1], [2]]
