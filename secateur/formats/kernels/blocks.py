@@ -288,8 +288,8 @@ def sampled(
 
 
 def _has_boxes(device: torch.device) -> bool:
-    """Whether the GPU has Hopper's engine that copies boxes, and its shared memory."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether the GPU is a Hopper: an engine that copies boxes, and the shared memory for them."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _processors(device: torch.device) -> int:
