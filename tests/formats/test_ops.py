@@ -8,14 +8,22 @@ import torch
 from torch import Tensor
 
 from secateur.formats import parse_format
-from secateur.formats.contract import Arrangement, Implementation, held_tensors
+from secateur.formats.contract import (
+    Arrangement,
+    Gradients,
+    Implementation,
+    Packed,
+    held_tensors,
+)
 from secateur.formats.op import (
     NO_LIMIT,
     arranged_tensors,
     linear_operator,
+    register,
     table,
     unpack_operator,
 )
+from secateur.formats.reference import GRADIENTS, REFERENCE
 from tests.formats.weights import (
     DYNAMIC,
     EXACT,
@@ -109,6 +117,36 @@ def test_gradients_of_values(format: str) -> None:
     dense = parse_format(format).unpack(replace(parse_format(format).pack(weight), tensors=changed))
     assert torch.allclose(dense, torch.where(dense != 0, up.t() @ x.detach(), 0.0))
     assert bool((dense != 0)[weight != 0].all())
+
+
+def test_an_implementation_brings_gradients_for_its_numbers_of_tokens() -> None:
+    """Those of the others are the reference's; what it is given are rows of tokens."""
+    asked: list[tuple[int, ...]] = []
+
+    def of_input(grad: Tensor, packed: Packed) -> Tensor:
+        asked.append(tuple(grad.shape))
+        return 2 * GRADIENTS.of_input(grad, packed)
+
+    def of_values(grad: Tensor, x: Tensor, packed: Packed) -> Tensor:
+        asked.append((*grad.shape, *x.shape))
+        return 3 * GRADIENTS.of_values(grad, x, packed)
+
+    own = replace(REFERENCE, name="own", gradients=Gradients(of_input, of_values))
+    format = Toy("own_gradients", (own, REFERENCE))
+    register(format)
+    linear = linear_operator(format.name)
+    values, weight = tokens_in(8, 8), torch.zeros(8, 16)
+    weight[:, ::2] = values
+    for tokens, times in ((4, (2.0, 3.0)), (5, (1.0, 1.0))):
+        x = tokens_in(1, tokens, 16).requires_grad_()
+        leaves = x, values.clone().requires_grad_()
+        up = tokens_in(1, tokens, 8, seed=4)
+        result = linear(x, leaves[1], None, None, 8, 16, "own<=4 reference", "")
+        found = torch.autograd.grad(result, leaves, up)
+        assert torch.allclose(found[0], times[0] * (up @ weight), atol=1e-5)
+        dense = up[0].t() @ x[0].detach()
+        assert torch.allclose(found[1], times[1] * dense[:, ::2], atol=1e-5)
+    assert asked == [(4, 8), (4, 8, 4, 16)]
 
 
 @pytest.mark.parametrize("format", DYNAMIC)
