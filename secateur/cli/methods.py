@@ -71,16 +71,20 @@ class ChosenMethod:
         plan: Plan,
         batches: Sequence[Batch] | None,
         *,
+        keep_zeros: bool,
         offload: bool,
         checkpoint: Path | None,
     ) -> PruneReport:
         """Prune the model by this method."""
+        how: dict[str, Any] = {
+            "keep_zeros": keep_zeros,
+            "offload": offload,
+            "checkpoint": checkpoint,
+        }
         if self.refits:
             assert batches is not None, "algorithms need data, which was asked for before"
-            return reconstruct_(
-                model, plan, self.function, batches, offload=offload, checkpoint=checkpoint
-            )
-        return prune_(model, plan, self.function, batches, offload=offload, checkpoint=checkpoint)
+            return reconstruct_(model, plan, self.function, batches, **how)
+        return prune_(model, plan, self.function, batches, **how)
 
 
 def find_method(name: str, options: Sequence[str] = ()) -> ChosenMethod:

@@ -156,6 +156,14 @@ Limit = Annotated[
     int | None,
     typer.Option(min=1, help="Documents of each task, at most.", show_default=False),
 ]
+KeepZeros = Annotated[
+    bool,
+    typer.Option(
+        "--keep-zeros",
+        help="Weights that are zero already stay so, and count towards the pattern's zeros.",
+        rich_help_panel=CHOICE,
+    ),
+]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option(

@@ -26,6 +26,7 @@ def prune(
     model: o.Model,
     out: Out,
     choice: Choice,
+    keep_zeros: o.KeepZeros = False,
     method: Annotated[str, typer.Option("--method", "-m", help=method_help())] = "magnitude",
     option: o.MethodOptions = None,
     data: Data,
@@ -66,7 +67,9 @@ def prune(
     batches = _calibration(source, data, sample) if chosen.needs else None
     test = eval_data.read(source.path) if eval_data.given else []
     before = after = quality(source.model, None, test)
-    report = chosen(source.model, plan, batches, offload=offload, checkpoint=checkpoint)
+    report = chosen(
+        source.model, plan, batches, keep_zeros=keep_zeros, offload=offload, checkpoint=checkpoint
+    )
     check(source.model, plan)
     out.write(source, plan, [report])
     if test:

@@ -20,6 +20,7 @@ def stream(
     folder: o.Folder,
     out: o.Output,
     choice: Choice,
+    keep_zeros: o.KeepZeros = False,
     method: Annotated[
         str, typer.Option("--method", "-m", help="As for `secateur prune`, one that refits.")
     ] = "sparsegpt",
@@ -42,7 +43,13 @@ def stream(
         )
     plan = choice.for_model(hollow(folder))
     report = reconstruct_folder(
-        folder, out, plan, chosen.function, data.read(folder), device=find_device(device)
+        folder,
+        out,
+        plan,
+        chosen.function,
+        data.read(folder),
+        keep_zeros=keep_zeros,
+        device=find_device(device),
     )
     if json:
         emit(report.to_dict())

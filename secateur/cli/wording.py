@@ -13,6 +13,7 @@ from functools import cache
 # measure on.
 IN_OPTIONS = {
     # arguments
+    r"pass keep_zeros=True": "give --keep-zeros",
     r"pass overwrite=True": "give --overwrite",
     r"\bsave needs (?=an? )": "--output needs ",
     r"\bsave cannot write into": "--output cannot be written into",

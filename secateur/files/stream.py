@@ -39,7 +39,7 @@ from secateur.prune.passes import (
     solve_stages_,
     stages_of,
 )
-from secateur.prune.preconditions import require_finite
+from secateur.prune.preconditions import require_finite, warn_of_lost_zeros
 from secateur.prune.report import PruneReport
 from secateur.reconstruct import Blockwise, Solution
 
@@ -53,6 +53,7 @@ def reconstruct_folder(
     algorithm: Callable[..., Solution] | Blockwise,
     batches: Iterable[Batch],
     *,
+    keep_zeros: bool = False,
     device: str | torch.device = "cpu",
 ) -> PruneReport:
     """Write into `target` what `reconstruct_` makes of the Hugging Face folder `source`.
@@ -79,15 +80,21 @@ def reconstruct_folder(
         raise ValueError("reconstruct_folder runs in one process: start it without torchrun")
     verify_if_saved(source)
     model = hollow(source)
-    made = reconstruction(model, as_plan(model, plan), algorithm)
-    chain = _chain(model, match(model, made.plan))
+    made = reconstruction(model, as_plan(model, plan), algorithm, keep_zeros=keep_zeros)
+    layers = match(model, made.plan)
+    chain = _chain(model, layers)
     stored = _Stored(source, model)
     window = Window(model, chain, stored.read, torch.device(device))
     _require_part_by_part(made)
     listed = as_list(batches)
-    for layer in made.plan.layers:
-        require_finite(layer, stored.read([f"{layer}.weight"])[f"{layer}.weight"])
-    with _progress(target, source, made.name, made.plan, stored, listed) as saved:
+    at_risk: dict[str, float] = {}
+    for name, module in layers.items():
+        weight = stored.read([f"{name}.weight"])[f"{name}.weight"]
+        require_finite(name, weight)
+        at_risk[name] = made.at_risk(name, _layers.matrix(module, weight))
+    if not keep_zeros:
+        warn_of_lost_zeros(at_risk)
+    with _progress(target, source, made, stored, listed) as saved:
         report = _solved(made, listed, saved, window)
         with appearing_whole(target, replaced=is_of_checkpoint) as partial:
             _write(partial, source, model, window.parts, _Result(stored, saved, made.plan), report)
@@ -158,12 +165,7 @@ def _chain(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Mo
 
 
 def _progress(
-    target: Path,
-    source: Path,
-    method: str,
-    plan: Plan,
-    stored: "_Stored",
-    batches: Sequence[Batch],
+    target: Path, source: Path, made: Pass, stored: "_Stored", batches: Sequence[Batch]
 ) -> Checkpoint:
     """The checkpoint of this run in the target folder: its finished layers, none in a new one."""
     settle(target)
@@ -176,8 +178,9 @@ def _progress(
         {
             "source": str(source.resolve()),
             "files": {file.name: fingerprint(file).sha256 for file in stored.files},
-            "method": method,
-            "plan": plan.to_dict()["layers"],
+            "method": made.name,
+            "plan": made.plan.to_dict()["layers"],
+            "keep_zeros": made.keep_zeros,
             "batches": digest(batches),
         },
     )

@@ -76,6 +76,10 @@ class Pattern(Protocol):
         """
         yield from ()
 
+    def always_zero(self) -> Bool[Tensor, "out in"] | None:
+        """The positions that it never keeps, for the weight that it was made for; None if none."""
+        return None
+
     @classmethod
     def parse(cls, text: str) -> "Pattern | None":
         """The pattern of this class that a short string names; None for strings of other classes.

@@ -32,8 +32,10 @@ from secateur.model.layers import weight_of
 from secateur.model.plan import Plan, match
 from secateur.model.statistics import STATISTICS, call, name_of
 from secateur.model.window import Window
+from secateur.patterns import Pattern
 from secateur.patterns.grids import QUANTISABLE, Grid
-from secateur.prune.preconditions import require_sound
+from secateur.patterns.keeping import KeepingZeros
+from secateur.prune.preconditions import require_sound, warn_of_lost_zeros, zeros_at_risk
 from secateur.prune.report import LayerResult, PruneReport
 from secateur.reconstruct import Blockwise, Solution
 from secateur.reconstruct.estimate import foretold
@@ -50,7 +52,7 @@ class Pass:
 
     With `sequential`, each layer's inputs come from the layers already changed. `blockwise` trains
     half-blocks, and perhaps the whole model, after the method; `alone` is its method for layers
-    that are in no half-block.
+    that are in no half-block. With `keep_zeros`, zeros that the weights have stay.
     """
 
     model: nn.Module
@@ -60,6 +62,17 @@ class Pass:
     sequential: bool = False
     blockwise: Blockwise | None = None
     alone: Method | None = None
+    keep_zeros: bool = False
+
+    def pattern_for(self, layer: str, weight: Float[Tensor, "out in"]) -> Pattern:
+        """The pattern for the layer, whose weight is still as it was before the pass."""
+        pattern = self.plan.layers[layer]
+        return KeepingZeros(pattern, weight == 0) if self.keep_zeros else pattern
+
+    def at_risk(self, layer: str, weight: Float[Tensor, "out in"]) -> float:
+        """The share of the layer's weights that are zero and may get a value."""
+        pattern, trained = self.plan.layers[layer], self.blockwise is not None
+        return zeros_at_risk(weight, pattern, trained=trained)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -92,6 +105,8 @@ def reconstruction(
     plan: Plan,
     algorithm: Callable[..., Solution] | Blockwise,
     loss: Loss | None = None,
+    *,
+    keep_zeros: bool = False,
 ) -> Pass:
     """The pass that `reconstruct_` makes with this algorithm.
 
@@ -100,8 +115,10 @@ def reconstruction(
     """
     if isinstance(algorithm, Blockwise):
         method, alone = bind_algorithm(algorithm.method), bind_algorithm(algorithm.alone)
-        return Pass(model, plan, method, loss, sequential=True, blockwise=algorithm, alone=alone)
-    return Pass(model, plan, bind_algorithm(algorithm), loss, sequential=True)
+        made = Pass(model, plan, method, loss, sequential=True, blockwise=algorithm, alone=alone)
+    else:
+        made = Pass(model, plan, bind_algorithm(algorithm), loss, sequential=True)
+    return replace(made, keep_zeros=keep_zeros)
 
 
 def pass_over_(
@@ -116,6 +133,9 @@ def pass_over_(
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         layers, listed, saved = _prepared(the_pass, batches, checkpoint, stack)
+        if the_pass.sequential and not the_pass.keep_zeros and the_pass.team.rank == 0:
+            weights = {name: _layers.matrix(module) for name, module in layers.items()}
+            warn_of_lost_zeros({name: the_pass.at_risk(name, w) for name, w in weights.items()})
         missing = {n: m for n, m in layers.items() if not saved or n not in saved.finished()}
         if the_pass.blockwise and missing:
             _foretell(the_pass, missing, listed, offload)
@@ -284,6 +304,7 @@ def _fingerprint(the_pass: Pass, layers: Mapping[str, nn.Module]) -> dict[str, A
     return {
         "method": the_pass.name,
         "plan": the_pass.plan.to_dict()["layers"],
+        "keep_zeros": the_pass.keep_zeros,
         "loss": None if the_pass.loss is None else name_of(the_pass.loss),
         "weights": digest([weight_of(module) for module in layers.values()]),
     }
@@ -381,9 +402,10 @@ def _given(
     the_pass: Pass, name: str, module: nn.Module, found: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """What the method is given for the layer; the weight is a copy that it may change."""
+    weight = _in_float32(_layers.matrix(module))
     return {
-        "weight": _in_float32(_layers.matrix(module)),
-        "pattern": the_pass.plan.layers[name],
+        "weight": weight,
+        "pattern": the_pass.pattern_for(name, weight),
         "dtype": weight_of(module).dtype,
         "layer": name,
         **found,
@@ -399,7 +421,7 @@ def _put_in_place_(
     tokens: int,
 ) -> tuple[LayerResult, Tensor]:
     """What became of the layer, and its mask, once the solution's weight is in place."""
-    pattern, before = the_pass.plan.layers[name], _in_float32(_layers.matrix(module))
+    pattern, before = given["pattern"], _in_float32(_layers.matrix(module))
     if (violation := pattern.violation(solution.mask)) is not None:
         raise ValueError(f"{the_pass.name} needs to give a mask of {pattern}, its mask {violation}")
     # What a method left unchanged, even only in float32, stays the same to the bit.
@@ -419,9 +441,17 @@ def _put_in_place_(
         float((after == 0).float().mean()),
         _output_error(before, after, given.get("gram")),
         tokens,
-        "; ".join(filter(None, [solution.note, _lent(the_pass, module, tokens)])),
+        "; ".join(
+            filter(None, [solution.note, _revived(before, after), _lent(the_pass, module, tokens)])
+        ),
     )
     return result, solution.mask
+
+
+def _revived(before: Float[Tensor, "out in"], after: Float[Tensor, "out in"]) -> str:
+    """What to note of zeros that the layer lost."""
+    lost = int(((before == 0) & (after != 0)).sum())
+    return f"{lost:,} weights that were zero are not any more" if lost else ""
 
 
 def _lent(the_pass: Pass, module: nn.Module, tokens: int) -> str:
@@ -509,7 +539,11 @@ def _distilled(
     if grid is None:
         before, after = train_together_(model, dense, layers, batches, method.distil, checkpoint)
     else:
-        masks = {n: the_pass.plan.layers[n].mask(_magnitudes(m)) for n, m in layers.items()}
+        untouched = match(dense, the_pass.plan)
+        masks = {
+            n: the_pass.pattern_for(n, _layers.matrix(untouched[n])).mask(_magnitudes(m))
+            for n, m in layers.items()
+        }
         round_ = functools.partial(_rounded_, the_pass, layers, masks, grid, batches, offload)
         epochs = method.distil, method.distil_on_grid
         before, after = train_on_grid_(

@@ -8,7 +8,7 @@ from secateur.core.shown import Shown, Table
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of one layer.
+    """What became of one layer; `sparsity_before` is its share of zeros before the pass.
 
     `error` is the share of the layer's output energy that is lost, ||(W - W')X||^2 / ||WX||^2 on
     the calibration inputs; None where the method gathers no Gram matrix to compute it from.
@@ -38,13 +38,14 @@ class PruneReport(Shown):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return ("layer", "pattern", "sparsity", "output error", "tokens", "note")
+        return ("layer", "pattern", "before", "sparsity", "output error", "tokens", "note")
 
     def rows(self) -> list[tuple[str, ...]]:
         return [
             (
                 r.layer,
                 r.pattern,
+                f"{r.sparsity_before:.2%}",
                 f"{r.sparsity:.2%}",
                 "-" if r.error is None else f"{r.error:.4f}",
                 f"{r.tokens:,}",

@@ -31,6 +31,7 @@ def prune_(
     batches: Iterable[Batch] | None = None,
     *,
     loss: Loss | None = None,
+    keep_zeros: bool = False,
     offload: bool = False,
     checkpoint: str | Path | None = None,
 ) -> PruneReport:
@@ -39,9 +40,11 @@ def prune_(
     The criterion's statistics are gathered from `batches`, block by block, each block on the
     outputs of the pruned blocks before it. Gradients, where the criterion asks for them, are taken
     on the dense model: of `loss(output, batch)`, by default
-    `secateur.model.gradients.model_loss`, the loss for labels or of the next token. `offload` keeps
-    activations between blocks on the CPU. With `checkpoint`, a folder, finished layers are kept
-    there, and the same call continues where an interrupted one stopped.
+    `secateur.model.gradients.model_loss`, the loss for labels or of the next token. With
+    `keep_zeros`, weights that are zero already are the first that the pattern drops, and all of
+    them stay zero. `offload` keeps activations between blocks on the CPU. With `checkpoint`, a
+    folder, finished layers are kept there, and the same call continues where an interrupted one
+    stopped.
 
     Where `torch.distributed` is initialised (torchrun) and data is needed, every process makes this
     call with its own batches, any number of them. Statistics cover all batches, layers that do not
@@ -58,7 +61,7 @@ def prune_(
     """
     method = bind_criterion(criterion)
     model = unwrapped(model)
-    the_pass = Pass(model, as_plan(model, plan), method, loss)
+    the_pass = Pass(model, as_plan(model, plan), method, loss, keep_zeros=keep_zeros)
     with all_or_nothing() as undo:
         return pass_over_(the_pass, batches, undo, offload=offload, checkpoint=checkpoint)
 
@@ -71,13 +74,16 @@ def reconstruct_(
     batches: Iterable[Batch],
     *,
     loss: Loss | None = None,
+    keep_zeros: bool = False,
     offload: bool = False,
     checkpoint: str | Path | None = None,
 ) -> PruneReport:
     """Zero weights and refit the kept ones to the layers' outputs on the calibration batches.
 
     Layers are solved in the order in which they run, each on inputs from the layers already done.
-    With `sc.blockwise(sc.alps)` the kept weights of each half-block are then trained together.
+    With `sc.blockwise(sc.alps)` the kept weights of each half-block are then trained together. A
+    weight that is zero may get a value, unless `keep_zeros`; a warning says so beforehand if the
+    plan has fewer zeros than a layer, by more than 1 % of its weights.
     Set an algorithm's options with `functools.partial(sc.sparsegpt, damping=0.1)`. The rest is as
     in `prune_`.
 
@@ -86,7 +92,7 @@ def reconstruct_(
             by Ctrl-C, the model is left as it was.
     """
     model = unwrapped(model)
-    the_pass = reconstruction(model, as_plan(model, plan), algorithm, loss)
+    the_pass = reconstruction(model, as_plan(model, plan), algorithm, loss, keep_zeros=keep_zeros)
     with all_or_nothing() as undo:
         return pass_over_(the_pass, batches, undo, offload=offload, checkpoint=checkpoint)
 

@@ -26,7 +26,7 @@ from secateur.reconstruct.solution import Solution
 RHO = 0.1  # the initial value
 EVERY = 3  # iterations between two looks at the support
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # rho's, where more than this share of it changed
-SMALLER = 5.0
+SMALLER, LEAST_RHO = 5.0, 1e-5  # where hardly a weight can change, no rho changes more of them
 ITERATIONS = 300
 
 # Share of ||A|| by which eigenvectors in float32 may miss A. ADMM divides by L + rho, so what
@@ -62,7 +62,7 @@ def alps(
     """
     require_grid(grid, "alps")
     mask, settled = pattern.mask(weight.float().abs()), True
-    if not mask.all():  # else there is nothing to choose
+    if weight[~mask].any():  # else there is nothing to choose, or the zeros are there
         for_mask = DAMPING if damping is None else damping
         L, Q = memo(_eigenvectors, gram, for_mask)
         A, n = normalised(gram, for_mask, torch.float32)
@@ -113,6 +113,7 @@ def _admm(
         changed = int((mask != seen).sum()) / max(1, int(mask.sum()))
         seen = mask
         growth = next((factor for share, factor in GROWTH if changed > share), None)
+        raised = raised or rho < LEAST_RHO
         if raised and growth is None:
             return mask, True
         if raised or changed > GROWTH[1][0]:

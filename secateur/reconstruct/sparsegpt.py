@@ -287,6 +287,8 @@ def _is_launches_alone(part: Part) -> bool:
     start, stop, pattern = part
     if pattern is None:
         return True
+    if pattern.always_zero() is not None:  # a graph would hold on to them
+        return False
     groups = list(pattern.groups(stop - start))
     return bool(groups) and all(b - a <= PAIRWISE_WIDTH for a, b in groups)
 

@@ -70,13 +70,15 @@ def swapped(
     """
     require_gram(gram)
     groups = _groups(pattern, weight.shape[1])
+    never = pattern.always_zero()
     there = float64_device(weight.device)
     G, W, mask = in_float64(gram), weight.to(there), mask.to(there, copy=True)
     open_rows = 0
     for part in torch.arange(len(weight), device=there).split(max(1, ELEMENTS // weight.shape[1])):
         rows = part
         for _ in range(SWEEPS):
-            state = _Rows(in_float64(W[rows]), mask[rows], G)
+            held = None if never is None else never.to(there)[rows]
+            state = _Rows(in_float64(W[rows]), mask[rows], G, held)
             moved = state.sweep(groups)
             mask[rows] = state.mask
             rows = rows[moved]
@@ -90,11 +92,12 @@ def swapped(
 
 @dataclass
 class _Rows:
-    """Rows being swapped; `mask` is changed in place."""
+    """Rows being swapped; `mask` is changed in place, and keeps none of `never`."""
 
     W: Float[Tensor, "rows in"]
     mask: Bool[Tensor, "rows in"]
     G: Float[Tensor, "in in"]
+    never: Bool[Tensor, "rows in"] | None
 
     def sweep(self, groups: list[tuple[int, int]]) -> Bool[Tensor, " rows"]:
         """The rows that swapped in one sweep, in which each few columns of a group allow one."""
@@ -126,6 +129,8 @@ class _Rows:
         Cu, Cp = (C[:, s.start - run.start : s.stop - run.start] for s in (u, p))
         drop = (Wu * (2 * Cu + Wu * d[u])).masked_fill_(~self.mask[:, u], torch.inf)
         restore = (Wp * (Wp * d[p] - 2 * Cp)).masked_fill_(self.mask[:, p], torch.inf)
+        if self.never is not None:
+            restore.masked_fill_(self.never[:, p], torch.inf)
         both = Wu[:, :, None] * (2 * Wp[:, None, :] * self.G[u, p])
         change = (drop[:, :, None] + restore[:, None, :]).sub_(both)
         best, where = change.flatten(1).min(1)

@@ -91,6 +91,21 @@ def test_prune_calibrates_on_rows_that_the_dense_model_writes(dense: Path, tmp_p
     assert "--sample 6 needs a method that calibrates, 'magnitude'" in refused(refused_without)
 
 
+@pytest.mark.filterwarnings("default::UserWarning")  # or it is an error before it is printed
+def test_keep_zeros_loses_none(dense: Path, tmp_path: Path) -> None:
+    thin, kept = tmp_path / "thin", tmp_path / "kept"
+    text = ("--tokens", tokens(dense, "calibration"), "--rows", ROWS)
+    said(run("prune", dense, "-p", "unstructured:0.6@layer", "-o", thin))
+    again = ("prune", thin, "-p", "2:4", "-m", "sparsegpt", *text)
+    said(run(*again, "--keep-zeros", "-o", kept))
+    said(run("check", kept, "-p", "2:4"))
+    for name, weight in weights(thin).items():
+        assert not weights(kept)[name][weight == 0].any()
+    lost = run(*again, "-o", tmp_path / "lost")
+    assert "warning: 14 of 14 layers have zeros" in lost.stderr
+    assert "give --keep-zeros to keep them" in lost.stderr
+
+
 def test_prune_by_sparsegpt_takes_text_and_options(dense: Path, tmp_path: Path) -> None:
     result = run(
         "prune", dense, "-o", tmp_path / "out", "-p", "unstructured:0.5", "-m", "sparsegpt",

@@ -121,6 +121,22 @@ def test_it_gives_exactly_what_reconstruct_gives(
     }
 
 
+def test_zeros_of_the_source_are_kept_or_warned_of(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", "gpt2")
+    thin = load_folder(source)
+    sc.prune_(thin, "unstructured:0.6", sc.random)
+    thin.save_pretrained(source)
+    plan = sc.plan(thin, "2:4")
+    expected = load_folder(source)
+    sc.reconstruct_(expected, plan, sc.sparsegpt, batches(), keep_zeros=True)
+    reconstruct_folder(source, tmp_path / "out", plan, sc.sparsegpt, batches(), keep_zeros=True)
+    assert_same(expected, load_folder(tmp_path / "out"))
+    for name in plan.layers:
+        assert not expected.get_submodule(name).weight[thin.get_submodule(name).weight == 0].any()
+    with pytest.warns(UserWarning, match="8 of 8 layers have zeros .* keep_zeros=True"):
+        reconstruct_folder(source, tmp_path / "lost", plan, sc.sparsegpt, batches())
+
+
 def test_one_part_at_a_time_holds_weights(tmp_path: Path) -> None:
     """Counted whenever a module is called: never more than the largest block or embedding."""
     source = make_source(tmp_path / "source")

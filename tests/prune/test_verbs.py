@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 import secateur as sc
 from secateur.core.disk.checkpoint import Checkpoint
+from secateur.patterns import Pattern
 from secateur.reconstruct import Solution
 from tests.models import ConvNet, Decoder
 
@@ -522,3 +523,104 @@ def test_a_wrapped_model_is_pruned_inside() -> None:
         assert report.layers == expected.layers
         assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())
         assert sc.check(wrap(model), "2:4") == sc.check(model, "2:4")
+
+
+# --- weights that are zero already ---------------------------------------------------------------
+
+AGAIN: dict[str, tuple[Callable[..., Any], Any]] = {
+    "random": (sc.prune_, sc.random),
+    "wanda": (sc.prune_, sc.wanda),
+    "sparsegpt": (sc.reconstruct_, sc.sparsegpt),
+    "sparsegpt in int4": (sc.reconstruct_, partial(sc.sparsegpt, grid=sc.Int4(16))),
+    "alps": (sc.reconstruct_, sc.alps),
+    "refit(swap(wanda))": (sc.reconstruct_, sc.refit(sc.swap(sc.wanda))),
+    "best": (sc.reconstruct_, sc.blockwise(sc.alps, epochs=1)),
+    "thorough": (sc.reconstruct_, sc.blockwise(sc.sparsegpt, epochs=1, distil=1)),
+    "thorough in int4": (
+        sc.reconstruct_,
+        sc.blockwise(sc.sparsegpt, epochs=1, distil=1, grid=sc.Int4(16)),
+    ),
+}
+
+
+def thinned(share: float) -> Decoder:
+    """A decoder with this share of zeros in its linear layers, anywhere."""
+    model = decoder()
+    generator = torch.Generator().manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            zeros = torch.rand(module.weight.shape, generator=generator) < share
+            module.weight.data.masked_fill_(zeros, 0)
+    return model
+
+
+@pytest.mark.parametrize("again", AGAIN)
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured:0.5", "unstructured:0.5@layer"])
+def test_a_second_pass_keeps_the_zeros_and_counts_them(again: str, pattern: str) -> None:
+    verb, method = AGAIN[again]
+    model = thinned(0.4)
+    before = state(model)
+    plan = sc.plan(model, pattern)
+    report = verb(model, plan, method, tokens(), keep_zeros=True)
+    sc.check(model, plan)
+    for row in report.layers:
+        was, now = before[f"{row.layer}.weight"], model.get_submodule(row.layer).weight
+        assert not now[was == 0].any()
+        assert row.sparsity_before == pytest.approx(float((was == 0).float().mean()))
+        if "int4" not in again:  # where a kept weight may round to zero
+            groups = {"2:4": was.reshape(-1, 4), "unstructured:0.5": was}.get(
+                pattern, was.view(1, -1)
+            )
+            asked = groups.shape[1] // 2
+            assert int((now == 0).sum()) == int((groups == 0).sum(1).clamp(min=asked).sum())
+
+
+@pytest.mark.parametrize("method", [sc.sparsegpt, sc.alps])
+def test_a_refit_that_loses_zeros_warns_before_and_tells_after(method: Any) -> None:
+    model = thinned(0.5)
+    before = state(model)
+    with pytest.warns(UserWarning, match="18 of 18 layers .* keep_zeros=True") as told:
+        report = sc.reconstruct_(model, "2:4", method, tokens())
+    assert len(told) == 1
+    lost = 0
+    for row in report.layers:
+        was, now = before[f"{row.layer}.weight"], model.get_submodule(row.layer).weight
+        lost += int(now[was == 0].count_nonzero())
+        count = int(now[was == 0].count_nonzero())
+        assert (f"{count} weights that were zero are not any more" in row.note) == bool(count)
+    assert lost > 100
+    assert [row[2] for row in report.rows()] == [f"{r.sparsity_before:.2%}" for r in report.layers]
+
+
+def test_a_plan_that_the_zeros_meet_loses_none_and_warns_of_nothing() -> None:
+    """Warnings are errors here. Training would give values to zeros that the plan keeps."""
+    for method in (sc.sparsegpt, sc.alps):
+        model = thinned(0.9)
+        before = state(model)
+        report = sc.reconstruct_(model, "unstructured:0.5", method, tokens())
+        assert all("not any more" not in row.note for row in report.layers)
+        assert all(not now[before[name] == 0].any() for name, now in model.state_dict().items())
+    sc.prune_(thinned(0.7), "2:4", sc.wanda, tokens())
+    with pytest.warns(UserWarning, match="keep_zeros=True"):
+        sc.reconstruct_(thinned(0.9), "unstructured:0.5", sc.blockwise(sc.wanda), tokens())
+
+
+def test_an_algorithm_that_keeps_zeros_by_a_mask_of_its_own_is_named() -> None:
+    def first_half(weight: Tensor, gram: Tensor, pattern: Pattern) -> Solution:
+        mask = torch.arange(weight.shape[1]).expand_as(weight) % 4 < 2
+        return Solution(weight * mask, mask)
+
+    model = thinned(0.2)
+    before = state(model)
+    needs = r"layer blocks\.0\.[\w.]+: first_half needs to give a mask of 2:4, its mask keeps \d+ "
+    with pytest.raises(ValueError, match=f"{needs}weights that were zero, first row 0, column "):
+        sc.reconstruct_(model, "2:4", first_half, tokens(), keep_zeros=True)
+    assert_unchanged(model, before)
+
+
+def test_a_checkpoint_is_of_a_run_that_keeps_zeros_or_of_one_that_does_not(tmp_path: Path) -> None:
+    sc.prune_(thinned(0.2), "2:4", sc.wanda, tokens(), checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="keep_zeros"):
+        sc.prune_(
+            thinned(0.2), "2:4", sc.wanda, tokens(), checkpoint=tmp_path / "run", keep_zeros=True
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 import secateur as sc
 from secateur.model.statistics import name_of
 from secateur.patterns import Pattern
+from secateur.patterns.keeping import KeepingZeros
 from secateur.reconstruct import refitted
 from secateur.reconstruct.refit import normalised
 from tests.models import Decoder
@@ -256,3 +257,25 @@ def test_layers_with_the_same_input_share_them(  # type: ignore[no-untyped-def]
     assert len(calls) == 12 + 18
     for a, b in zip(model.parameters(), apart.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_weight_whose_zeros_meet_the_pattern_is_left_as_it_is() -> None:
+    weight, gram = problem()
+    sparse = weight * sc.NM(1, 4).mask(weight.abs())
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("there is nothing to choose, so no eigenvectors are needed")
+
+    found = sc.alps(sparse, gram, sc.NM(2, 4), memo=never)
+    assert torch.equal(found.weight, sparse)
+
+
+def test_where_hardly_a_weight_can_change_the_others_stay() -> None:
+    """rho fell without end there, until the division by it left no weight."""
+    weight, gram = problem()
+    zeros = ~sc.Unstructured(0.497, "layer").mask(torch.rand_like(weight))
+    pattern = KeepingZeros(sc.Unstructured(0.5, "layer"), zeros)
+    found = sc.alps(weight.masked_fill(zeros, 0), gram, pattern)
+    assert int((found.weight == 0).sum()) == weight.numel() // 2
+    lost = output_error(weight.masked_fill(zeros, 0), found.weight, gram)
+    assert lost < 0.01 * output_error(weight, torch.zeros_like(weight), gram)
