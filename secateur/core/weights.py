@@ -237,19 +237,17 @@ def _inside(module: nn.Module, prefix: str, child: str) -> Iterator[str]:
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:
-    """The modules whose weight shares memory with another parameter of the model, and with which.
+    """The weights that share memory with another parameter of the model, and with which.
 
     Two modules with one parameter are tied, and so are overlapping views of one storage, such as
-    `weight` and `weight.T`, whoever holds them. The other parameter is named by its module if it is
-    a weight too, and in full if it is not.
+    `weight` and `weight.T`, whoever holds them. A weight is named by its module, another parameter
+    in full.
     """
     tensors = dict(_parameters(model))
     tied: dict[str, str] = {}
     for name, other in pairs_sharing_memory(tensors):
         for one, two in ((name, other), (other, name)):
-            module, _, key = one.rpartition(".")
-            if key == "weight":
-                tied.setdefault(module, _owner(two))
+            tied.setdefault(_owner(one), _owner(two))
     return tied
 
 

@@ -26,7 +26,7 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, find_chains
 from secateur.model.calibrate import as_list
 from secateur.model.distributed import team
-from secateur.model.experts import require_no_experts
+from secateur.model.piece import require_no_pieces
 from secateur.model.plan import Plan, as_plan, match
 from secateur.model.statistics import STATISTICS
 from secateur.model.window import Window
@@ -148,7 +148,7 @@ def _solved(made: Pass, batches: Sequence[Batch], saved: Checkpoint, window: Win
 
 def _chain(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The list of blocks that holds all of the layers."""
-    require_no_experts(layers, "reconstruct_folder")
+    require_no_pieces(layers, "reconstruct_folder")
     chains = find_chains(model, layers)
     home = {name: p for name in layers for p in chains if name.startswith(f"{p}.")}
     if outside := [name for name in layers if name not in home]:

@@ -24,6 +24,7 @@ from secateur.core.autocast import without_autocast
 from secateur.core.memory import room_for
 from secateur.core.progress import progress
 from secateur.model import layers as _layers
+from secateur.model.attention import seen_in_attention
 from secateur.model.blocks import (
     Batch,
     Call,
@@ -38,9 +39,11 @@ from secateur.model.blocks import (
     to_device,
 )
 from secateur.model.distributed import ALONE, Team
-from secateur.model.experts import Expert, called_by_expert, parameter_name
+from secateur.model.experts import called_by_expert
 from secateur.model.half_blocks import DenseStream, HalfBlock
 from secateur.model.outputs import device_of, eval_mode
+from secateur.model.piece import is_expert, parameter_name
+from secateur.model.recurrent import seen_in_recurrent
 from secateur.model.statistics import STATISTICS, Statistic
 from secateur.model.trace import (
     LayerTrace,
@@ -108,7 +111,7 @@ def observe(
     parts = without_padding(model, inputs)
     counts = team.all_gather(len({part.of for part in parts}))
     _check_batches(model, inputs, sum(counts), halves)
-    with eval_mode(model), torch.no_grad(), called_by_expert(layers):
+    with eval_mode(model), torch.no_grad(), _pieces_shown(model, layers):
         trace, parts = trace_together(model, layers, inputs, parts, team)
         recorder = _Recorder(
             trace=trace,
@@ -124,6 +127,13 @@ def observe(
         )
         for chain, wanted in segments(model, layers, trace):
             yield from _observe_segment(recorder, model, wanted, chain, parts, offload)
+
+
+@contextlib.contextmanager
+def _pieces_shown(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Have modules that multiply by matrices of their own show these what they multiply."""
+    with called_by_expert(layers), seen_in_attention(model, layers), seen_in_recurrent(layers):
+        yield
 
 
 def _check_batches(model: nn.Module, batches: Sequence[Batch], count: int, halves: bool) -> None:
@@ -274,7 +284,7 @@ class _Recorder:
         """What layers have in common that are solved together: an input, or a stack of experts."""
         if not self.sequential:
             return ""
-        if isinstance(module, Expert):
+        if is_expert(module):
             return parameter_name(name, module)
         return self.trace.leader[name]
 
@@ -386,7 +396,7 @@ def _lend_(layers: Mapping[str, nn.Module], sums: Mapping[str, _Sums]) -> None:
     """Fill up the statistics of experts that saw few tokens with those of their whole stack."""
     stacks: dict[str, list[str]] = {}
     for name, module in layers.items():
-        if isinstance(module, Expert):
+        if is_expert(module):
             stacks.setdefault(parameter_name(name, module), []).append(name)
     for names in stacks.values():
         enough = TOKENS_FOR_INPUT * _layers.matrix(layers[names[0]]).shape[1]

@@ -16,88 +16,32 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.core.interrupts import putting_back
+from secateur.model.piece import Piece
 
 # transformers' table of ways to run experts: looked up, since to import it costs seconds.
 INTERFACE = "transformers.integrations.moe"
 UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
 
 
-class Expert(nn.Linear):
-    """A matrix `[out, in]` of a stack as a linear layer without bias, in the stack's memory."""
-
-    owner: nn.Module
-
-    def __init__(self, owner: nn.Module, stack: str, index: int) -> None:
-        nn.Module.__init__(self)
-        self.__dict__["owner"] = owner  # no child: the experts hold this layer's weight
-        self.stack, self.index = stack, index
-        self.weight = nn.Parameter(
-            self.piece_of(self.stacked.detach()), requires_grad=self.stacked.requires_grad
-        )
-        self.out_features, self.in_features = self.weight.shape
-        self.register_parameter("bias", None)
-        self.train(owner.training)
-
-    @property
-    def stacked(self) -> nn.Parameter:
-        """The parameter that holds the matrix among others."""
-        parameter = self.owner._parameters[self.stack]
-        assert parameter is not None
-        return parameter
-
-    def current(self) -> nn.Parameter:
-        """The weight, where the stack is now: `.to` gives a parameter other memory."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        weight.data = self.piece_of(self.stacked.detach())
-        return weight
-
-    def piece_of(self, stack: Float[Tensor, "experts _ _"]) -> Float[Tensor, "out in"]:
-        """This expert's matrix in a stack of the same shape."""
-        piece = stack[self.index]
-        return piece.mT if self.owner.is_transposed else piece
-
-
-def experts_of(module: nn.Module) -> dict[str, Expert]:
+def experts_of(module: nn.Module) -> dict[str, Piece]:
     """The matrices of a module that holds stacks of experts, by `stack.index`; none of another."""
     if not _runs_by_interface(module):
         return {}
     return {
-        f"{stack}.{index}": Expert(module, stack, index)
+        f"{stack}.{index}": _expert(module, stack, index)
         for stack in (GATE_UP, UP, DOWN)
         if (parameter := module._parameters.get(stack)) is not None and parameter.dim() == 3
         for index in range(len(parameter))
     }
 
 
-def parameter_name(name: str, module: nn.Module) -> str:
-    """The name of the parameter that holds this layer's weight, alone or among others."""
-    if isinstance(module, Expert):
-        return name.rpartition(".")[0]
-    return f"{name}.weight" if name else "weight"
-
-
-def require_no_experts(layers: Mapping[str, nn.Module], what: str) -> None:
-    """Raise if a layer is an expert's matrix, which `what` cannot take.
-
-    Raises:
-        ValueError: with its name and the remedy.
-    """
-    for name, module in layers.items():
-        if isinstance(module, Expert):
-            raise ValueError(
-                f"{what} takes no experts in 3-D parameters, {name} is one: leave them out of the "
-                "plan (ignore=)"
-            )
-
-
 @contextlib.contextmanager
 def called_by_expert(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Have the modules that hold these experts call them as layers; their results stay the same."""
-    planned: dict[Any, dict[tuple[str, int], Expert]] = {}
+    planned: dict[Any, dict[tuple[str, int], Piece]] = {}
     for layer in layers.values():
-        if isinstance(layer, Expert):
-            planned.setdefault(layer.owner, {})[layer.stack, layer.index] = layer
+        if isinstance(layer, Piece) and layer.index is not None:
+            planned.setdefault(layer.owner, {})[layer.key, layer.index] = layer
     if not planned:
         yield
         return
@@ -123,6 +67,16 @@ def called_by_expert(layers: Mapping[str, nn.Module]) -> Iterator[None]:
         yield
 
 
+def _expert(module: nn.Module, stack: str, index: int) -> Piece:
+    """The matrix of one expert in a stack."""
+
+    def take(stacked: Float[Tensor, "experts _ _"]) -> Float[Tensor, "out in"]:
+        piece = stacked[index]
+        return piece.mT if module.is_transposed else piece
+
+    return Piece(module, stack, f"{stack}.{index}", take, index=index)
+
+
 def _runs_by_interface(module: nn.Module) -> bool:
     """Whether transformers runs this module by its table of ways to run experts, as known here."""
     known = all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))
@@ -136,7 +90,7 @@ def _runs_by_interface(module: nn.Module) -> bool:
 
 def _expert_by_expert(
     module: Any,
-    own: Mapping[tuple[str, int], Expert],
+    own: Mapping[tuple[str, int], Piece],
     x: Float[Tensor, "tokens in"],
     chosen: Int[Tensor, "tokens k"],
     shares: Float[Tensor, "tokens k"],
@@ -154,9 +108,9 @@ def _expert_by_expert(
 
 
 def _linear(
-    module: nn.Module, own: Mapping[tuple[str, int], Expert], stack: str, index: int
+    module: nn.Module, own: Mapping[tuple[str, int], Piece], stack: str, index: int
 ) -> Callable[[Tensor], Tensor]:
     """The product with an expert's matrix, and its bias if there is one."""
-    layer = own.get((stack, index)) or Expert(module, stack, index)
+    layer = own.get((stack, index)) or _expert(module, stack, index)
     biases = module._parameters.get(f"{stack}_bias") if module.has_bias else None
     return layer if biases is None else lambda x: layer(x) + biases[index]

@@ -22,10 +22,10 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, find_chains, hooks
 from secateur.model.calibrate import as_list
 from secateur.model.distributed import ALONE, Team
-from secateur.model.experts import require_no_experts
-from secateur.model.layers import weight_of, weights_of
+from secateur.model.layers import parameter_of, weight_of, weights_of
 from secateur.model.outputs import answer, counted, eval_mode, on_device
 from secateur.model.padding import SIDES, unpadded
+from secateur.model.piece import Piece
 from secateur.model.statistics import GRADIENTS
 
 # (the model's output, the batch or row) -> the mean loss of the rows, one number
@@ -63,7 +63,6 @@ def gradients(
     wanted = [name for name in names if name in GRADIENTS]
     if not wanted or not layers:
         return {name: {} for name in layers}
-    require_no_experts(layers, "a method that asks for gradients")
     less = "leave layers out of the plan (ignore=), pass shorter batches, or take a criterion that "
     less += "needs no gradients, such as sc.wanda"
     with room_for(list(layers), f"the {' and '.join(wanted)} of all layers", less):
@@ -80,18 +79,18 @@ def _gradients(
 ) -> dict[str, dict[str, Float[Tensor, "out in"]]]:
     found = {name: {key: _zeros(module) for key in wanted} for name, module in layers.items()}
     listed = [on_device(batch, model) for batch in as_list(batches)]
-    weights = weights_of(layers)
+    weights_of(layers)  # are they ordinary?
     with (
         torch.inference_mode(False),
         team.raising_together(),
         eval_mode(model),
         torch.enable_grad(),
-        _differentiable(weights.values()),
+        _differentiable(map(parameter_of, layers.values())),
     ):
         if "regional_gradient" in wanted:
             _add_regional(model, layers, listed, found)
         if "gradient" in wanted or "squared_gradient" in wanted:
-            _add(model, weights, listed, found, loss or model_loss)
+            _add(model, layers, listed, found, loss or model_loss)
         rows = sum(_row_count(batch, i) for i, batch in enumerate(listed))
     _average_(found, rows, team)
     for name, module in layers.items():
@@ -151,7 +150,7 @@ def _are_classes(labels: Shaped[Tensor, "..."], logits: Any) -> bool:
 
 def _add(
     model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
+    layers: Mapping[str, nn.Module],
     batches: Sequence[Batch],
     sums: Mapping[str, Mapping[str, Tensor]],
     loss: Loss,
@@ -164,8 +163,7 @@ def _add(
         for part in _rows(batch, i) if alone else (batch,):
             value = loss(answer(model, part, f"batch {i}"), part)
             _check_loss(value, i)
-            each = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
-            for name, gradient in zip(weights, each, strict=True):
+            for name, gradient in _gradients_of(value, layers):
                 _accumulate(sums[name], gradient.float(), share)
 
 
@@ -210,13 +208,8 @@ def _add_regional(
 
     def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         first = next(x for x in pytree.tree_leaves(output) if isinstance(x, Tensor))
-        weights = [weight_of(layers[name]) for name in regions[block]]
         norm = torch.linalg.vector_norm(first.float())
-        for name, gradient in zip(
-            regions[block],
-            torch.autograd.grad(norm, weights, materialize_grads=True),
-            strict=True,
-        ):
+        for name, gradient in _gradients_of(norm, {n: layers[n] for n in regions[block]}):
             square = gradient.float().square()
             sums[name]["regional_gradient"].add_(square, alpha=1 / rows)
         return _detached(output)
@@ -258,6 +251,18 @@ def _regions(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, lis
 
 def _detached(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, tree)
+
+
+def _gradients_of(
+    value: Float[Tensor, ""], layers: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, Shaped[Tensor, "..."]]]:
+    """Each layer's name and the gradient of the value by its weight, as it is stored."""
+    parameters = {id(p): p for p in map(parameter_of, layers.values())}
+    found = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+    by_parameter = dict(zip(parameters, found, strict=True))
+    for name, module in layers.items():
+        whole = by_parameter[id(parameter_of(module))]
+        yield name, module.piece_of(whole) if isinstance(module, Piece) else whole
 
 
 # --- small things --------------------------------------------------------------------------------

@@ -21,7 +21,10 @@ from torch.nn.parameter import is_lazy
 from secateur.core.conv1d import is_conv1d
 from secateur.core.weights import adapters, require_module, require_ordinary, tied_weights
 from secateur.core.wrappers import base_name, unwrapped
-from secateur.model.experts import Expert, experts_of
+from secateur.model.attention import outputs_of_attention, projections_of
+from secateur.model.experts import experts_of
+from secateur.model.piece import Piece, is_expert, owner_name, parameter_name
+from secateur.model.recurrent import gates_of
 from secateur.patterns import Pattern
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -42,7 +45,7 @@ def by_default(name: str, module: nn.Module) -> bool:
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module whose weight can be seen as a matrix, and each matrix of a stack of experts.
+    """Every module whose weight can be seen as a matrix, and each matrix inside a parameter.
 
     By name, in module order: a model that is one layer has the name "".
     """
@@ -51,24 +54,34 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
         if is_prunable(module):
             found[name] = module
         prefix = f"{name}." if name else ""
-        found |= {f"{prefix}{inner}": expert for inner, expert in experts_of(module).items()}
+        found |= {f"{prefix}{inner}": piece for inner, piece in pieces_of(module).items()}
     return found
+
+
+def pieces_of(module: nn.Module) -> dict[str, Piece]:
+    """The matrices in the module's own parameters that are layers of their own, by name."""
+    return {**experts_of(module), **projections_of(module), **gates_of(module)}
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
     """The module's weight; `weights_of` has made sure that it is an ordinary parameter."""
-    if isinstance(module, Expert):
+    if isinstance(module, Piece):
         return module.current()
     parameter = module._parameters["weight"]
     assert parameter is not None
     return parameter
 
 
+def parameter_of(module: nn.Module) -> nn.Parameter:
+    """The parameter that holds the module's weight, alone or among others."""
+    return module.parameter if isinstance(module, Piece) else weight_of(module)
+
+
 def gradient_of(module: nn.Module) -> Shaped[Tensor, "..."] | None:
     """The gradient of the module's weight, in the memory that an optimizer reads."""
-    if isinstance(module, Expert):
-        stacked = module.stacked.grad
-        return None if stacked is None else module.piece_of(stacked)
+    if isinstance(module, Piece):
+        whole = module.parameter.grad
+        return None if whole is None else module.piece_of(whole)
     return weight_of(module).grad
 
 
@@ -152,6 +165,8 @@ def why_not_prunable(module: nn.Module) -> str | None:
         return f"{kind} convolution: its groups do not share inputs"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(module, Piece):
+        return None
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} computes something else than x @ weight.T"
     return None
@@ -175,7 +190,8 @@ def select(
 
     A selector is a full name, a glob (`*.mlp.*`), a regular expression after `re:`, a module type
     or a callable `(name, module) -> bool`. `None` means every Linear, Conv2d, Conv1D
-    of GPT-2 and expert's matrix (`experts.down_proj.3`). A name or glob may be the weight's,
+    of GPT-2, expert's matrix (`experts.down_proj.3`), and matrix of attention and recurrent modules
+    (`self_attn.in_proj_weight.q`, `lstm.weight_hh_l0`). A name or glob may be the weight's,
     `blocks.0.up_proj.weight`. Names are without the wrappers of `torch.compile`, `DataParallel` and
     `DistributedDataParallel`, and may be without PEFT's: `*.q_proj` is the layer under an adapter
     that PEFT calls `base_model.model.*.q_proj.base_layer`. The output head and the weights of
@@ -224,31 +240,31 @@ def select_any(
     for selector in ignored:
         _require_match(model, modules, plain, selector)
 
-    shared = tied_weights(model)
+    shared, called = tied_weights(model), outputs_of_attention(model)
     optional = dict.fromkeys(_output_heads(model), "output head") | adapters(model)
     layers: dict[str, nn.Module] = {}
     matched_by: dict[str, int] = {}
     skipped: dict[str, str] = {}
     for name, module in modules.items():
-        names = _names_of(name, plain[name])
+        names = _names_of(name, plain[name], module)
         index = next((i for i, s in enumerate(chosen) if _matches(s, names, module)), None)
         if index is None:
             continue
         named = _names(chosen[index], names)
         if any(_matches(selector, names, module) for selector in ignored):
             skipped[name] = "ignored"
-        elif reason := why_not_prunable(module):
+        elif module not in called and (reason := why_not_prunable(module)):
             if named:
                 raise ValueError(f"{name} cannot be pruned: {reason}")
             skipped[name] = reason
-        elif name in shared:
+        elif other := shared.get(_holder(name, module)):
             if named:
                 raise ValueError(
-                    f"{name} cannot be pruned: its weight is tied to {shared[name]}, which would "
+                    f"{name} cannot be pruned: its weight is tied to {other}, which would "
                     "be pruned with it: untie them first, layer.weight = "
                     "torch.nn.Parameter(layer.weight.detach().clone())"
                 )
-            skipped[name] = f"its weight is tied to {shared[name]}"
+            skipped[name] = f"its weight is tied to {other}"
         elif name in optional and not named:
             skipped[name] = f"{optional[name]}: name it to prune it"
         else:
@@ -256,13 +272,17 @@ def select_any(
     return Selection(layers, matched_by, skipped)
 
 
+def _holder(name: str, module: nn.Module) -> str:
+    """What holds the layer's weight: the layer, or another module's parameter."""
+    return parameter_name(name, module) if isinstance(module, Piece) else name
+
+
 def _in_order(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The layers in module order, experts where the module stands that holds them."""
+    """The layers in module order, those inside a parameter where the module stands that has it."""
     places = {name: i for i, (name, _) in enumerate(model.named_modules())}
 
     def place(name: str) -> int:
-        owner = name.rsplit(".", 2)[0] if isinstance(found[name], Expert) else name
-        return places.get(owner, 0)  # a model that is a stack itself has no name
+        return places[owner_name(name, found[name])]
 
     return {name: found[name] for name in sorted(found, key=place)}
 
@@ -274,14 +294,21 @@ def _listed(selectors: Selector | Iterable[Selector]) -> list[Selector]:
     return list(selectors)
 
 
-def _names_of(name: str, plain: str | None) -> tuple[str, ...]:
-    """What a layer may be called: its name in the model, and that without PEFT's wrappers."""
-    return (name,) if plain is None or plain == name else (name, plain)
+def _names_of(name: str, plain: str | None, module: nn.Module) -> list[str]:
+    """What a layer may be called: its name in the model, and that without PEFT's wrappers.
+
+    Every matrix of a recurrent module goes by that module's name, too.
+    """
+    names = [name] if plain is None or plain == name else [name, plain]
+    if isinstance(module, Piece) and gates_of(module.owner):
+        names += [owner_name(each, module) for each in names]
+    return names
 
 
 def _matches(selector: Selector, names: Sequence[str], module: nn.Module) -> bool:
     if isinstance(selector, type):
-        return isinstance(module, selector)
+        inside = isinstance(module, Piece) and not is_expert(module)
+        return isinstance(module.owner if inside else module, selector)
     if callable(selector):
         return bool(selector(names[0], module))
     if selector.startswith("re:"):
@@ -304,7 +331,7 @@ def _require_match(
     plain: Mapping[str, str | None],
     selector: Selector,
 ) -> None:
-    if any(_matches(selector, _names_of(n, plain[n]), module) for n, module in modules.items()):
+    if any(_matches(selector, _names_of(n, plain[n], m), m) for n, m in modules.items()):
         return
     if isinstance(selector, str):
         if isinstance(other := dict(model.named_modules()).get(selector), nn.Module):

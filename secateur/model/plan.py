@@ -18,8 +18,8 @@ from secateur.core.shown import Shown, Table
 from secateur.core.weights import require_module, why_not_ordinary
 from secateur.core.wrappers import base_name, unwrapped
 from secateur.model import layers as _layers
-from secateur.model.experts import parameter_name
 from secateur.model.layers import Selector
+from secateur.model.piece import parameter_name
 from secateur.patterns import Pattern, as_pattern, parse
 
 PLAN_VERSION = 1
@@ -110,10 +110,11 @@ def plan(
 
     `pattern` is one pattern for all (`"2:4"`, `NM(2, 4)`), or a mapping from selectors to patterns
     in which the first match wins. `layers` and `ignore` take names, globs, `re:` expressions,
-    module types and callables. The default is every Linear, Conv2d, Conv1D of GPT-2 and expert
-    except tied weights, adapters and the output head; layers whose shape cannot have the pattern,
-    such as a CNN's first convolution with its three input channels, are then skipped with the
-    reason. A warning says so if the plan has under 1 % of the model's matrices.
+    module types and callables. The default is every Linear, Conv2d, Conv1D of GPT-2, expert, and
+    matrix of attention and recurrent modules, except tied weights, adapters and the output head;
+    layers whose shape cannot have the pattern, such as a CNN's first convolution with its three
+    input channels, are then skipped with the reason. A warning says so if the plan has under 1 % of
+    the model's matrices.
 
     Raises:
         ValueError: if a selector matches nothing, a selected layer's shape cannot have its pattern,

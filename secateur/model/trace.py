@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from secateur.model.blocks import Batch, find_chains, hooks, input_of, run_batch, why_not
 from secateur.model.distributed import Team
-from secateur.model.experts import Expert, parameter_name
 from secateur.model.layers import rows_key
 from secateur.model.padding import SIDES, unpadded
+from secateur.model.piece import is_expert, parameter_name
 
 # Layers that share an input run close to one another; the keys and values of many decoder layers
 # that all read the encoder's output need more than a few.
@@ -184,11 +184,11 @@ def _with_experts_not_chosen(
     """The calls, and after the first expert of each stack those that no token was sent to."""
     waiting: dict[str, list[str]] = {}
     for name, module in layers.items():
-        if isinstance(module, Expert) and name not in calls:
+        if is_expert(module) and name not in calls:
             waiting.setdefault(parameter_name(name, module), []).append(name)
     found: dict[str, int] = {}
     for name, count in calls.items():
         found[name] = count
-        if isinstance(layers[name], Expert):
+        if is_expert(layers[name]):
             found |= dict.fromkeys(waiting.pop(parameter_name(name, layers[name]), ()), 1)
     return found

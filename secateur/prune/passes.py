@@ -26,9 +26,9 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch
 from secateur.model.calibrate import LESS_MEMORY, Observed, as_list, observe
 from secateur.model.distributed import ALONE, Team, team
-from secateur.model.experts import Expert, require_no_experts
 from secateur.model.gradients import Loss, gradients
 from secateur.model.layers import weight_of
+from secateur.model.piece import is_expert, require_no_pieces
 from secateur.model.plan import Plan, match
 from secateur.model.statistics import STATISTICS, call, name_of
 from secateur.model.window import Window
@@ -263,7 +263,7 @@ def _prepared(
         require_not_held(the_pass.model)
         _require_data(the_pass, batches)
         if the_pass.blockwise:
-            require_no_experts(layers, the_pass.name)
+            require_no_pieces(layers, the_pass.name)
             _require_quantisable(layers, the_pass.blockwise.grid)
         listed = as_list(batches) if the_pass.asks and batches is not None else []
         run = _fingerprint(the_pass, layers) if checkpoint or the_pass.team.size > 1 else {}
@@ -457,7 +457,7 @@ def _revived(before: Float[Tensor, "out in"], after: Float[Tensor, "out in"]) ->
 def _lent(the_pass: Pass, module: nn.Module, tokens: int) -> str:
     """What to note of an expert that no calibration token was sent to."""
     asked = any(name in STATISTICS for name in the_pass.needs)
-    none = asked and isinstance(module, Expert) and tokens == 0
+    none = asked and is_expert(module) and tokens == 0
     return "no token reached it: by the other experts' inputs" if none else ""
 
 

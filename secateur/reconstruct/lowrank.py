@@ -30,7 +30,7 @@ from secateur.core.wrappers import unwrapped
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, input_of
 from secateur.model.calibrate import observe
-from secateur.model.experts import Expert, parameter_name
+from secateur.model.piece import Piece, is_expert, parameter_name
 from secateur.reconstruct.peft import require_new, write_adapter
 from secateur.reconstruct.refit import require_gram
 
@@ -212,7 +212,7 @@ def _lost(
     for name, module in _layers.layers_of(model).items():
         now = _layers.weights_of({name: module}, written=False)[name]
         before = weights.get(parameter_name(name, module))
-        if isinstance(module, Expert) and before is not None:
+        if isinstance(module, Piece) and before is not None:
             before = module.piece_of(before)
         if before is None or before.shape != now.shape:
             found = "none" if before is None else f"one of {tuple(before.shape)}"
@@ -237,8 +237,9 @@ def why_not_compensated(module: nn.Module) -> str | None:
     if isinstance(module, (nn.Conv2d, nn.Embedding)):
         kind = "a Conv2d" if isinstance(module, nn.Conv2d) else "an Embedding"
         return f"it is {kind}, the adapter is for linear layers: leave it out of the plan"
-    if isinstance(module, Expert):
-        return "it is an expert in a 3-D parameter, no linear layer: leave it out of the plan"
+    if isinstance(module, Piece):
+        kind = "an expert in a 3-D parameter" if is_expert(module) else "part of another module"
+        return f"it is {kind}, no linear layer: leave it out of the plan"
     return _layers.why_not_prunable(module)
 
 

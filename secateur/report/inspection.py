@@ -16,7 +16,7 @@ from secateur.core.weights import require_data, require_module, why_computed, wh
 from secateur.core.wrappers import unwrapped
 from secateur.formats import SparseLinear
 from secateur.model import layers as _layers
-from secateur.model.experts import parameter_name
+from secateur.model.piece import kind_of, parameter_name
 from secateur.patterns import NM, Block, Pattern
 
 # The patterns that hardware or a kernel here can use, for which zeros are tested.
@@ -159,7 +159,7 @@ def _inspect(name: str, module: nn.Module, skipped: str) -> LayerInspection:
     packed = isinstance(module, SparseLinear)
     return LayerInspection(
         layer=name,
-        kind=type(module).__name__,
+        kind=kind_of(module),
         shape=shape,
         dtype=str(weight.dtype).removeprefix("torch."),
         zeros=int((~mask).sum()) / max(mask.numel(), 1),

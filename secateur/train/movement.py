@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from secateur.core.wrappers import require_unflattened, unwrapped
 from secateur.model import layers as _layers
-from secateur.model.experts import require_no_experts
 from secateur.model.layers import weight_of, weights_of
+from secateur.model.piece import require_no_pieces
 from secateur.model.plan import Plan, match
 from secateur.train.gradual import lowered
 from secateur.train.schedules import Schedule
@@ -220,7 +220,7 @@ def _updated(
     optimizers = as_optimizers(optimizer)
     require_unflattened(model, optimizers)
     layers = match(model, plan)
-    require_no_experts(layers, "movement pruning")
+    require_no_pieces(layers, "movement pruning")
     weights = weights_of(layers)
     updated = {key for one in optimizers for key in parameters_of(one)}
     if left := [name for name, weight in weights.items() if id(weight) not in updated]:

@@ -10,53 +10,56 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from secateur.core.weights import adapters, names_of_computed, why_no_data, why_not_ordinary
-from secateur.model.experts import Expert, experts_of
-from secateur.model.layers import gradient_of, is_prunable, layers_of, weight_of
+from secateur.model.layers import (
+    gradient_of,
+    is_prunable,
+    layers_of,
+    parameter_of,
+    pieces_of,
+    weight_of,
+)
+from secateur.model.piece import Piece, owner_name
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a weight is: a parameter of a module, or an expert's matrix in a stack of them."""
+    """Where a weight is: a parameter of a module, or a matrix inside one."""
 
-    path: str  # of the module, or of the one that holds the stack
+    path: str  # of the module that has the parameter
     module: nn.Module
     key: str
 
     @property
     def name(self) -> str:
         """The full name of the weight."""
-        inner = (
-            f".{self.module.stack}.{self.module.index}" if isinstance(self.module, Expert) else ""
-        )
+        inner = f".{self.module.inner}" if isinstance(self.module, Piece) else ""
         return f"{self.path}{inner}.{self.key}".removeprefix(".")
 
     @property
     def parameter_key(self) -> str:
         """The name of the parameter in the module that has it."""
-        return self.module.stack if isinstance(self.module, Expert) else self.key
+        return self.module.key if isinstance(self.module, Piece) else self.key
 
     @property
     def owner(self) -> nn.Module:
         """The module that has the parameter."""
-        return self.module.owner if isinstance(self.module, Expert) else self.module
+        return self.module.owner if isinstance(self.module, Piece) else self.module
 
     @property
     def is_layer(self) -> bool:
         """Whether it can be seen as a matrix of outputs and inputs, in which rules choose."""
-        return isinstance(self.module, Expert) or (
-            self.key == "weight" and is_prunable(self.module)
-        )
+        return isinstance(self.module, Piece) or (self.key == "weight" and is_prunable(self.module))
 
     @property
     def parameter(self) -> nn.Parameter | None:
         """What an optimizer updates: the stack, for an expert. None for a computed weight."""
-        if isinstance(self.module, Expert):
-            return self.module.stacked
+        if isinstance(self.module, Piece):
+            return parameter_of(self.module)
         return self.module._parameters.get(self.key)
 
     def tensor(self) -> Shaped[Tensor, "..."]:
         """The weight, in the memory that an optimizer updates."""
-        if isinstance(self.module, Expert):
+        if isinstance(self.module, Piece):
             return weight_of(self.module)
         found = self.module._parameters[self.key]
         assert found is not None
@@ -64,7 +67,7 @@ class Weight:
 
     def gradient(self) -> Shaped[Tensor, "..."] | None:
         """Its gradient, in the memory that an optimizer reads."""
-        return gradient_of(self.module) if isinstance(self.module, Expert) else self.tensor().grad
+        return gradient_of(self.module) if isinstance(self.module, Piece) else self.tensor().grad
 
     def sources(self) -> list[nn.Parameter]:
         """The parameters that change the weight: for a computed one, all of its module."""
@@ -91,12 +94,12 @@ class Weight:
 def weights_of_model(model: nn.Module) -> dict[str, Weight]:
     """Every weight with two dimensions or more: of layers by the layer's name, others by their own.
 
-    Layers come first, in module order, and experts each with a name of its own. Packed layers have
-    no weight that training could change.
+    Layers come first, in module order, and matrices inside a parameter each with a name of its own.
+    Packed layers have no weight that training could change.
     """
     layers = layers_of(model)
     found = {
-        name: Weight(_path(name, module), module, "weight")
+        name: Weight(owner_name(name, module), module, "weight")
         for name, module in layers.items()
         if not hasattr(module, "packed")
     }
@@ -158,18 +161,11 @@ def require_whole(weights: Mapping[str, Weight]) -> None:
             )
 
 
-def _path(name: str, module: nn.Module) -> str:
-    """The name of the module that has the parameter of the layer of this name."""
-    if not isinstance(module, Expert):
-        return name
-    return name.removesuffix(f"{module.stack}.{module.index}").removesuffix(".")
-
-
 def _keys(module: nn.Module) -> Iterator[str]:
     """The names of the module's own weights, and of computed ones in place of what makes them."""
     computed = names_of_computed(module)
     yield from computed
-    stacks = {expert.stack for expert in experts_of(module).values()}
+    stacks = {piece.key for piece in pieces_of(module).values()}
     for key, parameter in module._parameters.items():
         of_computed = any(key.startswith(f"{name}_") for name in computed)
         if parameter is None or key in stacks or of_computed or is_lazy(parameter):

@@ -52,14 +52,15 @@ def test_a_plan_accounts_for_every_parameter(tied: bool, head: bool) -> None:
 
 def test_the_first_line_of_a_plan_says_which_share_it_has() -> None:
     plan = sc.plan(Model(), "2:4")
-    assert list(plan.layers) == ["up"]
+    projections = [f"in_proj_weight.{name}" for name in "qkv"] + ["out_proj"]
+    assert list(plan.layers) == ["up", *(f"attention.{name}" for name in projections)]
     assert (
         str(plan).splitlines()[0]
         == plan.coverage
         == (
-            "planned 21.1% of 608 parameters; left dense are 31.6% (parameters of "
-            "MultiheadAttention), 15.8% (experts: 3-D parameters, a matrix for each expert), "
-            "13.2% (embeddings)"
+            "planned 63.2% of 608 parameters; left dense are 15.8% (experts: 3-D parameters, a "
+            "matrix for each expert), 13.2% (embeddings), 7.9% (vectors: biases, norms and the "
+            "like)"
         )
     )
 
@@ -68,8 +69,8 @@ def test_hardly_anything_is_said_first() -> None:
     assert coverage("planned", 9, {EXPERTS: 991, VECTORS: 1}).startswith("almost nothing: planned")
     assert not is_slight(10, {EXPERTS: 990, VECTORS: 10_000})
     model = Model()
-    model.experts.down_proj = nn.Parameter(torch.ones(300, 8, 8))
-    with pytest.warns(UserWarning, match=r"^almost nothing: planned 0\.6% of 19,712 parameters; "):
+    model.experts.down_proj = nn.Parameter(torch.ones(900, 8, 8))
+    with pytest.warns(UserWarning, match=r"^almost nothing: planned 0\.7% of 58,112 parameters; "):
         sc.plan(model, "2:4")
     sc.plan(model, "2:4", layers="up")  # was meant
 

@@ -372,7 +372,7 @@ def test_tied_to_what_is_no_weight_of_a_layer() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model.register_parameter("own", nn.Parameter(model[0].weight.data.t()))
     model[2].bias = nn.Parameter(model[1].weight.data[0])
-    assert tied_weights(model) == {"0": "own", "1": "2.bias"}
+    assert tied_weights(model) == {"0": "own", "own": "0", "1": "2.bias", "2.bias": "1"}
     assert sc.plan(model, "2:4").skipped == {
         "0": "its weight is tied to own",
         "1": "its weight is tied to 2.bias",

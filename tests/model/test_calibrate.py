@@ -329,9 +329,11 @@ def test_a_torch_transformer_encoder_is_seen_past_its_fast_path() -> None:
     model = nn.TransformerEncoder(layer, 2)
     batch = torch.randn(2, 5, 8)
     plan = sc.plan(model, "2:4")
-    assert list(plan.layers) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    attention = [f"in_proj_weight.{name}" for name in "qkv"] + ["out_proj"]
+    each = [*(f"self_attn.{name}" for name in attention), "linear1", "linear2"]
+    assert list(plan.layers) == [f"layers.{i}.{name}" for i in (0, 1) for name in each]
     report = sc.reconstruct_(model, plan, sc.sparsegpt, [batch])
-    assert [r.tokens for r in report.layers] == [10] * 4
+    assert [r.tokens for r in report.layers] == [10] * 12
 
 
 def test_wrong_data_says_what_is_wrong(unchecked: None) -> None:

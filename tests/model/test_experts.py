@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import secateur as sc
 from secateur.criteria.taylor import taylor
 from secateur.model.calibrate import observe
-from secateur.model.experts import Expert, called_by_expert, experts_of, parameter_name
-from secateur.model.layers import from_matrix, input_rows, layers_of, matrix, weight_of
+from secateur.model.experts import called_by_expert, experts_of
+from secateur.model.gradients import gradients
+from secateur.model.layers import layers_of
+from secateur.model.piece import is_expert
 from secateur.reconstruct.lowrank import compensate
 from secateur.report.inspection import inspect
 from tests.reconstruct.problems import gpt2_and_batches
@@ -85,7 +85,7 @@ def test_expert_by_expert_the_model_computes_the_same(family: str) -> None:
     expected, before = model(ids).logits, model.config._experts_implementation
     layers, seen = layers_of(model), set[str]()
     for name, layer in layers.items():
-        if isinstance(layer, Expert):
+        if is_expert(layer):
             layer.register_forward_hook(lambda *_, name=name: seen.add(name))
     with torch.no_grad(), called_by_expert(layers):
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-6, rtol=1e-5)
@@ -166,14 +166,26 @@ def test_experts_are_reconstructed_from_their_own_tokens(algorithm: Any) -> None
     assert all(r.error is not None and 0 < r.error < 1 for r in report.layers)
 
 
+def test_the_gradient_of_an_expert_is_its_part_of_the_stack_s() -> None:
+    model, batches = mixture(), rows(2)
+    found = gradients(model, layers_of(model), batches, ["gradient"])
+    torch.stack([model(ids, labels=ids).loss for ids in batches]).mean().backward()
+    for stack in ("gate_up_proj", "down_proj"):
+        whole = model.get_parameter(f"{FIRST}.{stack}").grad
+        for index in range(4):
+            gradient = found[f"{FIRST}.{stack}.{index}"]["gradient"]
+            torch.testing.assert_close(gradient, whole[index], atol=1e-6, rtol=1e-4)
+    plan = sc.plan(model, "2:4")
+    sc.prune_(model, plan, taylor, batches)
+    sc.check(model, plan)
+
+
 def test_what_cannot_take_experts_says_so() -> None:
     model, batches = mixture(), rows()
     before = copy.deepcopy(model.state_dict())
     said = r"takes no experts in 3-D parameters, model\.layers\.0\.mlp\.experts\.gate_up_proj\.0 is"
     with pytest.raises(ValueError, match=said):
         sc.reconstruct_(model, "2:4", sc.best, batches)
-    with pytest.raises(ValueError, match=said):
-        sc.prune_(model, "2:4", taylor, batches)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     sc.reconstruct_(model, sc.plan(model, "2:4", ignore="*.experts.*"), sc.best, batches)
 
@@ -250,73 +262,6 @@ def test_a_model_that_was_moved_is_held_where_it_is_now() -> None:
     sc.check(model, plan)
 
 
-# --- laws of every kind of matrix ----------------------------------------------------------------
-
-
-def of_every_kind() -> list[tuple[nn.Module, str]]:
-    """A model and the name of a layer in it."""
-    convolution = nn.Sequential(nn.Conv2d(4, 6, (3, 2), bias=False))
-    expert = "model.layers.0.mlp.experts"
-    return [
-        (nn.Sequential(nn.Linear(8, 6, bias=False)), "0"),
-        (nn.Sequential(nn.Embedding(8, 6)), "0"),
-        (convolution, "0"),
-        (gpt2_and_batches(blocks=1)[0], "transformer.h.0.mlp.c_fc"),
-        (mixture(), f"{expert}.gate_up_proj.2"),
-        (mixture(), f"{expert}.down_proj.1"),
-        (mixture("GptOss"), f"{expert}.gate_up_proj.3"),
-    ]
-
-
-KINDS = pytest.mark.parametrize("number", range(len(of_every_kind())))
-
-
-@KINDS
-@given(seed=st.integers(0, 2**16), share=st.floats(0, 1))
-def test_what_is_written_is_read_back_and_nothing_else_changes(
-    number: int, seed: int, share: float
-) -> None:
-    model, name = MODELS[number]
-    layer, generator = layers_of(model)[name], torch.Generator().manual_seed(seed)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    old = matrix(layer).detach().clone()
-    mask = torch.rand(old.shape, generator=generator) < share
-    new = torch.randn(old.shape, generator=generator).masked_fill(mask, 0)
-    with torch.no_grad():
-        weight_of(layer).copy_(from_matrix(layer, new))
-    assert torch.equal(matrix(layers_of(model)[name]), new)
-    own = parameter_name(name, layer)
-    for key, value in model.state_dict().items():
-        if value.data_ptr() != model.get_parameter(own).data_ptr():
-            assert torch.equal(value, before[key])
-    if isinstance(layer, Expert):
-        others = [i for i in range(len(before[own])) if i != int(name.rpartition(".")[2])]
-        assert torch.equal(model.get_parameter(own)[others], before[own][others])
-    changed = (model.get_parameter(own) != before[own]).sum()
-    assert changed == (new != old).sum()
-    zeros = (model.get_parameter(own) == 0).sum() - (before[own] == 0).sum()
-    assert zeros == (new == 0).sum() - (old == 0).sum()
-
-
-MODELS = of_every_kind()
-
-
-@KINDS
-def test_the_matrix_is_out_by_in_of_what_the_layer_multiplies(number: int) -> None:
-    model, name = MODELS[number]
-    layer = layers_of(model)[name]
-    if isinstance(layer, nn.Embedding):
-        assert torch.equal(layer(torch.arange(8)), matrix(layer))  # its rows are looked up
-        return
-    width = matrix(layer).shape[1]
-    x = torch.randn(2, 4, 9, 9) if isinstance(layer, nn.Conv2d) else torch.randn(5, width)
-    expected = input_rows(layer, x) @ matrix(layer).T
-    given_ = layer(x) - (0 if getattr(layer, "bias", None) is None else layer.bias)
-    if isinstance(layer, nn.Conv2d):
-        given_ = given_.movedim(1, -1).flatten(0, 2)
-    torch.testing.assert_close(given_, expected, atol=1e-5, rtol=1e-5)
-
-
 def test_a_module_without_stacks_has_no_experts() -> None:
     assert experts_of(nn.Linear(2, 2)) == {}
-    assert not any(isinstance(m, Expert) for m in layers_of(gpt2_and_batches(1)[0]).values())
+    assert not any(is_expert(m) for m in layers_of(gpt2_and_batches(1)[0]).values())
