@@ -245,8 +245,7 @@ def _misfits(patterns: Mapping[str, Pattern], shape: tuple[int, int]) -> dict[st
 @contextlib.contextmanager
 def _pruned(module: nn.Module, mask: Bool[Tensor, "out in"]) -> Generator[None]:
     """Zero the weight outside the mask; put it back at the end, whatever happens."""
-    weight = module._parameters["weight"]
-    assert weight is not None
+    weight = _layers.weight_of(module)
     before = weight.detach().clone()
     try:
         weight.masked_fill_(~_layers.from_matrix(module, mask), 0)

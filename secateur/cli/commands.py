@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli.accelerate import accelerate
+from secateur.cli.allocate import allocate
 from secateur.cli.bench import bench
 from secateur.cli.check import check
 from secateur.cli.demo import demo
@@ -57,6 +58,7 @@ def main(
 app.command(rich_help_panel=LOOK)(doctor)
 app.command(rich_help_panel=LOOK)(inspect)
 app.command(rich_help_panel=WORK)(plan)
+app.command(rich_help_panel=WORK)(allocate)
 app.command(rich_help_panel=WORK)(prune)
 app.command(rich_help_panel=WORK)(stream)
 app.command(rich_help_panel=WORK)(recover)

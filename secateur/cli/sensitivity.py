@@ -78,6 +78,8 @@ def sensitivity(
         return
     table(found.columns, found.rows(), full=full)
     say(*(f"written to {target}" for target in (out, html) if target is not None))
+    if out is not None:
+        say(f"next: `secateur allocate {folder} --sensitivity {out} --budget 50% -o plan.yaml`")
 
 
 def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:

@@ -17,8 +17,8 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     verbs = (
-        "doctor inspect sensitivity plan prune stream recover eval bench tune check export migrate "
-        "accelerate generate serve report demo"
+        "doctor inspect sensitivity plan allocate prune stream recover eval bench tune check "
+        "export migrate accelerate generate serve report demo"
     )
     assert all(f" {verb} " in done.stdout for verb in verbs.split())
 

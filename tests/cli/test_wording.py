@@ -36,7 +36,10 @@ NO_COMMAND = (
     "train/steps.py", "train/weights.py", "integrations/lightning.py", "llm/custom_generate.py",
     "patterns/grids.py", "report/plots.py", "report/pictures.py", "cli/",
 )  # fmt: skip
-REACHED = ("allocation/sensitivity.py", "allocation/progress.py")
+REACHED = (
+    "allocation/sensitivity.py", "allocation/progress.py", "allocation/budget.py",
+    "allocation/equalize.py", "allocation/formulas.py", "allocation/costs.py",
+)  # fmt: skip
 
 # What only a program can get wrong: no command makes such a call, or has such a model.
 BY_PROGRAMS = (
@@ -45,6 +48,7 @@ BY_PROGRAMS = (
     "distil_ needs float32 parameters",
     "distil_ needs parameters that require gradients",
     "perplexity needs a window for stride",
+    "allocate needs the cost of …",
     "accuracy needs batches",
     "… needs an iterable of batches, got one",
     "into … needs a float32, bfloat16 or float16 weight",
