@@ -17,6 +17,9 @@ from secateur.core.weights import DTYPES
 from secateur.patterns.pattern import where_first
 
 MOST_WEIGHTS = 2**31 - 1  # crow_indices and col_indices are int32
+NO_LIMIT = 2**63 - 1  # of tokens: torch counts no more
+
+Run = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
@@ -158,6 +161,17 @@ class Gradients:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """A linear that was laid out for some tensors: `run(x)`, for `[*tokens, in]` of up to `most`.
+
+    It knows their addresses and holds none of them: who calls it sees to it that they are there.
+    """
+
+    run: Run
+    most: int
+
+
+@dataclass(frozen=True)
 class Implementation:
     """One way to run a format's linear.
 
@@ -169,6 +183,9 @@ class Implementation:
     results itself if it is called with `activation`, for less than another pass over them.
     `searches` is whether its first call for a shape searches for an algorithm, which takes minutes.
     Without `gradients` of its own those of the reference run, on the dense weight.
+
+    `bind(packed, bias)`, where there is one, is the same linear for these very tensors, which are
+    contiguous: laid out once, so that a call costs little. See `Bound`.
     """
 
     name: str
@@ -178,6 +195,7 @@ class Implementation:
     activations: tuple[str, ...] = ()
     searches: bool = False
     gradients: Gradients | None = None
+    bind: "Callable[[Packed, Tensor | None], Bound] | None" = None
 
     @property
     def restores(self) -> bool:

@@ -15,9 +15,11 @@ from secateur.formats.contract import (
     Format,
     Implementation,
     Packed,
+    Run,
     held_tensors,
     typed_tensor,
 )
+from secateur.formats.direct import Direct, is_plain, is_watched
 from secateur.formats.format import parse_format
 from secateur.formats.op import (
     linear_operator,
@@ -81,6 +83,7 @@ class SparseLinear(nn.Linear):
         self.unpacks_to: type[nn.Module] = nn.Linear  # or Conv1D; `swap` sets it
         self.activation = ""  # that is applied to the results; `fuse_activations_` sets it
         self.dtype = packed.dtype
+        self._laid_out: Direct | None = None
         self._hold(packed.tensors)
         self._sizes = _sizes(packed)
         self.register_parameter("bias", bias)
@@ -169,6 +172,7 @@ class SparseLinear(nn.Linear):
         self.dispatch = " ".join(
             name if limit is None else f"{name}<={limit}" for name, limit in table
         )
+        self._laid_out = None
 
     def runs(self, tokens: int) -> str:
         """The name of the implementation that serves so many tokens."""
@@ -212,6 +216,8 @@ class SparseLinear(nn.Linear):
 
         Raises: ValueError for an input of another dtype or width.
         """
+        if not torch.compiler.is_dynamo_compiling() and (run := self._direct(input)) is not None:
+            return run(input)
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             refuse_onnx(self.format.name)
         if (lower := autocast_dtype(self.device)) is not None:
@@ -221,6 +227,29 @@ class SparseLinear(nn.Linear):
                 with without_autocast(self.device):
                     return self._under_autocast(input, lower)
         return self._multiplied(input)
+
+    def _direct(self, input: Tensor) -> Run | None:
+        """What the operator would run for this input, if nothing else is to come of the call.
+
+        That is: an ordinary input on a CPU, nothing that follows operators, no gradients, and an
+        implementation that can be laid out in advance.
+        """
+        if not is_plain(input) or self.activation or is_watched():
+            return None
+        bias = self._parameters.get("bias")
+        if torch.is_grad_enabled() and (
+            input.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return None
+        shape = input.shape
+        if input.dtype != self.dtype or shape[-1:] != (self.in_features,):
+            return None
+        direct = self._laid_out
+        if direct is None or not direct.is_of(self._buffers, bias):
+            if self.bias is not bias:  # a parametrization computes it
+                return None
+            direct = self._laid_out = Direct.of(self.held, bias, self.dispatch)
+        return None if direct is None else direct.run(shape[:-1].numel())
 
     def _under_autocast(
         self, input: Float[Tensor, "*tokens in"], lower: torch.dtype
@@ -354,7 +383,7 @@ class SparseLinear(nn.Linear):
         stored = self.packed.tensors
         others = {name: b for name, b in self._buffers.items() if name not in self._names}
         buffers = {name: t for name, t in stored.items() if name not in self._parameters}
-        changed = {"_buffers": {**others, **buffers}, "_names": tuple(stored)}
+        changed = {"_buffers": {**others, **buffers}, "_names": tuple(stored), "_laid_out": None}
         return {**self.__dict__, **changed, "_non_persistent_buffers_set": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -33,11 +33,17 @@ from torch._ops import OpOverload
 
 from secateur.formats import reference
 from secateur.formats.activations import ACTIVATIONS
-from secateur.formats.contract import Format, Gradients, Implementation, Packed, held_tensors
+from secateur.formats.contract import (
+    NO_LIMIT,
+    Format,
+    Gradients,
+    Implementation,
+    Packed,
+    held_tensors,
+)
 
 LIBRARY = torch.library.Library("secateur", "FRAGMENT")
 DEFINED: dict[str, Format] = {}  # by the name that torch knows its operators by
-NO_LIMIT = 2**63 - 1  # the last row of a dispatch table serves every larger number of tokens
 
 Row = tuple[int, Implementation]
 

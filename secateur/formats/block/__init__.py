@@ -36,7 +36,7 @@ class Blocks(Format):
     implementations = (
         gpu.DECODE,
         gpu.PREFILL,
-        Implementation("simd", simd.linear, simd.why_not, simd.BY_COLUMN),
+        Implementation("simd", simd.linear, simd.why_not, simd.BY_COLUMN, bind=simd.bind),
         Implementation("cpu", cpu.linear, cpu.why_not, cpu.BLOCK_ROWS),
         REFERENCE,
     )

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.formats import simd as on_cpu
-from secateur.formats.contract import Arrangement, Packed
+from secateur.formats.contract import NO_LIMIT, Arrangement, Bound, Packed
 from secateur.formats.kernels import simd
 
 
@@ -36,9 +36,14 @@ def restore(packed: Packed) -> dict[str, Tensor]:
 BY_COLUMN = Arrangement(("by_column", "crow_indices", "col_indices"), arrange, restore)
 
 
+def bind(packed: Packed, bias: Float[Tensor, " out"] | None) -> Bound:
+    """The linear of these tensors, for any number of tokens."""
+    parts = packed["by_column"], packed["crow_indices"], packed["col_indices"]
+    return Bound(simd.blocks(packed.shape, *parts, bias, packed.dtype), NO_LIMIT)
+
+
 def linear(
     x: Float[Tensor, "tokens in"], packed: Packed, bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "tokens out"]:
     """`x @ weight.T + bias`, from the stored blocks alone, summed in float32 and rounded once."""
-    parts = packed["by_column"], packed["crow_indices"], packed["col_indices"]
-    return simd.blocks(x, packed.shape, *parts, bias).to(x.dtype)
+    return bind(*on_cpu.contiguous(packed, bias)).run(x)

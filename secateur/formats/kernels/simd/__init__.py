@@ -29,14 +29,32 @@ NEEDS = {  # of the processor, by body, the best first
     "avx2": ("avx2", "fma3", "f16c"),
     "scalar": (),
 }
-SIGNATURES = {
-    "two_of_four": (*[c_void_p] * 7, *[c_int64] * 4, c_int32, c_int32),
-    "blocks": (*[c_void_p] * 8, *[c_int64] * 5, c_int32),
-}
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Kind in kernels.cpp
 INT8, FLOAT8, INT4 = 3, 4, 5
+ARGUMENTS = (*[c_void_p] * 4, c_int64)  # of every kernel: layer, x, y, room, tokens
 
 Function = Callable[..., None]
+Run = Callable[[Tensor], Tensor]
+
+
+class LayerOf24(ctypes.Structure):
+    """What is the same for every call of a 2:4 layer, as kernels.cpp reads it."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("parallel", "values", "metadata", "scales", "bias")),
+        *((name, c_int64) for name in ("rows", "width", "group")),
+        *((name, c_int32) for name in ("kind", "scale_kind", "type", "bias_type")),
+    )
+
+
+class LayerOfBlocks(ctypes.Structure):
+    """What is the same for every call of a block-sparse layer, as kernels.cpp reads it."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("parallel", "values", "starts", "columns", "bias")),
+        *((name, c_int64) for name in ("out", "width", "rows", "cols")),
+        *((name, c_int32) for name in ("kind", "type", "bias_type")),
+    )
 
 
 def why_not() -> str | None:
@@ -59,6 +77,7 @@ def _warn(problem: str) -> None:
     )
 
 
+@cache
 def bodies() -> tuple[str, ...]:
     """The bodies that this processor can run, the best first."""
     has = torch.cpu.get_capabilities()
@@ -82,71 +101,100 @@ def body() -> str | None:
 
 
 def two_of_four(
-    x: Float[Tensor, "tokens in"] | None,
+    shape: tuple[int, int],
+    values: Shaped[Tensor, "out kept"],
+    metadata: UInt8[Tensor, "out bytes"],
+    kind: int,
+    scales: Float[Tensor, "out groups"] | None,
+    bias: Float[Tensor, " out"] | None,
+    dtype: torch.dtype,
+) -> Run:
+    """`x @ W.T + bias` for x of `dtype`; `kind` says how `values` are read.
+
+    What it returns knows the addresses of these tensors and holds none of them.
+
+    Error: products are exact in float32 or rounded once, summed in float32 in an order of its own,
+        and rounded to `dtype`.
+    """
+    layer = _layer_of_24(shape, values, metadata, kind, scales)
+    layer.bias, layer.bias_type = _bias(bias)
+    layer.type = FLOATS[dtype]
+    room = 0 if dtype == torch.float32 else shape[1]
+    return _runner("two_of_four", layer, shape[0], room)
+
+
+def dense_two_of_four(
     shape: tuple[int, int],
     values: Shaped[Tensor, "out kept"],
     metadata: UInt8[Tensor, "out bytes"],
     kind: int,
     scales: Float[Tensor, "out groups"] | None = None,
-    bias: Float[Tensor, " out"] | None = None,
-) -> Float[Tensor, "rows columns"]:
-    """`x @ W.T + bias` in float32, or without x the dense weight.
-
-    `kind` says how `values` are read. The dense weight has the dtype of 16-bit values and is of
-    float32 otherwise.
-
-    Error: products are exact in float32 or rounded once, summed in float32 in an order of its own.
-    """
-    rows, width = shape
-    groups = 1 if scales is None else scales.shape[1]
-    group = width if groups == 1 else 128
-    if x is None:
-        dtype = values.dtype if kind in (1, 2) else torch.float32
-        inputs, tokens, y = None, 0, torch.empty(shape, dtype=dtype, device="cpu")
-    else:
-        inputs, tokens = _wide(x), len(x)
-        y = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
-    offset = _wide(bias)
-    held = [values.contiguous(), metadata.contiguous(), _contiguous(scales)]
-    _function("two_of_four")(
-        _parallel(),
-        *map(_address, (inputs, *held, offset, y)),
-        *(tokens, rows, width, group, kind),
-        FLOATS[torch.float32 if scales is None else scales.dtype],
-    )
-    return y
+) -> Float[Tensor, "out in"]:
+    """The dense weight: of the dtype of 16-bit values, in float32 otherwise."""
+    layer = _layer_of_24(shape, values, metadata, kind, scales)
+    dtype = values.dtype if kind in (1, 2) else torch.float32
+    weight = torch.empty(shape, dtype=dtype, device="cpu")
+    _function("dense_two_of_four")(ctypes.byref(layer), None, weight.data_ptr(), None, 0)
+    return weight
 
 
 def blocks(
-    x: Float[Tensor, "tokens in"],
     shape: tuple[int, int],
     by_column: Float[Tensor, "blocks cols rows"],
     crow_indices: Int32[Tensor, " row_blocks_and_1"],
     col_indices: Int32[Tensor, " blocks"],
     bias: Float[Tensor, " out"] | None,
-) -> Float[Tensor, "tokens out"]:
-    """`x @ W.T + bias` in float32; `by_column` holds each block transposed.
+    dtype: torch.dtype,
+) -> Run:
+    """`x @ W.T + bias` for x of `dtype`; `by_column` holds each block transposed.
 
-    Error: products are exact in float32 or rounded once, summed in float32 in the order of columns.
+    What it returns knows the addresses of these tensors and holds none of them.
+
+    Error: products are exact in float32 or rounded once, summed in float32 in the order of columns,
+        and rounded to `dtype`.
     """
-    _, cols, rows = by_column.shape
-    y = torch.empty(len(x), shape[0], dtype=torch.float32, device="cpu")
-    inputs, offset = _wide(x), _wide(bias)
-    held = [tensor.contiguous() for tensor in (by_column, crow_indices, col_indices)]
-    _function("blocks")(
-        _parallel(),
-        *map(_address, (inputs, *held, None, offset, y)),
-        *(len(x), *shape, rows, cols, FLOATS[by_column.dtype]),
-    )
-    return y
+    held = by_column, crow_indices, col_indices
+    layer = LayerOfBlocks(_parallel(), *map(_address, held))
+    layer.bias, layer.bias_type = _bias(bias)
+    layer.out, layer.width = shape
+    _, layer.cols, layer.rows = by_column.shape
+    layer.kind, layer.type = FLOATS[by_column.dtype], FLOATS[dtype]
+    room = 0 if dtype == torch.float32 else sum(shape)
+    return _runner("blocks", layer, shape[0], room)
 
 
-def _wide(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+def _layer_of_24(
+    shape: tuple[int, int], values: Tensor, metadata: Tensor, kind: int, scales: Tensor | None
+) -> LayerOf24:
+    layer = LayerOf24(_parallel(), *map(_address, (values, metadata, scales)))
+    layer.rows, layer.width = shape
+    layer.group = shape[1] if scales is None or scales.shape[1] == 1 else 128
+    layer.kind = kind
+    layer.scale_kind = FLOATS[torch.float32 if scales is None else scales.dtype]
+    return layer
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _runner(name: str, layer: ctypes.Structure, out: int, room: int) -> Run:
+    """The kernel for this layer, with room for so many floats a token."""
+    function, layer_at = _function(name), ctypes.byref(layer)
+
+    def run(x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        if not x.is_contiguous():
+            x = x.contiguous()
+        lead = x.shape[:-1]
+        tokens, y = lead.numel(), x.new_empty((*lead, out))
+        if room:
+            place = torch.empty(tokens * room, dtype=torch.float32, device="cpu")
+            function(layer_at, x.data_ptr(), y.data_ptr(), place.data_ptr(), tokens)
+        else:
+            function(layer_at, x.data_ptr(), y.data_ptr(), None, tokens)
+        return y
+
+    return run
+
+
+def _bias(bias: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -162,7 +210,7 @@ def _function_of(name: str, of: str | None) -> Function:
     library, problem = _loaded()
     assert library is not None and of is not None, problem
     function = getattr(library, f"{name}_{of}")
-    function.restype, function.argtypes = None, SIGNATURES[name]
+    function.restype, function.argtypes = None, ARGUMENTS
     made: Function = function
     return made
 

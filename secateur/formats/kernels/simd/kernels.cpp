@@ -4,7 +4,9 @@
 // The library needs no torch: its threads come through `parallel`, which is libtorch's own
 // torch_parallel_for (torch/csrc/stable/c/shim.h, since torch 2.10), handed in by the caller.
 // Arguments are checked by the caller (secateur/formats/kernels/simd/__init__.py); nothing is
-// thrown. x and y are float32, contiguous, [tokens, in] and [tokens, out].
+// thrown. x [tokens, in], y [tokens, out] and the bias have the layer's type, and are contiguous.
+// What is the same for every call of a layer is laid out once: a call gets its address, x and y,
+// and room for what it computes in float32, if the layer's type is another.
 #include "vectors.h"
 
 #define JOIN_(a, b) a##_##b
@@ -28,8 +30,40 @@ void each(Parallel parallel, int64_t count, int64_t bytes, Body& body) {
     parallel(0, count, grain, range, &body);
 }
 
-// How weights are numbered for the caller.
+// How types are numbered for the caller.
 enum Kind : int32_t { FLOAT32, BFLOAT16, FLOAT16, INT8, FLOAT8, INT4 };
+
+// The i-th of floats of this kind.
+inline float read(const void* p, int64_t i, int32_t kind) {
+    if (kind == FLOAT32) return static_cast<const float*>(p)[i];
+    if (kind == BFLOAT16) return widen(static_cast<const bfloat16*>(p)[i]);
+    return widen(static_cast<const float16*>(p)[i]);
+}
+inline void write(void* p, int64_t i, int32_t kind, float value) {
+    if (kind == FLOAT32) static_cast<float*>(p)[i] = value;
+    else if (kind == BFLOAT16) static_cast<bfloat16*>(p)[i] = to_bfloat16(value);
+    else static_cast<float16*>(p)[i] = to_float16(value);
+}
+
+template <class T>
+inline void widen_row(const T* from, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + N <= count; i += N) store(to + i, load(from + i));
+    for (; i < count; i++) to[i] = widen(from[i]);
+}
+
+// x in float32: as it is, or in `room`.
+inline const float* wide(
+    Parallel parallel, const void* x, int32_t kind, int64_t tokens, int64_t in, float* room) {
+    if (kind == FLOAT32) return static_cast<const float*>(x);
+    auto run = [&](int64_t t) {
+        float* to = room + t * in;
+        if (kind == BFLOAT16) widen_row(static_cast<const bfloat16*>(x) + t * in, to, in);
+        else widen_row(static_cast<const float16*>(x) + t * in, to, in);
+    };
+    each(parallel, tokens, in * int64_t(sizeof(float)), run);
+    return room;
+}
 
 // ---- 2:4 ----------------------------------------------------------------------------------------
 
@@ -52,15 +86,21 @@ struct Row<int4> {
     static Numbers where(const uint8_t* metadata) { return positions4(metadata); }
 };
 
-struct TwoOfFour {
-    const float* x;
+struct LayerOf24 {
+    Parallel parallel;
     const uint8_t* values;
     const uint8_t* metadata;
     const void* scales;  // [rows, groups], or null
-    const float* bias;   // [rows], or null
-    float* y;
-    int64_t tokens, rows, in;
+    const void* bias;    // [rows], or null
+    int64_t rows, in;
     int64_t group;  // inputs that share a scale: a multiple of 2 N, or all
+    int32_t kind, scale_kind, type, bias_type;
+};
+
+struct TwoOfFour : LayerOf24 {
+    const float* x;
+    void* y;
+    int64_t tokens;
 };
 
 // R rows by T tokens: rows share the inputs, tokens the positions.
@@ -131,7 +171,8 @@ inline void tile(const TwoOfFour& a, int64_t row, int64_t token) {
                 float scale = a.scales ? widen(scales[r * groups + groups - 1]) : 1;
                 result += scale * rows.rest(r, t, whole);
             }
-            a.y[(token + t) * a.rows + row + r] = result + (a.bias ? a.bias[row + r] : 0);
+            if (a.bias) result += read(a.bias, row + r, a.bias_type);
+            write(a.y, (token + t) * a.rows + row + r, a.type, result);
         }
 }
 
@@ -144,14 +185,14 @@ inline void rows_of_2_4(const TwoOfFour& a, int64_t row) {
 }
 
 template <class W, class S>
-void two_of_four_of(Parallel parallel, const TwoOfFour& a) {
+void two_of_four_of(const TwoOfFour& a) {
     constexpr int R = 4;
     auto run = [&](int64_t i) {
         int64_t row = i * R;
         if (row + R <= a.rows) return rows_of_2_4<W, S, R>(a, row);
         for (; row < a.rows; row++) rows_of_2_4<W, S, 1>(a, row);
     };
-    each(parallel, (a.rows + R - 1) / R, R * Row<W>::bytes(a.in / 2), run);
+    each(a.parallel, (a.rows + R - 1) / R, R * Row<W>::bytes(a.in / 2), run);
 }
 
 // The dense weight: floats of 16 bits as they are stored, everything else in float32.
@@ -160,14 +201,14 @@ template <> struct Dense<bfloat16> { using Type = bfloat16; };
 template <> struct Dense<float16> { using Type = float16; };
 
 template <class W, class S>
-void dense_of(Parallel parallel, const TwoOfFour& a) {
+void dense_of(const TwoOfFour& a) {
     using Out = typename Dense<W>::Type;
     int64_t kept = a.in / 2, groups = (a.in + a.group - 1) / a.group;
     auto run = [&](int64_t row) {
         Row<W> weights{(decltype(Row<W>::p))(a.values + row * Row<W>::bytes(kept))};
         const uint8_t* places = a.metadata + row * ((a.in + 7) / 8);
         const S* scales = static_cast<const S*>(a.scales) + row * groups;
-        Out* out = reinterpret_cast<Out*>(a.y) + row * a.in;
+        Out* out = static_cast<Out*>(a.y) + row * a.in;
         for (int64_t i = 0; i < kept; i += 2) {  // one group of four inputs
             int nibble = places[i / 4] >> (2 * (i % 4));
             Out* four = out + 2 * i;
@@ -182,59 +223,71 @@ void dense_of(Parallel parallel, const TwoOfFour& a) {
             }
         }
     };
-    each(parallel, a.rows, a.in * int64_t(sizeof(Out)), run);
+    each(a.parallel, a.rows, a.in * int64_t(sizeof(Out)), run);
 }
 
-// Which of the two: a product or the dense weight, of weights and scales of these types.
+// A product or the dense weight, as the caller asks, of weights and scales of these types.
 template <class W, class S>
-void two_of_four_as(Parallel parallel, const TwoOfFour& a, bool dense) {
-    if (dense) dense_of<W, S>(parallel, a);
-    else two_of_four_of<W, S>(parallel, a);
+void two_of_four_as(const TwoOfFour& a, bool dense) {
+    if (dense) dense_of<W, S>(a);
+    else two_of_four_of<W, S>(a);
 }
 
 template <class S>
-void quantised_as(Parallel parallel, const TwoOfFour& a, int32_t kind, bool dense) {
-    switch (kind) {
-        case INT8: return two_of_four_as<int8_t, S>(parallel, a, dense);
-        case FLOAT8: return two_of_four_as<float8, S>(parallel, a, dense);
-        case INT4: return two_of_four_as<int4, S>(parallel, a, dense);
+void quantised_as(const TwoOfFour& a, bool dense) {
+    switch (a.kind) {
+        case INT8: return two_of_four_as<int8_t, S>(a, dense);
+        case FLOAT8: return two_of_four_as<float8, S>(a, dense);
+        case INT4: return two_of_four_as<int4, S>(a, dense);
+    }
+}
+
+void any_two_of_four(const TwoOfFour& a, bool dense) {
+    switch (a.kind) {
+        case FLOAT32: return two_of_four_as<float, float>(a, dense);
+        case BFLOAT16: return two_of_four_as<bfloat16, float>(a, dense);
+        case FLOAT16: return two_of_four_as<float16, float>(a, dense);
+    }
+    switch (a.scale_kind) {
+        case FLOAT32: return quantised_as<float>(a, dense);
+        case BFLOAT16: return quantised_as<bfloat16>(a, dense);
+        case FLOAT16: return quantised_as<float16>(a, dense);
     }
 }
 
 }  // namespace
 
-// Without tokens y is the dense weight, [rows, in].
 ENTRY(two_of_four)(
-    Parallel parallel, const float* x, const uint8_t* values, const uint8_t* metadata,
-    const void* scales, const float* bias, float* y, int64_t tokens, int64_t rows, int64_t in,
-    int64_t group, int32_t kind, int32_t scale_kind) {
-    TwoOfFour a{x, values, metadata, scales, bias, y, tokens, rows, in, group};
-    bool dense = tokens == 0;
-    switch (kind) {
-        case FLOAT32: return two_of_four_as<float, float>(parallel, a, dense);
-        case BFLOAT16: return two_of_four_as<bfloat16, float>(parallel, a, dense);
-        case FLOAT16: return two_of_four_as<float16, float>(parallel, a, dense);
-    }
-    switch (scale_kind) {
-        case FLOAT32: return quantised_as<float>(parallel, a, kind, dense);
-        case BFLOAT16: return quantised_as<bfloat16>(parallel, a, kind, dense);
-        case FLOAT16: return quantised_as<float16>(parallel, a, kind, dense);
-    }
+    const LayerOf24* layer, const void* x, void* y, float* room, int64_t tokens) {
+    const float* inputs = wide(layer->parallel, x, layer->type, tokens, layer->in, room);
+    any_two_of_four({*layer, inputs, y, tokens}, false);
+}
+
+// y is the dense weight, [rows, in]: of the values' own type, or of float32.
+ENTRY(dense_two_of_four)(
+    const LayerOf24* layer, const void* x, void* y, float* room, int64_t tokens) {
+    any_two_of_four({*layer, nullptr, y, 0}, true);
 }
 
 // ---- blocks -------------------------------------------------------------------------------------
 
 namespace {
 
-struct Blocks {
-    const float* x;
+struct LayerOfBlocks {
+    Parallel parallel;
     const void* values;  // [blocks, cols, rows]: a column of a block is one run of memory
     const int32_t* starts;  // [out / rows + 1]
     const int32_t* columns;  // [blocks]
-    const float* scales;  // [out], or null
-    const float* bias;    // [out], or null
-    float* y;
-    int64_t tokens, out, in, rows, cols;
+    const void* bias;    // [out], or null
+    int64_t out, in, rows, cols;
+    int32_t kind, type, bias_type;
+};
+
+struct Blocks : LayerOfBlocks {
+    const float* x;
+    float* y;  // sums, which are rounded into `rounded` where the layer's type is another
+    void* rounded;
+    int64_t tokens;
 };
 
 // T tokens by V vectors of outputs: y += x W^T of one block; the last vector may have n lanes only.
@@ -289,41 +342,38 @@ inline void block(const float* x, const W* w, float* y, const Blocks& a) {
 }
 
 template <class W>
-void blocks_of(Parallel parallel, const Blocks& a) {
+void blocks_of(const Blocks& a) {
     int64_t down = a.out / a.rows;
     auto run = [&](int64_t i) {
         float* y = a.y + i * a.rows;
         for (int64_t t = 0; t < a.tokens; t++)
             for (int64_t r = 0; r < a.rows; r++)
-                y[t * a.out + r] = a.bias && !a.scales ? a.bias[i * a.rows + r] : 0;
+                y[t * a.out + r] = a.bias ? read(a.bias, i * a.rows + r, a.bias_type) : 0;
         for (int64_t b = a.starts[i]; b < a.starts[i + 1]; b++) {
             const W* w = static_cast<const W*>(a.values) + b * a.cols * a.rows;
             block<W>(a.x + a.columns[b] * a.cols, w, y, a);
         }
-        if (!a.scales) return;
+        if (a.type == FLOAT32) return;
         for (int64_t t = 0; t < a.tokens; t++)
-            for (int64_t r = 0; r < a.rows; r++) {
-                float offset = a.bias ? a.bias[i * a.rows + r] : 0;
-                y[t * a.out + r] = y[t * a.out + r] * a.scales[i * a.rows + r] + offset;
-            }
+            for (int64_t r = 0; r < a.rows; r++)
+                write(a.rounded, t * a.out + i * a.rows + r, a.type, y[t * a.out + r]);
     };
     int64_t bytes = a.starts[down] * a.rows * a.cols * int64_t(sizeof(W)) * a.tokens;
-    each(parallel, down, bytes / (down ? down : 1), run);
+    each(a.parallel, down, bytes / (down ? down : 1), run);
 }
 
 }  // namespace
 
 ENTRY(blocks)(
-    Parallel parallel, const float* x, const void* values, const int32_t* starts,
-    const int32_t* columns, const float* scales, const float* bias, float* y, int64_t tokens,
-    int64_t out, int64_t in, int64_t rows, int64_t cols, int32_t kind) {
-    Blocks a{x, values, starts, columns, scales, bias, y, tokens, out, in, rows, cols};
-    switch (kind) {
-        case FLOAT32: return blocks_of<float>(parallel, a);
-        case BFLOAT16: return blocks_of<bfloat16>(parallel, a);
-        case FLOAT16: return blocks_of<float16>(parallel, a);
-        case INT8: return blocks_of<int8_t>(parallel, a);
-        case FLOAT8: return blocks_of<float8>(parallel, a);
+    const LayerOfBlocks* layer, const void* x, void* y, float* room, int64_t tokens) {
+    bool same = layer->type == FLOAT32;
+    float* sums = same ? static_cast<float*>(y) : room + tokens * layer->in;
+    Blocks a{*layer, wide(layer->parallel, x, layer->type, tokens, layer->in, room), sums, y,
+             tokens};
+    switch (a.kind) {
+        case FLOAT32: return blocks_of<float>(a);
+        case BFLOAT16: return blocks_of<bfloat16>(a);
+        case FLOAT16: return blocks_of<float16>(a);
     }
 }
 

@@ -38,6 +38,21 @@ inline float widen(float8 w) {
     return as_float(as_bits(value) | uint32_t(w.bits & 0x80) << 24);
 }
 
+// Rounded to nearest, ties to even; NaN stays NaN.
+inline bfloat16 to_bfloat16(float f) {
+    uint32_t bits = as_bits(f);
+    if (f != f) return {0x7fc0};
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float16 to_float16(float f) {
+    uint32_t bits = as_bits(f), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000u) return {uint16_t(sign | 0x7e00)};
+    if (rest >= 0x477ff000u) return {uint16_t(sign | 0x7c00)};  // from 65520 on: infinity
+    if (rest < 0x38800000u)  // below 2^-14: a multiple of 2^-24, which the addition rounds to
+        return {uint16_t(sign | (as_bits(as_float(rest) + 0.5f) - 0x3f000000u))};
+    return {uint16_t(sign | (rest - 0x38000000u + 0xfff + (rest >> 13 & 1)) >> 13)};
+}
+
 }  // namespace
 
 #if defined(BODY_AVX512)
