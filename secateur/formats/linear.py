@@ -234,7 +234,7 @@ class SparseLinear(nn.Linear):
         That is: an ordinary input on a CPU, nothing that follows operators, no gradients, and an
         implementation that can be laid out in advance.
         """
-        if not is_plain(input) or self.activation or is_watched():
+        if not is_plain(input) or self.activation or self.trains or is_watched():
             return None
         bias = self._parameters.get("bias")
         if torch.is_grad_enabled() and (

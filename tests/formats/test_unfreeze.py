@@ -50,6 +50,15 @@ def test_it_trains_as_the_dense_layer_does_under_its_mask(format: str) -> None:
     assert not torch.equal(layer.weight, fitting_weight(format, 16, 24))
 
 
+@pytest.mark.parametrize("format", EXACT)
+def test_values_alone_get_their_gradients(format: str) -> None:
+    """Neither the input nor the bias asks for any, so that nothing but `values` is followed."""
+    layer = sparse_linear(format).unfreeze_()
+    layer.bias.requires_grad_(False)
+    layer(tokens_in(3, 24, seed=8)).square().sum().backward()
+    assert layer.values.grad is not None and bool(layer.values.grad.any())
+
+
 def test_only_values_become_a_parameter_and_once() -> None:
     layer = sparse_linear("block:4x8")
     assert [name for name, _ in layer.named_parameters()] == ["bias"] and not layer.trains
