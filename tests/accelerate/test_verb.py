@@ -129,8 +129,9 @@ def test_no_number_of_tokens_may_lose() -> None:
     model = nn.Sequential(linear())
     report, _ = run(model, times)
     assert kinds(model) == [nn.Linear]
+    others = f"{why_no_gpu(torch.device('cpu'))}; SECATEUR_CPU_BODY is none"
     assert report.layers[0].reason == (
-        "at 16 tokens block:4x8 cpu is 0.94x of the best dense; SECATEUR_CPU_BODY is none; "
+        f"at 16 tokens block:4x8 cpu is 0.94x of the best dense; {others}; "
         "leave 16 out of tokens= and it runs block:4x8, 3.00x at 1 token; at 16 tokens it then "
         "runs block:4x8 cpu, 0.94x of dense"
     )

@@ -120,7 +120,7 @@ def test_gradients_of_values(format: str) -> None:
 
 
 def test_an_implementation_brings_gradients_for_its_numbers_of_tokens() -> None:
-    """Those of the others are the reference's; what it is given are rows of tokens."""
+    """Where it has none the reference's run; both are given tokens row by row."""
     asked: list[tuple[int, ...]] = []
 
     def of_input(grad: Tensor, packed: Packed) -> Tensor:

@@ -158,24 +158,53 @@ def test_lines_are_split_where_they_leave_processors_idle() -> None:
         assert blocks.config_for((64, 64), lines, 1, 132, True).splits == splits
 
 
-NUMBERS = torch.tensor([[0, -1, -1, 1], [-1, 2, -1, -1], [-1, -1, -1, -1], [3, 4, -1, 5]])
+NUMBERS = torch.tensor([[-1, 0, -1, -1], [1, -1, -1, 2], [-1, -1, -1, -1], [3, 4, -1, 5]])
 
 
 def test_rows_that_are_alike_are_joined_and_the_fullest_come_first() -> None:
     lines = blocks.lines_of(NUMBERS.int(), 32)
-    assert lines.members.tolist() == [[3, 0], [1, 2]]
+    assert lines.members.tolist() == [[3, 1], [0, 2]]
     assert lines.starts.tolist() == [0, 3, 4]
     assert lines.across.tolist() == [0, 1, 3, 1]
-    assert lines.places.tolist() == [[3, 0], [4, -1], [5, 1], [2, -1]]
-    assert blocks.lines_of(NUMBERS.int(), 16).members.tolist() == [[3, 0, 1, 2]]
+    assert lines.places.tolist() == [[3, 1], [4, -1], [5, 2], [0, -1]]
+    assert blocks.lines_of(NUMBERS.int(), 16).members.tolist() == [[3, 1, 0, 2]]
 
 
 def test_rows_of_blocks_as_large_as_a_tile_stay_alone() -> None:
     lines = blocks.lines_of(NUMBERS.int(), 64)
-    assert lines.members.tolist() == [[3], [0], [1], [2]]
+    assert lines.members.tolist() == [[3], [1], [0], [2]]
     assert lines.starts.tolist() == [0, 3, 5, 6, 6]
-    assert lines.places.tolist() == [[3], [4], [5], [0], [1], [2]]
+    assert lines.places.tolist() == [[3], [4], [5], [1], [2], [0]]
     assert blocks.lines_of(NUMBERS[:3].int(), 16).members.shape == (3, 1), "an odd number"
+
+
+def test_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, bf16 = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(blocks, "find_spec", lambda name: name)
+    assert blocks.why_not((16, 48), bf16, device) is None
+    for block, dtype, where, words in (
+        ((64, 64), bf16, torch.device("cpu"), "needs a CUDA GPU"),
+        ((64, 64), torch.float32, device, "block on a GPU needs bfloat16 or float16, got"),
+        ((64, 24), bf16, device, "multiples of 16, got 64x24: prune larger blocks"),
+        ((8, 64), bf16, device, "multiples of 16, got 8x64"),
+    ):
+        assert words in (blocks.why_not(block, dtype, where) or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 8.0, this GPU has 7.5" in (
+        blocks.why_not((64, 64), bf16, device) or ""
+    )
+    monkeypatch.setattr(blocks, "find_spec", lambda name: None)
+    assert "without it: pip install triton" in (blocks.why_not((64, 64), bf16, device) or "")
+
+
+def test_many_tokens_are_not_for_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "why_not", lambda *arguments: None)
+    packed = Blocks(16, 16).pack(torch.ones(16, 16))
+    assert gpu.why_not_few(packed, 64) is None and gpu.why_not(packed, 65) is None
+    assert gpu.why_not_few(packed, 65) == (
+        "block decode needs at most 64 tokens, got 65: prefill runs more"
+    )
 
 
 def let_the_interpreter_read_numbers() -> None:
