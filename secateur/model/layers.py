@@ -19,7 +19,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from secateur.core.conv1d import is_conv1d
-from secateur.core.weights import adapters, require_module, require_ordinary, tied_weights
+from secateur.core.weights import (
+    DTYPES,
+    adapters,
+    require_module,
+    require_ordinary,
+    tied_weights,
+)
 from secateur.core.wrappers import base_name, unwrapped
 from secateur.model.attention import outputs_of_attention, projections_of
 from secateur.model.experts import experts_of
@@ -32,6 +38,10 @@ Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Convolutions that have no matrix here; they are skipped with a reason.
 OTHER_CONVOLUTIONS = (nn.Conv1d, nn.Conv3d, *TRANSPOSED)
+
+# Sizes of the inputs on which a linear layer's own forward is tried. Of the largest output it may
+# differ by two roundings of its dtype, and by float32's sums in another order.
+TRIED, ROUNDINGS, IN_ANOTHER_ORDER = (0.01, 1.0, 100.0), 2, 64 * torch.finfo(torch.float32).eps
 
 
 def is_prunable(module: nn.Module) -> bool:
@@ -167,9 +177,35 @@ def why_not_prunable(module: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weight without calling it"
     if isinstance(module, Piece):
         return None
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+    if isinstance(module, nn.Linear) and not _multiplies(module):
         return f"{type(module).__name__} computes something else than x @ weight.T"
     return None
+
+
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether a linear layer computes x W^T + b; a forward of its own is tried on small numbers."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    others = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    if others or weight is None or is_lazy(weight) or weight.is_meta or weight.dtype not in DTYPES:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(
+        len(TRIED), weight.shape[1], generator=generator, dtype=torch.float32, device="cpu"
+    )
+    x = (x * torch.tensor(TRIED, dtype=torch.float32, device="cpu")[:, None]).to(weight)
+    with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+        try:
+            found = type(module).forward(module, x)
+        except Exception:  # whatever a forward that wants something else raises
+            return False
+        expected = F.linear(x, weight, bias)
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    off, most = ((found - expected).abs().amax(1), expected.abs().amax(1))
+    near = ROUNDINGS * torch.finfo(weight.dtype).eps + IN_ANOTHER_ORDER
+    return bool((off <= near * most).all())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.model.layers import from_matrix, input_rows, matrix, pattern_for, select
@@ -179,6 +179,62 @@ def test_convolutions_that_cannot_be_pruned_are_left_alone_or_refused_by_name(
         select(model, ["conv", "other"])
     with pytest.raises(ValueError, match=rf"no layer is left to prune .*: other \({reason}"):
         select(nn.ModuleDict({"other": other}), type(other))
+
+
+class InOrder(nn.Linear):
+    """The product and the bias one after another, as FalconLinear computes them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+class Clamped(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).clamp(-10, 10)
+
+
+class Standardised(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean(1, keepdim=True)
+        return nn.functional.linear(input, weight, self.bias)
+
+
+class Dropping(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(input, 0.5, self.training))
+
+
+class WithAdapter(nn.Linear):
+    """Its own tensors are zero at first, so that it computes the same until it is trained."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.low = nn.Parameter(torch.zeros(self.out_features, 2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input[..., :2] @ self.low.T
+
+
+class Wanting(nn.Linear):
+    def forward(self, input: Tensor, more: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input) + more
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_linear_layer_is_known_by_what_it_computes(dtype: torch.dtype) -> None:
+    """And not by its class: a forward of its own is tried on numbers."""
+    kinds = (InOrder, Clamped, Standardised, Dropping, WithAdapter, Wanting)
+    model = nn.ModuleDict({kind.__name__: kind(32, 16) for kind in kinds}).to(dtype)
+    state = torch.get_rng_state()
+    selection = select(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(selection.layers) == ["InOrder"]
+    others = {kind.__name__ for kind in kinds} - {"InOrder"}
+    assert selection.skipped == {
+        name: f"{name} computes something else than x @ weight.T" for name in others
+    }
+    with pytest.raises(ValueError, match="no layer is left"):
+        select(InOrder(4, 4).to("meta"))  # there are no numbers
 
 
 def test_an_ignore_that_matches_nothing_is_an_error() -> None:
