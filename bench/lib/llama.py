@@ -40,20 +40,46 @@ WIDE = {  # where solving layers is most of the work
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
 }
-MODELS = {"llama-3-8b": LLAMA_3_8B, "wide": WIDE, "small": SMALL, "tiny": TINY}
+LLAMA_02B = {  # four blocks of TinyLlama's sizes and a small vocabulary: 0.21e9 parameters
+    "vocab_size": 8192,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+REFERENCE_LM = {  # the small language model whose losses are measured: 0.03e9 parameters
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+MODELS = {
+    "llama-3-8b": LLAMA_3_8B,
+    "llama-0.2b": LLAMA_02B,
+    "reference-lm": REFERENCE_LM,
+    "wide": WIDE,
+    "small": SMALL,
+    "tiny": TINY,
+}
 STD = 0.02
 BLOCKS = "model.layers."  # where transformers' Llama has them
 DENSE = "dense"  # a configuration that packs nothing
 FORMATS = ("semi24", "semi24_int4", "semi24_int8", "semi24_fp8")
+BLOCKS_OF_64 = "block:64x64"
 
 
-def random_llama(sizes: dict[str, int | float], length: int, device: str) -> nn.Module:
+def random_llama(
+    sizes: dict[str, int | float], length: int, device: str, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
     """The architecture with random weights from a fixed seed, norms at one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**sizes, max_position_embeddings=length, tie_word_embeddings=False)
     with torch.device(device):  # which initialises it too, faster than a CPU
-        model: nn.Module = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model: nn.Module = LlamaForCausalLM._from_config(config, dtype=dtype)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,9 +89,12 @@ def random_llama(sizes: dict[str, int | float], length: int, device: str) -> nn.
 
 
 @torch.no_grad()
-def make_24(model: nn.Module, names: Iterable[str]) -> None:
-    """Make these linear layers 2:4 by magnitude, one at a time."""
-    pattern = sc.NM(2, 4)
+def make_sparse(model: nn.Module, names: Iterable[str], format: str) -> None:
+    """Prune these linear layers by magnitude to what the format stores, one at a time.
+
+    80 % of blocks, or 2:4.
+    """
+    pattern = sc.Block(64, 64, 0.8) if format == BLOCKS_OF_64 else sc.NM(2, 4)
     for name in names:
         weight = model.get_parameter(f"{name}.weight")
         weight.mul_(pattern.mask(weight.abs().float()))

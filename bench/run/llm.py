@@ -2,16 +2,16 @@
 
     python -m bench.run.llm --model llama-3-8b --formats dense semi24 semi24_int4 --head semi24_int4
 
-transformers' Llama at the model's sizes with random weights in bfloat16, every linear layer of its
-blocks packed in the format, 2:4 by magnitude if its name says so; `dense` packs nothing. `--head`
-makes the head 2:4 and packs it, too, in the rows that are not dense. A row is one configuration:
-tokens, the new ones that the time is of, after `prompt` tokens; ms, of a token of all sequences,
-the median of `rounds`; tokens_s, of all sequences together; first_ms, until the first token is
-there; allocated and peak bytes, by torch's allocator; runs, what made the tokens. The loop is
-`steps`, the library's own; `generate`, transformers' with a static cache, which it compiles, after
-it has run twice; or `custom_generate`, transformers' with the library's steps in it. A
-configuration that fails has its reason in `note`. `--profile` prints what a token's time goes to,
-by kernel.
+transformers' Llama at the model's sizes with random weights, every linear layer of its blocks
+packed in the format, pruned by magnitude to what it stores, of blocks 80 %; `dense` packs nothing.
+`--head` makes the head 2:4 and packs it, too, in the rows that are not dense. A row is one
+configuration: tokens, the new ones that the time is of, after `prompt` tokens; ms, of a token of
+all sequences, the median of `rounds`; tokens_s, of all sequences together; first_ms, until the
+first token is there; allocated and peak bytes, by torch's allocator; runs, what made the tokens.
+The loop is `steps`, the library's own; `generate`, transformers' with a static cache, which it
+compiles, after it has run twice; or `custom_generate`, transformers' with the library's steps in
+it. A configuration that fails has its reason in `note`. `--profile` prints what a token's time goes
+to, by kernel.
 """
 
 import gc
@@ -28,7 +28,16 @@ from torch import Tensor, nn
 import secateur as sc
 from bench.lib.cold import FAILURES, REASON
 from bench.lib.command import add_device, parser_of
-from bench.lib.llama import BLOCKS, DENSE, FORMATS, MODELS, make_24, random_llama, tokens
+from bench.lib.llama import (
+    BLOCKS,
+    BLOCKS_OF_64,
+    DENSE,
+    FORMATS,
+    MODELS,
+    make_sparse,
+    random_llama,
+    tokens,
+)
 from bench.lib.rows import Row, append
 from secateur.accelerate.candidates import first_line
 from secateur.formats.pack import linears_of
@@ -40,19 +49,28 @@ STEPS, GENERATE, CUSTOM = "steps", "generate", "custom_generate"
 HEAD = "lm_head"
 MEASURED = ("ms", "tokens_s", "first_ms", "allocated", "peak", "runs", "note")
 PROFILED = 8  # steps
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def llama(model: str, blocks: int, length: int, format: str, head: str, device: str) -> nn.Module:
+def llama(
+    sizes: dict[str, int | float],
+    length: int,
+    format: str,
+    head: str,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> nn.Module:
     """The model with its layers packed in the format, and the head where `head` names one."""
-    sizes = {**MODELS[model], "num_hidden_layers": blocks}
-    made = random_llama(sizes, length, device).requires_grad_(False)
+    made = random_llama(sizes, length, device, dtype).requires_grad_(False)
     if format == DENSE:
         return made
     of_blocks = [name for name in linears_of(made) if name.startswith(BLOCKS)]
     packed = {format: of_blocks, **({head: [HEAD]} if head != DENSE else {})}
     if head == format:
         packed = {format: [*of_blocks, HEAD]}
-    make_24(made, [n for one, names in packed.items() if one.startswith("semi24") for n in names])
+    for one, names in packed.items():
+        if one.startswith("semi24") or one == BLOCKS_OF_64:
+            make_sparse(made, names, one)
     for one, names in packed.items():
         sc.pack_(made, one, names)
     return made
@@ -90,7 +108,7 @@ def measured(case: Case, model: nn.Module) -> Row:
 
 def _by_steps(case: Case, model: nn.Module, ids: Tensor) -> Row:
     steps, count, length = steps_of(model), case.tokens, case.prompt + case.tokens
-    steps.start(ids, None, length)
+    steps.greedy(steps.start(ids, None, length).argmax(-1), 1)
 
     def first() -> Tensor:
         return steps.start(ids, None, length).argmax(-1)
@@ -106,8 +124,9 @@ def _by_steps(case: Case, model: nn.Module, ids: Tensor) -> Row:
 
 
 def _by_transformers(case: Case, model: nn.Module, ids: Tensor) -> Row:
-    own = {"cache_implementation": "static"}
-    how = {"custom_generate": custom_generate} if case.loop == CUSTOM else own
+    how: dict[str, object] = {"custom_generate": custom_generate}
+    if case.loop == GENERATE:
+        how = {"cache_implementation": "static", "compile_config": _compiled(case.device)}
 
     def generate(new: int) -> Tensor:
         made: Tensor = model.generate(  # type: ignore[operator]
@@ -138,6 +157,17 @@ def _by_transformers(case: Case, model: nn.Module, ids: Tensor) -> Row:
         if case.loop == GENERATE
         else "transformers' generate, this library's steps",
     )
+
+
+def _compiled(device: str) -> object:
+    """How transformers compiles; on a CPU it has to be told to compile at all."""
+    from transformers.generation.configuration_utils import CompileConfig
+
+    if device != "cpu":
+        return None
+    config = CompileConfig(mode="default")
+    config._compile_all_devices = True
+    return config
 
 
 def _row(case: Case, each: Sequence[float], firsts: Sequence[float], runs: str) -> Row:
@@ -206,7 +236,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
     parser.add_argument("--blocks", type=int, help="instead of all")
     known = (DENSE, *FORMATS)
-    parser.add_argument("--formats", nargs="+", choices=(*known, *DYNAMIC), default=known)
+    more = (*known, BLOCKS_OF_64, *DYNAMIC)
+    parser.add_argument("--formats", nargs="+", choices=more, default=known)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--head", choices=known, default=DENSE)
     loops = (STEPS, GENERATE, CUSTOM)
     parser.add_argument("--loops", nargs="+", choices=loops, default=[STEPS])
@@ -216,13 +249,18 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args(words)
-    blocks = arguments.blocks or int(MODELS[arguments.model]["num_hidden_layers"])
+    torch.set_num_threads(arguments.threads)
+    sizes = dict(MODELS[arguments.model])
+    sizes["num_hidden_layers"] = arguments.blocks or sizes["num_hidden_layers"]
+    blocks = int(sizes["num_hidden_layers"])
     length = max(arguments.prompt) + arguments.tokens
     path = None
     for format in arguments.formats:
         head = DENSE if format == DENSE else arguments.head
-        model = llama(arguments.model, blocks, length, format, head, arguments.device)
-        told = {"format": format, "head": head, "model": arguments.model, "blocks": blocks}
+        dtype = DTYPES[arguments.dtype]
+        model = llama(sizes, length, format, head, arguments.device, dtype)
+        told = {"format": format, "head": head, "model": arguments.model, "dtype": arguments.dtype}
+        told["blocks"] = str(blocks)
         for cell in product(arguments.loops, arguments.batch, arguments.prompt):
             case = Case(*cell, arguments.tokens, arguments.rounds, arguments.device)
             row = {**told, **asdict(case), **measured(case, model)}

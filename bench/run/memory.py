@@ -29,7 +29,7 @@ from torch import nn
 import secateur as sc
 from bench.lib.cold import FAILURES, REASON
 from bench.lib.command import add_device, parser_of
-from bench.lib.llama import BLOCKS, DENSE, FORMATS, MODELS, make_24, random_llama, tokens
+from bench.lib.llama import BLOCKS, DENSE, FORMATS, MODELS, make_sparse, random_llama, tokens
 from bench.lib.rows import Row, append
 from secateur.accelerate.candidates import first_line
 from secateur.formats.pack import bytes_of, linears_of
@@ -56,7 +56,7 @@ def sparse_llama(case: Case, device: str) -> nn.Module:
     """The model on its device, made 2:4 a layer at a time."""
     sizes = {**MODELS[case.model], "num_hidden_layers": case.blocks}
     model = random_llama(sizes, case.prompt, device).requires_grad_(False)
-    make_24(model, block_layers(model))
+    make_sparse(model, block_layers(model), case.configuration)
     return model
 
 

@@ -6,12 +6,14 @@ from bench.lib.results import Row, every
 from bench.tables.markdown import bold, page, runs, without_figure
 
 DENSE, STEPS, CUSTOM = "dense", "steps", "custom_generate"
-NAMES = {
-    DENSE: "bf16",
-    "semi24": "2:4, bf16",
+SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+NAMES = {  # the dtype stands for itself
+    DENSE: "dtype",
+    "semi24": "2:4, dtype",
     "semi24_fp8": "2:4, fp8",
     "semi24_int8": "2:4, int8",
     "semi24_int4": "2:4, int4",
+    "block:64x64": "80 % blocks, dtype",
     "int8_dynamic": "int8, dynamic",
     "semi24_int8_dynamic": "2:4, int8, dynamic",
     "fp8_dynamic": "fp8, dynamic",
@@ -55,11 +57,12 @@ def _fastest(rows: list[Row]) -> list[Row]:
 
 
 def latest(results: Path) -> list[list[Row]]:
-    """For each device, model, batch and prompt, the row of every configuration of its last run."""
+    """For each device, dtype, model, batch and prompt, a row of each configuration: its last."""
     cases: dict[tuple[str, ...], dict[tuple[str, str, str], Row]] = {}
     for rows in every(results, "llm"):
         for row in rows:
-            case = row["device"], *(row[name] for name in ("model", "blocks", "batch", "prompt"))
+            sizes = (row[name] for name in ("model", "blocks", "batch", "prompt"))
+            case = row["device"], _dtype(row), *sizes
             row.setdefault("loop", STEPS)
             cases.setdefault(case, {})[row["format"], row["head"], row["loop"]] = row
     return [list(rows.values()) for rows in cases.values()]
@@ -70,13 +73,15 @@ def _table(rows: list[Row]) -> str:
     measured = sorted((row for row in rows if not row["note"]), key=_speed)
     dense = {row["loop"]: row for row in measured if row["format"] == DENSE}
     lines = [_line(row, dense.get(row["loop"])) for row in measured]
+    on_gpu = first["driver"] != "-"
+    place = f"driver {first['driver']}" if on_gpu else f"{first['threads']} threads"
     made = " or ".join(map(str, sorted({int(row["tokens"]) for row in rows})))
     origin = (
         f"{first['model']}'s sizes, {first['blocks']} blocks, batch {first['batch']}, "
         f"{made} tokens after a prompt of {int(first['prompt']):,}; random weights in "
-        "bfloat16, so this is speed alone. Ratios are to bf16 without zeros in the same loop, its "
-        "linear layers by cuBLAS. "
-        f"{first['device']}, driver {first['driver']}, torch {first['torch']}, {runs(rows)}, "
+        f"{_dtype(first)}, so this is speed alone. Ratios are to {SHORT[_dtype(first)]} without "
+        f"zeros in the same loop, its linear layers by {'cuBLAS' if on_gpu else 'torch'}. "
+        f"{first['device']}, {place}, torch {first['torch']}, {runs(rows)}, "
         "`python -m bench.run.llm`."
     )
     failed = [f"{row['format']} by {row['loop']}: {row['note']}" for row in rows if row["note"]]
@@ -90,5 +95,17 @@ def _speed(row: Row) -> float:
 def _line(row: Row, dense: Row | None) -> list[str]:
     ratio = "-" if dense is None else bold(float(dense["ms"]) / float(row["ms"]))
     sizes = [f"{int(row[n]) / 1e9:.2f}" if row[n] else "-" for n in ("allocated", "peak")]
-    names = NAMES[row["format"]], NAMES[row["head"]], LOOPS[row["loop"]]
-    return [*names, f"{float(row['tokens_s']):,.0f}", ratio, row["first_ms"], *sizes]
+    names = [NAMES[row[n]].replace("dtype", SHORT[_dtype(row)]) for n in ("format", "head")]
+    return [
+        *names,
+        LOOPS[row["loop"]],
+        f"{float(row['tokens_s']):,.0f}",
+        ratio,
+        row["first_ms"],
+        *sizes,
+    ]
+
+
+def _dtype(row: Row) -> str:
+    """The dtype of the weights; the first rows do not say, and are of bfloat16."""
+    return row.get("dtype", "bfloat16")
