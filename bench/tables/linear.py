@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from bench.lib.results import Row, Rows, newest
+from bench.lib.results import Row, Rows, every
 from bench.tables.markdown import page, tokens
 
 DENSES = ("dense", "dense prepacked")
 
 
 def linear_cpu_all(results: Path) -> str:
-    """For each device, the speed-ups on all layers and in all dtypes."""
-    return "\n".join(map(_table, newest(results, "linear")))
+    """For each device, the speed-ups on all layers and in all dtypes, of its last commit."""
+    last = {rows[0]["device"]: rows for rows in every(results, "linear")}
+    return "\n".join(map(_table, last.values()))
 
 
 def _table(rows: Rows) -> str:

@@ -30,3 +30,19 @@ def test_the_table_of_cpus_has_all_layers_and_dtypes(tmp_path: Path) -> None:
         ["| 9 x 4", "float32"],
         ["| 8 x 4", "bfloat16"],
     ]
+
+
+def test_every_processor_keeps_its_own_table(tmp_path: Path) -> None:
+    """What is measured on another one replaces nothing, and a later commit on one replaces all."""
+    for name, ratio in (("22_x_abc", "2.0"), ("23_x_def", "3.0"), ("24_y_def", "4.0")):
+        path = tmp_path / f"linear_2026-11-{name}.csv"
+        rows_file(tmp_path, path.name, {("b cpu", 1): (ratio, "1.5")})
+        if "_y_" in name:
+            path.write_text(path.read_text().replace("a chip", "another chip"))
+    lines = TABLES["linear-cpu-all"](tmp_path).splitlines()
+    shown = [line.split(" | ")[-1] for line in lines if "b cpu" in line]
+    assert shown == ["**3.00 / 1.50** |", "**4.00 / 1.50** |"]
+    assert [line.split("; ")[1].split(",")[0] for line in lines if "Speed-up" in line] == [
+        "a chip",
+        "another chip",
+    ]
