@@ -10,7 +10,12 @@ COLUMNS = (
 )
 
 
-def rows_file(folder: Path, name: str, ratios: Mapping[tuple[str, int], tuple[str, str]]) -> None:
+def rows_file(
+    folder: Path,
+    name: str,
+    ratios: Mapping[tuple[str, int], tuple[str, str]],
+    device: str = "a chip",
+) -> None:
     """A file of rows with these (candidate, tokens) -> (vs eager, vs prepacked)."""
     with (folder / name).open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -19,7 +24,7 @@ def rows_file(folder: Path, name: str, ratios: Mapping[tuple[str, int], tuple[st
         for (candidate, tokens), (eager, prepacked) in whole.items():
             size = 400 if candidate.startswith("dense") else 84
             measured = [tokens, candidate, "0.8", size, eager, prepacked, "0.03"]
-            place = ["2026-11-22", "a chip", 2, "2.13", "abc", "python -m x", "q", 8, 4, "float32"]
+            place = ["2026-11-22", device, 2, "2.13", "abc", "python -m x", "q", 8, 4, "float32"]
             writer.writerow(dict(zip(COLUMNS, [*place, *measured], strict=True)))
 
 

@@ -23,7 +23,8 @@ def test_the_latest_rows_are_used(tmp_path: Path) -> None:
     rows_file(tmp_path, "linear_2026-11-23_x_abc.csv", {("new", 1): ("2.0", "2.0")})
     rows_file(tmp_path, "linear_2026-11-22_x_abc.csv", {("old", 1): ("2.0", "2.0")})
     rows_file(tmp_path, "front_2026-11-24_x_abc.csv", {("other", 1): ("2.0", "2.0")})
-    rows_file(tmp_path, "linear_2026-11-23_y_abc.csv", {("other chip", 1): ("2.0", "2.0")})
+    other = {("other chip", 1): ("2.0", "2.0")}
+    rows_file(tmp_path, "linear_2026-11-23_y_abc.csv", other, "another chip")
     found = [{row["candidate"] for row in rows} for rows in results.newest(tmp_path, "linear")]
     denses = {"dense", "dense prepacked"}
     assert found == [denses | {"new"}, denses | {"other chip"}]
@@ -33,7 +34,8 @@ def test_the_latest_rows_are_used(tmp_path: Path) -> None:
 
 
 INDEX = (results.RESULTS / "README.md").read_text(encoding="utf-8")
-LIVE, ARCHIVED = INDEX.split("Files in `archive/`")
+LIVE, REST = INDEX.split("Waiting for a first run")
+WAITING, ARCHIVED = REST.split("Files in `archive/`")
 LINE = re.compile(r"^\| `([\w-]+)_` \|", re.MULTILINE)
 
 
@@ -44,9 +46,16 @@ def test_every_prefix_of_files_has_a_line_in_the_index(folder: str, text: str) -
     assert prefixes and sorted(LINE.findall(text)) == sorted(prefixes)
 
 
+def test_what_waits_has_no_files() -> None:
+    names = [path.name for path in results.RESULTS.iterdir()]
+    assert not [
+        name for name in names for one in LINE.findall(WAITING) if name.startswith(f"{one}_")
+    ]
+
+
 def test_the_index_names_every_table_and_commands_that_there_are() -> None:
-    lines = [line.split("|") for line in LIVE.splitlines() if LINE.match(line)]
+    lines = [line.split("|") for line in (LIVE + WAITING).splitlines() if LINE.match(line)]
     named = {name for *_, tables, _ in lines for name in re.findall(r"`([\w-]+)`", tables)}
     assert named == set(TABLES) - {"support"}  # which is made of tests, not of rows
-    modules = re.findall(r"python -m ([\w.]+)", LIVE)
+    modules = re.findall(r"python -m ([\w.]+)", LIVE + WAITING)
     assert len(modules) > 10 and all(map(importlib.util.find_spec, modules))
