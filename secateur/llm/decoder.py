@@ -55,6 +55,13 @@ class Block:
         """The width between gate, up and down."""
         return int(self.down.in_features)  # type: ignore[arg-type]
 
+    def head_weights(self) -> tuple[Tensor, Tensor, float] | None:
+        """The weights of the norms of queries and keys, and their epsilon, where there are any."""
+        if self.head_norms is None:
+            return None
+        of_queries, of_keys = self.head_norms
+        return of_queries.weight.detach(), of_keys.weight.detach(), of_queries.epsilon
+
     def modules(self) -> Iterator[nn.Module]:
         yield from (*self.qkv, self.out, *self.gate_up, self.down)
 

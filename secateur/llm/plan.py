@@ -123,10 +123,7 @@ class Plan:
         what, memory = block.attention, self.memory
         qkv = stream.new_zeros(len(stream), (what.query_heads + 2 * what.kv_heads) * what.head)
         mixed = stream.new_zeros(len(stream), what.query_heads * what.head)
-        norms = None
-        if block.head_norms is not None:
-            of_queries, of_keys = block.head_norms
-            norms = of_queries.weight.detach(), of_keys.weight.detach(), of_queries.epsilon
+        norms = block.head_weights()
         self._add_normed(block.qkv, "q, k, v", block.before_attention, stream, normed, qkv)
         attend = attention(
             what, qkv, *cache, rotation, norms, memory.position, memory.padding, mixed

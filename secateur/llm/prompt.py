@@ -106,13 +106,9 @@ def _attended(
     rotation: tuple[Tensor, Tensor],
 ) -> Tensor:
     what, (keys, values) = block.attention, cache
-    norms = None
-    if block.head_norms is not None:
-        of_queries, of_keys = block.head_norms
-        norms = of_queries.weight.detach(), of_keys.weight.detach(), of_queries.epsilon
     widths = [heads * what.head for heads in (what.query_heads, what.kv_heads, what.kv_heads)]
     q, k, v = layers.qkv(x, widths)
-    _launch(append(what, q, k, v, keys, values, rotation, norms))
+    _launch(append(what, q, k, v, keys, values, rotation, block.head_weights()))
     length = len(x) // len(keys)
     of_heads = q.unflatten(1, (what.query_heads, what.head)).unflatten(0, (-1, length))
     mixed = functional.scaled_dot_product_attention(
