@@ -14,6 +14,7 @@ from bench.tables.bytes import bytes_
 from bench.tables.costs import announced, cost, seconds
 from bench.tables.cuts import cuts, cuts_short
 from bench.tables.decode import decode, decode_short
+from bench.tables.families import families
 from bench.tables.figure import front_page
 from bench.tables.grids import grids
 from bench.tables.linear import linear_cpu_all
@@ -43,6 +44,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "decode": decode,
     "decode-short": decode_short,
     "encoder-accuracy": encoder_accuracy,
+    "families": families,
     "grids": grids,
     "linear-cpu-all": linear_cpu_all,
     "llm": llm,
