@@ -60,7 +60,8 @@ def reconstruct_folder(
 
     One part of the model is in memory at a time, on the device: a block, or a module outside the
     blocks, such as the embedding. Activations are on the CPU. A pattern stands for the plan that
-    gives it to every layer; all planned layers have to be in one list of blocks.
+    gives it to every layer; all planned layers have to be in one list of blocks. `keep_zeros` is
+    as in `reconstruct_`.
 
     Until it is done, `target` holds finished layers and no model. After a kill the same call goes
     on where it stopped, and ends with the same model. transformers and `sc.load` read the result; a
