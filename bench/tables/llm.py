@@ -38,8 +38,13 @@ HEADS = (
 
 
 def llm(results: Path) -> str:
-    """For each device and case, every configuration of its last run, those that lose too."""
-    return "\n".join(_table(case) for case in latest(results))
+    """For each GPU and case, every configuration of its last run, those that lose too."""
+    return "\n".join(_table(case) for case in latest(results) if _on_gpu(case[0]))
+
+
+def llm_cpu(results: Path) -> str:
+    """The same for each CPU."""
+    return "\n".join(_table(case) for case in latest(results) if not _on_gpu(case[0]))
 
 
 def llm_short(results: Path) -> str:
@@ -73,7 +78,7 @@ def _table(rows: list[Row]) -> str:
     measured = sorted((row for row in rows if not row["note"]), key=_speed)
     dense = {row["loop"]: row for row in measured if row["format"] == DENSE}
     lines = [_line(row, dense.get(row["loop"])) for row in measured]
-    on_gpu = first["driver"] != "-"
+    on_gpu = _on_gpu(first)
     place = f"driver {first['driver']}" if on_gpu else f"{first['threads']} threads"
     made = " or ".join(map(str, sorted({int(row["tokens"]) for row in rows})))
     origin = (
@@ -109,3 +114,7 @@ def _line(row: Row, dense: Row | None) -> list[str]:
 def _dtype(row: Row) -> str:
     """The dtype of the weights; the first rows do not say, and are of bfloat16."""
     return row.get("dtype", "bfloat16")
+
+
+def _on_gpu(row: Row) -> bool:
+    return row["driver"] != "-"

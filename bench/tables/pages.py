@@ -18,7 +18,7 @@ from bench.tables.families import families
 from bench.tables.figure import front_page
 from bench.tables.grids import grids
 from bench.tables.linear import linear_cpu_all
-from bench.tables.llm import llm, llm_short
+from bench.tables.llm import llm, llm_cpu, llm_short
 from bench.tables.memory import memory
 from bench.tables.pareto import pareto
 from bench.tables.prefill import prefill, prefill_short
@@ -48,6 +48,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "grids": grids,
     "linear-cpu-all": linear_cpu_all,
     "llm": llm,
+    "llm-cpu": llm_cpu,
     "llm-short": llm_short,
     "memory": memory,
     "prefill": prefill,

@@ -36,7 +36,7 @@ def test_each_configuration_has_a_row(
         assert float(row["tokens_s"]) == pytest.approx(1e3 / float(row["ms"]), rel=0.01)
         assert float(row["first_ms"]) > 0 and row["allocated"] == row["peak"] == ""
     assert rows[0]["runs"].startswith("the model's own forward")
-    table = TABLES["llm"](tmp_path)
+    table = TABLES["llm-cpu"](tmp_path)
     assert f"| 2:4, int4 | 2:4, {short} | its own |" in table and f"Ratios are to {short}" in table
 
 

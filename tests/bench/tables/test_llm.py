@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench.tables.llm import llm, llm_short
+from bench.tables.llm import llm, llm_cpu, llm_short
 
 HEADS = (
     "date,device,driver,torch,commit,format,head,model,blocks,batch,prompt,tokens,"
@@ -70,3 +70,14 @@ def test_the_short_table_has_the_fastest_of_each_format(tmp_path: Path) -> None:
         ["| bf16", "bf16", "its own", "200"],
         ["| 2:4, int4", "2:4, int4", "its own", "800"],
     ]
+
+
+def test_a_cpu_has_a_table_of_its_own(tmp_path: Path) -> None:
+    heads = HEADS.replace("commit", "commit,threads,dtype")
+    row = f"2026-12-01,a processor,-,2.13,abc,2,float32,block:64x64,dense,{CASE},5.0,200.0,40.1,,,"
+    (tmp_path / "llm_2026-12-01_y_abc.csv").write_text(f"{heads}\n{row}\n")
+    lines_of(tmp_path, ROWS)
+    assert "processor" not in llm(tmp_path) and "a chip" not in llm_cpu(tmp_path)
+    lines = llm_cpu(tmp_path).splitlines()
+    assert lines[2] == "| 80 % blocks, fp32 | fp32 | its own | 200 | - | 40.1 | - | - |"
+    assert "Ratios are to fp32" in lines[4] and "a processor, 2 threads" in lines[4]
