@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -15,6 +15,7 @@ from secateur.core.weights import require_module
 from secateur.core.wrappers import require_unflattened, unwrapped
 from secateur.model import layers as _layers
 from secateur.model.plan import Plan
+from secateur.train.dense_gradients import DenseGradients
 from secateur.train.steps import Optimizer, Steps, as_optimizers, parameters_of, require_free
 from secateur.train.weights import (
     Weight,
@@ -41,6 +42,30 @@ class Resumable(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class Mover(Protocol):
+    """A rule that starts from a plan's zeros, and may look at the gradients of held weights."""
+
+    def require(self, name: str, mask: Bool[Tensor, "out in"]) -> None:
+        """Raise unless it can start from this mask."""
+
+    def needs_gradient(self, name: str, step: int) -> bool:
+        """Whether it has to be called with the layer's gradient after this step."""
+        ...
+
+    def __call__(
+        self, name: str, weight: Tensor, mask: Tensor, step: int, gradient: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class Move(NamedTuple):
+    """How many weights a rule dropped and grew in a layer, and after which step."""
+
+    step: int
+    dropped: int
+    grown: int
+
+
 class Held:
     """The masks that a `hold` keeps, by layer, until `release()` or the end of a `with` block.
 
@@ -55,6 +80,8 @@ class Held:
         weights: Mapping[str, Weight],
     ) -> None:
         self.masks: dict[str, Bool[Tensor, "..."]] = {}
+        self.moves: dict[str, Move] = {}  # the last one of each layer whose mask has moved
+        self._dense = DenseGradients()
         self._model, self._rule = model, rule
         self._weights: dict[str, Weight] = {}
         self._seen: dict[int, weakref.ref[Tensor]] = {}
@@ -90,9 +117,17 @@ class Held:
         Call it after the backward, and after `unscale_`, where gradients are looked at before the
         step: to clip their norm, to log it, or in the first of SAM's two steps.
         """
-        for name, weight in self._weights.items():
-            if (gradient := weight.gradient()) is not None:
-                zero_(gradient, self.masks[name])
+        for name in self._weights:
+            self._mask_gradient(name)
+
+    def _mask_gradient(self, name: str) -> None:
+        if (gradient := self._weights[name].gradient()) is None:
+            return
+        rule, weight = self._rule, self._weights[name]
+        coming = [count + 1 for count in self._steps.counts]
+        if isinstance(rule, Mover) and any(_is_due(rule, name, weight, s) for s in coming):
+            self._dense.keep(name, gradient, self.masks[name])
+        zero_(gradient, self.masks[name])
 
     def mask_gradients_early(self) -> None:
         """Call `mask_gradients_` at each backward, until `release()`.
@@ -116,9 +151,8 @@ class Held:
     @torch.no_grad()
     def _arrived(self, names: Sequence[str], parameter: Tensor) -> None:
         for name in names:
-            weight = self._weights.get(name)  # a state may have freed it
-            if weight is not None and (gradient := weight.gradient()) is not None:
-                zero_(gradient, self.masks[name])
+            if name in self._weights:  # a state may have freed it
+                self._mask_gradient(name)
 
     def _before(self, optimizer: Optimizer, final: bool) -> None:
         own = parameters_of(optimizer)
@@ -134,14 +168,32 @@ class Held:
         for name, weight in held.items():
             zero_(weight.tensor(), self.masks[name])
         if step is not None and self._rule is not None:
-            masks = {
-                name: _moved(self._rule, name, weight, self.masks[name], step)
-                for name, weight in held.items()
-                if weight.is_layer
-            }
-            for name, mask in masks.items():
-                self.masks[name] = mask
-                zero_(held[name].tensor(), mask)
+            self._move(self._rule, held, optimizer, step)
+
+    def _move(
+        self, rule: Rule, held: Mapping[str, Weight], optimizer: Optimizer, step: int
+    ) -> None:
+        """Have the rule choose the masks of an optimizer's layers, which has taken this step."""
+        layers = {name: weight for name, weight in held.items() if weight.is_layer}
+        due = {}
+        if isinstance(rule, Mover):
+            due = {name: w for name, w in layers.items() if _is_due(rule, name, w, step)}
+        gradients = self._dense.take(due)
+        self._dense.forget(held)
+        masks = {
+            name: _moved(rule, name, weight, self.masks[name], step, gradients.get(name))
+            for name, weight in layers.items()
+        }
+        for name, mask in masks.items():
+            before, self.masks[name] = self.masks[name], mask
+            zero_(held[name].tensor(), mask)
+            if mask is before:
+                continue
+            grown = mask & ~before
+            counts = int((before & ~mask).sum()), int(grown.sum())
+            if any(counts):
+                self.moves[name] = Move(step, *counts)
+            held[name].reset_(optimizer, grown)
 
     # --- what came back --------------------------------------------------------------------------
 
@@ -320,7 +372,9 @@ def hold(
     entirely zero. Before each step gradients of held weights are set to zero, and the weights after
     it: kept weights become what they would in a model whose forward multiplies by the mask, under
     every optimizer. Nothing is attached to the model: its parameters stay ordinary, so it can be
-    copied, pickled, sharded and saved at any time. A `rule`, such as `gradual`, moves the masks.
+    copied, pickled, sharded and saved at any time. A `rule`, such as `gradual` or
+    `secateur.train.rigl`, moves the masks; what the optimizer keeps of a weight that grows is set
+    to zero.
 
     Optimizers inside others, as in accelerate's wrapper and in SAM, are found. One that was not
     given raises an error before it updates a weight with zeros.
@@ -351,6 +405,8 @@ def hold(
     if rule is not None:
         require_whole(weights)
         _require_planned(rule, updated)
+        if isinstance(rule, Mover):
+            _require_begun(rule, updated)
     require_free({name: p for name, w in weights.items() if (p := w.parameter) is not None})
     return Held(model, optimizers, rule, weights)
 
@@ -397,11 +453,31 @@ def _told(back: Mapping[str, int], masks: Mapping[str, Tensor]) -> str:
     return f"held weights came back in {len(back)} of {len(masks)} layers, {few}"
 
 
-def _moved(rule: Rule, name: str, weight: Weight, mask: Tensor, step: int) -> Tensor:
-    """The mask that the rule chooses, in the shape of the weight."""
+@torch.no_grad()
+def _require_begun(rule: Mover, weights: Mapping[str, Weight]) -> None:
+    """Raise if the rule cannot start from the zeros that a layer has."""
+    for name, weight in weights.items():
+        if weight.is_layer:
+            rule.require(name, _layers.matrix(weight.module, weight.tensor()) != 0)
+
+
+def _is_due(rule: Mover, name: str, weight: Weight, step: int) -> bool:
+    return weight.is_layer and rule.needs_gradient(name, step)
+
+
+def _moved(
+    rule: Rule, name: str, weight: Weight, mask: Tensor, step: int, gradient: Tensor | None
+) -> Tensor:
+    """The mask that the rule chooses, in the shape of the weight; the same if it stays."""
     module = weight.module
     rows, kept = _layers.matrix(module, weight.tensor()), _layers.matrix(module, mask)
-    moved = _checked(rule(name, rows, kept, step), name, rows.shape)
+    if gradient is not None and isinstance(rule, Mover):
+        chosen = rule(name, rows, kept, step, _layers.matrix(module, gradient))
+    else:
+        chosen = rule(name, rows, kept, step)
+    if chosen is kept:
+        return mask
+    moved = _checked(chosen, name, rows.shape)
     return _layers.from_matrix(module, moved.to(mask.device))
 
 

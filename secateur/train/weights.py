@@ -69,6 +69,23 @@ class Weight:
         """Its gradient, in the memory that an optimizer reads."""
         return gradient_of(self.module) if isinstance(self.module, Piece) else self.tensor().grad
 
+    @torch.no_grad()
+    def reset_(self, optimizer: torch.optim.Optimizer, where: Bool[Tensor, "..."]) -> None:
+        """Set to zero what an optimizer keeps of these weights: its moments, as floats.
+
+        Steps, moments of whole rows and integer codes stay.
+        """
+        parameter = self.parameter
+        assert parameter is not None
+        for kept in optimizer.state.get(parameter, {}).values():
+            if (
+                isinstance(kept, Tensor)
+                and kept.is_floating_point()
+                and kept.shape == parameter.shape
+            ):
+                own = self.module.piece_of(kept) if isinstance(self.module, Expert) else kept
+                own.masked_fill_(where, 0)
+
     def sources(self) -> list[nn.Parameter]:
         """The parameters that change the weight: for a computed one, all of its module."""
         own = self.parameter

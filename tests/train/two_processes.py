@@ -1,4 +1,4 @@
-"""A process of several: trains a sharded model with zeros held, saves it, or resumes from that."""
+"""A process of several: trains with zeros held, sharded or each its own batches."""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import secateur as sc
+from secateur.train import rigl, sparse_evolution
 
 
 def sharded() -> nn.Module:
@@ -44,6 +46,41 @@ def save(folder: Path) -> None:
     optimizer, held = begun(model)
     train(model, optimizer, held, 3)
     dcp.save({"model": model.state_dict(), "held": held}, checkpoint_id=folder)
+
+
+def moved(name: str, batches: list[int]) -> dict[str, list[torch.Tensor]]:
+    """The masks after each of three moves and the weights, trained on the mean of some batches.
+
+    Gradients are masked at each backward, which may be before they are averaged.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+    plan = sc.plan(model, "unstructured:0.75@layer", layers=["0"])
+    sc.prune_(model, plan, sc.random)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    rule = {"rigl": rigl, "set": sparse_evolution}[name](plan, 100, every=2)
+    held = sc.hold(model, optimizer, rule)
+    held.mask_gradients_early()
+    trained = DistributedDataParallel(model) if dist.is_initialized() else model
+    found = []
+    for step in range(6):
+        for batch in batches:
+            generator = torch.Generator().manual_seed(10 * step + batch)
+            x = torch.randn(8, 16, generator=generator, dtype=torch.float64)
+            (trained(x).square().mean() / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 2:
+            found.append(held.masks["0"])
+    return {"masks": found, "weights": [p.detach() for p in model.parameters()]}
+
+
+def move(rank: str, folder: str, name: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=2
+    )
+    torch.save(moved(name, [int(rank)]), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
