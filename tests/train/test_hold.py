@@ -707,6 +707,35 @@ def test_a_planned_layer_that_training_does_not_change_is_named(way: str) -> Non
         sc.hold(model, optimizer, rule)
 
 
+# --- in rounds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rewinds", [False, True], ids=["iterative", "lottery ticket"])
+def test_zeros_stay_from_round_to_round_and_kept_weights_go_back_to_early_ones(
+    rewinds: bool,
+) -> None:
+    model = dense()
+    early, zeros = copy.deepcopy(model.state_dict()), model[0].weight == 0
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.01), 10)
+    for sparsity in (0.5, 0.75, 0.9):
+        plan = sc.plan(model, f"unstructured:{sparsity}@layer")
+        sc.prune_(model, plan)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        with sc.hold(model, optimizer) as held:
+            if rewinds:
+                model.load_state_dict(early)
+                back = held.reapply()
+                assert back == {name: int((~mask).sum()) for name, mask in held.masks.items()}
+                for name, mask in held.masks.items():
+                    expected = early[f"{name}.weight"].masked_fill(~mask, 0)
+                    assert torch.equal(model.get_submodule(name).weight, expected)
+            train(model, optimizer, 10)
+        sc.check(model, plan)
+        now = model[0].weight == 0
+        assert int(now.sum()) == int(sparsity * 512 + 0.5) and bool((now | ~zeros).all())
+        zeros = now
+
+
 # --- sharded --------------------------------------------------------------------------------------
 
 
