@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -340,6 +341,63 @@ def test_a_grown_weight_starts_anew_for_the_optimizer(name: str) -> None:
         assert not bool(model[0].weight[grown].any())
     # By the second move some weights come back that had moments when they were dropped.
     assert drops[3] > 0 and drops[7] > 0
+
+
+class Stacks(nn.Module):
+    """Two experts in 3-D parameters, as transformers' modules are known by."""
+
+    has_gate, has_bias = False, False
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.config = SimpleNamespace(_experts_implementation=None)
+        self.up_proj = nn.Parameter(torch.randn(2, 16, 12) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = (x @ self.up_proj).tanh().sum(0).unflatten(1, (4, 3)).sum(2)
+        return out
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_experts_of_a_stack_move_and_start_anew_each_in_its_part(
+    is_transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two experts one is planned; what the optimizer knows of the other stays."""
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", SimpleNamespace())
+    torch.manual_seed(0)
+    model = nn.Sequential(Stacks(is_transposed))
+    plan = sc.plan(model, "unstructured:0.75@layer", layers=["0.up_proj.1"])
+    sc.prune_(model, plan, sc.random)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with sc.hold(model, optimizer, rigl(plan, 100, every=2)) as held:
+        for _ in range(4):
+            plainly(loss_of(model), optimizer, held, inputs(1))
+            weights, moments = model[0].up_proj, optimizer.state[model[0].up_proj]["exp_avg"]
+            mask = held.masks["0.up_proj.1"]
+            mask = mask.mT if is_transposed else mask
+            grown = mask & (weights[1] == 0)
+            assert int(mask.sum()) == 48 and not bool(weights[1][~mask].any())
+            assert bool(moments[0].all()) and bool(moments[1][mask & ~grown].all())
+            assert not bool(moments[1][grown].any())
+        assert set(held.moves) == {"0.up_proj.1"} and held.moves["0.up_proj.1"].step == 4
+        assert int(grown.sum()) == held.moves["0.up_proj.1"].grown > 0
+
+
+def test_a_table_whose_gradients_are_sparse_moves_by_its_rows_gradients() -> None:
+    """Only rows that were looked up have a gradient, so all that grows is in one of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 8, sparse=True))
+    plan = sc.plan(model, "unstructured:0.75@layer", layers=["0"])
+    sc.prune_(model, plan, sc.random)
+    optimizer = torch.optim.SparseAdam(list(model.parameters()), lr=0.01)
+    with sc.hold(model, optimizer, rigl(plan, 100, every=1, fraction=0.2)) as held:
+        before = held.masks["0"]
+        model(torch.tensor([2, 3, 3])).sub(1).square().sum().backward()
+        optimizer.step()
+        grown = held.masks["0"] & ~before
+    assert set(grown.nonzero()[:, 0].tolist()) <= {2, 3} and int(grown.sum()) > 0
+    sc.check(model, plan)
 
 
 def test_erk_and_uniform_densities_are_kept() -> None:
