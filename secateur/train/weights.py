@@ -83,7 +83,7 @@ class Weight:
                 and kept.is_floating_point()
                 and kept.shape == parameter.shape
             ):
-                own = self.module.piece_of(kept) if isinstance(self.module, Expert) else kept
+                own = self.module.piece_of(kept) if isinstance(self.module, Piece) else kept
                 own.masked_fill_(where, 0)
 
     def sources(self) -> list[nn.Parameter]:
