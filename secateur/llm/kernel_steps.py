@@ -221,7 +221,7 @@ def warn_of_forward(model: nn.Module, steps: Steps) -> None:
         _warned.add(model)
         why = steps.about.removeprefix(FORWARD).removeprefix(": ")
         warnings.warn(
-            f"generate runs {FORWARD}, several times as long as the GPU kernels take: {why}",
+            f"generate runs {FORWARD}, not the GPU kernels: {why}",
             stacklevel=3,
         )
 
