@@ -40,8 +40,12 @@ class Tile:
 
     @property
     def out_tokens(self) -> int:
-        """Tokens that are stored at a time."""
-        return next(n for n in (64, 32, 16) if self.tokens % (n * self.splits) == 0)
+        """Tokens that are stored at a time: the most of which each CTA stores as many."""
+
+        def even(n: int) -> bool:
+            return not self.tokens % n and not self.blocks * self.tokens // n % self.splits
+
+        return next(filter(even, (64, 32)), 16)
 
     def shared_bytes(self, unit: int) -> int:
         """Dynamic shared memory of a CTA, as `kernel.cu` lays it out, for units of these bytes."""
@@ -78,14 +82,19 @@ TILES = (
     Tile(2, 128, 1),
     Tile(1, 128, 1),
     Tile(1, 128, 2),
+    Tile(1, 128, 3),
     Tile(1, 64, 1),
     Tile(1, 64, 2),
+    Tile(1, 64, 3),
+    Tile(2, 64, 1),
     Tile(1, 96, 1),
     Tile(1, 96, 2),
+    Tile(1, 96, 3),
     Tile(1, 160, 1),
     Tile(1, 160, 2),
     Tile(1, 192, 1),
     Tile(1, 192, 2),
+    Tile(1, 192, 3),
     Tile(1, 224, 1),
     Tile(1, 224, 2),
     Tile(2, 96, 1),
@@ -96,6 +105,7 @@ STEP_CLOCKS = 0.5  # of one token in a multiplication of 64 rows x 32 columns
 UNIT_CLOCKS = 270  # a unit's waits, whatever the tile
 SHARED_BYTES_A_CLOCK = 115  # weights that are written to shared memory and read from it
 L2_BYTES_A_CLOCK = 115  # what a CTA is sent
+LARGE_CLUSTERS = 0.89  # of 3 CTAs and more, on as many SMs: 39 of 44 on an H200, 30 of 33 of 4 CTAs
 RESULTS_A_CLOCK = 6.5  # scaled and stored
 SUMS_A_CLOCK = 10.5  # sent and added, where columns are split
 
@@ -109,7 +119,10 @@ def choose(case: Case, multiprocessors: int) -> Tile:
 def clocks(tile: Tile, case: Case, multiprocessors: int) -> float:
     """About how long the kernel runs with this tile: waves of tiles x the time of one."""
     tiles = ceil(case.rows / tile.rows) * ceil(case.tokens / tile.tokens)
-    waves = ceil(tiles / (multiprocessors // tile.splits))
+    clusters = multiprocessors // tile.splits
+    if tile.splits > 2:  # they lie within a part of the device, and leave SMs over
+        clusters = int(LARGE_CLUSTERS * clusters)
+    waves = ceil(tiles / clusters)
     weights = tile.rows // UNIT_ROWS * case.unit_bytes
     tokens = 2 * BOX_BYTES * tile.tokens
     multiplied = 4 * tile.rows // 64 * STEP_CLOCKS * tile.tokens + weights / SHARED_BYTES_A_CLOCK

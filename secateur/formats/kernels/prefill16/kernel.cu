@@ -13,7 +13,7 @@
 // numbers that the dense weight has. Scales of rows and the bias are applied to the sums.
 //
 // Where there are too few tiles for the device, SPLITS CTAs of a cluster each take a part of the columns
-// of one tile. Each owns some of its tokens: the others send it their sums, and it adds them in order.
+// of one tile. Each owns some parts of its results: the others send it their sums, and it adds them in order.
 //
 // The copy engine takes long over what lies beyond a matrix, so no box of tokens does: the last tile
 // starts so early that it is whole, and computes some tokens a second time, to the same bits. With fewer
@@ -28,8 +28,8 @@
 //   macro            values    meaning
 //   KIND, GROUP_SCALES, HALF   of the weight, see units.cuh
 //   ROW_BLOCKS       1 2       times 64 rows, of a warpgroup
-//   TOKENS           64..256   of a tile, a multiple of 32
-//   SPLITS           1 2       CTAs of a cluster, which split the columns
+//   TOKENS           48..256   of a tile, a multiple of 16
+//   SPLITS           1..8      CTAs of a cluster, which split the columns
 //   A_STAGES         2..       units of each row tile that lie in shared memory
 //   B_STAGES         2..       boxes of 64 columns that lie there
 //   OUT_BUFFERS      1..4      of 64 x 64 results for each warpgroup
@@ -50,15 +50,19 @@ constexpr int PIECES = KIND == W16 ? 2 : 1;                // of a unit: a box h
 constexpr int A_BYTES = (TILES * UNIT_BYTES + 127) / 128 * 128;
 constexpr int BOX_COLUMNS = 64;
 constexpr int B_BYTES = TOKENS * BOX_COLUMNS * 2;
-// Stored at a time, by one CTA of a cluster: 64 rows of so many tokens.
-constexpr int OUT_TOKENS = TOKENS % (64 * SPLITS) == 0 ? 64 : TOKENS % (32 * SPLITS) == 0 ? 32 : 16;
+// A part is what one CTA of a cluster stores at a time: 64 rows of so many tokens. The larger the better,
+// if each CTA owns as many.
+constexpr bool even(int tokens) { return TOKENS % tokens == 0 && ROW_BLOCKS * TOKENS / tokens % SPLITS == 0; }
+constexpr int OUT_TOKENS = even(64) ? 64 : even(32) ? 32 : 16;
 constexpr int OUT_BYTES = OUT_TOKENS * 64 * 2, SUM_BYTES = OUT_TOKENS * 64 * 4;
-constexpr int ROUNDS = TOKENS / (OUT_TOKENS * SPLITS);     // of such parts, one for each CTA
-constexpr int OWN_PARTS = ROW_BLOCKS * ROUNDS;             // that a CTA stores of a tile
+constexpr int BLOCK_PARTS = TOKENS / OUT_TOKENS, PARTS = ROW_BLOCKS * BLOCK_PARTS;     // of 64 rows, of a warpgroup
+// Of which a CTA of a cluster owns so many: the first, the one SPLITS later, and so on.
+constexpr int owned(int cta) { return (PARTS - cta + SPLITS - 1) / SPLITS; }
+constexpr int ROUNDS = owned(0);
 // Registers of a thread: of those that copy and those that multiply, all of an SM's together.
 constexpr int FEW = 40, MANY = 232;
 
-static_assert(TOKENS % (OUT_TOKENS * SPLITS) == 0, "each CTA of a cluster owns as many tokens");
+static_assert(TOKENS % OUT_TOKENS == 0, "a part is whole");
 static_assert(!GROUP_SCALES || KIND == INT4, "groups are of 4 bits");
 
 constexpr bool RAISED = !HALF && KIND != W16;
@@ -154,11 +158,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
     const u32 sums = results + CONSUMERS * OUT_BUFFERS * OUT_BYTES;
     const u32 a_ring = sums + CONSUMERS * (SPLITS - 1) * SUM_BYTES;
     __shared__ __align__(16) u16 scales_here[ROWS], bias_here[ROWS];
-    __shared__ __align__(8) u64 barriers[2 * (A_STAGES + B_STAGES + CONSUMERS)];
+    __shared__ __align__(8) u64 barriers[2 * (A_STAGES + B_STAGES) + CONSUMERS * (1 + SPLITS)];
     __shared__ __align__(8) u8 held_here[8];
     const u32 held = shared_address(held_here);
     const u32 a_full = shared_address(barriers), a_empty = a_full + 8 * A_STAGES;
     const u32 b_full = a_empty + 8 * A_STAGES, b_empty = b_full + 8 * B_STAGES;
+    // Of each warpgroup: that sums have come here, and that those sent to each other CTA are read.
     const u32 sums_full = b_empty + 8 * B_STAGES, sums_empty = sums_full + 8 * CONSUMERS;
 
     if (threadIdx.x == 0) {
@@ -172,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
         }
         for (int i = 0; i < CONSUMERS; ++i) {
             barrier_init(sums_full + 8 * i, 1);
-            barrier_init(sums_empty + 8 * i, max(1, 4 * (SPLITS - 1)));
+            for (int owner = 0; owner < SPLITS; ++owner) barrier_init(sums_empty + 8 * (i * SPLITS + owner), 4);
         }
         barrier_init_done();
     }
@@ -219,19 +224,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
         Place<A_STAGES> a(0);
         Place<B_STAGES> b(0);
         const bool stores = threadIdx.x % 128 == 0;
-        int stored = 0, exchanged = 0;         // parts, and rounds of them, of all tiles
+        int stored = 0, done = 0;              // parts and tiles
         auto release_box = [&](int stage) {
             if (lane == 0) barrier_arrive(b_empty + 8 * stage);
         };
 
-        // Sends a part's sums to the CTA that owns it.
-        auto send = [&](const float (&d)[TOKENS / 8][4], int part, int owner) {
+        // Sends the sums of a part to the CTA that owns it.
+        auto send = [&](const float (&d)[TOKENS / 8][4], int first, int owner) {
             const u32 barrier = in_cta(sums_full + 8 * group, owner);
             const int slot = group * (SPLITS - 1) + (rank < owner ? rank : rank - 1);
             const u32 there = in_cta(sums + slot * SUM_BYTES + threadIdx.x % 128 * 16, owner);
             #pragma unroll
             for (int n = 0; n < OUT_TOKENS / 8; ++n) {
-                const float(&sum)[4] = d[part * OUT_TOKENS / 8 + n];
+                const float(&sum)[4] = d[first + n];
                 store_remote(there + n * 2048, sum[0], sum[1], sum[2], sum[3], barrier);
             }
         };
@@ -250,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
                 }
             }
             __syncwarp();
-            if (lane < SPLITS && lane != rank) barrier_arrive_in(in_cta(sums_empty + 8 * group, lane));
+            if (lane < SPLITS && lane != rank) barrier_arrive_in(in_cta(sums_empty + 8 * (group * SPLITS + rank), lane));
         };
         // Results of 64 rows and OUT_TOKENS tokens, as y has them.
         auto transpose = [&](const float (&d)[TOKENS / 8][4], int first, const float (&scale)[2], const float (&offset)[2], u32 out) {
@@ -340,48 +345,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
             // Added, scaled, transposed, stored: some tokens of 64 rows at a time, in buffers in turn.
             wait_copies<0>();
             #pragma unroll
-            for (int m = 0; m < ROW_BLOCKS; ++m) {
-                #pragma unroll
-                for (int round = 0; round < ROUNDS; ++round) {
-                    if constexpr (SPLITS > 1) {
-                        barrier_wait_cluster(sums_empty + 8 * group, exchanged % 2 ^ 1);
-                        #pragma unroll
-                        for (int part = 0; part < SPLITS; ++part)
-                            if (part != rank) send(acc[m], round * SPLITS + part, part);
-                        if (stores) barrier_expect(sums_full + 8 * group, (SPLITS - 1) * SUM_BYTES);
-                        barrier_wait_cluster(sums_full + 8 * group, exchanged % 2);
-                        ++exchanged;
-                    }
+            for (int round = 0; round < ROUNDS; ++round) {
+                if constexpr (SPLITS > 1) {
                     #pragma unroll
-                    for (int part = 0; part < SPLITS; ++part) {
-                        if (SPLITS > 1 && part != rank) continue;
-                        const int first_token = (round * SPLITS + part) * OUT_TOKENS;
-                        float(&d)[TOKENS / 8][4] = acc[m];
-                        if constexpr (SPLITS > 1) receive(d, first_token / 8);
-                        const u32 out = results + (group * OUT_BUFFERS + stored % OUT_BUFFERS) * OUT_BYTES;
-                        if (OUT_BUFFERS < OWN_PARTS || (m == 0 && round == 0)) {
-                            if (stores) wait_stores_read<OUT_BUFFERS < OWN_PARTS ? OUT_BUFFERS - 1 : 0>();
-                            barrier_of_warpgroup(1 + group);   // scales are there, the buffer is free
-                        }
-                        float scale[2], offset[2];
-                        #pragma unroll
-                        for (int h = 0; h < 2; ++h) {
-                            const int here = group * GROUP_ROWS + m * 64 + warp * 16 + g + 8 * h;
-                            scale[h] = row_scales ? float_of_16<HALF>(scales_here[here]) * RESTORE : RESTORE;
-                            offset[h] = bias ? float_of_16<HALF>(bias_here[here]) : 0.0f;
-                        }
-                        transpose(d, first_token / 8, scale, offset, out);
-                        fence_async_proxy();
-                        barrier_of_warpgroup(1 + group);
-                        const int row = first_row + m * 64, token = first_token_of(tile.tokens, M) + first_token;
-                        if (stores) {
-                            if (row < N && token < M) store_box(y, 2 * row, token, out);
-                            commit_stores();
-                        }
-                        ++stored;
+                    for (int owner = 0; owner < SPLITS; ++owner) {
+                        const int part = round * SPLITS + owner, sent = done * owned(owner) + round;
+                        if (part >= PARTS || owner == rank) continue;
+                        barrier_wait_cluster(sums_empty + 8 * (group * SPLITS + owner), sent % 2 ^ 1);
+                        send(acc[part / BLOCK_PARTS], part % BLOCK_PARTS * OUT_TOKENS / 8, owner);
+                    }
+                    if (round * SPLITS + rank < PARTS) {
+                        if (stores) barrier_expect(sums_full + 8 * group, (SPLITS - 1) * SUM_BYTES);
+                        barrier_wait_cluster(sums_full + 8 * group, stored % 2);
                     }
                 }
+                #pragma unroll
+                for (int owner = 0; owner < SPLITS; ++owner) {
+                    const int part = round * SPLITS + owner;
+                    if (part >= PARTS || (SPLITS > 1 && owner != rank)) continue;
+                    const int m = part / BLOCK_PARTS, first_token = part % BLOCK_PARTS * OUT_TOKENS;
+                    float(&d)[TOKENS / 8][4] = acc[m];
+                    if constexpr (SPLITS > 1) receive(d, first_token / 8);
+                    const u32 out = results + (group * OUT_BUFFERS + stored % OUT_BUFFERS) * OUT_BYTES;
+                    if (OUT_BUFFERS < ROUNDS || round == 0) {
+                        if (stores) wait_stores_read<OUT_BUFFERS < ROUNDS ? OUT_BUFFERS - 1 : 0>();
+                        barrier_of_warpgroup(1 + group);   // scales are there, the buffer is free
+                    }
+                    float scale[2], offset[2];
+                    #pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const int here = group * GROUP_ROWS + m * 64 + warp * 16 + g + 8 * h;
+                        scale[h] = row_scales ? float_of_16<HALF>(scales_here[here]) * RESTORE : RESTORE;
+                        offset[h] = bias ? float_of_16<HALF>(bias_here[here]) : 0.0f;
+                    }
+                    transpose(d, first_token / 8, scale, offset, out);
+                    fence_async_proxy();
+                    barrier_of_warpgroup(1 + group);
+                    const int row = first_row + m * 64, token = first_token_of(tile.tokens, M) + first_token;
+                    if (stores) {
+                        if (row < N && token < M) store_box(y, 2 * row, token, out);
+                        commit_stores();
+                    }
+                    ++stored;
+                }
             }
+            ++done;
         }
         if (threadIdx.x % 128 == 0) wait_stores();
     }

@@ -46,6 +46,29 @@ def test_few_tokens_fill_the_device_by_splitting_columns() -> None:
     assert choose(case(128, rows=65536), SMS).splits == 1  # enough rows
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "tile"),
+    [(28672, 4096, (2, 64, 1)), (6144, 4096, (1, 64, 2)), (4096, 14336, (1, 64, 3))],
+)
+def test_64_tokens_take_the_tile_that_was_measured_fastest(
+    rows: int, columns: int, tile: tuple[int, ...]
+) -> None:
+    """docs/log/2026-11-30-prefill-from-units.md"""
+    assert bare(choose(case(64, rows, columns), SMS)) == tile
+
+
+def test_clusters_of_three_leave_sms_over() -> None:
+    """39 fitted an H200, not 44: with 40 tiles they work twice."""
+    one, two = (clocks(Tile(1, 64, 3), case(64, rows=128 * n), SMS) for n in (39, 40))
+    assert two == 2 * one
+
+
+def test_a_part_is_as_large_as_leaves_each_cta_as_many() -> None:
+    parts = {(1, 256, 2): 64, (1, 96, 3): 32, (1, 160, 2): 16, (1, 192, 3): 64, (2, 64, 4): 32}
+    assert {key: Tile(*key).out_tokens for key in parts} == parts
+    assert Tile(1, 64, 3).out_tokens == 16  # four parts for three
+
+
 def test_one_unit_of_columns_is_not_split() -> None:
     assert choose(case(65, columns=64), SMS).splits == 1
 

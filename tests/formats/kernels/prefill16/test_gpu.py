@@ -82,7 +82,7 @@ def test_every_format_is_right(
     held_to_float64(layer, inputs(tokens, shape[1], dtype), bias=tokens % 2 == 1)
 
 
-@pytest.mark.parametrize("tokens", [9, 70, 256, 600])
+@pytest.mark.parametrize("tokens", [9, 70, 256, 600, 2000])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("format", ["semi24", "semi24_int4", "semi24_fp8"])
 def test_every_tile_gives_the_same_result(format: str, tile: Tile, tokens: int) -> None:

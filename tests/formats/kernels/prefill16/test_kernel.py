@@ -73,7 +73,7 @@ def test_activations_do_not_spill(activation: int, tmp_path: Path) -> None:
 
 
 @NEEDS_NVRTC
-@pytest.mark.parametrize("tile", [TILES[0], TILES[2], TILES[3]], ids=str)
+@pytest.mark.parametrize("tile", [TILES[0], TILES[2], TILES[3], Tile(2, 64, 1)], ids=str)
 def test_no_multiplication_is_waited_for_alone(tile: Tile, tmp_path: Path) -> None:
     """The assembler waits for each one if it finds too few registers to keep two apart."""
     numbers = (Kind.INT4, True, BF16)
@@ -89,7 +89,7 @@ def test_no_multiplication_is_waited_for_alone(tile: Tile, tmp_path: Path) -> No
 def test_sizes_on_both_sides_are_the_same(tmp_path: Path) -> None:
     """The constants of Python, asserted in the kernel's own source."""
     kind, grouped, _ = numbers = (Kind.W16, False, BF16)
-    for bare in (TILES[1], TILES[2], Tile(1, 64, 2)):
+    for bare in (TILES[1], TILES[2], Tile(1, 64, 2), Tile(1, 64, 3), Tile(2, 96, 4)):
         tile = full(bare, *numbers)
         wanted = {
             "1023 + B_STAGES * B_BYTES + A_STAGES * A_BYTES + CONSUMERS * "
