@@ -13,7 +13,7 @@
 // numbers that the dense weight has. Scales of rows and the bias are applied to the sums.
 //
 // Where there are too few tiles for the device, SPLITS CTAs of a cluster each take a part of the columns
-// of one tile. Each owns some parts of its results: the others send it their sums, and it adds them in order.
+// of one tile. Each owns some parts of its results: the others send it their sums, and it adds all in order.
 //
 // The copy engine takes long over what lies beyond a matrix, so no box of tokens does: the last tile
 // starts so early that it is whole, and computes some tokens a second time, to the same bits. With fewer
@@ -240,19 +240,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
                 store_remote(there + n * 2048, sum[0], sum[1], sum[2], sum[3], barrier);
             }
         };
-        // Adds what the others have sent, in their order, and tells them.
+        // Adds its own sums and those that the others have sent, and tells them. The order is that of the
+        // ranks, whoever adds: a token of two tiles has the same bits in both.
         auto receive = [&](float (&d)[TOKENS / 8][4], int first) {
             #pragma unroll
-            for (int other = 0; other < SPLITS - 1; ++other) {
-                const u32 at = sums + (group * (SPLITS - 1) + other) * SUM_BYTES + threadIdx.x % 128 * 16;
+            for (int n = 0; n < OUT_TOKENS / 8; ++n) {
+                float(&own)[4] = d[first + n], sum[4] = {};
                 #pragma unroll
-                for (int n = 0; n < OUT_TOKENS / 8; ++n) {
-                    const uint4 v = load_shared_128(at + n * 2048);
-                    d[first + n][0] += __uint_as_float(v.x);
-                    d[first + n][1] += __uint_as_float(v.y);
-                    d[first + n][2] += __uint_as_float(v.z);
-                    d[first + n][3] += __uint_as_float(v.w);
+                for (int cta = 0; cta < SPLITS; ++cta) {
+                    const int slot = group * (SPLITS - 1) + max(cta < rank ? cta : cta - 1, 0);
+                    const uint4 v = load_shared_128(sums + slot * SUM_BYTES + threadIdx.x % 128 * 16 + n * 2048);
+                    sum[0] += cta == rank ? own[0] : __uint_as_float(v.x);
+                    sum[1] += cta == rank ? own[1] : __uint_as_float(v.y);
+                    sum[2] += cta == rank ? own[2] : __uint_as_float(v.z);
+                    sum[3] += cta == rank ? own[3] : __uint_as_float(v.w);
                 }
+                #pragma unroll
+                for (int i = 0; i < 4; ++i) own[i] = sum[i];
             }
             __syncwarp();
             if (lane < SPLITS && lane != rank) barrier_arrive_in(in_cta(sums_empty + 8 * (group * SPLITS + rank), lane));
