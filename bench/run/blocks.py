@@ -1,15 +1,17 @@
-"""Weights in blocks on a GPU: forward at any number of tokens, or a whole training step.
+"""Zeros in blocks, and anywhere, on a GPU: any number of tokens, or a whole training step.
 
     python -m bench.run.blocks
     python -m bench.run.blocks --train --tokens 8192 --sparsities 0.8
+    python -m bench.run.blocks --formats bitmap --sparsities 0.5 0.7 0.8 --tokens 1 8 16 4096
 
-A row is one candidate at one layer, size of block, sparsity and number of tokens; losing rows stay,
-and one that cannot run or is wrong has its reason in `note`. The zero blocks of a layer are chosen
-at random, in all of the weight alike. Weights are random and cold (`bench.lib.cold`); a bias is
-added. A ratio is the time of dense cuBLAS bf16, on dense random weights, over that of the candidate
-in the same run. Rows are written after each number of tokens.
+A row is one candidate at one layer, format, sparsity and number of tokens; losing rows stay,
+and one that cannot run or is wrong has its reason in `note`. The zeros of a layer, whole blocks or
+single weights, are chosen at random, in all of the weight alike. Weights are random and cold
+(`bench.lib.cold`); a bias is added. A ratio is the time of dense cuBLAS bf16, on dense random
+weights, over that of the candidate in the same run. Rows are written after each number of tokens.
 
-The peer is torch's own layout of blocks, `torch.sparse_bsr`, by `torch.nn.functional.linear`. With
+The peer is torch's own layout, `torch.sparse_bsr` for blocks and `torch.sparse_csr` for zeros
+anywhere, by `torch.nn.functional.linear`. With
 `--train` a run is forward and backward, of input, weight and bias, where the gradient of the
 result is the result; the error is that of the input's gradient. torch's layout has none.
 """
@@ -25,28 +27,29 @@ from torch import Tensor, nn
 from bench.lib import cold
 from bench.lib.peer_kernels import CUBLAS, cublas
 from bench.lib.shapes import SHAPES
-from secateur.formats import SparseLinear, to_torch_sparse
-from secateur.formats.block import parse
+from secateur.formats import SparseLinear, parse_format, to_torch_sparse
+from secateur.formats.block import Blocks
 from secateur.formats.linear import REFERENCE
 from secateur.formats.op import table
 
 LAYERS = ("Llama-3-8B gate_up", "Llama-3-8B down")
-SIZES = ("64x64", "32x32")
+FORMATS = ("block:64x64", "block:32x32")
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 TOKENS = (1, 4, 16, 4096)
-IMPLEMENTATIONS = ("decode", "prefill")
-BSR = "torch bsr"
+IMPLEMENTATIONS = ("decode", "prefill", "expand")
+PEERS = {"block": "bsr", "bitmap": "csr"}  # torch's own layout
 STEP = " forward + backward"
 
 
-def named(layer: str, size: str, sparsity: float) -> str:
+def named(layer: str, format: str, sparsity: float) -> str:
     """`Llama-3-8B down block:64x64@0.8`."""
-    return f"{layer} block:{size}@{sparsity:g}"
+    return f"{layer} {format}@{sparsity:g}"
 
 
-def with_zero_blocks(weight: Tensor, size: str, sparsity: float) -> Tensor:
-    """The weight with this share of its blocks zero, to the block, at random."""
-    rows, cols = map(int, size.split("x"))
+def with_zeros(weight: Tensor, format: str, sparsity: float) -> Tensor:
+    """The weight with this share of its blocks, or of its weights, zero, exactly, at random."""
+    chosen = parse_format(format)
+    rows, cols = (chosen.rows, chosen.cols) if isinstance(chosen, Blocks) else (1, 1)
     down, across = weight.shape[0] // rows, weight.shape[1] // cols
     generator = torch.Generator(weight.device).manual_seed(3)
     order = torch.randperm(down * across, generator=generator, device=weight.device)
@@ -54,11 +57,6 @@ def with_zero_blocks(weight: Tensor, size: str, sparsity: float) -> Tensor:
     keep[order[: round(sparsity * down * across)]] = False
     spread = keep.view(down, across).repeat_interleave(rows, 0).repeat_interleave(cols, 1)
     return weight.masked_fill(~spread, 0)
-
-
-def packed(weight: Tensor, size: str, bias: Tensor) -> SparseLinear:
-    """The layer of blocks, which runs its reference."""
-    return cold.packed_layer(weight, f"block:{size}", bias)
 
 
 def implemented(
@@ -71,19 +69,19 @@ def implemented(
     most = cold.most_tokens(layer, name, tokens)
     run = deepcopy(layer)
     run.use(((name, most), *REFERENCE))
-    name, nbytes = f"block {name}", run.nbytes
+    name, nbytes = f"{layer.format.name} {name}", sum(run.held_bytes.values())
     return [cold.Candidate(name, nbytes, lambda: deepcopy(run), x, exact, CUBLAS, most=most)]
 
 
-def bsr(layer: SparseLinear, x: Tensor, exact: cold.Run) -> list[cold.Candidate]:
-    """The product with a weight in torch's own layout of blocks."""
-    bias = layer.bias
+def peer(layer: SparseLinear, x: Tensor, exact: cold.Run) -> list[cold.Candidate]:
+    """The product with a weight in torch's own layout."""
+    bias, layout = layer.bias, PEERS[layer.format.name]
 
     def make() -> cold.Run:
-        weight = to_torch_sparse(deepcopy(layer).packed, "sparse_bsr")
+        weight = to_torch_sparse(deepcopy(layer).packed, f"sparse_{layout}")
         return lambda x: torch.nn.functional.linear(x, weight, bias)
 
-    return [cold.Candidate(BSR, layer.packed.nbytes, make, x, exact, CUBLAS)]
+    return [cold.Candidate(f"torch {layout}", layer.packed.nbytes, make, x, exact, CUBLAS)]
 
 
 def step_of(layer: nn.Linear) -> cold.Run:
@@ -102,7 +100,7 @@ def step_of(layer: nn.Linear) -> cold.Run:
 def steps(
     dense: Tensor, layer: SparseLinear, bias: Tensor, x: Tensor
 ) -> dict[str, Callable[[], list[cold.Candidate]]]:
-    """A training step of the dense layer and of that of blocks."""
+    """A training step of the dense layer and of the packed one."""
 
     def exact(x: Tensor, weight: Tensor) -> Tensor:
         return cold.product(x, weight, bias) @ weight.double()
@@ -121,7 +119,7 @@ def steps(
 
     runs = deepcopy(layer).unfreeze_()
     names = dict.fromkeys(e.name for _, e in table(runs.dispatch, runs.format.implementations))
-    sparse = f"block {list(names)[-1]}"  # what runs the most tokens
+    sparse = f"{layer.format.name} {list(names)[-1]}"  # what runs the most tokens
     return {
         CUBLAS + STEP: lambda: candidate(CUBLAS, dense.nbytes, dense_step, dense),
         sparse + STEP: lambda: candidate(sparse, runs.nbytes, sparse_step, layer.packed.dense()),
@@ -129,24 +127,27 @@ def steps(
 
 
 def layer_of(name: str, arguments: argparse.Namespace) -> cold.Layer:
-    """The layer with these zero blocks, and dense, with copies of each."""
-    shape_name, _, format = name.rpartition(" block:")
-    size, _, sparsity = format.partition("@")
+    """The layer with these zeros, and dense, with copies of each."""
+    shape_name, _, zeros = name.rpartition(" ")
+    format, _, sparsity = zeros.partition("@")
     device, shape = torch.device(arguments.device), SHAPES[shape_name]
     dense, _ = cold.random_weights(shape, device)
     bias = torch.randn(shape[0], device=device, dtype=torch.bfloat16)
     x = cold.random_inputs(max(arguments.tokens), shape[1], 1, device)
-    layer = packed(with_zero_blocks(dense, size, float(sparsity)), size, bias)
+    layer = cold.packed_layer(with_zeros(dense, format, float(sparsity)), format, bias)
     exact = partial(cold.product, weight=layer.packed.dense(), bias=bias)
     if arguments.train:
         return cold.layer_from(name, shape, steps(dense, layer, bias, x), _room(arguments))
-    names = IMPLEMENTATIONS if device.type == "cuda" else ("reference",)
+    known = [entry.name for entry in layer.format.implementations]
+    names = [n for n in IMPLEMENTATIONS if n in known] if device.type == "cuda" else ["reference"]
     makers: dict[str, Callable[[], list[cold.Candidate]]] = {
         CUBLAS: lambda: [cublas(dense, x, CUBLAS, bias)],
-        BSR: partial(bsr, layer, x, exact),
+        f"torch {PEERS[layer.format.name]}": partial(peer, layer, x, exact),
     }
     for one in names:
-        makers[f"block {one}"] = partial(implemented, layer, x, exact, one, arguments.tokens)
+        makers[f"{layer.format.name} {one}"] = partial(
+            implemented, layer, x, exact, one, arguments.tokens
+        )
     return cold.layer_from(name, shape, makers, _room(arguments))
 
 
@@ -157,16 +158,16 @@ def _room(arguments: argparse.Namespace) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """Measures, writes each case's rows as they come; 1 if the time budget left cases out."""
     parser = cold.parser_of("blocks", __doc__, LAYERS, TOKENS)
-    parser.add_argument("--blocks", nargs="+", default=SIZES, help="rows x columns of a block")
+    parser.add_argument("--formats", nargs="+", default=FORMATS, help="block:ROWSxCOLUMNS, bitmap")
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--train", action="store_true", help="forward and backward")
     arguments = cold.parsed(parser, words)
-    for size in arguments.blocks:
-        parse(f"block:{size}")
+    if unknown := [f for f in arguments.formats if parse_format(f).name not in PEERS]:
+        parser.error(f"formats are blocks and bitmap, got {', '.join(unknown)}")
     arguments.layers = [
-        named(layer, size, sparsity)
+        named(layer, format, sparsity)
         for layer in arguments.layers
-        for size in arguments.blocks
+        for format in arguments.formats
         for sparsity in arguments.sparsities
     ]
     return cold.measure("blocks", arguments, layer_of)

@@ -1,4 +1,4 @@
-"""The table of weights in blocks on a GPU."""
+"""The table of zeros in blocks, and anywhere, on a GPU."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,17 @@ from bench.tables.markdown import page, vs_cublas, without_figure
 
 def blocks(results: Path) -> str:
     """For each device, ratios to dense: a line a candidate and number of tokens, losers too."""
-    return "\n".join(map(_table, latest(results, "blocks")))
+    return _tables(results, " block:")
+
+
+def bitmap(results: Path) -> str:
+    """The same of zeros anywhere."""
+    return _tables(results, " bitmap@")
+
+
+def _tables(results: Path, format: str) -> str:
+    found = ([r for r in rows if format in r["layer"]] for rows in latest(results, "blocks"))
+    return "\n".join(_table(rows) for rows in found if rows)
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -18,8 +28,8 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         layer, sparsity = row["layer"].split("@")
         if row["candidate"] != row["baseline"]:
-            name, _, size = layer.rpartition(" block:")
-            key = name, size, row["tokens"], row["candidate"]
+            name, _, format = layer.rpartition(" ")
+            key = name, format, row["tokens"], row["candidate"]
             cells.setdefault(key, {})[sparsity] = vs_cublas(row)
     sparsities = sorted({row["layer"].split("@")[1] for row in rows}, key=float)
     lines = [
@@ -28,12 +38,12 @@ def _table(rows: Sequence[Row]) -> str:
         if set(found.values()) != {"-"}
     ]
     first = rows[0]
-    heads = ["layer", "block", "tokens", "runs", *(f"{float(s):.0%} zero" for s in sparsities)]
+    heads = ["layer", "format", "tokens", "runs", *(f"{float(s):.0%} zero" for s in sparsities)]
     runs = dict.fromkeys(
         f"{row['date']}, commit {row['commit']}, `{row['command']}`" for row in rows
     )
     origin = (
-        "Ratio to dense cuBLAS bf16, bold where it is faster; random weights and zero blocks, "
+        "Ratio to dense cuBLAS bf16, bold where it is faster; random weights and zeros, "
         f"cold, with a bias, one CUDA graph, median; {first['device']}, driver {first['driver']}, "
         f"torch {first['torch']}, {'; '.join(runs)}; {quartiles(rows)}"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.tables.accuracy import accuracy_all
 from bench.tables.allocation import allocation, budget
-from bench.tables.blocks import blocks
+from bench.tables.blocks import bitmap, blocks
 from bench.tables.bytes import bytes_
 from bench.tables.costs import announced, cost, seconds
 from bench.tables.cuts import cuts, cuts_short
@@ -35,6 +35,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy-short": accuracy_short,
     "allocation": allocation,
     "announced": announced,
+    "bitmap": bitmap,
     "blocks": blocks,
     "budget": budget,
     "bytes": bytes_,

@@ -1,5 +1,6 @@
 """Unstructured weights as nonzeros and a bitmask: the smallest form below about 90 % zeros."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,14 +8,46 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from secateur.formats.contract import (
+    Arrangement,
     Format,
+    Implementation,
     Packed,
     check_stored,
     dense_shape,
     why_no_weight,
     why_not_smaller,
 )
+from secateur.formats.kernels import bits
 from secateur.formats.reference import REFERENCE
+
+Multiply = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
+
+
+def _arranged(packed: Packed) -> dict[str, Tensor]:
+    lines, starts = bits.arrange(_unpack_bits(packed), packed["values"])
+    return {"lines": lines, "starts": starts}
+
+
+def _restored(packed: Packed) -> dict[str, Tensor]:
+    keep, values = bits.restore(packed["lines"], packed["starts"], *packed.shape, packed.dtype)
+    return {"values": values, "bitmask": _pack_bits(keep)}
+
+
+LINES = Arrangement(("lines", "starts"), _arranged, _restored)
+
+
+def _implementation(name: str, multiply: Multiply, most_tokens: int | None) -> Implementation:
+    """This product, on a GPU, by the lines that both share."""
+
+    def linear(
+        x: Float[Tensor, "tokens in"], packed: Packed, bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "tokens out"]:
+        return multiply(x, packed["lines"], packed["starts"], bias, packed.shape[0])
+
+    def why_not(packed: Packed, tokens: int) -> str | None:
+        return bits.why_not(packed.shape, packed.dtype, packed.device, tokens, most_tokens)
+
+    return Implementation(name, linear, why_not, LINES)
 
 
 @dataclass(frozen=True)
@@ -32,7 +65,11 @@ class Bitmap(Format):
 
     name = "bitmap"
     tensors = ("values", "bitmask")
-    implementations = (REFERENCE,)
+    implementations = (
+        _implementation("decode", bits.multiply, bits.MOST_TOKENS),
+        _implementation("expand", bits.multiply_expanded, None),
+        REFERENCE,
+    )
     is_exact = True
 
     def why_not(self, weight: Tensor) -> str | None:

@@ -20,7 +20,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, capsys: pytest.CaptureFixture[str], words: str) -> results.Rows:
-    given = f"--device cpu --shapes Tiny --rounds 2 --blocks 16x32 {words} --output {folder}"
+    given = f"--device cpu --shapes Tiny --rounds 2 --formats block:16x32 {words} --output {folder}"
     assert blocks.main(given.split()) == 0
     return results.read(Path(capsys.readouterr().out.split()[-1]))
 
@@ -52,6 +52,17 @@ def test_a_step_is_held_to_the_gradient_of_the_input(
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 1.0])
 def test_zero_blocks_are_counted_exactly(sparsity: float) -> None:
-    weight = blocks.with_zero_blocks(torch.ones(64, 96), "16x32", sparsity)
+    weight = blocks.with_zeros(torch.ones(64, 96), "block:16x32", sparsity)
     assert Blocks(16, 32).density(weight) == pytest.approx(round(12 * (1 - sparsity)) / 12)
-    assert torch.equal(weight, blocks.with_zero_blocks(torch.ones(64, 96), "16x32", sparsity))
+    assert torch.equal(weight, blocks.with_zeros(torch.ones(64, 96), "block:16x32", sparsity))
+
+
+def test_zeros_anywhere_are_counted_exactly() -> None:
+    weight = blocks.with_zeros(torch.ones(64, 96), "bitmap", 0.7)
+    assert int(weight.count_nonzero()) == 64 * 96 - round(0.7 * 64 * 96)
+
+
+def test_other_formats_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        blocks.main(["--formats", "bitmap", "csr", "--device", "cpu"])
+    assert "formats are blocks and bitmap, got csr" in capsys.readouterr().err
