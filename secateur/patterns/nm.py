@@ -91,6 +91,17 @@ class NM(Pattern):
         mask[..., : kept.shape[-1]] = kept
         return mask.flatten(1)
 
+    def largest_dropped(
+        self, size: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]
+    ) -> Float[Tensor, "out in"]:
+        """The largest size that the mask drops in each weight's group; 0 where it drops none."""
+        runs = size.masked_fill(mask, 0).unflatten(1, (-1, self._width(size.shape[1])))
+        found = self._groups(runs, 0.0).amax(-1).repeat_interleave(self.m, -1)
+        largest = torch.zeros_like(runs)
+        stop = min(found.shape[-1], runs.shape[-1])
+        largest[..., :stop] = found[..., :stop]
+        return largest.flatten(1)
+
     def violation(self, mask: Bool[Tensor, "out in"]) -> str | None:
         width = self._width(mask.shape[1])
         kept = self._groups(mask.unflatten(1, (-1, width)), 0.0).sum(-1)

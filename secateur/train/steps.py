@@ -110,10 +110,18 @@ class Steps:
                     "make a new one and load its state"
                 )
 
+    def count_of(self, optimizer: Optimizer) -> int | None:
+        """How many steps the optimizer has taken; None for one that hands on to another."""
+        for one, count in zip(self._counting, self.counts, strict=True):
+            if one() is optimizer:
+                return count
+        return None
+
     def attach(
         self,
         before: Callable[[Optimizer, bool], None],
         after: Callable[[Optimizer, int | None], None],
+        again: Callable[[Optimizer], None] = lambda optimizer: None,
     ) -> None:
         """Have `before` called ahead of each step, and `after` behind it.
 
@@ -121,11 +129,13 @@ class Steps:
         and at the end of each call of a step's closure. `final` is False ahead of a step with a
         closure, whose gradients are still to come. `after(optimizer, step)` has the number of steps
         that the optimizer has taken; it is None for one that hands on to another, which counts.
+        `again(optimizer)` is called ahead of each call of a closure.
 
         The optimizers hold these functions, and nothing else here does: they end together.
         """
         for one in self.optimizers:
-            pre, post = partial(self._before_step, before), partial(self._after_step, after)
+            pre = partial(self._before_step, before, again)
+            post = partial(self._after_step, after)
             self._handles += [one.register_step_pre_hook(pre), one.register_step_post_hook(post)]
 
     def release(self) -> None:
@@ -137,6 +147,7 @@ class Steps:
     def _before_step(
         self,
         before: Callable[[Optimizer, bool], None],
+        again: Callable[[Optimizer], None],
         optimizer: Optimizer,
         args: Any,
         kwargs: Any,
@@ -153,6 +164,7 @@ class Steps:
 
         @wraps(closure)
         def then_before() -> Any:
+            again(optimizer)
             result = closure()
             before(optimizer, True)
             return result

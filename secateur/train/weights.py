@@ -19,6 +19,7 @@ from secateur.model.layers import (
     weight_of,
 )
 from secateur.model.piece import Piece, owner_name
+from secateur.model.plan import Plan, match
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,19 @@ def weights_of_model(model: nn.Module) -> dict[str, Weight]:
             name = prefix if key == "weight" else f"{prefix}.{key}" if prefix else key
             found[name] = Weight(prefix, module, key)
     return found
+
+
+def weights_of_plan(model: nn.Module, plan: Plan) -> dict[str, Weight]:
+    """The weights of a plan's layers, by the plan's names, which may leave out PEFT's.
+
+    Raises: ValueError if the plan was made for another model.
+    """
+    own = weights_of_model(model)
+    names = {id(weight.module): name for name, weight in own.items() if weight.is_layer}
+    return {
+        name: own[name if name in own else names[id(module)]]
+        for name, module in match(model, plan).items()
+    }
 
 
 def zeros_to_hold(model: nn.Module, *, all_layers: bool) -> dict[str, Weight]:

@@ -1,6 +1,7 @@
 """A process of several: trains with zeros held, sharded or each its own batches."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import secateur as sc
-from secateur.train import rigl, sparse_evolution
+from secateur.train import (
+    SoftThreshold,
+    StraightThrough,
+    Supermask,
+    learn_masks_,
+    rigl,
+    sparse_evolution,
+)
 
 
 def sharded() -> nn.Module:
@@ -75,11 +83,41 @@ def moved(name: str, batches: list[int]) -> dict[str, list[torch.Tensor]]:
     return {"masks": found, "weights": [p.detach() for p in model.parameters()]}
 
 
+def learnt(name: str, batches: list[int]) -> dict[str, list[torch.Tensor]]:
+    """The masks after each step and the weights, trained on the mean of some batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    rules = {"sr-ste": StraightThrough(0.01), "s-ste": SoftThreshold(), "supermask": Supermask()}
+    trained = DistributedDataParallel(model) if dist.is_initialized() else model
+    learning = learn_masks_(trained, sc.plan(model, "2:4", layers=["0"]), optimizer, rules[name])
+    found = []
+    for step in range(6):
+        for batch in batches:
+            generator = torch.Generator().manual_seed(10 * step + batch)
+            x = torch.randn(8, 16, generator=generator, dtype=torch.float64)
+            (trained(x).square().mean() / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(learning.masks["0"])
+    learning.release()
+    return {"masks": found, "weights": [p.detach() for p in model.parameters()]}
+
+
+def learn(rank: str, folder: str, name: str) -> None:
+    in_two(rank, folder, lambda: learnt(name, [int(rank)]))
+
+
 def move(rank: str, folder: str, name: str) -> None:
+    in_two(rank, folder, lambda: moved(name, [int(rank)]))
+
+
+def in_two(rank: str, folder: str, found: Callable[[], Any]) -> None:
+    """Write what this process finds, one of two."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=2
     )
-    torch.save(moved(name, [int(rank)]), Path(folder) / f"{rank}.pt")
+    torch.save(found(), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
