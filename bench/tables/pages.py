@@ -16,6 +16,7 @@ from bench.tables.cuts import cuts, cuts_short
 from bench.tables.decode import decode, decode_short
 from bench.tables.families import families
 from bench.tables.figure import front_page
+from bench.tables.from_scratch import from_scratch
 from bench.tables.grids import grids
 from bench.tables.linear import linear_cpu_all
 from bench.tables.llm import llm, llm_cpu, llm_short
@@ -46,6 +47,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "decode-short": decode_short,
     "encoder-accuracy": encoder_accuracy,
     "families": families,
+    "from-scratch": from_scratch,
     "grids": grids,
     "linear-cpu-all": linear_cpu_all,
     "llm": llm,
