@@ -23,15 +23,7 @@ class Choice:
     """What a format for each layer is chosen by."""
 
     tokens_per_call: o.TokensPerCall = "1,16,128"
-    formats: Annotated[
-        str | None,
-        typer.Option(
-            help="Formats to try, separated by commas: semi24,block:64x64,bitmap,csr; "
-            "semi24_int4,semi24_int8,semi24_fp8 also round weights; semi24_int8_dynamic,"
-            "semi24_fp8_dynamic,int8_dynamic,fp8_dynamic (the last two dense) inputs, too.",
-            show_default=False,
-        ),
-    ] = None
+    formats: o.Formats = None
     layers: o.Layers = None
     policy: Annotated[
         Policy,

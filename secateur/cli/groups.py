@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.cli import options as o
 from secateur.cli.console import caution, working
+from secateur.cli.methods import ChosenMethod, find_method
 from secateur.cli.source import AUTO, Opened, open_folder, open_source
 from secateur.cli.wording import in_options
 from secateur.files.save import Report, require_writable
@@ -52,6 +53,18 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class How:
+    """How a method is called: by which options, and whether the code in its file may run."""
+
+    option: o.MethodOptions = None
+    trust_code: o.TrustCode = False
+
+    def method(self, name: str) -> ChosenMethod:
+        """The method of that name, as `find_method`."""
+        return find_method(name, self.option or (), trust_code=self.trust_code)
+
+
+@dataclass(frozen=True)
 class Data:
     """Where tokens come from. `prefix` is what the names of its options begin with."""
 
@@ -77,6 +90,13 @@ class Data:
         if self.text:
             return f"{self.prefix}text {self.text}"
         return f"{self.prefix}tokens {self.tokens}"
+
+    @property
+    def options(self) -> str:
+        """The options that give a command the same data."""
+        rows = [("rows", self.rows), ("length", self.length), ("batch", self.batch)]
+        given = [f"--{name} {value}" for name, value in rows if value != getattr(Data(), name)]
+        return " ".join([self.named, *given])
 
     def require_readable(self) -> None:
         """Raise ValueError if the data cannot be read: a check of data that nothing will use."""

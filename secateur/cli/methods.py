@@ -1,4 +1,4 @@
-"""Methods by name: what `secateur.criteria` and `secateur.reconstruct` export, nothing else."""
+"""Methods by name: what `secateur.criteria` and `secateur.reconstruct` export, or a file's own."""
 
 import difflib
 import inspect
@@ -13,13 +13,14 @@ from typing import Any, get_args
 from torch import nn
 
 from secateur import criteria, reconstruct
+from secateur.cli.own_methods import function_in, names_file
 from secateur.core.disk.data_files import parse_yaml
 from secateur.model.blocks import Batch
 from secateur.model.plan import Plan
 from secateur.model.statistics import STATISTICS, needed_by
 from secateur.patterns.grids import Grid, parse_grid
 from secateur.prune.verbs import PruneReport, prune_, reconstruct_
-from secateur.reconstruct.methods import ALGORITHM_GIVEN, CRITERION_GIVEN
+from secateur.reconstruct.methods import ALGORITHM_GIVEN, CRITERION_GIVEN, is_algorithm
 
 
 def criteria_by_name() -> dict[str, Callable[..., Any]]:
@@ -52,7 +53,8 @@ def method_help() -> str:
         f"Kept weights refitted: {', '.join(algorithms_by_name())}, and 'refit(METHOD)' with the "
         "mask of any of these. 'swap(METHOD)' betters a mask and moves no weight, "
         "'blockwise(METHOD)' trains the kept weights of each half-block together, 'best' is "
-        "'blockwise(alps)', and 'thorough' trains those of the whole model after it."
+        "'blockwise(alps)', and 'thorough' trains those of the whole model after it. With "
+        "--trust-code, FILE.py:FUNCTION is your own, also for METHOD."
     )
 
 
@@ -82,21 +84,27 @@ class ChosenMethod:
             "checkpoint": checkpoint,
         }
         if self.refits:
-            assert batches is not None, "algorithms need data, which was asked for before"
-            return reconstruct_(model, plan, self.function, batches, **how)
+            # Data was asked for before, unless the method needs none.
+            return reconstruct_(model, plan, self.function, batches or (), **how)
         return prune_(model, plan, self.function, batches, **how)
 
 
-def find_method(name: str, options: Sequence[str] = ()) -> ChosenMethod:
-    """The method of that name with options such as `damping=0.1`.
+def find_method(
+    name: str, options: Sequence[str] = (), *, trust_code: bool = False
+) -> ChosenMethod:
+    """The method of that name with options such as `damping=0.1`; or a function in a file.
 
     Raises:
-        ValueError: if there is no such method or option, with the closest names.
+        ValueError: if there is no such method or option, with the closest names; if it is in a file
+            whose code is not trusted, or as `function_in`.
     """
     if inner := re.fullmatch(r"(refit|swap|blockwise)\((.+)\)", name):
         wrappers = reconstruct.refit, reconstruct.swap, reconstruct.blockwise
         wrapper: Callable[..., Any] = {w.__name__: w for w in wrappers}[inner[1]]
-        algorithm = wrapper(find_method(inner[2]).function, **_options(name, wrapper, options))
+        algorithm = wrapper(
+            find_method(inner[2], trust_code=trust_code).function,
+            **_options(name, wrapper, options),
+        )
         each = algorithm.method if isinstance(algorithm, reconstruct.Blockwise) else algorithm
         return ChosenMethod(name, algorithm, True, needed_by(each, given=ALGORITHM_GIVEN))
     presets = presets_by_name()
@@ -104,6 +112,9 @@ def find_method(name: str, options: Sequence[str] = ()) -> ChosenMethod:
         if fixed := _options(name, _of_preset, options):
             preset = replace(preset, **fixed)
         return ChosenMethod(name, preset, True, needed_by(preset.method, given=ALGORITHM_GIVEN))
+    if names_file(name):
+        own = function_in(name, trust_code)
+        return _chosen(name, own, is_algorithm(own), options)
     algorithms = algorithms_by_name()
     known = {**criteria_by_name(), **algorithms}
     if name not in known:
@@ -111,8 +122,13 @@ def find_method(name: str, options: Sequence[str] = ()) -> ChosenMethod:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown method {name!r}: {hint}Methods are {', '.join(names)}")
-    function = known[name]
-    refits = name in algorithms
+    return _chosen(name, known[name], name in algorithms, options)
+
+
+def _chosen(
+    name: str, function: Callable[..., Any], refits: bool, options: Sequence[str]
+) -> ChosenMethod:
+    """The criterion or the algorithm with its options fixed."""
     given = ALGORITHM_GIVEN if refits else CRITERION_GIVEN
     needs = needed_by(function, given=given)
     fixed = _options(name, function, options)
@@ -123,15 +139,18 @@ def _of_preset(*, grid: Grid | None = None) -> None:
     """The options of a preset."""
 
 
-def find_criterion(name: str) -> ChosenMethod:
-    """The criterion of that name.
+def find_criterion(name: str, *, trust_code: bool = False) -> ChosenMethod:
+    """The criterion of that name, or the one in a file.
 
     Raises:
-        ValueError: if it is unknown, or an algorithm, which also moves weights.
+        ValueError: if it is unknown, or an algorithm, which also moves weights; as `find_method`.
     """
     known = criteria_by_name()
+    if names_file(name) and not (own := find_method(name, trust_code=trust_code)).refits:
+        return own
     if name not in known:
-        kind = "refits the kept weights" if name in algorithms_by_name() else "is unknown"
+        refits = name in algorithms_by_name() or names_file(name)
+        kind = "refits the kept weights" if refits else "is unknown"
         raise ValueError(f"this needs a criterion, {name!r} {kind}: use {', '.join(known)}")
     return find_method(name)
 

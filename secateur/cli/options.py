@@ -107,6 +107,15 @@ Length = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows run at once.", rich_help_panel=DATA)]
+Sample = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Rows more that the dense language model writes itself, for methods that need data: "
+        "little text then goes far.",
+        rich_help_panel=DATA,
+    ),
+]
 EvalText = Annotated[
     Path | None,
     typer.Option(
@@ -136,6 +145,15 @@ TokensPerCall = Annotated[
     typer.Option(
         help="Tokens in one call of the model, as 1,16,128; or with how often each occurs, as "
         "1:1000,2048:1.",
+        show_default=False,
+    ),
+]
+Formats = Annotated[
+    str | None,
+    typer.Option(
+        help="Formats to try, separated by commas: semi24,block:64x64,bitmap,csr; "
+        "semi24_int4,semi24_int8,semi24_fp8 also round weights; semi24_int8_dynamic,"
+        "semi24_fp8_dynamic,int8_dynamic,fp8_dynamic (the last two dense) inputs, too.",
         show_default=False,
     ),
 ]
@@ -170,6 +188,12 @@ MethodOptions = Annotated[
         "--option",
         help="An option of the method, as damping=0.1; repeat it for more.",
         show_default=False,
+    ),
+]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code", help="Run the Python file that --method names. It may do anything you may."
     ),
 ]
 Output = Annotated[

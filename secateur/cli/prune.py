@@ -9,8 +9,8 @@ from torch import Tensor
 from secateur.cli import options as o
 from secateur.cli.command import command
 from secateur.cli.console import caution, emit
-from secateur.cli.groups import Choice, Data, HeldOut, Loading, Out
-from secateur.cli.methods import ChosenMethod, find_method, method_help
+from secateur.cli.groups import Choice, Data, HeldOut, How, Loading, Out
+from secateur.cli.methods import ChosenMethod, method_help
 from secateur.cli.quality import quality
 from secateur.cli.source import Opened
 from secateur.cli.summary import Summary, summarize
@@ -28,17 +28,9 @@ def prune(
     choice: Choice,
     keep_zeros: o.KeepZeros = False,
     method: Annotated[str, typer.Option("--method", "-m", help=method_help())] = "magnitude",
-    option: o.MethodOptions = None,
+    how: How,
     data: Data,
-    sample: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Rows more that the dense language model writes itself, for methods that need "
-            "data: little text then goes far.",
-            rich_help_panel=o.DATA,
-        ),
-    ] = 0,
+    sample: o.Sample = 0,
     held_out: HeldOut,
     checkpoint: Annotated[
         Path | None,
@@ -58,7 +50,10 @@ def prune(
     The result has the names, shapes and dtypes of the dense model. Zeros alone make nothing faster
     or smaller: `secateur bench` measures speed, and `secateur export --to packed` saves room.
     """
-    chosen, eval_data = find_method(method, option or ()), held_out.beside(data)
+    chosen, eval_data = (
+        how.method(method),
+        held_out.beside(data),
+    )
     _require_data(chosen, data, sample)
     out.require_writable()
     source = loading.source(model)

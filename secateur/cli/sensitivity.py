@@ -43,6 +43,7 @@ def sensitivity(
             "--method", "-m", help=f"How weights are scored: {', '.join(criteria_by_name())}."
         ),
     ] = "magnitude",
+    trust_code: o.TrustCode = False,
     layers: o.Layers = None,
     ignore: o.Ignore = None,
     data: Data = FEW,
@@ -57,7 +58,7 @@ def sensitivity(
     json: o.Json = False,
 ) -> None:
     """How much the loss rises when one layer alone is pruned, for each layer and pattern."""
-    chosen = find_criterion(method)
+    chosen = find_criterion(method, trust_code=trust_code)
     batches = data.read(folder)
     o.require_place(out, ".json")
     o.require_place(html, *o.HTML)

@@ -7,8 +7,7 @@ import typer
 from secateur.cli import options as o
 from secateur.cli.command import command
 from secateur.cli.console import emit, say, table
-from secateur.cli.groups import Choice, Data
-from secateur.cli.methods import find_method
+from secateur.cli.groups import Choice, Data, How
 from secateur.cli.source import find_device
 from secateur.files.stream import reconstruct_folder
 from secateur.integrations.transformers import hollow
@@ -24,7 +23,7 @@ def stream(
     method: Annotated[
         str, typer.Option("--method", "-m", help="As for `secateur prune`, one that refits.")
     ] = "sparsegpt",
-    option: o.MethodOptions = None,
+    how: How,
     data: Data,
     device: o.Device = "auto",
     json: o.Json = False,
@@ -35,7 +34,7 @@ def stream(
     The result is that of `secateur prune` in the stored dtype. Until it is there, the output folder
     holds finished layers: after an interruption or a kill the same command goes on.
     """
-    chosen = find_method(method, option or ())
+    chosen = how.method(method)
     if not chosen.refits:
         raise ValueError(
             f"stream takes a method that refits, {method!r} only scores weights: use `secateur "

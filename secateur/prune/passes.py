@@ -169,7 +169,8 @@ def stages_of(
     """
     sums = [name for name in the_pass.needs if name in STATISTICS]
     finished = saved.finished() if saved else {}
-    if len(finished) == len(layers) or not (sums or the_pass.blockwise):
+    whole = window is None  # else weights are there only while their block runs
+    if len(finished) == len(layers) or (whole and not (sums or the_pass.blockwise)):
         yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
     else:
         yield from observe(

@@ -84,7 +84,12 @@ def bind_algorithm(algorithm: Callable[..., Solution]) -> Method:
     asked = inspect.signature(algorithm).parameters
 
     def solve(given: Mapping[str, Any]) -> Solution:
-        return algorithm(**{key: value for key, value in given.items() if key in asked})
+        solution = algorithm(**{key: value for key, value in given.items() if key in asked})
+        if not isinstance(solution, Solution):
+            raise ValueError(
+                f"algorithm {name} needs to give a Solution, got {type(solution).__name__}"
+            )
+        return solution
 
     return Method(name, needs, solve)
 
@@ -122,8 +127,12 @@ def _asked(asked: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _checked(
-    criterion: str, weight: Float[Tensor, "out in"], scores: Tensor
+    criterion: str, weight: Float[Tensor, "out in"], scores: Any
 ) -> Float[Tensor, "out in"]:
+    if not isinstance(scores, Tensor):
+        raise ValueError(
+            f"criterion {criterion} needs to give a tensor of scores, got {type(scores).__name__}"
+        )
     if scores.shape != weight.shape or scores.isnan().any():
         raise ValueError(
             f"criterion {criterion} needs to give scores of shape {tuple(weight.shape)} without "
