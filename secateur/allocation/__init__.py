@@ -5,6 +5,7 @@ from secateur.allocation.equalize import equalize
 from secateur.allocation.evolve import Evolved, evolve
 from secateur.allocation.formulas import erk, owl
 from secateur.allocation.sensitivity import Sensitivity, read_sensitivity, sensitivity
+from secateur.allocation.threshold import threshold
 
 __all__ = [
     "DENSE_CHOICE",
@@ -21,4 +22,5 @@ __all__ = [
     "owl",
     "read_sensitivity",
     "sensitivity",
+    "threshold",
 ]

@@ -168,6 +168,18 @@ def allocate_milliseconds(
     return kept
 
 
+def dense_milliseconds(model: nn.Module, sensitivity: Sensitivity, tokens: Sequence[int]) -> float:
+    """The milliseconds of one call of all sensed layers, dense, summed over the numbers of tokens.
+
+    They are called in order, so that a share of it is a budget for `allocate_milliseconds`.
+
+    Raises:
+        ValueError: if a sensed layer is not an `nn.Linear`.
+    """
+    linears = named_linears(model, list(sensitivity.increase))
+    return _milliseconds_together(linears, dict.fromkeys(linears, DENSE_CHOICE), tokens, None)
+
+
 @torch.no_grad()
 def _milliseconds_together(
     linears: Mapping[str, nn.Linear],

@@ -24,10 +24,9 @@ from secateur.model.blocks import Batch
 from secateur.model.calibrate import as_list
 from secateur.model.layers import Selector
 from secateur.model.outputs import eval_mode
-from secateur.model.statistics import name_of, needed_by
+from secateur.model.statistics import name_of
 from secateur.patterns import Pattern, as_pattern
-from secateur.reconstruct.methods import CRITERION_GIVEN
-from secateur.reconstruct.scores import scores
+from secateur.reconstruct.scores import needs_of, scores
 
 SENSITIVITY_VERSION = 1
 
@@ -123,7 +122,7 @@ def sensitivity(
             bit, whether the call returns or raises, also by Ctrl-C.
     """
     chosen = _parsed_patterns(patterns)
-    needs = _needed(criterion, batches)
+    needs = needs_of(criterion, batches)
     selection = _layers.select(model, layers, ignore)
     model = unwrapped(model)
     require_ordinary(selection.layers)
@@ -220,16 +219,6 @@ def _parsed_patterns(patterns: Sequence[str | Pattern]) -> dict[str, Pattern]:
 def _shape(module: nn.Module) -> tuple[int, int]:
     rows, columns = _layers.matrix(module).shape
     return rows, columns
-
-
-def _needed(criterion: Callable[..., Tensor], batches: Iterable[Batch] | None) -> tuple[str, ...]:
-    needs = needed_by(criterion, given=CRITERION_GIVEN)
-    if needs and batches is None:
-        raise ValueError(
-            f"{name_of(criterion)} needs calibration data for {', '.join(needs)}: pass batches, or "
-            "use sc.magnitude"
-        )
-    return needs
 
 
 def _patterns_for(module: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:

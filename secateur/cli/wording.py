@@ -30,6 +30,9 @@ IN_OPTIONS = {
     r"remainder='dense' or 'pad'": "'2:4@dense-remainder' or '2:4@pad-remainder'",
     r"\braise the damping\b": "raise the damping with --option damping=0.1",
     r"\blower the learning rate\b": "lower --learning-rate",
+    r"give threshold a floor, as floor=(\S+), or": r"give --floor \1, or",
+    r"\bnormalise is one of\b": "--normalise is one of",
+    r"\bnormalise by '": "use --normalise '",
     # data
     r"pass batches\b": "give {data}text FILE or {data}tokens FILE:KEY",
     r"pass shorter batches\b": "give a smaller --length",

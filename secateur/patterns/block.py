@@ -15,6 +15,7 @@ from secateur.patterns.pattern import (
     check_sparsity,
     fields_of,
     where_first,
+    written,
 )
 from secateur.patterns.unstructured import COLUMNS_TOGETHER
 
@@ -36,7 +37,7 @@ class Block(Pattern):
             raise ValueError(f"Block needs rows and cols >= 1, got {self.rows}x{self.cols}")
 
     def __str__(self) -> str:
-        return f"block:{self.rows}x{self.cols}@{self.sparsity:g}"
+        return f"block:{self.rows}x{self.cols}@{written(self.sparsity)}"
 
     @property
     def kind(self) -> str:
@@ -60,7 +61,7 @@ class Block(Pattern):
     def mask(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         if reason := self.why_not((score.shape[0], score.shape[1])):
             raise ValueError(f"{reason}: choose a block that divides the weight")
-        tiles = self._tiles(score.float()).mean((1, 3)).flatten()
+        tiles = self.competing(score)
         keep = keep_top(tiles, len(tiles) - count_zeros(self.sparsity, len(tiles)))
         keep = keep.view(score.shape[0] // self.rows, score.shape[1] // self.cols)
         return keep.repeat_interleave(self.rows, 0).repeat_interleave(self.cols, 1)
@@ -75,6 +76,9 @@ class Block(Pattern):
             f"has {zero_tiles} zero tiles of {kept.numel()}, not {wanted}: the first other tile is "
             f"at row {row * self.rows}, column {column * self.cols}"
         )
+
+    def competing(self, score: Float[Tensor, "out in"]) -> Float[Tensor, " tiles"]:
+        return self._tiles(score.float()).mean((1, 3)).flatten()
 
     def parts(self, shape: tuple[int, int]) -> Iterator[tuple[int, int, "Block"]]:
         tile_rows = shape[0] // self.rows

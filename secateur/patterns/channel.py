@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.patterns.keep import count_zeros, keep_top
-from secateur.patterns.pattern import Pattern, as_fraction, check_sparsity, fields_of
+from secateur.patterns.pattern import Pattern, as_fraction, check_sparsity, fields_of, written
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Channel(Pattern):
             raise ValueError(f"side must be 'out' or 'in', got {self.side!r}")
 
     def __str__(self) -> str:
-        return f"channels:{self.sparsity:g}" + ("@in" if self.side == "in" else "")
+        return f"channels:{written(self.sparsity)}" + ("@in" if self.side == "in" else "")
 
     @property
     def kind(self) -> str:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.patterns.keep import count_zeros
+
 EXAMPLES = "'2:4', '4:8', 'unstructured:0.6', 'block:64x64@0.8' or 'channels:0.25'"
 
 
@@ -69,6 +71,14 @@ class Pattern(Protocol):
         """The pattern for a convolution's matrix, with `channels` columns per kernel position."""
         return self
 
+    def competing(self, score: Float[Tensor, "out in"]) -> Float[Tensor, " units"] | None:
+        """The scores of what is kept or dropped as a whole, if all of a layer shares one budget.
+
+        What they count is of one size in every layer, so that layers may compete with one another.
+        None where rows or groups have budgets of their own.
+        """
+        return None
+
     def groups(self, columns: int) -> Iterator[tuple[int, int]]:
         """`(start, stop)`: columns among which a row may exchange a kept weight for a dropped one.
 
@@ -99,8 +109,18 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def as_sparsity(zeros: int, n: int) -> float:
-    """The sparsity that means exactly `zeros` of n; for all of them, the largest below 1."""
-    return min(zeros / n, math.nextafter(1, 0))
+    """The sparsity of fewest digits that means exactly `zeros` of n; for all of them, below 1."""
+    digits = 1
+    while True:
+        sparsity: float = min(round(zeros / n, digits), round(1 - 0.1**digits, digits))
+        if count_zeros(sparsity, n) == zeros:
+            return sparsity
+        digits += 1
+
+
+def written(sparsity: float) -> str:
+    """The sparsity in a short string: as few of 12 digits as it has, enough for any weight."""
+    return f"{sparsity:.12g}"
 
 
 def fields_of(text: str, kind: str, form: str) -> tuple[Any, ...] | None:

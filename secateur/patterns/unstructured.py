@@ -16,6 +16,7 @@ from secateur.patterns.pattern import (
     check_sparsity,
     fields_of,
     where_first,
+    written,
 )
 
 Scope = Literal["group", "row", "layer"]
@@ -45,7 +46,7 @@ class Unstructured(Pattern):
 
     def __str__(self) -> str:
         suffix = {"row": "", "layer": "@layer", "group": f"@group{self.group_size}"}[self.scope]
-        return f"unstructured:{self.sparsity:g}{suffix}"
+        return f"unstructured:{written(self.sparsity)}{suffix}"
 
     @property
     def kind(self) -> str:
@@ -99,6 +100,9 @@ class Unstructured(Pattern):
             before, until = (count_zeros(self.sparsity, budget_rows * c) for c in (start, stop))
             sparsity = as_sparsity(until - before, budget_rows * (stop - start))
             yield start, stop, replace(self, sparsity=sparsity)
+
+    def competing(self, score: Float[Tensor, "out in"]) -> Float[Tensor, " units"] | None:
+        return score.flatten() if self.scope == "layer" else None
 
     def groups(self, columns: int) -> Iterator[tuple[int, int]]:
         width = self.group_size if self.scope == "group" else columns

@@ -10,8 +10,23 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch
 from secateur.model.calibrate import Observed, observe
 from secateur.model.gradients import Loss, gradients
-from secateur.model.statistics import STATISTICS, needed_by
+from secateur.model.statistics import STATISTICS, name_of, needed_by
 from secateur.reconstruct.methods import CRITERION_GIVEN, score
+
+
+def needs_of(criterion: Callable[..., Tensor], batches: Iterable[Batch] | None) -> tuple[str, ...]:
+    """The statistics and gradients that the criterion needs.
+
+    Raises:
+        ValueError: if there are any and there is no data for them.
+    """
+    needs = needed_by(criterion, given=CRITERION_GIVEN)
+    if needs and batches is None:
+        raise ValueError(
+            f"{name_of(criterion)} needs calibration data for {', '.join(needs)}: pass batches, or "
+            "use sc.magnitude"
+        )
+    return needs
 
 
 def scores(
