@@ -8,7 +8,7 @@ the others stay, and `remove_` takes them out of a model in which they are zero.
 from secateur.prune.channels.channels import Channels, Followed, Removed, follow
 from secateur.prune.channels.choose import all_but_one, dropped, isolated, least
 from secateur.prune.channels.constants import removable, zeroed
-from secateur.prune.channels.restore import as_it_was
+from secateur.prune.channels.restore import as_it_was, with_tensors
 from secateur.prune.channels.shrink import remove_
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "least",
     "removable",
     "remove_",
+    "with_tensors",
     "zeroed",
 ]

@@ -36,13 +36,14 @@ def misfit(model: nn.Module, followed: Followed, removed: Removed) -> str | None
             "shapes or from the module's attributes in the forward, or leave out the layers before "
             "it"
         )
-    old, new = list(followed.trace.nodes()), list(after.nodes())
+    old, places = _steps(followed.trace)
+    new, more = _steps(after)
     if len(old) != len(new):
         return (
             f"the pruned model runs {len(new)} operations, before it ran {len(old)}: its forward "
             "depends on a number of channels, so leave out the layers that have it"
         )
-    place = {node: i for i, node in enumerate(old)} | {node: i for i, node in enumerate(new)}
+    place = places | more
     for before, now in zip(old, new, strict=True):
         if wrong := _difference(followed, removed, before, now, place):
             wrong = f"{where(before)}: {wrong}"
@@ -55,6 +56,21 @@ def misfit(model: nn.Module, followed: Followed, removed: Removed) -> str | None
         f"the pruned {type(model).__name__} would compute something else: {wrong}: read sizes from "
         "shapes or from the module's attributes in the forward, or leave out the layers before it"
     )
+
+
+def _steps(traced: Trace) -> tuple[list[fx.Node], dict[fx.Node, int]]:
+    """The operations but for copies, and the place of each node; a copy is where its source is.
+
+    Whether a tensor is copied before it is viewed depends on its strides, which sizes decide.
+    """
+    steps, place = list[fx.Node](), dict[fx.Node, int]()
+    for node in traced.nodes():
+        if operation(node) == "aten::clone":
+            place[node] = place[node.all_input_nodes[0]]
+        else:
+            place[node] = len(steps)
+            steps.append(node)
+    return steps, place
 
 
 def _disorder(followed: Followed, removed: Removed, after: Trace) -> str | None:
@@ -88,7 +104,7 @@ def _difference(
     now: fx.Node,
     place: Mapping[fx.Node, int],
 ) -> str | None:
-    renamed = before.op != "placeholder" and str(before.target) != str(now.target)
+    renamed = before.op != "placeholder" and _name(before) != _name(now)
     if before.op != now.op or renamed:
         return f"it became {now.target}"
     sized = before.op == "call_function" and operation(before) in SIZED
@@ -96,11 +112,16 @@ def _difference(
         now, place, sized
     ):
         return f"its arguments became {now.args}"
-    if isinstance(before.meta.get("val"), Tensor):
+    if isinstance(before.meta.get("val"), Tensor) and before.meta["val"].numel():
         shape = expected(shape_of(before), followed.flows[before.name], removed)
         if shape_of(now) != shape:
             return f"its result has the shape {shape_of(now)}, not {shape}"
     return None
+
+
+def _name(node: fx.Node) -> str:
+    """What the operation is called; a view after a copy, and one without, are the same."""
+    return str(node.target).replace("_unsafe_view", "view")
 
 
 def _arguments(node: fx.Node, place: Mapping[fx.Node, int], sized: bool) -> list[Any]:

@@ -13,15 +13,25 @@ from secateur.prune.channels.trace import named_states
 @contextlib.contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Restore the model's modules and tensors if the block raises."""
-    tensors = [(tensor, tensor.data) for _, tensor in named_states(model)]
-    put_back = remembered(model)
+    put_back = with_tensors(model)
     try:
         yield
     except BaseException:
         put_back()
+        raise
+
+
+def with_tensors(model: nn.Module) -> Callable[[], None]:
+    """A function that restores the modules, and the memory that each tensor has now."""
+    tensors = [(tensor, tensor.data) for _, tensor in named_states(model)]
+    modules = remembered(model)
+
+    def put_back() -> None:
+        modules()
         for tensor, data in tensors:
             tensor.data = data
-        raise
+
+    return put_back
 
 
 def remembered(model: nn.Module) -> Callable[[], None]:

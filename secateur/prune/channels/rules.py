@@ -139,7 +139,10 @@ def along_dims(flows: Flows, node: fx.Node) -> Flow:
 
 
 def reduce(flows: Flows, node: fx.Node) -> Flow:
-    """Sums, means and extremes freeze what they run over, except for a mean of squares."""
+    """Sums, means and extremes freeze what they run over, except for a mean of squares.
+
+    That may run over the channels that are left; over the width of each head, whole heads can go.
+    """
     source = _source(node)
     ndim = len(shape_of(source))
     given = argument(node, 1, "dim", None)
@@ -147,6 +150,8 @@ def reduce(flows: Flows, node: fx.Node) -> Flow:
     dims = [dim % ndim for dim in listed]
     inside, outside = flows.split(flows.get(source), dims)
     if is_mean_of_squares(node) and dims == [ndim - 1]:
+        inside, by_head = _contracted(flows, inside, ndim - 1)
+        outside += by_head
         for ids in inside:
             flows.units.normalise(ids, f"{where(node)} is a mean over it")
     else:
@@ -154,6 +159,16 @@ def reduce(flows: Flows, node: fx.Node) -> Flow:
     if argument(node, 2, "keepdim", False):
         return outside
     return [np.squeeze(ids, tuple(dims)) for ids in outside]
+
+
+def extreme(flows: Flows, node: fx.Node) -> Flow:
+    """The larger of two, or the largest of one; along a dimension, with the places of these."""
+    if len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+        return pointwise(flows, node)
+    flow = reduce(flows, node)
+    if isinstance(node.meta["val"], (list, tuple)):
+        flows.parts[node.name] = [flow for _ in node.meta["val"]]
+    return flow
 
 
 def is_mean_of_squares(node: fx.Node) -> bool:
@@ -246,7 +261,8 @@ def _contract(
 def _joined(
     flows: Flows, node: fx.Node, inputs: Sequence[tuple[Flow, tuple[int, ...]]], dim: int
 ) -> Flow:
-    """The flow of tensors that are concatenated in a dimension."""
+    """The flow of tensors that are concatenated in a dimension; empty ones add nothing."""
+    inputs = [(flow, shape) for flow, shape in inputs if 0 not in shape]
     pieces: list[Ids | None] = []
     others = []
     for flow, shape in inputs:
@@ -283,7 +299,7 @@ _QKV = ("query", "key", "value")
 
 _SAME = (
     "clone contiguous detach alias dropout feature_dropout alpha_dropout feature_alpha_dropout "
-    "to _to_copy lift_fresh_copy _assert_tensor_metadata"
+    "to type_as _to_copy lift_fresh_copy _assert_tensor_metadata"
 )
 _VIEWS = "view reshape _unsafe_view flatten unflatten squeeze unsqueeze"
 _MOVES = "mT mH adjoint movedim moveaxis swapaxes swapdims roll rot90 tile narrow pixel_shuffle"
@@ -294,6 +310,7 @@ _NAMED: dict[str, Rule] = {
     **dict.fromkeys(_VIEWS.split(), view),
     **dict.fromkeys(_MOVES.split(), moved),
     **dict.fromkeys(_REDUCE.split(), reduce),
+    **dict.fromkeys(("max", "min"), extreme),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum"), along_dims),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), split),
     **dict.fromkeys(("matmul", "bmm", "mm"), matmul),

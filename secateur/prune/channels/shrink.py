@@ -95,6 +95,8 @@ def _resize(module: nn.Module, groups: int, channels: int) -> None:
     """Set the sizes that a layer of torch keeps as numbers to those of its parameters."""
     own = module._parameters.get("weight")
     shape = tuple(own.shape) if own is not None else ()
+    if not shape and "parametrizations" in module._modules:
+        return  # its weight is computed, and channels that such a weight has stay
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
     elif isinstance(module, nn.modules.conv._ConvTransposeNd):

@@ -54,6 +54,8 @@ def trace(model: nn.Module, batch: Batch) -> Trace:
             exported = torch.export.export(model, args, kwargs, strict=False)
             if any(_is_opaque(node) for node in exported.graph.nodes):
                 exported = exported.run_decompositions(_parts())  # most of the time it takes
+            if (node := next(filter(_is_sized_by_values, exported.graph.nodes), None)) is not None:
+                raise ValueError(f"the size of what {where(node)} returns depends on values")
     except Exception as error:
         raise ValueError(
             f"removing channels needs the graph of {type(model).__name__}, torch.export cannot "
@@ -128,6 +130,14 @@ def _is_opaque(node: fx.Node) -> bool:
     """Whether an operation changes its arguments, or hides its products in a string."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and (bool(schema.is_mutable) or schema.name == "aten::einsum")
+
+
+def _is_sized_by_values(node: fx.Node) -> bool:
+    """Whether an operation's result has a size that only running it tells."""
+    tensors = pytree.tree_leaves(node.meta.get("val"))
+    return any(
+        not isinstance(size, int) for x in tensors if isinstance(x, Tensor) for size in x.shape
+    )
 
 
 def _call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

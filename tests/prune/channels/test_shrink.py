@@ -410,3 +410,65 @@ def test_channels_whose_constant_a_layer_cannot_absorb_stay_and_are_named() -> N
     unit = int(followed.channels.units("0.weight")[2])
     assert held == {unit: "2 reads them, and it has no bias to take the constant that they are"}
     assert torch.equal(model(sequences(4)), masked) and model[0].out_features == 6
+
+
+def test_a_layer_whose_weight_is_computed_stays_beside_those_that_shrink() -> None:
+    """As the positions of a speech model, a convolution with weight norm."""
+
+    class Speech(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            conv = nn.Conv1d(4, 4, 3, padding=1, groups=2)
+            self.positions = nn.utils.parametrizations.weight_norm(conv)
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.positions(x.transpose(1, 2)).transpose(1, 2)
+            return x + self.down(F.relu(self.up(x)))
+
+    model, x = lively(Speech()), sequences(4)
+    followed = follow(model, x)
+    removed = chosen(model, followed, ["up.weight"], 0.5)
+    zero_(model, followed, ["up.weight"], removed, True)
+    masked = model(x)
+    assert remove_(model, followed, removed) == {}
+    assert model.up.out_features == 3 and model.positions.groups == 2
+    torch.testing.assert_close(model(x), masked)
+
+
+def test_the_width_of_each_head_is_normalised_and_whole_heads_go() -> None:
+    class Normed(Grouped):
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q_proj(x).unflatten(-1, (-1, 2))
+            return self.o_proj((q * torch.rsqrt(q.pow(2).mean(-1, keepdim=True) + 1e-6)).flatten(2))
+
+    model, x = lively(Normed()), sequences(8)
+    followed = follow(model, x)
+    assert len(np.unique(followed.channels.units("q_proj.weight"))) == 6
+    assert followed.channels.why_not("q_proj.weight", 0) is None
+    removed = chosen(model, followed, ["q_proj.weight"], 0.5)
+    zero_(model, followed, ["q_proj.weight"], removed, True)
+    masked = model(x)
+    assert remove_(model, followed, removed) == {}
+    assert model.q_proj.out_features == 6
+    torch.testing.assert_close(model(x), masked)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda x: torch.maximum(x, x.max(0, keepdim=True).values),
+        lambda x: torch.max(x, -x) + torch.cat([x, x[:, :0]], 1),
+        lambda x: x.float().type_as(x),
+    ],
+)
+def test_extremes_empty_pieces_and_casts_pass_channels_on(middle: Callable[..., Tensor]) -> None:
+    model = lively(Odd(middle))
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    followed = follow(model, x)
+    removed = chosen(model, followed, ["first.weight"], 0.5)
+    zero_(model, followed, ["first.weight"], removed, True)
+    masked = model(x)
+    assert remove_(model, followed, removed) == {}
+    assert model.second.in_features == 3
+    torch.testing.assert_close(model(x), masked)

@@ -25,3 +25,12 @@ def test_operations_know_their_layer_and_changes_in_place_are_taken_apart() -> N
     calls = [node for node in trace(model, torch.ones(3, 2)).nodes() if node.op == "call_function"]
     assert [str(node.target) for node in calls] == ["aten.linear.default", "aten.relu.default"]
     assert [layer_of(node) for node in calls] == ["0", "1"]
+
+
+def test_a_result_whose_size_depends_on_values_is_named() -> None:
+    class Chosen(nn.Linear):
+        def forward(self, x: Any) -> Tensor:
+            return super().forward(x)[x[:, 0].nonzero()[:, 0]]
+
+    with pytest.raises(ValueError, match=r"the size of what aten.nonzero.default of .* on values"):
+        trace(Chosen(2, 2), torch.ones(3, 2))
