@@ -8,7 +8,7 @@ experts through these layers, and each of them sees the tokens that the router s
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,14 +53,24 @@ def called_by_expert(layers: Mapping[str, nn.Module]) -> Iterator[None]:
         top_k_weights: Float[Tensor, "tokens k"],
     ) -> Float[Tensor, "tokens in"]:
         own = planned.get(module, {})
-        return _expert_by_expert(module, own, hidden_states, top_k_index, top_k_weights)
+        return expert_by_expert(module, own, hidden_states, top_k_index, top_k_weights)
 
+    with experts_run_by(planned, run):
+        yield
+
+
+@contextlib.contextmanager
+def experts_run_by(modules: Collection[Any], run: Callable[..., Tensor]) -> Iterator[None]:
+    """Have these modules, which hold stacks of experts, run them by a function of transformers'.
+
+    It is called as `run(module, hidden_states, top_k_index, top_k_weights)`.
+    """
     functions = sys.modules[INTERFACE].ALL_EXPERTS_FUNCTIONS
-    name = f"secateur-{id(planned)}"
+    name = f"secateur-{id(run)}"
     with putting_back() as stack:
         stack.callback(functions._local_mapping.pop, name, None)
         functions[name] = run
-        for config in {id(module.config): module.config for module in planned}.values():
+        for config in {id(module.config): module.config for module in modules}.values():
             before = config._experts_implementation
             stack.callback(setattr, config, "_experts_implementation", before)
             config._experts_implementation = name
@@ -88,14 +98,18 @@ def _runs_by_interface(module: nn.Module) -> bool:
     )
 
 
-def _expert_by_expert(
+def expert_by_expert(
     module: Any,
     own: Mapping[tuple[str, int], Piece],
     x: Float[Tensor, "tokens in"],
     chosen: Int[Tensor, "tokens k"],
     shares: Float[Tensor, "tokens k"],
+    seen: Callable[[int, Tensor], None] | None = None,
 ) -> Float[Tensor, "tokens in"]:
-    """The sum over each token's experts of their outputs, by its shares, one expert at a time."""
+    """The sum over each token's experts of their outputs, by its shares, one expert at a time.
+
+    `seen` is shown each expert's index and what it adds to its tokens.
+    """
     up = GATE_UP if module.has_gate else UP
     result = torch.zeros_like(x)
     for index in chosen.unique().tolist():
@@ -103,7 +117,10 @@ def _expert_by_expert(
         raised = _linear(module, own, up, index)(x[token])
         inner = module._apply_gate(raised) if module.has_gate else module.act_fn(raised)
         lowered = _linear(module, own, DOWN, index)(inner)
-        result.index_add_(0, token, (lowered * shares[token, place, None]).to(result.dtype))
+        added = lowered * shares[token, place, None]
+        if seen is not None:
+            seen(index, added)
+        result.index_add_(0, token, added.to(result.dtype))
     return result
 
 
