@@ -58,7 +58,7 @@ def main() -> None:
     print(plan, "\n")
 
     results = {"dense": accuracy(dense, test)}
-    for criterion in (sc.random, sc.magnitude, sc.wanda):
+    for criterion in (sc.criteria.random, sc.magnitude, sc.wanda):
         model = copy.deepcopy(dense)
         report = sc.prune_(model, plan, criterion, calibration)
         sc.check(model, plan)  # raises unless every group of four keeps at most two

@@ -106,7 +106,7 @@ VERBS: dict[str, Callable[[], dict[str, Any]]] = {
             "magnitude": sc.magnitude,
             "wanda": sc.wanda,
             "ria": sc.ria,
-            "random": sc.random,
+            "random": sc.criteria.random,
         }.items()
     },
     **{

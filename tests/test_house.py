@@ -19,13 +19,12 @@ COMMAND = ROOT / "secateur" / "cli" / "command.py"
 
 # The public names. Adding one is a decision: change this list with it.
 PUBLIC = {
-    *("plan", "Plan", "read_plan", "prune_", "reconstruct_", "check"),
+    *("plan", "Plan", "read_plan", "prune_", "reconstruct_", "check", "shrink_"),
     *("NM", "Unstructured", "Block", "Channel"),
     *(
         "magnitude",
         "wanda",
         "ria",
-        "random",
         "sparsegpt",
         "refit",
         "swap",

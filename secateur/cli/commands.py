@@ -21,6 +21,7 @@ from secateur.cli.recover import recover
 from secateur.cli.report import report
 from secateur.cli.sensitivity import sensitivity
 from secateur.cli.serve import serve
+from secateur.cli.shrink import shrink
 from secateur.cli.stream import stream
 from secateur.cli.tune import tune
 
@@ -61,6 +62,7 @@ app.command(rich_help_panel=WORK)(plan)
 app.command(rich_help_panel=WORK)(allocate)
 app.command(rich_help_panel=WORK)(prune)
 app.command(rich_help_panel=WORK)(stream)
+app.command(rich_help_panel=WORK)(shrink)
 app.command(rich_help_panel=WORK)(recover)
 app.command(rich_help_panel=WORK)(export)
 app.command(rich_help_panel=WORK)(migrate)

@@ -33,6 +33,10 @@ IN_OPTIONS = {
     r"give threshold a floor, as floor=(\S+), or": r"give --floor \1, or",
     r"\bnormalise is one of\b": "--normalise is one of",
     r"\bnormalise by '": "use --normalise '",
+    r"\b(lower|leave) (width|heads|experts|blocks)\b": r"\1 --\2",
+    r"\bshrink_ needs a share of width, heads, experts or blocks, as width=0.25": (
+        "one of --width, --heads, --experts and --blocks is needed, as --width 0.25"
+    ),
     # data
     r"pass batches\b": "give {data}text FILE or {data}tokens FILE:KEY",
     r"pass shorter batches\b": "give a smaller --length",

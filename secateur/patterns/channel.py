@@ -16,7 +16,7 @@ class Channel(Pattern):
     """Whole rows (`side="out"`) or columns (`side="in"`) of the weight are zero.
 
     A channel's score is the sum of its weights' scores, in float32. The channels are only zeroed:
-    removing them, so that shapes shrink, is structured pruning, which is another job.
+    `sc.shrink_` removes channels, so that shapes shrink.
     """
 
     sparsity: float

@@ -2,6 +2,7 @@
 
 from secateur.prune.decompose import decompose_
 from secateur.prune.permute import permute_
+from secateur.prune.shrink import shrink_
 from secateur.prune.verbs import check, prune_, reconstruct_
 
-__all__ = ["check", "decompose_", "permute_", "prune_", "reconstruct_"]
+__all__ = ["check", "decompose_", "permute_", "prune_", "reconstruct_", "shrink_"]

@@ -95,7 +95,7 @@ def test_layers_are_selected_as_everywhere() -> None:
     assert found.skipped == {"blocks.1.3": "ignored"}
 
 
-@pytest.mark.parametrize("criterion", [sc.magnitude, sc.wanda, sc.random])
+@pytest.mark.parametrize("criterion", [sc.magnitude, sc.wanda, sc.criteria.random])
 def test_a_cell_is_what_prune_of_that_layer_alone_costs(criterion: Callable[..., Tensor]) -> None:
     model = Language().train()
     before = bits(model)
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_call_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "sense.json"
     sensitivity(Language(), ["2:4"], nll, checkpoint=path)
     with pytest.raises(ValueError, match=r"sense.json belongs to another call, its criterion diff"):
-        sensitivity(Language(), ["2:4"], nll, criterion=sc.random, checkpoint=path)
+        sensitivity(Language(), ["2:4"], nll, criterion=sc.criteria.random, checkpoint=path)
     with pytest.raises(ValueError, match="belongs to another call, its layers differs: choose"):
         sensitivity(hand_made(), ["2:4"], lost_energy, checkpoint=path)
     with pytest.raises(

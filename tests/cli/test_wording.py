@@ -73,6 +73,7 @@ BY_PROGRAMS = (
     "is computed by ",
     "has no data (meta device), accelerate has",
     "is stored as …: make it dense",
+    "use scope='layer', for one size",
     "was made in torch.inference_mode",
     "has elements that share memory",
     "has a mask of torch.nn.utils.prune attached",

@@ -16,7 +16,7 @@ CRITERIA: list[Callable[..., Tensor]] = [vars(criteria)[name] for name in criter
 each_criterion = pytest.mark.parametrize("criterion", CRITERIA, ids=criteria.__all__)
 
 # A baseline, and a variant of `magnitude`, which has the source.
-WITHOUT_A_PAPER = {sc.random, criteria.magnitude_l2}
+WITHOUT_A_PAPER = {sc.criteria.random, criteria.magnitude_l2}
 
 
 @each_criterion

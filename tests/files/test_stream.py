@@ -124,7 +124,7 @@ def test_it_gives_exactly_what_reconstruct_gives(
 def test_zeros_of_the_source_are_kept_or_warned_of(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", "gpt2")
     thin = load_folder(source)
-    sc.prune_(thin, "unstructured:0.6", sc.random)
+    sc.prune_(thin, "unstructured:0.6", sc.criteria.random)
     thin.save_pretrained(source)
     plan = sc.plan(thin, "2:4")
     expected = load_folder(source)

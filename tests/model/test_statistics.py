@@ -135,7 +135,7 @@ def test_parameters_are_the_declaration() -> None:
     )
     assert needed_by(sc.alps, ("weight", "pattern")) == ("gram", "held_gram")  # with its default
     with pytest.raises(ValueError, match="random asks for 'layer_seed', which is no statistic"):
-        needed_by(sc.random, ("weight",))
+        needed_by(sc.criteria.random, ("weight",))
 
 
 def test_names_of_functions_partials_and_callables() -> None:

@@ -402,7 +402,7 @@ def test_check_takes_anybodys_zeros_and_a_pattern_for_a_plan() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("criterion", [sc.magnitude, sc.wanda, sc.ria, sc.random])
+@pytest.mark.parametrize("criterion", [sc.magnitude, sc.wanda, sc.ria, sc.criteria.random])
 def test_a_kept_weight_is_the_same_to_the_bit_in_every_dtype(criterion, dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.Conv2d(4, 8, 3), nn.Embedding(8, 4)).to(dtype)
@@ -528,7 +528,7 @@ def test_a_wrapped_model_is_pruned_inside() -> None:
 # --- weights that are zero already ---------------------------------------------------------------
 
 AGAIN: dict[str, tuple[Callable[..., Any], Any]] = {
-    "random": (sc.prune_, sc.random),
+    "random": (sc.prune_, sc.criteria.random),
     "wanda": (sc.prune_, sc.wanda),
     "sparsegpt": (sc.reconstruct_, sc.sparsegpt),
     "sparsegpt in int4": (sc.reconstruct_, partial(sc.sparsegpt, grid=sc.Int4(16))),

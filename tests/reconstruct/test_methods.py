@@ -39,9 +39,9 @@ def test_only_what_is_named_is_given() -> None:
 
 
 def test_the_seed_follows_from_the_layers_name() -> None:
-    one, same, other = (score(sc.random, name, WEIGHT, {}) for name in ("a", "a", "b"))
+    one, same, other = (score(sc.criteria.random, name, WEIGHT, {}) for name in ("a", "a", "b"))
     assert torch.equal(one, same) and not torch.equal(one, other)
-    chosen = bind(sc.random).solve({**GIVEN, "layer": "a"})
+    chosen = bind(sc.criteria.random).solve({**GIVEN, "layer": "a"})
     assert torch.equal(chosen.mask, sc.NM(2, 4).mask(one))
 
 

@@ -390,7 +390,7 @@ def test_a_method_with_its_refit_is_an_algorithm() -> None:
     for method, asks in (
         (sc.refit(sc.wanda), {"gram", "held_gram", "input_norm"}),
         (sc.refit(sc.magnitude, damping=0.1), {"gram"}),
-        (sc.refit(sc.random), {"gram", "held_gram"}),
+        (sc.refit(sc.criteria.random), {"gram", "held_gram"}),
         (sc.refit(functools.partial(sc.sparsegpt, damping=0.1)), {"gram", "held_gram"}),
     ):
         assert set(needed_by(method, given=("weight", "pattern", "dtype", "layer"))) == asks
@@ -400,7 +400,7 @@ def test_a_method_with_its_refit_is_an_algorithm() -> None:
     assert name_of(sc.refit(damped)) == "refit(sparsegpt(damping=0.1))"
 
 
-@pytest.mark.parametrize("method", [sc.wanda, sc.magnitude, sc.random], ids=name_of)
+@pytest.mark.parametrize("method", [sc.wanda, sc.magnitude, sc.criteria.random], ids=name_of)
 def test_reconstructing_takes_the_criterions_mask_and_refits_it(method) -> None:  # type: ignore[no-untyped-def]
     pruned, batches = model_and_batches()
     model, _ = model_and_batches()

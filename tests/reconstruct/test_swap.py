@@ -132,7 +132,7 @@ def test_the_error_never_rises_from_any_mask(
     case: tuple[Tensor, Tensor], pattern: Pattern, seed: int
 ) -> None:
     weight, gram = case
-    mask = pattern.mask(sc.random(weight, seed))
+    mask = pattern.mask(sc.criteria.random(weight, seed))
     found = swapped(weight, mask, gram, pattern)
     assert (error(weight, found.mask, gram) <= error(weight, mask, gram)).all()
     assert pattern.violation(found.mask) is None
@@ -222,7 +222,7 @@ def test_what_is_no_method_is_refused(unchecked: None) -> None:
         swap("wanda")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", [sc.wanda, sc.random, sc.sparsegpt], ids=name_of)
+@pytest.mark.parametrize("method", [sc.wanda, sc.criteria.random, sc.sparsegpt], ids=name_of)
 def test_reconstructing_changes_the_mask_and_no_kept_weight(method) -> None:  # type: ignore[no-untyped-def]
     model, batches = model_and_batches()
     dense = model[0].weight.detach().clone()

@@ -51,7 +51,7 @@ def net(pattern: str = "unstructured:0.75@layer") -> tuple[nn.Sequential, sc.Pla
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4))
     plan = sc.plan(model, pattern, layers=["0"])
-    sc.prune_(model, plan, sc.random)
+    sc.prune_(model, plan, sc.criteria.random)
     return model, plan
 
 
@@ -283,7 +283,7 @@ def test_a_convolution_and_a_second_optimizer_move_too() -> None:
     torch.manual_seed(0)
     model = ConvNet()
     plan = sc.plan(model, "1:4", layers=["down"])
-    sc.prune_(model, plan, sc.random)
+    sc.prune_(model, plan, sc.criteria.random)
     others = [p for p in model.parameters() if p is not model.down.weight]
     optimizers = [torch.optim.SGD(others, lr=0.1), torch.optim.AdamW([model.down.weight])]
     with sc.hold(model, optimizers, rigl(plan, 10, every=1)) as held:
@@ -368,7 +368,7 @@ def test_experts_of_a_stack_move_and_start_anew_each_in_its_part(
     torch.manual_seed(0)
     model = nn.Sequential(Stacks(is_transposed))
     plan = sc.plan(model, "unstructured:0.75@layer", layers=["0.up_proj.1"])
-    sc.prune_(model, plan, sc.random)
+    sc.prune_(model, plan, sc.criteria.random)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     with sc.hold(model, optimizer, rigl(plan, 100, every=2)) as held:
         for _ in range(4):
@@ -389,7 +389,7 @@ def test_a_table_whose_gradients_are_sparse_moves_by_its_rows_gradients() -> Non
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(10, 8, sparse=True))
     plan = sc.plan(model, "unstructured:0.75@layer", layers=["0"])
-    sc.prune_(model, plan, sc.random)
+    sc.prune_(model, plan, sc.criteria.random)
     optimizer = torch.optim.SparseAdam(list(model.parameters()), lr=0.01)
     with sc.hold(model, optimizer, rigl(plan, 100, every=1, fraction=0.2)) as held:
         before = held.masks["0"]
@@ -404,7 +404,7 @@ def test_erk_and_uniform_densities_are_kept() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 4))
     plan = sc.plan(model, erk(model, "unstructured:0.9@layer"))
-    sc.prune_(model, plan, sc.random)
+    sc.prune_(model, plan, sc.criteria.random)
     counts = [int((model[i].weight != 0).sum()) for i in (0, 2)]
     assert counts[1] / 256 > 0.2 > counts[0] / 1024
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -64,7 +64,7 @@ def moved(name: str, batches: list[int]) -> dict[str, list[torch.Tensor]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 10), nn.Tanh(), nn.Linear(10, 3)).double()
     plan = sc.plan(model, "unstructured:0.75@layer", layers=["0"])
-    sc.prune_(model, plan, sc.random)
+    sc.prune_(model, plan, sc.criteria.random)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     rule = {"rigl": rigl, "set": sparse_evolution}[name](plan, 100, every=2)
     held = sc.hold(model, optimizer, rule)
