@@ -129,6 +129,11 @@ def require_reachable(
     """
     least = sum(min(costs.of[layer][one] for one in found) for layer, found in increase.items())
     if not budget >= least:  # also for NaN
+        if least >= costs.dense:
+            raise ValueError(
+                f"none of these patterns costs less {costs.unit} than dense, which is "
+                f"{figure(costs.dense)}: measure other patterns, or give a budget in another unit"
+            )
         raise ValueError(
             f"no choice of these patterns keeps to a budget of {figure(budget)} {costs.unit}: the "
             f"least that can be reached is {figure(least)}, dense is {figure(costs.dense)}: raise "

@@ -1,5 +1,6 @@
 """What layers cost in each pattern, for a budget: parameters, bytes or measured milliseconds."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -14,10 +15,12 @@ from secateur.accelerate.layer_report import LayerReport
 from secateur.accelerate.verb import DEFAULT_FORMATS, accelerate_
 from secateur.allocation import DENSE_CHOICE, Allocation, Costs, Sensitivity, allocate
 from secateur.allocation.budget import figure, front_of
+from secateur.core.conv1d import is_conv1d
 from secateur.formats.contract import Format
 from secateur.formats.format import parse_format
 from secateur.formats.kernels.timing import compare, copies_for
-from secateur.formats.pack import named_linears
+from secateur.formats.pack import is_linear, named_linears
+from secateur.model.layers import layers_of, matrix
 from secateur.patterns import parse
 
 # The formats that may store a weight in fewer bytes, fast or not.
@@ -58,9 +61,11 @@ def nbytes(
     Dense storage counts where it is smaller. Formats that round, such as `"semi24_int4"`, are tried
     only if they are named.
 
+    What no format packs, such as a convolution or an expert's matrix, costs its bytes dense.
+
     Cost: packs a pruned copy of one layer of each shape in each pattern and format.
     Raises:
-        ValueError: if a sensed layer is not an `nn.Linear`, or a format is unknown.
+        ValueError: if the model has no such layer, or a format is unknown.
     """
     tried = [parse_format(format) for format in formats]
 
@@ -68,7 +73,10 @@ def nbytes(
         weights = (_pruned(linear.weight, one) for one in choices)
         return [float(min([w.nbytes, *_packed_bytes(w, tried)])) for w in weights]
 
-    return _per_layer("bytes", model, sensitivity, stored)
+    def kept(module: nn.Module) -> float:
+        return float(matrix(module).nbytes)
+
+    return _per_layer("bytes", model, sensitivity, stored, kept)
 
 
 def milliseconds(
@@ -86,10 +94,12 @@ def milliseconds(
     which is dense where nothing is faster. So a plan within a budget takes that time once it is
     accelerated.
 
+    What no format packs, such as a convolution or an expert's matrix, is not counted.
+
     Cost: `accelerate_` on one layer of each shape in each pattern, and copies of these layers.
     Raises:
-        ValueError: as `accelerate_`; if a sensed layer is not an `nn.Linear`, or no format can
-            store a layer in any pattern, so that there is nothing to compare.
+        ValueError: as `accelerate_`; if the model has no such layer, or no format can store a layer
+            in any pattern, so that there is nothing to compare.
     """
 
     def timed(linear: nn.Linear, choices: Sequence[str]) -> list[float]:
@@ -109,7 +119,7 @@ def milliseconds(
         }
         return [times.get(one, median(dense)) for one in choices]
 
-    return _per_layer("ms", model, sensitivity, timed)
+    return _per_layer("ms", model, sensitivity, timed, lambda _: 0.0)
 
 
 def allocate_milliseconds(
@@ -135,7 +145,7 @@ def allocate_milliseconds(
             budget.
     """
     table = milliseconds(model, sensitivity, tokens, formats, remeasure=remeasure)
-    linears = named_linears(model, list(sensitivity.increase))
+    linears = _packable(model, sensitivity)
     dense = _milliseconds_together(linears, dict.fromkeys(linears, DENSE_CHOICE), tokens, formats)
     scale, fastest = 1.0, dense
     kept: Allocation | None = None
@@ -174,9 +184,9 @@ def dense_milliseconds(model: nn.Module, sensitivity: Sensitivity, tokens: Seque
     They are called in order, so that a share of it is a budget for `allocate_milliseconds`.
 
     Raises:
-        ValueError: if a sensed layer is not an `nn.Linear`.
+        ValueError: if the model has no such layer, or none that a format packs.
     """
-    linears = named_linears(model, list(sensitivity.increase))
+    linears = _packable(model, sensitivity)
     return _milliseconds_together(linears, dict.fromkeys(linears, DENSE_CHOICE), tokens, None)
 
 
@@ -240,9 +250,14 @@ def _per_layer(
     model: nn.Module,
     sensitivity: Sensitivity,
     measure: Callable[[nn.Linear, Sequence[str]], Sequence[float]],
+    unpacked: Callable[[nn.Module], float],
 ) -> Costs:
-    """The table of costs; layers with the same `_likeness` are measured once."""
-    linears = named_linears(model, list(sensitivity.increase))
+    """The table of costs; layers with the same `_likeness` are measured once.
+
+    `unpacked` is what a layer costs that no format packs, whatever its pattern. They are told.
+    """
+    linears = _packable(model, sensitivity)
+    others = {name: found for name, found in layers_of(model).items() if name not in linears}
     known: dict[tuple[object, ...], Mapping[str, float]] = {}
     table: dict[str, Mapping[str, float]] = {}
     for name, linear in linears.items():
@@ -252,7 +267,36 @@ def _per_layer(
             with torch.no_grad():
                 known[key] = dict(zip(choices, measure(linear, choices), strict=True))
         table[name] = known[key]
+    dearest = [name for name in sensitivity.increase if name not in linears]
+    for name in dearest:
+        table[name] = dict.fromkeys(_choices(sensitivity, name), unpacked(others[name]))
+    if dearest:
+        warnings.warn(
+            f"{len(dearest)} of {len(table)} sensed layers, first {dearest[0]}, are of kinds that "
+            f"no format packs: a pattern saves no {unit} there, so they stay dense",
+            stacklevel=1,
+        )
     return Costs(unit, table)
+
+
+def _packable(model: nn.Module, sensitivity: Sensitivity) -> dict[str, nn.Linear]:
+    """The sensed layers that a format may store.
+
+    Raises:
+        ValueError: if the model lacks a sensed layer, or a format may store none.
+    """
+    inside = {
+        name: module
+        for name, module in layers_of(model).items()
+        if not (is_linear(module) or is_conv1d(module))
+    }
+    found = [name for name in sensitivity.increase if name not in inside]
+    if not found:
+        raise ValueError(
+            f"no sensed layer is of a kind that a format packs, first "
+            f"{next(iter(sensitivity.increase), None)}: give a budget in parameters"
+        )
+    return named_linears(model, found)
 
 
 def _packed_bytes(weight: Tensor, formats: Sequence[Format]) -> list[int]:

@@ -210,7 +210,8 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
 def _parsed_patterns(patterns: Sequence[str | Pattern]) -> dict[str, Pattern]:
     if isinstance(patterns, str) or not patterns:
         raise ValueError(
-            f"sense needs a list of patterns, got {patterns!r}: such as ['2:4', 'unstructured:0.5']"
+            f"sensitivity needs a list of patterns, got {patterns!r}: such as ['2:4', "
+            "'unstructured:0.5']"
         )
     chosen = [as_pattern(pattern) for pattern in patterns]
     return {str(pattern): pattern for pattern in chosen}
@@ -247,7 +248,7 @@ def _measured(loss: Callable[[nn.Module], float], model: nn.Module, what: str) -
     value = float(loss(model))
     if not math.isfinite(value):
         raise ValueError(
-            f"sense needs a finite loss, got {value} for {what}: use a bounded loss, such as "
+            f"sensitivity needs a finite loss, got {value} for {what}: use a bounded loss, such as "
             "secateur.model.evaluate.compare(...).kl, or ignore the layer"
         )
     return value

@@ -64,7 +64,10 @@ def sensitivity(
     o.require_place(html, *o.HTML)
     model = loading.model(folder)
     if not is_causal(model):
-        raise ValueError(f"sense needs a language model, got a {type(model).__name__}")
+        raise ValueError(
+            f"sensitivity needs a language model, got a {type(model).__name__}: `secateur allocate "
+            "--by erk` and `--by owl` make a plan without curves"
+        )
     found = measure(
         model, patterns, lambda pruned: _loss(pruned, batches), layers=layers or None,
         ignore=ignore or (), criterion=chosen.function,

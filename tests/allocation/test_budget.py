@@ -144,3 +144,10 @@ def test_without_scipy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ValueError, match=r"allocate needs scipy, .* pip install 'secateur\[bud"):
         allocate(curves((1.0, 2.0, 3.0)), prices((10.0, 5.0, 2.0, 4.0)), 10.0)
+
+
+def test_a_budget_below_what_no_pattern_goes_below_says_so() -> None:
+    curves = Sensitivity("magnitude", 1.0, ("2:4",), {"a": (4, 4)}, {"a": {"2:4": 0.1}}, {}, {})
+    costs = Costs("ms", {"a": {"dense": 2.0, "2:4": 2.0}})
+    with pytest.raises(ValueError, match=r"none of these patterns costs less ms than dense, which"):
+        allocate(curves, costs, 1.0)

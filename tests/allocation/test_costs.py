@@ -244,8 +244,26 @@ def test_costs_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         costs.nbytes(found, curves, ["semi42"])
     with pytest.raises(ValueError, match=r"needs numbers of tokens from 1 upwards"):
         costs.milliseconds(found, curves, (0,))
-    convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
-    with pytest.raises(ValueError, match=r"layer '0' needs to be an nn.Linear, got Conv2d"):
-        costs.nbytes(
-            convolution, sc.sensitivity(convolution, ["1:3", "unstructured:0.5"], lambda m: 0.0)
-        )
+    with pytest.raises(ValueError, match=r"no layer is named '0'"):
+        costs.nbytes(nn.ModuleDict({"a": nn.Linear(256, 128)}), curves)
+
+
+def test_what_no_format_packs_costs_the_same_in_any_pattern(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("secateur.accelerate.verb.compare", timer({"": 1.0}, []))
+    found = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Linear(256, 128), nn.LSTM(8, 4, bias=False))
+    curves = sc.sensitivity(found, ["2:4", "unstructured:0.9"], lambda _: 0.0)
+    with pytest.warns(UserWarning, match=r"3 of 4 sensed layers, first 0, .* saves no bytes there"):
+        table = costs.nbytes(found, curves)
+    for name, size in (("0", 32), ("2.weight_ih_l0", 128), ("2.weight_hh_l0", 64)):
+        assert table.of[name] == dict.fromkeys(("dense", "2:4", "unstructured:0.9"), 4.0 * size)
+    assert table.of["1"]["2:4"] < table.of["1"]["dense"] == 4 * 128 * 256
+    with pytest.warns(UserWarning, match="saves no ms there"):
+        timed = costs.milliseconds(found, curves, (1,))
+    assert timed.of["0"] == dict.fromkeys(("dense", "2:4", "unstructured:0.9"), 0.0)
+    assert timed.of["1"]["dense"] == 1e-3
+    recurrent = nn.Sequential(nn.LSTM(8, 4, bias=False))
+    curves = sc.sensitivity(recurrent, ["2:4"], lambda _: 0.0)
+    with pytest.raises(ValueError, match=r"no sensed layer is of a kind that a format packs, fir"):
+        costs.nbytes(recurrent, curves)
