@@ -129,6 +129,7 @@ def allocate_milliseconds(
     tokens: Sequence[int],
     formats: Sequence[str | Format] | None = None,
     *,
+    dense: float | None = None,
     remeasure: bool = False,
 ) -> Allocation:
     """The allocation that takes at most `budget` milliseconds with its layers measured together.
@@ -137,7 +138,8 @@ def allocate_milliseconds(
     to 8 % more (probably because similar kernels overlap at their ends, and clocks drop with
     power). So the allocation is measured as a whole, the table is scaled by what it took per
     millisecond of the sum, and the next one is allocated by the scaled table, a few times. The
-    costs that it prints are scaled too, except that the chosen point has its measured cost.
+    costs that it prints are scaled too, except that the chosen point has its measured cost. `dense`
+    is `dense_milliseconds`, for a budget that is a share of it; without it, it is measured.
 
     Cost: `milliseconds`, and in each try a copy of some layers, 256 MB of each kind.
     Raises:
@@ -146,7 +148,7 @@ def allocate_milliseconds(
     """
     table = milliseconds(model, sensitivity, tokens, formats, remeasure=remeasure)
     linears = _packable(model, sensitivity)
-    dense = _milliseconds_together(linears, dict.fromkeys(linears, DENSE_CHOICE), tokens, formats)
+    dense = dense_milliseconds(model, sensitivity, tokens) if dense is None else dense
     scale, fastest = 1.0, dense
     kept: Allocation | None = None
     seen = list[Mapping[str, str]]()

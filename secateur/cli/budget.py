@@ -99,7 +99,7 @@ class Budget:
             return BUDGETS[by](curves, costs, _amount(self.budget, costs.dense))
         dense = dense_milliseconds(model, curves, tokens)
         budget = _amount(self.budget, dense)
-        return allocate_milliseconds(model, curves, budget, tokens, formats)
+        return allocate_milliseconds(model, curves, budget, tokens, formats, dense=dense)
 
     def _tokens(self) -> tuple[int, ...]:
         tokens = o.token_counts(self.tokens_per_call or "")

@@ -21,12 +21,13 @@ from secateur.files.sidecar import (
     share_of_zeros,
     verify_if_saved,
 )
+from secateur.integrations.stored_names import StoredNames
 from secateur.integrations.transformers import hollow, tokenizer_files, weight_files
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, find_chains
 from secateur.model.calibrate import as_list
 from secateur.model.distributed import team
-from secateur.model.piece import require_no_pieces
+from secateur.model.piece import Piece, parameter_name
 from secateur.model.plan import Plan, as_plan, match
 from secateur.model.statistics import STATISTICS
 from secateur.model.window import Window
@@ -89,18 +90,34 @@ def reconstruct_folder(
     _require_part_by_part(made)
     listed = as_list(batches)
     at_risk: dict[str, float] = {}
-    for name, module in layers.items():
-        weight = stored.read([f"{name}.weight"])[f"{name}.weight"]
-        require_finite(name, weight)
-        at_risk[name] = made.at_risk(name, _layers.matrix(module, weight))
+    for parameter, inside in _by_parameter(layers).items():
+        whole = stored.read([parameter])[parameter]
+        for name, module in inside.items():
+            weight = _weight_in(whole, module)
+            require_finite(name, weight)
+            at_risk[name] = made.at_risk(name, _layers.matrix(module, weight))
     if not keep_zeros:
         warn_of_lost_zeros(at_risk)
     with _progress(target, source, made, stored, listed) as saved:
         report = _solved(made, listed, saved, window)
+        result = _Result(stored, saved, made.plan, _by_parameter(layers))
         with appearing_whole(target, replaced=is_of_checkpoint) as partial:
-            _write(partial, source, model, window.parts, _Result(stored, saved, made.plan), report)
+            _write(partial, source, model, window.parts, result, report)
             _require_none_replaced(partial, target)
     return report
+
+
+def _by_parameter(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
+    """The layers by the name of the parameter that holds them, alone or with others."""
+    found: dict[str, dict[str, nn.Module]] = {}
+    for name, module in layers.items():
+        found.setdefault(parameter_name(name, module), {})[name] = module
+    return found
+
+
+def _weight_in(parameter: Tensor, module: nn.Module) -> Tensor:
+    """The layer's weight in a tensor of its parameter, a view."""
+    return module.piece_of(parameter) if isinstance(module, Piece) else parameter
 
 
 def _require_part_by_part(made: Pass) -> None:
@@ -149,7 +166,6 @@ def _solved(made: Pass, batches: Sequence[Batch], saved: Checkpoint, window: Win
 
 def _chain(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The list of blocks that holds all of the layers."""
-    require_no_pieces(layers, "reconstruct_folder")
     chains = find_chains(model, layers)
     home = {name: p for name in layers for p in chains if name.startswith(f"{p}.")}
     if outside := [name for name in layers if name not in home]:
@@ -203,6 +219,9 @@ class _Stored:
             self._where |= dict.fromkeys(of_file, file)
             found |= of_file
         own = model.state_dict(keep_vars=True)
+        self._own = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
+        self.names = StoredNames(model, found)
+        found |= {name: (tuple(own[name].shape), own[name].dtype) for name in self.names.sources}
         present = {id(tensor): name for name, tensor in own.items() if name in found}
         self.tied = {
             name: present[id(tensor)]
@@ -233,18 +252,40 @@ class _Stored:
                 )
 
     def has(self, name: str) -> bool:
-        """Whether the files have a tensor of exactly this name."""
-        return name in self._where
+        """Whether the files have this tensor, and not only one that it is tied to."""
+        return name in self._where or name in self.names.sources
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """These tensors, on the CPU."""
+        """These tensors, on the CPU.
+
+        Raises:
+            ValueError: if one is stored in parts that make another shape or dtype.
+        """
         found: dict[str, Tensor] = {}
         stored = {name: self.tied.get(name, name) for name in names}
+        for name, own in list(stored.items()):
+            if own in self.names.sources:
+                found[name] = self._converted(own)
+                del stored[name]
         for file in dict.fromkeys(self._where[name] for name in stored.values()):
             inside = {n: s for n, s in stored.items() if self._where[s] == file}
             tensors = read_tensors(file, set(inside.values()))
             found |= {name: tensors[s] for name, s in inside.items()}
         return found
+
+    def _converted(self, name: str) -> Tensor:
+        """The model's tensor of what is stored under other names."""
+
+        def read(key: str) -> Tensor:
+            return read_tensors(self._where[key], {key})[key]
+
+        made, wanted = self.names.made_of(name, read), self._own[name]
+        if (made.shape, made.dtype) != wanted:
+            raise ValueError(
+                f"{self._folder} makes {name} {tuple(made.shape)} of {made.dtype}, its config.json "
+                f"{tuple(wanted[0])} of {wanted[1]}: complete the folder"
+            )
+        return made
 
 
 @dataclass(frozen=True)
@@ -254,12 +295,15 @@ class _Result:
     stored: _Stored
     saved: Checkpoint
     plan: Plan
+    layers: Mapping[str, Mapping[str, nn.Module]]  # the planned ones, by parameter
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        layers = {name.removesuffix(".weight"): name for name in names}
-        new = self.saved.weights([layer for layer in layers if layer in self.plan.layers])
-        old = self.stored.read([n for layer, n in layers.items() if layer not in new])
-        return old | {layers[layer]: weight for layer, weight in new.items()}
+        found = self.stored.read(names)
+        for parameter in names:
+            inside = self.layers.get(parameter, {})
+            for layer, weight in self.saved.weights(list(inside)).items():
+                _weight_in(found[parameter], inside[layer]).copy_(weight)
+        return found
 
 
 def _write(
@@ -279,13 +323,19 @@ def _write(
     total = 0
     for part, module in parts.items():
         tensors = result.read(names[part])
-        for inner, prunable in module.named_modules(prefix=part):
-            if _layers.is_prunable(prunable):
-                sparsity[inner] = share_of_zeros(tensors[f"{inner}.weight"])
+        for inner, layer in _layers.layers_of(module).items():
+            name = f"{part}.{inner}" if inner else part
+            whole = tensors[parameter_name(name, layer)]
+            sparsity[name] = share_of_zeros(_weight_in(whole, layer))
         if part in written:
             number = written.index(part) + 1
             file = f"{STEMS['dense']}-{number:05}-of-{len(written):05}.safetensors"
-            kept = {name: tensors[name].contiguous() for name in own[part]}
+            kept = {
+                name: tensor.contiguous()
+                for name, tensor in result.stored.names.as_stored(
+                    {name: tensors[name] for name in own[part]}
+                ).items()
+            }
             save_file(kept, folder / file, metadata={"format": "pt"})
             files |= dict.fromkeys(kept, file)
             total += sum(tensor.nbytes for tensor in kept.values())

@@ -113,7 +113,9 @@ def matrix(
     A Conv2d's columns run over its input channels first, position by position, so that N:M groups
     lie along the input channels as hardware wants them. An Embedding's rows are its entries.
     """
-    tensor = weight if weight is not None else module.weight
+    tensor = weight
+    if tensor is None:
+        tensor = module.current() if isinstance(module, Piece) else module.weight
     assert isinstance(tensor, Tensor)
     if isinstance(module, nn.Conv2d):
         tensor = tensor.permute(0, 2, 3, 1).flatten(1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def _whole(parameter: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
@@ -45,7 +46,7 @@ class Piece(nn.Linear):
         self.train(owner.training)
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens _"]:
-        return x if self.index is None else super().forward(x)
+        return x if self.index is None else F.linear(x, self.current())
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -55,10 +56,13 @@ class Piece(nn.Linear):
         return parameter
 
     def current(self) -> nn.Parameter:
-        """The weight, where the parameter is now: `.to` gives a parameter other memory."""
-        weight = self._parameters["weight"]
+        """The weight, where the parameter is now: `.to` and loading give it other memory."""
+        weight, now = self._parameters["weight"], self.piece_of(self.parameter.detach())
         assert weight is not None
-        weight.data = self.piece_of(self.parameter.detach())
+        if weight.device.type == now.device.type:
+            weight.data = now
+        else:  # of another kind of tensor, as after the meta device
+            self.weight = weight = nn.Parameter(now, requires_grad=weight.requires_grad)
         return weight
 
 

@@ -39,6 +39,15 @@ def make_source(folder: Path, kind: str = "llama") -> Path:
         ends = {"bos_token_id": 2, "eos_token_id": 2}
         config = transformers.GPT2Config(**SIZES, **ends, num_hidden_layers=2, n_positions=32)
         model = transformers.GPT2LMHeadModel(config)
+    elif kind in ("mixtral", "gpt_oss"):  # a file has experts one by one, or as the model has them
+        experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 8}
+        sizes = {**SIZES, **experts, "num_hidden_layers": 2, "num_key_value_heads": 1}
+        if kind == "mixtral":
+            model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+        else:
+            ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+            config = transformers.GptOssConfig(**sizes, **ends, head_dim=8, rope_scaling=None)
+            model = transformers.GptOssForCausalLM(config)
     else:  # layers of two kinds of attention, a head of its own, several files, 16 bits
         config = transformers.Gemma2Config(
             **SIZES,
@@ -92,6 +101,9 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         ("llama", sc.blockwise(sc.refit(sc.wanda), epochs=1), True),
         ("gpt2", sc.refit(sc.wanda), False),
         ("gemma2", sc.sparsegpt, True),
+        ("mixtral", sc.sparsegpt, False),
+        ("mixtral", sc.swap(sc.wanda), True),
+        ("gpt_oss", sc.refit(sc.wanda), False),
     ],
 )
 def test_it_gives_exactly_what_reconstruct_gives(
