@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.cli import options as o
 from secateur.cli.console import caution, working
@@ -15,7 +15,7 @@ from secateur.cli.wording import in_options
 from secateur.files.save import Report, require_writable
 from secateur.integrations.documents import read_documents
 from secateur.integrations.lm_eval import task_scores
-from secateur.integrations.tokens import end_of_text, stored_rows, text_rows
+from secateur.integrations.tokens import end_of_text, sampled_rows, stored_rows, text_rows
 from secateur.integrations.transformers import read_config
 from secateur.model.blocks import Batch
 from secateur.model.plan import Plan, plan, read_plan
@@ -131,6 +131,14 @@ class Data:
         for remark in dealt.remarks(f"{self.prefix}rows", "--length"):
             caution(remark)
         return list(dealt.batches)
+
+    def and_sampled(self, folder: Path, dense: nn.Module, rows: int) -> list[Batch]:
+        """The batches, and `rows` rows that the dense model wrote after them."""
+        batches = self.read(folder)
+        if not rows:
+            return batches
+        ids = [batch for batch in batches if isinstance(batch, Tensor)]
+        return [*batches, *sampled_rows(dense, ids, rows)]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from torch import Tensor
 
 from secateur.cli import options as o
 from secateur.cli.command import command
@@ -15,8 +14,6 @@ from secateur.cli.quality import quality
 from secateur.cli.source import Opened
 from secateur.cli.summary import Summary, summarize
 from secateur.formats import SparseLinear
-from secateur.integrations.tokens import sampled_rows
-from secateur.model.blocks import Batch
 from secateur.prune.verbs import check
 
 
@@ -59,7 +56,7 @@ def prune(
     source = loading.source(model)
     _require_runnable(source, bool(chosen.needs) or eval_data.given)
     plan = choice.for_model(source.model)
-    batches = _calibration(source, data, sample) if chosen.needs else None
+    batches = data.and_sampled(source.path, source.model, sample) if chosen.needs else None
     test = eval_data.read(source.path) if eval_data.given else []
     before = after = quality(source.model, None, test)
     report = chosen(
@@ -76,15 +73,6 @@ def prune(
         emit(summary.to_dict())
     else:
         summarize(summary)
-
-
-def _calibration(source: Opened, data: Data, sample: int) -> list[Batch]:
-    """The batches read, and `sample` rows that the model wrote after them."""
-    batches = data.read(source.path)
-    if not sample:
-        return batches
-    ids = [batch for batch in batches if isinstance(batch, Tensor)]
-    return [*batches, *sampled_rows(source.model, ids, sample)]
 
 
 def _require_data(method: ChosenMethod, data: Data, sample: int) -> None:

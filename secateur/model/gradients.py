@@ -105,15 +105,27 @@ def _gradients(
 
 
 def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
+    """The loss of the model's task, as `task_loss`.
+
+    Raises:
+        ValueError: if the output has no loss, and is neither kind of logits.
+    """
+    loss = task_loss(output, batch)
+    if loss is None:
+        raise ValueError(
+            f"gradients need a loss, and {type(output).__name__} has none: give the batches "
+            "labels, or pass loss=, a function (output, batch) -> a number"
+        )
+    return loss
+
+
+def task_loss(output: Any, batch: Batch) -> Float[Tensor, ""] | None:
     """The output's own `loss` if it has one, as with labels; else a cross-entropy in nats.
 
     For a classifier and a pair (inputs, labels) it is the cross-entropy of the labels. For token
     ids and logits [rows, tokens, vocabulary] it is the mean cross-entropy of the next token, over
     the tokens that are not padding. It means nothing for a model that is no causal language model:
-    give such a batch labels.
-
-    Raises:
-        ValueError: if the output has no loss, and is neither kind of logits.
+    give such a batch labels. It is None for other outputs.
     """
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor):
@@ -130,10 +142,7 @@ def model_loss(output: Any, batch: Batch) -> Float[Tensor, ""]:
         or logits.dim() != 3
         or ids.shape != logits.shape[:2]
     ):
-        raise ValueError(
-            f"gradients need a loss, and {type(output).__name__} has none: give the batches "
-            "labels, or pass loss=, a function (output, batch) -> a number"
-        )
+        return None
     tokens = counted(batch, output, ids.shape, logits.device)
     mask = tokens[:, :-1] & tokens[:, 1:]  # padding may be on the left, and predicts nothing
     return F.cross_entropy(logits[:, :-1][mask].float(), ids[:, 1:].to(logits.device)[mask])

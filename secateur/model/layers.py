@@ -113,7 +113,7 @@ def matrix(
     A Conv2d's columns run over its input channels first, position by position, so that N:M groups
     lie along the input channels as hardware wants them. An Embedding's rows are its entries.
     """
-    tensor = weight
+    tensor: Tensor | nn.Module | None = weight
     if tensor is None:
         tensor = module.current() if isinstance(module, Piece) else module.weight
     assert isinstance(tensor, Tensor)

@@ -5,6 +5,7 @@ from secateur.train.dynamic import rigl, sparse_evolution
 from secateur.train.gradual import gradual
 from secateur.train.hold import Held, Move, Mover, Rule, hold
 from secateur.train.learn import Learning, learn_masks_
+from secateur.train.loss import WithTask
 from secateur.train.movement import Moving, movement, soft_movement
 from secateur.train.steps import release
 from secateur.train.straight_through import Learner, SoftThreshold, StraightThrough, Supermask
@@ -21,6 +22,7 @@ __all__ = [
     "SoftThreshold",
     "StraightThrough",
     "Supermask",
+    "WithTask",
     "distil_",
     "gradual",
     "hold",

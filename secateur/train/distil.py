@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,10 @@ def distil_(
     trains all parameters that require gradients, without weight decay, which would pull away from
     the target. The learning rate rises over the first 5% of the steps and falls along a cosine to
     0; `seed` draws the order of the batches. Both models run in eval mode: dropout would blur the
-    target, and running means stay the dense model's. `loss(output, teacher_output, batch)`
-    is `output_loss` by default. With `checkpoint`, a folder, the state is saved there once a
-    minute; the same call resumes from it and ends with the same bits.
+    target, and running means stay the dense model's. `loss(output, teacher_output, batch)` is
+    `output_loss` by default; with `secateur.train.WithTask()` the text or labels count too. With
+    `checkpoint`, a folder, the state is saved there once a minute; the same call resumes from it
+    and ends with the same bits.
 
     Cost: a step is a forward of the teacher and a forward and a backward of the model. Memory:
         gradients and two moments, three times the parameters, and a copy of them on disk.
@@ -303,6 +304,9 @@ def _report(run: Distillation, losses: Sequence[float], seconds: float) -> Disti
 
 
 def _name(loss: DistillationLoss) -> str:
+    """A function's name, or a value with its fields."""
+    if is_dataclass(loss):
+        return repr(loss)
     return getattr(loss, "__name__", type(loss).__name__)
 
 

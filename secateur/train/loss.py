@@ -1,6 +1,7 @@
 """What self-distillation minimizes: the distance of a model's output from its teacher's."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.model.blocks import Batch
+from secateur.model.gradients import task_loss
 from secateur.model.outputs import counted, divergence, hidden_of, logits_of, pooled
 
 # (what the model returned, what the teacher returned, the batch) -> a scalar to minimize
@@ -35,6 +37,35 @@ def output_loss(output: Any, target: Any, batch: Batch) -> Float[Tensor, ""]:
     student, teacher, mask = _aligned(output, target, batch, hidden_of)
     cosine = (pooled(student, mask) * pooled(teacher, mask)).sum(-1).mean()
     return _relative_error(student, teacher, mask) + 1 - cosine
+
+
+@dataclass(frozen=True)
+class WithTask:
+    """A share of the loss of the model's task; the rest is `output_loss`.
+
+    The task's loss is what the model computes of labels in the batch, the cross-entropy of the
+    labels of a pair (inputs, labels), or for a causal language model that of the next token.
+    A third is published for pruned language models.
+
+    Raises:
+        ValueError: if the share is not in (0, 1]; in training, if a batch has no such loss.
+    Source: Huang et al. 2025 (AST), arXiv:2407.20584, whose KL part has two thirds.
+    """
+
+    share: float = 1 / 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"WithTask needs a share in (0, 1], got {self.share:g}")
+
+    def __call__(self, output: Any, target: Any, batch: Batch) -> Float[Tensor, ""]:
+        task = task_loss(output, batch)
+        if task is None:
+            raise ValueError(
+                f"WithTask needs a loss of the task, and {type(output).__name__} has none: give "
+                "the batches labels, or distil with output_loss alone"
+            )
+        return self.share * task + (1 - self.share) * output_loss(output, target, batch)
 
 
 def _relative_error(

@@ -48,6 +48,7 @@ BY_PROGRAMS = (
     "distil_ needs a teacher of its own",
     "distil_ needs float32 parameters",
     "distil_ needs parameters that require gradients",
+    "WithTask needs a loss of the task",
     "perplexity needs a window for stride",
     "… needs an exact format to train its weight",
     "allocate needs the cost of …",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.model.evaluate import compare
+from secateur.train import WithTask
 from secateur.train.distil import distil_
 
 # By its path, as the package may have the function under the file's name.
@@ -217,10 +218,13 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_done(tmp_path
         ((model, teacher, data(seed=1)), {"steps": 2}, "data"),
         ((other_model, teacher, data()), {"steps": 2}, "model"),
         ((model, other_teacher, data()), {"steps": 2}, "teacher"),
+        ((model, teacher, data()), {"steps": 2, "loss": WithTask()}, "loss"),
     ]:
         with pytest.raises(ValueError, match=rf"belongs to another run, its {what} differs"):
             distil_(*arguments, checkpoint=tmp_path, **options)
     assert same(model, before)
+    shares = [distil_module._name(WithTask(share)) for share in (0.5, 0.25)]
+    assert shares == ["WithTask(share=0.5)", "WithTask(share=0.25)"]
 
 
 # --- how a step is taken -------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.train.loss import output_loss
+from secateur.train.loss import WithTask, output_loss
 
 
 def logits(*probabilities: list[float]) -> SimpleNamespace:
@@ -42,6 +42,31 @@ def test_a_plain_tensor_is_compared_by_relative_error() -> None:
     assert float(output_loss(student, teacher, torch.zeros(1))) == pytest.approx(4 / 5)
     assert float(output_loss(10 * student, 10 * teacher, torch.zeros(1))) == pytest.approx(4 / 5)
     assert float(output_loss(0 * student, 0 * teacher, torch.zeros(1))) == 0.0
+
+
+def test_a_share_of_the_tasks_loss_is_that_of_the_next_token_or_of_labels() -> None:
+    teacher = logits([0.75, 0.25], [0.5, 0.5])
+    student = logits([0.5, 0.5], [0.1, 0.9])
+    ids = torch.tensor([[0, 1]])
+    divergence = float(output_loss(student, teacher, ids))
+    expected = 0.25 * math.log(2) + 0.75 * divergence  # the first predicts the second, at 1/2
+    assert float(WithTask(0.25)(student, teacher, ids)) == pytest.approx(expected)
+    by_labels = SimpleNamespace(logits=student.logits, loss=torch.tensor(7.0))
+    expected = 7 / 3 + 2 / 3 * divergence
+    assert float(WithTask()(by_labels, teacher, {"input_ids": ids})) == pytest.approx(expected)
+    assert float(WithTask(1.0)(student, teacher, ids)) == pytest.approx(math.log(2))
+    pair = torch.ones(1, 3), torch.tensor([1])
+    classes, taught = (SimpleNamespace(logits=x.logits[0, 1:]) for x in (student, teacher))
+    expected = -0.5 * math.log(0.9) + 0.5 * float(output_loss(classes, taught, pair))
+    assert float(WithTask(0.5)(classes, taught, pair)) == pytest.approx(expected)
+
+
+def test_a_task_without_a_loss_and_no_share_are_refused() -> None:
+    for share in (0.0, -0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"WithTask needs a share in \(0, 1\], got"):
+            WithTask(share)
+    with pytest.raises(ValueError, match="needs a loss of the task, and SimpleNamespace has none"):
+        WithTask()(hidden([[1.0]]), hidden([[1.0]]), torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("kind", [logits, None])
