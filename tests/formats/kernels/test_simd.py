@@ -1,7 +1,9 @@
 """The kernels for a CPU: every body is right, what is missing is said, threads change no bit."""
 
+import ast
 import ctypes
 import hashlib
+import platform
 import shutil
 import subprocess
 import threading
@@ -9,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from tests.formats.weights import allowed_error, exact_linear, fitting_weight, t
 BUILT = simd._loaded()[1] is None
 needs_library = pytest.mark.skipif(not BUILT, reason=f"no library: {simd._loaded()[1]}")
 BODIES = simd.bodies()
+HOOK = Path(__file__).parents[3] / "hatch_build.py"
 FORMATS = ("semi24", "semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8", "block:8x4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -197,6 +201,38 @@ def test_the_library_asks_for_memcpy_and_memset_alone() -> None:
     assert all(tuple(map(int, version.split("."))) <= (2, 28) for version in versions)
 
 
+def built_with(name: str) -> Any:
+    """What the build hook says of how bodies are compiled."""
+    if not HOOK.exists():
+        pytest.skip("the build hook is beside the sources, which are not here")
+    assigned = [node for node in ast.parse(HOOK.read_text()).body if isinstance(node, ast.Assign)]
+    texts = {ast.unparse(node.targets[0]): node.value for node in assigned}
+    return ast.literal_eval(texts[name])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="ThreadSanitizer is tried on x86_64")
+@pytest.mark.parametrize("body", BODIES)
+def test_threads_and_callers_race_nowhere(tmp_path: Path, body: str) -> None:
+    """ThreadSanitizer watches the kernels alone: torch, which was not compiled so, is not there."""
+    watched = ["g++", "-fsanitize=thread"]
+    (tmp_path / "nothing.cpp").write_text("int main() {}")
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    nothing = [*watched, str(tmp_path / "nothing.cpp"), "-o", str(tmp_path / "nothing")]
+    if subprocess.run(nothing, capture_output=True, check=False).returncode:
+        pytest.skip("needs libtsan, which this g++ does not find")
+    if subprocess.run([str(tmp_path / "nothing")], capture_output=True, check=False).returncode:
+        pytest.skip("ThreadSanitizer does not start here, as where addresses are too random")
+    flags = (*built_with("FLAGS").split(), *built_with("X86_BODIES")[body].split(), "-O1", "-g")
+    names = (f"-DBODY={body}", f"-DBODY_{body.upper()}", '-DSOURCES=""', f"-I{simd.FOLDER}")
+    program, source = str(tmp_path / "races"), str(Path(__file__).parent / "simd_races.cpp")
+    subprocess.run([*watched, *flags, *names, source, "-o", program], check=True)
+    clean = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (clean.returncode, clean.stdout, clean.stderr) == (0, "", "")
+    racing = subprocess.run([program, "overlapping"], capture_output=True, text=True, check=False)
+    assert racing.returncode != 0 and "WARNING: ThreadSanitizer: data race" in racing.stderr
+
+
 def test_what_is_not_there_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     simd._warn.cache_clear()
     monkeypatch.delenv(simd.CHOICE, raising=False)
@@ -236,9 +272,8 @@ def test_a_library_that_does_not_fit_is_refused_with_a_remedy(
 
 
 def test_the_hash_is_the_build_hook_s() -> None:
-    root = Path(__file__).parents[3]
-    if not (root / "hatch_build.py").exists():
+    if not HOOK.exists():
         pytest.skip("the build hook is beside the sources, which are not here")
     texts = b"".join((simd.FOLDER / name).read_bytes() for name in ("kernels.cpp", "vectors.h"))
     assert simd.hash_of(simd.FOLDER) == hashlib.sha256(texts).hexdigest()[:16]
-    assert '("kernels.cpp", "vectors.h")' in (root / "hatch_build.py").read_text()
+    assert '("kernels.cpp", "vectors.h")' in HOOK.read_text()
