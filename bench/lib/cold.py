@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from time import monotonic
 
 import torch
@@ -37,7 +38,6 @@ REASON = 160  # characters of a reason that a row carries
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, OSError, MemoryError)
 PATIENCE = 0.5  # seconds that an answer about the clocks may take beyond the measurement
 CLOCKS = {"sm_mhz": "clocks.sm", "celsius": "temperature.gpu", "watts": "power.draw"}
-KEPT = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of each four inputs
 
 Run = Callable[..., Tensor]
 Tuned = tuple[Sequence[Run], str]
@@ -109,16 +109,19 @@ class Prepared:
     error: float
 
 
-def random_weights(shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """A dense bf16 weight without zeros, and the same with two of every four at random."""
+def random_weights(
+    shape: tuple[int, int], device: torch.device, group: int = 4
+) -> tuple[Tensor, Tensor]:
+    """A dense bf16 weight without zeros, and the same with half of every group at random."""
     generator = torch.Generator(device).manual_seed(0)
     out, width = shape
     dense = torch.randn(out, width, generator=generator, device=device, dtype=torch.bfloat16)
     dense = dense.mul_(width**-0.5).masked_fill_(dense == 0, width**-0.5)
-    keeps = torch.zeros(len(KEPT), 4, dtype=torch.bool, device=device)
-    keeps.scatter_(1, torch.tensor(KEPT, device=device), True)
+    kept = tuple(combinations(range(group), group // 2))
+    keeps = torch.zeros(len(kept), group, dtype=torch.bool, device=device)
+    keeps.scatter_(1, torch.tensor(kept, device=device), True)
     choice = torch.randint(
-        len(KEPT), (out, width // 4), generator=generator, device=device, dtype=torch.int32
+        len(kept), (out, width // group), generator=generator, device=device, dtype=torch.int32
     )
     return dense, dense.masked_fill(~keeps[choice].flatten(1), 0)
 

@@ -32,7 +32,8 @@ from secateur.formats.kernels.decode24.choose import choose
 from secateur.formats.kernels.decode24.config import MOST_TOKENS, Case
 from secateur.formats.kernels.decode24.tune import compile_all
 
-FORMATS = ("semi24", "semi24_int4", "semi24_int8", "semi24_fp8")
+FORMATS = ("semi24", "semi24_int4", "semi24_int8", "semi24_fp8", "semi48", "semi48_int4")
+OF_EIGHT = "semi48"  # formats that begin so keep four of eight
 IMPLEMENTATION = "decode"
 REFERENCE = ("reference", None)
 DEPENDENT = "SECATEUR_DEPENDENT"  # set to 0: kernels prepared now are launched plainly
@@ -99,8 +100,10 @@ def layer_of(name: str, arguments: argparse.Namespace) -> cold.Layer:
     modes: dict[str, Launching] = {"": nullcontext}
     if arguments.plain:
         modes[" plain"] = plainly
+    _, eights = cold.random_weights(shape, device, 8)
     for format in arguments.formats:
-        makers[format] = partial(ours, sparse, x, format, arguments.tokens, modes)
+        weight = eights if format.startswith(OF_EIGHT) else sparse
+        makers[format] = partial(ours, weight, x, format, arguments.tokens, modes)
     return cold.layer_from(name, shape, makers, int(1e9 * arguments.memory))
 
 

@@ -53,7 +53,9 @@ from secateur.formats.pack import (
     why_not_layer,
 )
 
-DEFAULT_FORMATS = ("semi24", "block:64x64", "block:32x32", "block:16x16", "csr")
+DEFAULT_FORMATS = ("semi24", "semi48", "block:64x64", "block:32x32", "block:16x16", "csr")
+# A 2:4 weight is at most 4:8 too, takes as many bytes so and more instructions: it is not measured.
+NARROWER = {"semi48": "semi24"}
 ALIKE = 0.01  # layers of one shape whose densities agree to this are measured once
 MOST_SPREAD = 0.5  # of a median between quartiles; on a busier machine times serve this call alone
 
@@ -221,7 +223,12 @@ def _groups(
             skipped[name] = problem
             continue
         misfits = {format: format.why_not(weight) for format in formats}
-        fitting = tuple(format for format in formats if misfits[format] is None)
+        names = {str(format) for format in formats if misfits[format] is None}
+        fitting = tuple(
+            format
+            for format in formats
+            if misfits[format] is None and NARROWER.get(str(format)) not in names
+        )
         if fitting:
             densities = tuple(round(format.density(weight) / ALIKE) for format in fitting)
             like = (fitting, densities, weight.shape, weight.dtype, weight.device)

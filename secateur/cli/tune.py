@@ -70,7 +70,7 @@ def tune(
     device: o.Device = "auto",
     json: o.Json = False,
 ) -> None:
-    """Measure the GPU kernel's launch configs for these 2:4 layers, and remember the fastest.
+    """Measure launch configs of the GPU kernel for 2:4 and 4:8 layers, and remember the fastest.
 
     The kernel runs without this too, by a cost model. What is found lies beside the compiled
     kernels and serves every process that this user starts from then on.
@@ -140,7 +140,7 @@ def _cases(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise ValueError(
-            f"tune needs formats of 2:4 weights, got {unknown[0]!r}: choose from "
+            f"tune needs formats of 2:4 or 4:8 weights, got {unknown[0]!r}: choose from "
             f"{', '.join(FORMATS)}"
         )
     for shape in shapes:

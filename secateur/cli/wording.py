@@ -75,7 +75,7 @@ IN_OPTIONS = {
     ),
     r"\breconstruct_folder (?=takes|needs|runs)": "`secateur stream` ",
     r"\bprune_ it first\b": "prune it first, with `secateur prune`",
-    r"\brun prune_ with NM\(2, 4\) first": "prune it to 2:4 first, with `secateur prune`",
+    r"\brun prune_ with NM\((\d), (\d)\) first": r"prune it to \1:\2 first, with `secateur prune`",
     r"\bunpack_(?:\(model\)| a packed model) first": (
         "write it with `secateur export --to dense` first"
     ),

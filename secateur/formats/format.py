@@ -14,11 +14,12 @@ from secateur.formats.contract import Format, Packed
 from secateur.formats.csr import Csr
 from secateur.formats.op import register
 from secateur.formats.semi24 import Semi24
+from secateur.formats.semi48 import Semi48
 
 BLOCKS = block.Blocks(64, 64)  # an example of its options
 
 # Every format that has a name, with each of its options but for the sizes of a block.
-FORMATS: tuple[Format, ...] = (Semi24(), BLOCKS, Bitmap(), Csr(), *quantised.FORMATS)
+FORMATS: tuple[Format, ...] = (Semi24(), Semi48(), BLOCKS, Bitmap(), Csr(), *quantised.FORMATS)
 
 for _format in FORMATS:  # now, so that a program exported elsewhere finds its operators
     register(_format)

@@ -24,8 +24,8 @@ NIBBLES = (
 )  # fmt: skip
 
 
-def nibbles_of(weight: Shaped[Tensor, "out in"]) -> UInt8[Tensor, "out groups"]:
-    """The nibble of every group of four; -0.0 counts as zero.
+def metadata_of(weight: Shaped[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
+    """The nibbles of every group of four, two to a byte; -0.0 counts as zero.
 
     Raises: ValueError if a group has more than two nonzeros, or in_features is not a multiple of 4.
     """
@@ -41,7 +41,7 @@ def nibbles_of(weight: Shaped[Tensor, "out in"]) -> UInt8[Tensor, "out groups"]:
             f"pack needs a 2:4 weight, row {row}, columns {first}..{first + 3} keeps {kept}: "
             "run prune_ with NM(2, 4) first"
         )
-    return nibbles
+    return pack_nibbles(nibbles)
 
 
 def why_not(weight: Shaped[Tensor, "out in"], format: str) -> str | None:
@@ -59,23 +59,23 @@ def why_not(weight: Shaped[Tensor, "out in"], format: str) -> str | None:
 
 
 def gather(
-    dense: Shaped[Tensor, "out in"], nibbles: UInt8[Tensor, "out groups"]
+    dense: Shaped[Tensor, "out in"], metadata: UInt8[Tensor, "out bytes"]
 ) -> Shaped[Tensor, "out half_in"]:
     """The two kept entries of every group, the first column's first."""
     groups: Tensor = dense.unflatten(1, (-1, 4))
-    return groups.gather(2, _positions(nibbles)).flatten(1)
+    return groups.gather(2, _positions(metadata, groups.shape[1])).flatten(1)
 
 
 def scatter(
-    kept: Shaped[Tensor, "out half_in"], nibbles: UInt8[Tensor, "out groups"]
+    kept: Shaped[Tensor, "out half_in"], metadata: UInt8[Tensor, "out bytes"]
 ) -> Shaped[Tensor, "out in"]:
     """The dense matrix with the kept entries at their columns and zeros elsewhere.
 
     Cost: one dense matrix, and eight bytes per kept entry while it runs.
     """
-    rows, groups = nibbles.shape
-    dense = kept.new_zeros(rows, groups, 4)
-    return dense.scatter_(2, _positions(nibbles), kept.unflatten(1, (groups, 2))).flatten(1)
+    rows, groups = len(kept), kept.shape[1] // 2
+    dense, positions = kept.new_zeros(rows, groups, 4), _positions(metadata, groups)
+    return dense.scatter_(2, positions, kept.unflatten(1, (groups, 2))).flatten(1)
 
 
 def pack_nibbles(nibbles: UInt8[Tensor, "out nibbles"]) -> UInt8[Tensor, "out bytes"]:
@@ -102,8 +102,9 @@ def empty_metadata(shape: tuple[int, int], stored: int, format: str) -> UInt8[Te
     return torch.zeros(shape[0], (shape[1] // 4 + 1) // 2, dtype=torch.uint8, device="cpu")
 
 
-def why_broken(metadata: UInt8[Tensor, "out bytes"], groups: int) -> str | None:
+def why_broken(metadata: UInt8[Tensor, "out bytes"], columns: int) -> str | None:
     """The first group that does not name two ascending columns, or None."""
+    groups = columns // 4
     nibbles = unpack_nibbles(metadata, groups)
     wrong = (nibbles & 3) >= (nibbles >> 2)
     if bool(wrong.any()):
@@ -127,6 +128,7 @@ def _crowded(weight: Tensor, nibbles: Tensor) -> tuple[int, int, int]:
     return row, 4 * group, int((weight[row, columns] != 0).sum())
 
 
-def _positions(nibbles: UInt8[Tensor, "out groups"]) -> Tensor:
+def _positions(metadata: UInt8[Tensor, "out bytes"], groups: int) -> Tensor:
     """[out, groups, 2]: the two kept columns within each group, as indices of gather."""
+    nibbles = unpack_nibbles(metadata, groups)
     return torch.stack((nibbles & 3, nibbles >> 2), dim=2).long()

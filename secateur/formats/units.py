@@ -1,8 +1,8 @@
-"""2:4 weights on a GPU: one arrangement of a weight, the units, and what multiplies by it.
+"""2:4 and 4:8 weights on a GPU: one arrangement of a weight, the units, and what multiplies by it.
 
-Shared by `semi24` and its quantised forms. A layer holds its weight once, whatever the number of
-tokens: few are served by `decode`, more by `prefill` on Hopper, and any number by `expand`, which
-makes the dense weight for one call.
+Shared by `semi24`, `semi48` and their quantised forms. A layer holds its weight once, whatever the
+number of tokens: few are served by `decode`, more of 2:4 by `prefill` on Hopper, and any number by
+`expand`, which makes the dense weight for one call.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Values = Callable[[Tensor], Tensor]
 
 
 def decode(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Implementation:
-    """1 to 64 tokens: the sparse tensor cores, fed by a stream of weights.
+    """1 to 64 tokens: the tensor cores, the sparse ones for 2:4, fed by a stream of weights.
 
     `codes(packed)` are the kept numbers as `decode24.arrange` takes them, and `values(codes)` what
     is stored of them; `grouped` is whether each group of 128 inputs has a scale.
@@ -29,7 +29,7 @@ def decode(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Implement
 
 
 def prefill(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Implementation:
-    """Any number of tokens on Hopper, by the sparse tensor cores. The arguments are `decode`'s."""
+    """Any number of tokens on Hopper, for 2:4. The arguments are `decode`'s."""
     run, units = _through(prefill16.multiply, kind, grouped), _units(kind, grouped, codes, values)
     return Implementation("prefill", run, _why_not_prefill, units, prefill16.ACTIVATIONS)
 
@@ -45,7 +45,7 @@ def _units(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Arrangeme
 
     Scales of whole rows stay as they are stored, beside it.
     """
-    beside = () if grouped or kind is Kind.W16 else ("scales",)
+    beside = () if grouped or kind.numbers is Kind.W16 else ("scales",)
 
     def arrange(packed: Packed) -> dict[str, Tensor]:
         scales = packed["scales"] if grouped else None

@@ -18,7 +18,7 @@ UNITS, SCALES = "units", "scales"
 
 @dataclass(frozen=True)
 class Joined:
-    """2:4 layers with one input as one: their units, scales and biases one after another."""
+    """2:4 or 4:8 layers with one input as one: their units, scales and biases one after another."""
 
     units: Tensor
     scales: Tensor | None
@@ -86,7 +86,7 @@ def joined(layers: Sequence[nn.Module], tokens: int) -> Joined | str:
     """
     packed = [one for one in layers if isinstance(one, SparseLinear) and UNITS in one.held_bytes]
     if len(packed) < len(layers):
-        return "not all of them are 2:4 layers that the decode kernel runs"
+        return "not all of them are 2:4 or 4:8 layers that the decode kernel runs"
     kinds = dict.fromkeys((str(one.format), one.dtype, one.in_features) for one in packed)
     if len(kinds) > 1:
         return f"they are packed differently: {', '.join(format for format, _, _ in kinds)}"
@@ -97,7 +97,7 @@ def joined(layers: Sequence[nn.Module], tokens: int) -> Joined | str:
         if (problem := decode24.why_not(one.shape, one.dtype, one.device, tokens)) is not None:
             return problem
     kind, grouped = decode24.FORMATS[str(packed[0].format)]
-    own_scales = kind is not Kind.W16 and not grouped
+    own_scales = kind.numbers is not Kind.W16 and not grouped
     return Joined(
         _in_one_place(packed),
         torch.cat([one[SCALES] for one in held]) if own_scales else None,

@@ -96,7 +96,7 @@ def test_four_lines_say_what_a_newcomer_needs(monkeypatch: MonkeyPatch) -> None:
     assert lines["this machine"].startswith(f"torch {torch.__version__}; a CPU with ")
     assert lines["this machine"].endswith("no CUDA GPU")
     assert lines["sparse here"].startswith("block:64x64, csr; prune to block:64x64@0.8 or ")
-    assert lines["not here"].startswith("semi24, semi24_int4, semi24_int8, semi24_fp8, ")
+    assert lines["not here"].startswith("semi24, semi48, semi24_int4, semi24_int8, semi24_fp8, ")
     assert (
         "running it packed needs a CUDA GPU, and this machine has none; bitmap" in lines["not here"]
     )
@@ -131,7 +131,7 @@ def test_the_extras_and_the_patterns_exist() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert EXTRAS.keys() == project["optional-dependencies"].keys() - {"docs", "dev"}
     wanted = {str(format): format.prune_to for format in FORMATS if format.prune_to}
-    assert wanted.keys() == {"semi24", "block:64x64", "csr"}
+    assert wanted.keys() == {"semi24", "semi48", "block:64x64", "csr"}
     for format, pattern in wanted.items():
         chosen = parse_format(format)
         torch.manual_seed(0)

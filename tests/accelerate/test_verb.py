@@ -19,7 +19,7 @@ from secateur.accelerate.candidates import Candidate
 from secateur.accelerate.layer_report import OtherPolicy
 from secateur.accelerate.report import AccelerateReport
 from secateur.accelerate.tokens import Tokens
-from secateur.accelerate.verb import _accelerate, accelerate_
+from secateur.accelerate.verb import DEFAULT_FORMATS, _accelerate, _groups, accelerate_
 from secateur.core.tables import as_bytes
 from secateur.core.undo import Undo
 from secateur.formats import SparseLinear
@@ -833,3 +833,16 @@ def test_a_weight_without_data_is_refused() -> None:
     model = nn.Sequential(linear("csr"), linear("csr").to("meta"))
     with pytest.raises(ValueError, match=r"1.weight has no data \(meta device\): load the weights"):
         accelerate_(model)
+
+
+def test_a_2_to_4_weight_is_measured_in_the_narrower_format_alone() -> None:
+    """As many bytes, and the sparse tensor cores; a 4:8 weight has semi48 alone."""
+    weights = {name: fitting_weight(name, 16, 64) for name in ("semi24", "semi48")}
+    linears = {name: nn.Linear(64, 16, bias=False) for name in weights}
+    for name, linear in linears.items():
+        linear.weight.data.copy_(weights[name])
+    formats = [parse_format(name) for name in DEFAULT_FORMATS]
+    groups, skipped = _groups(nn.ModuleDict(linears), linears, formats, {})
+    fitting = {name: [str(f) for f in like[0]] for like, names in groups.items() for name in names}
+    assert not skipped and {"semi24", "semi48"} & {*fitting["semi24"]} == {"semi24"}
+    assert {"semi24", "semi48"} & {*fitting["semi48"]} == {"semi48"}

@@ -82,8 +82,8 @@ def test_what_export_refuses(dense: Path, pruned: Path, tmp_path: Path) -> None:
     out = ("-o", tmp_path / "x")
     line = refused(run("export", pruned, "--to", "dense", "--format", "csr", *out))
     assert "--format goes with --to packed" in line
-    line = refused(run("export", pruned, "--to", "packed", "--format", "semi42", *out))
-    assert "unknown format 'semi42': did you mean 'semi24'?" in line
+    line = refused(run("export", pruned, "--to", "packed", "--format", "semi25", *out))
+    assert "unknown format 'semi25': did you mean 'semi24'?" in line
     line = refused(run("export", dense, "--to", "packed", *out))
     assert "packing needs a layer that fits semi24, got none" in line
     assert "name another --format" in line

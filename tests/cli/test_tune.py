@@ -184,7 +184,7 @@ def test_an_interruption_keeps_what_is_finished(gpu: Gpu) -> None:
         (["--shape", "32x64", "--tokens", "65"], "serves at most 64 tokens, got 65"),
         (
             ["--shape", "32x64", "--format", "csr"],
-            "needs formats of 2:4 weights, got 'csr': choose",
+            "needs formats of 2:4 or 4:8 weights, got 'csr': choose",
         ),
     ],
 )

@@ -58,7 +58,7 @@ BY_PROGRAMS = (
     "pack needs a float32, float64, bfloat16 or float16 weight",
     "… needs its weight left packed, got an assignment",
     "… needs … input, got",
-    "a quantised format stores every weight or 2:4",
+    "a quantised format stores every weight, 2:4 or 4:8",
     "… needs one scale per output, got one for every",
     "in_features=",
     "… needs a model that holds its layers",

@@ -32,8 +32,8 @@ def test_a_format_is_itself() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("semi42", "unknown format 'semi42': did you mean 'semi24'? formats are semi24, block:64x"),
-        ("zzz", "unknown format 'zzz': formats are semi24, block:64x64, bitmap, csr"),
+        ("semi25", "unknown format 'semi25': did you mean 'semi24'? formats are semi24, semi48, b"),
+        ("zzz", "unknown format 'zzz': formats are semi24, semi48, block:64x64, bitmap, csr"),
         ("", "unknown format ''"),
         ("block", "format 'block' needs its rows and columns, got 'block': write 'block:64x64'"),
         ("block:64", "needs its rows and columns, got 'block:64'"),

@@ -18,7 +18,7 @@ from secateur.formats.fuse import Fused, fuse_activations_
 from secateur.formats.kernels import prefill24
 from secateur.formats.linear import SparseLinear
 from secateur.formats.op import linear_operator
-from secateur.formats.two_of_four import gather, nibbles_of, pack_nibbles, scatter, unpack_nibbles
+from secateur.formats.two_of_four import gather, metadata_of, scatter
 from tests.formats.weights import sparse_linear, tokens_in
 
 FORMAT = "semi24_int8_dynamic"
@@ -30,12 +30,11 @@ def prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prefill` runs here: the definition, then the activation, in float32."""
 
     def arrange(values: Tensor, metadata: Tensor) -> Tensor:
-        nibbles = unpack_nibbles(metadata, values.shape[1] // 2)
-        return scatter(values, nibbles).view(torch.uint8)[None]
+        return scatter(values, metadata).view(torch.uint8)[None]
 
     def restore(tiles: Tensor, shape: tuple[int, int], codes: torch.dtype) -> tuple[Tensor, Tensor]:
-        nibbles = nibbles_of(tiles[0])
-        return gather(tiles[0], nibbles).view(codes), pack_nibbles(nibbles)
+        metadata = metadata_of(tiles[0])
+        return gather(tiles[0], metadata).view(codes), metadata
 
     def linear(
         x: Tensor,

@@ -212,7 +212,9 @@ def spoilt(layer: SparseLinear, key: str) -> dict[str, object]:
         found["falling"] = right.flip(0)
         found["equal"] = torch.full_like(right, int(right[-1]))
         found["past int32"] = _wrapping(right)
-    if key == "metadata":
+    if key == "metadata" and "semi48" in str(layer.format):
+        found["three columns"], found["five columns"] = right & right - 1, right | right + 1
+    elif key == "metadata":
         found["one column twice"] = right & 0b11001100 | (right & 0b11001100) >> 2
         found["falling"] = (right & 0b11001100) >> 2 | (right & 0b00110011) << 2
     if key == "bitmask":
@@ -504,7 +506,7 @@ def test_a_description_is_plain_data(format: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "semi42"}, "did you mean 'semi24'"),
+        ({"format": "semi25"}, "did you mean 'semi24'"),
         ({"stored": "16"}, "a packed layer's stored needs a int, got '16'"),
         ({"stored": True}, "a packed layer's stored needs a int, got True"),
         ({"stored": -1}, "a packed layer's stored needs a int, got -1"),

@@ -17,12 +17,14 @@ UNNAMED = (
     Quantised(sc.Fp8()),
     Quantised(sc.Int4(None), rounds_inputs=True),
     Quantised(sc.Int4(None), sc.NM(2, 4), rounds_inputs=True),
+    Quantised(sc.Int8(), sc.NM(4, 8)),
+    Quantised(sc.Fp8(), sc.NM(4, 8), rounds_inputs=True),
 )
 
 
 def weight_for(format: Quantised, width: int = 264) -> torch.Tensor:
     weight = tokens_in(6, width)
-    return weight if format.pattern is None else weight * sc.NM(2, 4).mask(weight.abs())
+    return weight if format.pattern is None else weight * format.pattern.mask(weight.abs())
 
 
 @pytest.mark.parametrize("format", UNNAMED, ids=str)
@@ -33,7 +35,7 @@ def test_it_has_no_name_to_type_and_is_a_value(format: Quantised) -> None:
         parse_format(str(format))
 
 
-@pytest.mark.parametrize("width", [132, 264])
+@pytest.mark.parametrize("width", [136, 264])
 @pytest.mark.parametrize("format", UNNAMED, ids=str)
 def test_it_stores_scale_times_code(format: Quantised, width: int) -> None:
     weight, grid = weight_for(format, width), format.grid
@@ -69,7 +71,7 @@ def test_an_odd_number_of_4_bit_codes_ends_on_half_a_byte() -> None:
 @pytest.mark.parametrize(
     ("grid", "pattern", "rounds_inputs", "message"),
     [
-        (sc.Int8(), sc.NM(4, 8), False, "stores every weight or 2:4, got 4:8: pass pattern=None"),
+        (sc.Int8(), sc.NM(1, 4), False, "every weight, 2:4 or 4:8, got 1:4: pass pattern=None"),
         (
             Int3(),
             sc.NM(2, 4),

@@ -1,5 +1,7 @@
 """Every format: unpack(pack(w)) is w, bytes are as documented, and bad weights are refused."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,13 +17,14 @@ VALUES = st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-6, 3e4])
 
 @st.composite
 def weights(draw: st.DrawFn, format: str) -> Tensor:
-    """Small weights with zeros of both signs anywhere; for 2:4, two forced zeros in a group."""
+    """Small weights with zeros of both signs anywhere; half of a group forced for 2:4 and 4:8."""
     out, width = 4 * draw(st.integers(1, 3)), 8 * draw(st.integers(1, 3))
     numbers = draw(st.lists(VALUES, min_size=out * width, max_size=out * width))
     weight = torch.tensor(numbers).reshape(out, width)
-    if format == "semi24":
-        kept = st.sampled_from([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])
-        keep = torch.zeros(out, width // 4, 4)
+    if format.startswith("semi"):
+        size = 4 if format == "semi24" else 8
+        kept = st.sampled_from(list(combinations(range(size), size // 2)))
+        keep = torch.zeros(out, width // size, size)
         for group in keep.flatten(0, 1):
             group[list(draw(kept))] = 1.0
         weight = weight * keep.flatten(1)

@@ -28,16 +28,16 @@ def test_nibbles_are_joined_in_twos(count: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.uint8], ids=str)
 def test_entries_of_any_type_go_back_to_where_they_came_from(dtype: torch.dtype) -> None:
     dense = torch.tensor([[0, 5, 0, 7, 1, 2, 0, 0], [0, 0, 0, 3, 0, 0, 0, 0]], dtype=dtype)
-    nibbles = two_of_four.nibbles_of(dense)
-    kept = two_of_four.gather(dense, nibbles)
+    metadata = two_of_four.metadata_of(dense)
+    kept = two_of_four.gather(dense, metadata)
     assert kept.tolist() == [[5, 7, 1, 2], [0, 3, 0, 0]]
-    assert torch.equal(two_of_four.scatter(kept, nibbles), dense)
+    assert torch.equal(two_of_four.scatter(kept, metadata), dense)
 
 
 def test_broken_metadata_is_located() -> None:
-    metadata = two_of_four.pack_nibbles(two_of_four.nibbles_of(torch.zeros(2, 16)))
-    assert two_of_four.why_broken(metadata, 4) is None
+    metadata = two_of_four.metadata_of(torch.zeros(2, 16))
+    assert two_of_four.why_broken(metadata, 16) is None
     metadata[1, 1] = 0b0100 | 0b0101 << 4  # group 3 names column 1 twice
-    assert two_of_four.why_broken(metadata, 4) == (
+    assert two_of_four.why_broken(metadata, 16) == (
         "metadata of row 1 columns 12..15 are not two ascending"
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from secateur.formats import SparseLinear, parse_format, two_of_four
+from secateur.formats import SparseLinear, four_of_eight, parse_format, two_of_four
 from secateur.formats.block import Blocks
 from secateur.formats.contract import Packed
 from secateur.formats.dynamic import quantised
@@ -13,8 +13,8 @@ from secateur.formats.format import dequantised
 from secateur.formats.linear import Table
 from secateur.formats.pack import packed_linear
 
-EXACT = ("semi24", "block:4x8", "block:2x1", "bitmap", "csr")
-QUANTISED = ("semi24_int4", "semi24_int8", "semi24_fp8")
+EXACT = ("semi24", "semi48", "block:4x8", "block:2x1", "bitmap", "csr")
+QUANTISED = ("semi24_int4", "semi24_int8", "semi24_fp8", "semi48_int4")
 DYNAMIC = ("semi24_int8_dynamic", "semi24_fp8_dynamic", "int8_dynamic", "fp8_dynamic")
 FORMATS = EXACT + QUANTISED + DYNAMIC
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def fitting_weight(
     format: str, out: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Tensor:
-    """A weight with zeros that the format can hold and gains from (at least 70 % zeros or 2:4).
+    """A weight with zeros that the format can hold and gains from (70 % zeros, 2:4 or 4:8).
 
     For a quantised format it lies on the format's grid; in float64 on that of bfloat16 scales.
     """
@@ -31,9 +31,8 @@ def fitting_weight(
     weight = torch.randn(out, width, generator=generator)
     chosen = parse_format(format)
     rows, cols = (chosen.rows, chosen.cols) if isinstance(chosen, Blocks) else (1, 1)
-    if format.startswith("semi24"):
-        rank = torch.rand(out, width // 4, 4, generator=generator).argsort(-1)
-        keep = (rank < 2).flatten(1)
+    if format.startswith("semi"):
+        keep = half_kept(format, out, width, generator)
     else:
         tiles = torch.rand(out // rows, 1, width // cols, 1, generator=generator) < 0.3
         keep = tiles.expand(-1, rows, -1, cols).reshape(out, width)
@@ -44,9 +43,19 @@ def fitting_weight(
     return dequantised(chosen.pack(weight.to(grid))).to(dtype)
 
 
-def random_metadata(rows: int, columns: int, seed: int) -> Tensor:
-    """The metadata of a 2:4 weight of this shape that keeps any two columns of each group."""
+def half_kept(format: str, out: int, width: int, generator: torch.Generator) -> Tensor:
+    """The mask of a random 2:4 or 4:8 weight, on the generator's device."""
+    group = 8 if format.startswith("semi48") else 4
+    draws = torch.rand(out, width // group, group, generator=generator, device=generator.device)
+    return (draws.argsort(-1) < group // 2).flatten(1)
+
+
+def random_metadata(rows: int, columns: int, seed: int, of_eight: bool = False) -> Tensor:
+    """Random metadata of a weight of this shape: two columns of four are kept, or four of eight."""
     generator = torch.Generator().manual_seed(seed)
+    if of_eight:
+        masks = torch.tensor(sorted({*four_of_eight.MASKS} - {0}), dtype=torch.uint8)
+        return masks[torch.randint(len(masks), (rows, columns // 8), generator=generator)]
     pairs = torch.tensor(sorted({*two_of_four.NIBBLES} - {two_of_four.MISFIT}), dtype=torch.uint8)
     return two_of_four.pack_nibbles(
         pairs[torch.randint(len(pairs), (rows, columns // 4), generator=generator)]
@@ -87,12 +96,12 @@ def sparse_linear(
 def layer_on_gpu(
     format: str, dtype: torch.dtype, shape: tuple[int, int], bias: bool, table: Table
 ) -> SparseLinear:
-    """A packed 2:4 layer of random weights on the GPU that runs by this table, frozen."""
+    """A packed 2:4 or 4:8 layer of random weights on the GPU that runs by this table, frozen."""
     generator = torch.Generator("cuda").manual_seed(0)
     linear = nn.Linear(shape[1], shape[0], bias=bias, device="cuda", dtype=dtype)
     weight = torch.randn(shape, device="cuda", generator=generator) / shape[1] ** 0.5
-    order = torch.rand(shape[0], shape[1] // 4, 4, device="cuda", generator=generator).argsort(-1)
-    linear.weight = nn.Parameter((weight * (order < 2).flatten(1)).to(dtype), requires_grad=False)
+    keep = half_kept(format, *shape, generator)
+    linear.weight = nn.Parameter((weight * keep).to(dtype), requires_grad=False)
     if bias:
         linear.bias.data.normal_(generator=generator)
     layer = packed_linear("layer", linear, parse_format(format))

@@ -1,4 +1,4 @@
-"""Weights rounded to a grid: all of them, or the kept ones of 2:4; inputs are rounded if asked."""
+"""Weights rounded to a grid, all or the kept ones of 2:4 or 4:8; inputs are rounded if asked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.formats import two_of_four
 from secateur.formats.contract import Implementation, Packed, dense_shape, why_no_weight
+from secateur.formats.positions import POSITIONS
 from secateur.formats.quantised import (
     codes,
     cusparselt,
@@ -23,25 +23,25 @@ from secateur.formats.quantised import (
 from secateur.patterns import NM
 from secateur.patterns.grids import QUANTISABLE, Fp8, Grid, Int4, Int8
 
-TWO_OF_FOUR = NM(2, 4)
+TWO_OF_FOUR, FOUR_OF_EIGHT = NM(2, 4), NM(4, 8)
 GROUP_SIZE = 128  # inputs, kept or not, that share a scale, where a row has several
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """The weight rounded to `grid`, and the codes that its pattern keeps: all, or 2:4.
+    """The weight rounded to `grid`, and the codes that its pattern keeps: all, 2:4 or 4:8.
 
     | tensor | type | shape |
     |---|---|---|
     | `values` | codes, see `codes.py` | `[out, kept codes]`, of 4 bits half as many bytes |
-    | `metadata` | uint8, see `two_of_four.py` | `[out, ceil(in / 8)]`, of a 2:4 weight alone |
+    | `metadata` | uint8, see `two_of_four.py` | `[out, ceil(in / 8)]`, of a pattern alone |
     | `scales` | the weight's | `[out, 1]`, or `[out, ceil(in / 128)]` for groups |
 
     With `rounds_inputs` the linear rounds each token to 8-bit codes, too, with a scale of its own
     (`dynamic.py`), and multiplies codes.
 
-    Raises: ValueError for codes of other than 4 or 8 bits, another pattern than 2:4, another
-        group_size than 128 or None, and groups where inputs are rounded.
+    Raises: ValueError for codes of other than 4 or 8 bits, another pattern than 2:4 and 4:8,
+        another group_size than 128 or None, and groups where inputs are rounded.
     """
 
     grid: Grid
@@ -58,10 +58,10 @@ class Quantised:
                 f"a quantised format stores codes of 4 or 8 bits, got {self.grid!r}: pass Int4(), "
                 "Int8() or Fp8()"
             )
-        if self.pattern not in (None, TWO_OF_FOUR):
+        if self.pattern is not None and self.pattern not in POSITIONS:
             raise ValueError(
-                f"a quantised format stores every weight or 2:4, got {self.pattern}: "
-                "pass pattern=None or NM(2, 4)"
+                f"a quantised format stores every weight, 2:4 or 4:8, got {self.pattern}: "
+                "pass pattern=None, NM(2, 4) or NM(4, 8)"
             )
         if self.grid.group_size not in (None, GROUP_SIZE):
             raise ValueError(
@@ -89,8 +89,8 @@ class Quantised:
     @property
     def name(self) -> str:
         """`semi24_int8_dynamic`, for example."""
-        positions = "" if self.pattern is None else "semi24_"
-        return f"{positions}{self.grid.name}{'_dynamic' if self.rounds_inputs else ''}"
+        kept = "" if self.pattern is None else f"semi{self.pattern.n}{self.pattern.m}_"
+        return f"{kept}{self.grid.name}{'_dynamic' if self.rounds_inputs else ''}"
 
     def __str__(self) -> str:
         has_one_scale = self.grid.bits < 8 and self.grid.group_size is None
@@ -105,11 +105,11 @@ class Quantised:
         """Why the weight cannot be quantised or does not fit the pattern, or None."""
         problem = why_no_weight(weight, self) or self._why_not_quantisable(weight)
         if problem is None and self.pattern is not None:
-            return two_of_four.why_not(weight, self.name)
+            return POSITIONS[self.pattern].why_not(weight, self.name)
         return problem
 
     def density(self, weight: Float[Tensor, "out in"]) -> float:
-        """The fraction of the weight that `pack` stores codes for: always half for 2:4."""
+        """The fraction of the weight that `pack` stores codes for: half of 2:4 and of 4:8."""
         return 1.0 if self.pattern is None else 0.5
 
     def pack(self, weight: Tensor) -> Packed:
@@ -119,31 +119,33 @@ class Quantised:
         reconstructed with the same `grid`, lies on the grid and comes back bit for bit. (Not
         promised where its scale or a product underflows the dtype.)
 
-        Cost: a code for each weight, or half as many and 0.125 bytes a weight for 2:4, and the
-            scales. In parts of a 16-bit weight: 0.5 for 8-bit codes, 0.3125 in 2:4; 0.195 for 4-bit
-            codes in 2:4 with groups of 128. (8 codes x 4 bits + 8 x 2 bits for 16 weights, 16 bits
-            for 128)
-        Raises: ValueError if a weight is not finite, for a float64 weight, and for 2:4 if a group
-            of four has more than two nonzeros or in_features is not a multiple of 4.
+        Cost: a code for each weight, or for half of them and 0.125 bytes a weight with a pattern,
+            and the scales. In parts of a 16-bit weight: 0.5 for 8-bit codes, 0.3125 with a pattern;
+            0.195 for 4-bit codes with one and groups of 128. (8 codes x 4 bits + 8 x 2 bits for 16
+            weights, 16 bits for 128)
+        Raises: ValueError if a weight is not finite, for a float64 weight, and for a pattern if a
+            group has more nonzeros than it keeps or is not whole.
         """
         shape = dense_shape(weight)
         if (problem := self._why_not_quantisable(weight)) is not None:
             raise ValueError(f"pack {problem}")
-        nibbles = None if self.pattern is None else two_of_four.nibbles_of(weight)
+        positions = None if self.pattern is None else POSITIONS[self.pattern]
+        found = {} if positions is None else {"metadata": positions.metadata_of(weight)}
         scales = self.grid.scales(weight)
-        kept, metadata = self.grid.codes(weight, scales), dict[str, Tensor]()
-        if nibbles is not None:
-            bits = two_of_four.gather(kept.view(torch.uint8), nibbles)
-            kept, metadata = bits.view(kept.dtype), {"metadata": two_of_four.pack_nibbles(nibbles)}
+        kept = self.grid.codes(weight, scales)
+        if positions is not None:
+            bits = positions.gather(kept.view(torch.uint8), found["metadata"])
+            kept = bits.view(kept.dtype)
         values = codes.stored(self.grid, kept)
-        return self._packed(shape, {"values": values, **metadata, "scales": scales})
+        return self._packed(shape, {"values": values, **found, "scales": scales})
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
         """The dense weight as scale x code, in float32: exact for 16-bit scales.
 
-        Cost: one dense weight in float32, and for 2:4 eight bytes per kept code while it runs.
+        Cost: one dense weight in float32, and for a pattern eight bytes per kept code meanwhile.
         """
-        return self.grid.dequantised(codes.codes_of(self.grid, packed), packed["scales"])
+        every = codes.codes_of(self.grid, self.pattern, packed)
+        return self.grid.dequantised(every, packed["scales"])
 
     def empty(self, shape: tuple[int, int], stored: int, dtype: torch.dtype) -> Packed:
         """Zeros of the right sizes, for a loader to fill.
@@ -154,7 +156,7 @@ class Quantised:
         groups = 1 if self.grid.group_size is None else -(-width // self.grid.group_size)
         scales = torch.zeros(rows, groups, dtype=dtype, device="cpu")
         if self.pattern is not None:
-            metadata = two_of_four.empty_metadata(shape, stored, self.name)
+            metadata = POSITIONS[self.pattern].empty_metadata(shape, stored, self.name)
             values = codes.empty(self.grid, rows, width // 2)
             tensors = {"values": values, "metadata": metadata, "scales": scales}
             return self._packed(shape, tensors)
@@ -170,8 +172,8 @@ class Quantised:
         """What is wrong with positions, codes or scales, or None if `pack` could make them."""
         problem = None
         if self.pattern is not None:
-            problem = two_of_four.why_broken(packed["metadata"], packed.shape[1] // 4)
-        return problem or codes.why_broken(self.grid, packed)
+            problem = POSITIONS[self.pattern].why_broken(packed["metadata"], packed.shape[1])
+        return problem or codes.why_broken(self.grid, self.pattern, packed)
 
     def like(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Quantised":
         """The format of this name that has these tensors, which tell whether there are groups.
@@ -209,6 +211,8 @@ FORMATS = (
     Quantised(Int4(None), TWO_OF_FOUR),
     Quantised(Int8(), TWO_OF_FOUR),
     Quantised(Fp8(), TWO_OF_FOUR),
+    Quantised(Int4(), FOUR_OF_EIGHT),
+    Quantised(Int4(None), FOUR_OF_EIGHT),
     Quantised(Int8(), TWO_OF_FOUR, rounds_inputs=True),
     Quantised(Fp8(), TWO_OF_FOUR, rounds_inputs=True),
     Quantised(Int8(), rounds_inputs=True),

@@ -8,7 +8,8 @@
 
 Floats are stored as bytes because a module that is cast casts every buffer of a floating dtype, and
 codes must stay. Without a pattern every weight has a code; of a 2:4 weight the two kept of every
-four inputs have one, in the order of their columns, and `metadata` says which these are.
+four inputs have one, of a 4:8 weight the four of eight, in the order of their columns, and
+`metadata` says which these are.
 """
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from secateur.formats import two_of_four
 from secateur.formats.contract import Packed
+from secateur.formats.positions import POSITIONS
+from secateur.patterns import NM
 from secateur.patterns.grids import Grid
 from secateur.patterns.pattern import where_first
 
@@ -43,28 +46,28 @@ def kept_codes(grid: Grid, packed: Packed) -> Shaped[Tensor, "out kept"]:
     return values.view(grid.code_dtype)
 
 
-def codes_of(grid: Grid, packed: Packed) -> Shaped[Tensor, "out in"]:
+def codes_of(grid: Grid, pattern: NM | None, packed: Packed) -> Shaped[Tensor, "out in"]:
     """The code of every weight, 0 where none is kept.
 
-    Cost: one byte a weight, and for a 2:4 weight eight bytes per kept code while it runs.
+    Cost: one byte a weight, and where half are kept eight bytes per code while it runs.
     """
     kept = kept_codes(grid, packed)
-    if "metadata" not in packed.tensors:
+    if pattern is None:
         return kept
-    nibbles = two_of_four.unpack_nibbles(packed["metadata"], packed.shape[1] // 4)
-    return two_of_four.scatter(kept.view(torch.uint8), nibbles).view(grid.code_dtype)
+    bits, metadata = kept.view(torch.uint8), packed["metadata"]
+    return POSITIONS[pattern].scatter(bits, metadata).view(grid.code_dtype)
 
 
-def why_broken(grid: Grid, packed: Packed) -> str | None:
+def why_broken(grid: Grid, pattern: NM | None, packed: Packed) -> str | None:
     """The first code outside the grid or scale that is not finite, or None."""
     kept = kept_codes(grid, packed)
     outside = ~(kept.half().abs() <= grid.largest)  # float16 holds every code; NaN is not less
     if bool(outside.any()):
         row, column = where_first(outside)
         what = "a NaN" if kept.dtype.is_floating_point else f"the code {kept[row, column]}"
-        if "metadata" in packed.tensors:
-            group = column // 2 * 4
-            return f"values of row {row} columns {group}..{group + 3} hold {what}"
+        if pattern is not None:
+            first = column // pattern.n * pattern.m
+            return f"values of row {row} columns {first}..{first + pattern.m - 1} hold {what}"
         return f"values of row {row} column {column} hold {what}"
     return _why_not_finite(packed["scales"])
 

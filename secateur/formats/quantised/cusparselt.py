@@ -18,12 +18,12 @@ from secateur.patterns.grids import Grid, Int8
 # A power of two not below the largest code: products of codes and row scales, divided by it, are
 # y / max |x|, which fits float16 where x and y do, with room for sums.
 HEADROOM = 128.0
-GRID = Int8()
+GRID, PATTERN = Int8(), NM(2, 4)
 
 
 def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Implementation | None:
     """For 2:4 weights of 8-bit integers, inputs rounded to the same."""
-    if pattern is None or grid != GRID or not rounds_inputs:
+    if pattern != PATTERN or grid != GRID or not rounds_inputs:
         return None
     blob = Arrangement(("blob", "alpha"), arrange)
     return Implementation("cusparselt", linear, why_not, blob, searches=True)
@@ -48,7 +48,7 @@ def arrange(packed: Packed) -> dict[str, Tensor]:
     Cost: 0.625 bytes a weight, and for a moment one byte a weight.
     """
     alpha = packed["scales"][:, 0].float() / HEADROOM
-    blob = cusparselt.compress(codes_of(GRID, packed))
+    blob = cusparselt.compress(codes_of(GRID, PATTERN, packed))
     return {"blob": blob.view(torch.uint8), "alpha": alpha.view(torch.uint8)}
 
 

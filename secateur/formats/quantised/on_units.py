@@ -1,4 +1,4 @@
-"""2:4 weights of codes as units of the decode kernel; activations stay 16-bit floats."""
+"""2:4 and 4:8 weights of codes as units of the decode kernel; activations stay 16-bit floats."""
 
 from functools import partial
 
@@ -13,19 +13,29 @@ from secateur.formats.quantised.codes import kept_codes, stored
 from secateur.patterns import NM
 from secateur.patterns.grids import Grid
 
-KINDS = {"int4": Kind.INT4, "int8": Kind.INT8, "fp8": Kind.FP8}
+KINDS = {
+    (NM(2, 4), "int4"): Kind.INT4,
+    (NM(2, 4), "int8"): Kind.INT8,
+    (NM(2, 4), "fp8"): Kind.FP8,
+    (NM(4, 8), "int4"): Kind.INT4_48,
+}
 
 
 def implementations(
     grid: Grid, pattern: NM | None, rounds_inputs: bool
 ) -> tuple[Implementation, ...]:
-    """For 2:4 on each of its grids; where inputs are rounded, `decode` alone, which does not."""
-    if pattern is None or grid.name not in KINDS:
+    """For 2:4 on each of its grids, for 4:8 in 4 bits; more tokens of 4:8 by `expand` alone.
+
+    Where inputs are rounded, `decode` alone, which does not.
+    """
+    if pattern is None or (pattern, grid.name) not in KINDS:
         return ()
-    kind, grouped = KINDS[grid.name], grid.group_size is not None
+    kind, grouped = KINDS[pattern, grid.name], grid.group_size is not None
     weight = kind, grouped, partial(_codes, grid), partial(stored, grid)
     if rounds_inputs:
         return (units.decode(*weight),)
+    if kind.of_eight:
+        return units.decode(*weight), units.expanded(*weight)
     return units.decode(*weight), units.prefill(*weight), units.expanded(*weight)
 
 

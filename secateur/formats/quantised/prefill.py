@@ -14,7 +14,7 @@ from secateur.patterns.grids import Grid
 
 def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Implementation | None:
     """For 2:4 on the 8-bit grids, inputs rounded to the same."""
-    if pattern is None or grid.bits != 8 or not rounds_inputs:
+    if pattern != NM(2, 4) or grid.bits != 8 or not rounds_inputs:
         return None
     tiles = Arrangement(("tiles", "scales"), arrange, partial(restore, grid))
     return Implementation("prefill", partial(linear, grid), why_not, tiles, prefill24.ACTIVATIONS)

@@ -17,11 +17,12 @@ def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Imple
     """For every quantised format."""
     if not rounds_inputs:
         return REFERENCE
-    return Implementation("reference", partial(linear, grid), anywhere)
+    return Implementation("reference", partial(linear, grid, pattern), anywhere)
 
 
 def linear(
     grid: Grid,
+    pattern: NM | None,
     x: Float[Tensor, "tokens in"],
     packed: Packed,
     bias: Float[Tensor, " out"] | None,
@@ -30,4 +31,4 @@ def linear(
 
     Cost: unpacks the codes at every call, and multiplies integers in float64, floats in float32.
     """
-    return dynamic.linear(x, codes_of(grid, packed), packed["scales"], bias)
+    return dynamic.linear(x, codes_of(grid, pattern, packed), packed["scales"], bias)

@@ -12,6 +12,6 @@ KINDS = {Int8(): simd.INT8, Fp8(): simd.FLOAT8}
 def implementation(grid: Grid, pattern: NM | None, rounds_inputs: bool) -> Implementation | None:
     """For 2:4 weights whose inputs are not rounded."""
     kind = simd.INT4 if grid.bits == 4 else KINDS.get(grid)
-    if pattern is None or rounds_inputs or kind is None:
+    if pattern != NM(2, 4) or rounds_inputs or kind is None:
         return None
     return on_cpu.two_of_four(lambda packed: kind)

@@ -47,7 +47,7 @@ def linear(
     tokens, token_scales = quantise.quantise(x, torch.float8_e4m3fn, len(x))
     result: Tensor = torch._scaled_mm(
         tokens,
-        codes_of(GRID, packed).t(),
+        codes_of(GRID, None, packed).t(),
         scale_a=token_scales[:, None],
         scale_b=packed["scales"].float().t(),
         bias=bias,

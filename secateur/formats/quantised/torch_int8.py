@@ -43,5 +43,5 @@ def linear(
     """The definition's result: sums are exact integers, scaled in float32 and rounded once."""
     rows = max(LEAST_ROWS, -(-len(x) // MULTIPLE) * MULTIPLE)
     tokens, token_scales = quantise.quantise(x, torch.int8, rows)
-    sums = torch._int_mm(tokens, codes_of(GRID, packed).t())
+    sums = torch._int_mm(tokens, codes_of(GRID, None, packed).t())
     return quantise.scale_bias(sums, token_scales, packed["scales"][:, 0], bias, x.dtype)

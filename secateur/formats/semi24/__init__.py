@@ -66,9 +66,8 @@ class Semi24(Format):
         Source: PTX ISA, sparse `mma.sp` operand A; layout is ours, arranged per kernel on load.
         """
         shape = dense_shape(weight)
-        nibbles = two_of_four.nibbles_of(weight)
-        kept = two_of_four.gather(weight, nibbles)
-        metadata = two_of_four.pack_nibbles(nibbles)
+        metadata = two_of_four.metadata_of(weight)
+        kept = two_of_four.gather(weight, metadata)
         tensors = {"values": kept.masked_fill(kept == 0, 0.0), "metadata": metadata}
         return Packed(self, shape, weight.dtype, tensors)
 
@@ -77,8 +76,7 @@ class Semi24(Format):
 
         Cost: one dense weight, and eight bytes per kept value while it runs.
         """
-        nibbles = two_of_four.unpack_nibbles(packed["metadata"], packed.shape[1] // 4)
-        return two_of_four.scatter(packed["values"], nibbles)
+        return two_of_four.scatter(packed["values"], packed["metadata"])
 
     def empty(self, shape: tuple[int, int], stored: int, dtype: torch.dtype) -> Packed:
         """Zeros of the right sizes, for a loader to fill.
@@ -91,4 +89,4 @@ class Semi24(Format):
 
     def why_broken(self, packed: Packed) -> str | None:
         """The first group that does not name two ascending columns, or None."""
-        return two_of_four.why_broken(packed["metadata"], packed.shape[1] // 4)
+        return two_of_four.why_broken(packed["metadata"], packed.shape[1])

@@ -62,14 +62,15 @@ def test_chains_take_turns_and_rotate_over_their_copies() -> None:
     assert cold.in_turns({}, torch.device("cpu")) == {}
 
 
-def test_random_weights_keep_two_of_four() -> None:
-    dense, sparse = cold.random_weights((32, 64), torch.device("cpu"))
+@pytest.mark.parametrize(("group", "places"), [(4, 6), (8, 70)])
+def test_random_weights_keep_half_of_each_group(group: int, places: int) -> None:
+    dense, sparse = cold.random_weights((256, 64), torch.device("cpu"), group)
     kept = sparse != 0
     assert (dense != 0).all() and torch.equal(sparse, dense * kept)
     assert not sparse[~kept].signbit().any()  # a compressor may take -0.0 for a number
-    assert (kept.unflatten(1, (-1, 4)).sum(2) == 2).all()
-    patterns = {tuple(group) for group in kept.view(-1, 4).tolist()}
-    assert len(patterns) == 6 and dense.dtype == torch.bfloat16
+    assert (kept.unflatten(1, (-1, group)).sum(2) == group // 2).all()
+    assert len(kept.view(-1, group).unique(dim=0)) == places
+    assert dense.dtype == torch.bfloat16
 
 
 def test_wrong_results_are_rows_without_a_time() -> None:

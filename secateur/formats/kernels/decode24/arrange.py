@@ -1,7 +1,8 @@
-"""A packed 2:4 weight as the decode kernel reads it: units of 16 rows x 128 columns, in lane order.
+"""A packed 2:4 or 4:8 weight as the decode kernel reads it: units of 16 rows x 128 columns.
 
 One arrangement serves every launch configuration, so that a layer holds one, whatever its tokens.
-The layout is drawn at the head of `units.cuh`; the last unit of a row is padded with zeros.
+The layout, in lane order, is drawn at the head of `units.cuh`, and what is other in units of 4:8 at
+that of `of_eight.cuh`; the last unit of a row is padded with zeros.
 """
 
 from collections.abc import Iterator
@@ -22,12 +23,23 @@ ROWS_AT_ONCE = 4096  # whose codes are 32-bit words at one time, not the whole w
 
 
 class Kind(IntEnum):
-    """How the kernel reads values; numbered as in `units.cuh`."""
+    """How the kernel reads values, and whether they are two of four columns or four of eight."""
 
     W16 = 0
     INT8 = 1
     FP8 = 2
     INT4 = 3
+    W16_48 = 8
+    INT4_48 = 11
+
+    @property
+    def numbers(self) -> "Kind":
+        """How values are stored; numbered as in `units.cuh`."""
+        return Kind(self % 8)
+
+    @property
+    def of_eight(self) -> bool:
+        return self >= 8
 
 
 # By the format's name: how the kernel reads it, and whether groups of 128 columns have scales.
@@ -37,15 +49,22 @@ FORMATS = {
     "semi24_int4:channel": (Kind.INT4, False),
     "semi24_int8": (Kind.INT8, False),
     "semi24_fp8": (Kind.FP8, False),
+    "semi48": (Kind.W16_48, False),
+    "semi48_int4": (Kind.INT4_48, True),
+    "semi48_int4:channel": (Kind.INT4_48, False),
 }
-VALUE_BYTES = {Kind.W16: 2048, Kind.INT8: 1024, Kind.FP8: 1024, Kind.INT4: 512}
+VALUE_BYTES = {Kind.W16: 2048, Kind.INT8: 1024, Kind.FP8: 1024, Kind.INT4: 512}  # `numbers`
 META_BYTES = 256
 SCALE_BYTES = 32
+# What stands where a unit has no columns: the first two of four, twice a byte, or four of eight.
+NO_COLUMNS = {False: 0b0100_0100, True: 0b0000_1111}
+# Four bits, the lowest first, each in a byte of its own.
+SPREAD = tuple(sum((bits >> c & 1) << 8 * c for c in range(4)) for bits in range(16))
 
 
 def unit_bytes(kind: Kind, grouped: bool) -> int:
     """Bytes of 16 rows x 128 columns."""
-    return VALUE_BYTES[kind] + META_BYTES + (SCALE_BYTES if grouped else 0)
+    return VALUE_BYTES[kind.numbers] + META_BYTES + (SCALE_BYTES if grouped else 0)
 
 
 def why_no_units(
@@ -68,8 +87,9 @@ def arrange(
 ) -> UInt8[Tensor, "tiles units bytes"]:
     """The units of a weight whose kept numbers are `codes`, [out, in / 2].
 
-    codes are 16-bit floats (W16), int8 (INT8, INT4: -7..7) or e4m3 bits as uint8 (FP8); `scales`,
-    [out, groups], only where each group of 128 columns has its own; `dtype` is the activations'.
+    codes are 16-bit floats (W16), int8 (INT8, INT4: -7..7) or e4m3 bits as uint8 (FP8); `metadata`
+    says which columns they are of, as `two_of_four` or `four_of_eight` has it; `scales`, [out,
+    groups], only where each group of 128 columns has its own; `dtype` is the activations'.
 
     Cost: the arranged bytes twice, and 4096 rows of codes as 32-bit words while it runs.
     """
@@ -114,9 +134,12 @@ def _arrange(
 ) -> Tensor:
     columns = 2 * codes.shape[1]
     missing = -columns % UNIT_COLUMNS
+    if kind.of_eight:
+        codes = _from_both_ends(codes, metadata)
     words = _words(kind, _bits(kind, codes, missing), dtype)
-    places = torch.nn.functional.pad(metadata, (0, missing // 8), value=0b0100_0100)
-    parts = [words, _metadata(places)]
+    value = NO_COLUMNS[kind.of_eight]
+    places = torch.nn.functional.pad(metadata, (0, missing // 8), value=value)
+    parts = [words, _metadata_of_eight(places) if kind.of_eight else _metadata(places)]
     if scales is not None:
         parts.append(_scales(scales))
     return torch.cat([part.view(torch.uint8).flatten(2) for part in parts], dim=2)
@@ -125,10 +148,13 @@ def _arrange(
 def _restore(
     kind: Kind, units: Tensor, grouped: bool, columns: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = (VALUE_BYTES[kind], META_BYTES, SCALE_BYTES if grouped else 0)
+    sizes = (VALUE_BYTES[kind.numbers], META_BYTES, SCALE_BYTES if grouped else 0)
     words, places, scales = units.split(sizes, dim=2)
     codes = _codes(kind, _bits_of_words(kind, words, dtype), dtype)[:, : columns // 2]
-    metadata = _rows_of_metadata(places)[:, : ceil(columns / 8)]
+    rows = _rows_of_metadata_of_eight(places) if kind.of_eight else _rows_of_metadata(places)
+    metadata = rows[:, : ceil(columns / 8)]
+    if kind.of_eight:
+        codes = _from_both_ends(codes, metadata)
     return codes, metadata, _rows_of_scales(scales, dtype)
 
 
@@ -138,29 +164,52 @@ def _restore(
 def _bits(kind: Kind, codes: Tensor, missing: int) -> Tensor:
     """Each code in fragment order: [tiles, units, step, g, t, b, h, e]; int16 for W16, else int32.
 
-    Row 8h + g of the tile; of the 16 kept columns of a step of 32, column 8b + 2t + e.
+    Row 8h + g of the tile; of the 16 kept columns of a step of 32, column 8b + 2t + e, and for 4:8
+    column 4t + 2b + e.
     """
-    bits = codes.view(torch.int16) if kind is Kind.W16 else codes.int()
+    bits = codes.view(torch.int16) if kind.numbers is Kind.W16 else codes.int()
     bits = torch.nn.functional.pad(bits, (0, missing // 2))
     tiles = bits.shape[0] // UNIT_ROWS
+    if kind.of_eight:
+        return bits.view(tiles, 2, 8, -1, 4, 4, 2, 2).permute(0, 3, 4, 2, 5, 6, 1, 7)
     return bits.view(tiles, 2, 8, -1, 4, 2, 4, 2).permute(0, 3, 4, 2, 6, 5, 1, 7)
 
 
 def _codes(kind: Kind, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """[out, in / 2], with the columns that were missing."""
-    stored = {Kind.W16: torch.int16, Kind.FP8: torch.uint8}.get(kind, torch.int8)
-    rows = bits.to(stored).permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(len(bits) * UNIT_ROWS, -1)
-    return rows.view(dtype) if kind is Kind.W16 else rows
+    stored = {Kind.W16: torch.int16, Kind.FP8: torch.uint8}.get(kind.numbers, torch.int8)
+    order = (0, 6, 3, 1, 2, 4, 5, 7) if kind.of_eight else (0, 6, 3, 1, 2, 5, 4, 7)
+    rows = bits.to(stored).permute(order).reshape(len(bits) * UNIT_ROWS, -1)
+    return rows.view(dtype) if kind.numbers is Kind.W16 else rows
+
+
+def _from_both_ends(codes: Tensor, metadata: Tensor) -> Tensor:
+    """The four codes of each group of eight, those of its last four columns in descending order.
+
+    Its own inverse.
+    """
+    numbers = torch.arange(4, device=codes.device)
+    first = _spread(metadata & 15)  # how many of the first four columns are kept, in the high byte
+    first = (first * 0x01010101 >> 24).long().unsqueeze(2)
+    order = torch.where(numbers < first, numbers, first + 3 - numbers)
+    bits = codes.view(torch.int16) if codes.itemsize == 2 else codes  # gather may change NaNs
+    groups: Tensor = bits.unflatten(1, (-1, 4))
+    return groups.gather(2, order).flatten(1).view(codes.dtype)
+
+
+def _spread(nibbles: Tensor) -> Tensor:
+    """Each nibble's bits in the bytes of a word."""
+    return torch.tensor(SPREAD, dtype=torch.int32, device=nibbles.device)[nibbles.int()]
 
 
 def _words(kind: Kind, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """The registers of operand A, or what they are made from, in the order lanes load them."""
-    if kind is Kind.W16:
+    if kind.numbers is Kind.W16:
         # [tiles, units, step, g, t, (b, h, e)]: 16 bytes a lane and step
         return bits.contiguous()
-    if kind is Kind.INT4:
+    if kind.numbers is Kind.INT4:
         # [tiles, units, g, t, step]: 16 bytes a lane, its four steps
-        return _int4_words(bits).permute(0, 1, 3, 4, 2).contiguous()
+        return _int4_words(bits, kind.of_eight).permute(0, 1, 3, 4, 2).contiguous()
     word = _int8_words(bits) if kind is Kind.INT8 else _fp8_words(bits, dtype)
     # [tiles, units, half, g, t, step of the half, b]: two loads of 16 bytes a lane
     halves: Tensor = word.unflatten(2, (2, 2))
@@ -169,11 +218,12 @@ def _words(kind: Kind, bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _bits_of_words(kind: Kind, words: Tensor, dtype: torch.dtype) -> Tensor:
     """[tiles, units, step, g, t, b, h, e]."""
-    if kind is Kind.W16:
+    if kind.numbers is Kind.W16:
         bits: Tensor = words.view(torch.int16).unflatten(2, (4, 8, 4, 2, 2, 2))
         return bits
-    if kind is Kind.INT4:
-        return _int4_bits(words.view(torch.int32).unflatten(2, (8, 4, 4)).permute(0, 1, 4, 2, 3))
+    if kind.numbers is Kind.INT4:
+        word = words.view(torch.int32).unflatten(2, (8, 4, 4)).permute(0, 1, 4, 2, 3)
+        return _int4_bits(word, kind.of_eight)
     halves = words.view(torch.int32).unflatten(2, (2, 8, 4, 2, 2))
     word = halves.permute(0, 1, 2, 5, 3, 4, 6).flatten(2, 3)
     return _int8_bits(word) if kind is Kind.INT8 else _fp8_bits(word, dtype)
@@ -189,28 +239,33 @@ def _unpair(word: Tensor) -> Tensor:
     return torch.stack((word & 0xFFFF, word >> 16 & 0xFFFF), dim=-1)
 
 
-def _int4_places() -> Iterator[tuple[int, int, int, int, int]]:
+def _int4_places(of_eight: bool) -> Iterator[tuple[int, int, int, int, int]]:
     """Where a step's word holds the code of register i = 2b + h: b, h, e, bits of sign, magnitude.
 
     The word rotated left by 4i has the sign at 15 and the magnitude from 0, or 16 above for e = 1.
+    For 4:8 code 2b + e has a byte: rotated right by 4h, the sign is on top and the magnitude below.
     """
     for b, h, e in product(range(2), repeat=3):
-        by = 16 * e - 4 * (2 * b + h)
-        yield b, h, e, (15 + by) % 32, by % 32
+        if of_eight:
+            byte = 8 * (2 * b + e) + 4 * h
+            yield b, h, e, (byte + 7) % 32, byte
+        else:
+            by = 16 * e - 4 * (2 * b + h)
+            yield b, h, e, (15 + by) % 32, by % 32
 
 
-def _int4_words(bits: Tensor) -> Tensor:
+def _int4_words(bits: Tensor, of_eight: bool) -> Tensor:
     """One word for a step's four registers."""
     word = torch.zeros_like(bits[..., 0, 0, 0])
-    for b, h, e, sign, magnitude in _int4_places():
+    for b, h, e, sign, magnitude in _int4_places(of_eight):
         code = bits[..., b, h, e]
         word |= (code < 0).int() << sign | code.abs() << magnitude
     return word
 
 
-def _int4_bits(word: Tensor) -> Tensor:
+def _int4_bits(word: Tensor, of_eight: bool) -> Tensor:
     bits = word.new_empty(*word.shape, 2, 2, 2)
-    for b, h, e, sign, magnitude in _int4_places():
+    for b, h, e, sign, magnitude in _int4_places(of_eight):
         bits[..., b, h, e] = _signed(word >> sign & 1, word >> magnitude & 7)
     return bits
 
@@ -272,6 +327,31 @@ def _rows_of_metadata(places: Tensor) -> Tensor:
     words: Tensor = places.view(torch.int16).unflatten(2, (8, 4, 2, 2))
     rows = words.permute(0, 5, 2, 1, 4, 3)
     return rows.reshape(len(places) * UNIT_ROWS, -1).view(torch.uint8)
+
+
+def _metadata_of_eight(metadata: Tensor) -> Tensor:
+    """[tiles, units, g, t, pair of steps]: what of_eight.cuh says, of a lane's two rows.
+
+    A stored byte has a bit for each column of a group.
+    """
+    masks = metadata.view(len(metadata) // UNIT_ROWS, 2, 8, -1, 2, 2, 4)
+    masks = masks.permute(0, 3, 2, 6, 4, 5, 1)  # [tiles, units, g, t, pair, step, h]
+    word = torch.zeros_like(masks[..., 0, 0], dtype=torch.int32)
+    for step, h, half in product(range(2), repeat=3):
+        nibbles = masks[..., step, h] >> 4 * half & 15
+        word |= _spread(nibbles) << 4 * step + 2 * h + half
+    return word.contiguous()
+
+
+def _rows_of_metadata_of_eight(places: Tensor) -> Tensor:
+    """[out, bytes], with those that were missing."""
+    words: Tensor = places.view(torch.int32).unflatten(2, (8, 4, 2))
+    masks = torch.zeros(*words.shape, 2, 2, dtype=torch.int32, device=words.device)
+    for step, h, half, column in product(range(2), range(2), range(2), range(4)):
+        bit = words >> 8 * column + 4 * step + 2 * h + half & 1
+        masks[..., step, h] |= bit << 4 * half + column
+    rows = masks.to(torch.uint8).permute(0, 6, 2, 1, 4, 5, 3)
+    return rows.reshape(len(places) * UNIT_ROWS, -1)
 
 
 def _scales(scales: Tensor) -> Tensor:

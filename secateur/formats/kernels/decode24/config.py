@@ -19,9 +19,15 @@ CLUSTERS_FROM = (9, 0)  # clusters, bulk copies and dependent launch; before: th
 WARPGROUPS_ON = (9, 0)  # wgmma, on that generation alone
 MOST_TOKENS = 64  # operand B has 8 tokens; more than 8 of it and the sums leave the registers
 TOKEN_TILE = 8
+PADDING_BYTES = {False: 16, True: 64}  # of a token's row in shared memory, for 2:4 and 4:8
 RESERVED_BYTES = 1024  # of each CTA's shared memory, for the system
 SM_BYTES = 228 * 1024  # of shared memory on sm_80, sm_90 and sm_100
 REGISTERS = 65536  # of an SM
+# Registers for 4:8, found by compiling some hundred launch configs: of a step's numbers at their
+# columns and what they are made from; of codes, what the compiler takes to expand each further unit
+# ahead, for token tiles, and for each streamed piece that a thread copies.
+PLACED, EACH_UNIT, EACH_PIECE = 16, 5, 3
+SEVERAL_TOKENS = {1: 0, 2: 12, 4: 24, 8: 60}  # by token tiles
 HELD = 12  # by a thread beside its sums and weights, about; the compiler can do with a few less
 COPY_BYTES = 128  # bulk copies are slower to places that are not aligned to it
 ATOM_BYTES = 1024  # wgmma's swizzled operand starts at a multiple of it
@@ -73,7 +79,8 @@ class Case:
     @property
     def weight(self) -> str:
         """The weight, as tables of launch configs name it: `int4/128 4096x14336`."""
-        numbers = self.kind.name.lower() + ("/128" if self.grouped else "")
+        name = self.kind.numbers.name.lower()
+        numbers = ("4:8 " if self.kind.of_eight else "") + name + ("/128" if self.grouped else "")
         return f"{numbers} {self.rows}x{self.columns}"
 
     @property
@@ -201,7 +208,8 @@ class LaunchConfig:
             x = self.x_stages * self.splits * self.units * x_unit
             return slack + max(x + ring, sums)
         units = ceil(case.units / self.cluster)
-        x = units * x_unit if self.warpgroup else case.tokens * (units * 2 * UNIT_COLUMNS + 16)
+        row = units * 2 * UNIT_COLUMNS + PADDING_BYTES[case.kind.of_eight]
+        x = units * x_unit if self.warpgroup else case.tokens * row
         return slack + _aligned(x) + ring + sums
 
     def why_not_fused(self, case: Case, fusion: Fusion) -> str | None:
@@ -222,7 +230,8 @@ class LaunchConfig:
         """The macros of `kernel.cu`, whose head says what each means."""
         return (
             *fusion.defines,
-            ("KIND", int(case.kind)),
+            ("KIND", int(case.kind.numbers)),
+            ("OF_EIGHT", int(case.kind.of_eight)),
             ("GROUP_SCALES", int(case.grouped)),
             ("HALF", int(case.dtype == torch.float16)),
             ("TOKEN_TILES", case.token_tiles),
@@ -248,12 +257,25 @@ class LaunchConfig:
     def registers(self, case: Case) -> int:
         """About how many registers a thread needs, for its sums and for multiplying a unit."""
         sums = 4 * case.token_tiles
-        raw = VALUE_BYTES[case.kind] // 128 + 3
+        raw = VALUE_BYTES[case.kind.numbers] // 128 + 3
         held = HELD + self.tiles * (sums + (1 + self.ahead) * raw * self.units)
         if self.warpgroup:
             addresses = 20 if case.token_tiles <= 2 else 48
             return held + addresses + (sums if case.grouped else 0)
-        return held + 16 * min(case.token_tiles, 2)
+        return held + 16 * min(case.token_tiles, 2) + self._registers_of_eight(case)
+
+    def _registers_of_eight(self, case: Case) -> int:
+        """What a thread needs beside that to put numbers at their columns."""
+        if not case.kind.of_eight:
+            return 0
+        once = case.token_tiles <= 2  # else a unit's of all tiles are held at once
+        placed = PLACED if once else PLACED * (2 * self.tiles - 1)
+        if case.kind.numbers is Kind.W16:
+            return placed
+        pieces = self.splits * self.units * case.token_tiles * TOKEN_TILE * UNIT_COLUMNS // 8
+        copies = EACH_PIECE * ceil(pieces / self.threads) if self.x_stages else 0
+        ahead = EACH_UNIT * (self.tiles * self.units - 1)
+        return placed + ahead + SEVERAL_TOKENS[case.token_tiles] + copies
 
     def most_registers(self, blocks: int) -> int:
         """The registers a thread can have if `blocks` CTAs share an SM, allotted by four warps."""

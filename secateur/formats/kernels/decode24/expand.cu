@@ -1,18 +1,19 @@
-// The dense weight [N, K] of a 2:4 weight's units: scale x code in float32, rounded once; zeros where
-// nothing is kept.
+// The dense weight [N, K] of a 2:4 or 4:8 weight's units: scale x code in float32, rounded once; zeros
+// where nothing is kept.
 //
-// One warp a unit. A lane's registers hold groups of four columns (units.cuh): register i of step s is
+// One warp a unit. Of 4:8 a lane has groups of eight columns, which it stores as they are. Of 2:4 a lane's registers hold groups of four columns (units.cuh): register i of step s is
 // row g + 8 (i % 2), columns 32 s + 16 (i / 2) + 4 t. It asks the quad's lane that has the group's nibble
 // for it, and neighbours t, t ^ 1 exchange half of their groups, so that each stores 16 bytes.
 // Writes of the weight dominate: 2 bytes a weight, and 0.4 to 1.1 that are read.
 //
 //   macro            values    meaning
 //   KIND             `Kind`    how values are stored
+//   OF_EIGHT         0, 1      four of eight columns are kept, not two of four
 //   GROUP_SCALES     0, 1      each 128 columns of a row have a scale, which lies in the unit
 //   HALF             0, 1      the weight and its scales are float16, not bfloat16
 //   PORTABLE         0, 1      sm_80 to sm_89: no dependent launch
 
-#include "units.cuh"
+#include "of_eight.cuh"
 
 constexpr int THREADS = 128;
 constexpr u32 ALL_LANES = 0xFFFFFFFF;
@@ -26,6 +27,12 @@ __device__ __forceinline__ uint2 placed(u32 pair, u32 nibble) {
 
 __device__ __forceinline__ u16 scaled(u32 code, float scale) {
     return round_16<HALF>(float_of_16<HALF>(static_cast<u16>(code)) * RESTORE_RAISED * scale);
+}
+
+__device__ __forceinline__ u32 scaled_pair(u32 codes, float scale) {
+    if constexpr (KIND == W16) return codes;
+    if constexpr (OF_EIGHT && !HALF) codes = multiply_bf16x2(codes, RAISE_W);      // of 2:4 `expand` raises them
+    return scaled(codes, scale) | static_cast<u32>(scaled(codes >> 16, scale)) << 16;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) expand_units(
@@ -55,6 +62,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) expand_units(
         if constexpr (GROUP_SCALES) scale[h] = float_of_16<HALF>(static_cast<u16>(unit.scales >> 16 * h));
         else if (row_scales) scale[h] = float_of_16<HALF>(row_scales[16 * tile + g + 8 * h]);
     }
+    if constexpr (OF_EIGHT) {
+        u32 a[8][4];
+        expand_of_eight(a, unit);
+        #pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            #pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const uint4 run = make_uint4(scaled_pair(a[2 * s][h], scale[h]), scaled_pair(a[2 * s][h + 2], scale[h]),
+                                             scaled_pair(a[2 * s + 1][h], scale[h]), scaled_pair(a[2 * s + 1][h + 2], scale[h]));
+                const int at = column + 32 * s + 8 * t;
+                if (at < K) *reinterpret_cast<uint4*>(dense + static_cast<size_t>(16 * tile + g + 8 * h) * K + at) = run;
+            }
+        }
+        return;
+    }
     u32 a[4][4];
     expand<KIND != W16 && !HALF>(a, unit);
     #pragma unroll
@@ -68,9 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) expand_units(
             uint2 group[2];
             #pragma unroll
             for (int b = 0; b < 2; ++b) {
-                u32 pair = a[s][2 * b + h];
-                if constexpr (KIND != W16)
-                    pair = scaled(pair, scale[h]) | static_cast<u32>(scaled(pair >> 16, scale[h])) << 16;
+                const u32 pair = scaled_pair(a[s][2 * b + h], scale[h]);
                 group[b] = placed(pair, places[b] >> 16 * h);
             }
             // an even lane keeps its groups of b = 0 and takes its right neighbour's, an odd one b = 1

@@ -19,7 +19,8 @@ from secateur.formats.kernels.launch import Launch, address, load, prepare
 from secateur.formats.kernels.nvrtc import OLDEST, Source
 
 NAME = "the expanded product"  # in messages
-SOURCE = Source("decode24/expand.cu", "expand_units", ("ptx.cuh", "decode24/units.cuh"))
+HEADERS = ("ptx.cuh", "decode24/units.cuh", "decode24/of_eight.cuh")
+SOURCE = Source("decode24/expand.cu", "expand_units", HEADERS)
 ARGUMENTS = "PPPiii"  # units, row_scales, dense, number of units, those of a row tile, K
 THREADS = 128  # of a CTA: a warp for each unit
 
@@ -90,7 +91,8 @@ def defines(
 ) -> tuple[tuple[str, int], ...]:
     """The macros of `expand.cu`, whose head says what each means."""
     return (
-        ("KIND", int(kind)),
+        ("KIND", int(kind.numbers)),
+        ("OF_EIGHT", int(kind.of_eight)),
         ("GROUP_SCALES", int(grouped)),
         ("HALF", int(dtype == torch.float16)),
         ("PORTABLE", int(portable)),

@@ -1,4 +1,5 @@
-// y = x W^T + bias for a 2:4 weight W and few tokens (1 to 64), on the sparse tensor cores.
+// y = x W^T + bias for a 2:4 weight W and few tokens (1 to 64), on the sparse tensor cores, or for a 4:8 one
+// on the dense ones.
 //
 // At few tokens a linear layer is a stream of weights from memory, and everything here serves that
 // stream: the weights are read once, in order, in pieces of one to a few KB, with enough of them
@@ -13,12 +14,12 @@
 //
 // Weights are operand A, tokens the 8 columns of operand B. A **unit** is 16 rows x 128 columns of W
 // (four mma.sp); it is stored as one run of bytes, units of the same 16 rows, a **tile**, one after another:
-// units.cuh draws the layout.
+// units.cuh draws the layout. Units of 4:8 have as many bytes, and eight mma: see of_eight.cuh.
 //
 // Numbers become 16-bit floats by masks and shifts alone (`expand_word`): codes are stored so that they
 // are subnormal, or small, floats, and a power of two restores the value. bf16 products would then
 // leave float32's range, so the activations are multiplied by 2^64 on their way to shared memory
-// (or, where activations are streamed, the weights by 2^126 or 2^120).
+// (or, where activations are streamed, on their way from there for 4:8, the weights by 2^126 or 2^120 for 2:4).
 //
 // A cluster computes 16 WARP_ROWS WARP_TILES rows; each of its CTAs takes a part of the columns, and
 // the CTA's WARP_ROWS x WARP_SPLITS warps split rows and columns again. Each warp runs through its own
@@ -35,6 +36,7 @@
 //
 //   macro            values    from     meaning
 //   KIND             `Kind`    layer    how values are stored
+//   OF_EIGHT         0, 1      layer    four of eight columns are kept, not two of four
 //   GROUP_SCALES     0, 1      layer    each 128 columns of a row have a scale, which lies in the unit
 //   HALF             0, 1      layer    x, y, scales and bias are float16, not bfloat16
 //   TOKEN_TILES      1 2 4 8   tokens   operands B, of 8 tokens, for each operand A
@@ -65,7 +67,7 @@
 // Source: PTX ISA for the instructions' register layouts. The design follows measurements of the
 // parts, see docs/log.
 
-#include "units.cuh"
+#include "of_eight.cuh"
 
 // At once; when this kernel's activations are there; after its loop; when the kernel before has ended,
 // so that the next CTAs come about when its activations do.
@@ -79,6 +81,7 @@ static_assert((INPUT == PLAIN && !ADD) || (!STREAM && !WGMMA && !PORTABLE && TOK
               "fused for one or two tokens whose inputs lie whole in shared memory");
 static_assert(INPUT != NORMED || !HALF, "a stream times its weight can leave float16's range");
 static_assert(!WGMMA || WARP_ROWS % 4 == 0, "a warpgroup is four warps of rows");
+static_assert(!WGMMA || !OF_EIGHT, "a warpgroup's B has its columns in order");
 static_assert(!PORTABLE || (CLUSTER == 1 && STREAM && STAGES == X_STAGES),
               "without clusters one group of copies feeds both rings");
 static_assert(!PORTABLE || !READ_AHEAD, "a stage is complete only when its step begins");
@@ -92,14 +95,19 @@ constexpr int CHUNK_BYTES = (STEP_UNITS * UNIT_BYTES + 127) / 128 * 128;   // of
 constexpr int STAGE_BYTES = WARP_TILES * CHUNK_BYTES;                     // to places not aligned to 128 bytes
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 
-// Activations in shared memory, for mma. Resident: rows padded by 16 bytes so that the eight rows of a matrix
-// lie in different banks. Streamed: 256-byte rows whose 16-byte pieces are permuted by the token.
-// For wgmma, resident or streamed: blocks of 64 columns, 128-byte rows, permuted likewise.
+// Activations in shared memory, for mma. Resident: rows padded so that what is read at once, the eight rows of
+// a matrix, or for 4:8 four pieces of two rows, lies in different banks. Streamed: 256-byte rows whose
+// 16-byte pieces are permuted by the token. For wgmma, resident or streamed: blocks of 64 columns, 128-byte
+// rows, permuted likewise.
 constexpr int STRIDE = STREAM ? WARP_SPLITS * STEP_UNITS : STEP_UNITS;   // units from a warp's step to its next
 constexpr int X_UNIT_BYTES = 8 * TOKEN_TILES * 2 * UNIT_COLUMNS;         // streamed: one unit's columns, all tokens
 constexpr int X_STAGE_BYTES = STRIDE * X_UNIT_BYTES;
 constexpr int X_BLOCK_BYTES = X_UNIT_BYTES / 2;                          // wgmma: 64 columns, all tokens
 constexpr u32 X_ALIGNED = WGMMA ? 1024 : 128;
+constexpr u32 X_PADDING = OF_EIGHT ? 64 : 16;
+__device__ __forceinline__ int permuted(int piece, int token) {
+    return piece ^ (OF_EIGHT ? 4 * (token & 1) : token & 7);
+}
 
 // Sums on their way, in parts of 16 rows x 16 tokens (8, or 2, where there are no more), one from each
 // slice. A lane sends what it has of a row in one piece: the two tokens 2t, 2t+1 of one token tile, or
@@ -118,8 +126,8 @@ constexpr int most_rows(int run) {
 constexpr int RUN = TOKEN_PAIRS == 1 ? 1 : most_rows(8);
 
 // The scale of codes that are subnormal floats, and of the activations: see units.cuh.
-constexpr bool RAISED_X = !HALF && KIND != W16 && !STREAM;
-constexpr bool RAISED_W = !HALF && KIND != W16 && STREAM;
+constexpr bool RAISED_X = !HALF && KIND != W16 && (!STREAM || OF_EIGHT);
+constexpr bool RAISED_W = !HALF && KIND != W16 && STREAM && !OF_EIGHT;
 constexpr u32 RAISE_X = 0x5F805F80;                            // 2^64, twice
 constexpr float RESTORE = RAISED_X ? (KIND == FP8 ? 0x1p56f : 0x1p69f) : RESTORE_RAISED;
 
@@ -150,25 +158,39 @@ __device__ __forceinline__ void keep_apart() {
 // Where the activations lie that a lane's multiplications read.
 struct Inputs {
     u32 base[TOKEN_TILES];  // mma, resident: the token's row, and the lane's 8 columns; streamed: the token's row
-    u32 permute;            // mma, streamed: what the token permutes its 16-byte pieces by
+    u32 token;              // mma, streamed: of a token tile, which permutes the row's 16-byte pieces
     u32 piece;              // mma, streamed: the lane's 8 columns, as a 16-byte piece
 
     __device__ __forceinline__ Inputs(u32 shared, u32 pitch, int lane, int M) {
-        const int row = lane % 8;
+        token = OF_EIGHT ? lane / 4 : lane % 8;
+        piece = OF_EIGHT ? lane % 4 : lane / 8;
         #pragma unroll
         for (int nt = 0; nt < TOKEN_TILES; ++nt) {
+            const int row = 8 * nt + static_cast<int>(token);
             if constexpr (WGMMA) base[nt] = shared;
-            else if constexpr (STREAM) base[nt] = shared + (8 * nt + row) * 2 * UNIT_COLUMNS;
-            else base[nt] = shared + min(8 * nt + row, M - 1) * pitch + 16 * (lane / 8);
+            else if constexpr (STREAM) base[nt] = shared + row * 2 * UNIT_COLUMNS;
+            else base[nt] = shared + min(row, M - 1) * pitch + 16 * piece;
         }
-        permute = row;
-        piece = lane / 8;
     }
 
     // The address of 32 columns, `step` of a unit that starts `bytes` into the row (or stage).
     __device__ __forceinline__ u32 at(int nt, u32 bytes, int step) const {
-        if constexpr (STREAM) return base[nt] + bytes + 16 * ((4 * step + piece) ^ permute);
+        if constexpr (STREAM) return base[nt] + bytes + 16 * permuted(4 * step + piece, token);
         else return base[nt] + bytes + 64 * step;
+    }
+
+    // The B registers of 32 columns. Of a 4:8 weight's lanes each takes the columns that it has of A.
+    __device__ __forceinline__ void load(u32 (&b)[4], int nt, u32 bytes, int step) const {
+        if constexpr (OF_EIGHT) {
+            const uint4 v = load_shared_128(at(nt, bytes, step));
+            b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
+            if constexpr (RAISED_X && STREAM) {
+                #pragma unroll
+                for (int i = 0; i < 4; ++i) b[i] = multiply_bf16x2(b[i], RAISE_X);
+            }
+        } else {
+            load_matrices(b, at(nt, bytes, step));
+        }
     }
 };
 
@@ -290,7 +312,7 @@ __device__ __forceinline__ void load_streamed(u32 to, const u16* x, int M, int K
             const bool valid = token < M && column < K;
             const u16* from = x + (valid ? static_cast<size_t>(token) * K + column : 0);
             const u32 at = WGMMA ? piece / 8 * X_BLOCK_BYTES + 128 * token + 16 * ((piece ^ token) & 7)
-                                 : 2 * UNIT_COLUMNS * token + 16 * (piece ^ (token & 7));
+                                 : 2 * UNIT_COLUMNS * token + 16 * permuted(piece, token);
             copy_16(to + unit * X_UNIT_BYTES + at, from, valid);
         }
     }
@@ -311,15 +333,28 @@ __device__ __forceinline__ void add_scaled(float (&acc)[4], const float (&sum)[4
     acc[3] += high * sum[3];
 }
 
-// acc += A B over a unit's four mma.sp; with GROUP_SCALES the unit has scales of its own.
+// A unit's A registers: of four mma.sp, or of eight mma.
+constexpr int MULTIPLICATIONS = OF_EIGHT ? 8 : 4;
+template <int COUNT>
+__device__ __forceinline__ void expand_unit(u32 (&a)[COUNT][4], const Unit& unit) {
+    if constexpr (COUNT == 8) expand_of_eight(a, unit);
+    else expand<RAISED_W>(a, unit);
+}
+
+// acc += A B over a unit; with GROUP_SCALES the unit has scales of its own.
 __device__ __forceinline__ void multiply_unit(
-    float (&acc)[4], const u32 (&a)[4][4], const u32 (&b)[4][4], const Unit& unit) {
+    float (&acc)[4], const u32 (&a)[MULTIPLICATIONS][4], const u32 (&b)[4][4], const Unit& unit) {
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     float(&d)[4] = GROUP_SCALES ? sum : acc;
-    multiply_sparse<HALF, 0>(d, a[0], b[0], unit.metadata.x);
-    multiply_sparse<HALF, 1>(d, a[1], b[1], unit.metadata.x);
-    multiply_sparse<HALF, 0>(d, a[2], b[2], unit.metadata.y);
-    multiply_sparse<HALF, 1>(d, a[3], b[3], unit.metadata.y);
+    if constexpr (OF_EIGHT) {
+        #pragma unroll
+        for (int s = 0; s < 8; ++s) multiply_16<HALF>(d, a[s], b[s / 2][s % 2 * 2], b[s / 2][s % 2 * 2 + 1]);
+    } else {
+        multiply_sparse<HALF, 0>(d, a[0], b[0], unit.metadata.x);
+        multiply_sparse<HALF, 1>(d, a[1], b[1], unit.metadata.x);
+        multiply_sparse<HALF, 0>(d, a[2], b[2], unit.metadata.y);
+        multiply_sparse<HALF, 1>(d, a[3], b[3], unit.metadata.y);
+    }
     if constexpr (GROUP_SCALES) add_scaled(acc, sum, unit.scales);
 }
 
@@ -327,12 +362,12 @@ __device__ __forceinline__ void multiply_unit(
 // tokens' fragments would not fit in registers, the expanded weights stay instead.
 __device__ __forceinline__ void multiply_by_warp(
     float (&acc)[WARP_TILES][TOKEN_TILES][4], const Unit (&unit)[WARP_TILES], const Inputs& x, u32 x_bytes) {
-    constexpr int TOGETHER = TOKEN_TILES < 2 ? TOKEN_TILES : 2;        // token tiles whose B fragments are held at once
-    constexpr bool ONCE = TOKEN_TILES == TOGETHER;
-    u32 a[ONCE ? 1 : WARP_TILES][4][4];
+    constexpr bool ONCE = TOKEN_TILES <= 2;
+    constexpr int TOGETHER = ONCE ? TOKEN_TILES : OF_EIGHT ? 1 : 2;    // token tiles whose B fragments are held at once
+    u32 a[ONCE ? 1 : WARP_TILES][MULTIPLICATIONS][4];
     if constexpr (!ONCE) {
         #pragma unroll
-        for (int m = 0; m < WARP_TILES; ++m) expand<RAISED_W>(a[m], unit[m]);
+        for (int m = 0; m < WARP_TILES; ++m) expand_unit(a[m], unit[m]);
     }
     #pragma unroll
     for (int first = 0; first < TOKEN_TILES; first += TOGETHER) {
@@ -340,10 +375,10 @@ __device__ __forceinline__ void multiply_by_warp(
         #pragma unroll
         for (int n = 0; n < TOGETHER; ++n)
             #pragma unroll
-            for (int s = 0; s < 4; ++s) load_matrices(b[n][s], x.at(first + n, x_bytes, s));
+            for (int s = 0; s < 4; ++s) x.load(b[n][s], first + n, x_bytes, s);
         #pragma unroll
         for (int m = 0; m < WARP_TILES; ++m) {
-            if constexpr (ONCE) expand<RAISED_W>(a[0], unit[m]);
+            if constexpr (ONCE) expand_unit(a[0], unit[m]);
             #pragma unroll
             for (int n = 0; n < TOGETHER; ++n)
                 multiply_unit(acc[m][first + n], a[ONCE ? 0 : m], b[n], unit[m]);
@@ -434,7 +469,7 @@ extern "C" __global__ void __launch_bounds__((THREADS + 127) / 128 * 128, CTAS_P
     const int last = STREAM ? to : from + (to - from) * (warp_slice + 1) / WARP_SPLITS;
     const int steps = ((STREAM ? to - from : last - first) + STRIDE - 1) / STRIDE;
 
-    const u32 pitch = (units + CLUSTER - 1) / CLUSTER * 2 * UNIT_COLUMNS + 16;   // the same in all CTAs
+    const u32 pitch = (units + CLUSTER - 1) / CLUSTER * 2 * UNIT_COLUMNS + X_PADDING;   // the same in all CTAs
     const u32 x_bytes_all = STREAM ? X_STAGES * X_STAGE_BYTES
                             : WGMMA ? (units + CLUSTER - 1) / CLUSTER * X_UNIT_BYTES : M * pitch;
     const u32 x_shared = (shared_address(shared) + X_ALIGNED - 1) / X_ALIGNED * X_ALIGNED;

@@ -50,6 +50,7 @@ def launch_configs(case: Case, clusters: Mapping[int, int], warpgroups: bool) ->
 def _launch_configs(
     case: Case, clusters: Mapping[int, int], warpgroups: bool, waste: float, waves: int
 ) -> Iterator[LaunchConfig]:
+    warpgroups = warpgroups and not case.kind.of_eight
     streams = (0,) if case.tokens <= 8 else (0, 3) if case.tokens <= 32 else (0, 3, 4)
     groups = (0,) if not warpgroups or case.tokens <= 2 else (1,) if case.tokens > 16 else (0, 1)
     share = max(LEAST_SHARE, case.row_tiles / (clusters[1] * waves))
@@ -79,12 +80,13 @@ def _deep(case: Case, part: LaunchConfig, waste: float) -> Iterator[LaunchConfig
     triggers = (
         (EARLY, RELEASED) if few else (RELEASED, AFTER_INPUTS, AFTER_LOOP)[: 2 + (case.tokens > 16)]
     )
-    for units in (1, 2, 4) if case.tokens <= 8 and case.kind is not Kind.W16 else (1, 2):
+    wide = case.kind.numbers is Kind.W16
+    for units in (1, 2, 4) if case.tokens <= 8 and not wide else (1, 2):
         if part.x_stages and units * part.splits > 4:
             continue
         for stages in _depths(case, replace(part, units=units)):
             for trigger in triggers:
-                for ahead in (0, 1) if few and case.kind is not Kind.W16 else (0,):
+                for ahead in (0, 1) if few and not wide else (0,):
                     config = replace(part, units=units, stages=stages, trigger=trigger, ahead=ahead)
                     if config.registers(case) <= config.most_registers(config.blocks(case)):
                         yield config.with_stay(case)

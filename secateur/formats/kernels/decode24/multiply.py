@@ -26,7 +26,8 @@ from secateur.formats.kernels.launch import Launch, address, load, prepare, read
 from secateur.formats.kernels.nvrtc import Source
 
 NAME = "the decode kernel"  # in messages
-SOURCE = Source("decode24/kernel.cu", "decode", ("ptx.cuh", "decode24/units.cuh"))
+HEADERS = ("ptx.cuh", "decode24/units.cuh", "decode24/of_eight.cuh")
+SOURCE = Source("decode24/kernel.cu", "decode", HEADERS)
 ALONE_BYTES = SM_BYTES // 2 + 2048  # of shared memory: no two CTAs of a kernel share an SM
 ALONE_FROM = 20_000_000  # bytes of a weight
 ARGUMENTS = "PPPPPiii"  # x, weight, row_scales, bias, y, M, N, K

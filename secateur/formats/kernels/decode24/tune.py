@@ -39,6 +39,7 @@ TYPICAL = {2: 1}  # tokens to measure a bucket with, where not its most
 REPLAYS = 7
 LARGEST_ERROR = 8e-3  # of the result against float64, relative; one rounding to bf16 is 1.7e-3
 NIBBLES = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)
+MASKS = tuple(mask for mask in range(256) if mask.bit_count() == 4)
 
 
 @dataclass(frozen=True)
@@ -186,20 +187,19 @@ def problem(case: Case, device: torch.device, cold_bytes: int = COLD_BYTES) -> P
     """Random codes at random places, and activations, from a fixed seed."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (case.rows, case.columns // 2)
-    picks = torch.randint(6, (case.rows, case.columns // 4), device=device, generator=generator)
-    nibbles = torch.tensor(NIBBLES, device=device, dtype=torch.uint8)[picks]
-    metadata = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-    if case.kind is Kind.W16:
+    metadata, places = _metadata(case, device, generator)
+    kind = case.kind.numbers
+    if kind is Kind.W16:
         codes = torch.randn(shape, device=device, generator=generator, dtype=torch.float32).to(
             case.dtype
         )
         numbers = codes
-    elif case.kind is Kind.FP8:
+    elif kind is Kind.FP8:
         codes = torch.randint(256, shape, device=device, generator=generator).to(torch.uint8)
         codes[codes & 0x7F == 0x7F] = 0
         numbers = codes.view(torch.float8_e4m3fn)
     else:
-        most = 7 if case.kind is Kind.INT4 else 127
+        most = 7 if kind is Kind.INT4 else 127
         codes = torch.randint(-most, most + 1, shape, device=device, generator=generator).to(
             torch.int8
         )
@@ -215,22 +215,36 @@ def problem(case: Case, device: torch.device, cold_bytes: int = COLD_BYTES) -> P
         case.tokens, case.columns, device=device, generator=generator, dtype=torch.float32
     ).to(case.dtype)
     row_scales = None
-    if not case.grouped and case.kind is not Kind.W16:
+    if not case.grouped and kind is not Kind.W16:
         row_scales = scales[:, 0].expand(copies, -1).contiguous()
-    exact = _exact(x, numbers, nibbles, scales if case.kind is not Kind.W16 else None, case)
+    exact = _exact(x, numbers, places, scales if kind is not Kind.W16 else None, case)
     return Problem(case, x, weights, row_scales, exact)
 
 
-def _exact(
-    x: Tensor, numbers: Tensor, nibbles: Tensor, scales: Tensor | None, case: Case
-) -> Tensor:
+def _metadata(
+    case: Case, device: torch.device, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random metadata, and [rows, groups, kept] columns within each group that it keeps."""
+    kept = 4 if case.kind.of_eight else 2
+    patterns = torch.tensor(MASKS if case.kind.of_eight else NIBBLES, device=device)
+    groups = (case.rows, case.columns // (2 * kept))
+    picks = torch.randint(len(patterns), groups, device=device, generator=generator)
+    chosen = patterns[picks].to(torch.uint8)
+    if not case.kind.of_eight:
+        metadata = chosen[:, 0::2] | chosen[:, 1::2] << 4
+        return metadata, torch.stack((chosen & 3, chosen >> 2), 2)
+    columns = [[c for c in range(8) if mask >> c & 1] for mask in MASKS]
+    return chosen, torch.tensor(columns, device=device, dtype=torch.uint8)[picks]
+
+
+def _exact(x: Tensor, numbers: Tensor, places: Tensor, scales: Tensor | None, case: Case) -> Tensor:
     """The product in float64, some rows at a time."""
     parts = []
     for start in range(0, case.rows, 2048):
         rows = slice(start, start + 2048)
-        places = torch.stack((nibbles[rows] & 3, nibbles[rows] >> 2), 2).long()
-        kept = numbers[rows].double().unflatten(1, (-1, 2))
-        dense = kept.new_zeros(len(kept), case.columns // 4, 4).scatter_(2, places, kept).flatten(1)
+        at = places[rows].long()
+        kept = numbers[rows].double().view_as(at)
+        dense = kept.new_zeros(*kept.shape[:2], 2 * kept.shape[2]).scatter_(2, at, kept).flatten(1)
         if scales is not None:
             wide = (
                 scales[rows].double().repeat_interleave(UNIT_COLUMNS, 1) if case.grouped else None

@@ -1,5 +1,7 @@
 """The arranged bytes, read as the kernel's lanes read them, are the weight again."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -7,18 +9,21 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from secateur.formats import four_of_eight
 from secateur.formats.kernels.decode24.arrange import (
     FORMATS,
     ROWS_AT_ONCE,
     UNIT_COLUMNS,
     UNIT_ROWS,
+    VALUE_BYTES,
     Kind,
     arrange,
     restore,
     unit_bytes,
 )
 from secateur.formats.semi24 import Semi24
-from tests.formats.weights import random_metadata
+from secateur.formats.semi48 import Semi48
+from tests.formats.weights import fitting_weight, random_metadata
 
 # What a 16-bit float read from a register has to be multiplied by: see `expand_word` in units.cuh.
 RESTORE = {
@@ -36,6 +41,62 @@ MASK = 0xFFFFFFFF
 
 def rotl(word: int, by: int) -> int:
     return (word << by | word >> (32 - by)) & MASK if by else word
+
+
+def permute(a: int, b: int, selector: int) -> int:
+    """PRMT: bytes of b:a by the selector's nibbles; from 8 on, the sign of the byte named."""
+    given, word = (b << 32 | a).to_bytes(8, "little"), 0
+    for i in range(4):
+        nibble = selector >> 4 * i & 15
+        byte = given[nibble & 7]
+        word |= (0xFF * (byte >> 7) if nibble >> 3 else byte) << 8 * i
+    return word
+
+
+def selectors(kind: Kind, metadata: int, j: int) -> int:
+    """As of_eight.cuh makes them."""
+    number = 0x11 if kind is Kind.INT4_48 else 0x22
+    before = number * (-0x01010100 if j % 2 else 0x01010100)
+    none, first = 0x88, 0x40 if kind is Kind.INT4_48 else 0x10
+    factor = (before + first - none) // 8 * (8 >> j)
+    base = (none + 3 * number * (j % 2)) * 0x01010101
+    return (metadata & 0x01010101 << j) * factor + base & MASK
+
+
+def columns_of_eight(
+    kind: Kind, unit: bytes, lane: int, step: int, row: int, dtype: torch.dtype
+) -> list[float]:
+    """The eight columns of row g + 8 row that a lane expands, as `expand_of_eight` does."""
+    words = np.frombuffer(unit, dtype="<u4")
+    if kind is Kind.INT4_48:
+        word = rotl(int(words[4 * lane + step]), 32 - 4 * row)
+        low, high = word & 0x07070707, word & 0x80808080
+    else:
+        low, high = (int(words[128 * step + 4 * lane + row + 2 * i]) for i in range(2))
+    meta = int(words[VALUE_BYTES[kind.numbers] // 4 + 2 * lane + step // 2]) >> 4 * (step % 2)
+    found = []
+    for half in range(2):
+        which = selectors(kind, meta, 2 * row + half)
+        for selector, signs in ((which & 0xFFFF, 0x9988), (which >> 16, 0xBBAA)):
+            word = permute(low, high, selector)
+            if kind is Kind.W16_48:
+                word &= ~permute(which, which, signs)
+            found += floats(word & MASK, dtype)
+    return found
+
+
+def read_back_of_eight(units: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """The dense codes: every lane's registers, as they are multiplied."""
+    tiles, count, _ = units.shape
+    dense = torch.zeros(tiles * 16, count * 128, dtype=torch.float64)
+    for tile, unit, lane in product(range(tiles), range(count), range(32)):
+        data = units[tile, unit].numpy().tobytes()
+        for step, row in product(range(4), range(2)):
+            first = 128 * unit + 32 * step + 8 * (lane % 4)
+            numbers = columns_of_eight(kind, data, lane, step, row, dtype)
+            at = 16 * tile + lane // 4 + 8 * row, slice(first, first + 8)
+            dense[at] = torch.tensor(numbers, dtype=torch.float64) * RESTORE[kind.numbers, dtype]
+    return dense
 
 
 def registers(kind: Kind, dtype: torch.dtype, unit: bytes, lane: int) -> list[list[int]]:
@@ -95,20 +156,20 @@ def read_back(units: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
 def codes_of(kind: Kind, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Random codes where values are not zero: as stored, and as numbers."""
     generator = torch.Generator().manual_seed(3)
-    if kind is Kind.W16:
+    if kind.numbers is Kind.W16:
         return values, values.double()
     if kind is Kind.FP8:
         bits = torch.randint(256, values.shape, generator=generator).to(torch.uint8)
         bits[bits & 0x7F == 0x7F] = 0  # not a number
         numbers = bits.view(torch.float8_e4m3fn).double()
         return bits, numbers
-    most = 7 if kind is Kind.INT4 else 127
+    most = 7 if kind.numbers is Kind.INT4 else 127
     codes = torch.randint(-most, most + 1, values.shape, generator=generator).to(torch.int8)
     return codes, codes.double()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", [kind for kind in Kind if not kind.of_eight])
 @pytest.mark.parametrize("columns", [256, 192])
 def test_lanes_read_the_weight(kind: Kind, dtype: torch.dtype, columns: int) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -126,6 +187,29 @@ def test_lanes_read_the_weight(kind: Kind, dtype: torch.dtype, columns: int) -> 
     dense = read_back(units, kind, dtype)
     assert torch.equal(dense[:, :columns], expected.flatten(1))
     assert not dense[:, columns:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [Kind.W16_48, Kind.INT4_48])
+@pytest.mark.parametrize("columns", [256, 192])
+def test_lanes_read_a_weight_of_four_of_eight(kind: Kind, dtype: torch.dtype, columns: int) -> None:
+    metadata = random_metadata(32, columns, 1, of_eight=True)
+    assert len(metadata.unique()) == 70
+    values = torch.randn(32, columns // 2, generator=torch.Generator().manual_seed(2)).to(dtype)
+    codes, numbers = codes_of(kind, values, dtype)
+    units = arrange(kind, codes, metadata, None, dtype)
+    assert units.shape == (2, 2, unit_bytes(kind, False)) == (2, 2, unit_bytes(kind.numbers, False))
+    dense = read_back_of_eight(units, kind, dtype)
+    assert torch.equal(dense[:, :columns], four_of_eight.scatter(numbers, metadata))
+    assert not dense[:, columns:].any()
+
+
+def test_a_packed_weight_of_four_of_eight_is_what_lanes_read() -> None:
+    weight = fitting_weight("semi48", 16, 128, torch.bfloat16)
+    packed = Semi48().pack(weight)
+    units = arrange(Kind.W16_48, packed["values"], packed["metadata"], None, torch.bfloat16)
+    dense = read_back_of_eight(units, Kind.W16_48, torch.bfloat16)
+    assert torch.equal(dense, weight.double())
 
 
 def test_scales_of_two_rows_lie_in_one_word() -> None:
@@ -147,12 +231,12 @@ DTYPES = (torch.bfloat16, torch.float16)
 def any_codes(kind: Kind, shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
     """Of every pattern of bits that a code of this kind may have, -0 and infinite ones too."""
     generator = torch.Generator().manual_seed(seed)
-    if kind is Kind.W16:
+    if kind.numbers is Kind.W16:
         bits = torch.randint(-(2**15), 2**15, shape, generator=generator)
         return bits.to(torch.int16).view(dtype)
     if kind is Kind.FP8:
         return torch.randint(256, shape, generator=generator).to(torch.uint8)
-    most = LARGEST[kind]
+    most = LARGEST[kind.numbers]
     return torch.randint(-most, most + 1, shape, generator=generator).to(torch.int8)
 
 
@@ -162,7 +246,7 @@ def held_to_the_weight(
     kind, grouped = FORMATS[format]
     rows, columns = shape
     codes = any_codes(kind, (rows, columns // 2), dtype, seed).to(device)
-    metadata = random_metadata(rows, columns, seed).to(device)
+    metadata = random_metadata(rows, columns, seed, kind.of_eight).to(device)
     scales = None
     if grouped:
         scales = any_codes(Kind.W16, (rows, -(-columns // UNIT_COLUMNS)), dtype, seed).to(device)
@@ -180,7 +264,7 @@ def held_to_the_weight(
     format=st.sampled_from(list(FORMATS)),
     dtype=st.sampled_from(DTYPES),
     tiles=st.integers(1, 4),
-    groups=st.integers(1, 100),  # of four columns
+    groups=st.integers(1, 100),  # of four columns, or of eight
     seed=st.integers(0, 2**16),
 )
 @example("semi24_int4", torch.bfloat16, ROWS_AT_ONCE // UNIT_ROWS + 1, 16, 0)
@@ -188,7 +272,8 @@ def test_what_was_arranged_is_restored(
     format: str, dtype: torch.dtype, tiles: int, groups: int, seed: int
 ) -> None:
     """Bit for bit, whatever the width: the metadata's last byte may be half a byte."""
-    held_to_the_weight(format, dtype, (UNIT_ROWS * tiles, 4 * groups), seed, "cpu")
+    width = 8 if FORMATS[format][0].of_eight else 4
+    held_to_the_weight(format, dtype, (UNIT_ROWS * tiles, width * groups), seed, "cpu")
 
 
 @pytest.mark.gpu

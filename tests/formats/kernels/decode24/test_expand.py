@@ -29,7 +29,10 @@ from tests.formats.weights import allowed_error, exact_linear, fitting_weight, t
 module = sys.modules["secateur.formats.kernels.decode24.expand"]  # its name is the function's
 BF16, HALF = torch.bfloat16, torch.float16
 DTYPES = (BF16, HALF)
-KINDS = ((Kind.W16, False), (Kind.INT8, False), (Kind.FP8, False), (Kind.INT4, True))
+KINDS = (
+    *((Kind.W16, False), (Kind.INT8, False), (Kind.FP8, False), (Kind.INT4, True)),
+    *((Kind.W16_48, False), (Kind.INT4_48, True)),
+)
 WITHOUT_CLUSTERS = ("sm_80", "sm_86", "sm_89")
 GPU = torch.device("cuda:0")
 ON_GPU = [
@@ -133,7 +136,13 @@ def test_a_warp_expands_a_unit(
     scales = torch.ones(272, 1, dtype=HALF)
     dense = expand(units, scales, Kind.INT8, False, HALF, 272, 320)
     assert dense.shape == (272, 320) and dense.dtype == HALF
-    wanted = {"KIND": 1, "GROUP_SCALES": 0, "HALF": 1, "PORTABLE": int(capability < (9, 0))}
+    wanted = {
+        "KIND": 1,
+        "OF_EIGHT": 0,
+        "GROUP_SCALES": 0,
+        "HALF": 1,
+        "PORTABLE": int(capability < (9, 0)),
+    }
     assert asked["defines"] == wanted
     assert asked["sizes"][:3] == (13, 1, 128)  # 51 units, four to a CTA
     pointers = (units.data_ptr(), scales.data_ptr(), dense.data_ptr())
@@ -169,7 +178,7 @@ def test_bits_are_those_of_the_dense_weight(
 
 
 @on_gpu
-@pytest.mark.parametrize("name", ["semi24", "semi24_int4"])
+@pytest.mark.parametrize("name", ["semi24", "semi24_int4", "semi48", "semi48_int4"])
 def test_a_chain_in_a_graph_reuses_the_scratch_weight_safely(name: str) -> None:
     """Each layer overwrites the weight that the one before has just been multiplied by."""
     kind, grouped = FORMATS[name]

@@ -37,10 +37,11 @@ CONFIGS = [
 GIVEN = [
     (case, config)
     for config in map(LaunchConfig.parse, CONFIGS)
-    for kind in (Kind.W16, Kind.INT4, Kind.FP8)
+    for kind in (Kind.W16, Kind.INT4, Kind.FP8, Kind.W16_48, Kind.INT4_48)
     for tokens in (1, 7, 16, 40)
-    for case in [Case(kind, kind is Kind.INT4, torch.bfloat16, 1056, 1984, tokens)]
+    for case in [Case(kind, kind.numbers is Kind.INT4, torch.bfloat16, 1056, 1984, tokens)]
     if config.shared_bytes(case.widest) + config.static_bytes <= MOST_BYTES
+    and not (config.warpgroup and kind.of_eight)
 ]
 
 
@@ -113,7 +114,7 @@ def test_zero_weights_and_padding_are_zero(format: str) -> None:
 
 
 @pytest.mark.parametrize("exponent", [-20, -6, 6, 20])
-@pytest.mark.parametrize("format", ["semi24_int4", "semi24_fp8"])
+@pytest.mark.parametrize("format", ["semi24_int4", "semi24_fp8", "semi48_int4"])
 def test_range_of_activations(format: str, exponent: int) -> None:
     """Codes and activations are scaled by powers of two on the way; it must not show."""
     layer = layer_of(format, torch.bfloat16, (1024, 2048), bias=False)
@@ -121,7 +122,7 @@ def test_range_of_activations(format: str, exponent: int) -> None:
     assert torch.equal(layer(x * 2.0**exponent), layer(x) * 2.0**exponent)
 
 
-@pytest.mark.parametrize("format", ["semi24", "semi24_int4"])
+@pytest.mark.parametrize("format", ["semi24", "semi24_int4", "semi48", "semi48_int4"])
 def test_shapes_of_the_input(format: str) -> None:
     layer = layer_of(format, torch.bfloat16, (1024, 2048))
     x = inputs(12, 2048, torch.bfloat16)
@@ -136,7 +137,7 @@ def test_shapes_of_the_input(format: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64])
-@pytest.mark.parametrize("format", ["semi24", "semi24_int4"])
+@pytest.mark.parametrize("format", ["semi24", "semi24_int4", "semi48", "semi48_int4"])
 def test_repeats_give_the_same_bits(format: str, tokens: int) -> None:
     layer = layer_of(format, torch.bfloat16, (1024, 2048))
     x = inputs(tokens, 2048, torch.bfloat16)
@@ -172,12 +173,12 @@ def run_chain(launch: Launch, found: Problem, first: Tensor, links: int, between
 
 @pytest.mark.parametrize("between", [False, True])
 @pytest.mark.parametrize("tokens", [1, 8, 16, 64])
-@pytest.mark.parametrize("kind", [Kind.W16, Kind.INT4])
+@pytest.mark.parametrize("kind", [Kind.W16, Kind.INT4, Kind.W16_48, Kind.INT4_48])
 def test_a_dependent_chain_gives_the_plain_chains_bits(
     kind: Kind, tokens: int, between: bool
 ) -> None:
     """Each result is the next input; a kernel that began to read too early would show."""
-    case = Case(kind, kind is Kind.INT4, torch.bfloat16, 4096, 4096, tokens)
+    case = Case(kind, kind.numbers is Kind.INT4, torch.bfloat16, 4096, 4096, tokens)
     found = problem(case, device(), cold_bytes=300 * 2**20)
     # so scaled that results neither grow nor die: |y| ~ |x| at a factor of 1 in the mean
     first = torch.randn_like(found.x)
@@ -195,7 +196,7 @@ def scale_weights(found: Problem, factor: float) -> Problem:
     """The same problem with weights times a power of two near the factor, in the arranged bytes."""
     power = torch.tensor(factor).log2().round().exp2()
     units = found.weights
-    if found.case.kind is Kind.W16:
+    if found.case.kind.numbers is Kind.W16:
         units[..., :2048] = (units[..., :2048].view(torch.bfloat16) * power).view(torch.uint8)
     else:
         units[..., 768:] = (units[..., 768:].view(torch.bfloat16) * power).view(torch.uint8)
@@ -230,8 +231,9 @@ def test_layers_of_different_formats_in_one_chain() -> None:
 # ---- through SparseLinear -----------------------------------------------------------------------
 
 
-def test_a_captured_layer_reads_its_input_anew() -> None:
-    layer = layer_of("semi24_int4", torch.bfloat16, (1024, 2048))
+@pytest.mark.parametrize("format", ["semi24_int4", "semi48", "semi48_int4"])
+def test_a_captured_layer_reads_its_input_anew(format: str) -> None:
+    layer = layer_of(format, torch.bfloat16, (1024, 2048))
     x = inputs(3, 2048, torch.bfloat16)
     layer(x)
     graph = torch.cuda.CUDAGraph()

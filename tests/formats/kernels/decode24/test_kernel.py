@@ -1,7 +1,7 @@
-"""The decode kernel's source, compiled for every architecture: sparse products, and no spills.
+"""The decode kernel's source, compiled for every architecture: its products, and no spills.
 
 Not all combinations: every kind, dtype, number of tokens and way of feeding meets every
-architecture's form at least once, in about fifty kernels of a second each.
+architecture's form at least once, in about eighty kernels of a second each.
 """
 
 import json
@@ -30,7 +30,12 @@ from tests.formats.kernels.cubin_info import NEEDS_NVRTC, CubinInfo, info
 BF16, HALF = torch.bfloat16, torch.float16
 HOPPER = "sm_90a"
 WITHOUT_CLUSTERS = ("sm_80", "sm_86", "sm_89")
-KINDS = ((Kind.W16, False), (Kind.INT8, False), (Kind.FP8, False), (Kind.INT4, True))
+KINDS = (
+    *((Kind.W16, False), (Kind.INT8, False), (Kind.FP8, False), (Kind.INT4, True)),
+    *((Kind.W16_48, False), (Kind.INT4_48, True)),
+)
+# A unit's multiplications by one token tile, and the permutations that put its numbers at columns.
+MMA_OF_EIGHT, PERMUTES_OF_EIGHT = 8, {Kind.INT4_48: 32, Kind.W16_48: 64}
 SAMPLE = 6
 SYSTEM_BYTES = 1024  # of each CTA's shared memory, which cuobjdump counts
 ALLOCATED_AT_ONCE = 128  # shared memory is rounded up to it
@@ -71,6 +76,22 @@ FED = {
         layer(Kind.INT8, False, HALF, 32, 4160),
         LaunchConfig(4, 4, 1, 2, 1, 3, 2, 3),
     ),
+    "4:8, resident, ahead": (
+        layer(Kind.INT4_48, True, BF16, 2),
+        LaunchConfig(2, 4, 2, 1, 2, 3, 0, ahead=1),
+    ),
+    "4:8, one scale, ragged": (
+        layer(Kind.INT4_48, False, HALF, 16, 4160),
+        LaunchConfig(2, 4, 2, 1, 2, 3, 1),
+    ),
+    "4:8, streamed": (
+        layer(Kind.INT4_48, True, BF16, 16),
+        LaunchConfig(2, 4, 2, 1, 1, 3, 1, x_stages=3),
+    ),
+    "4:8, streamed, ragged": (
+        layer(Kind.W16_48, False, HALF, 32, 4160),
+        LaunchConfig(4, 4, 2, 1, 1, 3, 2, 3),
+    ),
     "warpgroup": (
         layer(Kind.INT8, False, BF16, 16),
         LaunchConfig(2, 4, 2, 1, 2, 3, 1, 0, warpgroup=1),
@@ -99,16 +120,23 @@ def products(found: CubinInfo) -> set[str]:
     return {".".join(o.split(".")[:2]) for o in found.opcodes if re.match(r"[A-Z]+MMA\.", o)}
 
 
-def check_hopper(config: LaunchConfig, found: CubinInfo) -> None:
-    """Only sparse products, by warps or warpgroups as the config says; bulk copies; no spills."""
-    assert products(found) == {"HGMMA.SP" if config.warpgroup else "HMMA.SP"}
+def expected(case: Case, config: LaunchConfig) -> set[str]:
+    """Sparse products, by warps or warpgroups as the config says; dense ones of 4:8."""
+    if case.kind.of_eight:
+        return {"HMMA.16816"}
+    return {"HGMMA.SP" if config.warpgroup else "HMMA.SP"}
+
+
+def check_hopper(case: Case, config: LaunchConfig, found: CubinInfo) -> None:
+    """Only the products that the case is for; bulk copies; no spills."""
+    assert products(found) == expected(case, config)
     assert any(opcode.startswith("UBLKCP") for opcode in found.opcodes)
     assert found.stack_bytes == 0
     assert found.shared_bytes <= SYSTEM_BYTES + config.static_bytes + ALLOCATED_AT_ONCE
 
 
 def test_the_cases_cover_what_they_should() -> None:
-    assert len(COMPILED) + len(FED) + SAMPLE < 60
+    assert len(COMPILED) + len(FED) + SAMPLE < 90
     for kinds in (KINDS, [(kind, dtype) for kind, _ in KINDS for dtype in (BF16, HALF)]):
         assert len(kinds) == len(set(kinds))
     assert {(case.kind, case.dtype) for arch, case in COMPILED if arch == HOPPER} == {
@@ -123,14 +151,14 @@ def test_the_cases_cover_what_they_should() -> None:
 
 @NEEDS_NVRTC
 @pytest.mark.parametrize(("arch", "case"), COMPILED, ids=lambda value: _name(value))
-def test_it_compiles_to_sparse_products(arch: str, case: Case, tmp_path: Path) -> None:
+def test_it_compiles_to_its_products(arch: str, case: Case, tmp_path: Path) -> None:
     config = cut_for(case, arch)
     found = compiled(case, config, arch, tmp_path)
-    assert found.sparse_mma
+    assert found.sparse_mma != case.kind.of_eight
     if arch == HOPPER:
-        check_hopper(config, found)
+        check_hopper(case, config, found)
     else:
-        assert products(found) == {"HMMA.SP"}
+        assert products(found) == expected(case, config)
         bulk = any(opcode.startswith("UBLKCP") for opcode in found.opcodes)
         assert bulk == (arch not in WITHOUT_CLUSTERS)
 
@@ -140,7 +168,19 @@ def test_it_compiles_to_sparse_products(arch: str, case: Case, tmp_path: Path) -
 def test_every_way_of_feeding_compiles(name: str, tmp_path: Path) -> None:
     case, config = FED[name]
     assert config.shared_bytes(case) + config.static_bytes <= MOST_BYTES
-    check_hopper(config, compiled(case, config, HOPPER, tmp_path))
+    check_hopper(case, config, compiled(case, config, HOPPER, tmp_path))
+
+
+@NEEDS_NVRTC
+@pytest.mark.parametrize("kind", PERMUTES_OF_EIGHT)
+def test_what_it_takes_to_put_numbers_at_their_columns(kind: Kind, tmp_path: Path) -> None:
+    """For each multiplication of of_eight.cuh's table: no selector by other means, no shuffle."""
+    case = layer(kind, kind is Kind.INT4_48, BF16, 8)
+    found = compiled(case, LaunchConfig(1, 4, 1, 1, 1, 2, 1), HOPPER, tmp_path)
+    count = {name: sum(o.split(".")[0] == name for o in found.opcodes) for name in ("HMMA", "PRMT")}
+    units = count["HMMA"] / MMA_OF_EIGHT  # the loop is unrolled
+    assert units == 2 and count["PRMT"] - units * PERMUTES_OF_EIGHT[kind] in range(8)
+    assert not any(o.startswith("SHFL") for o in found.opcodes)
 
 
 @NEEDS_NVRTC
@@ -162,12 +202,13 @@ def packaged() -> list[tuple[Case, LaunchConfig]]:
     found = []
     for weights in json.loads(PACKAGED.read_text(encoding="utf-8")).values():
         for weight, configs in weights.items():
-            match = re.fullmatch(r"(w16|int8|fp8|int4)(/128)? (\d+)x(\d+)", weight)
+            match = re.fullmatch(r"(4:8 )?(w16|int8|fp8|int4)(/128)? (\d+)x(\d+)", weight)
             assert match is not None, weight
-            kind, grouped = Kind[match[1].upper()], match[2] is not None
+            kind = Kind[match[2].upper() + ("_48" if match[1] else "")]
+            grouped = match[3] is not None
             for tokens, text in configs.items():
                 most = BUCKETS[0] if tokens == STEP else int(tokens)
-                case = Case(kind, grouped, BF16, int(match[3]), int(match[4]), most)
+                case = Case(kind, grouped, BF16, int(match[4]), int(match[5]), most)
                 assert case.weight == weight
                 found.append((case, LaunchConfig.parse(text)))
     return found
@@ -193,7 +234,7 @@ def test_every_packaged_launch_config_fits() -> None:
 @pytest.mark.parametrize("number", range(SAMPLE))
 def test_packaged_launch_configs_do_not_spill(number: int, tmp_path: Path) -> None:
     case, config = PACKAGED_CONFIGS[number * len(PACKAGED_CONFIGS) // SAMPLE]
-    check_hopper(config, compiled(case, config, HOPPER, tmp_path))
+    check_hopper(case, config, compiled(case, config, HOPPER, tmp_path))
 
 
 # What the launches of a step of Llama-3-8B do, and two that are harder on the registers.
@@ -223,7 +264,7 @@ def test_fused_launches_do_not_spill(name: str, tmp_path: Path) -> None:
 @NEEDS_NVRTC
 @pytest.mark.parametrize("arch", ["sm_100a", "sm_120a"])
 def test_fused_launches_spill_no_more_than_plain_ones(arch: str, tmp_path: Path) -> None:
-    for kind, grouped in KINDS[::3]:
+    for kind, grouped in (KINDS[0], KINDS[3], *KINDS[4:]):
         case = layer(kind, grouped, BF16, 2)
         config = by_cost_model(case, 132, warpgroups=False)
         plain, fused = (
@@ -253,4 +294,4 @@ def _name(value: object) -> str:
     if not isinstance(value, Case):
         return str(value)
     dtype = "fp16" if value.dtype == HALF else "bf16"
-    return f"{value.weight.split()[0]} {dtype} {value.tokens} tokens"
+    return f"{value.kind.name.lower()} {dtype} {value.tokens} tokens"

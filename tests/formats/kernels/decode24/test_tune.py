@@ -31,7 +31,7 @@ from secateur.formats.kernels.decode24.tune import (
 )
 from secateur.formats.kernels.timing import WARM_UP_ROUNDS
 from secateur.formats.semi24 import Semi24
-from tests.formats.kernels.decode24.test_arrange import read_back
+from tests.formats.kernels.decode24.test_arrange import read_back, read_back_of_eight
 
 CPU = torch.device("cpu")
 H200 = {1: 132, 2: 66, 4: 30, 8: 15}
@@ -71,17 +71,21 @@ def read_scales(units: Tensor, columns: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("kind", "grouped"),
-    [(Kind.W16, False), (Kind.INT8, False), (Kind.FP8, False), (Kind.INT4, False)],
+    [
+        *((Kind.W16, False), (Kind.INT8, False), (Kind.FP8, False), (Kind.INT4, False)),
+        *((Kind.W16_48, False), (Kind.INT4_48, False)),
+    ],
 )
 def test_the_exact_result_is_of_the_weight_that_lanes_read(
     kind: Kind, grouped: bool, dtype: torch.dtype
 ) -> None:
     case = Case(kind, grouped, dtype, 32, 192, 3)
     made = problem(case, CPU, 1)
-    weight = read_back(made.weights[0], kind, dtype)[:, :192]
+    lanes = read_back_of_eight if kind.of_eight else read_back
+    weight = lanes(made.weights[0], kind, dtype)[:, :192]
     if made.row_scales is not None:
         weight = weight * made.row_scales[0].double()[:, None]
-    assert (made.row_scales is None) == (kind is Kind.W16)
+    assert (made.row_scales is None) == (kind.numbers is Kind.W16)
     assert made.x.dtype == dtype and made.x.shape == (3, 192)
     assert torch.allclose(made.exact, made.x.double() @ weight.T, rtol=1e-12, atol=1e-12)
     assert float(made.exact.abs().min()) > 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.formats import parse_format
 from secateur.formats.kernels.prefill24.arrange import COLUMNS, ROWS, TILE_BYTES, arrange, restore
 from secateur.formats.quantised.codes import codes_of
-from secateur.patterns import Fp8, Int8
+from secateur.patterns import NM, Fp8, Int8
 from secateur.patterns.grids import Grid
 from tests.formats.weights import fitting_weight, random_metadata
 
@@ -54,7 +54,7 @@ def test_lanes_read_the_weight(format: str, shape: tuple[int, int]) -> None:
     tiles = next(entry for entry in entries if entry.name == "prefill").arranged(packed)["tiles"]
     assert tiles.shape == (-(-rows // ROWS), -(-columns // COLUMNS), TILE_BYTES)
     assert tiles.dtype == torch.uint8 and tiles.is_contiguous()
-    expected = codes_of(FORMATS[format], packed).view(torch.uint8)
+    expected = codes_of(FORMATS[format], NM(2, 4), packed).view(torch.uint8)
     assert 2 * int(expected.count_nonzero()) > 0.9 * expected.numel()
     dense = read_back(tiles)
     assert torch.equal(dense[:rows, :columns], expected)
