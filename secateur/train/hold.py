@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from secateur.core.weights import require_module
@@ -19,6 +18,7 @@ from secateur.train.dense_gradients import DenseGradients
 from secateur.train.steps import Optimizer, Steps, as_optimizers, parameters_of, require_free
 from secateur.train.weights import (
     Weight,
+    apply_masks_,
     gathered,
     laid_out,
     require_data,
@@ -231,18 +231,7 @@ class Held:
         Raises: ValueError if it has no such weight, or one of another shape; nothing has changed
             then.
         """
-        inside = model.module if isinstance(model, AveragedModel) else model
-        others = weights_of_model(unwrapped(inside))
-        for name, mask in self.masks.items():
-            parameter = others[name].parameter if name in others else None
-            if parameter is None or others[name].tensor().shape != mask.shape:
-                raise ValueError(
-                    f"the masks are of another model, this {type(model).__name__} has no {name} of "
-                    f"shape {tuple(mask.shape)}: give a copy or an average of the model"
-                )
-        for name, mask in self.masks.items():
-            tensor = others[name].tensor()
-            zero_(tensor, laid_out(mask, tensor))  # averages may be on another device
+        apply_masks_(self.masks, model)
 
     # --- in a checkpoint -------------------------------------------------------------------------
 

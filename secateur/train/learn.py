@@ -22,7 +22,13 @@ from secateur.patterns import Pattern
 from secateur.train.hold import Move
 from secateur.train.steps import Optimizer, Steps, as_optimizers, parameters_of, require_free
 from secateur.train.straight_through import Learner, Learnt
-from secateur.train.weights import Weight, require_ordinary, require_whole, weights_of_plan
+from secateur.train.weights import (
+    Weight,
+    apply_masks_,
+    require_ordinary,
+    require_whole,
+    weights_of_plan,
+)
 
 VERB = "learn_masks_"
 
@@ -83,6 +89,16 @@ class Learning:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+    def apply_(self, model: nn.Module) -> None:
+        """Set to zero in another model, such as an average over steps, what is zero in this one.
+
+        An average of pruned weights has the zeros that all of its masks had, which are too few.
+
+        Raises: ValueError if it has no such weight, or one of another shape; nothing has changed
+            then.
+        """
+        apply_masks_({self._weights[n].layer: mask for n, mask in self.masks.items()}, model)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the states of the model and the optimizer."""

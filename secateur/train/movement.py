@@ -18,11 +18,11 @@ from secateur.core.wrappers import require_unflattened, unwrapped
 from secateur.model import layers as _layers
 from secateur.model.layers import weight_of, weights_of
 from secateur.model.piece import require_no_pieces
-from secateur.model.plan import Plan, match
+from secateur.model.plan import Plan
 from secateur.train.gradual import lowered
 from secateur.train.schedules import Schedule
 from secateur.train.steps import Optimizer, Steps, as_optimizers, parameters_of, require_free
-from secateur.train.weights import Weight, require_whole
+from secateur.train.weights import Weight, require_whole, weights_of_plan
 
 # (dL/dS, scores) -> what the scores gain at a step.
 Learn = Callable[[Tensor, Tensor], Tensor]
@@ -39,11 +39,12 @@ class Moving:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
+        weights: Mapping[str, Weight],
         optimizers: Sequence[Optimizer],
         learn: Learn,
         choose: Choose,
     ) -> None:
+        layers = {name: weight.module for name, weight in weights.items()}
         self.masks: dict[str, Bool[Tensor, "..."]] = {
             name: torch.ones_like(weight_of(module), dtype=torch.bool)
             for name, module in layers.items()
@@ -55,7 +56,6 @@ class Moving:
         self._hidden = {name: torch.zeros_like(weight_of(m)) for name, m in layers.items()}
         self._layers, self._learn, self._choose = layers, learn, choose
         self._learnt: set[str] = set()  # from the gradients of the step that is being taken
-        weights = {name: Weight(name, module, "weight") for name, module in layers.items()}
         self._steps = Steps(model, optimizers, weights, "movement")
         self._steps.attach(self._before, self._after)
 
@@ -170,8 +170,8 @@ def movement(
             return None
         return lowered(plan.layers[name], schedule(step)).mask(scores)
 
-    layers, optimizers = _updated(model, plan, optimizer)
-    return Moving(unwrapped(model), layers, optimizers, learn, choose)
+    weights, optimizers = _updated(model, plan, optimizer)
+    return Moving(unwrapped(model), weights, optimizers, learn, choose)
 
 
 def soft_movement(
@@ -200,8 +200,8 @@ def soft_movement(
         raise ValueError(
             f"soft_movement needs a penalty >= 0 and a rate > 0, got {penalty:g} and {rate:g}"
         )
-    layers, optimizers = _updated(model, plan, optimizer)
-    count = sum(weight_of(module).numel() for module in layers.values())
+    planned, optimizers = _updated(model, plan, optimizer)
+    count = sum(weight.tensor().numel() for weight in planned.values())
 
     def learn(slope: Tensor, scores: Tensor) -> Tensor:
         kept = scores.sigmoid()
@@ -210,16 +210,17 @@ def soft_movement(
     def choose(name: str, scores: Tensor, step: int) -> Tensor:
         return scores > threshold
 
-    return Moving(unwrapped(model), layers, optimizers, learn, choose)
+    return Moving(unwrapped(model), planned, optimizers, learn, choose)
 
 
 def _updated(
     model: nn.Module, plan: Plan, optimizer: Optimizer | Sequence[Optimizer]
-) -> tuple[dict[str, nn.Module], list[Optimizer]]:
-    """The planned layers, all of which the optimizers update, and the optimizers."""
+) -> tuple[dict[str, Weight], list[Optimizer]]:
+    """The planned layers' weights, all of which the optimizers update, and the optimizers."""
     optimizers = as_optimizers(optimizer)
     require_unflattened(model, optimizers)
-    layers = match(model, plan)
+    planned = weights_of_plan(unwrapped(model), plan)
+    layers = {name: weight.module for name, weight in planned.items()}
     require_no_pieces(layers, "movement pruning")
     weights = weights_of(layers)
     updated = {key for one in optimizers for key in parameters_of(one)}
@@ -233,6 +234,6 @@ def _updated(
             f"{frozen[0]} is frozen (requires_grad=False), so no gradient says which weights to "
             "keep: unfreeze it, or leave the layer out of the plan"
         )
-    require_whole({name: Weight(name, module, "weight") for name, module in layers.items()})
+    require_whole(planned)
     require_free(weights)
-    return layers, optimizers
+    return planned, optimizers

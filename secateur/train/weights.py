@@ -8,8 +8,10 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim.swa_utils import AveragedModel
 
 from secateur.core.weights import adapters, names_of_computed, why_no_data, why_not_ordinary
+from secateur.core.wrappers import unwrapped
 from secateur.model.layers import (
     gradient_of,
     is_prunable,
@@ -33,8 +35,13 @@ class Weight:
     @property
     def name(self) -> str:
         """The full name of the weight."""
+        return f"{self.layer}.{self.key}".removeprefix(".")
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer that it is the weight of."""
         inner = f".{self.module.inner}" if isinstance(self.module, Piece) else ""
-        return f"{self.path}{inner}.{self.key}".removeprefix(".")
+        return f"{self.path}{inner}".removeprefix(".")
 
     @property
     def parameter_key(self) -> str:
@@ -203,6 +210,25 @@ def _keys(module: nn.Module) -> Iterator[str]:
             continue
         if parameter.dim() > 1:
             yield key
+
+
+def apply_masks_(masks: Mapping[str, Bool[Tensor, "..."]], model: nn.Module) -> None:
+    """Set to zero in a model, such as an average over steps, what these masks do not keep.
+
+    Raises: ValueError if it has no such weight, or one of another shape; nothing has changed then.
+    """
+    inside = model.module if isinstance(model, AveragedModel) else model
+    weights = weights_of_model(unwrapped(inside))
+    for name, mask in masks.items():
+        parameter = weights[name].parameter if name in weights else None
+        if parameter is None or weights[name].tensor().shape != mask.shape:
+            raise ValueError(
+                f"the masks are of another model, this {type(model).__name__} has no {name} of "
+                f"shape {tuple(mask.shape)}: give a copy or an average of the model"
+            )
+    for name, mask in masks.items():
+        tensor = weights[name].tensor()
+        zero_(tensor, laid_out(mask, tensor))  # averages may be on another device
 
 
 # --- sharded tensors -----------------------------------------------------------------------------

@@ -356,3 +356,18 @@ def test_on_a_kernel_no_group_lies_across_two_positions(pattern: Pattern, channe
         assert all(inside) and found.on_kernel(channels) == found
     elif not isinstance(pattern, NM):
         assert found == pattern
+
+
+@pytest.mark.parametrize("pattern", [p for p in PATTERNS if isinstance(p, NM)], ids=str)
+def test_the_largest_that_a_group_drops_is_below_all_that_it_keeps(pattern: NM) -> None:
+    """In groups that `groups` names; where nothing is dropped, as in a dense remainder, it is 0."""
+    size = scores(5) + 1
+    mask = pattern.mask(size)
+    found = pattern.largest_dropped(size, mask)
+    expected = torch.zeros_like(size)
+    for start, stop in pattern.groups(SHAPE[1]):
+        part = slice(start, stop)
+        dropped = size[:, part].masked_fill(mask[:, part], 0)
+        expected[:, part] = dropped.amax(1, keepdim=True)
+    assert torch.equal(found, expected)
+    assert bool((found <= size)[mask].all()) and bool((found >= size)[~mask].all())

@@ -124,9 +124,13 @@ def learnt(
     model = net()
     optimizer = make(model)
     with learn_masks_(model, sc.plan(model, pattern), optimizer, rule) as learning:
-        drive(lambda x: goal(model(x), x), optimizer, None, inputs(steps))
+        drive(loss_of(model), optimizer, None, inputs(steps))
         assert learning.steps == steps - (drive is scaled)
     return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def loss_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: goal(model(x), x)
 
 
 def expect_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
@@ -244,7 +248,7 @@ def test_sam_learns_through_the_optimizer_inside_it() -> None:
     start = copy.deepcopy(model[0].state_dict())
     optimizer, plan = make(model), sc.plan(model, "2:4", layers=["0"])
     with learn_masks_(model, plan, optimizer, StraightThrough()) as learning:
-        with_a_backward_before(lambda x: goal(model(x), x), optimizer, None, inputs(3))
+        with_a_backward_before(loss_of(model), optimizer, None, inputs(3))
         assert learning.steps == 3
         assert torch.equal(learning.state_dict()["trained"]["0"], by_hand(3))
     sc.check(model, plan)
@@ -306,7 +310,7 @@ def test_masks_are_chosen_every_so_many_steps_and_moves_are_counted() -> None:
     assert learning.moves == {}
     last = learning.masks["0"].clone()
     for step, x in enumerate(inputs(7), 1):
-        plainly(lambda x: goal(model(x), x), optimizer, None, [x])
+        plainly(loss_of(model), optimizer, None, [x])
         mask = learning.masks["0"]
         assert torch.equal(model[0].weight != 0, mask)
         if step % 3:
@@ -348,7 +352,7 @@ def test_the_model_has_the_plans_zeros_at_every_step_and_ends_as_it_computed(
     learning = learn_masks_(model, plan, given, rule, every=every)
     data = [x.to(dtype) for x in inputs(4)]
     for x in data:
-        plainly(lambda x: goal(model(x), x), given, None, [x])
+        plainly(loss_of(model), given, None, [x])
         sc.check(model, plan)
         assert torch.equal(
             model[0].weight != 0, model[0].weight.masked_fill(~learning.masks["0"], 0) != 0
@@ -379,9 +383,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
     data = inputs(7)
     model, given, learning = begun()
-    plainly(lambda x: goal(model(x), x), given, None, data[:stop])
+    plainly(loss_of(model), given, None, data[:stop])
     saved = [copy.deepcopy(one.state_dict()) for one in (model, learning, *all_of(given))]
-    plainly(lambda x: goal(model(x), x), given, None, data[stop:])
+    plainly(loss_of(model), given, None, data[stop:])
 
     again, other, resumed = begun()
     biases = {key: value for key, value in saved[0].items() if key.endswith("bias")}
@@ -389,7 +393,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     for one, state in zip((resumed, *all_of(other)), saved[1:], strict=True):
         one.load_state_dict(state)
     assert resumed.steps == stop
-    plainly(lambda x: goal(again(x), x), other, None, data[stop:])
+    plainly(loss_of(again), other, None, data[stop:])
     expect_equal(dict(model.named_parameters()), dict(again.named_parameters()))
     expect_equal(learning.masks, resumed.masks)
     learning.release()
@@ -503,6 +507,59 @@ def test_what_an_error_in_a_step_left_is_taken_back() -> None:
     sc.check(model, plan)
 
 
+def test_an_average_over_steps_gets_the_zeros_of_the_last_masks() -> None:
+    """Of masks that moved it had too few; a model that is one layer is known by no name."""
+    for model in (layers(), nn.Linear(16, 4)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        average = torch.optim.swa_utils.AveragedModel(model)
+        plan = sc.plan(model, "2:4")
+        with learn_masks_(model, plan, optimizer, StraightThrough()) as learning:
+            for batch in inputs(4):
+                plainly(loss_of(model), optimizer, None, [batch])
+                average.update_parameters(model)
+            with pytest.raises(ValueError, match="keeping more than 2"):
+                sc.check(average.module, plan)
+            learning.apply_(average)
+        sc.check(average.module, plan)
+        kept = next(iter(average.module.parameters()))
+        assert torch.equal(kept != 0, next(iter(learning.masks.values())))
+
+
+def test_accelerates_wrapper_is_seen_through() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="the wrapper is accelerate's")
+    found = []
+    for wraps in (False, True):
+        model = trained = layers()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        plan = sc.plan(model, "2:4")
+        if wraps:
+            trained, optimizer = accelerate.Accelerator(cpu=True).prepare(model, optimizer)
+        with learn_masks_(trained, plan, optimizer, StraightThrough(0.01)) as learning:
+            plainly(loss_of(trained), optimizer, None, inputs(4))
+        assert learning.steps == 4
+        found.append({name: p.detach() for name, p in model.named_parameters()})
+    expect_equal(*found)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_plan_from_before_adapters_holds_for_the_layers_under_them(moves: bool) -> None:
+    """For masks that are learnt, and for movement's."""
+    peft = pytest.importorskip("peft")
+    model = layers()
+    plan = sc.plan(model, "unstructured:0.5@layer", layers=["0"])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], r=2))
+    adapted.requires_grad_(True)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=0.01)
+    if moves:
+        begun: Any = movement(adapted, plan, optimizer, constant(0.5))
+    else:
+        begun = learn_masks_(adapted, plan, optimizer, StraightThrough())
+    with begun:
+        plainly(loss_of(adapted), optimizer, None, inputs(2))
+        assert begun.steps == 2 and list(begun.masks) == ["0"]
+    sc.check(adapted, plan)
+
+
 # --- several processes ----------------------------------------------------------------------------
 
 
@@ -572,7 +629,7 @@ def test_one_that_is_held_is_refused_and_holds_are_while_masks_are_learnt() -> N
         with pytest.raises(ValueError, match="is held with the zeros that it had"):
             sc.prune_(model, plan)
     with sc.hold(model, optimizer):
-        plainly(lambda x: goal(model(x), x), optimizer, None, inputs(2))
+        plainly(loss_of(model), optimizer, None, inputs(2))
     sc.check(model, plan)
 
 
@@ -583,7 +640,7 @@ def test_a_weight_that_something_else_wrote_into_is_named_before_the_step() -> N
         model[2].weight.data[0, 0] += 1
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match="2.weight has been written into since the last step"):
-            plainly(lambda x: goal(model(x), x), optimizer, None, inputs(1))
+            plainly(loss_of(model), optimizer, None, inputs(1))
         expect_equal(before, model.state_dict())
 
 
@@ -608,6 +665,6 @@ def test_states_of_other_runs_are_refused() -> None:
             learning.load_state_dict({**state, "rule": "Supermask"})
         with pytest.raises(ValueError, match="the trained of this state are of other layers than"):
             learning.load_state_dict({**state, "trained": {"0": torch.zeros(1, 1)}})
-        plainly(lambda x: goal(model(x), x), optimizer, None, inputs(1))
+        plainly(loss_of(model), optimizer, None, inputs(1))
         with pytest.raises(ValueError, match="is of step 0, training is at step 1"):
             learning.load_state_dict(state)
