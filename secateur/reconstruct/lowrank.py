@@ -199,7 +199,7 @@ def _compensated(
     S = _layers.matrix(module)
     W = in_float64(dense.to(S.device))
     B, A = (factor.to(S) for factor in compensation(W, S, gram, rank, damping))
-    before, after = _errors(W, in_float64(S), in_float64(B) @ in_float64(A), gram)
+    before, after = output_errors(W, in_float64(S), in_float64(B) @ in_float64(A), gram)
     return B, A, before, after
 
 
@@ -284,7 +284,7 @@ def adding(B: Tensor, A: Tensor) -> Callable[[nn.Module, Any, Any, Tensor], Tens
     return after
 
 
-def _errors(
+def output_errors(
     W: Float[Tensor, "out in"],
     S: Float[Tensor, "out in"],
     BA: Float[Tensor, "out in"],

@@ -27,7 +27,8 @@ SHELL = re.compile(
 
 # Modules of verbs that no command has, and of what runs on a GPU only under them.
 NO_COMMAND = (
-    "compat/", "prune/decompose.py", "prune/permute.py", "prune/permutation.py",
+    "compat/", "prune/decompose.py", "prune/factorise.py", "prune/permute.py",
+    "prune/permutation.py",
     "prune/free_dimensions.py", "prune/channels/", "reconstruct/lowrank.py", "reconstruct/peft.py",
     "allocation/", "train/hold.py", "train/gradual.py", "train/movement.py", "train/schedules.py",
     "formats/warmup.py", "formats/convert.py", "formats/read_only.py", "formats/kernels/",
