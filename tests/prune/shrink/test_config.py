@@ -7,6 +7,7 @@ import torch
 
 from secateur.core.undo import Undo
 from secateur.prune.shrink import shrink_
+from secateur.prune.shrink.blocks import chain_of
 from secateur.prune.shrink.config import Fit, Sizes, as_made_anew_, fitting, shapes_of
 from secateur.prune.shrink.verb import Work
 from tests.prune.shrink.models import language_model, logits, rows
@@ -94,3 +95,18 @@ def test_the_next_choice_is_taken_where_one_computes_something_else() -> None:
     with pytest.raises(ValueError, match="it computes something else"):
         work.settle_(iter([wrong]), "width")
     assert model.config.rms_norm_eps == 1e-6
+
+
+def test_a_config_that_could_not_be_read_again_is_refused() -> None:
+    """A backbone's config names the stages that it returns, of which the last would be gone."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "patch_size": 4,
+             "num_attention_heads": 2, "image_size": 8}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BeitModel(transformers.BeitConfig(**sizes)).eval()
+    with pytest.raises(
+        ValueError, match="BeitConfig refuses what would be left: out_features must"
+    ):
+        shrink_(model, [torch.randn(2, 3, 8, 8)], blocks=0.5)
+    _, chain = chain_of(model)
+    assert len(chain) == model.config.num_hidden_layers == 2
