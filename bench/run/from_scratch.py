@@ -106,7 +106,7 @@ def _held(model: nn.Module, plan: sc.Plan, optimizer: Any, steps: int) -> Any:
 
 
 def _rigl(model: nn.Module, plan: sc.Plan, optimizer: Any, steps: int) -> Any:
-    sc.prune_(model, plan, sc.random)
+    sc.prune_(model, plan, sc.criteria.random)
     return sc.hold(model, optimizer, rigl(plan, end=round(0.75 * steps), every=EVERY))
 
 

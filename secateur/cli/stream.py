@@ -1,4 +1,4 @@
-"""`secateur stream`: reconstruction of a model larger than memory."""
+"""`secateur stream`: `secateur prune` for a model larger than memory."""
 
 from typing import Annotated
 
@@ -21,7 +21,7 @@ def stream(
     choice: Choice,
     keep_zeros: o.KeepZeros = False,
     method: Annotated[
-        str, typer.Option("--method", "-m", help="As for `secateur prune`, one that refits.")
+        str, typer.Option("--method", "-m", help="As for `secateur prune`.")
     ] = "sparsegpt",
     how: How,
     data: Data,
@@ -29,17 +29,12 @@ def stream(
     json: o.Json = False,
     full: o.Full = False,
 ) -> None:
-    """Write a reconstructed model, of which one block at a time is in memory.
+    """Write a pruned model, of which one block at a time is in memory.
 
     The result is that of `secateur prune` in the stored dtype. Until it is there, the output folder
     holds finished layers: after an interruption or a kill the same command goes on.
     """
     chosen = how.method(method)
-    if not chosen.refits:
-        raise ValueError(
-            f"stream takes a method that refits, {method!r} only scores weights: use `secateur "
-            "prune`, or --method sparsegpt"
-        )
     plan = choice.for_model(hollow(folder))
     report = reconstruct_folder(
         folder,

@@ -69,7 +69,9 @@ IN_OPTIONS = {
         "transformers in Python does"
     ),
     # verbs
-    r"load the model whole and call reconstruct_": "use `secateur prune`, which loads it whole",
+    r"load the model whole and call (?:reconstruct|prune)_": (
+        "use `secateur prune`, which loads it whole"
+    ),
     r"load the model whole, save it and stream that": (
         "write it again with `secateur export --to dense`, and stream that"
     ),

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ from secateur.prune.passes import (
 from secateur.prune.preconditions import require_finite, warn_of_lost_zeros
 from secateur.prune.report import PruneReport
 from secateur.reconstruct import Blockwise, Solution
+from secateur.reconstruct.methods import bind_criterion, is_algorithm
 
 CONFIGS = ("config.json", "generation_config.json")
 
@@ -51,13 +53,16 @@ def reconstruct_folder(
     source: str | Path,
     target: str | Path,
     plan: Plan | Pattern | str,
-    algorithm: Callable[..., Solution] | Blockwise,
+    algorithm: Callable[..., Solution] | Callable[..., Tensor] | Blockwise,
     batches: Iterable[Batch],
     *,
     keep_zeros: bool = False,
     device: str | torch.device = "cpu",
 ) -> PruneReport:
     """Write into `target` what `reconstruct_` makes of the Hugging Face folder `source`.
+
+    A criterion in place of an algorithm gives what `prune_` makes of it. Experts whose matrices the
+    files hold one by one, as Mixtral's, are read and written as they are there.
 
     One part of the model is in memory at a time, on the device: a block, or a module outside the
     blocks, such as the embedding. Activations are on the CPU. A pattern stands for the plan that
@@ -82,21 +87,15 @@ def reconstruct_folder(
         raise ValueError("reconstruct_folder runs in one process: start it without torchrun")
     verify_if_saved(source)
     model = hollow(source)
-    made = reconstruction(model, as_plan(model, plan), algorithm, keep_zeros=keep_zeros)
+    made = _pass(model, as_plan(model, plan), algorithm, keep_zeros)
     layers = match(model, made.plan)
     chain = _chain(model, layers)
     stored = _Stored(source, model)
     window = Window(model, chain, stored.read, torch.device(device))
     _require_part_by_part(made)
     listed = as_list(batches)
-    at_risk: dict[str, float] = {}
-    for parameter, inside in _by_parameter(layers).items():
-        whole = stored.read([parameter])[parameter]
-        for name, module in inside.items():
-            weight = _weight_in(whole, module)
-            require_finite(name, weight)
-            at_risk[name] = made.at_risk(name, _layers.matrix(module, weight))
-    if not keep_zeros:
+    at_risk = _at_risk(made, layers, stored)
+    if made.sequential and not keep_zeros:
         warn_of_lost_zeros(at_risk)
     with _progress(target, source, made, stored, listed) as saved:
         report = _solved(made, listed, saved, window)
@@ -107,12 +106,40 @@ def reconstruct_folder(
     return report
 
 
+def _pass(
+    model: nn.Module,
+    plan: Plan,
+    method: Callable[..., Any] | Blockwise,
+    keep_zeros: bool,
+) -> Pass:
+    """The pass that `prune_` makes by a criterion, or `reconstruct_` by an algorithm."""
+    if isinstance(method, Blockwise) or is_algorithm(method):
+        return reconstruction(model, plan, method, keep_zeros=keep_zeros)
+    return Pass(model, plan, bind_criterion(method), keep_zeros=keep_zeros)
+
+
 def _by_parameter(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
     """The layers by the name of the parameter that holds them, alone or with others."""
     found: dict[str, dict[str, nn.Module]] = {}
     for name, module in layers.items():
         found.setdefault(parameter_name(name, module), {})[name] = module
     return found
+
+
+def _at_risk(made: Pass, layers: Mapping[str, nn.Module], stored: "_Stored") -> dict[str, float]:
+    """What share of each layer's zeros may be lost.
+
+    Raises:
+        ValueError: if a weight is not finite.
+    """
+    at_risk: dict[str, float] = {}
+    for parameter, inside in _by_parameter(layers).items():
+        whole = stored.read([parameter])[parameter]
+        for name, module in inside.items():
+            weight = _weight_in(whole, module)
+            require_finite(name, weight)
+            at_risk[name] = made.at_risk(name, _layers.matrix(module, weight))
+    return at_risk
 
 
 def _weight_in(parameter: Tensor, module: nn.Module) -> Tensor:
@@ -125,7 +152,8 @@ def _require_part_by_part(made: Pass) -> None:
     if asked := [name for name in made.needs if name not in STATISTICS]:
         raise ValueError(
             f"{made.name} asks for the {asked[0]} of the whole model, which is in memory part by "
-            "part: take another method, or load the model whole and call reconstruct_"
+            "part: take another method, or load the model whole and call "
+            f"{'reconstruct_' if made.sequential else 'prune_'}"
         )
     if made.distils:
         raise ValueError(

@@ -113,9 +113,8 @@ def matrix(
     A Conv2d's columns run over its input channels first, position by position, so that N:M groups
     lie along the input channels as hardware wants them. An Embedding's rows are its entries.
     """
-    tensor: Tensor | nn.Module | None = weight
-    if tensor is None:
-        tensor = module.current() if isinstance(module, Piece) else module.weight
+    own = module.current() if isinstance(module, Piece) else module.weight
+    tensor = weight if weight is not None else own
     assert isinstance(tensor, Tensor)
     if isinstance(module, nn.Conv2d):
         tensor = tensor.permute(0, 2, 3, 1).flatten(1)

@@ -173,7 +173,7 @@ def stages_of(
     if len(finished) == len(layers) or (whole and not (sums or the_pass.blockwise)):
         yield from (Observed(name, {name: {}}, {name: 0}) for name in layers)
     else:
-        yield from observe(
+        seen = observe(
             the_pass.model,
             layers,
             batches,
@@ -185,6 +185,10 @@ def stages_of(
             team=the_pass.team,
             window=window,
         )
+        if the_pass.asks:
+            yield from seen
+        else:  # no token counts for such a method
+            yield from (replace(one, tokens=dict.fromkeys(one.tokens, 0)) for one in seen)
 
 
 @torch.no_grad()

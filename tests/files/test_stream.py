@@ -77,6 +77,8 @@ def batches(padded: bool = False) -> list[Any]:
 
 def whole(source: Path, algorithm: Any, given: list[Any]) -> tuple[nn.Module, Any]:
     model = load_folder(source)
+    if algorithm in (sc.magnitude, sc.wanda):
+        return model, sc.prune_(model, planned(source), algorithm, given)
     return model, sc.reconstruct_(model, planned(source), algorithm, given)
 
 
@@ -104,6 +106,9 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         ("mixtral", sc.sparsegpt, False),
         ("mixtral", sc.swap(sc.wanda), True),
         ("gpt_oss", sc.refit(sc.wanda), False),
+        ("llama", sc.wanda, True),
+        ("llama", sc.magnitude, False),
+        ("mixtral", sc.wanda, False),
     ],
 )
 def test_it_gives_exactly_what_reconstruct_gives(
@@ -215,6 +220,41 @@ def test_after_a_kill_the_same_call_goes_on(tmp_path: Path) -> None:
     assert_same(expected, sc.load(target))
     assert not [p for p in target.iterdir() if "layers" in p.name or "progress" in p.name]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_experts_go_on_where_they_stopped_and_are_stored_as_they_were(tmp_path: Path) -> None:
+    source, target = make_source(tmp_path / "source", "mixtral"), tmp_path / "target"
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    algorithm, solved = stopping(9, stop)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct_folder(source, target, planned(source), algorithm, batches())
+    algorithm, solved = stopping(99, stop)
+    report = reconstruct_folder(source, target, planned(source), algorithm, batches())
+    assert 0 < len(solved) < len(report.layers) == 2 * (4 + 2 * 3)
+    assert_same(whole(source, sc.sparsegpt, batches())[0], load_folder(target))
+    stored = {
+        folder: {
+            n: t.shape for path in folder.glob("*.safetensors") for n, t in load_file(path).items()
+        }
+        for folder in (source, target)
+    }
+    assert stored[source] == stored[target]
+    assert "model.layers.1.block_sparse_moe.experts.2.w1.weight" in stored[target]
+    sidecar = read_sidecar(target)
+    assert sidecar.sparsity["model.layers.1.mlp.experts.gate_up_proj.2"] == 0.5
+
+
+def test_an_expert_that_a_folder_lacks_is_told(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", "mixtral")
+    tensors = load_file(source / "model.safetensors")
+    missing = {n: t for n, t in tensors.items() if ".1.block_sparse_moe.experts.2." not in n}
+    save_file(missing, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"makes model.layers.1.mlp.experts.\S+ \(2, .*: complete"):
+        reconstruct_folder(source, tmp_path / "target", "2:4", sc.sparsegpt, batches())
+    assert not (tmp_path / "target").exists()
 
 
 def test_what_stops_while_the_result_is_written_loses_no_layer(
@@ -344,7 +384,7 @@ def head(source: Path) -> sc.Plan:
         (head, sc.sparsegpt, batches(), "takes layers inside the blocks, lm_head is outside"),
         ("2:4", sc.refit(snip), batches(), "asks for the gradient of the whole model"),
         ("2:4", sc.thorough, batches(), "trains the whole model at the end"),
-        ("2:4", sc.wanda, batches(), "wanda only scores weights"),
+        ("2:4", snip, batches(), "load the model whole and call prune_"),
         ("2:4", sc.sparsegpt, [], "needs at least one batch"),
     ],
     ids=["pattern", "head", "gradients", "whole model", "criterion", "no batches"],
@@ -415,17 +455,15 @@ def test_the_command_writes_the_same(tmp_path: Path) -> None:
     assert again.exit_code == 2 and "holds a saved model: choose another folder" in again.stderr
 
 
-def test_the_command_says_the_share_of_zeros_and_refuses_criteria(tmp_path: Path) -> None:
+def test_the_command_says_the_share_of_zeros_and_takes_criteria(tmp_path: Path) -> None:
     source, target = make_source(tmp_path / "source"), tmp_path / "target"
     save_file({"ids": torch.cat(batches()[:2])}, tmp_path / "ids.safetensors")
     command = ["stream", str(source), "-o", str(target), "-p", "2:4", "--device", "cpu"]
     command += ["--tokens", f"{tmp_path / 'ids.safetensors'}:ids", "--rows", "8", "--batch", "4"]
-    refused = CliRunner().invoke(app, [*command, "-m", "wanda"])
+    refused = CliRunner().invoke(app, [*command, "-m", "snip"])
     assert refused.exit_code == 2 and not target.exists()
-    assert refused.stderr.startswith(
-        "error: stream takes a method that refits, 'wanda' only scores"
-    )
-    done = CliRunner().invoke(app, [*command, "-m", "refit(wanda)"])
+    assert "take another method, or use `secateur prune`, which loads it whole" in refused.stderr
+    done = CliRunner().invoke(app, [*command, "-m", "wanda"])
     assert done.exit_code == 0, done.output
     stored = [t for path in target.glob("*.safetensors") for t in load_file(path).values()]
     zeros, numbers = sum(int((t == 0).sum()) for t in stored), sum(t.numel() for t in stored)
