@@ -55,6 +55,9 @@ def operands(
     return weight, [*map(held.get, stored), others or None], runs.name
 
 
+# torch 2.14 looks at the gradient of a clone that opcheck makes, and hides its own warning about it
+# only from those for whom warnings are no errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("format", FORMATS)
 def test_opcheck_of_the_linear(format: str, bias: bool) -> None:
