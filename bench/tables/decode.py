@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from bench.lib.results import Row, Rows, newest
-from bench.tables.candidates import candidates, layers, lines_of, quartiles, ratios_of
-from bench.tables.markdown import page, tokens, vs_cublas, without_figure
+from bench.lib.results import Row, Rows
+from bench.tables.candidates import candidates, latest, layers, lines_of, quartiles, ratios_of
+from bench.tables.markdown import page, runs, tokens, vs_cublas, without_figure
 
 CUBLAS_FP16 = "cublas fp16"
 OURS = ("semi24", "semi48")  # every format of ours that decodes begins so
@@ -14,12 +14,12 @@ SHORT_TOKENS = (1, 8, 16, 64)
 
 def decode(results: Path) -> str:
     """For each device, a row a layer and number of tokens and a column a candidate, losers too."""
-    return "\n".join(map(_table, newest(results, "decode")))
+    return "\n".join(map(_table, latest(results, "decode")))
 
 
 def decode_short(results: Path) -> str:
     """For each device, ratios to dense at a few numbers of tokens: ours, and the best peer."""
-    return "\n".join(map(_short_table, newest(results, "decode")))
+    return "\n".join(map(_short_table, latest(results, "decode")))
 
 
 def _table(rows: Rows) -> str:
@@ -66,6 +66,5 @@ def _origin(rows: Rows) -> str:
     return (
         "bold where it is faster; random weights, cold, one CUDA graph, median; fp16 cuBLAS is "
         f"the dense of fp16 candidates; {first['device']}, driver {first['driver']}, torch "
-        f"{first['torch']}, {first['date']}, commit {first['commit']}, `python -m bench.decode`; "
-        f"{quartiles(rows)}"
+        f"{first['torch']}, {runs(rows)}, `python -m bench.decode`; {quartiles(rows)}"
     )

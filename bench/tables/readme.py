@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bench.lib.paper import PAPER
-from bench.lib.results import Row, newest
+from bench.lib.results import Row
 from bench.tables.accuracy import latest, table
 from bench.tables.candidates import latest as latest_of
 from bench.tables.markdown import page, runs, vs_cublas
@@ -44,12 +44,12 @@ def speed_short(results: Path) -> str:
         for name, found in speeds(results).items()
     ]
     decode, prefill = _rows(results)
-    first = decode[0]
+    first = decode[-1]
     origin = (
         f"{LAYER}, {first['out']} x {first['in']}; ratio to dense cuBLAS, bold where it is "
         "faster; random weights, cold, one CUDA graph, median; rounding inputs is in the time; "
         f"{first['device']}, driver {first['driver']}, torch {first['torch']}, "
-        f"{runs([first, *prefill])}, `python -m bench.decode`, `python -m bench.prefill`."
+        f"{runs([*decode, *prefill])}, `python -m bench.decode`, `python -m bench.prefill`."
     )
     return page(heads, lines, origin)
 
@@ -67,5 +67,5 @@ def speeds(results: Path) -> dict[str, dict[int, Row]]:
 
 def _rows(results: Path) -> tuple[list[Row], list[Row]]:
     """The layer's rows at few tokens and at many."""
-    few, many = newest(results, "decode")[-1], latest_of(results, "prefill")[-1]
+    few, many = latest_of(results, "decode")[-1], latest_of(results, "prefill")[-1]
     return [row for row in few if row["layer"] == LAYER], [r for r in many if r["layer"] == LAYER]
