@@ -4,10 +4,12 @@
 
 A row is one candidate at one shape, sparsity and number of tokens; losing rows stay. Weights are
 random numbers with random zeros, on all sides the same; the two denses are measured beside each
-sparse candidate, in turns, so that a ratio is taken within one comparison.
+sparse candidate, in turns, so that a ratio is taken within one comparison. Beside a format that
+rounds inputs to int8 in a float32 layer torch's own dense int8 is measured, too.
 """
 
 import argparse
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -22,6 +24,7 @@ from secateur.accelerate.candidates import (
     DENSE,
     PREPACKED,
     Candidate,
+    Run,
     admitted,
     dense_candidates,
     runs,
@@ -32,9 +35,22 @@ from secateur.formats import Format, parse_format
 from secateur.formats.block import Blocks
 from secateur.formats.kernels.timing import Timing, copies_for
 from secateur.formats.pack import packed_linear
+from secateur.formats.quantised import Quantised
+from secateur.patterns.grids import Int8
 
+IN_INT8 = "dense int8"
+DENSE_INT8 = Quantised(Int8(), rounds_inputs=True)
+ENGINES = ("x86", "onednn")  # of torch's int8: which is faster depends on the number of tokens
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
-FORMATS = ("block:64x64", "csr", "semi24", "semi24_int8", "semi24_int4", "bitmap")
+FORMATS = (
+    "block:64x64",
+    "csr",
+    "semi24",
+    "semi24_int8",
+    "semi24_int4",
+    "semi24_int8_dynamic",
+    "bitmap",
+)
 
 
 def sparse_weight(shape: tuple[int, int], format: Format, sparsity: float) -> Tensor:
@@ -51,14 +67,47 @@ def sparse_weight(shape: tuple[int, int], format: Format, sparsity: float) -> Te
 
 
 def candidates(linear: nn.Linear, format: Format, tokens: int) -> list[Candidate]:
-    """Both denses and every implementation; the reference only where a format has nothing else."""
+    """All denses and every implementation; the reference only where a format has nothing else."""
     sparse, _ = sparse_candidates(linear, format, tokens)
     if not sparse:
         layer = packed_linear("", linear, format)
         layer.use((("reference", None),))
-        held = layer.held_bytes
-        sparse = [Candidate(f"{format} reference", lambda: layer, held, tuple(held))]
-    return [*dense_candidates(linear, tokens), *sparse]
+        held, quantised = layer.held_bytes, None if format.is_exact else layer.packed
+        sparse = [Candidate(f"{format} reference", lambda: layer, held, tuple(held), quantised)]
+    rounds = isinstance(format, Quantised) and format.grid == Int8() and format.rounds_inputs
+    in_int8 = dense_in_int8(linear) if rounds and linear.weight.dtype == torch.float32 else []
+    return [*dense_candidates(linear, tokens), *in_int8, *sparse]
+
+
+def dense_in_int8(linear: nn.Linear) -> list[Candidate]:
+    """Dense layers on codes as torch has them: a scale an output, and one for all tokens of a call.
+
+    They have no place in the library, whose formats give each token its own scale: torch has
+    deprecated the tensors that they take, and says so in a warning.
+    """
+    packed = DENSE_INT8.pack(linear.weight)
+
+    def make(engine: str) -> Run:
+        scales = packed["scales"][:, 0].double()
+        zeros = torch.zeros_like(scales, dtype=torch.long)
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                codes = torch._make_per_channel_quantized_tensor(packed["values"], scales, zeros, 0)
+            arranged = torch.ops.quantized.linear_prepack(codes, None)
+        finally:
+            torch.backends.quantized.engine = before
+        run: Run = partial(torch.ops.quantized.linear_dynamic, W_prepack=arranged)
+        return run
+
+    holds = {"values": packed["values"].nbytes}
+    return [
+        Candidate(f"{IN_INT8} {engine}", partial(make, engine), holds, ("values",), packed)
+        for engine in ENGINES
+        if engine in torch.backends.quantized.supported_engines
+    ]
 
 
 def case(
@@ -76,6 +125,11 @@ def case(
     copied = runs(kept, copies_for(sum(candidate.nbytes for candidate in kept)))
     calls = {key: [partial(run, x) for run in copies] for key, copies in copied.items()}
     measured = timed(calls, weight.device)
+    best_int8 = min(
+        (key for key in calls if key.startswith(IN_INT8)),
+        key=lambda key: measured.timings[key].median_us,
+        default=IN_INT8,
+    )
     nbytes = {candidate.name: candidate.nbytes for candidate in kept}
     for key, timing in measured.timings.items():
         yield {
@@ -94,6 +148,7 @@ def case(
             "weight_bytes": nbytes[key],
             "vs_eager": _ratio(measured.timings, DENSE, key),
             "vs_prepacked": _ratio(measured.timings, PREPACKED, key),
+            "vs_int8": _ratio(measured.timings, best_int8, key),
             "others": f"{measured.others:.3f}",
         }
 

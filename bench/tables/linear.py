@@ -36,8 +36,9 @@ def _weight(row: Row) -> tuple[str, str]:
 
 
 def _ratios(row: Row) -> str:
-    """Over eager / over prepacked, bold where every baseline that was measured is beaten."""
-    ratios = [float(row[name]) for name in ("vs_eager", "vs_prepacked") if row[name]]
+    """Over each baseline that was measured, bold where every one is beaten."""
+    names = ("vs_eager", "vs_prepacked", "vs_int8")
+    ratios = [float(row[name]) for name in names if row.get(name)]
     text = " / ".join(f"{ratio:.2f}" for ratio in ratios)
     return f"**{text}**" if min(ratios) >= 1 else text
 
@@ -45,9 +46,14 @@ def _ratios(row: Row) -> str:
 def _origin(rows: Rows) -> str:
     first = rows[0]
     loudest = max(float(row["others"]) for row in rows)
+    over = "over eager / over prepacked dense (16-bit: over eager), bold where it beats both"
+    if any(row.get("vs_int8") for row in rows):
+        over = (
+            "over eager / over prepacked dense (16-bit: over eager) / over torch's dense int8, "
+            "where inputs are rounded, bold where it beats all"
+        )
     return (
-        "Speed-up over eager / over prepacked dense (16-bit: over eager), bold where it beats "
-        f"both; {first['device']}, {first['threads']} threads, torch {first['torch']}, "
+        f"Speed-up {over}; {first['device']}, {first['threads']} threads, torch {first['torch']}, "
         f"{first['date']}, commit {first['commit']}, `python -m bench.linear`; other processes "
         f"took at most {loudest:.0%} of the machine."
     )

@@ -60,3 +60,19 @@ def test_a_wrong_implementation_stops_the_bench(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(linear, "admitted", lambda *_: ([], ["it is wrong by 1"]))
     with pytest.raises(RuntimeError, match="it is wrong by 1"):
         list(linear.case("BERT-base attention", parse_format("csr"), 0.9, 1, torch.float32))
+
+
+def test_rounded_inputs_are_compared_with_the_fastest_dense_int8(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(SHAPES, "BERT-base attention", (64, 128))
+    case = ("BERT-base attention", parse_format("semi24_int8_dynamic"), 0.5, 3)
+    rows = {str(row["candidate"]): row for row in linear.case(*case, torch.float32)}
+    assert {"dense int8 x86", "dense int8 onednn", "semi24_int8_dynamic reference"} < {*rows}
+    in_int8 = [float(rows[f"dense int8 {engine}"]["us"]) for engine in ("x86", "onednn")]
+    for row in rows.values():
+        wanted = min(in_int8) / float(row["us"])
+        assert float(row["vs_int8"]) == pytest.approx(wanted, rel=0.05, abs=0.002)
+    assert rows["dense int8 x86"]["weight_bytes"] == 64 * 128
+    sixteen = list(linear.case(*case, torch.bfloat16))  # which torch's does not take
+    assert not any("dense int8" in str(row["candidate"]) or row["vs_int8"] for row in sixteen)

@@ -18,6 +18,20 @@ def test_the_table_shows_both_baselines_and_bold_where_both_are_beaten(tmp_path:
     assert "at most 3% of the machine" in lines[5] and len(lines) == 6
 
 
+def test_the_table_shows_dense_int8_as_a_third_baseline_where_it_was_measured(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "linear_2026-11-22_x_abc.csv"
+    rows_file(tmp_path, path.name, {("b cpu", 1): ("2.0", "1.5"), ("c", 1): ("3.0", "2.5")})
+    head, *rows = path.read_text().splitlines()
+    ratios = {"b cpu": "0.9", "c": ""}
+    more = [row + "," + next((r for name, r in ratios.items() if name in row), "") for row in rows]
+    path.write_text("\n".join([head + ",vs_int8", *more]) + "\n")
+    lines = TABLES["linear-cpu-all"](tmp_path).splitlines()
+    assert lines[2].endswith("| 2.00 / 1.50 / 0.90 |") and lines[3].endswith("| **3.00 / 2.50** |")
+    assert "over torch's dense int8, where inputs are rounded, bold where it beats all" in lines[5]
+
+
 def test_the_table_of_cpus_has_all_layers_and_dtypes(tmp_path: Path) -> None:
     path = tmp_path / "linear_2026-11-22_x_abc.csv"
     rows_file(tmp_path, path.name, {("b cpu", 1): ("2.0", "1.5")})
