@@ -23,6 +23,8 @@ ZIG = "ziglang==0.17.1"
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -ffp-contract=fast"
 # Which instructions the functions of a body may use; the machine is asked before one is called.
 X86_BODIES = {
+    "avx512_vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni "
+    "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
     "avx2": "-mavx2 -mfma -mf16c",
     "scalar": "",

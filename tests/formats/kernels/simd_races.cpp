@@ -75,6 +75,16 @@ bool two_of_four_is_right(int32_t kind, int32_t type) {
            same<LayerOf24, JOIN(dense_two_of_four, BODY)>("dense", layer, ROWS * IN * 4);
 }
 
+bool rounded_is_right(int32_t type) {
+    Bytes values = numbers(ROWS * IN / 2), metadata = numbers(ROWS * ((IN + 7) / 8));
+    Bytes scales = numbers(ROWS * 4), bias = numbers(ROWS * 4);
+    LayerOf24 layer{nullptr, values.data(), metadata.data(), scales.data(), bias.data(),
+                    ROWS, IN, IN, INT8, type, type, type};
+    int64_t size = type == FLOAT32 ? 4 : 2;
+    return same<LayerOf24, JOIN(rounded_two_of_four, BODY)>(
+        "rounded_two_of_four", layer, TOKENS * ROWS * size);
+}
+
 bool blocks_are_right(int32_t type) {
     constexpr int64_t rows = 8, cols = 4;
     std::vector<int32_t> starts{0}, columns;
@@ -97,7 +107,7 @@ int main(int count, char**) {
     for (int32_t type : {FLOAT32, BFLOAT16, FLOAT16}) {
         for (int32_t kind : {type, int32_t(INT8), int32_t(FLOAT8), int32_t(INT4)})
             right &= two_of_four_is_right(kind, type);
-        right &= blocks_are_right(type);
+        right &= rounded_is_right(type) & blocks_are_right(type);
     }
     return right ? 0 : 1;
 }

@@ -30,6 +30,7 @@ needs_library = pytest.mark.skipif(not BUILT, reason=f"no library: {simd._loaded
 BODIES = simd.bodies()
 HOOK = Path(__file__).parents[3] / "hatch_build.py"
 FORMATS = ("semi24", "semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8", "block:8x4")
+ROUNDED = "semi24_int8_dynamic"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -81,6 +82,42 @@ def test_any_block_is_right(
     weight[rows : 2 * rows] = 0  # a row of blocks without a block
     packed = parse_format(f"block:{rows}x{cols}").pack(weight)
     assert right(packed, weight, tokens_in(tokens, 5 * cols), tokens_in(3 * rows, seed=3))
+
+
+@needs_library
+@pytest.mark.parametrize("body", BODIES)
+@given(data=st.data())
+def test_inputs_that_are_rounded_give_the_definition_s_bits(body: str, data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 40), label="rows")
+    width = 4 * data.draw(st.integers(1, 90), label="groups")
+    tokens = data.draw(st.integers(0, 9), label="tokens")
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    packed = parse_format(ROUNDED).pack(fitting_weight(ROUNDED, rows, width, dtype))
+    bias = tokens_in(rows, dtype=dtype, seed=3) if data.draw(st.booleans(), label="bias") else None
+    x = tokens_in(tokens, width, dtype=dtype)
+    odd = st.sampled_from([0.0, 1e-40, 6e-8, 3e4, float("inf"), float("nan")])
+    for token in x[1::3]:  # some zeros, or tiny, or large, or not finite
+        token[data.draw(st.sampled_from([0, width // 2]), label="at") :] = data.draw(odd)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(simd.CHOICE, body)
+        result = implementation(ROUNDED).linear(x, packed, bias)
+    exact = packed.format.implementations[-1].linear(x, packed, bias)
+    assert torch.equal(result.nan_to_num(nan=7e3), exact.nan_to_num(nan=7e3))
+
+
+@needs_library
+def test_sums_of_the_largest_codes_are_exact_up_to_the_most_inputs() -> None:
+    packed = parse_format(ROUNDED).pack(torch.zeros(2, simd.MOST_INPUTS))
+    packed["values"].fill_(127)
+    packed["scales"].fill_(1)
+    run, x = implementation(ROUNDED), torch.full((1, simd.MOST_INPUTS), 127.0)
+    assert run.why_not(packed, 1) is None
+    sums = 127**2 * (simd.MOST_INPUTS // 2)
+    assert 2**31 - 2 * 127**2 < sums < 2**31
+    assert run.linear(x, packed, None).tolist() == [[float(torch.tensor(float(sums)))] * 2]
+    wider = parse_format(ROUNDED).pack(torch.zeros(1, simd.MOST_INPUTS + 4))
+    words = f"semi24_int8_dynamic simd needs at most {simd.MOST_INPUTS} inputs, got"
+    assert str(run.why_not(wider, 1)).startswith(words)
 
 
 @needs_library
@@ -155,7 +192,7 @@ def test_inputs_that_are_not_contiguous_and_values_anywhere_in_memory() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, ROUNDED])
 def test_threads_and_callers_beside_each_other_change_no_bit(format: str) -> None:
     weight = fitting_weight(format, 256, 512)
     run, packed = implementation(format), parse_format(format).pack(weight)

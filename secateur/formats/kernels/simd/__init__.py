@@ -1,10 +1,10 @@
 """The kernels for a CPU: a library of C functions without torch in it, its threads torch's own.
 
 It is compiled when the wheel is built (`hatch_build.py`), once for each body, which is a set of
-instructions: `avx512`, `avx2`, or `scalar` for any processor. The best that this one has runs;
-`SECATEUR_CPU_BODY` names another, or `none`. Functions get addresses and sizes, checked here; the
-address of torch's `torch_parallel_for` (`torch/csrc/stable/c/shim.h`) among them, so that one build
-serves every torch from 2.10 on.
+instructions: `avx512_vnni`, `avx512`, `avx2`, or `scalar` for any processor. The best that this one
+has runs; `SECATEUR_CPU_BODY` names another, or `none`. Functions get addresses and sizes, checked
+here; the address of torch's `torch_parallel_for` (`torch/csrc/stable/c/shim.h`) among them, so that
+one build serves every torch from 2.10 on.
 """
 
 import ctypes
@@ -17,20 +17,24 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int32, Shaped, UInt8
+from jaxtyping import Float, Int8, Int32, Shaped, UInt8
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
 LIBRARY = "kernels.so"
 SOURCES = ("kernels.cpp", "vectors.h")
 CHOICE = "SECATEUR_CPU_BODY"
+AVX2 = ("avx2", "fma3", "f16c")
+AVX512 = (*AVX2, "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")
 NEEDS = {  # of the processor, by body, the best first
-    "avx512": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx2", "fma3", "f16c"),
-    "avx2": ("avx2", "fma3", "f16c"),
+    "avx512_vnni": (*AVX512, "avx512_vbmi", "avx512_vnni"),
+    "avx512": AVX512,
+    "avx2": AVX2,
     "scalar": (),
 }
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Kind in kernels.cpp
 INT8, FLOAT8, INT4 = 3, 4, 5
+MOST_INPUTS = 2 * (2**31 // 127**2)  # of 2:4, whose products of codes are summed in 32 bits
 ARGUMENTS = (*[c_void_p] * 4, c_int64)  # of every kernel: layer, x, y, room, tokens
 
 Function = Callable[..., None]
@@ -121,6 +125,26 @@ def two_of_four(
     layer.type = FLOATS[dtype]
     room = 0 if dtype == torch.float32 else shape[1]
     return _runner("two_of_four", layer, shape[0], room)
+
+
+def rounded_two_of_four(
+    shape: tuple[int, int],
+    values: Int8[Tensor, "out kept"],
+    metadata: UInt8[Tensor, "out bytes"],
+    scales: Float[Tensor, "out 1"],
+    bias: Float[Tensor, " out"] | None,
+    dtype: torch.dtype,
+) -> Run:
+    """The linear of `secateur.formats.dynamic` for int8 codes: inputs are rounded to such, too.
+
+    What it returns knows the addresses of these tensors and holds none of them.
+
+    Error: none: the definition's numbers, bit for bit, where sums stay below 2^31 (`MOST_INPUTS`).
+    """
+    layer = _layer_of_24(shape, values, metadata, INT8, scales)
+    layer.bias, layer.bias_type = _bias(bias)
+    layer.type = FLOATS[dtype]
+    return _runner("rounded_two_of_four", layer, shape[0], shape[1] // 4 + 1)
 
 
 def dense_two_of_four(

@@ -269,6 +269,127 @@ ENTRY(dense_two_of_four)(
     any_two_of_four({*layer, nullptr, y, 0}, true);
 }
 
+// ---- 2:4, inputs rounded to integers ------------------------------------------------------------
+
+namespace {
+
+// A token as dynamic.py (secateur/formats) defines it: codes from -127 to 127 and their scale,
+// which is NaN where a number is not finite.
+struct Token {
+    float scale;
+    int8_t codes[];
+    static int64_t floats(int64_t in) { return in / 4 + 1; }
+    static Token& at(float* room, int64_t t, int64_t in) {
+        return *reinterpret_cast<Token*>(room + t * floats(in));
+    }
+};
+
+template <class X>
+inline void round_token(const X* x, int64_t in, Token& to) {
+    constexpr uint32_t INFINITE = 0x7f800000;
+    uint32_t most = 0;  // of magnitudes, whose bits are ordered as they are
+    for (int64_t i = 0; i < in; i++) {
+        uint32_t bits = as_bits(widen(x[i])) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float scale = as_float(most) / 127;
+    scale = scale > 0x1p-126f ? scale : 0x1p-126f;
+    float factor = most < INFINITE ? 1 / scale : 0;
+    to.scale = most < INFINITE ? scale : as_float(0x7fc00000);
+    for (int64_t i = 0; i < in; i++) {
+        float code = widen(x[i]) * factor;
+        code = code > -127 ? code : -127;
+        code = code < 127 ? code : 127;
+        to.codes[i] = input(most < INFINITE ? int(nearest(code)) : 0);
+    }
+}
+
+inline void round_tokens(const LayerOf24& a, const void* x, float* room, int64_t tokens) {
+    auto run = [&](int64_t t) {
+        Token& to = Token::at(room, t, a.in);
+        int64_t first = t * a.in;
+        if (a.type == FLOAT32) round_token(static_cast<const float*>(x) + first, a.in, to);
+        else if (a.type == BFLOAT16)
+            round_token(static_cast<const bfloat16*>(x) + first, a.in, to);
+        else round_token(static_cast<const float16*>(x) + first, a.in, to);
+    };
+    each(a.parallel, tokens, a.in * int64_t(sizeof(float)), run);
+}
+
+// A product that is rounded before anything is added to it.
+inline float rounded(float product) {
+    asm("" : "+m"(product));
+    return product;
+}
+
+struct Rounded24 : LayerOf24 {
+    float* room;
+    void* y;
+    int64_t tokens;
+};
+
+template <int R, int T>
+inline void rounded_tile(const Rounded24& a, int64_t row, int64_t token) {
+    int64_t kept = a.in / 2, whole = kept / M * M, stride = (a.in + 7) / 8;
+    const int8_t* values = reinterpret_cast<const int8_t*>(a.values) + row * kept;
+    const uint8_t* metadata = a.metadata + row * stride;
+    const int8_t* x[T];
+    Sums sums[R][T], offsets[R];
+    for (int t = 0; t < T; t++) x[t] = Token::at(a.room, token + t, a.in).codes;
+    for (int r = 0; r < R; r++) {
+        offsets[r] = nothing();
+        for (int t = 0; t < T; t++) sums[r][t] = nothing();
+    }
+    for (int64_t i = 0; i < whole; i += M)
+        for (int r = 0; r < R; r++) {
+            const uint8_t* at = metadata + r * stride + uint64_t(i) / 4;
+            __builtin_prefetch(values + (R + r) * kept + i);
+            __builtin_prefetch(at + R * stride);
+            auto where = places(at);
+            Codes w = codes(values + r * kept + i);
+            if (OFFSET) offsets[r] = dot(offsets[r], every(OFFSET), w);
+            for (int t = 0; t < T; t++) sums[r][t] = dot(sums[r][t], pick(x[t] + 2 * i, where), w);
+        }
+    for (int r = 0; r < R; r++) {
+        float scale = read(a.scales, row + r, a.scale_kind);
+        int32_t offset = total(offsets[r]);
+        for (int t = 0; t < T; t++) {
+            int32_t result = total(sums[r][t]) - offset;
+            for (int64_t i = whole; i < kept; i++) {
+                int place = metadata[r * stride + i / 4] >> (2 * (i % 4)) & 3;
+                result += values[r * kept + i] * code_of(x[t][i / 2 * 4 + place]);
+            }
+            float y = float(result) * Token::at(a.room, token + t, a.in).scale * scale;
+            if (a.bias) y = rounded(y) + read(a.bias, row + r, a.bias_type);
+            write(a.y, (token + t) * a.rows + row + r, a.type, y);
+        }
+    }
+}
+
+template <int R>
+inline void rounded_rows(const Rounded24& a, int64_t row) {
+    int64_t token = 0;
+    for (; token + 4 <= a.tokens; token += 4) rounded_tile<R, 4>(a, row, token);
+    for (; token + 2 <= a.tokens; token += 2) rounded_tile<R, 2>(a, row, token);
+    for (; token < a.tokens; token++) rounded_tile<R, 1>(a, row, token);
+}
+
+}  // namespace
+
+// Of codes in int8: room is what Token::floats says for each token.
+ENTRY(rounded_two_of_four)(
+    const LayerOf24* layer, const void* x, void* y, float* room, int64_t tokens) {
+    constexpr int R = 4;
+    round_tokens(*layer, x, room, tokens);
+    Rounded24 a{*layer, room, y, tokens};
+    auto run = [&](int64_t i) {
+        int64_t row = i * R;
+        if (row + R <= a.rows) return rounded_rows<R>(a, row);
+        for (; row < a.rows; row++) rounded_rows<1>(a, row);
+    };
+    each(a.parallel, (a.rows + R - 1) / R, R * a.in / 2, run);
+}
+
 // ---- blocks -------------------------------------------------------------------------------------
 
 namespace {

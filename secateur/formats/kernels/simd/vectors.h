@@ -1,6 +1,6 @@
 // Vectors of float32 for each body: what the kernels of kernels.cpp are written in.
 //
-// Body is AVX512, AVX2 or Scalar, chosen by the macro BODY of the translation unit. Everything is
+// Body is AVX512_VNNI, AVX512, AVX2 or SCALAR, chosen by the macros of the translation unit. Everything is
 // static and nothing comes from the standard library, so that no function compiled for one
 // instruction set can be taken for another's by the linker.
 //
@@ -12,7 +12,18 @@
 //                       from the N / 4 bytes of metadata at p (secateur/formats/two_of_four.py)
 //   pick(x, where)      those inputs, of the 2 N at x
 //   codes4(p)           N codes of 4 bits as floats, in the order of positions4(p)
+//
+// And of products of integers, which are exact:
+//   Codes, Sums         M codes of 8 bits; some sums of 32 bits
+//   places(p)           of M kept codes: which of their 2 M inputs each multiplies, as pick reads it
+//   pick(x, where)      those inputs, of the 2 M at x
+//   dot(s, x, w)        s and the products of x and w, which are from -127 to 127; x is as input()
+//                       made it, which adds OFFSET where the processor multiplies unsigned numbers
 #pragma once
+
+#ifdef BODY_AVX512_VNNI
+#define BODY_AVX512
+#endif
 
 #include <stdint.h>
 
@@ -204,6 +215,9 @@ inline Vec codes4(const uint8_t* p) {
 }  // namespace
 
 #elif defined(BODY_SCALAR)
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 namespace {
 constexpr int N = 8;
 constexpr int ACCUMULATORS = 4;
@@ -245,3 +259,110 @@ inline Vec codes4(const uint8_t* p) {
 }
 }  // namespace
 #endif
+
+// ---- integers -----------------------------------------------------------------------------------
+
+namespace {
+
+// The nearest integer, ties to even, without a function of a library.
+inline float nearest(float f) {
+#if defined(__SSE__) && !defined(__SSE4_1__)
+    return float(_mm_cvtss_si32(_mm_set_ss(f)));
+#else
+    return __builtin_rintf(f);
+#endif
+}
+
+#if defined(BODY_AVX512_VNNI)
+constexpr int M = 64;
+constexpr int OFFSET = 128;
+using Codes = __m512i;
+using Sums = __m512i;
+
+inline Sums nothing() { return _mm512_setzero_si512(); }
+inline Codes every(int code) { return _mm512_set1_epi8(char(code)); }
+inline Codes codes(const int8_t* p) { return _mm512_loadu_si512(p); }
+inline int32_t total(Sums a) { return _mm512_reduce_add_epi32(a); }
+inline Sums dot(Sums s, Codes x, Codes w) { return _mm512_dpbusd_epi32(s, x, w); }
+inline Codes places(const uint8_t* p) {
+    // each eighth of the result has 16 of the 128 bits: every byte those from its own on
+    __m512i halves = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p));
+    __m512i words = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1), halves);
+    __m512i shift = _mm512_add_epi64(
+        _mm512_set1_epi64(0x0e0c0a0806040200),
+        _mm512_setr_epi64(0, 0x1010101010101010, 0x2020202020202020, 0x3030303030303030, 0,
+                          0x1010101010101010, 0x2020202020202020, 0x3030303030303030));
+    __m512i group = _mm512_add_epi64(
+        _mm512_set1_epi64(0x0c0c080804040000),
+        _mm512_setr_epi64(0, 0x1010101010101010, 0x2020202020202020, 0x3030303030303030,
+                          0x4040404040404040, 0x5050505050505050, 0x6060606060606060,
+                          0x7070707070707070));
+    __m512i bits = _mm512_multishift_epi64_epi8(shift, words);
+    return _mm512_ternarylogic_epi32(bits, _mm512_set1_epi8(3), group, 0xea);  // a & b | c
+}
+inline Codes pick(const int8_t* x, Codes where) {
+    return _mm512_permutex2var_epi8(codes(x), where, codes(x + M));
+}
+
+#elif defined(BODY_AVX512) || defined(BODY_AVX2)
+constexpr int M = 32;
+constexpr int OFFSET = 0;
+using Codes = __m256i;
+using Sums = __m256i;
+
+inline Sums nothing() { return _mm256_setzero_si256(); }
+inline Codes every(int code) { return _mm256_set1_epi8(char(code)); }
+inline Codes codes(const int8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline int32_t total(Sums a) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 1)));
+}
+inline Sums dot(Sums s, Codes x, Codes w) {  // |x| (w sign(x)): two of 127 x 127 fit 16 bits
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+    return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline Codes places(const uint8_t* p) {  // within 16 inputs, of which each half lane has its own
+    __m256i four = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    four = _mm256_or_si256(four, _mm256_slli_epi32(four, 12));
+    four = _mm256_or_si256(four, _mm256_slli_epi32(four, 6));
+    __m256i group = _mm256_set1_epi64x(0x0c0c080804040000);
+    return _mm256_or_si256(_mm256_and_si256(four, _mm256_set1_epi8(3)), group);
+}
+inline __m256i halves(const int8_t* low, const int8_t* high) {
+    __m128i first = _mm_loadu_si128((const __m128i*)low);
+    return _mm256_inserti128_si256(
+        _mm256_castsi128_si256(first), _mm_loadu_si128((const __m128i*)high), 1);
+}
+inline Codes pick(const int8_t* x, Codes where) {
+    __m256i even = _mm256_shuffle_epi8(halves(x, x + 32), where);
+    __m256i odd = _mm256_shuffle_epi8(halves(x + 16, x + 48), where);
+    return _mm256_blend_epi32(even, odd, 0xcc);
+}
+
+#else
+constexpr int M = N;
+constexpr int OFFSET = 0;
+struct Codes { int8_t lane[M]; };
+struct Sums { int32_t lane[M]; };
+
+inline Sums nothing() { return {}; }
+inline Codes every(int code) { Codes r; EACH_LANE r.lane[i] = int8_t(code); return r; }
+inline Codes codes(const int8_t* p) { Codes r; EACH_LANE r.lane[i] = p[i]; return r; }
+inline int32_t total(Sums a) { int32_t s = 0; EACH_LANE s += a.lane[i]; return s; }
+inline Sums dot(Sums s, Codes x, Codes w) {
+    EACH_LANE s.lane[i] += x.lane[i] * w.lane[i];
+    return s;
+}
+inline Numbers places(const uint8_t* p) { return positions(p); }
+inline Codes pick(const int8_t* x, Numbers where) {
+    Codes r;
+    EACH_LANE r.lane[i] = x[where.lane[i]];
+    return r;
+}
+#endif
+// A code as a vector of inputs has it, and back.
+inline int8_t input(int code) { return int8_t(uint8_t(code + OFFSET)); }
+inline int code_of(int8_t input) { return int8_t(uint8_t(input - OFFSET)); }
+
+}  // namespace
