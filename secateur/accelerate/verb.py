@@ -53,7 +53,7 @@ from secateur.formats.pack import (
     why_not_layer,
 )
 
-DEFAULT_FORMATS = ("semi24", "semi48", "block:64x64", "block:32x32", "block:16x16", "csr")
+DEFAULT_FORMATS = ("semi24", "semi48", "block:64x64", "block:32x32", "block:16x16", "bitmap", "csr")
 # A 2:4 weight is at most 4:8 too, takes as many bytes so and more instructions: it is not measured.
 NARROWER = {"semi48": "semi24"}
 ALIKE = 0.01  # layers of one shape whose densities agree to this are measured once
