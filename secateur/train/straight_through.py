@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from secateur.core.float64 import in_float64
 from secateur.patterns import NM, Pattern
 from secateur.train.dynamic import uniform
 
@@ -125,7 +126,7 @@ class SoftThreshold:
 
         Raises: ValueError if no weight is larger than what its group drops.
         """
-        wide = weight.double()
+        wide = in_float64(weight)
         soft = _soft(wide, pattern.mask(wide.abs()), pattern)
         norm = soft.square().sum()
         if not float(norm):
@@ -134,7 +135,8 @@ class SoftThreshold:
                 "(S-STE) would leave none: give it random weights, or leave it out of the plan "
                 "(ignore=)"
             )
-        return weight.clone(), ((wide * soft).sum() / norm).to(_wide(weight).dtype)
+        beta = (wide * soft).sum() / norm
+        return weight.clone(), beta.to(weight.device, _wide(weight).dtype)
 
     def weight(self, learnt: Learnt, pattern: Pattern) -> Float[Tensor, "out in"]:
         trained, mask, beta = learnt
