@@ -6,9 +6,9 @@
 //
 //   D[16 rows, 8 tokens] += A[16 rows, 16 columns] B[16 columns, 8 tokens]              mma m16n8k16
 //
-// The bound is stored bytes / memory bandwidth: at half the weights 16 x 0.5 + 1 bits a weight, and an eighth
+// The bound is stored bytes / memory bandwidth: at half the weights 16 x 0.5 + 1 bits a weight, and a fifth
 // of the numbers more, because the lane with the most sets the lines of a unit. Beside it, for four weights
-// a lane: 17 instructions, and five reads of shared memory.
+// a lane: 15 instructions, and five reads of shared memory.
 //
 // A CTA takes GROUP tiles of 16 rows at a time, and the next ones when these are done, so that all SMs have as
 // many. SPLITS warps split a tile's columns, unit by unit. Each warp has a ring of its own for the units to come,
