@@ -46,6 +46,14 @@ def cubin(source: Source, defines: tuple[tuple[str, int], ...], arch: str) -> by
     return code
 
 
+def is_kept(source: Source, defines: tuple[tuple[str, int], ...], arch: str) -> bool:
+    """Whether the machine code of the source with these macros need not be compiled."""
+    try:
+        return _read(folder() / f"{key(source, defines, arch)}.cubin") is not None
+    except RuntimeError:  # a user without a home
+        return False
+
+
 def folder() -> Path:
     """Where the entries are: `$SECATEUR_CACHE`, else the user's cache folder.
 

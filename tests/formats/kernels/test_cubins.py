@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from secateur.formats.kernels import cubins
-from secateur.formats.kernels.cubins import cubin, folder, key
+from secateur.formats.kernels.cubins import cubin, folder, is_kept, key
 from secateur.formats.kernels.nvrtc import Source
 from tests.formats.kernels.cubin_info import NEEDS_NVRTC
 
@@ -53,6 +53,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def names(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir())
+
+
+def test_what_is_kept_is_known_and_a_damaged_entry_is_not(
+    compiler: Compiler, source: Source, cache: Path
+) -> None:
+    assert not is_kept(source, DEFINES, "sm_90a")
+    cubin(source, DEFINES, "sm_90a")
+    assert is_kept(source, DEFINES, "sm_90a") and not is_kept(source, DEFINES, "sm_80")
+    (cache / names(cache)[0]).write_bytes(b"half of it")
+    assert not is_kept(source, DEFINES, "sm_90a")
+    assert compiler.calls == 1
 
 
 def test_the_second_call_does_not_compile(compiler: Compiler, source: Source, cache: Path) -> None:

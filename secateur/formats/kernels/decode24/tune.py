@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.core.progress import progress
 from secateur.formats.kernels import timing
-from secateur.formats.kernels.cubins import cubin
+from secateur.formats.kernels.cubins import cubin, is_kept
 from secateur.formats.kernels.decode24.arrange import UNIT_COLUMNS, UNIT_ROWS, Kind, arrange
 from secateur.formats.kernels.decode24.config import (
     CLUSTERS_FROM,
@@ -148,10 +148,12 @@ def resident_clusters(device: torch.device) -> dict[int, int]:
 def compile_all(
     cases: Iterable[tuple[Case, LaunchConfig]], device: torch.device, workers: int | None
 ) -> None:
-    """Compile all these configs into the cache of machine code, in parallel processes."""
+    """Compile in parallel processes what the cache of machine code lacks of these configs."""
     arch = arch_of(torch.cuda.get_device_capability(device))
     portable = torch.cuda.get_device_capability(device) < CLUSTERS_FROM
-    defines = sorted({config.defines(case, portable) for case, config in cases})
+    wanted = {config.defines(case, portable) for case, config in cases}
+    if not (defines := sorted(one for one in wanted if not is_kept(SOURCE, one, arch))):
+        return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = pool.map(_compile, [(one, arch) for one in defines], chunksize=4)
         for _ in progress(jobs, "compile", total=len(defines), unit="kernel"):

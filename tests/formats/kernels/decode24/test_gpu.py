@@ -1,6 +1,7 @@
 """The decode kernel on a GPU: every format, number type and token count, alone and in chains."""
 
 import copy
+import fcntl
 from functools import cache
 from pathlib import Path
 
@@ -50,8 +51,11 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled() -> None:
-    """All kernels of this file at once, in parallel: one after another they would take minutes."""
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All kernels of this file at once, in parallel: one after another they would take minutes.
+
+    Of processes that share the tests one compiles, and the others wait for what it has kept.
+    """
     if not torch.cuda.is_available():
         return
     cases = [
@@ -63,7 +67,9 @@ def _compiled() -> None:
     ]
     chosen = [(case, choose(case, device())) for case in cases]
     given = [(case.widest, config) for case, config in GIVEN]
-    compile_all(chosen + given, device(), None)
+    with (tmp_path_factory.getbasetemp().parent / "compiling").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compile_all(chosen + given, device(), None)
 
 
 @cache  # packing takes longer than the tests

@@ -255,6 +255,36 @@ def test_all_is_compiled_before_anything_is_measured(monkeypatch: pytest.MonkeyP
     assert compiled == [(case, timed.config) for case, many in found for timed in many]
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_the_cache_holds_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Any] = []
+
+    class Pool:
+        """Stands in for the processes: each would import torch."""
+
+        def __init__(self, workers: int | None, mp_context: object) -> None:
+            jobs.append("began")
+
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def map(self, function: object, given: list[Any], chunksize: int) -> list[Any]:
+            jobs.extend(given)
+            return given
+
+    kept = config(1).defines(CASE, False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(module, "is_kept", lambda source, defines, arch: defines == kept)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+    module.compile_all([(CASE, config(1))], CPU, None)
+    assert jobs == []
+    module.compile_all([(CASE, config(1)), (CASE, config(2)), (CASE, config(2))], CPU, None)
+    assert jobs == ["began", (config(2).defines(CASE, False), "sm_90a")]
+
+
 def test_metadata_is_of_every_kind() -> None:
     """All six pairs of places, in every row; else a wrong one would go unseen."""
     made = problem(SMALL, CPU, 1)
