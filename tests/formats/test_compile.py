@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from math import log2
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,19 @@ if __name__ == "__main__":  # the checks import the same helpers as the tests
 
 from secateur import unpack_
 from secateur.core.undo import Undo
+from secateur.formats import SparseLinear
 from secateur.formats.fuse import Fused, fuse_activations_
 from secateur.formats.kernels import decode24
 from secateur.formats.op import linear_operator
-from tests.formats.weights import DYNAMIC, FORMATS, QUANTISED, sparse_linear, tokens_in
+from tests.formats.weights import (
+    DYNAMIC,
+    FORMATS,
+    QUANTISED,
+    fitting_weight,
+    packed_weight,
+    sparse_linear,
+    tokens_in,
+)
 
 
 class Block(nn.Module):
@@ -191,7 +201,11 @@ def check_a_whole_llama() -> None:
 
 
 def packed_llama(formats: Sequence[str], width: int, dtype: torch.dtype) -> nn.Module:
-    """A tiny Llama whose linear layers have these formats, in turn."""
+    """A tiny Llama whose linear layers have these formats, in turn.
+
+    Weights are of the size that keeps activations: larger ones make attention choose one position,
+    and another by the next rounding.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -204,7 +218,9 @@ def packed_llama(formats: Sequence[str], width: int, dtype: torch.dtype) -> nn.M
     assert len(names) >= len(formats)
     for name, format in zip(names, itertools.cycle(formats)):
         out, inputs = model.model.get_submodule(name).weight.shape
-        model.model.set_submodule(name, sparse_linear(format, out, inputs, dtype, bias=False))
+        weight = fitting_weight(format, out, inputs, dtype) / 2.0 ** round(log2(inputs) / 2)
+        layer = SparseLinear(packed_weight(format, weight), None, name)
+        model.model.set_submodule(name, layer)
     return model
 
 
