@@ -266,6 +266,9 @@ def test_a_tensor_that_is_missing_or_damaged_is_an_error_and_never_random(folder
     (folder / "model.secateur.safetensors").write_bytes(whole)
     values = load_file(folder / "model.secateur.safetensors")[f"{LAYER}.values"]
     edit_weights(folder, f"{LAYER}.values", values.double())
+    if transformers.__version__ < "5.18":  # which casts what it reads
+        assert from_pretrained(folder).get_submodule(LAYER).packed["values"].dtype == values.dtype
+        return
     said = rf"'{LAYER}': .*values needs \w+, got float64: copy the folder again"
     with pytest.raises(ValueError, match=said):
         from_pretrained(folder)
