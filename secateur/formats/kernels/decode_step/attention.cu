@@ -10,11 +10,9 @@
 // in turns, each through a ring of its own, so that no warp waits for another before the end. Tensor cores
 // multiply: a query is a row of A, of which there are 16, so rows 0..7 hold the queries rounded to 16 bits
 // and rows 8..15 what the rounding left; likewise the weights. Their products are added in one lane, and
-// nothing but the stored keys and values and the result is rounded to 16 bits. A warp multiplies the keys
-// of its next tile while it makes weights of this tile's scores: one after the other, they would take it
-// twice as long. Every warp keeps a running maximum, sum and result, and sends each to the CTA of the
-// cluster that owns the output, which joins them: always in the same order, so a repeated call gives the
-// same bits.
+// nothing but the stored keys and values and the result is rounded to 16 bits. Every warp keeps a running
+// maximum, sum and result; they are joined in the CTA, and by the CTA of the cluster that owns an output:
+// always in the same order, so a repeated call gives the same bits.
 //
 // A tile lies in shared memory key by key; its 16-byte pieces are permuted by the key, so that eight keys'
 // pieces of one place are in different banks. The new key and value are put where the cache's last would
@@ -45,17 +43,26 @@ constexpr int STAGE_BYTES = 2 * TILE_BYTES;
 constexpr int WORKERS = WARPS * CLUSTER;         // that take tiles in turns
 constexpr int OUTPUTS = QUERIES * HEAD;
 constexpr int OWNED = OUTPUTS / CLUSTER;         // of a CTA
-constexpr int SHARE = OWNED >= THREADS ? 1 : OWNED >= THREADS / 8 ? THREADS / OWNED : 8;   // lanes that join an output
-constexpr int PITCH = OWNED + (SHARE > 1 ? 32 / SHARE : 0);   // so that they read different banks
 constexpr bool KEPT = HEAD < 256;                // queries in registers, of which a thread has enough
-constexpr int CHAINS = KEPT ? 2 : 1;             // of multiplications that wait for one another, for a score
 constexpr float LOWEST = -1e30f;                 // below every score; its difference with itself is 0
 constexpr float LOG2_E = 1.4426950408889634f;
 
 static_assert(QUERIES <= 8, "rows 8..15 hold what rounding has left");
-static_assert(OUTPUTS % CLUSTER == 0 && WORKERS % SHARE == 0, "every CTA owns, every lane joins as many");
+static_assert(OUTPUTS % CLUSTER == 0, "every CTA owns as many outputs");
 
 extern __shared__ __align__(128) u8 ring[];
+
+// 16 numbers of a head: eight of each half, so that a rotary pair is in one lane.
+struct Piece {
+    float low[8], high[8];
+};
+
+__device__ __forceinline__ Piece read(const u16* head, int j) {
+    Piece piece;
+    unpack_8<HALF>(piece.low, *reinterpret_cast<const uint4*>(head + 8 * j));
+    unpack_8<HALF>(piece.high, *reinterpret_cast<const uint4*>(head + HEAD / 2 + 8 * j));
+    return piece;
+}
 
 // The sum over neighbouring lanes, LANES of them or four.
 template <int COUNT>
@@ -77,41 +84,33 @@ __device__ __forceinline__ Split split(float a, float b) {
             round_16<HALF>(a_left) | static_cast<u32>(round_16<HALF>(b_left)) << 16};
 }
 
-// The new key and value of a kv head: 16 numbers of each, one lane's.
+// The new key and value of a kv head, as they are stored: 16 numbers of each, one lane's.
 struct New {
     uint4 key_low, key_high, value_low, value_high;
-
-    __device__ __forceinline__ void read(const u16* key_head, const u16* value_head, int j) {
-        const uint4* const key = reinterpret_cast<const uint4*>(key_head);
-        const uint4* const value = reinterpret_cast<const uint4*>(value_head);
-        key_low = key[j], key_high = key[LANES + j], value_low = value[j], value_high = value[LANES + j];
-    }
-
-    // The key as it is stored.
-    __device__ __forceinline__ void rotate(
-        const u16* key_norm, const float* cosine, const float* sine, float epsilon, int j) {
-        float low[8], high[8];
-        unpack_8<HALF>(low, key_low);
-        unpack_8<HALF>(high, key_high);
-        if constexpr (NORM) {
-            float squares = 0.0f, of_low[8], of_high[8];
-            unpack_8<HALF>(of_low, reinterpret_cast<const uint4*>(key_norm)[j]);
-            unpack_8<HALF>(of_high, reinterpret_cast<const uint4*>(key_norm)[LANES + j]);
-            #pragma unroll
-            for (int i = 0; i < 8; ++i) squares += low[i] * low[i] + high[i] * high[i];
-            const float inverse = rsqrtf(over_lanes<LANES>(squares) / HEAD + epsilon);
-            #pragma unroll
-            for (int i = 0; i < 8; ++i) low[i] *= inverse * of_low[i], high[i] *= inverse * of_high[i];
-        }
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float l = low[i], r = high[i], c = cosine[8 * j + i], s = sine[8 * j + i];
-            low[i] = l * c - r * s;
-            high[i] = r * c + l * s;
-        }
-        key_low = pack_8<HALF>(low), key_high = pack_8<HALF>(high);
-    }
 };
+
+__device__ __forceinline__ New read_new(
+    const u16* key_head, const u16* value_head, const u16* key_norm, const float* cosine, const float* sine,
+    float epsilon, int j) {
+    Piece key = read(key_head, j);
+    if constexpr (NORM) {
+        const Piece weight = read(key_norm, j);
+        float squares = 0.0f;
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) squares += key.low[i] * key.low[i] + key.high[i] * key.high[i];
+        const float inverse = rsqrtf(over_lanes<LANES>(squares) / HEAD + epsilon);
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) key.low[i] *= inverse * weight.low[i], key.high[i] *= inverse * weight.high[i];
+    }
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float low = key.low[i], high = key.high[i], c = cosine[8 * j + i], s = sine[8 * j + i];
+        key.low[i] = low * c - high * s;
+        key.high[i] = high * c + low * s;
+    }
+    const uint4* const value = reinterpret_cast<const uint4*>(value_head);
+    return {pack_8<HALF>(key.low), pack_8<HALF>(key.high), value[j], value[LANES + j]};
+}
 
 // A query's rotary pairs that lane q of its four has: numbers 16 s + 2 q + {0, 1, 8, 9} of both halves.
 __device__ __forceinline__ constexpr int number_of(int i, int q) { return i / 4 * 16 + i % 4 / 2 * 8 + 2 * q + i % 2; }
@@ -146,44 +145,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
     const u16* const old_keys = keys + (cache + first_key) * HEAD;
     const u16* const old_values = values + (cache + first_key) * HEAD;
 
-    __shared__ __align__(16) float results[WORKERS][PITCH];   // of this CTA's outputs, by every warp of the cluster
-    __shared__ float2 states[WORKERS][QUERIES];               // their maxima and sums
-    __shared__ __align__(8) u64 barrier;
+    __shared__ float warp_results[WARPS][OUTPUTS], warp_most[WARPS][QUERIES], warp_sums[WARPS][QUERIES];
+    __shared__ float cta_results[CLUSTER][OWNED], cta_most[CLUSTER][QUERIES], cta_sums[CLUSTER][QUERIES];
     __shared__ New new_pieces[LANES];
     __shared__ uint4 query_pieces[KEPT ? 1 : STEPS][32];
-    const u32 stages = shared_address(ring) + warp * STAGES * STAGE_BYTES, joined = shared_address(&barrier);
+    const u32 stages = shared_address(ring) + warp * STAGES * STAGE_BYTES;
 
     // The place of a piece of a key in a tile.
     auto place = [](int key, int piece) { return key * ROW_BYTES + 16 * (piece ^ key % 8); };
-    // Starts the copies of a tile's keys, or values, of which this lane has a piece of every AT_ONCE-th key.
-    constexpr int AT_ONCE = 32 / PIECES;
-    const int own_key = lane / PIECES, own_piece = lane % PIECES;
-    auto fetch = [&](const u16* from, int tile, u32 to) {
-        if (tile >= tiles) return;
-        const int first = TILE * (tile * WORKERS + worker);
-        const u16* const own = from + static_cast<u32>((first + own_key) * HEAD + 8 * own_piece);   // below 2^32
-        #pragma unroll
-        for (int key = 0; key < TILE; key += AT_ONCE) {      // own_key is less than AT_ONCE: their sum has the bits of both
-            const u32 at = to + (own_key + key) * ROW_BYTES + 16 * (own_piece ^ own_key ^ key % 8);
-            const bool there = first + own_key + key < count;   // else zeros: what lies there need not be numbers
-            copy_16(at, there ? own + key * HEAD : from, there);
+    auto fetch = [&](int tile, u32 to) {
+        if (tile < tiles) {
+            const int first = TILE * (tile * WORKERS + worker);
+            #pragma unroll 4
+            for (int i = 0; i < TILE * PIECES / 32; ++i) {
+                const int key = (32 * i + lane) / PIECES, piece = (32 * i + lane) % PIECES;
+                const bool there = first + key < count;   // else zeros: what lies there need not be numbers
+                const u32 offset = there ? (first + key) * HEAD + 8 * piece : 0;   // of a head: less than 2^32
+                copy_16(to + place(key, piece), old_keys + offset, there);
+                copy_16(to + TILE_BYTES + place(key, piece), old_values + offset, there);
+            }
         }
-    };
-    if constexpr (CLUSTER > 1) {
-        if (threadIdx.x == 0) {
-            barrier_init(joined, 1 + WARPS);
-            barrier_init_done();
-            barrier_expect(joined, (WORKERS - WARPS) * (OWNED * 4 + QUERIES * 8));   // from the other CTAs
-        }
-    }
-    // Group i of copies has the keys of tile i and the values of the tile before.
-    #pragma unroll
-    for (int i = 0; i < STAGES; ++i) {
-        fetch(old_keys, i, stages + i * STAGE_BYTES);
-        if (i > 0) fetch(old_values, i - 1, stages + (i - 1) * STAGE_BYTES + TILE_BYTES);
         commit_copies();
-    }
-    fetch(old_values, STAGES - 1, stages + (STAGES - 1) * STAGE_BYTES + TILE_BYTES);
+    };
+    #pragma unroll
+    for (int i = 0; i < STAGES; ++i) fetch(i, stages + i * STAGE_BYTES);
     if constexpr (CLUSTER > 1) cluster_arrive_relaxed();
 
     const int h = lane / 4, q = lane % 4;            // this lane's query, and which of its lanes it is
@@ -202,8 +187,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
 
     const u16* const heads = qkv + static_cast<size_t>(sequence) * (query_heads + 2 * kv_heads) * HEAD;
     const int first_query = kv * of_kv + part * QUERIES, j = lane % LANES;
-    New fresh;                                       // asked for before the queries are waited for
-    if (has_new) fresh.read(heads + (query_heads + kv) * HEAD, heads + (query_heads + kv_heads + kv) * HEAD, j);
     u32 queries[STEPS][4];                           // A of each 16 numbers: rounded and rest, in turns
     {
         const u16* const head = heads + min(first_query + min(h, QUERIES - 1), kv * of_kv + of_kv - 1) * HEAD;
@@ -256,7 +239,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
         a[0] = pieces.x, a[1] = pieces.y, a[2] = pieces.z, a[3] = pieces.w;
     };
     if (has_new) {
-        fresh.rotate(key_norm, cosine, sine, epsilon, j);
+        const New fresh = read_new(
+            heads + (query_heads + kv) * HEAD, heads + (query_heads + kv_heads + kv) * HEAD, key_norm,
+            cosine, sine, epsilon, j);
         if (lane < LANES) new_pieces[lane] = fresh;
         if (lane < LANES && part == 0) {
             uint4* const key = reinterpret_cast<uint4*>(keys + (cache + here) * HEAD);
@@ -275,63 +260,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
         for (int i = 0; i < 4; ++i) result[d][i] = 0.0f;
 
     const int matrix = lane / 8, row = lane % 8;     // whose address this lane gives, of four
-    const int newest = count - TILE * ((tiles - 1) * WORKERS + worker);   // the new key's place in the last tile
-    auto put_new = [&](u32 to, int low, int high) {  // pieces j and LANES + j of it
-        __syncwarp();                                // zeros are there, which other lanes have copied
-        if (lane < LANES) {
-            const uint4* const pieces = &new_pieces[lane].key_low;   // this lane's own
-            store_shared_128(to + place(newest, j), pieces[low]);
-            store_shared_128(to + place(newest, LANES + j), pieces[high]);
+    u32 of_keys = stages;
+    for (int tile = 0; tile < tiles; ++tile) {
+        const int first = TILE * (tile * WORKERS + worker);
+        const u32 of_values = of_keys + TILE_BYTES;
+        wait_copies<STAGES - 1>();
+        if (has_new && tile == tiles - 1 && lane < LANES) {
+            const int key = count - first;
+            const New fresh = new_pieces[lane];          // this lane's own
+            store_shared_128(of_keys + place(key, j), fresh.key_low);
+            store_shared_128(of_keys + place(key, LANES + j), fresh.key_high);
+            store_shared_128(of_values + place(key, j), fresh.value_low);
+            store_shared_128(of_values + place(key, LANES + j), fresh.value_high);
         }
-    };
-    float scores[2][CHAINS][4];                      // of eight keys each
-    auto multiply_keys = [&](u32 of_keys) {
-        #pragma unroll
-        for (int i = 0; i < 8 * CHAINS; ++i) scores[i / 4 / CHAINS][i / 4 % CHAINS][i % 4] = 0.0f;
+        __syncwarp();                                // every lane's copies are there for all
+
+        float scores[2][4] = {};                     // of eight keys each
         #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
             u32 a[4], k[4];
             query(a, step);
             load_matrices(k, of_keys + place(matrix / 2 * 8 + row, 2 * step + matrix % 2));
-            multiply_16<HALF>(scores[0][step % CHAINS], a, k[0], k[1]);
-            multiply_16<HALF>(scores[1][step % CHAINS], a, k[2], k[3]);
+            multiply_16<HALF>(scores[0], a, k[0], k[1]);
+            multiply_16<HALF>(scores[1], a, k[2], k[3]);
         }
-    };
-    wait_copies<STAGES - 1>();
-    if (has_new && tiles == 1) put_new(stages, 0, 1);
-    __syncwarp();                                    // every lane's copies are there for all
-    multiply_keys(stages);
-    __syncwarp();                                    // all have read them
-    fetch(old_keys, STAGES, stages);
-    commit_copies();
-
-    u32 stage = stages;
-    for (int tile = 0; tile < tiles; ++tile) {
-        const int first = TILE * (tile * WORKERS + worker);
-        const u32 next = stage == stages + (STAGES - 1) * STAGE_BYTES ? stages : stage + STAGE_BYTES;
-        wait_copies<STAGES - 1>();
-        if (has_new && tile == tiles - 2) put_new(next, 0, 1);
-        if (has_new && tile == tiles - 1) put_new(stage + TILE_BYTES, 2, 3);
-        __syncwarp();
-
         float value[2][2], highest = LOWEST;
         #pragma unroll
         for (int t = 0; t < 2; ++t)
             #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                float v = scores[t][0][i] + scores[t][0][2 + i];
-                if constexpr (CHAINS == 2) v += scores[t][1][i] + scores[t][1][2 + i];
-                v *= unit;
+                float v = (scores[t][i] + scores[t][2 + i]) * unit;
                 if constexpr (SOFTCAP) v = cap * tanhf(v / cap) * LOG2_E;
                 value[t][i] = first + 8 * t + 2 * q + i <= count ? v : LOWEST;
                 highest = fmaxf(highest, value[t][i]);
             }
-        multiply_keys(next);                         // behind the last tile: of no use, and not used
         highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-        const float kept = exp2f(most - fmaxf(most, highest));
-        most = fmaxf(most, highest);
-        sum *= kept;
+        if (__any_sync(~0u, highest > most)) {
+            const float kept = exp2f(most - fmaxf(most, highest));
+            most = fmaxf(most, highest);
+            sum *= kept;
+            #pragma unroll
+            for (int d = 0; d < 2 * STEPS; ++d)
+                #pragma unroll
+                for (int i = 0; i < 4; ++i) result[d][i] *= kept;
+        }
         u32 weights[4];
         #pragma unroll
         for (int t = 0; t < 2; ++t) {
@@ -343,63 +316,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(
         #pragma unroll
         for (int d = 0; d < STEPS; ++d) {
             u32 v[4];
-            load_matrices_transposed(v, stage + TILE_BYTES + place(matrix % 2 * 8 + row, 2 * d + matrix / 2));
-            #pragma unroll
-            for (int i = 0; i < 8; ++i) result[2 * d + i / 4][i % 4] *= kept;
+            load_matrices_transposed(v, of_values + place(matrix % 2 * 8 + row, 2 * d + matrix / 2));
             multiply_16<HALF>(result[2 * d], weights, v[0], v[1]);
             multiply_16<HALF>(result[2 * d + 1], weights, v[2], v[3]);
         }
-        __syncwarp();                                // all have read the keys and the values
-        fetch(old_values, tile + STAGES, stage + TILE_BYTES);
-        fetch(old_keys, tile + 1 + STAGES, next);
-        commit_copies();
-        stage = next;
+        __syncwarp();                                // all have read the stage
+        fetch(tile + STAGES, of_keys);
+        of_keys = of_keys == stages + (STAGES - 1) * STAGE_BYTES ? stages : of_keys + STAGE_BYTES;
     }
 
-    // Each warp's sums go to the CTAs that own the outputs.
+    // Join the lanes of a query, the warps of the CTA, and the CTAs of the cluster.
     sum = over_lanes<4>(sum);
-    if constexpr (CLUSTER > 1) cluster_wait();       // the others have begun: their memory can be written
     if (h < QUERIES) {
-        for (int owner = q; owner < CLUSTER; owner += 4) {
-            float2* const to = &states[worker][h];
-            if (owner == rank) *to = make_float2(most, sum);
-            else store_remote(in_cta(shared_address(to), owner), most, sum, in_cta(joined, owner));
-        }
+        float* const to = warp_results[warp] + h * HEAD + 2 * q;
         #pragma unroll
-        for (int d = 0; d < 2 * STEPS; ++d) {
-            const int output = h * HEAD + 8 * d + 2 * q, owner = output / OWNED;
-            float* const to = &results[worker][output % OWNED];
-            const float a = result[d][0] + result[d][2], b = result[d][1] + result[d][3];
-            if (CLUSTER == 1 || owner == rank) to[0] = a, to[1] = b;
-            else store_remote(in_cta(shared_address(to), owner), a, b, in_cta(joined, owner));
+        for (int d = 0; d < 2 * STEPS; ++d)
+            *reinterpret_cast<float2*>(to + 8 * d) =
+                make_float2(result[d][0] + result[d][2], result[d][1] + result[d][3]);
+        if (q == 0) warp_most[warp][h] = most, warp_sums[warp][h] = sum;
+    }
+    if constexpr (CLUSTER > 1) cluster_wait();      // the others have begun: their memory can be written
+    __syncthreads();
+    for (int index = threadIdx.x; index < OUTPUTS; index += THREADS) {
+        const int h = index / HEAD;
+        float most = warp_most[0][h], sum = 0.0f, result = 0.0f;
+        #pragma unroll
+        for (int w = 1; w < WARPS; ++w) most = fmaxf(most, warp_most[w][h]);
+        #pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const float weight = exp2f(warp_most[w][h] - most);
+            result += weight * warp_results[w][index];
+            sum += weight * warp_sums[w][h];
+        }
+        const int owner = index / OWNED;
+        store_in_cta(in_cta(shared_address(&cta_results[rank][index % OWNED]), owner), result);
+        if (index % HEAD < CLUSTER) {   // every CTA needs the maxima and sums of all
+            store_in_cta(in_cta(shared_address(&cta_most[rank][h]), index % HEAD), most);
+            store_in_cta(in_cta(shared_address(&cta_sums[rank][h]), index % HEAD), sum);
         }
     }
-    if constexpr (CLUSTER > 1) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(joined);       // this warp's sums for this CTA itself
-        barrier_wait_cluster(joined, 0);
-    } else {
-        __syncthreads();
-    }
-
-    #pragma unroll
-    for (int base = 0; base < OWNED; base += THREADS / SHARE) {
-        const int index = base + static_cast<int>(threadIdx.x) / SHARE, own = min(index, OWNED - 1);
-        const int output = rank * OWNED + own, h = output / HEAD, from = lane % SHARE;
-        float most = LOWEST, sum = 0.0f, result = 0.0f;
+    if constexpr (CLUSTER > 1) cluster_arrive(), cluster_wait();
+    else __syncthreads();
+    for (int index = threadIdx.x; index < OWNED; index += THREADS) {
+        const int output = rank * OWNED + index, h = output / HEAD;
+        if (part * QUERIES + h >= of_kv) continue;
+        float most = cta_most[0][h], sum = 0.0f, result = 0.0f;
         #pragma unroll
-        for (int w = 0; w < WORKERS; w += SHARE) most = fmaxf(most, states[w + from][h].x);
+        for (int other = 1; other < CLUSTER; ++other) most = fmaxf(most, cta_most[other][h]);
         #pragma unroll
-        for (int step = SHARE / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-        #pragma unroll
-        for (int w = 0; w < WORKERS; w += SHARE) {
-            const float2 state = states[w + from][h];
-            const float weight = exp2f(state.x - most);
-            result += weight * results[w + from][own];
-            sum += weight * state.y;
+        for (int other = 0; other < CLUSTER; ++other) {
+            const float weight = exp2f(cta_most[other][h] - most);
+            result += weight * cta_results[other][index];
+            sum += weight * cta_sums[other][h];
         }
-        sum = over_lanes<SHARE>(sum), result = over_lanes<SHARE>(result);
-        if (index >= OWNED || from > 0 || part * QUERIES + h >= of_kv) continue;
         const size_t row = static_cast<size_t>(sequence) * query_heads + first_query + h;
         y[row * HEAD + output % HEAD] = round_16<HALF>(result / sum);
     }
