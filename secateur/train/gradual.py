@@ -41,11 +41,19 @@ class Gradual:
         return mask & self._at(name, now).mask(self._criterion(weight))
 
     def state_dict(self) -> dict[str, Any]:
-        """What `Held.state_dict` keeps of it."""
-        return {"taken": dict(self._taken), "last": dict(self._last)}
+        """What `Held.state_dict` keeps of it; None of a layer that no step has met yet.
+
+        It has an entry for each layer from the start: `torch.distributed.checkpoint` loads what the
+        state to be loaded into has.
+        """
+        known = {"taken": self._taken, "last": self._last}
+        return {key: {n: own.get(n) for n in self.plan.layers} for key, own in known.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._taken, self._last = dict(state["taken"]), dict(state["last"])
+        self._taken, self._last = (
+            {name: step for name, step in state[key].items() if step is not None}
+            for key in ("taken", "last")
+        )
 
     def _at(self, name: str, step: int) -> Pattern:
         return lowered(self.plan.layers[name], self._schedule(step))

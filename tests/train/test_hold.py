@@ -653,6 +653,41 @@ def test_a_state_is_loaded_by_torchs_distributed_checkpoints(tmp_path, one_proce
     assert other_held.masks["2"].placements == other[2].weight.placements
 
 
+def test_distributed_checkpoints_bring_gradual_to_its_place(tmp_path, one_process: None) -> None:
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+
+    def begun() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16))
+        plan = sc.plan(model, "unstructured:0.8@layer")
+        sc.prune_(model, sc.plan(model, "unstructured:0.3@layer", layers=["0"]))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rule = sc.gradual(plan, linear(0.8, 0, 20), every=3)
+        return model, optimizer, sc.hold(model, optimizer, rule)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer, held = begun()
+    train(model, optimizer, range(5))
+    dcp.save({"model": model.state_dict(), "held": held}, checkpoint_id=tmp_path / "step")
+    train(model, optimizer, range(5, 12))
+    resumed, again_optimizer, again = begun()
+    weights = resumed.state_dict()
+    dcp.load({"model": weights}, checkpoint_id=tmp_path / "step")
+    resumed.load_state_dict(weights)
+    dcp.load({"held": again}, checkpoint_id=tmp_path / "step")
+    assert again.state_dict()["rule"]["taken"]["0"] > 0  # it had zeros before
+    train(resumed, again_optimizer, range(5, 12))
+    for one, two in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert all(torch.equal(held.masks[name], again.masks[name]) for name in held.masks)
+
+
 # --- what came back -------------------------------------------------------------------------------
 
 
