@@ -57,11 +57,20 @@ class HalfBlock:
 
     def output(self, batch: int, weights: Mapping[str, Tensor]) -> Float[Tensor, "batch ..."]:
         """The half-block's output for a batch with these weights; gradients reach only these."""
+        return self.output_for(self.given(batch), weights)
+
+    def given(self, batch: int) -> list[Arguments]:
+        """What the block is called with for each part of a batch."""
+        return [of_part() for of_part in self.arguments[batch]]
+
+    def output_for(
+        self, given: Sequence[Arguments], weights: Mapping[str, Tensor]
+    ) -> Float[Tensor, "batch ..."]:
+        """The half-block's output where the block is called with these arguments."""
         inside = {f"{name}.weight"[len(self.block) + 1 :]: w for name, w in weights.items()}
         fixed = {name: p.detach() for name, p in self.module.named_parameters()}
         found: list[Tensor] = []
-        for of_part in self.arguments[batch]:
-            args, kwargs = of_part()
+        for args, kwargs in given:
             run = partial(functional_call, self.module, fixed | inside, tuple(args), dict(kwargs))
             (output,), _ = outputs(self.module, [self.end], run)
             found.append(output)

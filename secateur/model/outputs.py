@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur.core.graphs import is_captured
 from secateur.core.interrupts import putting_back
 from secateur.model.blocks import Batch, require_batch, run_batch, to_device, why_not
 from secateur.model.padding import DECODER, has_decoder, tokens_kept
@@ -70,7 +71,7 @@ def logits_of(output: Any, where: str) -> Float[Tensor, "*positions classes"]:
     """The output's `logits`, or the output itself if it is a tensor.
 
     Raises:
-        ValueError: if it is neither, or holds NaN.
+        ValueError: if it is neither, or holds NaN (which is not looked for in a CUDA graph).
     """
     return _tensor_of(output, "logits", where)
 
@@ -140,7 +141,7 @@ def _tensor_of(output: Any, name: str, where: str) -> Tensor:
             f"the output needs to be a float tensor or to have .{name}, got {kind} for {where}: "
             "wrap the model so that it returns the tensor"
         )
-    if bool(found.isnan().any()):
+    if not is_captured(found.device) and bool(found.isnan().any()):
         raise ValueError(
             f"{name} need to be numbers, {where} gave {int(found.isnan().sum())} NaN of "
             f"{found.numel()}: check the weights, and the data of that batch"

@@ -26,12 +26,14 @@ from torch import Tensor, nn
 
 from secateur.core.autocast import without_autocast
 from secateur.core.float64 import float64_device, in_float64
+from secateur.core.graphs import Replayed
 from secateur.core.memory import room_for
 from secateur.core.progress import bar
+from secateur.core.tf32 import in_tf32
 from secateur.model import layers as _layers
 from secateur.model.blocks import hooks, input_of
 from secateur.model.distributed import ALONE, Team
-from secateur.model.half_blocks import HalfBlock
+from secateur.model.half_blocks import Arguments, HalfBlock
 from secateur.model.layers import weight_of
 from secateur.model.statistics import Gram, is_held_out, name_of
 from secateur.patterns.grids import Grid, require_grid
@@ -110,7 +112,9 @@ class Blockwise:
         """
         training = _Training(half, layers, masks, ALONE)
         optimizer = training.optimizer()
-        return partial(training.step, optimizer, 0), partial(training.held_out_error, [0])
+        gradients = Replayed(training.error_and_gradients, training.device)
+        step = partial(training.step, optimizer, gradients, 0)
+        return step, partial(training.held_out_error, [0])
 
     def train_(
         self,
@@ -151,18 +155,19 @@ class Blockwise:
         learning_rate: float,
     ) -> tuple[float, float]:
         """The held-out error at the start, and the least since then, whose weights stay."""
-        best, start = training.copies(), training.held_out_error(held_out)
-        least = start
         longest = max(training.team.all_gather(len(trained)))
         steps = epochs * longest
-        with bar(training.name, steps, unit="step", within=True) as shown:
-            optimizer = training.optimizer()
+        shown = bar(training.name, steps, unit="step", within=True)
+        with shown, in_tf32(training.device):
+            best, start = training.copies(), training.held_out_error(held_out)
+            least, optimizer = start, training.optimizer()
+            gradients = Replayed(training.error_and_gradients, training.device)
             for epoch in range(epochs):
                 for step, b in enumerate(_shuffled(trained, epoch, longest), epoch * longest):
                     rate = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["scale"]
-                    training.step(optimizer, b)
+                    training.step(optimizer, gradients, b)
                     shown.update()
                 now = training.held_out_error(held_out)
                 if now < least:
@@ -238,7 +243,7 @@ class _Training:
         team: Team,
     ) -> None:
         self._half, self._layers = half, layers
-        self.name, self.team = half.name, team
+        self.name, self.team, self.device = half.name, team, half.device
         stored = {name: weight_of(layers[name]).detach() for name in half.layers}
         self._dtypes = {name: weight.dtype for name, weight in stored.items()}
         self._masks = {name: masks[name] for name in half.layers}
@@ -267,12 +272,16 @@ class _Training:
         units = [_kept_rms(w) for w in self.weights.values()]
         units += [RATE_OF_SCALES * _kept_rms(s) for s in self.scales.values()]
         groups = zip(self.tensors, units, strict=True)
-        return torch.optim.Adam([{"params": [t], "scale": unit} for t, unit in groups])
+        by_tensor = [{"params": [t], "scale": unit} for t, unit in groups]
+        return torch.optim.Adam(by_tensor, fused=self.device.type == "cuda" or None)
 
     @torch.enable_grad()
-    def step(self, optimizer: torch.optim.Adam, batch: int | None) -> None:
-        """Train on the batch, or on other processes' batches alone if it is None."""
-        self.add_gradients(batch)
+    def step(self, optimizer: torch.optim.Adam, gradients: Replayed, batch: int | None) -> None:
+        """Train on the batch, or on other processes' batches alone if it is None.
+
+        `gradients` does what `error_and_gradients` does.
+        """
+        self.add_gradients(gradients, batch)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -298,7 +307,7 @@ class _Training:
         grams = self._grams()
         for name, weight in self.weights.items():
             module = self._layers[name]
-            with naming(name), without_autocast(self._half.device):
+            with naming(name), without_autocast(self.device):
                 found = rounded(
                     _layers.matrix(module, weight.detach()),
                     self._masks[name],
@@ -313,7 +322,7 @@ class _Training:
     def _grams(self) -> dict[str, Float[Tensor, "in in"]]:
         """The Gram matrix of each layer's inputs on all batches, of which some layers share one."""
         columns = {n: _layers.matrix(self._layers[n], w).shape[1] for n, w in self.weights.items()}
-        device = self._half.device
+        device = self.device
         sums = {
             n: torch.zeros(c, c, device=device, dtype=torch.float32) for n, c in columns.items()
         }
@@ -346,31 +355,46 @@ class _Training:
 
     def error(self, batch: int) -> Float[Tensor, ""]:
         """The mean squared error on a batch over the variance of the targets."""
-        output = self._half.output(batch, self.stored()).float()
-        target = self._half.targets[batch].to(output.device, non_blocking=True).float()
+        return self._error((self._half.given(batch), self._half.targets[batch]))
+
+    def _error(self, given: tuple[Sequence[Arguments], Tensor]) -> Float[Tensor, ""]:
+        arguments, target = given
+        output = self._half.output_for(arguments, self.stored()).float()
+        target = target.to(output.device, non_blocking=True).float()
         return (output - target).square().mean() / self._variance
 
-    def add_gradients(self, batch: int | None) -> None:
+    def error_and_gradients(self, given: tuple[Sequence[Arguments], Tensor]) -> list[Tensor | None]:
+        """The error, and the gradients of what is trained; None where it has none."""
+        for tensor in self.tensors:
+            tensor.grad = None
+        if (error := self._error(given)).requires_grad:
+            error.backward()  # else no trained weight affects this batch
+        return [error.detach(), *(tensor.grad for tensor in self.tensors)]
+
+    def add_gradients(self, gradients: Replayed, batch: int | None) -> None:
         """Give the weights the mean gradient of the processes' batches; None is no batch."""
         with self.team.raising_together():
-            if batch is not None and (error := self.error(batch)).requires_grad:
-                error.backward()  # else no trained weight affects this batch
+            if batch is not None:
+                given = self._half.given(batch), self._half.targets[batch]
+                _, *found = gradients(given)
+                for tensor, gradient in zip(self.tensors, found, strict=True):
+                    tensor.grad = gradient
         if self.team.size == 1:
             return
         had_one = float(batch is not None)
-        counted = torch.tensor(had_one, dtype=torch.float32, device=self._half.device)
+        counted = torch.tensor(had_one, dtype=torch.float32, device=self.device)
         for tensor in self.tensors:
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
-        gradients = [tensor.grad for tensor in self.tensors if tensor.grad is not None]
-        self.team.all_reduce_([counted, *gradients])
-        for gradient in gradients:
+        summed = [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+        self.team.all_reduce_([counted, *summed])
+        for gradient in summed:
             gradient /= counted
 
     @torch.no_grad()
     def held_out_error(self, batches: Sequence[int]) -> float:
         """The mean error on the batches of all processes."""
-        sums = torch.zeros(2, device=self._half.device, dtype=torch.float32)
+        sums = torch.zeros(2, device=self.device, dtype=torch.float32)
         with self.team.raising_together():
             for b in batches:
                 sums += torch.stack([self.error(b), sums.new_ones(())])
@@ -379,7 +403,7 @@ class _Training:
 
     def _variance_of_targets(self) -> Float[Tensor, ""]:
         """The variance of the targets, all channels together."""
-        device = self._half.device
+        device = self.device
         there = float64_device(device)
         n, total, squares = (torch.zeros((), device=there, dtype=torch.float64) for _ in range(3))
         for target in self._half.targets:

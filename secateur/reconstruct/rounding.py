@@ -12,12 +12,14 @@ arXiv:2210.17323.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.core.graphs import Replayed
 from secateur.patterns.grids import Grid
 from secateur.reconstruct.sparsegpt import walked
 
@@ -91,6 +93,7 @@ class _Descent:
         self.mask, self.grid, self.dtype = mask.contiguous(), grid, dtype
         self.P = H @ (self.W - self.Q)
         self.d = H.diagonal().masked_fill(H.diagonal() <= 0, 1)
+        self.recoded = Replayed(partial(_recoded, grid, dtype), H.device)
 
     def error(self) -> float:
         """The error of the outputs, tr (W - Q) H (W - Q)^T."""
@@ -129,7 +132,7 @@ class _Descent:
         bend = ((H @ codes) * codes).sum(0)
         tried = scale + (P * codes).sum(0) / bend.masked_fill(bend <= 0, 1)
         tried = tried.to(self.dtype).float()
-        new = self.stored(codes, tried)
+        new = _stored(codes, tried, self.dtype)
         moved = new - Q
         gained = (moved * (2 * P - H @ moved)).sum(0)
         better = (gained > 0) & (tried > 0) & new.isfinite().all(0)
@@ -138,20 +141,29 @@ class _Descent:
 
     def recode(self, group: int, columns: slice) -> None:
         """Give each column the codes that lose least, one after another."""
-        H, scale, d = self.H[columns, columns], self.scales[group], self.d[columns]
         Q, P, dropped = self.Q[columns].clone(), self.P[columns].clone(), ~self.mask[columns]
-        for j in range(len(Q)):
-            codes = self.grid.nearest((Q[j] + P[j] / d[j]) / scale)
-            new = self.stored(codes, scale).masked_fill_(dropped[j], 0)
-            P.addr_(H[j], new - Q[j], alpha=-1)
-            Q[j] = new
-        self.move(columns, Q)
-
-    def stored(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """Scale x code as the layer will store it."""
-        return (codes * scale).to(self.dtype).float()
+        H, scale, d = self.H[columns, columns], self.scales[group], self.d[columns]
+        (codes,) = self.recoded((Q, P, dropped, H, scale, d))
+        assert codes is not None
+        self.move(columns, codes)
 
     def move(self, columns: slice, to: Float[Tensor, "some out"]) -> None:
         """Give the columns these weights, to the bit."""
         self.P.addmm_(self.H[:, columns], to - self.Q[columns], alpha=-1)
         self.Q[columns] = to
+
+
+def _recoded(grid: Grid, dtype: torch.dtype, given: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Columns whose codes have been chosen anew one after another; Q and P are used up."""
+    Q, P, dropped, H, scale, d = given
+    for j in range(len(Q)):
+        codes = grid.nearest((Q[j] + P[j] / d[j]) / scale)
+        new = _stored(codes, scale, dtype).masked_fill_(dropped[j], 0)
+        P.addr_(H[j], new - Q[j], alpha=-1)
+        Q[j] = new
+    return [Q]
+
+
+def _stored(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scale x code as the layer will store it."""
+    return (codes * scale).to(dtype).float()

@@ -13,15 +13,15 @@ Source: Frantar and Alistarh, arXiv:2301.00774, algorithm 1 and sections 3.2-3.3
 section 3.5, whose scales for groups of columns are GPTQ's (Frantar et al., arXiv:2210.17323).
 """
 
-import threading
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.core.graphs import ONE_AT_A_TIME, captured
 from secateur.model.statistics import call
 from secateur.patterns import Pattern
 from secateur.patterns.grids import Grid, require_grid
@@ -37,9 +37,6 @@ CHUNK, LEAST = 128, 32
 
 # Columns from which a weight is walked over in graphs: capturing one costs as much as some chunks.
 FEWEST = 4 * CHUNK
-
-# Threads share the graphs, and torch allows one capture at a time.
-ONE_AT_A_TIME = threading.Lock()
 
 # Columns start..stop, and the pattern by which their zeros are chosen together; None if the zeros
 # are there already.
@@ -252,29 +249,7 @@ def _chunk(
         U = torch.eye(columns, dtype=torch.float32, device=stream.device).T  # a factor's layout
         sweep = _Sweep(W, U, None, W.dtype, in_graphs=False)
         run = partial(sweep.prune, list(parts)) if parts else partial(sweep.eliminate, 0, columns)
-        return sweep, _captured(run, stream)
-
-
-def _captured(run: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
-    """The call as a CUDA graph."""
-    side = _side_stream(stream.device)
-    side.wait_stream(stream)
-    with torch.cuda.stream(side):
-        run()  # libraries initialise at their first call, which cannot be captured
-    stream.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.device(stream.device),
-        torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
-    ):
-        run()
-    return graph.replay
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: cuBLAS keeps memory for every stream it is called on."""
-    return torch.cuda.Stream(device)
+        return sweep, captured(run, stream)
 
 
 def _can_capture(W: Float[Tensor, "in out"]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.disk.checkpoint import digest
+from secateur.core.graphs import Replayed
 from secateur.core.interrupts import putting_back
 from secateur.core.progress import bar
 from secateur.core.shown import Shown, Table
@@ -20,7 +21,7 @@ from secateur.core.weights import pairs_sharing_memory, require_module
 from secateur.core.wrappers import unwrapped
 from secateur.model.blocks import Batch
 from secateur.model.calibrate import as_list
-from secateur.model.outputs import answer, eval_mode
+from secateur.model.outputs import answer, device_of, eval_mode, on_device
 from secateur.train.hold import hold
 from secateur.train.loss import DistillationLoss, output_loss
 from secateur.train.state import TrainingState
@@ -125,8 +126,9 @@ class Trained:
     """What a distillation trains, by AdamW in one group or several.
 
     `gradients_` is called after each backward, before gradients are clipped: held zeros do not
-    count in their norm. `place_` is called before each forward, and at the end. A group's learning
-    rate is the distillation's times its `share`, if it has one.
+    count in their norm. `place_` is called before each forward, and at the end. Both may be
+    replayed as a CUDA graph. A group's learning rate is the distillation's times its `share`, if it
+    has one.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -134,13 +136,17 @@ class Trained:
     gradients_: Callable[[], None]
     place_: Callable[[], None] = _nothing
 
+    @property
+    def by_optimizer(self) -> list[nn.Parameter]:
+        """What the optimizer steps, in its order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def step_(self, learning_rate: float, step: int) -> None:
-        """Take a step with the gradients that the backward left."""
-        self.gradients_()
+        """Take a step with these gradients."""
         groups = self.optimizer.param_groups
         for group in groups:
             group["lr"] = learning_rate * group.get("share", 1.0)
-        norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], CLIP)
+        norm = nn.utils.clip_grad_norm_(self.by_optimizer, CLIP)
         if not bool(norm.isfinite()):
             raise ValueError(f"distil_ needs finite gradients, got {norm} at step {step}: {_HOW}")
         self.optimizer.step()
@@ -198,24 +204,41 @@ class Distillation:
     def _losses(self, trained: Trained, done: int) -> Iterator[float]:
         """Take the remaining steps and yield the loss of each."""
         order = _shuffled(len(self.batches), self.steps, self.seed)
+        step, device = done, device_of(self.model)
+
+        def backward(batch: Batch) -> list[Tensor | None]:
+            return self._backward(trained, step, batch)
+
+        # A loss of the user's own may do more than compute, so it is called at every step.
+        replayed = Replayed(backward, device) if self.loss is output_loss else backward
         with bar("distil", self.steps, unit="step", done=done) as shown:
             for step in range(done, self.steps):
-                trained.place_()
-                value = self._backward(step, self.batches[order[step]])
+                found, *gradients = replayed(on_device(self.batches[order[step]], self.model))
+                assert found is not None
+                _check_finite(value := float(found), step)
+                for parameter, gradient in zip(trained.by_optimizer, gradients, strict=True):
+                    parameter.grad = gradient
                 trained.step_(self.learning_rate * _rate(step, self.steps), step)
                 shown.update()
                 shown.set_postfix_str(f"loss={value:.4g}")
                 yield value
 
-    def _backward(self, step: int, batch: Batch) -> float:
-        """The loss on the batch, whose gradients are then in the model."""
+    def _backward(self, trained: Trained, step: int, batch: Batch) -> list[Tensor | None]:
+        """The loss on the batch, and its gradients as the optimizer gets them."""
+        trained.place_()
+        for parameter in trained.parameters.values():
+            parameter.grad = None
         with torch.no_grad():
             target = answer(self.teacher, batch, f"the batch of step {step} (the teacher)")
-        output = answer(self.model, batch, f"the batch of step {step}")
-        value = self.loss(output, target, batch)
-        _check_loss(value, step)
+        value = self.loss(answer(self.model, batch, f"the batch of step {step}"), target, batch)
+        if value.numel() != 1 or not value.requires_grad:
+            raise ValueError(
+                f"distil_ needs a loss that is one number made from the model's output, got shape "
+                f"{tuple(value.shape)} with requires_grad={value.requires_grad}"
+            )
         value.backward()
-        return float(value.detach())
+        trained.gradients_()
+        return [value.detach(), *(parameter.grad for parameter in trained.by_optimizer)]
 
     def fingerprint(self) -> dict[str, Any]:
         """Plain data that is different for any other call, model, teacher or data."""
@@ -233,16 +256,9 @@ class Distillation:
 # --- one step ------------------------------------------------------------------------------------
 
 
-def _check_loss(value: Tensor, step: int) -> None:
-    if value.numel() != 1 or not value.requires_grad:
-        raise ValueError(
-            f"distil_ needs a loss that is one number made from the model's output, got shape "
-            f"{tuple(value.shape)} with requires_grad={value.requires_grad}"
-        )
-    if not bool(value.isfinite()):
-        raise ValueError(
-            f"distil_ needs a finite loss, got {float(value.detach())} at step {step}: {_HOW}"
-        )
+def _check_finite(value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"distil_ needs a finite loss, got {value} at step {step}: {_HOW}")
 
 
 _HOW = "lower the learning rate, and check the data for extreme values"

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.core.interrupts import putting_back
+from secateur.core.tf32 import in_tf32
 from secateur.core.undo import all_or_nothing
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch
 from secateur.model.layers import weight_of
-from secateur.model.outputs import answer, eval_mode
+from secateur.model.outputs import answer, device_of, eval_mode
 from secateur.model.statistics import is_held_out
 from secateur.patterns.grids import Grid
 from secateur.train.distil import Distillation, Trained, distil_, own_gradients
@@ -48,7 +49,11 @@ def train_together_(
     before = held_out_loss(model, teacher, batches)
     with all_or_nothing() as undo:
         undo.remember(weights)
-        with _in_float32(model, teacher), _requiring_gradients(model, weights.values()):
+        with (
+            _in_float32(model, teacher),
+            in_tf32(device_of(model)),
+            _requiring_gradients(model, weights.values()),
+        ):
             distil_(
                 model,
                 teacher,
@@ -94,6 +99,7 @@ def train_on_grid_(
         def train_(make: Callable[[float], Trained], epochs: int, rate: float, part: str) -> None:
             with (
                 _in_float32(model, teacher),
+                in_tf32(device_of(model)),
                 _requiring_gradients(model, weights.values()),
                 own_gradients(weights),
             ):

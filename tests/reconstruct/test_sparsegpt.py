@@ -186,7 +186,7 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Iterator[Call
     def let() -> None:
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)
         monkeypatch.setattr(walks, "_can_capture", lambda W: True)
-        monkeypatch.setattr(walks, "_captured", launched)
+        monkeypatch.setattr(walks, "captured", launched)
 
     walks._chunk.cache_clear()
     yield let
@@ -271,7 +271,7 @@ def test_on_a_gpu_graphs_compute_what_launches_do(
         return [Solution(s.weight.cpu(), s.mask.cpu(), s.note) for s in found]
 
     in_graphs = solutions()
-    monkeypatch.setattr(walks, "_captured", launched)
+    monkeypatch.setattr(walks, "captured", launched)
     for (weight, gram), found, other in zip(problems, in_graphs, solutions(), strict=True):
         assert torch.equal(found.mask, other.mask)
         assert torch.equal(found.weight, other.weight)

@@ -84,6 +84,7 @@ def test_a_layer_that_a_batch_does_not_reach_takes_no_step() -> None:
     before = {name: p.detach().clone() for name, p in trained.parameters.items()}
     on_grid.place_()
     model[0](x).square().sum().backward()
+    trained.gradients_()
     trained.step_(0.1, 0)
     moved = {name for name, p in trained.parameters.items() if not torch.equal(p, before[name])}
     assert moved == {"0.weight", "0.scales"}
