@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +12,15 @@ from torch import Tensor
 import secateur as sc
 from secateur.accelerate import verb
 from secateur.accelerate.doctor import doctor
+from secateur.core import graphs
 from tests.models import ConvNet, Decoder
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
+
+FIGURES = re.compile(r"\b\d\.\d+(?:e-\d+)?")
 
 
 def tokens(device: str) -> list[Tensor]:
@@ -49,6 +54,29 @@ def test_prunes_as_on_the_cpu(verb, method, offload: bool) -> None:
     if method is sc.sparsegpt:
         for one, other in zip(*(r.layers for r in reports), strict=True):
             assert one.error == pytest.approx(other.error, rel=0.05)
+
+
+@pytest.mark.parametrize("grid", [None, sc.Int4(16)], ids=repr)
+def test_trained_in_graphs_as_by_launches(grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    dense, batches = Decoder().cuda(), tokens("cuda") * 4
+    captured, held_out = graphs.captured, []
+
+    def counted(run, stream):
+        replay = captured(run, stream)
+        done.append(1)
+        return replay
+
+    monkeypatch.setattr(graphs, "captured", counted)
+    for may in (True, False):
+        done: list[int] = []
+        monkeypatch.setattr(graphs, "can_capture", lambda device, may=may: may)
+        model = copy.deepcopy(dense)
+        report = sc.reconstruct_(model, "2:4", replace(sc.thorough, grid=grid), batches)
+        sc.check(model, "2:4")
+        held_out.append([float(x) for row in report.layers for x in FIGURES.findall(row.note)])
+        assert len(done) >= (5 if may else 0) and bool(done) == may
+    assert held_out[0] == pytest.approx(held_out[1], rel=0.02) and len(held_out[0]) > 6
 
 
 def test_convolutions_too() -> None:

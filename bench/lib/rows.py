@@ -23,8 +23,7 @@ def append(folder: Path, bench: str, rows: Sequence[Row], device: str) -> Path:
     origin = provenance(device)
     whole = [{**origin, **row} for row in rows]
     columns = list(dict.fromkeys(name for row in whole for name in row))
-    place = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    path = folder / f"{bench}_{date.today():%Y-%m-%d}_{place}_{commit()}.csv"
+    path = path_of(folder, bench, device)
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         with path.open(newline="") as file:
@@ -35,6 +34,12 @@ def append(folder: Path, bench: str, rows: Sequence[Row], device: str) -> Path:
     with path.open("a", newline="") as file:
         csv.DictWriter(file, columns, extrasaction="raise").writerows(whole)
     return path
+
+
+def path_of(folder: Path, bench: str, device: str) -> Path:
+    """The file of the rows that this commit measures on the device today."""
+    place = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return folder / f"{bench}_{date.today():%Y-%m-%d}_{place}_{commit()}.csv"
 
 
 def provenance(device: str) -> dict[str, str | int]:

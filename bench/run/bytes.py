@@ -2,6 +2,9 @@
 
     python -m bench.run.bytes --model ../shared/models/reference-lm --rows 32 --validation 16
 
+With `--recipes "2:4 int4, thorough, 2048 written rows"` the dense model writes rows first, and with
+`--others prose=docs` losses on the texts in a folder are columns too.
+
 A recipe is a pattern, a grid or none, and how weights get there: `nearest` rounds each weight by
 itself; SparseGPT prunes and rounds jointly, which without zeros is GPTQ; ALPS, `best` and
 `thorough` are given the grid. Every linear layer of the blocks is treated; head, embeddings and
@@ -19,16 +22,24 @@ Bits a weight are those of codes, positions and scales together, over all weight
 | scales | 16 for each group of an output |
 
 The folder holds a causal language model and `tokens.safetensors`, as for `bench.run.accuracy`.
-Columns: nll and its difference to dense in nats a token on the validation rows, KL(dense || this)
-and the share of tokens with the same top-1. Every recipe's row is written as soon as it is known,
-and `--recipes` chooses some, so a run may be ended and taken up. The dense model's logits on all
-validation rows stay in memory.
+Written rows stand beside those of the file: the dense model, in the dtype in which it is stored,
+goes on with a few tokens of them (`sampled_rows`). Columns: nll and its difference to dense in nats
+a token on the validation rows, KL(dense || this) and the share of tokens with the same top-1; the
+same difference and KL on rows of each of the `--others`, texts of another kind; the recipe's
+seconds, and the most memory that a GPU had allocated meanwhile.
+
+`--recipes` chooses some, in this order. A recipe's row is written as soon as it is known, and left
+out if it is there already, of this commit and these options: a run may be ended, and the same
+command takes it up. The dense model's logits on all validation rows stay in memory.
 """
 
+import argparse
+import contextlib
 import copy
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,8 +50,10 @@ from torch import Tensor, nn
 
 import secateur as sc
 from bench.lib.command import add_device, parser_of
-from bench.lib.rows import append
-from secateur.integrations.tokens import end_of_text, stored_rows
+from bench.lib.results import read
+from bench.lib.rows import append, path_of
+from secateur.integrations.deal import Dealt
+from secateur.integrations.tokens import end_of_text, sampled_rows, stored_rows, text_rows
 from secateur.integrations.transformers import load_folder
 from secateur.model import evaluate
 from secateur.model.layers import weight_of
@@ -53,6 +66,9 @@ BITS_STORED = 16
 EVERY_WEIGHT = Unstructured(0.0)  # keeps all
 NEAREST, SPARSEGPT = "nearest", "sparsegpt"
 ALPS, BEST, THOROUGH = "alps", "best", "thorough"
+WRITTEN = 512, 2048, 8192  # rows
+AT_ONCE = 2048  # rows that are written together
+OTHERS = 64  # rows of each text of another kind
 
 
 @dataclass(frozen=True)
@@ -62,10 +78,16 @@ class Recipe:
     pattern: Pattern
     grid: Grid | None
     method: str = SPARSEGPT
+    written: int = 0  # rows that the dense model writes, beside the calibration rows
 
     @property
     def name(self) -> str:
         """`2:4 int4, sparsegpt`, for example; dense weights that are only stored have no method."""
+        data = f", {self.written} written rows" if self.written else ""
+        return f"{self._without_data}{data}"
+
+    @property
+    def _without_data(self) -> str:
         kept = "dense" if self.pattern == EVERY_WEIGHT else str(self.pattern)
         numbers = f"{kept} {self.grid.name if self.grid else 'bfloat16'}"
         if self.pattern == EVERY_WEIGHT and self.grid is None:
@@ -76,6 +98,14 @@ class Recipe:
 
 DENSE = Recipe(EVERY_WEIGHT, None, NEAREST)
 PATTERNS = NM(2, 4), NM(4, 8), Unstructured(0.5, "layer")
+TRAINED = [
+    Recipe(pattern, grid, how)
+    for how in (BEST, THOROUGH)
+    for pattern, grid in (
+        *((pattern, grid) for pattern in PATTERNS for grid in (Int4(), None)),
+        *((EVERY_WEIGHT, grid) for grid in (Int4(), Int3(), Int2())),
+    )
+]
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -87,18 +117,12 @@ RECIPES = {
         ),
         *(Recipe(pattern, grid) for grid in (Int4(), None) for pattern in PATTERNS),
         *(Recipe(NM(2, 4), grid, ALPS) for grid in (Int4(), None)),
-        *(
-            Recipe(pattern, grid, how)
-            for how in (BEST, THOROUGH)
-            for pattern, grid in (
-                (NM(2, 4), Int4()),
-                (NM(2, 4), None),
-                (EVERY_WEIGHT, Int4()),
-                (EVERY_WEIGHT, Int3()),
-            )
-        ),
+        *TRAINED,
+        *(replace(recipe, written=rows) for rows in WRITTEN for recipe in TRAINED),
     )
 }
+
+UNWRITTEN = [name for name, recipe in RECIPES.items() if not recipe.written]
 
 
 def bits_a_weight(recipe: Recipe, shapes: Sequence[tuple[int, int]]) -> float:
@@ -196,6 +220,33 @@ class Answers(nn.Module):
         raise ValueError("these ids are none of the batches that the model has answered")
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of ids by what they are for, with the dense model's answers where it is judged."""
+
+    calibration: list[Tensor]
+    documents: int  # of the calibration rows
+    validation: list[Tensor]
+    dense: Answers
+    others: Mapping[str, tuple[list[Tensor], Answers]]
+    write: Callable[[], list[Tensor]]  # the most rows that any recipe needs
+
+    def data(self, recipe: Recipe) -> list[Tensor]:
+        """The recipe's calibration rows, with those that are written for it."""
+        if not recipe.written:
+            return self.calibration
+        written = torch.cat(self.write())[: recipe.written]
+        return [*self.calibration, *written.split(len(self.calibration[0]))]
+
+    def figures(self, model: nn.Module) -> dict[str, float]:
+        """What a model loses on the validation rows, and on the others."""
+        found = figures(model, self.dense, self.validation)
+        for name, (batches, dense) in self.others.items():
+            one = figures(model, dense, batches)
+            found |= {f"dnll_{name}": one["dnll"], f"kl_{name}": one["kl"]}
+        return found
+
+
 def figures(model: nn.Module, dense: Answers, validation: Sequence[Tensor]) -> dict[str, float]:
     """nll, its difference to dense, KL and top-1, from one pass."""
     own = Answers(model, validation)
@@ -204,48 +255,97 @@ def figures(model: nn.Module, dense: Answers, validation: Sequence[Tensor]) -> d
     return {"nll": nll, "dnll": nll - best, "kl": agreement.kl, "top1": agreement.top1}
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    parser = parser_of("bytes", __doc__)
-    add_device(parser)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--rows", type=int, default=64, help="calibration rows")
-    parser.add_argument("--validation", type=int, default=64, help="validation rows")
-    parser.add_argument("--seed", type=int, default=0, help="which calibration rows")
-    parser.add_argument("--batch", type=int, default=8)
-    options = parser.parse_args(words)
-
-    model = load_folder(options.model, torch.float32).to(options.device).eval()
+def rows_of(options: argparse.Namespace, model: nn.Module) -> Rows:
+    """The rows that the options name, on the device."""
     tokens, end = f"{options.model / 'tokens.safetensors'}:", end_of_text(options.model)
 
-    def rows_of(key: str, rows: int, seed: int) -> tuple[list[Tensor], int]:
-        """Batches on the device, and of how many documents they are."""
-        dealt = stored_rows(tokens + key, rows, options.batch, end, seed)
-        on_device = [ids.to(options.device) for ids in dealt.batches if isinstance(ids, Tensor)]
-        return on_device, dealt.different
+    def placed(dealt: Dealt) -> list[Tensor]:
+        return [ids.to(options.device) for ids in dealt.batches if isinstance(ids, Tensor)]
 
-    calibration, documents = rows_of("calibration", options.rows, options.seed)
-    validation, _ = rows_of("validation", options.validation, 0)
-    dense = Answers(model, validation)
+    dealt = stored_rows(f"{tokens}calibration", options.rows, options.batch, end, options.seed)
+    judged = stored_rows(f"{tokens}validation", options.validation, options.batch, end)
+    calibration, validation = placed(dealt), placed(judged)
+    others = {}
+    for name, path in options.others:
+        text = text_rows(options.model, path, OTHERS, validation[0].shape[1], options.batch)
+        others[name] = placed(text), Answers(model, placed(text))
+    most = max(RECIPES[name].written for name in options.recipes)
+
+    @functools.cache
+    def write() -> list[Tensor]:
+        writer = load_folder(options.model).to(options.device)
+        return sampled_rows(writer, calibration, most, at_once=AT_ONCE, seed=options.seed)
+
+    answers = Answers(model, validation)
+    return Rows(calibration, dealt.different, validation, answers, others, write)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    options = options_of(words)
+    model = load_folder(options.model, torch.float32).to(options.device).eval()
+    rows = rows_of(options, model)
     shared = {
         "model": options.model.resolve().name,
-        "calibration_rows": sum(map(len, calibration)),
+        "calibration_rows": sum(map(len, rows.calibration)),
         "seed": options.seed,
-        "documents": documents,
-        "validation_rows": sum(map(len, validation)),
+        "documents": rows.documents,
+        "validation_rows": sum(map(len, rows.validation)),
         "batch": options.batch,
     }
     for name in options.recipes:
         recipe, copied = RECIPES[name], copy.deepcopy(model)
-        begin = time.perf_counter()
-        plan = apply_(copied, recipe, calibration)
-        seconds = time.perf_counter() - begin
+        if is_there(options, {**shared, "recipe": name}):
+            print(f"{name}: its row is there", flush=True)
+            continue
+        data = rows.data(recipe)
+        with timed(options.device) as taken:
+            plan = apply_(copied, recipe, data)
         sizes = [weight_of(copied.get_submodule(layer)).shape for layer in plan.layers]
         bits = bits_a_weight(recipe, [(out, columns) for out, columns in sizes])
-        row = {"recipe": name, "bits": bits, **figures(copied, dense, validation)}
-        append(options.output, "bytes", [{**shared, **row, "seconds": seconds}], options.device)
+        row = {"recipe": name, "written": recipe.written, "bits": bits, **rows.figures(copied)}
+        append(options.output, "bytes", [{**shared, **row, **taken}], options.device)
         told = f"{row['dnll']:.4f} over dense, KL {row['kl']:.4f}, top-1 {row['top1']:.1%}"
-        print(f"{name}: {bits:.3f} bits a weight, {told}, {seconds:.0f} s", flush=True)
+        print(f"{name}: {bits:.3f} bits a weight, {told}, {taken['seconds']:.0f} s", flush=True)
+
+
+def options_of(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = parser_of("bytes", __doc__)
+    add_device(parser)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=UNWRITTEN)
+    parser.add_argument("--rows", type=int, default=64, help="calibration rows")
+    parser.add_argument("--validation", type=int, default=64, help="validation rows")
+    parser.add_argument("--others", nargs="+", type=_named, default=[], metavar="NAME=PATH")
+    parser.add_argument("--seed", type=int, default=0, help="which calibration rows")
+    parser.add_argument("--batch", type=int, default=8)
+    return parser.parse_args(words)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    return name, path
+
+
+def is_there(options: argparse.Namespace, case: Mapping[str, str | int]) -> bool:
+    """Whether this commit's file has a row of the case already."""
+    path = path_of(options.output, "bytes", options.device)
+    wanted = {name: str(value) for name, value in case.items()}
+    return path.exists() and any(wanted.items() <= row.items() for row in read(path))
+
+
+@contextlib.contextmanager
+def timed(device: str) -> Iterator[dict[str, float | str]]:
+    """What the block takes, once it has ended: seconds, and GB at most on a GPU."""
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    taken: dict[str, float | str] = {}
+    begin = time.perf_counter()
+    yield taken
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    taken["seconds"] = time.perf_counter() - begin
+    taken["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else ""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Work that is replayed: what it computes, and what is never replayed."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -9,34 +9,14 @@ from torch import Tensor
 
 from secateur.core import graphs
 from secateur.core.graphs import Replayed
+from tests.captures import stand_in
 
 CPU = torch.device("cpu")
 
 
-class Stream(NamedTuple):
-    device: torch.device
-
-
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Captures of a stand-in for a GPU, each with the times that it has been replayed."""
-    found: list[int] = []
-
-    def captured(run: Callable[[], None], stream: object) -> Callable[[], None]:
-        found.append(0)
-        number = len(found) - 1
-        run()
-
-        def replay() -> None:
-            found[number] += 1
-            run()
-
-        return replay
-
-    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
-    monkeypatch.setattr(graphs, "captured", captured)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    return found
+    return stand_in(monkeypatch)
 
 
 def doubled(tree: Any) -> list[Tensor]:

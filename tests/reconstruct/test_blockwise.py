@@ -22,6 +22,7 @@ from secateur.patterns import Int2, Int3, Pattern
 from secateur.patterns.grids import Grid
 from secateur.reconstruct import Blockwise, Solution, blockwise
 from secateur.reconstruct.blockwise import EPOCHS
+from tests.captures import stand_in
 from tests.models import Block, Caching, ConvNet, Decoder
 
 module = importlib.import_module("secateur.reconstruct.blockwise")
@@ -268,6 +269,19 @@ def test_it_is_deterministic_and_offloading_changes_nothing(offload: bool) -> No
     sc.reconstruct_(other, "2:4", sc.blockwise(sc.wanda), tokens(), offload=offload)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("grid", [None, sc.Int4(16)], ids=repr)
+def test_replayed_steps_are_the_steps(grid: Grid | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, in half-blocks and in the whole model; the last batch is a shorter one."""
+    dense, batches = decoder(), [*tokens(12), tokens(1)[0][:2]]
+    method = blockwise(sc.alps, epochs=2, distil=2, grid=grid)
+    called, replayed = copy.deepcopy(dense), copy.deepcopy(dense)
+    sc.reconstruct_(called, "2:4", method, batches)
+    replays = stand_in(monkeypatch)
+    sc.reconstruct_(replayed, "2:4", method, batches)
+    assert all(map(torch.equal, called.parameters(), replayed.parameters()))
+    assert len(replays) >= 5 and max(replays) > 10
 
 
 def test_a_half_precision_model_is_trained_in_float32_and_stays_as_it_is() -> None:

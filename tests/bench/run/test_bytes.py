@@ -12,6 +12,7 @@ import secateur as sc
 from bench.lib.llama import TINY, random_llama
 from bench.run import bytes as bench
 from bench.run.bytes import DENSE, RECIPES, Answers, Recipe, apply_, bits_a_weight
+from secateur.integrations.deal import Dealt
 from secateur.model import evaluate
 from secateur.patterns import Int2, Int3
 from tests.bench.rows import rows_of
@@ -82,7 +83,7 @@ def test_other_patterns_are_not_guessed() -> None:
         bits_a_weight(Recipe(sc.Block(4, 4, 0.5), None), [(8, 8)])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", bench.UNWRITTEN)
 def test_a_recipe_gives_its_zeros_and_its_numbers(
     name: str, model: nn.Module, batches: list[Tensor]
 ) -> None:
@@ -127,28 +128,86 @@ def test_figures_are_those_of_evaluate(model: nn.Module, batches: list[Tensor]) 
         Answers(model, batches)(batches[0] + 1)
 
 
-def test_a_run_writes_a_row_for_each_recipe(
-    tmp_path: Path,
-    model: nn.Module,
-    batches: list[Tensor],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As they come: those before an end stay, and a second run goes on in the same file."""
+@pytest.fixture
+def words(tmp_path: Path, batches: list[Tensor]) -> list[str]:
+    """The options of a run on a small model."""
     folder = tmp_path / "lm"
     random_llama(TINY, LENGTH, "cpu").save_pretrained(folder)
     rows = torch.cat(batches)
     save_file({"calibration": rows, "validation": rows.clone()}, folder / "tokens.safetensors")
-    words = ["--model", str(folder), "--rows", "4", "--validation", "6", "--batch", "2"]
-    words += ["--device", "cpu", "--output", str(tmp_path), "--recipes"]
+    options = ["--model", str(folder), "--rows", "4", "--validation", "6", "--batch", "2"]
+    return [*options, "--device", "cpu", "--output", str(tmp_path), "--recipes"]
+
+
+def test_a_run_writes_a_row_for_each_recipe(
+    tmp_path: Path,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As they come: those before an end stay, and a second run goes on in the same file."""
     monkeypatch.setitem(RECIPES, "ended", Recipe(sc.NM(20, 64), None))
     with pytest.raises(ValueError, match="leave the recipe out"):
         bench.main([*words, "dense int2, gptq", "ended", DENSE.name])
-    bench.main([*words, "2:4 int4, sparsegpt"])
+    bench.main([*words, "dense int2, gptq", "2:4 int4, sparsegpt"])
     found = rows_of(tmp_path, "bytes")
     assert [row["recipe"] for row in found] == ["dense int2, gptq", "2:4 int4, sparsegpt"]
-    asked = ("model", "calibration_rows", "validation_rows", "batch", "seed")
-    assert {tuple(row[name] for name in asked) for row in found} == {("lm", "4", "6", "2", "0")}
-    told = [line for line in capsys.readouterr().out.splitlines() if "bits a weight" in line]
-    assert told[0].startswith("dense int2, gptq: 2.444 bits a weight, ") and len(told) == 2
+    asked = ("model", "calibration_rows", "validation_rows", "batch", "seed", "written")
+    assert {tuple(row[name] for name in asked) for row in found} == {
+        ("lm", "4", "6", "2", "0", "0")
+    }
+    told = [line for line in capsys.readouterr().out.splitlines() if "dense int2" in line]
+    assert told[0].startswith("dense int2, gptq: 2.444 bits a weight, ")
+    assert told[1:] == ["dense int2, gptq: its row is there"]
     assert float(found[0]["kl"]) > 0 and float(found[0]["nll"]) > 0
+    bench.main([*words[:-1], "--seed", "1", "--recipes", "dense int2, gptq"])
+    assert len(rows_of(tmp_path, "bytes")) == 3  # another case
+
+
+def test_written_rows_stand_beside_the_calibration_rows(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written once, as many as any recipe needs, by the dense model as it is stored."""
+    some, all_of_them = (Recipe(sc.Unstructured(0.0), Int3(), written=rows) for rows in (3, 5))
+    given: list[list[Tensor]] = []
+    wrote: list[tuple[torch.dtype, int]] = []
+
+    def apply(model: nn.Module, recipe: Recipe, data: list[Tensor]) -> sc.Plan:
+        given.append(data)
+        return apply_(model, recipe, data)
+
+    def sampled(model: nn.Module, batches: list[Tensor], rows: int, **options: int) -> list[Tensor]:
+        wrote.append((next(model.parameters()).dtype, rows))
+        return list(torch.arange(rows * LENGTH).view(rows, LENGTH).remainder(64).split(2))
+
+    for recipe in (some, all_of_them):
+        monkeypatch.setitem(RECIPES, recipe.name, recipe)
+    monkeypatch.setattr(bench, "apply_", apply)
+    monkeypatch.setattr(bench, "sampled_rows", sampled)
+    bench.main([*words, some.name, all_of_them.name])
+    assert wrote == [(torch.bfloat16, 5)]
+    assert [[len(batch) for batch in data] for data in given] == [[2, 2, 2, 1], [2, 2, 2, 2, 1]]
+    assert torch.equal(torch.cat(given[1])[4:7], torch.cat(given[0])[4:])
+    rows = rows_of(tmp_path, "bytes")
+    assert [row["recipe"] for row in rows] == [
+        "dense int3, gptq, 3 written rows",
+        "dense int3, gptq, 5 written rows",
+    ]
+    assert [row["written"] for row in rows] == ["3", "5"]
+
+
+def test_texts_of_another_kind_have_columns(
+    tmp_path: Path, words: list[str], model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = torch.randint(1, 64, (4, LENGTH), generator=torch.Generator().manual_seed(2))
+    asked: list[tuple[object, ...]] = []
+
+    def text_rows(folder: Path, text: str, rows: int, length: int, batch: int) -> Dealt:
+        asked.append((folder.name, text, rows, length, batch))
+        return Dealt(list(other.split(2)), (0, 1, 2, 3), 4, rows, "rows", "more")
+
+    monkeypatch.setattr(bench, "text_rows", text_rows)
+    bench.main([*words[:-1], "--others", "prose=a/folder", "--recipes", "dense int2, gptq"])
+    assert asked == [("lm", "a/folder", bench.OTHERS, LENGTH, 2)]
+    (row,) = rows_of(tmp_path, "bytes")
+    assert float(row["kl_prose"]) > 0 and row["kl_prose"] != row["kl"]
