@@ -23,10 +23,11 @@ Bits a weight are those of codes, positions and scales together, over all weight
 
 The folder holds a causal language model and `tokens.safetensors`, as for `bench.run.accuracy`.
 Written rows stand beside those of the file: the dense model, in the dtype in which it is stored,
-goes on with a few tokens of them (`sampled_rows`). Columns: nll and its difference to dense in nats
-a token on the validation rows, KL(dense || this) and the share of tokens with the same top-1; the
-same difference and KL on rows of each of the `--others`, texts of another kind; the recipe's
-seconds, and the most memory that a GPU had allocated meanwhile.
+goes on with a few tokens of them (`sampled_rows`). They are kept in the folder of the rows.
+Columns: nll and its difference to dense in nats a token on the validation rows, KL(dense || this)
+and the share of tokens with the same top-1; the same difference and KL on rows of each of the
+`--others`, texts of another kind; the recipe's seconds, and the most memory that a GPU had
+allocated meanwhile.
 
 `--recipes` chooses some, in this order. A recipe's row is written as soon as it is known, and left
 out if it is there already, of this commit and these options: a run may be ended, and the same
@@ -46,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import secateur as sc
@@ -66,8 +68,10 @@ BITS_STORED = 16
 EVERY_WEIGHT = Unstructured(0.0)  # keeps all
 NEAREST, SPARSEGPT = "nearest", "sparsegpt"
 ALPS, BEST, THOROUGH = "alps", "best", "thorough"
-WRITTEN = 512, 2048, 8192  # rows
-AT_ONCE = 2048  # rows that are written together
+# Where there are many rows: half-blocks trained on each of them once, then the whole model as ever.
+THOROUGH_ONCE = "thorough, half-blocks once"
+WRITTEN = 512, 2048, 4096, 8192  # rows
+AT_ONCE = 4096  # rows that are written together
 OTHERS = 64  # rows of each text of another kind
 
 
@@ -100,7 +104,7 @@ DENSE = Recipe(EVERY_WEIGHT, None, NEAREST)
 PATTERNS = NM(2, 4), NM(4, 8), Unstructured(0.5, "layer")
 TRAINED = [
     Recipe(pattern, grid, how)
-    for how in (BEST, THOROUGH)
+    for how in (BEST, THOROUGH, THOROUGH_ONCE)
     for pattern, grid in (
         *((pattern, grid) for pattern in PATTERNS for grid in (Int4(), None)),
         *((EVERY_WEIGHT, grid) for grid in (Int4(), Int3(), Int2())),
@@ -188,6 +192,8 @@ def _algorithm(recipe: Recipe) -> Callable[..., Solution] | Blockwise:
             return replace(sc.best, grid=recipe.grid)
         case "thorough":
             return replace(sc.thorough, grid=recipe.grid)
+        case "thorough, half-blocks once":
+            return replace(sc.thorough, grid=recipe.grid, epochs=1)
     raise ValueError(f"{recipe.method} rounds and reconstructs nothing: it needs no algorithm")
 
 
@@ -213,8 +219,8 @@ class Answers(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """The logits of one of the batches, or of its first columns."""
         rows, length = input_ids.shape
-        for ids, logits in self.known:
-            if len(ids) == rows and torch.equal(ids[:, :length], input_ids):
+        for ids, logits in self.known:  # on whatever device: a module without parameters has none
+            if len(ids) == rows and torch.equal(ids[:, :length], input_ids.to(ids.device)):
                 found: Tensor = logits[:, :length]
                 return found
         raise ValueError("these ids are none of the batches that the model has answered")
@@ -268,13 +274,20 @@ def rows_of(options: argparse.Namespace, model: nn.Module) -> Rows:
     others = {}
     for name, path in options.others:
         text = text_rows(options.model, path, OTHERS, validation[0].shape[1], options.batch)
-        others[name] = placed(text), Answers(model, placed(text))
+        batches = placed(text)
+        others[name] = batches, Answers(model, batches)
     most = max(RECIPES[name].written for name in options.recipes)
 
     @functools.cache
     def write() -> list[Tensor]:
-        writer = load_folder(options.model).to(options.device)
-        return sampled_rows(writer, calibration, most, at_once=AT_ONCE, seed=options.seed)
+        case = options.model.resolve().name, options.rows, options.seed, options.batch, most
+        path = options.output / f"written_{'_'.join(map(str, case))}.safetensors"
+        if not path.exists():
+            writer = load_folder(options.model).to(options.device)
+            ids = sampled_rows(writer, calibration, most, at_once=AT_ONCE, seed=options.seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"written": torch.cat(ids).int()}, path)
+        return [load_file(path)["written"].long().to(options.device)]
 
     answers = Answers(model, validation)
     return Rows(calibration, dealt.different, validation, answers, others, write)

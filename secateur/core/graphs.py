@@ -6,6 +6,7 @@ at once, on the memory that it was captured with: what changes from time to time
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -119,6 +120,8 @@ def _as_if_captured() -> Iterator[None]:
     wait while they are captured, so they are told that they are.
     """
     with putting_back() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # torch warns that it does not see every wait
         stack.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
         stack.callback(setattr, torch.cuda, _ASKED, getattr(torch.cuda, _ASKED))
         torch.cuda.set_sync_debug_mode(ERROR)

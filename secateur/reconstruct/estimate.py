@@ -24,6 +24,7 @@ from secateur.reconstruct.rehearsal import (
     rehearse,
     seconds_of_a_forward,
     seconds_of_a_step,
+    seconds_on_grid,
     slower_in_float32,
     stages_of,
 )
@@ -96,16 +97,20 @@ def estimate(
     seconds += epochs * (times - held) * step + (epochs + (2 if method.grid else 1)) * held * look
     bytes = peak_bytes(stages, 0 if offload else round(hidden * times), weight.itemsize)
     if method.distil:
-        forward = seconds_of_a_forward(model, batches[0])
-        together = forward + seconds_of_a_step(model, layers, batches[0])
-        judged = 6 * held * forward  # by both models, three times
+        together = seconds_of_a_step(model, layers, batches[0])
+        judged = 6 * held * seconds_of_a_forward(model, batches[0])  # by both models, three times
+        on_grid = 0.0
+        if method.grid is not None:  # all layers see their inputs again, as trained so far
+            seconds += times * sum(one.batch for one in passes)
+            on_grid = method.distil_on_grid * (together + seconds_on_grid(layers, method.grid))
         seconds += slower_in_float32(stages, weight.dtype, weight.device) * (
-            (method.distil + method.distil_on_grid) * (times - held) * together + judged
+            (times - held) * (method.distil * together + on_grid) + judged
         )
         parameters = sum(parameter.numel() for parameter in model.parameters())
         outputs = _outputs(model, batches[0])
-        on_grid = method.grid is not None
-        at_the_end = distilling_bytes(stages, parameters, outputs, weight.itemsize, on_grid)
+        at_the_end = distilling_bytes(
+            stages, parameters, outputs, weight.itemsize, method.grid is not None
+        )
         bytes = max(bytes + parameters * weight.itemsize, at_the_end)
     return Estimate(seconds, bytes, str(weight.device))
 

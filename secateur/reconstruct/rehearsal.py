@@ -20,6 +20,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from secateur.core.graphs import Replayed
+from secateur.core.tf32 import in_tf32
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, arguments_of, run_batch, to_device
 from secateur.model.calibrate import Observed, observe
@@ -28,8 +30,10 @@ from secateur.model.layers import weight_of
 from secateur.model.outputs import divergence, eval_mode, on_device
 from secateur.model.statistics import HELD_OUT, STATISTICS
 from secateur.patterns import Pattern
+from secateur.patterns.grids import Grid
 from secateur.reconstruct.blockwise import Blockwise
 from secateur.reconstruct.methods import bind_algorithm
+from secateur.reconstruct.rounding import rounded
 
 # Kinds of blocks, and of stages, that are rehearsed, one of each: the kinds with most work.
 KINDS = 4
@@ -90,11 +94,12 @@ class Solved:
     own: float
     inputs: int
     outputs: int
+    rounding: float = 0.0  # again, once the whole model has been trained off the grid
 
     def scaled_to(self, stage: Stage) -> float:
         """Seconds for another stage: eigenvectors grow with its inputs cubed, products squared."""
-        wider = stage.inputs / self.inputs
-        return self.shared * wider**3 + self.own * wider**2 * stage.outputs / self.outputs
+        wider, own = stage.inputs / self.inputs, self.own + self.rounding
+        return self.shared * wider**3 + own * wider**2 * stage.outputs / self.outputs
 
 
 def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> Iterator[Stage]:
@@ -173,7 +178,8 @@ def _timed(
             for name in stage.layers:
                 if name not in masks:
                     masks[name] = patterns[name].mask(_layers.matrix(layers[name]).float().abs())
-            one = Passes(batch=_seconds_to_sum(stage, layers, len(batches), needs))
+            summed = _seconds_to_sum(stage, layers, len(batches), needs)
+            one = Passes(batch=summed * (1 if method.grid is None else 2))  # the weights as trained
             if half is not None and half.layers[-1] in stage.layers:
                 one = one.plus(_training(half, layers, method, masks))
             passes[stage.block] = passes.get(stage.block, Passes()).plus(one)
@@ -196,7 +202,7 @@ def _training(
     with method.room_for(half):
         step, look = map(_seconds, method.rehearsal(half, layers, masks))
     forward = _seconds(partial(half.output, 0, {})) if half.end is None else 0.0
-    return Passes(forward, 0.0, step, look)
+    return Passes(forward, 0.0 if method.grid is None else look, step, look)
 
 
 def seconds_of_a_forward(model: nn.Module, batch: Batch) -> float:
@@ -208,25 +214,57 @@ def seconds_of_a_forward(model: nn.Module, batch: Batch) -> float:
 def seconds_of_a_step(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> float:
     """How long a step of Adam on the batch takes for the layers of the whole model together.
 
-    The dense model's forward, for its outputs, is not included.
+    The dense model's forward, for its outputs, is included.
     """
     weights = {f"{n}.weight": weight_of(m).detach().requires_grad_() for n, m in layers.items()}
-    given = to_device(batch, next(iter(weights.values())).device)
-    args, named = arguments_of(model, given)
-    block = list(weights.values())[: math.ceil(len(weights) / KINDS)]
-    part = sum(w.numel() for w in block) / sum(w.numel() for w in weights.values())
-    copies = [weight.detach().to(torch.float32, copy=True).requires_grad_() for weight in block]
+    block, part = _quarter(layers)
+    copies = [
+        weight_of(m).detach().to(torch.float32, copy=True).requires_grad_() for m in block.values()
+    ]
     for weight in copies:
         weight.grad = torch.zeros_like(weight)
 
     @torch.enable_grad()
-    def gradients() -> None:
+    def gradients(batch: Batch) -> list[Tensor | None]:
+        args, named = arguments_of(model, batch)
+        with torch.no_grad():
+            target = first_tensor(model(*args, **named))
         found = first_tensor(functional_call(model, weights, args, named))
-        loss = divergence(found.detach(), found).mean()
-        torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        loss = divergence(target, found).mean()
+        return list(torch.autograd.grad(loss, list(weights.values()), allow_unused=True))
 
-    with eval_mode(model):
-        return _seconds(gradients) + _seconds(torch.optim.Adam(copies).step) / part
+    device = next(iter(weights.values())).device
+    step = partial(Replayed(gradients, device), to_device(batch, device))
+    with eval_mode(model), in_tf32(device):
+        return _seconds(step) + _seconds(torch.optim.AdamW(copies).step) / part
+
+
+def seconds_on_grid(layers: Mapping[str, nn.Module], grid: Grid) -> float:
+    """How much longer such a step takes for weights on a grid, which it rounds and trains through.
+
+    That is once before the forward, and once more to take the gradients through.
+    """
+    block, part = _quarter(layers)
+    matrices = [_layers.matrix(module).detach().float() for module in block.values()]
+    leaves = [(w.requires_grad_(), grid.scales(w).requires_grad_()) for w in matrices]
+
+    @torch.enable_grad()
+    def rounds(tree: Any) -> list[Tensor | None]:
+        for weight, scales in leaves:
+            with torch.no_grad():
+                on_grid = grid.straight_through(weight, scales, weight.dtype)
+            through = grid.straight_through(weight, scales, weight.dtype)
+            torch.autograd.grad(through, (weight, scales), on_grid)
+        return []
+
+    return _seconds(partial(Replayed(rounds, matrices[0].device), ())) / part
+
+
+def _quarter(layers: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], float]:
+    """The first quarter of the layers, and their share of all weights."""
+    block = dict(list(layers.items())[: math.ceil(len(layers) / KINDS)])
+    sizes = (sum(weight_of(m).numel() for m in some.values()) for some in (block, layers))
+    return block, next(sizes) / next(sizes)
 
 
 def slower_in_float32(stages: Sequence[Stage], dtype: torch.dtype, device: torch.device) -> float:
@@ -312,8 +350,8 @@ def _solve(
     There are masks of the layers solved whole; all layers are if their pattern does not fit a part.
     """
 
-    def run(out: int, columns: int) -> tuple[float, float, dict[str, Tensor]]:
-        """Seconds for what is shared and for the rest, on this part of each layer, and masks."""
+    def run(out: int, columns: int) -> tuple[float, float, float, dict[str, Tensor]]:
+        """Seconds for what is shared, the rest and rounding again, on these parts, and masks."""
         shared = 0.0
         given = {
             name: value[..., :columns][:columns] if value.dim() == 2 else value[:columns]
@@ -329,13 +367,24 @@ def _solve(
             return result
 
         found = {}
-        begin = _now()
+        begin, rounding = _now(), 0.0
         for name in stage.layers:
             weight = _matrix(layers, name).float()[:out, :columns].clone()
             available = {"weight": weight, "pattern": patterns[name], "layer": name, "memo": memo}
             available["dtype"] = weight_of(layers[name]).dtype
-            found[name] = bind_algorithm(method.alone).solve({**available, **given}).mask
-        return shared, _now() - begin - shared, found
+            solution = bind_algorithm(method.alone).solve({**available, **given})
+            found[name] = solution.mask
+            if method.grid is not None and method.distil:
+                before = _now()
+                rounded(
+                    weight,
+                    solution.mask,
+                    given["gram"],
+                    method.grid,
+                    dtype=weight_of(layers[name]).dtype,
+                )
+                rounding += _now() - before
+        return shared, _now() - begin - shared - rounding, rounding, found
 
     def fits(out: int, columns: int) -> bool:
         return all(
@@ -346,7 +395,7 @@ def _solve(
     columns = min(most, stage.inputs)
     if not fits(most, columns):
         most, columns = max(out for out, _ in stage.shapes), stage.inputs
-    shared, own, found = run(most, columns)
+    shared, own, rounding, found = run(most, columns)
     outputs = sum(min(most, out) for out, _ in stage.shapes)
     whole = columns == stage.inputs
     masks = {
@@ -354,7 +403,7 @@ def _solve(
         for name, (out, _) in zip(stage.layers, stage.shapes, strict=True)
         if whole and out <= most
     }
-    return Solved(shared, own, columns, outputs), masks
+    return Solved(shared, own, columns, outputs, rounding), masks
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -11,17 +11,17 @@ Source: for codes, Behdin et al. (QuantEase), arXiv:2309.01885; the start is GPT
 arXiv:2210.17323.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.core.graphs import Replayed
+from secateur.core.graphs import ONE_AT_A_TIME, captured
 from secateur.patterns.grids import Grid
-from secateur.reconstruct.sparsegpt import walked
+from secateur.reconstruct.sparsegpt import FEWEST, walked
 
 # Rounds of descent, and the share of the error that the last one has to take off for another.
 ROUNDS, WORTH = 8, 0.003
@@ -93,7 +93,7 @@ class _Descent:
         self.mask, self.grid, self.dtype = mask.contiguous(), grid, dtype
         self.P = H @ (self.W - self.Q)
         self.d = H.diagonal().masked_fill(H.diagonal() <= 0, 1)
-        self.recoded = Replayed(partial(_recoded, grid, dtype), H.device)
+        self.in_graphs = H.is_cuda and len(H) >= FEWEST
 
     def error(self) -> float:
         """The error of the outputs, tr (W - Q) H (W - Q)^T."""
@@ -141,11 +141,29 @@ class _Descent:
 
     def recode(self, group: int, columns: slice) -> None:
         """Give each column the codes that lose least, one after another."""
-        Q, P, dropped = self.Q[columns].clone(), self.P[columns].clone(), ~self.mask[columns]
-        H, scale, d = self.H[columns, columns], self.scales[group], self.d[columns]
-        (codes,) = self.recoded((Q, P, dropped, H, scale, d))
-        assert codes is not None
-        self.move(columns, codes)
+        given = [
+            self.Q[columns].clone(),
+            self.P[columns].clone(),
+            ~self.mask[columns],
+            self.H[columns, columns],
+            self.scales[group],
+            self.d[columns],
+        ]
+        if self.in_graphs:
+            self.move(columns, self.replayed(given))
+        else:
+            _recode_(self.grid, self.dtype, *given)
+            self.move(columns, given[0])
+
+    def replayed(self, given: list[Tensor]) -> Tensor:
+        """The new Q of these columns, by a CUDA graph on memory of its own."""
+        stream = torch.cuda.current_stream(self.H.device)
+        with ONE_AT_A_TIME:
+            own, replay = _graph(*given[0].shape, self.grid, self.dtype, stream)
+            for tensor, value in zip(own, given, strict=True):
+                tensor.copy_(value)
+            replay()
+            return own[0].clone()
 
     def move(self, columns: slice, to: Float[Tensor, "some out"]) -> None:
         """Give the columns these weights, to the bit."""
@@ -153,15 +171,36 @@ class _Descent:
         self.Q[columns] = to
 
 
-def _recoded(grid: Grid, dtype: torch.dtype, given: tuple[Tensor, ...]) -> list[Tensor | None]:
-    """Columns whose codes have been chosen anew one after another; Q and P are used up."""
-    Q, P, dropped, H, scale, d = given
+def _recode_(
+    grid: Grid,
+    dtype: torch.dtype,
+    Q: Float[Tensor, "some out"],
+    P: Float[Tensor, "some out"],
+    dropped: Bool[Tensor, "some out"],
+    H: Float[Tensor, "some some"],
+    scale: Float[Tensor, " out"],
+    d: Float[Tensor, " some"],
+) -> None:
+    """Choose the codes of each column anew, one after another, in Q; P follows."""
     for j in range(len(Q)):
         codes = grid.nearest((Q[j] + P[j] / d[j]) / scale)
         new = _stored(codes, scale, dtype).masked_fill_(dropped[j], 0)
         P.addr_(H[j], new - Q[j], alpha=-1)
         Q[j] = new
-    return [Q]
+
+
+@lru_cache(maxsize=8)  # as for the walk
+def _graph(
+    columns: int, outputs: int, grid: Grid, dtype: torch.dtype, stream: torch.cuda.Stream
+) -> tuple[list[Tensor], Callable[[], None]]:
+    """Memory for what `_recode_` is given for so many columns, and the graph that works on it."""
+    with torch.inference_mode(False):  # or the memory could not be written to outside of it
+        of_columns = torch.ones(columns, outputs, dtype=torch.float32, device=stream.device)
+        H = torch.eye(columns, dtype=torch.float32, device=stream.device)
+        dropped = torch.zeros_like(of_columns, dtype=torch.bool)
+        own = [of_columns, of_columns.clone(), dropped, H, of_columns[0].clone(), H[0].clone()]
+        own[-1].fill_(1)
+        return own, captured(partial(_recode_, grid, dtype, *own), stream)
 
 
 def _stored(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

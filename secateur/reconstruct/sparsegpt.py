@@ -114,7 +114,8 @@ class _Sweep:
     """The walk over the columns; W, E and M are transposed, so that a column is contiguous.
 
     `scales` belong to the current run of columns, which starts at `first`; without them nothing is
-    rounded. With `in_graphs`, CUDA graphs walk over the chunks in which nothing is rounded.
+    rounded. With `in_graphs`, CUDA graphs walk over the chunks, unless several scales of an output
+    belong to them.
     """
 
     def __init__(
@@ -207,9 +208,9 @@ class _Sweep:
     ) -> Float[Tensor, " out"]:
         """The column's weights on the grid, rounded to the dtype in which they will be stored."""
         group = 0 if grid.group_size is None else (column - self.first) // grid.group_size
-        weight, scales = self.W[column, :, None], scales[:, group, None]
-        codes = grid.codes(weight, scales)
-        return grid.dequantised(codes, scales).to(self.dtype).float().squeeze(1)
+        scale = scales[:, group].float()
+        codes = grid.nearest(self.W[column] / scale).add_(0.0)  # of the two zeros +0
+        return (codes * scale).to(self.dtype).float()
 
     def make_up(self, start: int, middle: int, stop: int) -> None:
         """Update the columns from `middle` to `stop` for the errors of the columns before them."""
@@ -219,7 +220,8 @@ class _Sweep:
 
     def is_chunk(self, start: int, stop: int) -> bool:
         """Whether a CUDA graph walks over these columns."""
-        return self.in_graphs and self.scales is None and LEAST <= stop - start <= CHUNK
+        one_scale = self.scales is None or self.scales.shape[1] == 1
+        return self.in_graphs and one_scale and LEAST <= stop - start <= CHUNK
 
     def replay(self, start: int, stop: int, parts: tuple[Part, ...]) -> None:
         """Prune these parts, counted from `start`, in a graph; without parts, only eliminate."""
@@ -227,7 +229,10 @@ class _Sweep:
         stream = torch.cuda.current_stream(self.W.device)
         precision = torch.backends.cuda.matmul.fp32_precision
         with ONE_AT_A_TIME:
-            own, walk_over = _chunk(stop - start, self.W.shape[1], parts, stream, precision)
+            grid = None if self.scales is None else (self.grid, self.dtype)
+            own, walk_over = _chunk(stop - start, self.W.shape[1], parts, grid, stream, precision)
+            if own.scales is not None and self.scales is not None:
+                own.scales.copy_(self.scales)
             own.W.copy_(self.W[columns])
             own.U.copy_(self.U[columns, columns])
             own.M.copy_(self.M[columns])
@@ -237,7 +242,12 @@ class _Sweep:
 
 @lru_cache(maxsize=8)  # a block of a language model has about four
 def _chunk(
-    columns: int, outputs: int, parts: tuple[Part, ...], stream: torch.cuda.Stream, precision: str
+    columns: int,
+    outputs: int,
+    parts: tuple[Part, ...],
+    rounding: tuple[Grid | None, torch.dtype] | None,
+    stream: torch.cuda.Stream,
+    precision: str,
 ) -> tuple[_Sweep, Callable[[], None]]:
     """A sweep over buffers of its own, and the graph that prunes the parts or eliminates there.
 
@@ -247,7 +257,9 @@ def _chunk(
     with torch.inference_mode(False):  # or the buffers could not be written to outside of it
         W = torch.zeros(columns, outputs, dtype=torch.float32, device=stream.device)
         U = torch.eye(columns, dtype=torch.float32, device=stream.device).T  # a factor's layout
-        sweep = _Sweep(W, U, None, W.dtype, in_graphs=False)
+        sweep = _Sweep(W, U, *(rounding or (None, W.dtype)), in_graphs=False)
+        if rounding is not None:
+            sweep.scales = torch.ones(outputs, 1, dtype=torch.float32, device=stream.device)
         run = partial(sweep.prune, list(parts)) if parts else partial(sweep.eliminate, 0, columns)
         return sweep, captured(run, stream)
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from secateur.patterns.grids import Grid
 from secateur.reconstruct import refitted, rounding
 from secateur.reconstruct.rounding import rounded
 from secateur.reconstruct.sparsegpt import walked
+from tests.captures import Stream
 from tests.reconstruct.problems import model_and_batches, output_error, problem
 from tests.reconstruct.test_sparsegpt_grid import FORMATS, GRIDS, PACKED
 
@@ -192,3 +194,33 @@ def test_alps_on_a_grid_loses_less_than_rounding_it_afterwards() -> None:
         joint += output_error(weight, on_grid.weight, gram) - least
         after += output_error(weight, nearest(sc.Int4(), plain.weight.bfloat16()), gram) - least
     assert joint < 0.5 * after
+
+
+@pytest.mark.parametrize("grid", [sc.Int4(), sc.Int4(96), sc.Fp8()], ids=repr)
+def test_codes_chosen_in_a_graph_are_those_of_launches(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
+    """To the bit, on memory that other columns have used before; launches stand in for a graph."""
+    weight, gram = problem(rows=24, columns=320)
+    mask = sc.NM(2, 4).mask(weight.abs())
+    expected = rounding.rounded(weight, mask, gram, grid)
+    taken: list[tuple[int, ...]] = []
+    replayed, init = rounding._Descent.replayed, rounding._Descent.__init__
+
+    def counted(self: Any, given: list[Tensor]) -> Tensor:
+        taken.append(tuple(given[0].shape))
+        return replayed(self, given)
+
+    def in_graphs(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.in_graphs = True
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(rounding, "captured", lambda run, stream: run)
+    monkeypatch.setattr(rounding._Descent, "replayed", counted)
+    monkeypatch.setattr(rounding._Descent, "__init__", in_graphs)
+    rounding._graph.cache_clear()
+    found = rounding.rounded(weight, mask, gram, grid)
+    rounding._graph.cache_clear()
+    assert all(map(torch.equal, found, expected))
+    assert len(taken) > len(set(taken)) > 1

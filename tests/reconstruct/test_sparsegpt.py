@@ -193,7 +193,7 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Iterator[Call
     walks._chunk.cache_clear()
 
 
-@pytest.mark.parametrize("grid", [None, sc.Int4()], ids=repr)
+@pytest.mark.parametrize("grid", [None, sc.Int4(), sc.Int4(64), sc.Fp8()], ids=repr)
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -237,7 +237,7 @@ def test_chunks_that_were_made_in_inference_mode_serve_outside_of_it(
 
 def test_a_chunk_takes_the_memory_that_is_documented(in_chunks: Callable[[], None]) -> None:
     in_chunks()
-    walk, _ = walks._chunk(walks.CHUNK, 40, (), Stream(torch.device("cpu")), "none")
+    walk, _ = walks._chunk(walks.CHUNK, 40, (), None, Stream(torch.device("cpu")), "none")
     assert sum(buffer.nbytes for buffer in (walk.W, walk.E, walk.M)) == 1152 * 40
 
 
