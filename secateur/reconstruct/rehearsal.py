@@ -370,20 +370,14 @@ def _solve(
         begin, rounding = _now(), 0.0
         for name in stage.layers:
             weight = _matrix(layers, name).float()[:out, :columns].clone()
-            available = {"weight": weight, "pattern": patterns[name], "layer": name, "memo": memo}
+            available: dict[str, Any] = {"weight": weight, "pattern": patterns[name]}
+            available |= {"layer": name, "memo": memo}
             available["dtype"] = weight_of(layers[name]).dtype
             solution = bind_algorithm(method.alone).solve({**available, **given})
             found[name] = solution.mask
-            if method.grid is not None and method.distil:
-                before = _now()
-                rounded(
-                    weight,
-                    solution.mask,
-                    given["gram"],
-                    method.grid,
-                    dtype=weight_of(layers[name]).dtype,
-                )
-                rounding += _now() - before
+            rounding += _seconds_to_round(
+                weight, solution.mask, given.get("gram"), method, available["dtype"]
+            )
         return shared, _now() - begin - shared - rounding, rounding, found
 
     def fits(out: int, columns: int) -> bool:
@@ -397,13 +391,23 @@ def _solve(
         most, columns = max(out for out, _ in stage.shapes), stage.inputs
     shared, own, rounding, found = run(most, columns)
     outputs = sum(min(most, out) for out, _ in stage.shapes)
-    whole = columns == stage.inputs
     masks = {
         name: found[name]
         for name, (out, _) in zip(stage.layers, stage.shapes, strict=True)
-        if whole and out <= most
+        if columns == stage.inputs and out <= most
     }
     return Solved(shared, own, columns, outputs, rounding), masks
+
+
+def _seconds_to_round(
+    weight: Tensor, mask: Tensor, gram: Tensor | None, method: Blockwise, dtype: torch.dtype
+) -> float:
+    """Seconds to round a layer once more, after the whole model has been trained off the grid."""
+    if method.grid is None or not method.distil or gram is None:
+        return 0.0
+    begin = _now()
+    rounded(weight, mask, gram, method.grid, dtype=dtype)
+    return _now() - begin
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -4,6 +4,7 @@ import copy
 import importlib
 import re
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,9 +174,27 @@ def test_the_time_is_that_of_passes_solutions_and_steps(count: int, held: int) -
     trained = 4 * (count - held) * 2 + 5 * held * 2
     assert found.seconds == pytest.approx(2 * (count * batch + 4 + trained))
     dear = told(decoder(), tokens(count), method=sc.thorough)
-    # A forward, the gradients, and Adam for 3 of the 12 layers, which have 3 of 16 weights.
-    steps, looks = 4 * (count - held) * (1 + 1 + 16 / 3), 6 * held
-    assert dear.seconds == pytest.approx(found.seconds + steps + looks)
+    # The gradients, the dense outputs with them, and Adam for 3 of 16 weights.
+    step, looks = 1 + 16 / 3, 6 * held
+    assert dear.seconds == pytest.approx(found.seconds + 4 * (count - held) * step + looks)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(("count", "held"), [(4, 1), (16, 2)])
+def test_the_time_on_a_grid_has_all_that_it_adds(count: int, held: int) -> None:
+    """Half as many epochs again, and what layers see: after each half-block, and at the end.
+
+    Each look at a half-block's inputs is a run and the sums of two Gram matrices.
+    """
+    found = told(decoder(), tokens(count), method=replace(sc.best, grid=sc.Int4()))
+    batch = 3 + (3 + 4 + 6) / 8 + 4 * 2 + (2 + 4 * 2)
+    trained = 6 * (count - held) * 2 + 8 * held * 2
+    assert found.seconds == pytest.approx(2 * (count * batch + 4 + trained))
+    dear = told(decoder(), tokens(count), method=replace(sc.thorough, grid=sc.Int4()))
+    step = 1 + 16 / 3
+    on_grid = step + 16 / 3
+    steps = (count - held) * (4 * step + 2 * on_grid)
+    assert dear.seconds == pytest.approx(found.seconds + 2 * count * batch + steps + 6 * held)
 
 
 @pytest.mark.usefixtures("clock")
