@@ -6,16 +6,18 @@ from pathlib import Path
 from bench.lib.results import Row, every
 from bench.tables.markdown import page, runs
 
-HEADS = (
-    *("weights", "bits a weight", "loss over dense, nats", "KL to dense", "top-1 as dense"),
-    "least KL of a dense grid in no more bits",
-)
+HEADS = "weights", "bits a weight", "loss over dense, nats", "KL to dense", "top-1 as dense"
+OPPONENT = "least KL of a dense grid in no more bits"
+KL = "kl_"  # how columns of KL on texts of another kind begin
 DENSE = "dense "  # how the names of recipes without zeros begin
 EQUAL = 1e-6  # bits
 
 
 def bytes_(results: Path) -> str:
-    """For each model and data, every recipe of its last run, those that lose too."""
+    """For each model and data, every recipe of its last run, those that lose too.
+
+    Where losses on texts of another kind were measured they have columns.
+    """
     return "\n".join(map(_table, latest(results)))
 
 
@@ -41,7 +43,10 @@ def _table(rows: Sequence[Row]) -> str:
         f"{first['validation_rows']} validation rows; {'; '.join(devices)}, {runs(rows)}, "
         "`python -m bench.run.bytes`."
     )
-    return page(HEADS, [_line(row, rows) for row in ordered], origin)
+    measured = dict.fromkeys(name for row in rows for name in row if row[name])
+    others = [name for name in measured if name.startswith(KL)]
+    heads = *HEADS, *(f"KL on {name.removeprefix(KL)}" for name in others), OPPONENT
+    return page(heads, [_line(row, rows, others) for row in ordered], origin)
 
 
 def _batches(rows: Sequence[Row]) -> str:
@@ -54,8 +59,9 @@ def _batches(rows: Sequence[Row]) -> str:
     return ", ".join([f"{usual} a batch", *told])
 
 
-def _line(row: Row, rows: Sequence[Row]) -> list[str]:
+def _line(row: Row, rows: Sequence[Row], others: Sequence[str]) -> list[str]:
     measured = [f"{float(row['dnll']):.3f}", f"{float(row['kl']):.3f}", f"{float(row['top1']):.1%}"]
+    measured += [f"{float(row[name]):.3f}" if row.get(name) else "-" for name in others]
     return [row["recipe"], f"{float(row['bits']):.3f}", *measured, _opponent(row, rows)]
 
 

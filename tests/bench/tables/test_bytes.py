@@ -54,3 +54,12 @@ def test_rows_of_a_later_run_stand_for_their_recipes_alone(tmp_path: Path) -> No
     lines = lines_of(tmp_path, "2026-12-01_x_def", [ROWS[0].replace("0.4,", "0.07,")])
     assert "| 2:4 int4, sparsegpt | 3.125 | 0.300 | 0.070 |" in lines[3]
     assert len([line for line in lines if "sparsegpt" in line]) == 2
+
+
+def test_texts_of_another_kind_have_columns_where_they_were_measured(tmp_path: Path) -> None:
+    text = "\n".join([f"{HEADS},kl_prose", f"{CASE},{ROWS[0]},0.55", f"{CASE},{ROWS[2]},"])
+    (tmp_path / "bytes_2026-12-01_x_abc.csv").write_text(text + "\n")
+    lines = TABLES["bytes"](tmp_path).splitlines()
+    assert "| top-1 as dense | KL on prose | least KL" in lines[0]
+    assert "| 2:4 int4, sparsegpt | 3.125 | 0.300 | 0.400 | 75.0% | 0.550 | dense int3" in lines[3]
+    assert "| dense int3, gptq | 3.125 | 0.060 | 0.080 | 88.0% | - |  |" in lines[2]
