@@ -78,12 +78,18 @@ def commit() -> str:
 
 
 def _command() -> list[str]:
-    """The module and its options, without the folder that the rows go to."""
+    """The module and its options, without the folder that the rows go to, or where others are."""
     module, options = Path(sys.argv[0]), list(sys.argv[1:])
     if "--output" in options:
         at = options.index("--output")
         del options[at : at + 2]
-    return [".".join([*module.parts[-3:-1], module.stem]), *options]
+    return [".".join([*module.parts[-3:-1], module.stem]), *map(_without_place, options)]
+
+
+def _without_place(option: str) -> str:
+    """The option with the last part alone of an absolute path, also behind `NAME=`."""
+    name, equals, path = option.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else option
 
 
 @cache

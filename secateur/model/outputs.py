@@ -120,7 +120,8 @@ def divergence(
     """
     dtype = torch.promote_types(dense.dtype, torch.float32)
     p, q = F.log_softmax(dense.to(dtype), dim=-1), F.log_softmax(logits.to(dtype), dim=-1)
-    return (p.exp() * (p - q)).masked_fill(p.exp() == 0, 0).sum(-1)
+    probabilities = p.exp()
+    return (probabilities * (p - q)).masked_fill(probabilities == 0, 0).sum(-1)
 
 
 def pooled(

@@ -199,7 +199,7 @@ def _training(
     masks: Mapping[str, Bool[Tensor, "out in"]],
 ) -> Passes:
     """What training the half-block takes per batch, with a forward of its block if it ends it."""
-    with method.room_for(half):
+    with method.room_for(half), in_tf32(half.device):
         step, look = map(_seconds, method.rehearsal(half, layers, masks))
     forward = _seconds(partial(half.output, 0, {})) if half.end is None else 0.0
     return Passes(forward, 0.0 if method.grid is None else look, step, look)
