@@ -27,20 +27,27 @@ class Undo:
     def __init__(self) -> None:
         self._calls = contextlib.ExitStack()
         self._folder: Owned | None = None
+        self._remembered: set[int] = set()  # by id: the log keeps the tensors
 
     def call(self, put_back: Callable[..., Any], *arguments: Any) -> None:
         """Add a call that undoes a change; add it before the change is made."""
         self._calls.callback(put_back, *arguments)
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy these tensors, to be put back as they are now; call it before they are changed."""
-        for piece in _pieces(tensors.values()):
+        """Copy these tensors, to be put back as they are now; call it before they are changed.
+
+        Those that are remembered already are put back as they were then.
+        """
+        new = [tensor for tensor in tensors.values() if id(tensor) not in self._remembered]
+        self._remembered |= set(map(id, new))
+        for piece in _pieces(new):
             for tensor, original in zip(piece, self._originals(piece), strict=True):
                 self._calls.callback(_copy, tensor, original)
 
     def restore(self) -> None:
         """Put everything back."""
         self._calls.close()
+        self._remembered.clear()
 
     def forget_at_the_end_of(self, stack: contextlib.ExitStack) -> None:
         """Make the changes final when the stack is closed."""

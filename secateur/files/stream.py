@@ -28,7 +28,7 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, find_chains
 from secateur.model.calibrate import as_list
 from secateur.model.distributed import team
-from secateur.model.piece import Piece, parameter_name
+from secateur.model.piece import parameter_name
 from secateur.model.plan import Plan, as_plan, match
 from secateur.model.statistics import STATISTICS
 from secateur.model.window import Window
@@ -136,15 +136,10 @@ def _at_risk(made: Pass, layers: Mapping[str, nn.Module], stored: "_Stored") -> 
     for parameter, inside in _by_parameter(layers).items():
         whole = stored.read([parameter])[parameter]
         for name, module in inside.items():
-            weight = _weight_in(whole, module)
+            weight = _layers.weight_in(module, whole)
             require_finite(name, weight)
             at_risk[name] = made.at_risk(name, _layers.matrix(module, weight))
     return at_risk
-
-
-def _weight_in(parameter: Tensor, module: nn.Module) -> Tensor:
-    """The layer's weight in a tensor of its parameter, a view."""
-    return module.piece_of(parameter) if isinstance(module, Piece) else parameter
 
 
 def _require_part_by_part(made: Pass) -> None:
@@ -330,7 +325,7 @@ class _Result:
         for parameter in names:
             inside = self.layers.get(parameter, {})
             for layer, weight in self.saved.weights(list(inside)).items():
-                _weight_in(found[parameter], inside[layer]).copy_(weight)
+                _layers.weight_in(inside[layer], found[parameter]).copy_(weight)
         return found
 
 
@@ -354,7 +349,7 @@ def _write(
         for inner, layer in _layers.layers_of(module).items():
             name = f"{part}.{inner}" if inner else part
             whole = tensors[parameter_name(name, layer)]
-            sparsity[name] = share_of_zeros(_weight_in(whole, layer))
+            sparsity[name] = share_of_zeros(_layers.weight_in(layer, whole))
         if part in written:
             number = written.index(part) + 1
             file = f"{STEMS['dense']}-{number:05}-of-{len(written):05}.safetensors"

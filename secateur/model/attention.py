@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from secateur.core.interrupts import putting_back
@@ -72,7 +72,7 @@ def _attentions(model: nn.Module) -> list[nn.MultiheadAttention]:
     return [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_attention(m)]
 
 
-def _third(index: int, packed: Float[Tensor, "three_out in"]) -> Float[Tensor, "out in"]:
+def _third(index: int, packed: Shaped[Tensor, "three_out in"]) -> Shaped[Tensor, "out in"]:
     return packed.chunk(3)[index]
 
 

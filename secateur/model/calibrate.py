@@ -111,7 +111,7 @@ def observe(
     parts = without_padding(model, inputs)
     counts = team.all_gather(len({part.of for part in parts}))
     _check_batches(model, inputs, sum(counts), halves)
-    with eval_mode(model), torch.no_grad(), _pieces_shown(model, layers):
+    with eval_mode(model), torch.no_grad(), pieces_shown(model, layers):
         trace, parts = trace_together(model, layers, inputs, parts, team)
         recorder = _Recorder(
             trace=trace,
@@ -130,7 +130,7 @@ def observe(
 
 
 @contextlib.contextmanager
-def _pieces_shown(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+def pieces_shown(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Have modules that multiply by matrices of their own show these what they multiply."""
     with called_by_expert(layers), seen_in_attention(model, layers), seen_in_recurrent(layers):
         yield
@@ -214,10 +214,9 @@ def _replay_chain(
         if dense is None:
             yield from recorder.observe(name, held[name], runs)
         else:
-            in_order = [n for n in recorder.trace.calls if n in held[name]]
+            in_order = {n: held[name][n] for n in recorder.trace.calls if n in held[name]}
             for half in dense.halves(name, block, in_order, calls, previous, wanted):
-                of_half = {n: held[name][n] for n in half.layers}
-                for observed in recorder.observe(name, of_half, runs):
+                for observed in recorder.observe(name, half.layers, runs):
                     yield replace(observed, half=half)
         if i == last:
             return

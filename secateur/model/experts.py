@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from secateur.core.interrupts import putting_back
@@ -80,7 +80,7 @@ def experts_run_by(modules: Collection[Any], run: Callable[..., Tensor]) -> Iter
 def _expert(module: nn.Module, stack: str, index: int) -> Piece:
     """The matrix of one expert in a stack."""
 
-    def take(stacked: Float[Tensor, "experts _ _"]) -> Float[Tensor, "out in"]:
+    def take(stacked: Shaped[Tensor, "experts _ _"]) -> Shaped[Tensor, "out in"]:
         piece = stacked[index]
         return piece.mT if module.is_transposed else piece
 

@@ -22,10 +22,9 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, find_chains, hooks
 from secateur.model.calibrate import as_list
 from secateur.model.distributed import ALONE, Team
-from secateur.model.layers import parameter_of, weight_of, weights_of
+from secateur.model.layers import parameter_of, weight_in, weight_of, weights_of
 from secateur.model.outputs import answer, counted, eval_mode, on_device
 from secateur.model.padding import SIDES, unpadded
-from secateur.model.piece import Piece
 from secateur.model.statistics import GRADIENTS
 
 # (the model's output, the batch or row) -> the mean loss of the rows, one number
@@ -271,7 +270,7 @@ def _gradients_of(
     by_parameter = dict(zip(parameters, found, strict=True))
     for name, module in layers.items():
         whole = by_parameter[id(parameter_of(module))]
-        yield name, module.piece_of(whole) if isinstance(module, Piece) else whole
+        yield name, weight_in(module, whole)
 
 
 # --- small things --------------------------------------------------------------------------------

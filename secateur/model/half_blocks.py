@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.model import layers as _layers
 from secateur.model.blocks import Call, Enough, hooks, tensors_of
+from secateur.model.replaced import with_weights
 
 # Positional and keyword arguments of a block.
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
@@ -47,7 +48,7 @@ class HalfBlock:
     """
 
     name: str
-    layers: tuple[str, ...]
+    layers: Mapping[str, nn.Module]
     targets: Sequence[Float[Tensor, "..."]]
     device: torch.device
     block: str
@@ -67,7 +68,8 @@ class HalfBlock:
         self, given: Sequence[Arguments], weights: Mapping[str, Tensor]
     ) -> Float[Tensor, "batch ..."]:
         """The half-block's output where the block is called with these arguments."""
-        inside = {f"{name}.weight"[len(self.block) + 1 :]: w for name, w in weights.items()}
+        replaced = with_weights(self.layers, weights)
+        inside = {name[len(self.block) + 1 :]: tensor for name, tensor in replaced.items()}
         fixed = {name: p.detach() for name, p in self.module.named_parameters()}
         found: list[Tensor] = []
         for args, kwargs in given:
@@ -89,7 +91,7 @@ class DenseStream:
         self,
         name: str,
         block: nn.Module,
-        layers: Sequence[str],
+        layers: Mapping[str, nn.Module],
         calls: Sequence[Call],
         pruned: Sequence[Sequence[Tensor | None]],
         wanted: Sequence[set[int]],
@@ -125,7 +127,7 @@ class DenseStream:
         return [
             HalfBlock(
                 f"{name} ({i} of {len(groups)})" if len(groups) > 1 else name,
-                tuple(full[layer] for layer in of_half),
+                {full[layer]: layers[full[layer]] for layer in of_half},
                 [_together([targets[i - 1][p] for p in of_batch]) for of_batch in parts.values()],
                 self._device,
                 name,
@@ -158,9 +160,9 @@ def find_cuts(
         groups: list[tuple[tuple[str, ...], Cut | None]] = []
         left, since = list(planned), set[str]()
         tried: set[int] = set()
-        for i, (cut, tensor, prunable) in enumerate(calls):
+        for i, (cut, tensor, run) in enumerate(calls):
             done = [name for name in left if name in since]
-            later = {c.module for c, _, _ in calls[i:]}
+            later = set[str]().union(*(names for _, _, names in calls[i:]))
             possible = (
                 len(since) >= FEWEST_LAYERS and 0 < len(done) < len(left) and not since & later
             )
@@ -169,8 +171,7 @@ def find_cuts(
                 if is_cut(tensor):
                     groups.append((tuple(done), cut))
                     left, since = [name for name in left if name not in since], set()
-            if prunable:
-                since.add(cut.module)
+            since |= run
         return [*groups, (tuple(left), None)]
 
 
@@ -233,21 +234,23 @@ def _with_gradient(arguments: Arguments) -> tuple[Any, Any, Tensor | None]:
 
 def _traced(
     block: nn.Module, args: Any, kwargs: Any
-) -> tuple[list[tuple[Cut, Tensor | None, bool]], Tensor]:
+) -> tuple[list[tuple[Cut, Tensor | None, set[str]]], Tensor]:
     """Calls inside the block, each with the tensor that may be a cut, and the block's output.
 
-    The tensor is None if no argument requires gradients; the last item says if a layer is prunable.
+    The tensor is None if no argument requires gradients; the last item names the layers that run in
+    the call: the module itself, or the matrices in its own parameters.
     """
-    calls: list[tuple[Cut, Tensor | None, bool]] = []
+    inner = {name: m for name, m in block.named_modules() if name}
+    run = {name: _run_by(name, module) for name, module in inner.items()}
+    calls: list[tuple[Cut, Tensor | None, set[str]]] = []
     counts: dict[str, int] = {}
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         counts[name] = counts.get(name, 0) + 1
         reached = ((i, t) for i, t in _floats((args, kwargs)) if t.requires_grad)
         leaf, tensor = next(reached, (0, None))
-        calls.append((Cut(name, counts[name], leaf), tensor, _layers.is_prunable(module)))
+        calls.append((Cut(name, counts[name], leaf), tensor, run[name]))
 
-    inner = {name: m for name, m in block.named_modules() if name}
     fixed = {name: p.detach() for name, p in block.named_parameters()}
     with hooks(
         m.register_forward_pre_hook(partial(before, name), with_kwargs=True)
@@ -255,6 +258,13 @@ def _traced(
     ):
         output = first_tensor(functional_call(block, fixed, tuple(args), dict(kwargs)))
     return calls, output
+
+
+def _run_by(name: str, module: nn.Module) -> set[str]:
+    """The layers that a call of the module runs, apart from those in modules that it calls."""
+    if _layers.is_prunable(module):
+        return {name}
+    return {f"{name}.{inner}" for inner in _layers.pieces_of(module)}
 
 
 def _cut_test(x: Tensor, output: Tensor) -> Callable[[Tensor], bool]:

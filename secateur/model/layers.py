@@ -87,12 +87,20 @@ def parameter_of(module: nn.Module) -> nn.Parameter:
     return module.parameter if isinstance(module, Piece) else weight_of(module)
 
 
+def parameters_of(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters that hold the layers' weights, by name: one for all that it holds."""
+    return {parameter_name(name, module): parameter_of(module) for name, module in layers.items()}
+
+
+def weight_in(module: nn.Module, whole: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The place of the module's weight in a tensor of its parameter's shape, a view."""
+    return module.piece_of(whole) if isinstance(module, Piece) else whole
+
+
 def gradient_of(module: nn.Module) -> Shaped[Tensor, "..."] | None:
     """The gradient of the module's weight, in the memory that an optimizer reads."""
-    if isinstance(module, Piece):
-        whole = module.parameter.grad
-        return None if whole is None else module.piece_of(whole)
-    return weight_of(module).grad
+    whole = parameter_of(module).grad
+    return None if whole is None else weight_in(module, whole)
 
 
 def weights_of(layers: Mapping[str, nn.Module], *, written: bool = True) -> dict[str, nn.Parameter]:

@@ -4,8 +4,7 @@ The layer's weight is the parameter's own memory, so that what is written into i
 the model. What a module holds so is listed by `experts`, `attention` and `recurrent`.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -38,22 +37,27 @@ class Piece(nn.Linear):
         nn.Module.__init__(self)
         self.__dict__["owner"] = owner  # no child: the owner holds this layer's weight
         self.key, self.inner, self.piece_of, self.index = key, inner, take, index
-        self.weight = nn.Parameter(
-            take(self.parameter.detach()), requires_grad=self.parameter.requires_grad
-        )
+        whole = self._held()
+        self.weight = nn.Parameter(take(whole.detach()), requires_grad=whole.requires_grad)
         self.out_features, self.in_features = self.weight.shape
         self.register_parameter("bias", None)
         self.train(owner.training)
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens _"]:
-        return x if self.index is None else F.linear(x, self.current())
+        return x if self.index is None else F.linear(x, self.piece_of(self._held()))
 
     @property
     def parameter(self) -> nn.Parameter:
         """The owner's parameter that holds the matrix."""
-        parameter = self.owner._parameters[self.key]
-        assert parameter is not None
+        parameter = self._held()
+        assert isinstance(parameter, nn.Parameter)
         return parameter
+
+    def _held(self) -> Shaped[Tensor, "..."]:
+        """The owner's parameter, or what `torch.func.functional_call` has put in its place."""
+        held: Tensor | None = self.owner._parameters[self.key]
+        assert held is not None
+        return held
 
     def current(self) -> nn.Parameter:
         """The weight, where the parameter is now: `.to` and loading give it other memory."""
@@ -90,22 +94,3 @@ def owner_name(name: str, module: nn.Module) -> str:
     if isinstance(module, Piece):
         return name.removesuffix(module.inner).removesuffix(".")
     return name
-
-
-def require_no_pieces(layers: Mapping[str, Any], what: str) -> None:
-    """Raise if a layer is a matrix in another module's parameter, which `what` cannot take.
-
-    Raises:
-        ValueError: with its name and the remedy.
-    """
-    for name, module in layers.items():
-        if is_expert(module):
-            raise ValueError(
-                f"{what} takes no experts in 3-D parameters, {name} is one: leave them out of the "
-                "plan (ignore=)"
-            )
-        if isinstance(module, Piece):
-            raise ValueError(
-                f"{what} takes layers alone, {name} is a matrix inside {kind_of(module)}: leave "
-                "them out of the plan (ignore=)"
-            )

@@ -62,9 +62,11 @@ def _shown(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """The module's result, once its matrices have seen what they multiply."""
-    given = dict(zip(("input", "hx"), args, strict=False)) | dict(kwargs)
-    shown(module, own, given["input"], given.get("hx"))
+    """The module's result, once those of its matrices that hooks look at have seen their inputs."""
+    seen = {key: piece for key, piece in own.items() if piece._forward_pre_hooks}
+    if seen:
+        given = dict(zip(("input", "hx"), args, strict=False)) | dict(kwargs)
+        shown(module, seen, given["input"], given.get("hx"))
     return forward(*args, **kwargs)
 
 
@@ -122,8 +124,8 @@ def _alone(module: nn.RNNBase, layer: int) -> Callable[..., Any]:
         device="meta",
         **options,
     )
-    for name in names:
-        setattr(single, name.replace(f"_l{layer}", "_l0"), module._parameters[name])
+    for name in names:  # parameters, or what `functional_call` has put in their place
+        single._parameters[name.replace(f"_l{layer}", "_l0")] = module._parameters[name]
 
     def run(*args: Any) -> Any:
         with warnings.catch_warnings():  # that its weights are no single piece of memory

@@ -15,8 +15,9 @@ class Window:
     """The one part of a model whose weights are loaded; loading another drops them.
 
     The model's parameters are on the meta device; its buffers are moved to where it runs. A part is
-    a block of the chain, or a module outside it with tensors of its own. A part is loaded when it
-    is called. Loading it again restores its original weights: changes to it are lost.
+    a block of the chain, or a module outside it with tensors of its own and all that is inside. A
+    part is loaded when it, or what is inside, is called. Loading it again restores its original
+    weights: changes to it are lost.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Window:
         device: torch.device,
     ) -> None:
         self.device = device
-        self.parts = parts_of(model, chain)
+        self.parts, self._chain = parts_of(model, chain), set(chain)
         self._read = read
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -57,7 +58,9 @@ class Window:
         with contextlib.ExitStack() as stack:
             stack.callback(self.drop)
             for name, part in self.parts.items():
-                stack.enter_context(forward_as(part, functools.partial(self._called, name)))
+                called = functools.partial(self._called, name)
+                for module in [part] if name in self._chain else part.modules():
+                    stack.enter_context(forward_as(module, called))
             yield
 
     def _called(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -68,19 +71,22 @@ class Window:
 def parts_of(model: nn.Module, chain: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The blocks, and every other module with tensors of its own, in the model's order.
 
+    A module with tensors of its own and modules inside, such as `nn.MultiheadAttention`, is one
+    part with all of them.
+
     Raises:
-        ValueError: if a module outside the chain has both children and tensors of its own.
+        ValueError: if a module around the chain has tensors of its own.
     """
     parts: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        if any(name.startswith(f"{part}.") for part in parts):
+            continue
         if name in chain:
             parts[name] = module
-        elif any(name.startswith(f"{block}.") for block in chain):
-            continue
         elif any("." not in key for key in module.state_dict()):
-            if next(module.children(), None) is not None:
+            if not name or any(block.startswith(f"{name}.") for block in chain):
                 raise ValueError(
-                    f"{name or type(model).__name__} has tensors beside modules of its own and "
+                    f"{name or type(model).__name__} has tensors beside the blocks inside it and "
                     "cannot be loaded in parts: load the model whole and call reconstruct_"
                 )
             parts[name] = module

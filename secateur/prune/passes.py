@@ -28,7 +28,7 @@ from secateur.model.calibrate import LESS_MEMORY, Observed, as_list, observe
 from secateur.model.distributed import ALONE, Team, team
 from secateur.model.gradients import Loss, gradients
 from secateur.model.layers import weight_of
-from secateur.model.piece import is_expert, require_no_pieces
+from secateur.model.piece import is_expert
 from secateur.model.plan import Plan, match
 from secateur.model.statistics import STATISTICS, call, name_of
 from secateur.model.window import Window
@@ -211,7 +211,7 @@ def solve_stages_(
     shown = bar(the_pass.name, len(layers), unit="layer")
     with shown, contextlib.closing(stages):
         for observed in stages:
-            remember({name: weight_of(layers[name]) for name in observed.statistics})
+            remember(_layers.parameters_of({n: layers[n] for n in observed.statistics}))
             results |= _restored_(layers, observed.statistics, saved)
             names = [name for name in observed.statistics if name not in results]
             memo = functools.cache(call)  # what depends on the input alone is computed once
@@ -268,7 +268,6 @@ def _prepared(
         require_not_held(the_pass.model)
         _require_data(the_pass, batches)
         if the_pass.blockwise:
-            require_no_pieces(layers, the_pass.name)
             _require_quantisable(layers, the_pass.blockwise.grid)
         listed = as_list(batches) if the_pass.asks and batches is not None else []
         run = _fingerprint(the_pass, layers) if checkpoint or the_pass.team.size > 1 else {}
@@ -515,15 +514,15 @@ def _finalise_(
     if not all(name in masks for name in half.layers):
         return []
     with the_pass.blockwise.room_for(half):
-        before, after = the_pass.blockwise.train_(half, layers, masks, the_pass.team)
+        before, after = the_pass.blockwise.train_(half, masks, the_pass.team)
     for name in half.layers:
         del masks[name]
         if after < before:  # trained since it was measured
             results[name] = replace(results[name], error=None)
-    last = results[half.layers[-1]]
+    last = results[[*half.layers][-1]]
     note = f"{half.name}: held-out error {before:.4g} before training, {after:.4g} after"
     results[last.layer] = replace(last, note="; ".join(filter(None, [last.note, note])))
-    return half.layers
+    return [*half.layers]
 
 
 # --- after the last stage ------------------------------------------------------------------------

@@ -98,19 +98,18 @@ class Blockwise:
     def room_for(self, half: HalfBlock) -> AbstractContextManager[None]:
         """A context that names the half-block if memory runs out while it is trained."""
         less = f"pass shorter batches, or take sc.{name_of(self.method)} alone"
-        return room_for(half.layers, f"training {half.name}", less)
+        return room_for([*half.layers], f"training {half.name}", less)
 
     def rehearsal(
         self,
         half: HalfBlock,
-        layers: Mapping[str, nn.Module],
         masks: Mapping[str, Bool[Tensor, "out in"]],
     ) -> tuple[Callable[[], object], Callable[[], object]]:
         """A training step on the first batch, and a look at its error, as functions to be timed.
 
         They do what `train_` does, on copies of the weights: the layers stay as they are.
         """
-        training = _Training(half, layers, masks, ALONE)
+        training = _Training(half, masks, ALONE)
         optimizer = training.optimizer()
         gradients = Replayed(training.error_and_gradients, training.device)
         step = partial(training.step, optimizer, gradients, 0)
@@ -119,7 +118,6 @@ class Blockwise:
     def train_(
         self,
         half: HalfBlock,
-        layers: Mapping[str, nn.Module],
         masks: Mapping[str, Bool[Tensor, "out in"]],
         team: Team = ALONE,
     ) -> tuple[float, float]:
@@ -131,7 +129,7 @@ class Blockwise:
         with the best weights seen on it, and the second error is theirs. At every step each process
         of a `team` takes a batch, and all use the mean of their gradients.
         """
-        training = _Training(half, layers, masks, team)
+        training = _Training(half, masks, team)
         counts = team.all_gather(len(half.targets))
         first = sum(counts[: team.rank])  # batches are numbered as for held-out Gram matrices
         held_out = [b for b in range(len(half.targets)) if is_held_out(first + b)]
@@ -143,7 +141,7 @@ class Blockwise:
             _, after = self._fitted_(training, trained, held_out, self.epochs_on_grid, rate)
         if after < before or self.grid is not None:
             for name, stored in training.stored().items():
-                weight_of(layers[name]).copy_(stored)
+                weight_of(half.layers[name]).copy_(stored)
         return before, after
 
     def _fitted_(
@@ -238,17 +236,16 @@ class _Training:
     def __init__(
         self,
         half: HalfBlock,
-        layers: Mapping[str, nn.Module],
         masks: Mapping[str, Bool[Tensor, "out in"]],
         team: Team,
     ) -> None:
-        self._half, self._layers = half, layers
+        self._half, self._layers = half, half.layers
         self.name, self.team, self.device = half.name, team, half.device
-        stored = {name: weight_of(layers[name]).detach() for name in half.layers}
+        stored = {name: weight_of(m).detach() for name, m in half.layers.items()}
         self._dtypes = {name: weight.dtype for name, weight in stored.items()}
         self._masks = {name: masks[name] for name in half.layers}
         self._dropped = {
-            name: _layers.from_matrix(layers[name], ~masks[name]) for name in half.layers
+            name: _layers.from_matrix(m, ~masks[name]) for name, m in half.layers.items()
         }
         self._grid: Grid | None = None
         self.scales: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.core.shown import Shown
 from secateur.model.blocks import Batch, find_chains, hooks, tensors_of
+from secateur.model.calibrate import pieces_shown
 from secateur.model.half_blocks import first_tensor
 from secateur.model.layers import weight_of
 from secateur.model.outputs import answer, eval_mode
@@ -136,11 +137,12 @@ def peak_bytes(stages: Sequence[Stage], hidden: int, itemsize: int) -> int:
     Four copies of the hidden states, and the larger of what solving a layer takes,
     4 (9 in^2 + 14 out in), and what training the layers of a block together takes: 28 bytes per
     weight, what a batch keeps for the backward, tokens (in + 2 out) numbers for each layer and what
-    follows it, and the Gram matrices of a layer, 16 in^2. `stages` come from one batch.
+    follows it, and the Gram matrices of a layer, 16 in^2, or of all experts of a stack. `stages`
+    come from one batch.
     """
-    widest = max(stage.inputs for stage in stages)
+    grams = max(SUMS * stage.apart * stage.inputs**2 for stage in stages)
     solving = max(
-        4 * (SQUARES * columns**2 + WEIGHTS * out * columns)
+        4 * ((SQUARES + SUMS * (stage.apart - 1)) * columns**2 + WEIGHTS * out * columns)
         for stage in stages
         for out, columns in stage.shapes
     )
@@ -148,9 +150,9 @@ def peak_bytes(stages: Sequence[Stage], hidden: int, itemsize: int) -> int:
     for block in {stage.block for stage in stages}:
         inside = [stage for stage in stages if stage.block == block]
         weights = sum(s.outputs * s.inputs for s in inside)
-        kept = sum(s.tokens * (s.inputs + 2 * s.outputs) for s in inside)
+        kept = sum(s.tokens * (s.apart * s.inputs + 2 * s.outputs) for s in inside)
         training = max(training, 4 * TRAINED * weights + itemsize * kept)
-    return HIDDEN_STATES * hidden + max(solving, 4 * SUMS * widest**2 + training)
+    return HIDDEN_STATES * hidden + max(solving, 4 * grams + training)
 
 
 def distilling_bytes(
@@ -163,7 +165,7 @@ def distilling_bytes(
     and what follows it, and 32 for each of the model's `outputs`. `stages` come from one batch.
     """
     planned = sum(s.outputs * s.inputs for s in stages)
-    kept = sum(s.tokens * (s.inputs + 2 * s.outputs) for s in stages)
+    kept = sum(s.tokens * (s.apart * s.inputs + 2 * s.outputs) for s in stages)
     each = DISTILLED + ON_A_GRID if on_grid else DISTILLED
     return (8 - itemsize) * parameters + 4 * (each * planned + kept + OUTPUTS * outputs)
 
@@ -196,6 +198,7 @@ def _reached(
 
     with (
         eval_mode(model),
+        pieces_shown(model, layers),
         hooks(m.register_forward_pre_hook(partial(before, n)) for n, m in layers.items()),
     ):
         answer(model, batch, "calibration batch 0")

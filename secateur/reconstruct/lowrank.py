@@ -212,8 +212,8 @@ def _lost(
     for name, module in _layers.layers_of(model).items():
         now = _layers.weights_of({name: module}, written=False)[name]
         before = weights.get(parameter_name(name, module))
-        if isinstance(module, Piece) and before is not None:
-            before = module.piece_of(before)
+        if before is not None:
+            before = _layers.weight_in(module, before)
         if before is None or before.shape != now.shape:
             found = "none" if before is None else f"one of {tuple(before.shape)}"
             raise ValueError(

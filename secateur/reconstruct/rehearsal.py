@@ -26,8 +26,9 @@ from secateur.model import layers as _layers
 from secateur.model.blocks import Batch, arguments_of, run_batch, to_device
 from secateur.model.calibrate import Observed, observe
 from secateur.model.half_blocks import HalfBlock, first_tensor
-from secateur.model.layers import weight_of
+from secateur.model.layers import parameters_of, weight_of
 from secateur.model.outputs import divergence, eval_mode, on_device
+from secateur.model.piece import is_expert
 from secateur.model.statistics import HELD_OUT, STATISTICS
 from secateur.patterns import Pattern
 from secateur.patterns.grids import Grid
@@ -46,12 +47,16 @@ ROUNDS = 3  # for everything else that is timed, once warm; the median counts
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers of a block that share an input: their shapes, and how many tokens reach them."""
+    """Layers of a block that share an input: their shapes, and how many tokens reach each.
+
+    Experts of a stack have an `apart` input each, which as many tokens reach as do on average.
+    """
 
     block: str
     layers: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]  # [out, in]
     tokens: int
+    apart: int = 1
 
     @property
     def inputs(self) -> int:
@@ -180,8 +185,8 @@ def _timed(
                     masks[name] = patterns[name].mask(_layers.matrix(layers[name]).float().abs())
             summed = _seconds_to_sum(stage, layers, len(batches), needs)
             one = Passes(batch=summed * (1 if method.grid is None else 2))  # the weights as trained
-            if half is not None and half.layers[-1] in stage.layers:
-                one = one.plus(_training(half, layers, method, masks))
+            if half is not None and [*half.layers][-1] in stage.layers:
+                one = one.plus(_training(half, method, masks))
             passes[stage.block] = passes.get(stage.block, Passes()).plus(one)
     return passes, solved
 
@@ -194,13 +199,12 @@ def _enough(stages: Sequence[Stage], batches: Sequence[Batch]) -> list[Batch]:
 
 def _training(
     half: HalfBlock,
-    layers: Mapping[str, nn.Module],
     method: Blockwise,
     masks: Mapping[str, Bool[Tensor, "out in"]],
 ) -> Passes:
     """What training the half-block takes per batch, with a forward of its block if it ends it."""
     with method.room_for(half), in_tf32(half.device):
-        step, look = map(_seconds, method.rehearsal(half, layers, masks))
+        step, look = map(_seconds, method.rehearsal(half, masks))
     forward = _seconds(partial(half.output, 0, {})) if half.end is None else 0.0
     return Passes(forward, 0.0 if method.grid is None else look, step, look)
 
@@ -216,11 +220,10 @@ def seconds_of_a_step(model: nn.Module, layers: Mapping[str, nn.Module], batch: 
 
     The dense model's forward, for its outputs, is included.
     """
-    weights = {f"{n}.weight": weight_of(m).detach().requires_grad_() for n, m in layers.items()}
-    block, part = _quarter(layers)
-    copies = [
-        weight_of(m).detach().to(torch.float32, copy=True).requires_grad_() for m in block.values()
-    ]
+    stored = {name: p.detach().requires_grad_() for name, p in parameters_of(layers).items()}
+    block = list(stored.values())[: math.ceil(len(stored) / KINDS)]
+    part = sum(w.numel() for w in block) / sum(w.numel() for w in stored.values())
+    copies = [weight.detach().to(torch.float32, copy=True).requires_grad_() for weight in block]
     for weight in copies:
         weight.grad = torch.zeros_like(weight)
 
@@ -229,11 +232,11 @@ def seconds_of_a_step(model: nn.Module, layers: Mapping[str, nn.Module], batch: 
         args, named = arguments_of(model, batch)
         with torch.no_grad():
             target = first_tensor(model(*args, **named))
-        found = first_tensor(functional_call(model, weights, args, named))
+        found = first_tensor(functional_call(model, stored, args, named))
         loss = divergence(target, found).mean()
-        return list(torch.autograd.grad(loss, list(weights.values()), allow_unused=True))
+        return list(torch.autograd.grad(loss, list(stored.values()), allow_unused=True))
 
-    device = next(iter(weights.values())).device
+    device = next(iter(stored.values())).device
     step = partial(Replayed(gradients, device), to_device(batch, device))
     with eval_mode(model), in_tf32(device):
         return _seconds(step) + _seconds(torch.optim.AdamW(copies).step) / part
@@ -309,7 +312,9 @@ def _stand_ins(
 def _stage(observed: Observed, layers: Mapping[str, nn.Module]) -> Stage:
     names = tuple(observed.tokens)
     shapes = tuple((out, columns) for out, columns in (_matrix(layers, n).shape for n in names))
-    return Stage(observed.block, names, shapes, observed.tokens[names[0]])
+    tokens = max(1, round(sum(observed.tokens.values()) / len(names)))
+    apart = sum(is_expert(layers[name]) for name in names)
+    return Stage(observed.block, names, shapes, tokens, max(1, apart))
 
 
 def _matrix(layers: Mapping[str, nn.Module], name: str) -> Tensor:
@@ -353,10 +358,10 @@ def _solve(
     def run(out: int, columns: int) -> tuple[float, float, float, dict[str, Tensor]]:
         """Seconds for what is shared, the rest and rounding again, on these parts, and masks."""
         shared = 0.0
-        given = {
-            name: value[..., :columns][:columns] if value.dim() == 2 else value[:columns]
-            for name, value in observed.statistics[stage.layers[0]].items()
-        }
+
+        @functools.cache
+        def part(value: Tensor) -> Tensor:
+            return value[..., :columns][:columns] if value.dim() == 2 else value[:columns]
 
         @functools.cache
         def memo(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -373,6 +378,7 @@ def _solve(
             available: dict[str, Any] = {"weight": weight, "pattern": patterns[name]}
             available |= {"layer": name, "memo": memo}
             available["dtype"] = weight_of(layers[name]).dtype
+            given = {key: part(value) for key, value in observed.statistics[name].items()}
             solution = bind_algorithm(method.alone).solve({**available, **given})
             found[name] = solution.mask
             rounding += _seconds_to_round(

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from secateur.core.wrappers import require_unflattened, unwrapped
 from secateur.model import layers as _layers
-from secateur.model.layers import weight_of, weights_of
-from secateur.model.piece import require_no_pieces
+from secateur.model.layers import weights_of
 from secateur.model.plan import Plan
 from secateur.train.gradual import lowered
 from secateur.train.schedules import Schedule
@@ -44,17 +43,15 @@ class Moving:
         learn: Learn,
         choose: Choose,
     ) -> None:
-        layers = {name: weight.module for name, weight in weights.items()}
+        tensors = {name: weight.tensor().detach() for name, weight in weights.items()}
         self.masks: dict[str, Bool[Tensor, "..."]] = {
-            name: torch.ones_like(weight_of(module), dtype=torch.bool)
-            for name, module in layers.items()
+            name: torch.ones_like(W, dtype=torch.bool) for name, W in tensors.items()
         }
         self.scores: dict[str, Float[Tensor, "..."]] = {
-            name: torch.zeros_like(weight_of(module), dtype=torch.float32)
-            for name, module in layers.items()
+            name: torch.zeros_like(W, dtype=torch.float32) for name, W in tensors.items()
         }
-        self._hidden = {name: torch.zeros_like(weight_of(m)) for name, m in layers.items()}
-        self._layers, self._learn, self._choose = layers, learn, choose
+        self._hidden = {name: torch.zeros_like(W) for name, W in tensors.items()}
+        self._weights, self._learn, self._choose = weights, learn, choose
         self._learnt: set[str] = set()  # from the gradients of the step that is being taken
         self._steps = Steps(model, optimizers, weights, "movement")
         self._steps.attach(self._before, self._after)
@@ -109,30 +106,30 @@ class Moving:
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, final: bool) -> None:
         scale = getattr(optimizer, "grad_scale", None)  # of a GradScaler, for fused optimizers
-        for name, module in self._layers.items():
-            a = weight_of(module)
-            if a.grad is None:
+        for name, weight in self._weights.items():
+            a, gradient = weight.tensor(), weight.gradient()
+            if gradient is None:
                 continue
             if final and name not in self._learnt:  # a closure may run more than once in a step
                 W = (a + self._hidden[name]).float()
-                slope = a.grad.float() if scale is None else a.grad.float() / scale
+                slope = gradient.float() if scale is None else gradient.float() / scale
                 self.scores[name] += self._learn(slope * W, self.scores[name])
                 self._learnt.add(name)
-            a.grad.masked_fill_(~self.masks[name], 0)
+            gradient.masked_fill_(~self.masks[name], 0)
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, step: int | None) -> None:
         own = parameters_of(optimizer)
-        for name, module in self._layers.items():
-            a, M, hidden = weight_of(module), self.masks[name], self._hidden[name]
-            if id(a) not in own:
+        for name, weight in self._weights.items():
+            a, M, hidden = weight.tensor(), self.masks[name], self._hidden[name]
+            if id(weight.parameter) not in own:
                 continue
             W = torch.where(M, a, hidden)  # an optimizer's momentum moves dropped weights as well
             if step is not None:
                 self._learnt.discard(name)
-                chosen = self._choose(name, _layers.matrix(module, self.scores[name]), step)
-                if chosen is not None:
-                    M.copy_(_layers.from_matrix(module, chosen))
+                scores = _layers.matrix(weight.module, self.scores[name])
+                if (chosen := self._choose(name, scores, step)) is not None:
+                    M.copy_(_layers.from_matrix(weight.module, chosen))
             a.copy_(W.masked_fill(~M, 0))
             hidden.copy_(W.masked_fill(M, 0))
 
@@ -220,9 +217,8 @@ def _updated(
     optimizers = as_optimizers(optimizer)
     require_unflattened(model, optimizers)
     planned = weights_of_plan(unwrapped(model), plan)
-    layers = {name: weight.module for name, weight in planned.items()}
-    require_no_pieces(layers, "movement pruning")
-    weights = weights_of(layers)
+    weights_of({name: weight.module for name, weight in planned.items()})  # ordinary ones
+    weights = {n: p for n, weight in planned.items() if (p := weight.parameter) is not None}
     updated = {key for one in optimizers for key in parameters_of(one)}
     if left := [name for name, weight in weights.items() if id(weight) not in updated]:
         raise ValueError(

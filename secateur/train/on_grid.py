@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.core.float64 import in_float64
 from secateur.model import layers as _layers
-from secateur.model.layers import weight_of
+from secateur.model.layers import gradient_of, parameters_of, weight_of
 from secateur.patterns.grids import Grid
 from secateur.train.distil import Trained
 
@@ -64,15 +64,16 @@ class OnGrid:
     def gradients_(self) -> None:
         """Take the gradients of the layers' weights through to latent weights and scales."""
         for name, module in self._layers.items():
-            weight = weight_of(module)
-            if weight.grad is None:
+            gradient = gradient_of(module)
+            if gradient is None:
                 continue
             leaves = self.weights[name], self.scales[name]
-            upstream = _layers.matrix(module, weight.grad)
+            upstream = _layers.matrix(module, gradient)
             found = torch.autograd.grad(self._rounded(name), leaves, upstream)
-            for leaf, gradient in zip(leaves, found, strict=True):
-                leaf.grad = gradient
-            weight.grad = None
+            for leaf, own in zip(leaves, found, strict=True):
+                leaf.grad = own
+        for parameter in parameters_of(self._layers).values():
+            parameter.grad = None
 
     def _rounded(self, name: str) -> Float[Tensor, "out in"]:
         weight, scales, dtype = self.weights[name], self.scales[name], self._dtypes[name]

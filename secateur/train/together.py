@@ -13,14 +13,15 @@ from torch.utils import _pytree as pytree
 
 from secateur.core.interrupts import putting_back
 from secateur.core.tf32 import in_tf32
-from secateur.core.undo import all_or_nothing
+from secateur.core.undo import Undo, all_or_nothing
 from secateur.model import layers as _layers
 from secateur.model.blocks import Batch
-from secateur.model.layers import weight_of
+from secateur.model.layers import parameters_of, weight_in, weight_of
 from secateur.model.outputs import answer, device_of, eval_mode
+from secateur.model.piece import parameter_name
 from secateur.model.statistics import is_held_out
 from secateur.patterns.grids import Grid
-from secateur.train.distil import Distillation, Trained, distil_, own_gradients
+from secateur.train.distil import Distillation, Trained, own_gradients
 from secateur.train.loss import output_loss
 from secateur.train.on_grid import Latent, OnGrid, kept_rms
 
@@ -44,24 +45,11 @@ def train_together_(
 
     Raises: ValueError as `distil_`; the model is left as it was.
     """
-    trained = [batch for i, batch in enumerate(batches) if not is_held_out(i)]
-    weights = {name: weight_of(module) for name, module in layers.items()}
     before = held_out_loss(model, teacher, batches)
     with all_or_nothing() as undo:
-        undo.remember(weights)
-        with (
-            _in_float32(model, teacher),
-            in_tf32(device_of(model)),
-            _requiring_gradients(model, weights.values()),
-        ):
-            distil_(
-                model,
-                teacher,
-                [_float32(batch) for batch in trained],
-                steps=epochs * len(trained),
-                learning_rate=LEARNING_RATE * kept_rms(weights.values()),
-                checkpoint=checkpoint,
-            )
+        masks = {name: _layers.matrix(module) != 0 for name, module in layers.items()}
+        run = _Run(model, teacher, layers, batches, undo)
+        run.train_(partial(_masked, layers, masks), epochs, LEARNING_RATE, checkpoint)
         after = held_out_loss(model, teacher, batches)
         if after < before:
             return before, after
@@ -89,39 +77,65 @@ def train_on_grid_(
 
     Raises: ValueError as `distil_`; the model is left as it was.
     """
-    trained = [batch for i, batch in enumerate(batches) if not is_held_out(i)]
-    weights = {name: weight_of(module) for name, module in layers.items()}
-    dtypes = {name: weight.dtype for name, weight in weights.items()}
+    dtypes = {name: weight_of(module).dtype for name, module in layers.items()}
     before = held_out_loss(model, teacher, batches)
     with all_or_nothing() as undo:
-        undo.remember(weights)
-
-        def train_(make: Callable[[float], Trained], epochs: int, rate: float, part: str) -> None:
-            with (
-                _in_float32(model, teacher),
-                in_tf32(device_of(model)),
-                _requiring_gradients(model, weights.values()),
-                own_gradients(weights),
-            ):
-                rate *= kept_rms(weights.values())
-                steps, listed = epochs * len(trained), [_float32(batch) for batch in trained]
-                run = Distillation(model, teacher, listed, steps, rate, output_loss, seed=0)
-                run(make(rate), checkpoint and checkpoint / part, undo)
-
-        train_(partial(_masked, layers, masks), epochs[0], LEARNING_RATE, "off-grid")
+        run = _Run(model, teacher, layers, batches, undo)
+        off = checkpoint and checkpoint / "off-grid"
+        run.train_(partial(_masked, layers, masks), epochs[0], LEARNING_RATE, off)
         latent = OnGrid(layers, round_(), grid, dtypes)
-        rounded = {name: weight.detach().clone() for name, weight in weights.items()}
+        rounded = {name: p.detach().clone() for name, p in run.parameters.items()}
         as_rounded = held_out_loss(model, teacher, batches)
-        train_(latent.trained, epochs[1], RATE_ON_GRID, "on-grid")
+        run.train_(latent.trained, epochs[1], RATE_ON_GRID, checkpoint and checkpoint / "on-grid")
         after = held_out_loss(model, teacher, batches)
         if as_rounded <= after:
             after = as_rounded
-            for name, weight in weights.items():
-                weight.data.copy_(rounded[name])
+            for name, parameter in run.parameters.items():
+                parameter.data.copy_(rounded[name])
         if after < before:
             return before, after
         undo.restore()
         return before, before
+
+
+class _Run:
+    """A training of some layers' weights on the batches that are not held out, each once an epoch.
+
+    It is that of `distil_`, in float32, and `undo` puts back what was there before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        layers: Mapping[str, nn.Module],
+        batches: Sequence[Batch],
+        undo: Undo,
+    ) -> None:
+        self._model, self._teacher, self._layers, self._undo = model, teacher, layers, undo
+        self._batches = [batch for i, batch in enumerate(batches) if not is_held_out(i)]
+        self.parameters = parameters_of(layers)
+        undo.remember(self.parameters)
+
+    def train_(
+        self, make: Callable[[float], Trained], epochs: int, rate: float, checkpoint: Path | None
+    ) -> None:
+        """Train what `make` makes for a learning rate, of which `rate` is in units of the weights.
+
+        Raises: ValueError as `distil_`.
+        """
+        with (
+            _in_float32(self._model, self._teacher),
+            in_tf32(device_of(self._model)),
+            _requiring_gradients(self._model, self.parameters.values()),
+            own_gradients(self.parameters),
+        ):
+            unit = kept_rms(weight_of(module) for module in self._layers.values())
+            steps, listed = epochs * len(self._batches), [_float32(b) for b in self._batches]
+            run = Distillation(
+                self._model, self._teacher, listed, steps, rate * unit, output_loss, seed=0
+            )
+            run(make(rate * unit), checkpoint, self._undo)
 
 
 def _masked(
@@ -129,17 +143,20 @@ def _masked(
     masks: Mapping[str, Bool[Tensor, "out in"]],
     learning_rate: float,
 ) -> Trained:
-    """The layers' weights, of which those that the masks drop get no gradient."""
-    weights = {name: weight_of(module) for name, module in layers.items()}
-    dropped = {name: _layers.from_matrix(layers[name], ~mask) for name, mask in masks.items()}
+    """The parameters with the layers' weights; only what the masks keep gets a gradient."""
+    parameters = parameters_of(layers)
+    fixed = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    for name, module in layers.items():
+        dropped = weight_in(module, fixed[parameter_name(name, module)])
+        dropped.copy_(_layers.from_matrix(module, ~masks[name]))
 
     def mask_gradients_() -> None:
-        for name, weight in weights.items():
-            if weight.grad is not None:
-                weight.grad.masked_fill_(dropped[name], 0)
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(fixed[name], 0)
 
-    optimizer = torch.optim.AdamW(weights.values(), learning_rate, weight_decay=0.0)
-    return Trained(weights, optimizer, mask_gradients_)
+    optimizer = torch.optim.AdamW(parameters.values(), learning_rate, weight_decay=0.0)
+    return Trained(parameters, optimizer, mask_gradients_)
 
 
 @torch.no_grad()

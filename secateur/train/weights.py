@@ -18,6 +18,7 @@ from secateur.model.layers import (
     layers_of,
     parameter_of,
     pieces_of,
+    weight_in,
     weight_of,
 )
 from secateur.model.piece import Piece, owner_name
@@ -91,8 +92,7 @@ class Weight:
                 and kept.is_floating_point()
                 and kept.shape == parameter.shape
             ):
-                own = self.module.piece_of(kept) if isinstance(self.module, Piece) else kept
-                own.masked_fill_(where, 0)
+                weight_in(self.module, kept).masked_fill_(where, 0)
 
     def sources(self) -> list[nn.Parameter]:
         """The parameters that change the weight: for a computed one, all of its module."""

@@ -109,6 +109,8 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         ("llama", sc.wanda, True),
         ("llama", sc.magnitude, False),
         ("mixtral", sc.wanda, False),
+        ("mixtral", sc.blockwise(sc.sparsegpt, epochs=1), True),
+        ("gpt_oss", sc.blockwise(sc.sparsegpt, epochs=1), False),
     ],
 )
 def test_it_gives_exactly_what_reconstruct_gives(
@@ -136,6 +138,42 @@ def test_it_gives_exactly_what_reconstruct_gives(
     assert {frozenset(pair) for pair in sidecar.tied.items()} == {
         frozenset(pair) for pair in saved.tied.items()
     }
+
+
+@pytest.mark.parametrize("algorithm", [sc.sparsegpt, sc.blockwise(sc.refit(sc.wanda), epochs=1)])
+def test_a_folder_with_torch_s_attention_in_and_beside_its_blocks(
+    algorithm: Any, tmp_path: Path
+) -> None:
+    """BridgeTower's images, whose embeddings have tensors beside a module of their own, too."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 2}
+    text = transformers.BridgeTowerTextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, max_position_embeddings=20, **sizes
+    )
+    vision = transformers.BridgeTowerVisionConfig(
+        hidden_size=64, num_hidden_layers=3, image_size=32, patch_size=16
+    )
+    config = transformers.BridgeTowerConfig(
+        text_config=text, vision_config=vision, hidden_size=16, intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=2,
+    )  # fmt: skip
+    source, target = tmp_path / "source", tmp_path / "target"
+    transformers.BridgeTowerModel(config).save_pretrained(source)
+    generator = torch.Generator().manual_seed(1)
+    given = [
+        {
+            "input_ids": torch.randint(2, 32, (2, 6), generator=generator),
+            "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
+        }
+        for _ in range(3)
+    ]
+    model = load_folder(source)
+    plan = sc.plan(model, {"vision_model.visual.transformer.resblocks.*": "2:4"})
+    assert sum("in_proj_weight" in name for name in plan.layers) == 3 * 3
+    report = reconstruct_folder(source, target, plan, algorithm, given)
+    assert report.layers == sc.reconstruct_(model, plan, algorithm, given).layers
+    assert_same(model, load_folder(target))
+    assert sc.check(load_folder(target), plan) == dict.fromkeys(plan.layers, 0.5)
 
 
 def test_zeros_of_the_source_are_kept_or_warned_of(tmp_path: Path) -> None:

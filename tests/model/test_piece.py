@@ -13,7 +13,6 @@ from secateur.model.piece import (
     kind_of,
     owner_name,
     parameter_name,
-    require_no_pieces,
 )
 from tests.model.test_experts import mixture
 from tests.reconstruct.problems import gpt2_and_batches
@@ -117,11 +116,3 @@ def test_a_weight_that_was_moved_is_where_its_parameter_is() -> None:
     layer = layers_of(module)["in_proj_weight.v"]
     module.in_proj_weight.data = torch.randn(24, 8)
     assert torch.equal(weight_of(layer), module.in_proj_weight[16:])
-
-
-def test_what_takes_layers_alone_names_the_first_other_one() -> None:
-    layers = layers_of(nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4)))
-    said = r"^a verb takes layers alone, 1\.weight_ih_l0 is a matrix inside GRU: leave"
-    with pytest.raises(ValueError, match=said):
-        require_no_pieces(layers, "a verb")
-    require_no_pieces({"0": layers["0"]}, "a verb")

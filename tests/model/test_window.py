@@ -50,9 +50,39 @@ def test_parts_are_the_blocks_and_what_is_around_them() -> None:
     assert list(parts_of(model, chain)) == [
         "embed", "blocks.0", "blocks.1", "blocks.2", "lm_head",
     ]  # fmt: skip
+    model.pooler = nn.MultiheadAttention(16, 2)
+    assert list(parts_of(model, chain))[-1] == "pooler"
     model.register_buffer("scale", torch.ones(1))
-    with pytest.raises(ValueError, match="Decoder has tensors beside modules of its own"):
+    with pytest.raises(ValueError, match="Decoder has tensors beside the blocks inside it"):
         parts_of(model, chain)
+
+
+class Pooled(nn.Module):
+    """A decoder whose outputs go through attention, and once more through its output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = decoder()
+        self.pooler = nn.MultiheadAttention(20, 2, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.decoder(ids)
+        pooled: Tensor = self.pooler(x, x, x, need_weights=False)[0]
+        return self.pooler.out_proj(pooled)
+
+
+def test_what_is_inside_a_part_loads_all_of_it() -> None:
+    torch.manual_seed(0)
+    model, x = Pooled().eval(), tokens(1)[0]
+    with torch.no_grad():
+        expected = model(x)
+    window, reads = windowed(model)
+    with window.opened(), torch.no_grad():
+        assert torch.equal(model(x), expected)
+        assert held(model) == {f"pooler.{n}" for n, _ in model.pooler.named_parameters()}
+        window.drop()
+        model.pooler.out_proj(expected)
+    assert reads["pooler"] == 2 and not held(model)
 
 
 def test_what_is_called_takes_the_place_of_what_was() -> None:

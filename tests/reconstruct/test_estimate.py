@@ -20,6 +20,7 @@ from secateur.model.plan import match
 from secateur.reconstruct import Estimate, estimate
 from secateur.reconstruct.estimate import peak_bytes
 from secateur.reconstruct.rehearsal import Solved, Stage
+from tests.inside import KINDS, problem
 from tests.models import ConvNet, Decoder
 
 WIDTH, BATCHES, ROWS, LENGTH = 64, 4, 4, 16
@@ -257,3 +258,39 @@ def test_methods_whose_memory_is_not_counted_say_nothing(
 def test_a_model_that_cannot_run_is_refused_as_always() -> None:
     with pytest.raises(ValueError, match="Decoder cannot run calibration batch 0, Tensor"):
         sc.reconstruct_(decoder(), "2:4", sc.best, [torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)])
+
+
+# --- matrices inside other parameters ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_matrix_is_counted_and_left_as_it_was(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model, batches), (same, _) = problem(kind, 2), problem(kind)
+    plan = sc.plan(model, "2:4")
+    found = estimate(model, match(model, plan), plan.layers, batches, sc.thorough)
+    assert found.seconds > 0
+    for one, other in zip(model.parameters(), same.parameters(), strict=True):
+        assert torch.equal(one, other) and one.grad is None
+    sc.reconstruct_(model, plan, sc.best, batches)
+    assert "blockwise(alps): about " in capsys.readouterr().err
+
+
+def test_experts_have_gram_matrices_and_inputs_of_their_own() -> None:
+    """Of 4 experts: 4 sums for each but one more while one is solved; each keeps its inputs."""
+    one, four = (
+        [Stage("b", ("up",) * n, ((4, 32),) * n, 10, n), Stage("b", ("o",), ((4, 4),), 10)]
+        for n in (1, 4)
+    )
+    solving = 4 * ((9 + 4 * 3) * 32**2 + 14 * 4 * 32)
+    assert peak_bytes(four, 0, 4) == solving
+    assert peak_bytes(one, 0, 4) == 4 * (9 * 32**2 + 14 * 4 * 32)
+    wide = [Stage("b", ("up",) * 4, ((64, 8),) * 4, 1000, 4)]
+    kept = 1000 * (4 * 8 + 2 * 4 * 64)
+    assert peak_bytes(wide, 0, 4) == 4 * 4 * 4 * 8**2 + 28 * 4 * 64 * 8 + 4 * kept
+
+
+def test_an_expert_without_a_token_in_the_first_batch_stops_no_estimate() -> None:
+    model, batches = problem("Qwen3Moe", 2)
+    assert told(model, [batches[0][:1, :1], batches[1]]).seconds > 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.train import movement, soft_movement
 from secateur.train.schedules import constant, cubic, linear
+from tests.inside import KINDS, problem
 from tests.models import ConvNet
 from tests.train.trainers import Drive, in_closures, inputs, plainly, scaled
 
@@ -234,3 +235,46 @@ def test_a_frozen_layer_and_one_that_is_held_are_refused() -> None:
         ),
     ):
         movement(net, plan, optimizer, constant(0.5))
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight.k", "in_proj_weight.q"])
+def test_a_matrix_inside_a_parameter_moves_as_one_alone(name: str) -> None:
+    """One third of attention's parameter learns its mask as it does by the definition, by hand."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    own = {"q": slice(0, 8), "k": slice(8, 16)}[name[-1]]
+    x = torch.randn(4, 5, 8)
+    plan = {name: "unstructured:0.5@layer"}
+    optimizer = torch.optim.SGD(attention.parameters(), lr=0.1, momentum=0.9)
+    scores = torch.zeros(8, 8)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    hidden = torch.zeros(8, 8)
+    with movement(attention, sc.plan(attention, plan), optimizer, constant(0.5)) as moving:
+        for _ in range(4):
+            optimizer.zero_grad()
+            attention(x, x, x, need_weights=False)[0].square().mean().backward()
+            now = attention.in_proj_weight[own].detach()
+            W = torch.where(mask, now, hidden)
+            scores -= attention.in_proj_weight.grad[own] * W
+            optimizer.step()
+            mask = sc.Unstructured(0.5, scope="layer").mask(scores)
+            hidden = moving._hidden[name].clone()
+            assert torch.equal(attention.in_proj_weight[own] != 0, mask)
+            torch.testing.assert_close(moving.scores[name], scores)
+    assert int((attention.in_proj_weight == 0).sum()) == 32
+    others = [i for i in range(24) if not own.start <= i < own.stop]
+    assert not (attention.in_proj_weight[others] == 0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_matrix_moves_to_its_pattern(kind: str) -> None:
+    model, batches = problem(kind, 3)
+    plan = sc.plan(model, "2:4")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with movement(model, plan, optimizer, constant(0.5)):
+        for x in batches:
+            optimizer.zero_grad()
+            found = model(x)
+            getattr(found, "logits", found).square().mean().backward()
+            optimizer.step()
+    assert sc.check(model, plan) == dict.fromkeys(plan.layers, 0.5)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.model.evaluate import compare
-from secateur.model.layers import select
+from secateur.model.layers import matrix, select, weight_in
+from secateur.model.piece import parameter_name
 from secateur.model.plan import match
 from secateur.patterns import Int2, Int3, Pattern
 from secateur.patterns.grids import Grid
@@ -19,6 +20,7 @@ from secateur.reconstruct import Blockwise, Solution, estimate
 from secateur.reconstruct.estimate import distilling_bytes
 from secateur.train.state import TrainingState
 from secateur.train.together import held_out_loss, train_together_
+from tests.inside import KINDS, problem
 from tests.models import ConvNet, Decoder
 
 together = importlib.import_module("secateur.train.together")
@@ -262,3 +264,77 @@ def test_on_a_grid_an_interruption_leaves_the_model_and_is_gone_on_from(
         model = decoder()
         again = sc.reconstruct_(model, plan, method, batches, checkpoint=tmp_path)
         assert same(model, state(whole)) and note(again) == note(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Mixtral", "attention", "LSTM"])
+def test_matrices_inside_other_parameters_are_trained_and_the_rest_stays(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """All matrices but one; that one lies between others of its parameter."""
+    (model, batches), left = problem(kind, 16), KINDS[kind][1]
+    model = model.to(dtype)
+    batches = [x.to(dtype) if x.is_floating_point() else x for x in batches]
+    dense, plan = copy.deepcopy(model), sc.plan(model, "2:4", ignore=left)
+    sc.prune_(model, plan)
+    before = state(model)
+    layers = match(model, plan)
+    first, last = train_together_(model, dense, layers, batches, 4)
+    assert last < first and last == held_out_loss(model, dense, batches)
+    assert sc.check(model, plan) == dict.fromkeys(plan.layers, 0.5)
+    for key, parameter in model.named_parameters():
+        planned = torch.zeros_like(parameter, dtype=torch.bool)
+        for name, layer in layers.items():
+            if parameter_name(name, layer) == key:
+                weight_in(layer, planned).fill_(True)
+        assert torch.equal(parameter[~planned], before[key][~planned])
+        assert not planned.any() or not torch.equal(parameter, before[key])
+        assert parameter.dtype == dtype and parameter.grad is None and parameter.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thorough_takes_matrices_of_every_kind(kind: str) -> None:
+    dense, batches = problem(kind, 16)
+    lost = []
+    for method in (sc.sparsegpt, sc.blockwise(sc.sparsegpt, epochs=1, distil=2)):
+        model, _ = problem(kind)
+        plan = sc.plan(model, "2:4")
+        report = sc.reconstruct_(model, plan, method, batches)
+        assert sc.check(model, plan) == dict.fromkeys(plan.layers, 0.5)
+        lost.append(held_out_loss(model, dense, batches))
+    assert lost[1] < 0.9 * lost[0]
+    first, last = note(report)
+    assert last < first and last == pytest.approx(lost[1], rel=1e-3)
+
+
+def test_what_raises_at_the_end_puts_16_bit_matrices_back_where_they_are_now() -> None:
+    """Training in float32 gave their parameters other memory in between."""
+    model, batches = problem("attention", 4)
+    model, batches = model.bfloat16(), [x.bfloat16() for x in batches]
+    before, calls = state(model), []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(arguments)
+        raise KeyboardInterrupt
+
+    method = sc.blockwise(zeroed, epochs=1, distil=1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(importlib.import_module("secateur.prune.passes"), "report_of", failing)
+        with pytest.raises(KeyboardInterrupt):
+            sc.reconstruct_(model, "2:4", method, batches)
+    assert calls and same(model, before)
+
+
+def test_on_a_grid_matrices_inside_other_parameters_end_there() -> None:
+    (model, batches), grid = problem("Qwen3Moe", 8), sc.Int4(8)
+    method = sc.blockwise(zeroed, epochs=1, distil=1, grid=grid)
+    plan = sc.plan(model, "2:4", layers="*.experts.*")
+    before = state(model)
+    sc.reconstruct_(model, plan, method, batches)
+    assert min(sc.check(model, plan).values()) >= 0.5
+    for name, layer in match(model, plan).items():
+        weight = matrix(layer).detach().contiguous()
+        scales = grid.scales(weight)
+        assert torch.equal(grid.dequantised(grid.codes(weight, scales), scales), weight), name
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]) == (".experts." not in key)
