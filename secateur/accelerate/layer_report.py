@@ -1,6 +1,6 @@
 """What `accelerate_` measured of one layer and made of it, as data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from secateur.accelerate.candidates import DENSE, PREPACKED
@@ -60,7 +60,8 @@ class LayerReport:
     once more. `weight_error` is ||W - W'|| / ||W||, 0 unless the format rounds weights to a grid.
     `cannot` is what implementations said that cannot run here, `dropped` why others were no choice:
     out of memory, a library's error, a wrong result. `other` is what the other policy would have
-    chosen, where it is something else.
+    chosen, where it is something else. Of an expert in a stack `chosen` is the share of calls with
+    each number of tokens that run it, if the router sends tokens everywhere alike.
     """
 
     layer: str
@@ -77,18 +78,25 @@ class LayerReport:
     cannot: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     other: OtherPolicy | None = None
+    chosen: tuple[float, ...] = ()
 
     @property
     def dense_us(self) -> tuple[float, ...]:
-        """Microseconds of the best dense at each measured number of tokens."""
-        return tuple(best_dense(dict(one.microseconds))[1] for one in self.measured)
+        """Microseconds of the best dense at each measured number of tokens, in a call."""
+        return self.a_call(best_dense(dict(one.microseconds))[1] for one in self.measured)
 
     @property
     def us(self) -> tuple[float, ...]:
-        """Microseconds of what the layer now runs at each measured number of tokens."""
+        """Microseconds of what the layer now runs at each number of tokens, in a call."""
         if self.format == DENSE:
             return self.dense_us
-        return tuple(dict(one.microseconds)[one.fastest_sparse or DENSE] for one in self.measured)
+        ran = (dict(one.microseconds)[one.fastest_sparse or DENSE] for one in self.measured)
+        return self.a_call(ran)
+
+    def a_call(self, microseconds: Iterable[float]) -> tuple[float, ...]:
+        """What a call of the model spends on the layer on average, which takes so long to run."""
+        us = tuple(microseconds)
+        return tuple(s * t for s, t in zip(self.chosen, us, strict=True)) if self.chosen else us
 
 
 def best_dense(microseconds: Mapping[str, float]) -> tuple[str, float]:

@@ -36,7 +36,8 @@ def given_up(layers: Sequence[LayerReport], day: Day, model_bytes: int) -> str:
         return ""
     now = _sums(layer.us for layer in measured)
     then = _sums(
-        layer.us if layer.other is None else layer.other.microseconds for layer in measured
+        layer.us if layer.other is None else layer.a_call(layer.other.microseconds)
+        for layer in measured
     )
     held = model_bytes + sum(layer.bytes_after - layer.bytes_before for layer in layers)
     other = held + sum(
@@ -54,7 +55,7 @@ def layer_given_up(layer: LayerReport) -> str:
     if layer.other is None:
         return ""
     other, tokens = layer.other, [one.tokens for one in layer.measured]
-    changes = _changes(tokens, layer.us, other.microseconds, "us", _figure)
+    changes = _changes(tokens, layer.us, layer.a_call(other.microseconds), "us", _figure)
     runs = ", ".join(dict.fromkeys(other.runs))
     return (
         f"policy='{other.policy}' would run {runs}, take {changes}, "

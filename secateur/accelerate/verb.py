@@ -21,6 +21,7 @@ from secateur.accelerate.candidates import (
 )
 from secateur.accelerate.choices import Policy
 from secateur.accelerate.decision import POLICIES, Decision, decide
+from secateur.accelerate.experts import ON_A_GPU, judge_, often_chosen
 from secateur.accelerate.layer_report import LayerReport
 from secateur.accelerate.measurements import Measurement, lookup, store
 from secateur.accelerate.report import AccelerateReport
@@ -31,6 +32,7 @@ from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import DTYPES, adapters, require_module, tied_weights
 from secateur.core.wrappers import unwrapped
 from secateur.formats.contract import Format
+from secateur.formats.experts import closed_experts
 from secateur.formats.format import parse_format, weight_error
 from secateur.formats.fuse import fuse_activations_
 from secateur.formats.kernels.cusparselt_child import one_child
@@ -45,6 +47,7 @@ from secateur.formats.kernels.timing import (
 from secateur.formats.linear import REFERENCE, SparseLinear
 from secateur.formats.pack import (
     bytes_of,
+    linear_at,
     linears_of,
     named_linears,
     packed_linear,
@@ -141,6 +144,8 @@ def _accelerate(
     tried = [parse_format(format) for format in (DEFAULT_FORMATS if formats is None else formats)]
     linears = _linears(model) if layers is None else named_linears(model, layers)
     left = adapters(model) if layers is None else {}
+    experts = closed_experts(model)
+    left |= {n: ON_A_GPU for n, m in linears.items() if m.weight.is_cuda and _is_in(n, experts)}
     groups, skipped = _groups(model, linears, tried, left)
     decisions: dict[str, tuple[str, Decision]] = {}
     with one_child():  # that searches what a library has, if that has to be searched
@@ -149,15 +154,11 @@ def _accelerate(
             with torch.no_grad(), without_autocast(layer.weight.device):
                 decision = _measured_decision(layer, like, day, timer, policy, remeasure)
             decisions |= dict.fromkeys(names, (names[0], decision))
-    packed: dict[str, SparseLinear] = {}
-    for name, (measured_on, decision) in decisions.items():
-        if decision.format is not None:
-            try:
-                packed[name] = packed_linear(name, linears[name], decision.format, decision.table)
-            except (RuntimeError, ValueError, MemoryError) as problem:  # no room, most likely
-                reason = f"{decision.format} was faster, but {failure('packing it', problem)}"
-                stays = replace(decision, format=None, table=(), reason=reason, other=None)
-                decisions[name] = measured_on, stays
+    packed = _packed_(linears, decisions)
+    for name, judged in judge_(experts, packed, day, timer).items():
+        measured_on, alone = decisions[name]
+        told = replace(alone, reason=f"{alone.reason}; {judged.told}")
+        decisions[name] = measured_on, told if judged.gain else _dense(alone, judged.told)
     report = AccelerateReport(
         device=_device_name(next(iter(linears.values())).weight.device),
         threads=torch.get_num_threads(),
@@ -165,7 +166,10 @@ def _accelerate(
         layers=tuple(
             _skipped(name, linear, skipped[name])
             if name in skipped
-            else _measured(name, linear, *decisions[name], packed.get(name))
+            else replace(
+                _measured(name, linear, *decisions[name], packed.get(name)),
+                chosen=often_chosen(experts, name, day),
+            )
             for name, linear in linears.items()
         ),
         often=day.often,
@@ -178,6 +182,30 @@ def _accelerate(
     swap(model, packed, undo)
     share = packed_share(model) if report.changed else ""
     return replace(report, fused=fuse_activations_(model, undo), coverage=share)
+
+
+def _packed_(
+    linears: Mapping[str, nn.Linear], decisions: dict[str, tuple[str, Decision]]
+) -> dict[str, SparseLinear]:
+    """The layers as they were decided on; the decision on one that cannot be packed is dense."""
+    packed: dict[str, SparseLinear] = {}
+    for name, (measured_on, decision) in decisions.items():
+        if decision.format is not None:
+            try:
+                packed[name] = packed_linear(name, linears[name], decision.format, decision.table)
+            except (RuntimeError, ValueError, MemoryError) as problem:  # no room, most likely
+                reason = f"{decision.format} was faster, but {failure('packing it', problem)}"
+                decisions[name] = measured_on, _dense(decision, reason)
+    return packed
+
+
+def _dense(decision: Decision, reason: str) -> Decision:
+    """To stay dense for this reason, whatever was faster."""
+    return replace(decision, format=None, table=(), reason=reason, other=None)
+
+
+def _is_in(layer: str, modules: Iterable[str]) -> bool:
+    return any(layer.startswith(f"{module}.") for module in modules)
 
 
 def _advice(model: nn.Module, report: AccelerateReport) -> str:
@@ -217,7 +245,7 @@ def _groups(
     skipped: dict[str, str] = {}
     for name, linear in progress(linears.items(), "look", unit="layer"):
         weight = linear.weight.detach()
-        module = model.get_submodule(name)
+        module = linear_at(model, name, linears)
         problem = left.get(name) or why_not_layer(name, module, tied) or _why_unmeasurable(weight)
         if problem is not None:
             skipped[name] = problem

@@ -21,7 +21,10 @@ from secateur.formats.format import parse_format
 from secateur.formats.kernels.timing import compare, copies_for
 from secateur.formats.pack import is_linear, named_linears
 from secateur.model.layers import layers_of, matrix
+from secateur.model.piece import is_expert
 from secateur.patterns import parse
+
+BYTES = "bytes"
 
 # The formats that may store a weight in fewer bytes, fast or not.
 SMALL_FORMATS = (*DEFAULT_FORMATS, "bitmap")
@@ -61,7 +64,7 @@ def nbytes(
     Dense storage counts where it is smaller. Formats that round, such as `"semi24_int4"`, are tried
     only if they are named.
 
-    What no format packs, such as a convolution or an expert's matrix, costs its bytes dense.
+    What no format packs, such as a convolution, costs its bytes dense.
 
     Cost: packs a pruned copy of one layer of each shape in each pattern and format.
     Raises:
@@ -76,7 +79,7 @@ def nbytes(
     def kept(module: nn.Module) -> float:
         return float(matrix(module).nbytes)
 
-    return _per_layer("bytes", model, sensitivity, stored, kept)
+    return _per_layer(BYTES, model, sensitivity, stored, kept)
 
 
 def milliseconds(
@@ -94,7 +97,8 @@ def milliseconds(
     which is dense where nothing is faster. So a plan within a budget takes that time once it is
     accelerated.
 
-    What no format packs, such as a convolution or an expert's matrix, is not counted.
+    What no format packs, such as a convolution, is not counted, nor are experts, whose time depends
+    on how many tokens choose them.
 
     Cost: `accelerate_` on one layer of each shape in each pattern, and copies of these layers.
     Raises:
@@ -258,7 +262,7 @@ def _per_layer(
 
     `unpacked` is what a layer costs that no format packs, whatever its pattern. They are told.
     """
-    linears = _packable(model, sensitivity)
+    linears = _packable(model, sensitivity, experts=unit == BYTES)
     others = {name: found for name, found in layers_of(model).items() if name not in linears}
     known: dict[tuple[object, ...], Mapping[str, float]] = {}
     table: dict[str, Mapping[str, float]] = {}
@@ -273,16 +277,20 @@ def _per_layer(
     for name in dearest:
         table[name] = dict.fromkeys(_choices(sensitivity, name), unpacked(others[name]))
     if dearest:
+        some = any(is_expert(others[name]) for name in dearest)
+        experts = ", or experts, whose time depends on the routing" if some else ""
         warnings.warn(
             f"{len(dearest)} of {len(table)} sensed layers, first {dearest[0]}, are of kinds that "
-            f"no format packs: a pattern saves no {unit} there, so they stay dense",
+            f"no format packs{experts}: a pattern saves no {unit} there, so they stay dense",
             stacklevel=1,
         )
     return Costs(unit, table)
 
 
-def _packable(model: nn.Module, sensitivity: Sensitivity) -> dict[str, nn.Linear]:
-    """The sensed layers that a format may store.
+def _packable(
+    model: nn.Module, sensitivity: Sensitivity, *, experts: bool = False
+) -> dict[str, nn.Linear]:
+    """The sensed layers that a format may store, matrices of experts among them or not.
 
     Raises:
         ValueError: if the model lacks a sensed layer, or a format may store none.
@@ -290,7 +298,7 @@ def _packable(model: nn.Module, sensitivity: Sensitivity) -> dict[str, nn.Linear
     inside = {
         name: module
         for name, module in layers_of(model).items()
-        if not (is_linear(module) or is_conv1d(module))
+        if not (is_linear(module) or is_conv1d(module) or (experts and is_expert(module)))
     }
     found = [name for name in sensitivity.increase if name not in inside]
     if not found:

@@ -37,6 +37,7 @@ from secateur.files.sidecar import (
     verify,
 )
 from secateur.formats import Format, SparseLinear, describe, empty_from
+from secateur.formats.experts import open_experts_
 from secateur.formats.pack import swap
 from secateur.integrations.packed_config import packed_config
 from secateur.integrations.transformers import (
@@ -418,6 +419,7 @@ def _replace_weights(
         for one, two in ((name, other), (other, name)):
             if one not in tensors and two in tensors:
                 tensors[one] = tensors[two]
+    open_experts_(model, undo, sidecar.packed)
     packed = {
         name: _packed_layer(model, name, dict(entry), tensors, folder, formats)
         for name, entry in sidecar.packed.items()

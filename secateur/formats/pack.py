@@ -22,6 +22,7 @@ from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.weights import adapters, require_data, require_module, tied_weights, why_computed
 from secateur.core.wrappers import adapted, unwrapped
 from secateur.formats.contract import Format
+from secateur.formats.experts import SparseExperts, matrices_of, open_experts_, put_, stack_experts_
 from secateur.formats.format import parse_format, weight_error
 from secateur.formats.fuse import separate_activations_
 from secateur.formats.linear import SparseLinear, Table
@@ -94,8 +95,9 @@ def pack_(
 ) -> PackReport:
     """The layers that now hold a packed weight: each listed `nn.Linear` becomes a `SparseLinear`.
 
-    So does a subclass that has the forward and the tensors of `nn.Linear` and no others, and
-    GPT-2's `Conv1D`.
+    So does a subclass that has the forward and the tensors of `nn.Linear` and no others, GPT-2's
+    `Conv1D`, and the matrix of an expert that transformers stores in a stack
+    (`experts.down_proj.3`): its module becomes a `SparseExperts`, which runs expert by expert.
 
     Without `layers`: every `nn.Linear` whose weight fits the format and is smaller for it, which
     takes zeros, but for `int8_dynamic` and `fp8_dynamic`, and which is of no adapter. This saves
@@ -122,7 +124,7 @@ def _pack(model: nn.Module, chosen: Format, layers: Sequence[str] | None, undo: 
     else:
         linears = named_linears(model, layers)
         for name in linears:
-            problem = why_not_layer(name, model.get_submodule(name), tied)
+            problem = why_not_layer(name, linear_at(model, name, linears), tied)
             if problem is not None:
                 raise ValueError(f"pack_ cannot take layer {name!r}: {problem}")
     packed = dict[str, SparseLinear]()
@@ -144,7 +146,7 @@ def _pack(model: nn.Module, chosen: Format, layers: Sequence[str] | None, undo: 
 def unpack_(model: nn.Module) -> PackReport:
     """The layers that are plain again: every `SparseLinear` becomes an `nn.Linear`, weights exact.
 
-    Or a `Conv1D`, where one was packed.
+    Or a `Conv1D`, where one was packed; experts are stacks again.
 
     A quantised weight becomes scale x code, rounded once to the layer's dtype: packing it in the
     same format again changes nothing.
@@ -175,6 +177,7 @@ def _unpack(model: nn.Module, undo: Undo) -> PackReport:
         bytes_of(model),
     )
     swap(model, dense, undo)
+    stack_experts_(model, undo)
     separate_activations_(model, undo)
     return report
 
@@ -202,7 +205,7 @@ def named_linears(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Linea
     Raises: ValueError for a name that the model does not have, a module that is no linear, or a
         weight that is computed or has no data.
     """
-    modules = dict(model.named_modules())
+    modules = {**dict(model.named_modules()), **matrices_of(model)}
     found: dict[str, nn.Module] = {}
     for name in layers:
         if name not in modules:
@@ -221,13 +224,18 @@ def named_linears(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Linea
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every `nn.Linear` of the model, and what is one but for its type or its weight's order.
+    """Every `nn.Linear` of the model, what is one but for its type, and experts' matrices.
 
     Raises: ValueError if the weight of one is computed or has no data.
     """
-    return _as_linears(
-        {name: m for name, m in model.named_modules() if is_linear(m) or is_conv1d(m)}
-    )
+    found = {name: m for name, m in model.named_modules() if is_linear(m) or is_conv1d(m)}
+    return _as_linears({**found, **matrices_of(model)})
+
+
+def linear_at(model: nn.Module, name: str, linears: Mapping[str, nn.Linear]) -> nn.Module:
+    """The module of a linear layer; the matrix itself for an expert, which has none."""
+    modules = dict(model.named_modules())
+    return modules[name] if name in modules else linears[name]
 
 
 def packed_share(model: nn.Module) -> str:
@@ -275,21 +283,18 @@ def why_not_layer(name: str, module: nn.Module, tied: Mapping[str, str]) -> str 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module], undo: Undo) -> None:
     """Put each replacement in every place where the module of that name stands.
 
-    A `SparseLinear` is told what stood there, for `unpack_` to give back.
+    A `SparseLinear` is told what stood there, for `unpack_` to give back. Stacks of experts are
+    opened for it.
     """
+    open_experts_(model, undo, replacements)
     modules = dict(model.named_modules())
     for name, replacement in replacements.items():
         if isinstance(replacement, SparseLinear):
             replacement.unpacks_to = _plain_class(modules[name])
-    new = {id(modules[name]): replacement for name, replacement in replacements.items()}
-    places = [
-        (place, module, new[id(module)])
-        for place, module in model.named_modules(remove_duplicate=False)
-        if id(module) in new
-    ]
-    for place, module, replacement in places:
-        undo.call(model.set_submodule, place, module)
-        model.set_submodule(place, replacement)
+    put_(model, replacements, undo)
+    for module in model.modules():
+        if isinstance(module, SparseExperts):
+            module.own_()
     tell_writers(model, undo)
 
 
@@ -348,8 +353,9 @@ def _quantizer(module: nn.Module) -> Any:
 
 def _fitting(model: nn.Module, format: Format, tied: Mapping[str, str]) -> dict[str, nn.Linear]:
     fitting, reasons, left = dict[str, nn.Linear](), list[str](), adapters(model)
-    for name, linear in linears_of(model).items():
-        problem = left.get(name) or why_not_layer(name, model.get_submodule(name), tied)
+    linears = linears_of(model)
+    for name, linear in linears.items():
+        problem = left.get(name) or why_not_layer(name, linear_at(model, name, linears), tied)
         problem = problem or format.why_not(linear.weight.detach())
         if problem is None:
             fitting[name] = linear

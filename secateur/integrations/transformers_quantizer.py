@@ -30,6 +30,7 @@ from secateur.core.disk.tensor_files import SUFFIX
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.wrappers import base_name
 from secateur.formats import SparseLinear, describe, empty_from, unpack_
+from secateur.formats.experts import SparseExperts, open_experts_
 from secateur.formats.pack import QUANT_METHOD, swap
 from secateur.integrations.packed_config import VERSION, require_readable
 
@@ -136,8 +137,12 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
                 )
         vars(model.config).pop("transformers_weights", None)  # that folder's, not the model's
         stored = dict[str, nn.Module]()
+        packed, prefix = self.quantization_config.packed, f"{model.base_model_prefix}."
+        with all_or_nothing() as undo:
+            others = [name.removeprefix(prefix) for name in packed]
+            open_experts_(model, undo, [*packed, *others, *map(prefix.__add__, others)])
         places, whole = _places(model), type(model).__name__ in (model.config.architectures or ())
-        for name, description in self.quantization_config.packed.items():
+        for name, description in packed.items():
             if (place := places.get(name)) is not None:
                 renamed = self.quantization_config.weights is None
                 stored[place] = _Stored(model, place, dict(description), renamed)
@@ -168,6 +173,12 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         """The tensors by the names and shapes in which they are stored, without adapters."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # transformers writes the adapters alone
+        if inside := [n for n, m in model.named_modules() if isinstance(m, SparseExperts)]:
+            raise ValueError(
+                f"save_pretrained would convert the packed experts of {inside[0]} as it does a "
+                "dense stack: write the model with sc.save(model, folder), whose folders "
+                "from_pretrained reads, or call unpack_(model) first"
+            )
         packed = _packed(model)
         self.quantization_config.packed = {n: describe(layer) for n, layer in packed.items()}
         named = ((base_name(model, name), tensor) for name, tensor in model.state_dict().items())

@@ -7,30 +7,23 @@ experts through these layers, and each of them sees the tokens that the router s
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from secateur.core.interrupts import putting_back
+from secateur.core.stacks import functions, matrix_in, routed, stacks_of
 from secateur.model.piece import Piece
-
-# transformers' table of ways to run experts: looked up, since to import it costs seconds.
-INTERFACE = "transformers.integrations.moe"
-UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
 
 
 def experts_of(module: nn.Module) -> dict[str, Piece]:
     """The matrices of a module that holds stacks of experts, by `stack.index`; none of another."""
-    if not _runs_by_interface(module):
-        return {}
     return {
         f"{stack}.{index}": _expert(module, stack, index)
-        for stack in (GATE_UP, UP, DOWN)
-        if (parameter := module._parameters.get(stack)) is not None and parameter.dim() == 3
+        for stack, parameter in stacks_of(module).items()
         for index in range(len(parameter))
     }
 
@@ -65,37 +58,16 @@ def experts_run_by(modules: Collection[Any], run: Callable[..., Tensor]) -> Iter
 
     It is called as `run(module, hidden_states, top_k_index, top_k_weights)`.
     """
-    functions = sys.modules[INTERFACE].ALL_EXPERTS_FUNCTIONS
+    table = functions()
     name = f"secateur-{id(run)}"
     with putting_back() as stack:
-        stack.callback(functions._local_mapping.pop, name, None)
-        functions[name] = run
+        stack.callback(table._local_mapping.pop, name, None)
+        table[name] = run
         for config in {id(module.config): module.config for module in modules}.values():
             before = config._experts_implementation
             stack.callback(setattr, config, "_experts_implementation", before)
             config._experts_implementation = name
         yield
-
-
-def _expert(module: nn.Module, stack: str, index: int) -> Piece:
-    """The matrix of one expert in a stack."""
-
-    def take(stacked: Shaped[Tensor, "experts _ _"]) -> Shaped[Tensor, "out in"]:
-        piece = stacked[index]
-        return piece.mT if module.is_transposed else piece
-
-    return Piece(module, stack, f"{stack}.{index}", take, index=index)
-
-
-def _runs_by_interface(module: nn.Module) -> bool:
-    """Whether transformers runs this module by its table of ways to run experts, as known here."""
-    known = all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))
-    return (
-        known
-        and INTERFACE in sys.modules
-        and hasattr(getattr(module, "config", None), "_experts_implementation")
-        and not getattr(module, "has_post_expert_norm", False)
-    )
 
 
 def expert_by_expert(
@@ -106,28 +78,25 @@ def expert_by_expert(
     shares: Float[Tensor, "tokens k"],
     seen: Callable[[int, Tensor], None] | None = None,
 ) -> Float[Tensor, "tokens in"]:
-    """The sum over each token's experts of their outputs, by its shares, one expert at a time.
+    """What the module computes, each expert's matrix as a layer: one of `own`, if it is there.
 
     `seen` is shown each expert's index and what it adds to its tokens.
     """
-    up = GATE_UP if module.has_gate else UP
-    result = torch.zeros_like(x)
-    for index in chosen.unique().tolist():
-        token, place = torch.where(chosen == index)
-        raised = _linear(module, own, up, index)(x[token])
-        inner = module._apply_gate(raised) if module.has_gate else module.act_fn(raised)
-        lowered = _linear(module, own, DOWN, index)(inner)
-        added = lowered * shares[token, place, None]
-        if seen is not None:
-            seen(index, added)
-        result.index_add_(0, token, added.to(result.dtype))
-    return result
+
+    def product(stack: str, index: int, rows: Tensor) -> Tensor:
+        found: Tensor = (own.get((stack, index)) or _expert(module, stack, index))(rows)
+        return found
+
+    return routed(module, product, x, chosen, shares, seen)
 
 
-def _linear(
-    module: nn.Module, own: Mapping[tuple[str, int], Piece], stack: str, index: int
-) -> Callable[[Tensor], Tensor]:
-    """The product with an expert's matrix, and its bias if there is one."""
-    layer = own.get((stack, index)) or _expert(module, stack, index)
-    biases = module._parameters.get(f"{stack}_bias") if module.has_bias else None
-    return layer if biases is None else lambda x: layer(x) + biases[index]
+def _expert(module: nn.Module, stack: str, index: int) -> Piece:
+    """The matrix of one expert in a stack."""
+    take = partial(_taken, module, index)
+    return Piece(module, stack, f"{stack}.{index}", take, index=index)
+
+
+def _taken(
+    module: nn.Module, index: int, stacked: Shaped[Tensor, "experts _ _"]
+) -> Shaped[Tensor, "out in"]:
+    return matrix_in(module, stacked, index)
