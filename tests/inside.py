@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.model.test_einsum import xlnet
 from tests.model.test_experts import mixture, rows
 
 WIDTH = 16
@@ -43,6 +44,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "attention": (attentive, "layers.0.self_attn.in_proj_weight.k"),
     "LSTM": (partial(recurrent, nn.LSTM), "0.0.rnn.weight_hh_l0"),
     "GRU": (partial(recurrent, nn.GRU), "0.1.rnn.weight_ih_l0"),
+    "XLNet": (xlnet, "layer.0.rel_attn.v"),
 }  # by kind, and the name of a layer there
 
 
@@ -61,7 +63,7 @@ def output(model: nn.Module, batch: Tensor) -> Tensor:
     """What the last block gives."""
     with torch.no_grad():
         if hasattr(model, "config"):
-            found: Tensor = model.model(batch).last_hidden_state
+            found: Tensor = getattr(model, "model", model)(batch)[0]
         else:
             found = model(batch)
     return found

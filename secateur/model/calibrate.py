@@ -39,6 +39,7 @@ from secateur.model.blocks import (
     to_device,
 )
 from secateur.model.distributed import ALONE, Team
+from secateur.model.einsum import seen_in_einsum
 from secateur.model.experts import called_by_expert
 from secateur.model.half_blocks import DenseStream, HalfBlock
 from secateur.model.outputs import device_of, eval_mode
@@ -132,7 +133,12 @@ def observe(
 @contextlib.contextmanager
 def pieces_shown(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Have modules that multiply by matrices of their own show these what they multiply."""
-    with called_by_expert(layers), seen_in_attention(model, layers), seen_in_recurrent(layers):
+    with (
+        called_by_expert(layers),
+        seen_in_attention(model, layers),
+        seen_in_recurrent(layers),
+        seen_in_einsum(layers),
+    ):
         yield
 
 

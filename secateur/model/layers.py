@@ -28,6 +28,7 @@ from secateur.core.weights import (
 )
 from secateur.core.wrappers import base_name, unwrapped
 from secateur.model.attention import outputs_of_attention, projections_of
+from secateur.model.einsum import heads_of
 from secateur.model.experts import experts_of
 from secateur.model.piece import Piece, is_expert, owner_name, parameter_name
 from secateur.model.recurrent import gates_of
@@ -70,7 +71,8 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def pieces_of(module: nn.Module) -> dict[str, Piece]:
     """The matrices in the module's own parameters that are layers of their own, by name."""
-    return {**experts_of(module), **projections_of(module), **gates_of(module)}
+    found = experts_of(module), projections_of(module), gates_of(module), heads_of(module)
+    return {name: piece for pieces in found for name, piece in pieces.items()}
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:

@@ -37,23 +37,23 @@ class Piece(nn.Linear):
         nn.Module.__init__(self)
         self.__dict__["owner"] = owner  # no child: the owner holds this layer's weight
         self.key, self.inner, self.piece_of, self.index = key, inner, take, index
-        whole = self._held()
+        whole = self.held()
         self.weight = nn.Parameter(take(whole.detach()), requires_grad=whole.requires_grad)
         self.out_features, self.in_features = self.weight.shape
         self.register_parameter("bias", None)
         self.train(owner.training)
 
     def forward(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens _"]:
-        return x if self.index is None else F.linear(x, self.piece_of(self._held()))
+        return x if self.index is None else F.linear(x, self.piece_of(self.held()))
 
     @property
     def parameter(self) -> nn.Parameter:
         """The owner's parameter that holds the matrix."""
-        parameter = self._held()
+        parameter = self.held()
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
-    def _held(self) -> Shaped[Tensor, "..."]:
+    def held(self) -> Shaped[Tensor, "..."]:
         """The owner's parameter, or what `torch.func.functional_call` has put in its place."""
         held: Tensor | None = self.owner._parameters[self.key]
         assert held is not None

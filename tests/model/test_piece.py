@@ -14,6 +14,7 @@ from secateur.model.piece import (
     owner_name,
     parameter_name,
 )
+from tests.model.test_einsum import xlnet
 from tests.model.test_experts import mixture
 from tests.reconstruct.problems import gpt2_and_batches
 
@@ -35,6 +36,8 @@ def of_every_kind() -> list[tuple[nn.Module, str]]:
         (nn.Sequential(nn.MultiheadAttention(8, 2, kdim=6)), "0.k_proj_weight"),
         (nn.Sequential(nn.LSTM(6, 4, 2, bidirectional=True)), "0.weight_hh_l1_reverse"),
         (nn.Sequential(nn.GRUCell(6, 4)), "0.weight_ih"),
+        (xlnet(), "layer.1.rel_attn.v"),
+        (xlnet(), "layer.0.rel_attn.o"),
     ]
 
 
