@@ -22,7 +22,11 @@ from secateur.model.padding import DECODER, has_decoder, tokens_kept
 
 @contextlib.contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Set eval mode without key-value caches or fused paths that skip modules; restore it after."""
+    """Set eval mode without key-value caches or fused paths that skip modules; restore it after.
+
+    Recurrent modules stay in training mode with a dropout of 0, which computes the same: cuDNN has
+    gradients of them in that mode alone.
+    """
     modules = [module for model in models for module in model.modules()]
     found: list[Any] = [getattr(module, "config", None) for module in modules]
     configs = {id(config): config for config in found if hasattr(config, "use_cache")}
@@ -35,6 +39,11 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         for model in models:
             model.eval()
+        for module in modules:
+            if isinstance(module, nn.RNNBase):
+                stack.callback(setattr, module, "dropout", module.dropout)
+                module.dropout = 0.0
+                module.train()
         for config in configs.values():
             config.use_cache = False
         torch.backends.mha.set_fastpath_enabled(False)

@@ -34,6 +34,19 @@ def test_eval_mode_puts_every_mode_and_cache_flag_back() -> None:
     assert torch.backends.mha.get_fastpath_enabled() is True
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_modules_compute_as_in_eval_mode_where_cudnn_has_gradients(
+    kind: type[nn.RNNBase],
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(kind(4, 3, 2, dropout=0.5)), torch.randn(5, 2, 4)
+    expected = model.eval()(x)[0]
+    with eval_mode(model):
+        assert model[0].training and not model.training
+        assert torch.equal(model(x)[0], expected)
+    assert model[0].dropout == 0.5 and not model[0].training
+
+
 def test_answer_says_which_batch_the_model_could_not_run() -> None:
     with pytest.raises(ValueError, match=r"run batch 3, Tensor \[1, 3\]: mat1 and mat2"):
         answer(nn.Linear(4, 2), torch.ones(1, 3), "batch 3")
