@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.core.float64 import in_float64
+from secateur.core.stacks import DOWN, GATE_UP, UP
 from secateur.model.blocks import Batch
 from secateur.model.experts import expert_by_expert, experts_of, experts_run_by
 from secateur.model.outputs import answer, eval_mode
@@ -89,6 +90,57 @@ def drop_experts_(model: nn.Module, name: str, kept: Int[Tensor, " kept"]) -> No
             if tensor is not None and tensor.dim() and len(tensor) == experts:
                 tensor.data = tensor.data.index_select(0, kept.to(tensor.device))
                 tensor.grad = None
+
+
+# --- hidden units ---------------------------------------------------------------------------------
+
+
+def inner_width(mixture: nn.Module) -> int:
+    """How many hidden units an expert has."""
+    return int(next(p for p in experts_of(mixture).values() if p.key == DOWN).in_features)
+
+
+def rows_of_units(mixture: Any) -> Int[Tensor, "rows units"]:
+    """The rows of an expert's first matrix that make each hidden unit: two where it has a gate.
+
+    They follow from the gradient of each unit: some models keep gates and units in halves, some in
+    turns.
+    """
+    units = inner_width(mixture)
+    if not mixture.has_gate:
+        return torch.arange(units, device="cpu")[None]
+    generator = torch.Generator().manual_seed(0)
+    raised = torch.rand(2 * units, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+    number = torch.arange(units, dtype=torch.float64, device="cpu")
+    with torch.enable_grad():
+        joined = mixture._apply_gate(raised.requires_grad_()[None])[0]
+        (slopes,) = torch.autograd.grad(joined.sum(), raised, retain_graph=True)
+        (weighted,) = torch.autograd.grad((joined * number).sum(), raised)
+    unit_of_row = (weighted / slopes).round()
+    rows: Tensor = unit_of_row.argsort(stable=True).view(units, 2).mT
+    return rows
+
+
+@torch.no_grad()
+def drop_units_(mixture: Any, kept: Int[Tensor, "experts kept"]) -> None:
+    """Take hidden units out of the stacks: each expert keeps units of its own, as many as others.
+
+    What is left lies in the order in which it lay.
+    """
+    rows = rows_of_units(mixture)
+    up = GATE_UP if mixture.has_gate else UP
+    making = torch.stack([rows[:, units].flatten().sort().values for units in kept])
+    sides = {up: (making, mixture.is_transposed), DOWN: (kept, not mixture.is_transposed)}
+    for stack, (ids, in_columns) in sides.items():
+        parameter = mixture._parameters[stack]
+        dim = 1 if in_columns else 0
+        parts = [
+            one.index_select(dim, of_expert.to(one.device))
+            for one, of_expert in zip(parameter, ids, strict=True)
+        ]
+        parameter.data, parameter.grad = torch.stack(parts), None
+    if (bias := mixture._parameters.get(f"{up}_bias")) is not None:
+        bias.data, bias.grad = bias.data.gather(1, making.to(bias.device)), None
 
 
 def _routes(module: nn.Module, experts: int) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur.core.stacks import DOWN
 from secateur.core.undo import Undo, all_or_nothing
 from secateur.core.wrappers import unwrapped
 from secateur.criteria import magnitude, wanda
@@ -52,7 +53,14 @@ from secateur.prune.shrink.dimensions import (
     removed_units,
     unit_scores,
 )
-from secateur.prune.shrink.experts import drop_experts_, mixtures_of, saliency
+from secateur.prune.shrink.experts import (
+    drop_experts_,
+    drop_units_,
+    inner_width,
+    mixtures_of,
+    saliency,
+    size_of,
+)
 from secateur.prune.shrink.report import ShrinkReport, Shrunk
 from secateur.reconstruct.refit import refit as refitting
 
@@ -80,7 +88,8 @@ def shrink_(
 
     Each number is the share that goes: `width` of the hidden units of an MLP (or channels of a
     convolution), `heads` of attention's heads, with grouped queries a head of keys and values with
-    its queries; `experts` of each mixture, `blocks` of the chain of blocks. What goes is chosen by
+    its queries; `experts` of each mixture, `blocks` of the chain of blocks. From each
+    expert in a stack `width` takes units of its own, as many from all. What goes is chosen by
     the scores that the `criterion` gives the weights that read it; experts by the mean norm of what
     they add to their tokens (REAP), blocks by how little they turn what passes through (ShortGPT).
     With `refit`, layers that read what goes are refitted on what is left.
@@ -186,6 +195,8 @@ def _shrink(
         _remove_blocks_(work, shares[BLOCKS])
     if shares[EXPERTS]:
         _remove_experts_(work, shares[EXPERTS])
+    if shares[WIDTH]:
+        _remove_units_of_experts_(work, shares[WIDTH], criterion, refit, loss)
     if shares[WIDTH] or shares[HEADS]:
         _remove_units_(work, shares, criterion, together, refit, loss)
     return ShrinkReport(
@@ -238,6 +249,61 @@ def _remove_experts_(work: Work, share: float) -> None:
     work.settle_(work.configs(sizes, shapes_of(work.model), EXPERTS), EXPERTS)
 
 
+def _remove_units_of_experts_(
+    work: Work, share: float, criterion: Callable[..., Tensor], refit: bool, loss: Loss | None
+) -> None:
+    """Remove the share of every expert's hidden units, each expert's own; or say why they stay."""
+    model = work.model
+    mixtures = {n: m for n, m in model.named_modules() if experts_of(m)}
+    dimensions = [
+        Dimension(WIDTH, units, {f"{name}.{DOWN}.{i}": units}, 1)
+        for name, mixture in mixtures.items()
+        for units in [np.arange(inner_width(mixture))]
+        for i in range(size_of(mixture))
+    ]
+    if not dimensions:
+        return
+    modules = _layers.layers_of(model)
+    readers = {d.name: modules[d.name] for d in dimensions}
+    require_sound(readers)
+    totals = unit_scores(model, dimensions, criterion, work.batches, loss)
+    kept = [choose_within(d, total, share) for d, total in zip(dimensions, totals, strict=True)]
+    left = iter(kept)
+    ids = {
+        name: torch.stack([next(left).nonzero().flatten() for _ in range(size_of(mixture))])
+        for name, mixture in mixtures.items()
+    }
+
+    def take_out_() -> None:
+        for name, mixture in mixtures.items():
+            drop_units_(mixture, ids[name])
+
+    put_back = with_tensors(model)
+    take_out_()
+    shapes = shapes_of(model)
+    put_back()
+    try:
+        configs = work.configs(_sizes(dimensions, kept, together=False), shapes, WIDTH)
+    except ValueError as error:
+        work.left |= dict.fromkeys(mixtures, str(error))
+        return
+    if refit:
+        _refit_(work, {d.name: keep for d, keep in zip(dimensions, kept, strict=True)})
+        work.undo.call(with_tensors(model))
+    try:
+        work.settle_(configs, WIDTH, take_out_)
+    except ValueError as error:
+        units = int(kept[0].sum())
+        raise ValueError(
+            f"experts of {units} hidden units cannot be run here: {error}; choose a width that "
+            "leaves a multiple of 16"
+        ) from error
+    work.removed += [
+        _shrunk(WIDTH, dimension.name, total, keep)
+        for dimension, total, keep in zip(dimensions, totals, kept, strict=True)
+    ]
+
+
 # --- channels -------------------------------------------------------------------------------------
 
 
@@ -254,12 +320,17 @@ def _remove_units_(
     found, left = find_dimensions(model, followed)
     dimensions = [dimension for dimension in found if shares[dimension.kind]]
     for kind in (WIDTH, HEADS):
-        if shares[kind] and not any(dimension.kind == kind for dimension in found):
+        done = any(kind == one.kind for one in work.removed)  # in experts
+        if shares[kind] and not done and not any(dimension.kind == kind for dimension in found):
+            left |= work.left
             first = {why: name for name, why in reversed(left.items())}
             reasons = "; ".join(f"{name}: {why}" for why, name in list(first.items())[:REASONS])
             raise ValueError(
                 f"no {kind} of this {type(model).__name__} can go: {reasons}: leave {kind} at 0"
             )
+    work.left |= left
+    if not dimensions:
+        return
     modules = _layers.layers_of(model)
     readers = {name: modules[name] for dimension in dimensions for name in dimension.readers}
     require_sound(readers)
@@ -270,14 +341,13 @@ def _remove_units_(
     what = " and ".join(kind for kind in (WIDTH, HEADS) if shares[kind])
     configs = work.configs(sizes, _shapes_left(model, followed, removed), what)
     if refit:
-        _refit_(work, dimensions, readers, removed)
+        _refit_(work, _masks_of(dimensions, readers, removed))
         undo.call(with_tensors(model))
     work.settle_(configs, what, lambda: _take_out_(model, followed, removed, what))
     work.removed += [
         _shrunk(dimension.kind, dimension.name, total, keep)
         for dimension, total, keep in zip(dimensions, totals, kept, strict=True)
     ]
-    work.left |= left
 
 
 def _choose(
@@ -300,21 +370,23 @@ def _choose(
     return [kept[i] for i in range(len(dimensions))]
 
 
-def _refit_(
-    work: Work,
-    dimensions: Sequence[Dimension],
-    readers: Mapping[str, nn.Module],
-    removed: Removed,
-) -> None:
-    """Refit the layers that read what goes, each on inputs from those already done."""
-    patterns = dict[_layers.Selector, Pattern | str]()
+def _masks_of(
+    dimensions: Sequence[Dimension], readers: Mapping[str, nn.Module], removed: Removed
+) -> dict[str, Bool[Tensor, " in"]]:
+    """Of each layer that reads what goes, which of its inputs stay."""
+    masks: dict[str, Tensor] = {}
     for dimension in dimensions:
         for name, ids in dimension.readers.items():
-            mask = torch.zeros(
-                _layers.matrix(readers[name]).shape[1], dtype=torch.bool, device="cpu"
-            )
-            mask[kept_columns(readers[name], ids, removed)] = True
-            patterns[name] = Columns(mask)
+            width = _layers.matrix(readers[name]).shape[1]
+            masks[name] = torch.zeros(width, dtype=torch.bool, device="cpu")
+            masks[name][kept_columns(readers[name], ids, removed)] = True
+    return masks
+
+
+def _refit_(work: Work, masks: Mapping[str, Bool[Tensor, " in"]]) -> None:
+    """Refit the layers that read what goes, each on inputs from those already done."""
+    patterns = dict[_layers.Selector, Pattern | str]()
+    patterns |= {name: Columns(mask) for name, mask in masks.items()}
     plan = planned(work.model, patterns)
     the_pass = reconstruction(work.model, plan, refitting(magnitude), None)
     pass_over_(the_pass, work.batches, work.undo)

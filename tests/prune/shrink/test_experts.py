@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur.criteria import wanda
+from secateur.model.experts import experts_of
+from secateur.model.layers import layers_of
 from secateur.prune.shrink import shrink_
-from secateur.prune.shrink.experts import mixtures_of, saliency
+from secateur.prune.shrink.experts import inner_width, mixtures_of, rows_of_units, saliency
+from secateur.reconstruct.scores import scores
 from tests.prune.shrink.models import language_model, logits, rows
 
 
@@ -86,3 +90,57 @@ def test_as_many_of_each_group_stay() -> None:
         assert torch.equal(small.mlp.experts.down_proj, big.mlp.experts.down_proj[kept])
         bias = big.mlp.gate.e_score_correction_bias[kept]
         assert torch.equal(small.mlp.gate.e_score_correction_bias, bias)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_the_rows_of_a_unit_are_those_of_its_gate_and_of_itself(family: str) -> None:
+    """Mixtral keeps gates and units in halves, GPT-OSS in turns."""
+    mixture = next(iter(mixtures_of(language_model(family)).values()))
+    units = inner_width(mixture)
+    found = rows_of_units(mixture)
+    if family == "Mixtral":
+        assert torch.equal(found, torch.arange(2 * units).view(2, units))
+    else:
+        assert torch.equal(found, torch.arange(2 * units).view(units, 2).mT)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+@torch.no_grad()
+def test_each_expert_loses_the_units_that_score_least_and_computes_the_rest(family: str) -> None:
+    """Against the model with zeros in what read these units, and Wanda's scores of it."""
+    model = language_model(family)
+    dense, pieces = copy.deepcopy(model), dict[str, Any]()
+    for name, mixture in mixtures_of(dense).items():
+        pieces |= {f"{name}.{key}": p for key, p in experts_of(mixture).items() if "down" in key}
+    report = shrink_(model, rows(), width=0.5, refit=False)
+    assert len(report.removed) == len(pieces)
+    expected = dict(scores(dense, pieces, wanda, rows(), None))
+    for name, piece in pieces.items():
+        total = expected[name].sum(0, dtype=torch.float64)
+        going = total.argsort()[: len(total) // 2]
+        piece.current()[:, going] = 0
+        own = layers_of(model)[name].current()
+        kept = [i for i in range(len(total)) if i not in going]
+        assert torch.equal(own, piece.current()[:, kept])
+    torch.testing.assert_close(logits(model), logits(dense), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_reads_units_of_experts_is_refitted() -> None:
+    lost = []
+    for refit in (False, True):
+        model = language_model("Mixtral")
+        dense = logits(model)
+        shrink_(model, rows(), width=0.5, refit=refit)
+        lost.append(float((logits(model) - dense).square().mean()))
+    assert lost[1] < lost[0]
+
+
+def test_a_width_that_transformers_cannot_run_is_told_with_the_remedy() -> None:
+    """Its product for all experts wants rows of whole 16 bytes: 6 numbers are no such row."""
+    model = language_model("Qwen3Moe", moe_intermediate_size=12)
+    before = model.state_dict()
+    said = r"^experts of 6 hidden units cannot be run here: .*; choose a width that leaves a mult"
+    with pytest.raises(ValueError, match=said):
+        shrink_(model, rows(), width=0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -45,6 +45,9 @@ SMALLER: list[tuple[str, dict[str, float], dict[str, Any]]] = [
     ("GptOss", {"experts": 0.5, "heads": 0.5},
      {"num_local_experts": 2, "num_attention_heads": 4, "num_key_value_heads": 2}),
     ("DeepseekV3", {"experts": 0.5}, {"n_routed_experts": 4}),
+    ("Mixtral", {"width": 0.5}, {"intermediate_size": 12}),
+    ("GptOss", {"width": 0.5, "heads": 0.5},
+     {"intermediate_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2}),
 ]  # fmt: skip
 
 
@@ -88,7 +91,7 @@ REFUSED = [
     ("OPT", "heads", "OPTConfig has no entries that say the sizes that would be left: leave"),
     ("Llama", "heads", r"LlamaConfig refuses what would be left: The hidden size \(16\) is not a"),
     ("Olmoe", "heads", "self_attn.q_norm is a mean over it: leave heads at 0"),
-    ("Mixtral", "width", "no width of this MixtralForCausalLM can go: "),
+    ("DeepseekV3", "width", "DeepseekV3Config has no entries that say the sizes that would be"),
     ("Llama", "experts", "LlamaForCausalLM has no experts that transformers keeps in stacks"),
 ]
 
