@@ -2,16 +2,17 @@
 
     python -m bench.run.blocks
     python -m bench.run.blocks --train --tokens 8192 --sparsities 0.8
-    python -m bench.run.blocks --formats bitmap --sparsities 0.5 0.7 0.8 --tokens 1 8 16 4096
+    python -m bench.run.blocks --formats bitmap bitmap_int4 --sparsities 0.5 0.8 --tokens 1 8 16
 
 A row is one candidate at one layer, format, sparsity and number of tokens; losing rows stay,
 and one that cannot run or is wrong has its reason in `note`. The zeros of a layer, whole blocks or
 single weights, are chosen at random, in all of the weight alike. Weights are random and cold
-(`bench.lib.cold`); a bias is added. A ratio is the time of dense cuBLAS bf16, on dense random
+(`bench.lib.cold`); a bias is added. Results are held to the product with the weight that is stored,
+rounded to a grid in `bitmap_int4`. A ratio is the time of dense cuBLAS bf16, on dense random
 weights, over that of the candidate in the same run. Rows are written after each number of tokens.
 
 The peer is torch's own layout, `torch.sparse_bsr` for blocks and `torch.sparse_csr` for zeros
-anywhere, by `torch.nn.functional.linear`. With
+anywhere, by `torch.nn.functional.linear`; of 16-bit numbers, where ours are rounded. With
 `--train` a run is forward and backward, of input, weight and bias, where the gradient of the
 result is the result; the error is that of the input's gradient. torch's layout has none.
 """
@@ -37,7 +38,7 @@ FORMATS = ("block:64x64", "block:32x32")
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 TOKENS = (1, 4, 16, 4096)
 IMPLEMENTATIONS = ("decode", "prefill", "expand")
-PEERS = {"block": "bsr", "bitmap": "csr"}  # torch's own layout
+PEERS = {"block": "bsr", "bitmap": "csr", "bitmap_int4": "csr"}  # torch's own layout
 MOST_BY_CSR = 16  # tokens: a hundredth of dense there, and minutes for a row of 4096
 STEP = " forward + backward"
 
@@ -160,12 +161,14 @@ def _room(arguments: argparse.Namespace) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """Measures, writes each case's rows as they come; 1 if the time budget left cases out."""
     parser = cold.parser_of("blocks", __doc__, LAYERS, TOKENS)
-    parser.add_argument("--formats", nargs="+", default=FORMATS, help="block:ROWSxCOLUMNS, bitmap")
+    parser.add_argument(
+        "--formats", nargs="+", default=FORMATS, help="block:ROWSxCOLUMNS, bitmap, bitmap_int4"
+    )
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--train", action="store_true", help="forward and backward")
     arguments = cold.parsed(parser, words)
     if unknown := [f for f in arguments.formats if parse_format(f).name not in PEERS]:
-        parser.error(f"formats are blocks and bitmap, got {', '.join(unknown)}")
+        parser.error(f"formats are blocks, bitmap and bitmap_int4, got {', '.join(unknown)}")
     arguments.layers = [
         named(layer, format, sparsity)
         for layer in arguments.layers

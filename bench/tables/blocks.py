@@ -14,12 +14,15 @@ def blocks(results: Path) -> str:
 
 
 def bitmap(results: Path) -> str:
-    """The same of zeros anywhere."""
-    return _tables(results, " bitmap@")
+    """The same of zeros anywhere, in 16 bits and as codes."""
+    return _tables(results, " bitmap@", " bitmap_int4@")
 
 
-def _tables(results: Path, format: str) -> str:
-    found = ([r for r in rows if format in r["layer"]] for rows in latest(results, "blocks"))
+def _tables(results: Path, *formats: str) -> str:
+    found = (
+        [row for row in rows if any(format in row["layer"] for format in formats)]
+        for rows in latest(results, "blocks")
+    )
     return "\n".join(_table(rows) for rows in found if rows)
 
 

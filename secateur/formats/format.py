@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.core.float64 import float64_device
 from secateur.formats import block, quantised
-from secateur.formats.bitmap import Bitmap
+from secateur.formats.bitmap import Bitmap, codes
 from secateur.formats.contract import Format, Packed
 from secateur.formats.csr import Csr
 from secateur.formats.op import register
@@ -19,7 +19,10 @@ from secateur.formats.semi48 import Semi48
 BLOCKS = block.Blocks(64, 64)  # an example of its options
 
 # Every format that has a name, with each of its options but for the sizes of a block.
-FORMATS: tuple[Format, ...] = (Semi24(), Semi48(), BLOCKS, Bitmap(), Csr(), *quantised.FORMATS)
+FORMATS: tuple[Format, ...] = (
+    *(Semi24(), Semi48(), BLOCKS, Bitmap(), Csr()),
+    *(*quantised.FORMATS, *codes.FORMATS),
+)
 
 for _format in FORMATS:  # now, so that a program exported elsewhere finds its operators
     register(_format)

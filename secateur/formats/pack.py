@@ -103,9 +103,9 @@ def pack_(
     takes zeros, but for `int8_dynamic` and `fp8_dynamic`, and which is of no adapter. This saves
     room on disk, and memory unless a kernel arranges a copy of the weight for itself, as the report
     says; whether it saves time is for `accelerate_` to measure. Packed weights are frozen. The
-    formats `semi24_int4`, `semi24_int8`, `semi24_fp8` and `semi48_int4` round weights to a grid,
-    and the report says how far; a weight reconstructed on that grid is not changed by it. Those
-    that end in `_dynamic` round inputs, too.
+    formats `semi24_int4`, `semi24_int8`, `semi24_fp8`, `semi48_int4` and `bitmap_int4` round
+    weights to a grid, and the report says how far; a weight reconstructed on that grid is not
+    changed by it. Those that end in `_dynamic` round inputs, too.
 
     Cost: dense and packed weights of all listed layers at once, until all are known to pack.
     Raises: ValueError if a listed layer cannot be packed, without a list no layer can, or a weight

@@ -98,7 +98,7 @@ def test_four_lines_say_what_a_newcomer_needs(monkeypatch: MonkeyPatch) -> None:
     assert lines["sparse here"].startswith("block:64x64, csr; prune to block:64x64@0.8 or ")
     assert lines["not here"].startswith("semi24, semi48, bitmap, semi24_int4, semi24_int8, ")
     assert lines["not here"].endswith(
-        ", fp8_dynamic: running it packed needs a CUDA GPU, and this machine has none"
+        ", bitmap_int4: running it packed needs a CUDA GPU, and this machine has none"
     )
     assert lines["to install"].startswith("nothing: ")
     monkeypatch.setattr(module, "_installed", lambda name: name == "scipy")

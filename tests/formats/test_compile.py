@@ -178,7 +178,8 @@ def check_aot_inductor() -> None:
     able = decode24.why_not
     decode24.why_not = lambda shape, dtype, device, tokens: None if tokens <= 2 else "too many"
     try:
-        held = Every(["semi24", *QUANTISED], 32, 192, torch.bfloat16).eval()
+        of_units = ["semi24", *(name for name in QUANTISED if name.startswith("semi"))]
+        held = Every(of_units, 32, 192, torch.bfloat16).eval()
         assert all("units" in layer.held_bytes for layer in held.layers)
         x = tokens_in(5, 192, dtype=torch.bfloat16)
         assert torch.equal(aot_inductor(held, x)(x), held(x))
@@ -210,7 +211,7 @@ def packed_llama(formats: Sequence[str], width: int, dtype: torch.dtype) -> nn.M
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=48, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        vocab_size=48, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(dtype).eval()

@@ -49,7 +49,8 @@ def test_only_csr_in_16_bits_and_what_needs_a_gpu_cannot_run_here() -> None:
     on_a_gpu |= {("semi24_int8_dynamic", "cusparselt", d) for d in DTYPES}
     blocks = [f for f in FORMATS if f.startswith("block")]
     on_a_gpu |= {(f, name, d) for f in blocks for name in ("decode", "prefill") for d in DTYPES}
-    on_a_gpu |= {("bitmap", name, d) for name in ("decode", "expand") for d in DTYPES}
+    bitmaps = ("bitmap", "bitmap_int4")
+    on_a_gpu |= {(f, name, d) for f in bitmaps for name in ("decode", "expand") for d in DTYPES}
     torchs = {(f, "torch", d) for f in ("int8_dynamic", "fp8_dynamic") for d in DTYPES}
     lacking = DTYPES if simd.why_not() else [torch.float64]
     on_a_cpu = {(f, i.name, d) for f, i in CASES if i.name == "simd" for d in lacking}

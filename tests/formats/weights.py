@@ -14,7 +14,7 @@ from secateur.formats.linear import Table
 from secateur.formats.pack import packed_linear
 
 EXACT = ("semi24", "semi48", "block:4x8", "block:2x1", "bitmap", "csr")
-QUANTISED = ("semi24_int4", "semi24_int8", "semi24_fp8", "semi48_int4")
+QUANTISED = ("semi24_int4", "semi24_int8", "semi24_fp8", "semi48_int4", "bitmap_int4")
 DYNAMIC = ("semi24_int8_dynamic", "semi24_fp8_dynamic", "int8_dynamic", "fp8_dynamic")
 FORMATS = EXACT + QUANTISED + DYNAMIC
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

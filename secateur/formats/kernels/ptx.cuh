@@ -49,6 +49,10 @@ __device__ __forceinline__ u32 load_shared_32(u32 address) {
     return v;
 }
 
+__device__ __forceinline__ void store_shared_64(u32 address, uint2 v) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
 __device__ __forceinline__ void store_shared_128(u32 address, uint4 v) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                  :: "r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
@@ -370,6 +374,19 @@ __device__ __forceinline__ u32 multiply_bf16x2(u32 a, u32 b) {
 __device__ __forceinline__ u32 multiply_f16x2(u32 a, u32 b) {
     u32 d;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+// a + b of two packed bf16, and of two packed float16.
+__device__ __forceinline__ u32 add_bf16x2(u32 a, u32 b) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3F803F80u), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 add_f16x2(u32 a, u32 b) {
+    u32 d;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
 

@@ -50,6 +50,15 @@ def test_a_step_is_held_to_the_gradient_of_the_input(
     assert all(row["baseline"] == names[0] and 0 < float(row["error"]) < 0.01 for row in rows)
 
 
+def test_rounded_weights_are_held_to_what_is_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(tmp_path, capsys, "--formats bitmap_int4 --sparsities 0.5 --tokens 3")
+    found = {row["candidate"]: row for row in rows}
+    assert float(found["bitmap_int4 reference"]["error"]) < 5e-3
+    assert int(found["bitmap_int4 reference"]["weight_bytes"]) < 64 * 128 / 2
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 1.0])
 def test_zero_blocks_are_counted_exactly(sparsity: float) -> None:
     weight = blocks.with_zeros(torch.ones(64, 96), "block:16x32", sparsity)
@@ -65,4 +74,4 @@ def test_zeros_anywhere_are_counted_exactly() -> None:
 def test_other_formats_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         blocks.main(["--formats", "bitmap", "csr", "--device", "cpu"])
-    assert "formats are blocks and bitmap, got csr" in capsys.readouterr().err
+    assert "formats are blocks, bitmap and bitmap_int4, got csr" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Products by weights with zeros anywhere, stored as a bit for each weight and what is not zero."""
 
-from secateur.formats.kernels.bits.arrange import arrange, restore
+from secateur.formats.kernels.bits.arrange import CODES, FLOATS, Numbers, arrange, restore
 from secateur.formats.kernels.bits.multiply import (
     MOST_TOKENS,
     multiply,
@@ -8,4 +8,14 @@ from secateur.formats.kernels.bits.multiply import (
     why_not,
 )
 
-__all__ = ["MOST_TOKENS", "arrange", "multiply", "multiply_expanded", "restore", "why_not"]
+__all__ = [
+    "CODES",
+    "FLOATS",
+    "MOST_TOKENS",
+    "Numbers",
+    "arrange",
+    "multiply",
+    "multiply_expanded",
+    "restore",
+    "why_not",
+]

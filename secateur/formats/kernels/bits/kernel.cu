@@ -26,7 +26,14 @@
 //
 // Source: PTX ISA for the instructions' register layouts.
 
-#include "lanes.cuh"
+constexpr unsigned COPIES = 32;                            // of the table of meanings, where these are many
+#if NUMBER_BITS == 4
+#include "codes.cuh"
+constexpr int LINES_AT_ONCE = 2;                           // of bits: 128 columns, which share scales
+#else
+#include "floats.cuh"
+constexpr int LINES_AT_ONCE = BIT_LINES;
+#endif
 
 constexpr int WARPS = GROUP * SPLITS, THREADS = 32 * WARPS;
 constexpr int STAGES = 2;                                  // units that a warp's ring holds
@@ -34,16 +41,14 @@ constexpr int TOKENS = 8 * TOKEN_TILES;
 constexpr int PITCH = 20;                                  // floats from a token's sums to the next: other banks
 constexpr int SUMS = TOKENS * PITCH;                       // of a warp
 
-extern __shared__ __align__(128) u8 shared[];
-
-// acc += A B over a unit's columns. `inputs` are the tokens of this lane at its first column; unless the unit is
-// WHOLE, those from `end` on are zero, as its weights are.
+// acc += A B over some of a unit's lines of bits, from `line` on. `inputs` are the tokens of this lane at its
+// first column; unless the unit is WHOLE, those from `end` on are zero, as its weights are.
 template <bool WHOLE>
-__device__ __forceinline__ void multiply(
-    float (&acc)[TOKEN_TILES][4], u32 at, const u16* const (&inputs)[TOKEN_TILES], int first, int end) {
-    Run run{at + BIT_LINES * LINE_BYTES, 0};
+__device__ __forceinline__ void multiply_lines(
+    float (&acc)[TOKEN_TILES][4], Run& run, u32 unit, int line, const u16* const (&inputs)[TOKEN_TILES], int first,
+    int end) {
     #pragma unroll (WHOLE ? 2 : 1)
-    for (int line = 0; line < BIT_LINES; ++line) {
+    for (const int behind = line + LINES_AT_ONCE; line < behind; ++line) {
         uint4 b[2][TOKEN_TILES];
         #pragma unroll
         for (int s = 0; s < 2; ++s)
@@ -53,11 +58,11 @@ __device__ __forceinline__ void multiply(
                 if (WHOLE || column < end) b[s][n] = *reinterpret_cast<const uint4*>(inputs[n] + column);
                 else b[s][n] = make_uint4(0, 0, 0, 0);
             }
-        const Nibbles nibbles(load_shared_32(at + line * LINE_BYTES));
+        const Word word(load_shared_32(unit + 4 * (threadIdx.x % 32) + line * LINE_BYTES));
         #pragma unroll
         for (int step = 0; step < 4; ++step) {             // of 16 columns
-            const uint2 low = run.take(nibbles.meaning(2 * step)), high = run.take(nibbles.meaning(2 * step + 1));
-            const u32 a[4] = {low.x, high.x, low.y, high.y};
+            u32 a[4];
+            run.take(a, word, step);
             #pragma unroll
             for (int n = 0; n < TOKEN_TILES; ++n) {
                 const uint4 v = b[step / 2][n];
@@ -65,6 +70,28 @@ __device__ __forceinline__ void multiply(
             }
         }
     }
+}
+
+// acc += A B over a unit, whose first word is here; codes by their scales.
+template <bool WHOLE>
+__device__ __forceinline__ void multiply(
+    float (&acc)[TOKEN_TILES][4], u32 unit, const u16* const (&inputs)[TOKEN_TILES], int first, int end) {
+    Run run(unit + 4 * (threadIdx.x % 32));
+#if NUMBER_BITS == 4
+    #pragma unroll 1
+    for (int group = 0; group < BIT_LINES / LINES_AT_ONCE; ++group) {
+        float sums[TOKEN_TILES][4] = {};
+        const u32 scales = scales_of(unit, group);
+        multiply_lines<WHOLE>(sums, run, unit, group * LINES_AT_ONCE, inputs, first, end);
+        const float of_row[2] = {float_of_16<HALF>(static_cast<u16>(scales)), float_of_16<HALF>(static_cast<u16>(scales >> 16))};
+        #pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n)
+            #pragma unroll
+            for (int i = 0; i < 4; ++i) acc[n][i] += of_row[i / 2] * sums[n][i];
+    }
+#else
+    multiply_lines<WHOLE>(acc, run, unit, 0, inputs, first, end);
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_bits(
@@ -79,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_bits(
     __shared__ float sums[WARPS][SUMS];
     __shared__ __align__(8) u64 barriers[WARPS * STAGES];
     const u32 landed = shared_address(barriers + warp * STAGES);
-    const u32 ring = (shared_address(shared) + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES + warp * STAGES * stage_bytes;
+    const u32 ring = (shared_address(shared) + TABLE_BYTES + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES + warp * STAGES * stage_bytes;
     u64 policy;
     if constexpr (!PORTABLE) policy = evict_first();
 
@@ -119,7 +146,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_bits(
         if constexpr (PORTABLE) commit_copies();
     };
 
-    know_meanings();
     if constexpr (!PORTABLE) {
         if (lane == 0) {
             for (int i = 0; i < STAGES; ++i) barrier_init(landed + 8 * i, 1);
@@ -128,6 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_bits(
         __syncwarp();
     }
     for (int i = 0; i < STAGES; ++i) fetch(i, 0);
+    know_meanings();
     if constexpr (!PORTABLE) {
         launch_dependents();
         wait_for_predecessor();
@@ -150,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_bits(
             } else {
                 barrier_wait(landed + 8 * stage, parity);
             }
-            const u32 at = ring + stage * stage_bytes + 4 * lane;
+            const u32 at = ring + stage * stage_bytes;
             if ((unit + 1) * UNIT_COLUMNS <= K) multiply<true>(acc, at, inputs, unit * UNIT_COLUMNS, K - 8 * t);
             else multiply<false>(acc, at, inputs, unit * UNIT_COLUMNS, K - 8 * t);
             // A load that has been issued can still be in a queue when the copy writes, so the copy is made to

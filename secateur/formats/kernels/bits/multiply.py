@@ -9,7 +9,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn.functional import linear
 
-from secateur.formats.kernels.bits.arrange import UNIT_COLUMNS, UNIT_ROWS
+from secateur.formats.kernels.bits.arrange import UNIT_ROWS, Numbers
 from secateur.formats.kernels.gpu import (
     check_bias,
     on,
@@ -21,12 +21,13 @@ from secateur.formats.kernels.launch import Launch, address, load, prepare, read
 from secateur.formats.kernels.nvrtc import OLDEST, Source
 
 NAME = "the kernel for bits"  # in messages
-HEADERS = ("ptx.cuh", "bits/lanes.cuh")
+HEADERS = ("ptx.cuh", "bits/lanes.cuh", "bits/floats.cuh", "bits/codes.cuh")
 DECODE = Source("bits/kernel.cu", "decode_bits", HEADERS)
 EXPAND = Source("bits/expand.cu", "expand_bits", HEADERS)
 DECODE_ARGUMENTS = "PPPPPiiii"  # x, lines, starts, bias, y, M, N, K, stage_bytes
 EXPAND_ARGUMENTS = "PPPiii"  # lines, starts, dense, N, K, stage_bytes
 EXPAND_WARPS = 4
+EXPAND_BYTES_MEANT = 256 * 8  # as BYTES_MEANT, for all lanes
 BULK_FROM = (9, 0)  # bulk copies, dependent launch
 MULTIPLE = 8  # columns: inputs are read and weights stored by 16 bytes
 MOST_TOKENS = 16
@@ -37,6 +38,7 @@ INPUTS = 0.3  # of a unit's time, for the second 8 tokens, where no other tile h
 STAGES = 2  # units in a warp's ring; three left less of the cache for inputs, and were slower
 MOST_BYTES = 227 * 1024  # of shared memory, that a CTA may ask for
 MOST_BYTES_PORTABLE = 99 * 1024
+BYTES_MEANT = 256 * 8 * 32  # of codes: what each byte of bits does with them, for each lane
 BEYOND = 512  # bytes behind the rings: they start at a whole line, and a lane reads two lines ahead
 
 
@@ -52,21 +54,23 @@ class Config:
         return self.group * self.splits
 
     def defines(
-        self, dtype: torch.dtype, tokens: int, portable: bool
+        self, numbers: Numbers, dtype: torch.dtype, tokens: int, portable: bool
     ) -> tuple[tuple[str, int], ...]:
         """The macros of `kernel.cu`, whose head says what each means."""
         return (
+            ("NUMBER_BITS", numbers.bits),
             ("HALF", int(dtype == torch.float16)),
             ("TOKEN_TILES", ceil(tokens / 8)),
             ("GROUP", self.group),
             ("SPLITS", self.splits),
-            ("UNIT_COLUMNS", UNIT_COLUMNS),
+            ("UNIT_COLUMNS", numbers.unit_columns),
             ("PORTABLE", int(portable)),
         )
 
-    def shared_bytes(self, stage_bytes: int) -> int:
+    def shared_bytes(self, numbers: Numbers, stage_bytes: int) -> int:
         """Dynamic shared memory of a CTA."""
-        return self.warps * STAGES * stage_bytes + BEYOND
+        table = BYTES_MEANT if numbers.bits == 4 else 0
+        return table + self.warps * STAGES * stage_bytes + BEYOND
 
     def static_bytes(self, tokens: int) -> int:
         """About the rest: sums of a tile, barriers, and what nibbles mean."""
@@ -74,7 +78,13 @@ class Config:
 
 
 def choose(
-    tiles: int, units: int, tokens: int, stage_bytes: int, multiprocessors: int, most_bytes: int
+    numbers: Numbers,
+    tiles: int,
+    units: int,
+    tokens: int,
+    stage_bytes: int,
+    multiprocessors: int,
+    most_bytes: int,
 ) -> Config:
     """The config with the least modelled time.
 
@@ -88,7 +98,7 @@ def choose(
         turns = ceil(ceil(tiles / group) / multiprocessors)
         for splits in range(1, min(MOST_WARPS // group, units) + 1):
             one = Config(group, splits)
-            if one.shared_bytes(stage_bytes) + one.static_bytes(tokens) <= most_bytes:
+            if one.shared_bytes(numbers, stage_bytes) + one.static_bytes(tokens) <= most_bytes:
                 steps = ceil(turns * units / splits)
                 inputs = INPUTS * (tokens / 8 - 1) / group
                 able[one] = steps * (one.warps + IDLE_WARPS) * (1 + inputs)
@@ -120,6 +130,7 @@ def why_not(
 
 
 def multiply(
+    numbers: Numbers,
     x: Float[Tensor, "tokens in"],
     lines: Int32[Tensor, "stages words"],
     starts: Int32[Tensor, "tiles ends"],
@@ -141,7 +152,7 @@ def multiply(
     x, bias = readable(x), None if bias is None else readable(bias)
     stage_bytes = 4 * lines.shape[1]
     wide = 8 * ceil(tokens / 8)
-    launch = _decode(device, x.dtype, rows, columns, wide, stage_bytes)
+    launch = _decode(device, numbers, x.dtype, rows, columns, wide, stage_bytes)
     with on(device):
         launch(
             torch.cuda.current_stream(device).cuda_stream,
@@ -152,6 +163,7 @@ def multiply(
 
 
 def multiply_expanded(
+    numbers: Numbers,
     x: Float[Tensor, "tokens in"],
     lines: Int32[Tensor, "stages words"],
     starts: Int32[Tensor, "tiles ends"],
@@ -167,7 +179,7 @@ def multiply_expanded(
     check_bias(NAME, bias, x.dtype)
     columns, device, stage_bytes = x.shape[1], x.device, 4 * lines.shape[1]
     dense = x.new_empty(rows, columns)
-    launch = _expand(device, rows, columns, stage_bytes)
+    launch = _expand(device, numbers, x.dtype, rows, columns, stage_bytes)
     with on(device):
         launch(
             torch.cuda.current_stream(device).cuda_stream,
@@ -176,34 +188,55 @@ def multiply_expanded(
     return linear(x, dense, bias)
 
 
-def expand_defines(portable: bool) -> tuple[tuple[str, int], ...]:
+def expand_defines(
+    numbers: Numbers, dtype: torch.dtype, portable: bool
+) -> tuple[tuple[str, int], ...]:
     """The macros of `expand.cu`, whose head says what each means."""
-    return ("UNIT_COLUMNS", UNIT_COLUMNS), ("PORTABLE", int(portable))
+    return (
+        ("NUMBER_BITS", numbers.bits),
+        ("HALF", int(dtype == torch.float16)),
+        ("UNIT_COLUMNS", numbers.unit_columns),
+        ("PORTABLE", int(portable)),
+    )
 
 
 @lru_cache(maxsize=1024)
 def _decode(
-    device: torch.device, dtype: torch.dtype, rows: int, columns: int, tokens: int, stage_bytes: int
+    device: torch.device,
+    numbers: Numbers,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    tokens: int,
+    stage_bytes: int,
 ) -> Launch:
     portable = _portable(device)
-    tiles, units = ceil(rows / UNIT_ROWS), ceil(columns / UNIT_COLUMNS)
+    tiles, units = ceil(rows / UNIT_ROWS), ceil(columns / numbers.unit_columns)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     most = MOST_BYTES_PORTABLE if portable else MOST_BYTES
-    config = choose(tiles, units, tokens, stage_bytes, multiprocessors, most)
-    kernel = load(DECODE, config.defines(dtype, tokens, portable), device)
+    config = choose(numbers, tiles, units, tokens, stage_bytes, multiprocessors, most)
+    kernel = load(DECODE, config.defines(numbers, dtype, tokens, portable), device)
     grid = min(ceil(tiles / config.group), multiprocessors)
-    shared_bytes = config.shared_bytes(stage_bytes)
+    shared_bytes = config.shared_bytes(numbers, stage_bytes)
     return prepare(
         *(kernel, grid, 1, 32 * config.warps, shared_bytes, not portable, DECODE_ARGUMENTS)
     )
 
 
 @lru_cache(maxsize=1024)
-def _expand(device: torch.device, rows: int, columns: int, stage_bytes: int) -> Launch:
+def _expand(
+    device: torch.device,
+    numbers: Numbers,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    stage_bytes: int,
+) -> Launch:
     portable = _portable(device)
-    kernel = load(EXPAND, expand_defines(portable), device)
-    count = ceil(rows / UNIT_ROWS) * ceil(columns / UNIT_COLUMNS)
-    shared_bytes = EXPAND_WARPS * stage_bytes + BEYOND
+    kernel = load(EXPAND, expand_defines(numbers, dtype, portable), device)
+    count = ceil(rows / UNIT_ROWS) * ceil(columns / numbers.unit_columns)
+    table = EXPAND_BYTES_MEANT if numbers.bits == 4 else 0
+    shared_bytes = table + EXPAND_WARPS * stage_bytes + BEYOND
     blocks = ceil(count / EXPAND_WARPS)
     return prepare(
         *(kernel, blocks, 1, 32 * EXPAND_WARPS, shared_bytes, not portable, EXPAND_ARGUMENTS)

@@ -1,16 +1,15 @@
 """Unstructured weights as nonzeros and a bitmask: the smallest form below about 90 % zeros."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
+from secateur.formats.bitmap import bitmask, gpu
 from secateur.formats.contract import (
     Arrangement,
     Format,
-    Implementation,
     Packed,
     check_stored,
     dense_shape,
@@ -20,34 +19,20 @@ from secateur.formats.contract import (
 from secateur.formats.kernels import bits
 from secateur.formats.reference import REFERENCE
 
-Multiply = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
-
 
 def _arranged(packed: Packed) -> dict[str, Tensor]:
-    lines, starts = bits.arrange(_unpack_bits(packed), packed["values"])
+    keep = bitmask.unpack(packed["bitmask"], packed.shape[1])
+    lines, starts = bits.arrange(bits.FLOATS, keep, packed["values"])
     return {"lines": lines, "starts": starts}
 
 
 def _restored(packed: Packed) -> dict[str, Tensor]:
-    keep, values = bits.restore(packed["lines"], packed["starts"], *packed.shape, packed.dtype)
-    return {"values": values, "bitmask": _pack_bits(keep)}
+    held = packed["lines"], packed["starts"]
+    keep, values, _ = bits.restore(bits.FLOATS, *held, *packed.shape, packed.dtype)
+    return {"values": values, "bitmask": bitmask.pack(keep)}
 
 
 LINES = Arrangement(("lines", "starts"), _arranged, _restored)
-
-
-def _implementation(name: str, multiply: Multiply, most_tokens: int | None) -> Implementation:
-    """This product, on a GPU, by the lines that both share."""
-
-    def linear(
-        x: Float[Tensor, "tokens in"], packed: Packed, bias: Float[Tensor, " out"] | None
-    ) -> Float[Tensor, "tokens out"]:
-        return multiply(x, packed["lines"], packed["starts"], bias, packed.shape[0])
-
-    def why_not(packed: Packed, tokens: int) -> str | None:
-        return bits.why_not(packed.shape, packed.dtype, packed.device, tokens, most_tokens)
-
-    return Implementation(name, linear, why_not, LINES)
 
 
 @dataclass(frozen=True)
@@ -59,17 +44,12 @@ class Bitmap(Format):
     | `values` | the weight's | `[nonzeros]` |
     | `bitmask` | uint8 | `[out, ceil(in / 8)]` |
 
-    Bit `b` of byte `j` of a row of `bitmask` is column `8j + b`; 1 = keep. A row starts on a byte
-    of its own, and the unused bits of its last byte are zero.
+    The bits are described in `bitmask.py`.
     """
 
     name = "bitmap"
     tensors = ("values", "bitmask")
-    implementations = (
-        _implementation("decode", bits.multiply, bits.MOST_TOKENS),
-        _implementation("expand", bits.multiply_expanded, None),
-        REFERENCE,
-    )
+    implementations = (*gpu.implementations(bits.FLOATS, LINES), REFERENCE)
     is_exact = True
 
     def why_not(self, weight: Tensor) -> str | None:
@@ -94,7 +74,7 @@ class Bitmap(Format):
         """
         shape = dense_shape(weight)
         keep = weight != 0
-        tensors = {"values": weight[keep], "bitmask": _pack_bits(keep)}
+        tensors = {"values": weight[keep], "bitmask": bitmask.pack(keep)}
         return Packed(self, shape, weight.dtype, tensors)
 
     def unpack(self, packed: Packed) -> Float[Tensor, "out in"]:
@@ -103,7 +83,8 @@ class Bitmap(Format):
         Cost: one dense weight, and nine bytes a weight while the bits are spread out.
         """
         dense = packed["values"].new_zeros(packed.shape)
-        return dense.masked_scatter_(_unpack_bits(packed), packed["values"])
+        keep = bitmask.unpack(packed["bitmask"], packed.shape[1])
+        return dense.masked_scatter_(keep, packed["values"])
 
     def empty(self, shape: tuple[int, int], stored: int, dtype: torch.dtype) -> Packed:
         """Zeros of the right sizes, for a loader to fill.
@@ -111,32 +92,13 @@ class Bitmap(Format):
         Raises: ValueError if more is stored than there are weights.
         """
         check_stored(self, shape, stored)
-        bitmask = torch.zeros(shape[0], (shape[1] + 7) // 8, dtype=torch.uint8, device="cpu")
         values = torch.zeros(stored, dtype=dtype, device="cpu")
-        return Packed(self, shape, dtype, {"values": values, "bitmask": bitmask})
+        return Packed(self, shape, dtype, {"values": values, "bitmask": bitmask.empty(*shape)})
 
     def why_broken(self, packed: Packed) -> str | None:
         """How bits and values disagree, or which bits stand for no weight; or None."""
-        used = packed.shape[1] % 8
-        if used and bool((packed["bitmask"][:, -1] >> used).any()):
-            return f"bitmask keeps columns from {packed.shape[1]} on, which the weight lacks"
-        bits, stored = int(_unpack_bits(packed).sum()), len(packed["values"])
-        if bits != stored:
-            return f"bitmask keeps {bits} weights, but {stored} values are stored"
-        return None
-
-
-def _pack_bits(keep: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
-    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8))
-    bits: Tensor = padded.unflatten(1, (-1, 8)) << _shifts(keep)
-    return bits.sum(2, dtype=torch.uint8)
-
-
-def _unpack_bits(packed: Packed) -> Bool[Tensor, "out in"]:
-    bits: Tensor = (packed["bitmask"].unsqueeze(2) >> _shifts(packed["bitmask"])) & 1
-    keep: Tensor = bits.flatten(1)[:, : packed.shape[1]].bool()
-    return keep
-
-
-def _shifts(like: Tensor) -> UInt8[Tensor, " 8"]:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)
+        columns, stored = packed.shape[1], len(packed["values"])
+        kept = int(bitmask.unpack(packed["bitmask"], columns).sum())
+        if (problem := bitmask.why_broken(packed["bitmask"], columns)) is None and kept != stored:
+            return f"bitmask keeps {kept} weights, but {stored} values are stored"
+        return problem
