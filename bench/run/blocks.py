@@ -39,7 +39,7 @@ SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 TOKENS = (1, 4, 16, 4096)
 IMPLEMENTATIONS = ("decode", "prefill", "expand")
 PEERS = {"block": "bsr", "bitmap": "csr", "bitmap_int4": "csr"}  # torch's own layout
-MOST_BY_CSR = 16  # tokens: a hundredth of dense there, and minutes for a row of 4096
+MOST_BY_CSR = 1  # token: a hundredth of dense at 8, and minutes for a row of 4096
 STEP = " forward + backward"
 
 

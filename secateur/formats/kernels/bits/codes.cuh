@@ -48,16 +48,12 @@ __device__ __forceinline__ void know_meanings() {
     }
 }
 
-// The four bytes of a word.
-struct Word {
-    u32 word, own;
-
-    __device__ __forceinline__ explicit Word(u32 word) : word(word), own(threadIdx.x % COPIES * 8) {}
-    __device__ __forceinline__ uint2 meaning(int i) const {
-        const u32 at = COPIES == 32 ? permuted(word, own, 0x7604 | i << 4) : (word >> 8 * i & 0xFF) * 8;
-        return load_shared_64(shared_address(shared) + at);
-    }
-};
+// Byte i of a word.
+__device__ __forceinline__ uint2 meaning_of_byte_in(u32 word, int i) {
+    const u32 own = threadIdx.x % COPIES * 8;
+    const u32 at = COPIES == 32 ? permuted(word, own, 0x7604 | i << 4) : (word >> 8 * i & 0xFF) * 8;
+    return load_shared_64(shared_address(shared) + at);
+}
 
 // Codes as 16-bit floats, exactly: the lower four bits of both halves, in the bits of 128 (bf16) or 1024 (half),
 // are 8 more than the code, which is taken away.
@@ -76,15 +72,30 @@ struct Run {
     // At the beginning of a unit whose first word of this lane is here.
     __device__ __forceinline__ explicit Run(u32 unit)
         : lines(unit + HEAD), bits(0), lower(load_shared_32(shared_address(&lower_bits))) {}
+};
 
-    // Operand A of 16 columns, of which a word of bits has four times as many.
-    __device__ __forceinline__ void take(u32 (&a)[4], const Word& word, int step) {
-        const uint2 meaning = word.meaning(step);
-        u32 at;
-        asm("mad.lo.u32 %0, %1, 4, %2;" : "=r"(at) : "r"(bits & ~31u), "r"(lines));
-        const u32 low = __funnelshift_r(load_shared_32(at), load_shared_32(at + LINE_BYTES), bits), high = low >> 4;
-        bits += meaning.x >> 16;
-        const u32 first = permuted(low, high, meaning.x), second = permuted(low, high, meaning.y);
+// What a word of bits has: 64 columns, four operands A. All that has to be loaded for them is asked for first, as
+// loads stay in the order in which they are written.
+struct Line {
+    uint2 meanings[4];
+    u32 codes[4], lower;
+
+    __device__ __forceinline__ Line(u32 word, Run& run) : lower(run.lower) {
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) meanings[i] = meaning_of_byte_in(word, i);
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u32 at;
+            asm("mad.lo.u32 %0, %1, 4, %2;" : "=r"(at) : "r"(run.bits & ~31u), "r"(run.lines));
+            codes[i] = __funnelshift_r(load_shared_32(at), load_shared_32(at + LINE_BYTES), run.bits);
+            run.bits += meanings[i].x >> 16;
+        }
+    }
+
+    // Operand A of columns 16 i to 16 i + 15.
+    __device__ __forceinline__ void operand(u32 (&a)[4], int i) const {
+        const u32 low = codes[i], high = low >> 4;
+        const u32 first = permuted(low, high, meanings[i].x), second = permuted(low, high, meanings[i].y);
         a[0] = floats_of(first, lower), a[2] = floats_of(first >> 8, lower);
         a[1] = floats_of(second, lower), a[3] = floats_of(second >> 8, lower);
     }

@@ -43,12 +43,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) expand_bits(
 
     Run run(stage + 4 * lane);
     for (int line = 0; line < BIT_LINES; ++line) {
-        const Word word(load_shared_32(stage + 4 * lane + line * LINE_BYTES));
+        Line four(load_shared_32(stage + 4 * lane + line * LINE_BYTES), run);
         #pragma unroll
         for (int s = 0; s < 2; ++s) {
             u32 a[2][4];                                   // of columns 8 t + 4 j, as operands A
             #pragma unroll
-            for (int j = 0; j < 2; ++j) run.take(a[j], word, 2 * s + j);
+            for (int j = 0; j < 2; ++j) four.operand(a[j], 2 * s + j);
 #if NUMBER_BITS == 4
             const u32 scales = scales_of(stage, line / 2);
             #pragma unroll

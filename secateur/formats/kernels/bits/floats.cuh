@@ -32,10 +32,10 @@ __device__ __forceinline__ void know_meanings() {
 }
 
 // The eight nibbles of a word, each as the address of its meaning.
-struct Word {
+struct Nibbles {
     u32 table, even, odd;  // the lowest bytes of the addresses, of nibbles 0, 2, 4, 6 and 1, 3, 5, 7
 
-    __device__ __forceinline__ explicit Word(u32 word)
+    __device__ __forceinline__ explicit Nibbles(u32 word)
         : table(shared_address(meanings)), even(word << 3 & 0x78787878), odd(word >> 1 & 0x78787878) {}
     __device__ __forceinline__ u32 meaning(int i) const { return permuted(i % 2 ? odd : even, table, 0x7650 + i / 2); }
 };
@@ -58,10 +58,18 @@ struct Run {
         bits += meaning.x >> 16;
         return make_uint2(permuted(low, 0, meaning.x), permuted(low, high & (meaning.y | 0xFFFF), meaning.y));
     }
+};
 
-    // Operand A of 16 columns, of which a word of bits has four times as many.
-    __device__ __forceinline__ void take(u32 (&a)[4], const Word& word, int step) {
-        const uint2 low = take(word.meaning(2 * step)), high = take(word.meaning(2 * step + 1));
+// What a word of bits has: 64 columns, four operands A, which are taken in order.
+struct Line {
+    Nibbles nibbles;
+    Run& run;
+
+    __device__ __forceinline__ Line(u32 word, Run& run) : nibbles(word), run(run) {}
+
+    // Operand A of columns 16 i to 16 i + 15.
+    __device__ __forceinline__ void operand(u32 (&a)[4], int i) {
+        const uint2 low = run.take(nibbles.meaning(2 * i)), high = run.take(nibbles.meaning(2 * i + 1));
         a[0] = low.x, a[1] = high.x, a[2] = low.y, a[3] = high.y;
     }
 };

@@ -32,8 +32,9 @@ BULK_FROM = (9, 0)  # bulk copies, dependent launch
 MULTIPLE = 8  # columns: inputs are read and weights stored by 16 bytes
 MOST_TOKENS = 16
 MOST_WARPS = 16
-# The cost model, fitted to the rows of docs/log/2026-12-01-gpu-bits.md.
-IDLE_WARPS = 3  # that an SM has time for beside those of a CTA: 16 are a tenth faster than 8
+# The cost model, fitted to what docs/log/2026-12-01-gpu-bits.md has. By the bits of a number:
+IDLE_WARPS = {16: 3, 4: 20}  # that an SM has time for beside those of a CTA
+TURN = {16: 0, 4: 8}  # what each turn takes beside its units, as a warp's unit would
 INPUTS = 0.3  # of a unit's time, for the second 8 tokens, where no other tile has just read them
 STAGES = 2  # units in a warp's ring; three left less of the cache for inputs, and were slower
 MOST_BYTES = 227 * 1024  # of shared memory, that a CTA may ask for
@@ -101,7 +102,8 @@ def choose(
             if one.shared_bytes(numbers, stage_bytes) + one.static_bytes(tokens) <= most_bytes:
                 steps = ceil(turns * units / splits)
                 inputs = INPUTS * (tokens / 8 - 1) / group
-                able[one] = steps * (one.warps + IDLE_WARPS) * (1 + inputs)
+                work = steps * (one.warps + IDLE_WARPS[numbers.bits]) * (1 + inputs)
+                able[one] = work + turns * TURN[numbers.bits]
     if not able:
         raise ValueError(f"{NAME} has no room for two units of {stage_bytes} bytes")
     return min(able, key=lambda one: (able[one], -one.group))

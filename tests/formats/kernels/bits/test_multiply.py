@@ -35,22 +35,27 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "tokens", "config"),
+    ("numbers", "rows", "columns", "tokens", "config"),
     [
-        (28672, 4096, 1, Config(2, 8)),
-        (28672, 4096, 16, Config(14, 1)),  # inputs are read by fewer groups
-        (4096, 14336, 1, Config(2, 8)),
-        (6144, 4096, 1, Config(1, 16)),
-        (4096, 4096, 16, Config(2, 8)),
+        (FLOATS, 28672, 4096, 1, Config(2, 8)),
+        (FLOATS, 28672, 4096, 16, Config(14, 1)),  # inputs are read by fewer groups
+        (FLOATS, 4096, 14336, 1, Config(2, 8)),
+        (FLOATS, 6144, 4096, 1, Config(1, 16)),
+        (FLOATS, 4096, 4096, 16, Config(2, 8)),
+        (CODES, 28672, 4096, 1, Config(14, 1)),
+        (CODES, 28672, 4096, 16, Config(14, 1)),
+        (CODES, 4096, 14336, 1, Config(2, 7)),  # 2, 8 was measured, with as many steps
+        (CODES, 4096, 4096, 1, Config(2, 8)),
+        (CODES, 4096, 4096, 16, Config(2, 8)),
     ],
 )
 def test_what_measured_fastest_is_chosen(
-    rows: int, columns: int, tokens: int, config: Config
+    numbers: Numbers, rows: int, columns: int, tokens: int, config: Config
 ) -> None:
     """docs/log/2026-12-01-gpu-bits.md, at half the weights."""
-    wide = 8 if tokens <= 8 else 16
-    found = choose(FLOATS, rows // 16, columns // 256, wide, 5888, SMS, MOST_BYTES)
-    assert found == config
+    wide, stage = 8 if tokens <= 8 else 16, {FLOATS: 5888, CODES: 3712}[numbers]
+    units = columns // numbers.unit_columns
+    assert choose(numbers, rows // 16, units, wide, stage, SMS, MOST_BYTES) == config
 
 
 @pytest.mark.parametrize("most", [MOST_BYTES, MOST_BYTES_PORTABLE])
