@@ -1,6 +1,7 @@
 """How sparse each layer should be: sensitivities are measured first, then patterns allocated."""
 
-from secateur.allocation.budget import DENSE_CHOICE, Allocation, Costs, Point, allocate, monotone
+from secateur.allocation.budget import Allocation, Costs, Point, allocate, monotone
+from secateur.allocation.choices import DENSE_CHOICE
 from secateur.allocation.equalize import equalize
 from secateur.allocation.evolve import Evolved, evolve
 from secateur.allocation.formulas import erk, owl

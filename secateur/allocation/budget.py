@@ -10,17 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from secateur.allocation.choices import (
+    DENSE_CHOICE,
+    parse_choice,
+    patterns_by_grid,
+    patterns_of,
+)
 from secateur.allocation.sensitivity import Sensitivity
 from secateur.core.shown import Shown, Table
-from secateur.patterns import Pattern, parse
+from secateur.patterns import Grid, Pattern
 
-DENSE_CHOICE = "dense"
 FRONT_POINTS = 9  # budgets, evenly spaced from the cheapest choice of all layers to dense
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What each layer costs in each pattern and as `"dense"`: `of[layer][pattern]`, in `unit`.
+    """What each layer costs in each choice, `"dense"` among them: `of[layer][choice]`, in `unit`.
 
     `secateur.allocation.costs` makes them in parameters, bytes and measured milliseconds; any other
     cost that adds up over layers will do. A layer cannot choose a pattern that has no entry.
@@ -41,7 +46,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Point:
-    """One allocation: each layer's pattern or `"dense"`, its cost, and the predicted loss increase.
+    """One allocation: each layer's choice, what they cost, and the predicted loss increase.
 
     `increase` is the sum of the layers' separate increases; pruned together they add more.
     """
@@ -52,8 +57,13 @@ class Point:
 
     @property
     def patterns(self) -> dict[str, Pattern]:
-        """The patterns of the layers that are not dense, as `sc.plan` takes them."""
-        return {name: parse(one) for name, one in self.choices.items() if one != DENSE_CHOICE}
+        """The patterns of the layers that get zeros, as `sc.plan` takes them."""
+        return patterns_of(self.choices)
+
+    @property
+    def by_grid(self) -> dict[Grid | None, dict[str, Pattern]]:
+        """The same for each grid, for as many passes; `unstructured:0` where one only rounds."""
+        return patterns_by_grid(self.choices)
 
 
 @dataclass(frozen=True)
@@ -68,8 +78,13 @@ class Allocation(Shown):
 
     @property
     def patterns(self) -> dict[str, Pattern]:
-        """The patterns of the layers that are not dense, as `sc.plan` takes them."""
+        """The patterns of the layers that get zeros, as `sc.plan` takes them."""
         return self.best.patterns
+
+    @property
+    def by_grid(self) -> dict[Grid | None, dict[str, Pattern]]:
+        """The same for each grid, for as many passes; `unstructured:0` where one only rounds."""
+        return self.best.by_grid
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -145,14 +160,14 @@ def require_reachable(
 def monotone(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
     """Each layer's increase by pattern and `"dense"`: never below 0, never falling with sparsity.
 
-    The running maximum over patterns of one kind that differ only in sparsity. What a layer seems
+    The running maximum over choices of one kind that differ only in sparsity. What a layer seems
     to gain from more zeros is noise in a loss on few tokens, and an allocation would fall for it.
     """
     curves: dict[str, dict[str, float]] = {}
-    parsed = {one: parse(one) for one in sensitivity.patterns}
+    parsed = {one: parse_choice(one) for one in sensitivity.patterns}
     ascending = sorted(parsed, key=lambda one: parsed[one].sparsity)
     for layer, found in sensitivity.increase.items():
-        curve, highest = {DENSE_CHOICE: 0.0}, dict[str, float]()
+        curve, highest = {DENSE_CHOICE: 0.0}, dict[tuple[str, str], float]()
         for one in ascending:
             if (increase := found[one]) is not None:
                 kind = parsed[one].kind

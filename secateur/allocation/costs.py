@@ -15,14 +15,17 @@ from secateur.accelerate.layer_report import LayerReport
 from secateur.accelerate.verb import DEFAULT_FORMATS, accelerate_
 from secateur.allocation import DENSE_CHOICE, Allocation, Costs, Sensitivity, allocate
 from secateur.allocation.budget import figure, front_of
+from secateur.allocation.choices import parse_choice
 from secateur.core.conv1d import is_conv1d
+from secateur.formats import quantised
+from secateur.formats.bitmap import codes
 from secateur.formats.contract import Format
 from secateur.formats.format import parse_format
 from secateur.formats.kernels.timing import compare, copies_for
 from secateur.formats.pack import is_linear, named_linears
+from secateur.formats.quantised import Quantised
 from secateur.model.layers import layers_of, matrix
 from secateur.model.piece import is_expert
-from secateur.patterns import parse
 
 BYTES = "bytes"
 
@@ -62,7 +65,7 @@ def nbytes(
     """The bytes of each sensed layer's weight in each pattern, in the smallest of the formats.
 
     Dense storage counts where it is smaller. Formats that round, such as `"semi24_int4"`, are tried
-    only if they are named.
+    only if they are named; a choice on a grid (`2:4+int4`) is tried in the formats with that grid.
 
     What no format packs, such as a convolution, costs its bytes dense.
 
@@ -70,11 +73,15 @@ def nbytes(
     Raises:
         ValueError: if the model has no such layer, or a format is unknown.
     """
-    tried = [parse_format(format) for format in formats]
+    for format in formats:
+        parse_format(format)
 
     def stored(linear: nn.Linear, choices: Sequence[str]) -> list[float]:
-        weights = (_pruned(linear.weight, one) for one in choices)
-        return [float(min([w.nbytes, *_packed_bytes(w, tried)])) for w in weights]
+        weights = {one: _pruned(linear.weight, one) for one in choices}
+        return [
+            float(min([w.nbytes, *_packed_bytes(w, _formats_of(one, formats) or ())]))
+            for one, w in weights.items()
+        ]
 
     def kept(module: nn.Module) -> float:
         return float(matrix(module).nbytes)
@@ -95,7 +102,7 @@ def milliseconds(
     Measured on the model's device, as `accelerate_` measures and with what it remembers. A layer's
     time in a pattern is how long it takes as `accelerate_(model, tokens, formats)` would leave it,
     which is dense where nothing is faster. So a plan within a budget takes that time once it is
-    accelerated.
+    accelerated. A choice on a grid (`2:4+int4`) is tried in the formats with that grid.
 
     What no format packs, such as a convolution, is not counted, nor are experts, whose time depends
     on how many tokens choose them.
@@ -108,18 +115,17 @@ def milliseconds(
 
     def timed(linear: nn.Linear, choices: Sequence[str]) -> list[float]:
         patterns = [one for one in choices if one != DENSE_CHOICE]
-        copies = nn.ModuleList(_copy(linear, one) for one in patterns)
-        reports = accelerate_(copies, tokens, formats, remeasure=remeasure).layers
+        reports = _accelerated(linear, patterns, tokens, formats, remeasure=remeasure)
         # Dense is measured beside every pattern; one figure for all, so that noise decides nothing.
-        dense = [_time(one, dense=True) for one in reports if one.measured]
+        dense = [_time(one, dense=True) for one in reports.values() if one.measured]
         if not dense:
             raise ValueError(
                 f"milliseconds needs a pattern that a format can store, {linear} has none: "
-                f"{reports[-1].reason}: measure others, such as 2:4"
+                f"{reports[patterns[-1]].reason}: measure others, such as 2:4"
             )
         times = {
             one: median(dense) if report.format == DENSE else _time(report, dense=False)
-            for one, report in zip(patterns, reports, strict=True)
+            for one, report in reports.items()
         }
         return [times.get(one, median(dense)) for one in choices]
 
@@ -217,7 +223,7 @@ def _milliseconds_together(
             _copy(linear, choice) for _ in range(copies_for(linear.weight.nbytes, len(names)))
         )
         if choice != DENSE_CHOICE:
-            accelerate_(copies, tokens, formats)
+            accelerate_(copies, tokens, _formats_of(choice, formats))
         called |= {name: copies[i % len(copies)] for i, name in enumerate(names)}
     weights = {linear.in_features: linear.weight for linear in linears.values()}
     generator = torch.Generator().manual_seed(0)
@@ -236,6 +242,38 @@ def _milliseconds_together(
         device = next(iter(weights.values())).device
         microseconds += compare({"layers": [call]}, device)["layers"].median_us
     return microseconds / 1e3
+
+
+def _accelerated(
+    linear: nn.Linear,
+    choices: Sequence[str],
+    tokens: Sequence[int],
+    formats: Sequence[str | Format] | None,
+    *,
+    remeasure: bool,
+) -> dict[str, LayerReport]:
+    """What `accelerate_` makes of the layer in each choice, those of one grid together."""
+    alike: dict[tuple[str | Format, ...] | None, list[str]] = {}
+    for one in choices:
+        tried = _formats_of(one, formats)
+        alike.setdefault(None if tried is None else tuple(tried), []).append(one)
+    reports: dict[str, LayerReport] = {}
+    for tried, names in alike.items():
+        copies = nn.ModuleList(_copy(linear, one) for one in names)
+        found = accelerate_(copies, tokens, tried, remeasure=remeasure).layers
+        reports |= dict(zip(names, found, strict=True))
+    return {one: reports[one] for one in choices}
+
+
+def _formats_of(
+    choice: str, formats: Sequence[str | Format] | None
+) -> Sequence[str | Format] | None:
+    """The formats to try for a choice: those given, and of one on a grid all that round to it."""
+    grid = parse_choice(choice).grid
+    if grid is None:
+        return formats
+    kept = [one for one in quantised.FORMATS if one.grid == grid and not one.rounds_inputs]
+    return [*kept, *(one for one in codes.FORMATS if one.grid == grid), Quantised(grid)]
 
 
 def _scaled(table: Costs, scale: float) -> Costs:
@@ -309,8 +347,8 @@ def _packable(
     return named_linears(model, found)
 
 
-def _packed_bytes(weight: Tensor, formats: Sequence[Format]) -> list[int]:
-    fitting = [format for format in formats if format.why_not(weight) is None]
+def _packed_bytes(weight: Tensor, formats: Sequence[str | Format]) -> list[int]:
+    fitting = [format for format in map(parse_format, formats) if format.why_not(weight) is None]
     return [format.pack(weight).nbytes for format in fitting]
 
 
@@ -327,10 +365,11 @@ def _copy(linear: nn.Linear, choice: str) -> nn.Linear:
 
 
 def _pruned(weight: Float[Tensor, "out in"], choice: str) -> Float[Tensor, "out in"]:
-    """The weight pruned by magnitude: the cost depends on the number of zeros, not on which."""
+    """The weight pruned by magnitude, and rounded: costs depend on how many zeros, not on which."""
     if choice == DENSE_CHOICE:
         return weight
-    return weight.masked_fill(~parse(choice).mask(weight.float().abs()), 0)
+    found = parse_choice(choice)
+    return found.applied(weight, found.mask(weight.float().abs()))
 
 
 def _time(layer: LayerReport, *, dense: bool) -> float:

@@ -9,11 +9,13 @@ import math
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from secateur.allocation.budget import DENSE_CHOICE, Costs, figure
+from secateur.allocation.budget import Costs, figure
+from secateur.allocation.choices import DENSE_CHOICE, parse_choice, patterns_by_grid, patterns_of
 from secateur.core.progress import progress
 from secateur.core.shown import Shown
 from secateur.core.weights import require_ordinary
@@ -21,11 +23,14 @@ from secateur.core.wrappers import unwrapped
 from secateur.model.blocks import Batch
 from secateur.model.layers import weight_of
 from secateur.model.outputs import eval_mode
-from secateur.patterns import Pattern, parse
+from secateur.patterns import Grid, Pattern
 
 # (batches, survivors) of each round of a generation: fewer and fewer, judged on more and more.
 ROUNDS = ((1, 8), (4, 2), (16, 1))
 MOST_SWITCHES = 3  # in one offspring, the smaller of two draws: most have one
+# How often a switch goes one choice further, where a layer's are of several kinds: the next one in
+# cost can lose far more than the one behind it.
+FURTHER = 0.5
 
 Weights = Mapping[str, Mapping[str, Tensor]]
 Choices = dict[str, str]
@@ -46,8 +51,13 @@ class Evolved(Shown):
 
     @property
     def patterns(self) -> dict[str, Pattern]:
-        """The patterns of the layers that are not dense, as `sc.plan` takes them."""
-        return {name: parse(one) for name, one in self.choices.items() if one != DENSE_CHOICE}
+        """The patterns of the layers that get zeros, as `sc.plan` takes them."""
+        return patterns_of(self.choices)
+
+    @property
+    def by_grid(self) -> dict[Grid | None, dict[str, Pattern]]:
+        """The same for each grid, for as many passes; `unstructured:0` where one only rounds."""
+        return patterns_by_grid(self.choices)
 
     @property
     def paragraphs(self) -> tuple[str]:
@@ -72,12 +82,14 @@ def evolve(
 ) -> Evolved:
     """A choice of patterns with a lower `loss(model, batches)` that costs no more than `start`.
 
-    `weights[pattern]["layer.weight"]` are compressed weights, such as the `state_dict()` of copies
-    of the model, each reconstructed to one pattern; they may be on the CPU. In each generation the
-    best choice so far gets `offspring`: a random layer takes its next costlier pattern, and others
-    take cheaper ones until the cost fits. Each of the `rounds`, (batches, survivors), judges the
-    offspring on that many batches, drawn anew, and that many survive; the best so far joins the
-    last. `start` maps layers to patterns as `Allocation.patterns` does; layers not in it are dense.
+    `weights[choice]["layer.weight"]` are compressed weights, such as the `state_dict()` of copies
+    of the model, each reconstructed to one pattern, on a grid where the choice (`2:4+int4`) names
+    one; they may be on the CPU. In each generation the
+    best choice so far gets `offspring`: a random layer takes its next costlier pattern, or one
+    beyond it where they are of several kinds, and others take cheaper ones until the cost fits.
+    Each of the `rounds`, (batches, survivors), judges the offspring on that many batches, drawn
+    anew, and that many survive; the best so far joins the last. `start` maps layers to patterns as
+    `Allocation.patterns` does, or to choices; layers not in it are dense.
 
     The model is left as it was. Reconstruct it again to the patterns found: the weights here were
     not made for one another.
@@ -136,23 +148,34 @@ def _child(
         if up is None:
             return child
         before = dict(child)
-        child[up] = _next(child[up], levels[up], +1)
+        child[up] = _next(child[up], levels[up], +1, generator)
         for name in names:
             if name != up and costs.total(child) > budget and child[name] != levels[name][0]:
-                child[name] = _next(child[name], levels[name], -1)
+                child[name] = _next(child[name], levels[name], -1, generator)
         if costs.total(child) > budget:  # the others have nothing to give
             child = before
         for name in names:
             if child[name] == before[name] != levels[name][-1]:
-                more = child | {name: _next(child[name], levels[name], +1)}
+                more = child | {name: _next(child[name], levels[name], +1, generator)}
                 if costs.total(more) > budget:
                     break
                 child = more
     return child
 
 
-def _next(choice: str, levels: Sequence[str], step: int) -> str:
-    return levels[levels.index(choice) + step]
+def _next(choice: str, levels: Sequence[str], step: int, generator: random.Random) -> str:
+    """A costlier choice, or with -1 a cheaper one: the next, or one behind it if kinds differ."""
+    ahead = levels[levels.index(choice) + step :: step]
+    if not _of_one_kind(tuple(levels)):
+        while len(ahead) > 1 and generator.random() < FURTHER:
+            ahead = ahead[1:]
+    return ahead[0]
+
+
+@cache
+def _of_one_kind(levels: tuple[str, ...]) -> bool:
+    """Whether these choices, but for dense, differ in sparsity alone."""
+    return len({parse_choice(one).kind for one in levels if one != DENSE_CHOICE}) < 2
 
 
 def _levels(name: str, module: nn.Module, weights: Weights, costs: Costs) -> list[str]:

@@ -3,14 +3,15 @@
 import contextlib
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.allocation.choices import Choice, as_choice
 from secateur.allocation.progress import Progress, write_json
 from secateur.core.disk.checkpoint import digest
 from secateur.core.disk.data_files import first_fault, read_json
@@ -25,7 +26,7 @@ from secateur.model.calibrate import as_list
 from secateur.model.layers import Selector
 from secateur.model.outputs import eval_mode
 from secateur.model.statistics import name_of
-from secateur.patterns import Pattern, as_pattern
+from secateur.patterns import Pattern
 from secateur.reconstruct.scores import needs_of, scores
 
 SENSITIVITY_VERSION = 1
@@ -110,6 +111,8 @@ def sensitivity(
 ) -> Sensitivity:
     """By how much `loss(model)` rises when one layer at a time is pruned to each of the patterns.
 
+    `"2:4+int4"` also rounds what is kept to the nearest of a grid, `"dense+int4"` rounds alone.
+
     Statistics, where the criterion needs any, are gathered once from `batches` on the dense model.
     The model runs in eval mode without gradients. With `checkpoint`, a file, what has been
     measured is stored there, and the same call continues where an interrupted one stopped; patterns
@@ -127,8 +130,8 @@ def sensitivity(
     model = unwrapped(model)
     require_ordinary(selection.layers)
     shapes = {name: _shape(module) for name, module in selection.layers.items()}
-    patterns_of = {name: _patterns_for(module, chosen) for name, module in selection.layers.items()}
-    why_not = {name: _misfits(found, shapes[name]) for name, found in patterns_of.items()}
+    choices = {name: _choices_for(module, chosen) for name, module in selection.layers.items()}
+    why_not = {name: _misfits(choices[name], one) for name, one in selection.layers.items()}
     with eval_mode(model), torch.no_grad():
         listed = as_list(batches) if needs and batches is not None else []
         progress = Progress(checkpoint, _fingerprint(selection.layers, criterion, listed))
@@ -142,7 +145,7 @@ def sensitivity(
         with shown, contextlib.closing(scores(model, missing, criterion, listed)) as scored:
             for name, found in scored:
                 for key in todo[name]:
-                    with _pruned(missing[name], patterns_of[name][key].mask(found)):
+                    with _pruned(missing[name], choices[name][key], found):
                         increase = _measured(loss, model, f"{name} pruned to {key}") - dense
                     progress.add(name, key, increase)
                     shown.update()
@@ -207,14 +210,13 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
 # --- one layer -----------------------------------------------------------------------------------
 
 
-def _parsed_patterns(patterns: Sequence[str | Pattern]) -> dict[str, Pattern]:
+def _parsed_patterns(patterns: Sequence[str | Pattern]) -> dict[str, Choice]:
     if isinstance(patterns, str) or not patterns:
         raise ValueError(
             f"sensitivity needs a list of patterns, got {patterns!r}: such as ['2:4', "
             "'unstructured:0.5']"
         )
-    chosen = [as_pattern(pattern) for pattern in patterns]
-    return {str(pattern): pattern for pattern in chosen}
+    return {choice.text: choice for choice in map(as_choice, patterns)}
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -222,23 +224,30 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return rows, columns
 
 
-def _patterns_for(module: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
-    return {key: _layers.pattern_for(module, pattern) for key, pattern in patterns.items()}
+def _choices_for(module: nn.Module, choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    return {
+        key: choice
+        if choice.pattern is None
+        else replace(choice, pattern=_layers.pattern_for(module, choice.pattern))
+        for key, choice in choices.items()
+    }
 
 
-def _misfits(patterns: Mapping[str, Pattern], shape: tuple[int, int]) -> dict[str, str]:
-    """The patterns that a layer of this shape cannot have, each with the reason."""
-    reasons = {key: pattern.why_not(shape) for key, pattern in patterns.items()}
+def _misfits(choices: Mapping[str, Choice], module: nn.Module) -> dict[str, str]:
+    """The choices that a weight of this shape and dtype cannot have, each with the reason."""
+    shape, dtype = _shape(module), _layers.weight_of(module).dtype
+    reasons = {key: choice.why_not(shape, dtype) for key, choice in choices.items()}
     return {key: why for key, why in reasons.items() if why is not None}
 
 
 @contextlib.contextmanager
-def _pruned(module: nn.Module, mask: Bool[Tensor, "out in"]) -> Generator[None]:
-    """Zero the weight outside the mask; put it back at the end, whatever happens."""
+def _pruned(module: nn.Module, choice: Choice, found: Float[Tensor, "out in"]) -> Generator[None]:
+    """Prune the weight by these scores, and round; put it back at the end, whatever happens."""
     weight = _layers.weight_of(module)
     before = weight.detach().clone()
     try:
-        weight.masked_fill_(~_layers.from_matrix(module, mask), 0)
+        pruned = choice.applied(_layers.matrix(module), choice.mask(found))
+        weight.copy_(_layers.from_matrix(module, pruned))
         yield
     finally:
         weight.copy_(before)

@@ -52,7 +52,7 @@ def allocate(
     runs = by in ("owl", "threshold") or (by in BUDGETS and budget.unit == MS)
     source = loading.source(model) if runs else open_source(model)
     found = budget.allocation(by, source.model) if by in BUDGETS else None
-    patterns = formula.patterns(by, source, data) if found is None else found.patterns
+    patterns = formula.patterns(by, source, data) if found is None else _zeros_alone(found)
     chosen: dict[Selector, Pattern | str] = dict(patterns.items())
     decided = plan_of(source.model, chosen)
     if out is not None:
@@ -79,6 +79,20 @@ def _require_valid(by: str, budget: Budget, formula: Formula, data: Data) -> Non
             f"--by {by} takes layers and patterns from the curves, which were measured on data: "
             "leave out --pattern, --layers, --ignore, --text and --tokens"
         )
+
+
+def _zeros_alone(found: Allocation) -> dict[str, Pattern]:
+    """The patterns of an allocation, as a plan file holds them.
+
+    Raises: ValueError if a layer is to be rounded as well.
+    """
+    for grid, layers in found.by_grid.items():
+        if grid is not None:
+            raise ValueError(
+                f"a plan file holds zeros alone, and {next(iter(layers))} is to be rounded to "
+                f"{grid!r}: measure curves of patterns without a grid, or allocate in Python"
+            )
+    return found.patterns
 
 
 def _front(found: Allocation) -> list[dict[str, object]]:

@@ -9,10 +9,10 @@ from torch import nn
 from secateur.accelerate.report import AccelerateReport
 from secateur.allocation import Allocation, Sensitivity
 from secateur.allocation.budget import figure
+from secateur.allocation.choices import parse_choice
 from secateur.core.tables import as_bytes
 from secateur.model import layers as _layers
 from secateur.model.plan import Plan
-from secateur.patterns import parse
 from secateur.prune.verbs import PruneReport
 from secateur.report import plots
 from secateur.report.content import (
@@ -195,7 +195,7 @@ def file_sizes(sizes: Mapping[str, int]) -> Section:
 
 def sensitivity(found: Sensitivity) -> Section:
     """How the loss rises when one layer alone is pruned."""
-    ticks = sorted(found.patterns, key=lambda text: parse(text).sparsity)
+    ticks = sorted(found.patterns, key=lambda text: parse_choice(text).sparsity)
     measured = {
         name: {p: value for p, value in increase.items() if value is not None}
         for name, increase in found.increase.items()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import secateur as sc
 from secateur.allocation import Allocation, Costs, Sensitivity, allocate, monotone
 
 PATTERNS = ("unstructured:0.5", "unstructured:0.8", "2:4")
@@ -65,6 +66,53 @@ def test_it_is_as_good_as_the_best_of_all_choices(
     for cheaper, dearer in itertools.pairwise(best.front):
         assert cheaper.cost <= dearer.cost
         assert cheaper.increase >= dearer.increase or best.best in (cheaper, dearer)
+
+
+EVERY_KIND = (
+    *("2:4", "4:8", "block:64x64@0.8", "unstructured:0.5"),
+    *("dense+int4", "2:4+int4", "unstructured:0.5+int4"),
+)
+figures = st.tuples(*[st.integers(0, 20).map(float)] * (2 * len(EVERY_KIND)))
+
+
+@settings(max_examples=30)
+@given(st.lists(figures, min_size=1, max_size=6), st.floats(0.3, 1.5))
+def test_a_mixture_keeps_to_the_budget_and_is_no_worse_than_one_choice_for_all(
+    layers: list[tuple[float, ...]], share: float
+) -> None:
+    names = [f"layer{i}" for i in range(len(layers))]
+    increase = {
+        name: dict(zip(EVERY_KIND, of, strict=False))
+        for name, of in zip(names, layers, strict=True)
+    }
+    of = {
+        name: {"dense": 16.0, **dict(zip(EVERY_KIND, found[len(EVERY_KIND) :], strict=True))}
+        for name, found in zip(names, layers, strict=True)
+    }
+    curves, costs = sensitivity(increase, EVERY_KIND), Costs("ms", of)
+    budget = share * costs.dense
+    uniform = [dict.fromkeys(names, one) for one in ("dense", *EVERY_KIND)]
+    within = [choices for choices in uniform if costs.total(choices) <= budget]
+    if not within:
+        return
+    best = allocate(curves, costs, budget).best
+    assert costs.total(best.choices) == best.cost <= budget
+    known = monotone(curves)
+    for choices in within:
+        lost = sum(known[name][one] for name, one in choices.items())
+        assert best.increase <= lost + 1e-4
+
+
+def test_a_mixture_is_made_in_a_pass_for_each_grid() -> None:
+    names = ("dense+int4", "2:4", "2:4+int4")
+    increase = {f"layer{i}": dict(zip(names, (0.1, 1.0, 1.2), strict=True)) for i in range(3)}
+    cost = {"dense": 16.0, "dense+int4": 8.0, "2:4": 9.0, "2:4+int4": 3.0}
+    found = allocate(sensitivity(increase, names), Costs("ms", dict.fromkeys(increase, cost)), 19.0)
+    assert sorted(found.best.choices.values()) == ["2:4+int4", "dense+int4", "dense+int4"]
+    (grid,) = found.by_grid
+    assert grid == sc.Int4()
+    assert sorted(map(str, found.by_grid[grid].values())) == ["2:4", *2 * ["unstructured:0"]]
+    assert list(map(str, found.patterns.values())) == ["2:4"]
 
 
 def test_the_choices_are_a_mapping_that_plan_takes() -> None:

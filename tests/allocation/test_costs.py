@@ -89,6 +89,36 @@ def test_bytes_are_those_of_the_smallest_format() -> None:
     assert half.of["0"][PATTERNS[1]] == half.of["0"]["dense"] == weight.nbytes / 2
 
 
+def test_bytes_of_choices_on_a_grid_are_those_of_its_formats() -> None:
+    found = model().bfloat16()
+    names = ("2:4+int4", "dense+int4", "unstructured:0.75+int4", "4:8+int4", "dense+int8")
+    curves = sc.sensitivity(found, names, lambda one: float(one[0].weight.norm()))
+    of = costs.nbytes(found, curves).of["0"]
+    weights, scales = 128 * 256, 128 * 2 * 2  # two groups of 128 inputs a row, 16 bits each
+    assert of["dense"] == 2 * weights
+    half = weights // 4 + weights // 8 + scales  # and a bitmap saves what rounds to zero
+    assert half - 16 <= of["2:4+int4"] <= half and half - 16 <= of["4:8+int4"] <= half
+    assert of["dense+int4"] == weights // 2 + scales
+    assert of["dense+int8"] == weights + 2 * 128
+    # a quarter of the weights has a code, unless it rounds to zero
+    assert weights // 8 + weights // 16 < of["unstructured:0.75+int4"] <= weights // 4 + scales
+
+
+def test_a_choice_on_a_grid_that_nothing_runs_takes_the_time_of_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = list[str]()
+    times = {"dense": 100.0, "block": 40.0, "csr": 70.0}
+    monkeypatch.setattr("secateur.accelerate.verb.compare", timer(times, asked))
+    found = model()
+    names = ("block:64x64@0.75", "block:64x64@0.75+int4", "dense+int4")
+    curves = sc.sensitivity(found, names, lambda one: float(one[0].weight.norm()))
+    table = costs.milliseconds(found, curves, (4,))
+    assert table.of["0"] == pytest.approx(
+        {"dense": 0.1, "block:64x64@0.75": 0.04, "block:64x64@0.75+int4": 0.1, "dense+int4": 0.1}
+    )
+
+
 def test_milliseconds_are_what_accelerate_then_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[str]()
     times = {"dense": 100.0, "block": 40.0, "csr": 70.0}

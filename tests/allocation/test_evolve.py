@@ -77,6 +77,47 @@ def test_it_finds_the_best_choice_within_the_cost() -> None:
     assert str(found).startswith("loss -16")
 
 
+def test_layers_may_be_rounded_in_place_of_pruned() -> None:
+    """1, 10, 100 and 1000 lie on the grid: rounding costs no loss here, and zeros do."""
+    model, tables = stack(), weights(stack())
+    tables["dense+int4"] = stack().state_dict()
+    of = {"dense": 16.0, "dense+int4": 8.0, "unstructured:0.5": 8.0, "unstructured:0.75": 4.0}
+    all_costs = Costs("ms", dict.fromkeys("0123", of))
+    found = evolve(
+        model, START, tables, all_costs, lost, BATCHES, generations=30, rounds=((1, 2), (4, 1))
+    )
+    assert found.cost <= all_costs.total(START)
+    assert found.losses[-1] <= found.losses[0]
+    assert "dense+int4" in found.choices.values()
+    assert {one for one in found.by_grid if one is not None} == {sc.Int4()}
+    rounded = [name for name, one in found.choices.items() if one == "dense+int4"]
+    assert list(found.by_grid[sc.Int4()]) == rounded
+    assert not set(rounded) & set(found.patterns)
+
+
+def test_a_kind_that_loses_more_than_its_cost_says_is_passed_over() -> None:
+    """Between 0.75 and rounding, in cost, lies a pattern that nothing survives."""
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(2)))
+    for layer in model:
+        nn.init.ones_(layer.weight)
+    tables = weights(model)
+    tables["dense+int4"] = copy.deepcopy(model).state_dict()
+    tables["2:4"] = {name: -tensor for name, tensor in tables["dense+int4"].items()}
+    of = {"dense": 16.0, "unstructured:0.75": 4.0, "2:4": 6.0, "dense+int4": 8.0}
+    start = {"1": "unstructured:0.75"}
+    found = evolve(
+        model,
+        start,
+        tables,
+        Costs("ms", {"0": of, "1": of}),
+        lost,
+        BATCHES,
+        generations=5,
+        rounds=((4, 1),),
+    )
+    assert found.choices == dict.fromkeys("01", "dense+int4") and found.cost == 16 <= 20
+
+
 def test_the_same_seed_gives_the_same_and_rounds_see_their_batches() -> None:
     model, seen = stack(), list[int]()
 

@@ -79,6 +79,26 @@ def test_each_cell_is_what_the_pruned_layer_alone_costs() -> None:
     assert found.shapes == {"0": (2, 4), "1": (3, 2)}
 
 
+def test_numbers_are_rounded_where_a_grid_is_named() -> None:
+    """What is on the grid, as row 1 is, loses nothing by it."""
+    model = hand_made()
+    model[0].weight.data[0, 0] = 0.4
+    weight, grid = model[0].weight.detach().clone(), sc.Int4()
+    scales = grid.scales(weight)
+    rounded = grid.dequantised(grid.codes(weight, scales), scales)
+    assert torch.equal(rounded[1], weight[1]) and not torch.equal(rounded[0], weight[0])
+    before = copy.deepcopy(model.state_dict())
+    found = sensitivity(model, ["dense+int4", "1:4+int4"], lost_energy, layers=["0"])
+    increase = found.increase["0"]
+    lost = float(weight.square().sum() - rounded.square().sum())
+    assert increase["dense+int4"] == pytest.approx(lost, abs=1e-5) and lost != 0
+    assert increase["1:4+int4"] == pytest.approx(0.16 + 4 + 9 + 25 + 1 + 1, rel=1e-5)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    wide = sensitivity(hand_made().double(), ["1:2", "dense+int4"], lost_energy)
+    assert wide.increase["0"]["dense+int4"] is None
+    assert "needs float32 or 16 bits, got torch.float64" in wide.why_not["0"]["dense+int4"]
+
+
 def test_groups_of_a_convolution_lie_along_its_channels() -> None:
     """2 x 2 positions of 6 channels are 24 columns, which 4 divides, but not the 6."""
     model = nn.Sequential(nn.Conv2d(6, 1, 2, bias=False))

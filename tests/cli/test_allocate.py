@@ -66,6 +66,16 @@ def test_curves_and_a_budget_make_a_plan_that_prune_takes(
     assert sc.check(load_folder(out), sc.read_plan(plan))
 
 
+def test_a_plan_file_holds_zeros_alone(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sense.json"
+    sc.sensitivity(load_folder(dense), ["dense+int4"], lambda model: 1.0).write(out)
+    options = ("--sensitivity", out, "--unit", "bytes", "--budget", "50%")
+    line = refused(run("allocate", dense, *options, "-o", tmp_path / "plan.yaml"))
+    assert "a plan file holds zeros alone, and" in line
+    assert "is to be rounded to Int4(group_size=128): measure curves of patterns" in line
+    assert not (tmp_path / "plan.yaml").exists()
+
+
 def test_a_budget_may_be_a_number_of_the_unit(dense: Path, curves: Path) -> None:
     found = read_sensitivity(curves)
     table = costs.parameters(found)
