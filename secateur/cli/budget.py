@@ -86,7 +86,7 @@ class Budget:
         else:
             costs = parameters(curves) if self.unit == "parameters" else nbytes(model, curves)
             found = BUDGETS[by](curves, costs, _amount(self.budget, costs.dense))
-        if not found.patterns:
+        if not found.by_grid:
             raise ValueError(f"--budget {self.budget} leaves every layer dense: give a smaller one")
         return found
 

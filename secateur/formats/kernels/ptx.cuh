@@ -88,16 +88,6 @@ __device__ __forceinline__ void store_matrices_transposed(u32 address, const u32
                  :: "r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
-// 16 bytes that nobody writes while this kernel reads, where they are wanted; else v stays as it was.
-__device__ __forceinline__ void load_global_128(uint4& v, const void* from, bool wanted) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "setp.ne.b32 p, %5, 0;\n"
-        "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-        "}" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(from), "r"(static_cast<int>(wanted)));
-}
-
 // Asks for the 128 bytes around an address, so that a load finds them in the L2 cache.
 __device__ __forceinline__ void prefetch_l2(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" :: "l"(address));

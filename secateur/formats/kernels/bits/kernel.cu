@@ -29,8 +29,10 @@
 constexpr unsigned COPIES = 32;                            // of the table of meanings, where these are many
 #if NUMBER_BITS == 4
 #include "codes.cuh"
+constexpr int LINES_AT_ONCE = 2;                           // of bits: 128 columns, which share scales
 #else
 #include "floats.cuh"
+constexpr int LINES_AT_ONCE = BIT_LINES;
 #endif
 
 constexpr int WARPS = GROUP * SPLITS, THREADS = 32 * WARPS;
@@ -39,60 +41,57 @@ constexpr int TOKENS = 8 * TOKEN_TILES;
 constexpr int PITCH = 20;                                  // floats from a token's sums to the next: other banks
 constexpr int SUMS = TOKENS * PITCH;                       // of a warp
 
-// Operands B of 128 columns, two lines of bits. A lane whose token there is not never loads: what it has is the
-// operand of no token's sums. So one token costs a quarter of eight.
-using Inputs = uint4[2][2][TOKEN_TILES];
-
-// acc += A B over the two lines of bits from `line` on. `tokens` are where this lane's are at its first column, or
-// null; unless the unit is WHOLE, inputs from `end` on are zero, as its weights are.
+// acc += A B over some of a unit's lines of bits, from `line` on. `inputs` are the tokens of this lane at its
+// first column; unless the unit is WHOLE, those from `end` on are zero, as its weights are.
 template <bool WHOLE>
-__device__ __forceinline__ void multiply_pair(
-    float (&acc)[TOKEN_TILES][4], Run& run, Inputs& b, u32 unit, int line, const u16* const (&tokens)[TOKEN_TILES],
-    int first, int end) {
-    #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+__device__ __forceinline__ void multiply_lines(
+    float (&acc)[TOKEN_TILES][4], Run& run, u32 unit, int line, const u16* const (&inputs)[TOKEN_TILES], int first,
+    int end) {
+    #pragma unroll (WHOLE ? 2 : 1)
+    for (const int behind = line + LINES_AT_ONCE; line < behind; ++line) {
+        uint4 b[2][TOKEN_TILES];
         #pragma unroll
         for (int s = 0; s < 2; ++s)
             #pragma unroll
             for (int n = 0; n < TOKEN_TILES; ++n) {
-                const int column = first + 64 * (line + i) + 32 * s;
-                if (!WHOLE && column >= end) b[i][s][n] = make_uint4(0, 0, 0, 0);
-                load_global_128(b[i][s][n], tokens[n] + column, tokens[n] && (WHOLE || column < end));
+                const int column = first + 64 * line + 32 * s;
+                if (WHOLE || column < end) b[s][n] = *reinterpret_cast<const uint4*>(inputs[n] + column);
+                else b[s][n] = make_uint4(0, 0, 0, 0);
             }
-        Line four(load_shared_32(unit + 4 * (threadIdx.x % 32) + (line + i) * LINE_BYTES), run);
+        Line four(load_shared_32(unit + 4 * (threadIdx.x % 32) + line * LINE_BYTES), run);
         #pragma unroll
         for (int step = 0; step < 4; ++step) {             // of 16 columns
             u32 a[4];
             four.operand(a, step);
             #pragma unroll
             for (int n = 0; n < TOKEN_TILES; ++n) {
-                const uint4 v = b[i][step / 2][n];
+                const uint4 v = b[step / 2][n];
                 multiply_16<HALF>(acc[n], a, step % 2 ? v.z : v.x, step % 2 ? v.w : v.y);
             }
         }
     }
 }
 
-// acc += A B over a unit, whose first word is here; codes by their scales, which 128 columns share.
+// acc += A B over a unit, whose first word is here; codes by their scales.
 template <bool WHOLE>
 __device__ __forceinline__ void multiply(
-    float (&acc)[TOKEN_TILES][4], Inputs& b, u32 unit, const u16* const (&tokens)[TOKEN_TILES], int first, int end) {
+    float (&acc)[TOKEN_TILES][4], u32 unit, const u16* const (&inputs)[TOKEN_TILES], int first, int end) {
     Run run(unit + 4 * (threadIdx.x % 32));
-    #pragma unroll 1
-    for (int pair = 0; pair < BIT_LINES / 2; ++pair) {
 #if NUMBER_BITS == 4
+    #pragma unroll 1
+    for (int group = 0; group < BIT_LINES / LINES_AT_ONCE; ++group) {
         float sums[TOKEN_TILES][4] = {};
-        const u32 scales = scales_of(unit, pair);
-        multiply_pair<WHOLE>(sums, run, b, unit, 2 * pair, tokens, first, end);
+        const u32 scales = scales_of(unit, group);
+        multiply_lines<WHOLE>(sums, run, unit, group * LINES_AT_ONCE, inputs, first, end);
         const float of_row[2] = {float_of_16<HALF>(static_cast<u16>(scales)), float_of_16<HALF>(static_cast<u16>(scales >> 16))};
         #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n)
             #pragma unroll
             for (int i = 0; i < 4; ++i) acc[n][i] += of_row[i / 2] * sums[n][i];
-#else
-        multiply_pair<WHOLE>(acc, run, b, unit, 2 * pair, tokens, first, end);
-#endif
     }
+#else
+    multiply_lines<WHOLE>(acc, run, unit, 0, inputs, first, end);
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_bits(
@@ -162,11 +161,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_bits(
     }
     __syncthreads();
 
-    const u16* tokens[TOKEN_TILES];
+    const u16* inputs[TOKEN_TILES];
     #pragma unroll
-    for (int n = 0; n < TOKEN_TILES; ++n)
-        tokens[n] = 8 * n + g < M ? x + static_cast<size_t>(8 * n + g) * K + 8 * t : nullptr;
-    Inputs b = {};
+    for (int n = 0; n < TOKEN_TILES; ++n) inputs[n] = x + static_cast<size_t>(min(8 * n + g, M - 1)) * K + 8 * t;
 
     int stage = 0;
     u32 parity = 0;
@@ -181,8 +178,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_bits(
                 barrier_wait(landed + 8 * stage, parity);
             }
             const u32 at = ring + stage * stage_bytes;
-            if ((unit + 1) * UNIT_COLUMNS <= K) multiply<true>(acc, b, at, tokens, unit * UNIT_COLUMNS, K - 8 * t);
-            else multiply<false>(acc, b, at, tokens, unit * UNIT_COLUMNS, K - 8 * t);
+            if ((unit + 1) * UNIT_COLUMNS <= K) multiply<true>(acc, at, inputs, unit * UNIT_COLUMNS, K - 8 * t);
+            else multiply<false>(acc, at, inputs, unit * UNIT_COLUMNS, K - 8 * t);
             // A load that has been issued can still be in a queue when the copy writes, so the copy is made to
             // depend on the sums, which every lane's loads went into.
             __syncwarp();
