@@ -19,6 +19,7 @@ Bits a weight are those of codes, positions and scales together, over all weight
 | positions of 2:4 | 2 for each kept weight, as `semi24` stores them |
 | positions of n:m | ceil(log2(m choose n)) for each group of m: at 4:8 7 bits for 8 weights |
 | positions of unstructured zeros | a bitmap: 1 for each weight |
+| positions of blocks | the column of each kept block: 32 |
 | scales | 16 for each group of an output |
 
 The folder holds a causal language model and `tokens.safetensors`, as for `bench.run.accuracy`.
@@ -60,7 +61,7 @@ from secateur.integrations.transformers import load_folder
 from secateur.model import evaluate
 from secateur.model.layers import weight_of
 from secateur.model.statistics import call
-from secateur.patterns import NM, Grid, Int2, Int3, Int4, Pattern, Unstructured
+from secateur.patterns import NM, Block, Grid, Int2, Int3, Int4, Pattern, Unstructured
 from secateur.reconstruct import Blockwise, Solution
 
 STORED = torch.bfloat16  # weights without a grid, and scales
@@ -110,6 +111,7 @@ TRAINED = [
         *((EVERY_WEIGHT, grid) for grid in (Int4(), Int3(), Int2())),
     )
 ]
+BLOCKS = Block(64, 64, 0.5), Block(64, 64, 0.8)
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -120,6 +122,7 @@ RECIPES = {
             for how in (SPARSEGPT, NEAREST)
         ),
         *(Recipe(pattern, grid) for grid in (Int4(), None) for pattern in PATTERNS),
+        *(Recipe(pattern, None) for pattern in BLOCKS),
         *(Recipe(NM(2, 4), grid, ALPS) for grid in (Int4(), None)),
         *TRAINED,
         *(replace(recipe, written=rows) for rows in WRITTEN for recipe in TRAINED),
@@ -152,7 +155,9 @@ def bits_of_positions(pattern: Pattern) -> float:
             return 2 * 2 / 4
         case NM(n, m):
             return math.ceil(math.log2(math.comb(m, n))) / m
-    raise ValueError(f"bits of positions are counted for N:M and unstructured, got {pattern}")
+        case Block(rows, cols, sparsity):
+            return 32 * (1 - sparsity) / (rows * cols)
+    raise ValueError(f"bits of positions are of N:M, blocks and unstructured, got {pattern}")
 
 
 def apply_(model: nn.Module, recipe: Recipe, data: Sequence[Tensor]) -> sc.Plan:

@@ -50,6 +50,7 @@ def batches() -> list[Tensor]:
         ("2:4 bfloat16, sparsegpt", 8 + 1),
         ("4:8 bfloat16, sparsegpt", 8 + 7 / 8),
         ("unstructured:0.5@layer bfloat16, sparsegpt", 8 + 1),
+        ("block:64x64@0.5 bfloat16, sparsegpt", 8 + 16 / 4096),
     ],
 )
 def test_codes_positions_and_scales_are_counted(recipe: str, bits: float) -> None:
