@@ -22,6 +22,7 @@ from bench.tables.linear import linear_cpu_all
 from bench.tables.llm import llm, llm_cpu, llm_short
 from bench.tables.memory import memory
 from bench.tables.pareto import pareto
+from bench.tables.patterns import patterns, patterns_figure
 from bench.tables.prefill import prefill, prefill_short
 from bench.tables.readme import accuracy_short, speed_short
 from bench.tables.small_models import encoder_accuracy, vision_accuracy
@@ -54,6 +55,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "llm-cpu": llm_cpu,
     "llm-short": llm_short,
     "memory": memory,
+    "patterns": patterns,
     "prefill": prefill,
     "prefill-short": prefill_short,
     "seconds": seconds,
@@ -66,6 +68,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
 FIGURES: dict[Path, Callable[[Path], str]] = {
     ROOT / "docs" / "measured.svg": front_page,
     ROOT / "docs" / "pareto.svg": pareto,
+    ROOT / "docs" / "patterns.svg": patterns_figure,
 }
 
 

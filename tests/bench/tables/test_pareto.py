@@ -5,7 +5,8 @@ from xml.etree import ElementTree
 
 from bench.lib.results import RESULTS
 from bench.tables.pages import FIGURES
-from bench.tables.pareto import PERPLEXITY, _front, _x, _y, pareto
+from bench.tables.pareto import PERPLEXITY, _x, _y, pareto
+from bench.tables.scatter import front_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -19,7 +20,7 @@ def test_on_the_front_is_what_no_other_beats_in_both() -> None:
         "slow and worse": (20.0, 7.5),
         "best": (30.0, 6.0),
     }
-    assert _front(found) == ["quick", "middle", "best"]
+    assert front_of(found) == ["quick", "middle", "best"]
 
 
 def test_the_axes_are_seconds_by_their_logarithm_and_perplexity() -> None:
