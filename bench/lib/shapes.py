@@ -11,6 +11,8 @@ SHAPES: dict[str, tuple[int, int]] = {
     "Llama-3-8B o": (4096, 4096),
     "Llama-3-8B gate_up": (28672, 4096),
     "Llama-3-8B down": (4096, 14336),
+    "Llama-3-8B-FFN up": (14336, 4096),  # as one of two that train
+    "Llama-3-8B-FFN down": (4096, 14336),
     "Llama-3-70B qkv": (10240, 8192),
     "Llama-3-70B o": (8192, 8192),
     "Llama-3-70B gate_up": (57344, 8192),
@@ -25,6 +27,8 @@ SHAPES: dict[str, tuple[int, int]] = {
     "Gemma-2-9B down": (3584, 14336),
     "SAM-ViT-h lin1": (5120, 1280),
     "SAM-ViT-h lin2": (1280, 5120),
+    "ViT-L up": (4096, 1024),
+    "ViT-L down": (1024, 4096),
 }
 
 ON_CPU = ("Llama-2-7B attention", "Llama-2-7B gate, up")

@@ -57,10 +57,12 @@ def multiply(
     grouped: bool,
     rows: int,
     activation: str = "",
+    just_packed: bool = False,
 ) -> Float[Tensor, "tokens out"]:
     """`f(x @ W.T * row_scales + bias)` for the weight W of these units, summed in float32.
 
-    f is the activation, one of `ACTIVATIONS`, applied to sums that are not yet rounded.
+    f is the activation, one of `ACTIVATIONS`, applied to sums that are not yet rounded. Units that
+    a kernel has `just_packed` are waited for; others are read while the kernel ahead still runs.
 
     Error: products are exact in float32; sums are float32 in a fixed order, so that a repeated call
         gives the same bits; one rounding of the result. Where groups have scales, the weight is
@@ -77,7 +79,7 @@ def multiply(
     scales = None if row_scales is None else readable(row_scales)
     case = Case(kind, grouped, x.dtype, rows, columns, tokens)
     tile = _tile(case, device)
-    launch = _launch(device, kind, grouped, x.dtype, tile, activation)
+    launch = _launch(device, kind, grouped, x.dtype, tile, activation, not just_packed)
     with on(device):
         launch(
             torch.cuda.current_stream(device).cuda_stream,
@@ -111,10 +113,16 @@ def _tile(case: Case, device: torch.device) -> Tile:
 
 @lru_cache(maxsize=256)
 def _launch(
-    device: torch.device, kind: Kind, grouped: bool, dtype: torch.dtype, tile: Tile, activation: str
+    device: torch.device,
+    kind: Kind,
+    grouped: bool,
+    dtype: torch.dtype,
+    tile: Tile,
+    activation: str,
+    dependent: bool,
 ) -> Launch:
     which = ACTIVATIONS.index(activation) + 1 if activation else 0
     kernel = load(SOURCE, tile.defines(kind, grouped, dtype, which), device)
     shared_bytes = tile.shared_bytes(unit_bytes(kind, grouped))
     grid = kernel.most_clusters(tile.splits, THREADS, shared_bytes) * tile.splits
-    return prepare(kernel, grid, tile.splits, THREADS, shared_bytes, True, ARGUMENTS)
+    return prepare(kernel, grid, tile.splits, THREADS, shared_bytes, dependent, ARGUMENTS)

@@ -93,7 +93,7 @@ def test_every_tile_gives_the_same_result(format: str, tile: Tile, tokens: int) 
     layer, x = layer_of(format, dtype, RAGGED), inputs(tokens, RAGGED[1], dtype)
     case = Case(layer.kind, layer.grouped, dtype, *RAGGED, tokens)
     full = with_stages(tile, case)
-    launch = _launch(x.device, layer.kind, layer.grouped, dtype, full, "")
+    launch = _launch(x.device, layer.kind, layer.grouped, dtype, full, "", True)
     stream = torch.cuda.current_stream().cuda_stream
     scales = 0 if layer.scales is None else layer.scales.data_ptr()
     wanted, found = layer(x), torch.full((tokens + 1, RAGGED[0]), 7.0, dtype=dtype, device="cuda")

@@ -1,0 +1,89 @@
+"""Linear layers that train in 2:4: values and gradients held to dense ones with the same zeros."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from secateur.formats.kernels.both_ways import Selection
+from secateur.formats.kernels.both_ways.reference import kept
+from secateur.formats.training import linear
+from tests.formats.weights import allowed_error, exact_linear
+
+SHAPE = (192, 320)
+
+
+def operands(
+    dtype: torch.dtype, stored: torch.dtype, tokens: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(SHAPE, generator=generator).to(stored) * SHAPE[1] ** -0.5
+    bias = torch.randn(SHAPE[0], generator=generator).to(stored)
+    x = torch.randn(tokens, SHAPE[1], generator=generator).to(dtype)
+    return tuple(t.to(device).requires_grad_() for t in (x, weight, bias))  # type: ignore[return-value]
+
+
+def held_to_float64(
+    selection: Selection, dtype: torch.dtype, stored: torch.dtype, is_packed: bool, device: str
+) -> None:
+    x, weight, bias = operands(dtype, stored, 300, device)
+    grad = torch.randn(300, SHAPE[0], device=device).to(dtype)
+    found = linear(x, weight, bias, selection, is_packed)
+    of_x, of_weight, of_bias = torch.autograd.grad(found, [x, weight, bias], grad)
+    assert (found.dtype, of_x.dtype, of_weight.dtype, of_bias.dtype) == (
+        dtype,
+        dtype,
+        stored,
+        stored,
+    )
+    x, weight, bias = (t.detach() for t in (x, weight, bias))
+    of_rows, of_columns = kept(weight, selection)
+    forward = weight.to(dtype).masked_fill(~of_rows, 0)
+    back = forward.masked_fill(~of_columns, 0)
+    for result, *given in (
+        (found, x, forward, bias.to(dtype)),
+        (of_x, grad, back.t(), None),
+        (of_weight.to(dtype), grad.t(), x.t(), None),
+    ):
+        exact = exact_linear(*given)
+        assert (result.double() - exact).abs().max() <= allowed_error(*given)
+    wanted = grad.double().sum(0)
+    assert (of_bias.double() - wanted).abs().max() <= 2 * torch.finfo(
+        dtype
+    ).eps * wanted.abs().max()
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("selection", Selection, ids=str)
+def test_values_and_gradients(selection: Selection, stored: torch.dtype, is_packed: bool) -> None:
+    held_to_float64(selection, torch.bfloat16, stored, is_packed, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize("selection", Selection, ids=str)
+def test_values_and_gradients_by_kernels(
+    selection: Selection, is_wide: bool, dtype: torch.dtype
+) -> None:
+    held_to_float64(selection, dtype, torch.float32 if is_wide else dtype, True, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_captured_step_gives_the_same_bits() -> None:
+    x, weight, bias = operands(torch.bfloat16, torch.bfloat16, 300, "cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        y = linear(x, weight, bias, Selection.TILES, True)
+        return torch.autograd.grad(y, [x, weight, bias], y.detach())
+
+    wanted = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(10):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
