@@ -11,7 +11,7 @@ random and cold (`bench.lib.cold`), without a bias. A ratio is the time of dense
 the candidate in the same run.
 
 FP8 is `torch._scaled_mm` on e4m3, with one scale for each tensor and all three products in it. Its
-first row rounds weights, inputs and gradients within the run, by what torch.compile makes of it; the
+first row rounds weights, inputs and gradients within the run, as torch.compile has it; the
 second multiplies what was rounded before, and is a bound for any recipe.
 
 With `--packs` a run is the pass over a weight that packs it both ways; the ratio is that to reading
@@ -19,7 +19,7 @@ the weight and writing the packs once at the bandwidth of a copy.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bench.lib import cold
 from bench.lib.peer_kernels import CUBLAS
-from bench.lib.rows import append
+from bench.lib.rows import Row, append
 from bench.lib.shapes import SHAPES
 from secateur.formats import training
 from secateur.formats.kernels import both_ways
@@ -149,7 +149,7 @@ def fp8_step(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def fp8_products(weight: Tensor, x: Tensor) -> cold.Run:
-    """A step whose operands were rounded before; those of another number of tokens are made anew."""
+    """A step whose operands were rounded before; other numbers of tokens have their own."""
     w, w_t, w_scale = rounded()(weight)
 
     @cache
@@ -184,7 +184,7 @@ def packs(arguments: argparse.Namespace) -> int:
     """Measures the passes over weights, and writes their rows."""
     device, path = torch.device(arguments.device), None
     for shape in PACKED:
-        rows = packs_of(shape, device, arguments.rounds)
+        rows = list(packs_of(shape, device, arguments.rounds))
         path = append(arguments.output, "train", rows, arguments.device)
         for row in rows:
             print(row["candidate"], row["us"], row["vs_cublas"], flush=True)
@@ -192,7 +192,7 @@ def packs(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def packs_of(shape: tuple[int, int], device: torch.device, rounds: int) -> list[cold.Row]:
+def packs_of(shape: tuple[int, int], device: torch.device, rounds: int) -> Iterator[Row]:
     """A row for each selection and type of the weight, and one for a copy of as many bytes."""
     weight, _ = cold.random_weights(shape, device)
     pack = both_ways.pack if weight.is_cuda else both_ways.reference.pack
@@ -214,10 +214,10 @@ def packs_of(shape: tuple[int, int], device: torch.device, rounds: int) -> list[
             chains[f"pack {selection.name.lower()} {short}"] = chain(runs, device)
         nbytes |= dict.fromkeys(chains.keys() - nbytes.keys(), moved)
     timings = in_turns(chains, device, rounds)
-    return [
-        {
-            "layer": f"{shape[0]} x {shape[1]}",
-            **dict(zip(("out", "in", "tokens"), (*shape, ""), strict=True)),
+    for name, timing in timings.items():
+        copied = f"{COPY} {name.split()[-1]}"
+        yield {
+            **{"layer": f"{shape[0]} x {shape[1]}", "out": shape[0], "in": shape[1], "tokens": ""},
             **dict.fromkeys((*cold.CLOCKS, *cold.MEASURED), ""),
             "candidate": name,
             "dtype": name.split()[-1],
@@ -227,11 +227,9 @@ def packs_of(shape: tuple[int, int], device: torch.device, rounds: int) -> list[
             "rounds": timing.rounds,
             "launches": chains[name].launches,
             "tb_s": f"{nbytes[name] / timing.median_us / 1e6:.3f}",
-            "baseline": f"{COPY} {name.split()[-1]}",
-            "vs_cublas": f"{timings[f'{COPY} {name.split()[-1]}'].median_us / timing.median_us:.3f}",
+            "baseline": copied,
+            "vs_cublas": f"{timings[copied].median_us / timing.median_us:.3f}",
         }
-        for name, timing in timings.items()
-    ]
 
 
 def main(words: Sequence[str] | None = None) -> int:

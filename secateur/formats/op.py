@@ -25,7 +25,7 @@ there are none: AOTInductor loses an empty list on the way to an operator.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ LIBRARY = torch.library.Library("secateur", "FRAGMENT")
 DEFINED: dict[str, Format] = {}  # by the name that torch knows its operators by
 
 Row = tuple[int, Implementation]
+Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 
 @lru_cache(maxsize=256)  # a process meets a few tables; parsing one costs more than a small matmul
@@ -108,10 +109,10 @@ def unpack_operator(name: str) -> OpOverload:
     return operator
 
 
-def operator(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> OpOverload:
+def operator(schema: str, run: Callable[..., Result], fake: Callable[..., Result]) -> OpOverload:
     """`secateur::<schema>`, newly defined for every device and without gradients.
 
-    `fake` is an empty result of the right shape and type, for compilers.
+    `fake` is an empty result, or two, of the right shape and type, for compilers.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

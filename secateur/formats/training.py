@@ -65,7 +65,7 @@ class _Linear(torch.autograd.Function):
             bias = bias.to(x.dtype)
         if is_packed:
             units, back = PACK(weight, x.dtype, selection)
-            result = MULTIPLY(x, units, bias, weight.shape[0])
+            result: Tensor = MULTIPLY(x, units, bias, weight.shape[0])
         else:
             of_rows, of_columns = both_ways.reference.kept(weight, Selection(selection))
             kept = weight.to(x.dtype).masked_fill(~of_rows, 0)
