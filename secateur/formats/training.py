@@ -4,8 +4,10 @@ The parameter stays dense. Each forward packs it anew, both ways in one pass (`k
 the weight as the forward reads it, and its transpose for the gradient of the input. The gradient of
 the weight is the dense one, so that what was dropped may come back: a straight-through estimator.
 
-    secateur::pack_both_ways(Tensor weight, ScalarType dtype, int selection) -> (Tensor, Tensor)
-    secateur::multiply_units(Tensor x, Tensor units, Tensor? bias, int out_features) -> Tensor
+    secateur::training_linear(Tensor x, Tensor weight, Tensor? bias, int selection, bool is_packed)
+        -> (Tensor, Tensor)
+    secateur::training_input_grad(Tensor grad, Tensor back, int in_features, bool is_packed)
+        -> Tensor
 """
 
 from typing import Any
@@ -13,13 +15,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from secateur.core.autocast import autocast_dtype, without_autocast
 from secateur.formats import two_of_four
 from secateur.formats.kernels import both_ways, decode24, prefill16
 from secateur.formats.kernels.both_ways import Selection
-from secateur.formats.op import operator
+from secateur.formats.op import LIBRARY, operator
 
 
 def why_not(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -52,53 +55,66 @@ def linear(
         is_packed = why_not((weight.shape[0], weight.shape[1]), x.dtype, weight.device) is None
     with without_autocast(x.device):
         flat = x.reshape(-1, weight.shape[1])
-        result: Tensor = _Linear.apply(flat, weight, bias, int(selection), is_packed)  # type: ignore[no-untyped-call]
-    return result.reshape(*x.shape[:-1], len(weight))
+        result, _ = LINEAR(flat, weight, bias, int(selection), is_packed)
+    shaped: Tensor = result.reshape(*x.shape[:-1], len(weight))
+    return shaped
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, selection: int, is_packed: bool
-    ) -> Tensor:
-        if bias is not None:
-            bias = bias.to(x.dtype)
-        if is_packed:
-            units, back = PACK(weight, x.dtype, selection)
-            result: Tensor = MULTIPLY(x, units, bias, weight.shape[0])
-        else:
-            of_rows, of_columns = both_ways.reference.kept(weight, Selection(selection))
-            kept = weight.to(x.dtype).masked_fill(~of_rows, 0)
-            back = kept.masked_fill(~of_columns, 0)
-            result = F.linear(x, kept, bias)
-        ctx.save_for_backward(x, back)
-        ctx.is_packed, ctx.stored, ctx.columns = is_packed, weight.dtype, weight.shape[1]
-        ctx.of_bias = None if bias is None else bias.dtype
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, back = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        of_x = of_weight = of_bias = None
-        if needed[0]:
-            of_x = MULTIPLY(grad, back, None, ctx.columns) if ctx.is_packed else grad @ back
-        if needed[1]:
-            of_weight = (grad.t() @ x).to(ctx.stored)
-        if needed[2]:
-            of_bias = grad.sum(0)
-        return of_x, of_weight, of_bias, None, None
+def _linear(
+    x: Float[Tensor, "tokens in"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    selection: int,
+    is_packed: bool,
+) -> tuple[Float[Tensor, "tokens out"], Tensor]:
+    """The result, and the weight as the backward reads it: units of its transpose, or dense."""
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if is_packed:
+        pack = both_ways.pack if weight.is_cuda else both_ways.reference.pack
+        units, back = pack(weight, x.dtype, Selection(selection))
+        return _multiply(x, units, bias, len(weight)), back
+    forward, backward = both_ways.reference.kept(weight, Selection(selection))
+    values = weight.to(x.dtype)
+    result = F.linear(x, values.masked_fill(~forward, 0), bias)
+    return result, values.masked_fill(~backward, 0)
 
 
-def _pack(
-    weight: Float[Tensor, "out in"], dtype: torch.dtype, selection: int
-) -> tuple[UInt8[Tensor, "tiles units bytes"], UInt8[Tensor, "other_tiles other_units bytes"]]:
-    pack = both_ways.pack if weight.is_cuda else both_ways.reference.pack
-    return pack(weight, dtype, Selection(selection))
+def _fake_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, selection: int, is_packed: bool
+) -> tuple[Tensor, Tensor]:
+    back = both_ways.empty(weight)[1] if is_packed else torch.empty_like(weight, dtype=x.dtype)
+    return x.new_empty(x.shape[0], weight.shape[0]), back
 
 
-def _fake_pack(weight: Tensor, dtype: torch.dtype, selection: int) -> tuple[Tensor, Tensor]:
-    return both_ways.empty(weight)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, _, ctx.is_packed = inputs
+    ctx.stored, ctx.columns = weight.dtype, weight.shape[1]
+    ctx.save_for_backward(x, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+@once_differentiable  # what it prunes by has no gradient
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, back = ctx.saved_tensors
+    of_x = of_weight = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = INPUT_GRAD(grad, back, ctx.columns, ctx.is_packed)
+    if ctx.needs_input_grad[1]:
+        of_weight = (grad.t() @ x).to(ctx.stored)
+    if ctx.needs_input_grad[2]:
+        of_bias = grad.sum(0).to(ctx.stored)
+    return of_x, of_weight, of_bias, None, None
+
+
+def _input_grad(
+    grad: Float[Tensor, "tokens out"], back: Tensor, in_features: int, is_packed: bool
+) -> Float[Tensor, "tokens in"]:
+    return _multiply(grad, back, None, in_features) if is_packed else grad @ back
+
+
+def _fake_input_grad(grad: Tensor, back: Tensor, in_features: int, is_packed: bool) -> Tensor:
+    return grad.new_empty(grad.shape[0], in_features)
 
 
 def _multiply(
@@ -107,24 +123,22 @@ def _multiply(
     bias: Float[Tensor, " out"] | None,
     out_features: int,
 ) -> Float[Tensor, "tokens out"]:
+    kind = decode24.Kind.W16
     if x.is_cuda:
-        kind = decode24.Kind.W16
         return prefill16.multiply(x, units, None, bias, kind, False, out_features, just_packed=True)
-    kept, metadata, _ = decode24.restore(decode24.Kind.W16, units, False, x.shape[1], x.dtype)
+    kept, metadata, _ = decode24.restore(kind, units, False, x.shape[1], x.dtype)
     return F.linear(x, two_of_four.scatter(kept, metadata), bias)
 
 
-def _fake_multiply(x: Tensor, units: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
-
-
-PACK = operator(
-    "pack_both_ways(Tensor weight, ScalarType dtype, int selection) -> (Tensor, Tensor)",
-    _pack,
-    _fake_pack,
+LINEAR = operator(
+    "training_linear(Tensor x, Tensor weight, Tensor? bias, int selection, bool is_packed)"
+    " -> (Tensor, Tensor)",
+    _linear,
+    _fake_linear,
 )
-MULTIPLY = operator(
-    "multiply_units(Tensor x, Tensor units, Tensor? bias, int out_features) -> Tensor",
-    _multiply,
-    _fake_multiply,
+INPUT_GRAD = operator(
+    "training_input_grad(Tensor grad, Tensor back, int in_features, bool is_packed) -> Tensor",
+    _input_grad,
+    _fake_input_grad,
 )
+torch.library.register_autograd(LINEAR.name(), _backward, setup_context=_setup, lib=LIBRARY)

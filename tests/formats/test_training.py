@@ -59,6 +59,37 @@ def test_values_and_gradients(selection: Selection, stored: torch.dtype, is_pack
     held_to_float64(selection, torch.bfloat16, stored, is_packed, "cpu")
 
 
+def test_under_autocast_it_runs_in_its_dtype() -> None:
+    x, weight, bias = operands(torch.float32, torch.float32, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear(x, weight, bias, is_packed=True)
+    wanted = linear(x.bfloat16(), weight, bias, is_packed=True)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
+    (of_weight,) = torch.autograd.grad(found, [weight], torch.ones_like(found))
+    assert of_weight.dtype == torch.float32 and of_weight.all()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_it_compiles_to_one_graph(is_packed: bool) -> None:
+    given = operands(torch.bfloat16, torch.bfloat16, 24)
+
+    def step(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear(x.unflatten(0, (2, -1)), weight, bias, Selection.ROWS, is_packed)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = [(y := run(*given), *torch.autograd.grad(y.sum(), given)) for run in (step, compiled)]
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    x, weight, bias = operands(torch.float32, torch.float32, 8)
+    (of_x,) = torch.autograd.grad(linear(x, weight, bias).square().sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        of_x.sum().backward()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,9 +1,9 @@
-"""Training with 2:4 weights or activations, emulated in dense arithmetic.
+"""Training with 2:4 weights or activations, pruned again in each forward.
 
-Each forward prunes again and multiplies dense matrices that contain the zeros. It gives the numbers
-of sparse training on any device, but is slower than dense training, because it adds the pruning and
-no kernel skips the zeros. It shows whether a model tolerates 2:4; to keep zeros through training at
-the cost of dense training, use `sc.hold`.
+On a Hopper GPU, in 16 bits or under autocast, weights are packed and multiplied by the kernels of
+`secateur.formats.training`. Elsewhere, and for activations, dense matrices that contain the zeros
+are multiplied: the same numbers, but slower than dense training, because it adds the pruning and no
+kernel skips the zeros. To keep zeros through training at the cost of dense training, use `sc.hold`.
 """
 
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from secateur.compat.torchao.names import closest
 from secateur.compat.torchao.swap import HOOKS
-from secateur.compat.torchao.tiles import tiled, untiled
 from secateur.core.undo import all_or_nothing
+from secateur.formats import training
+from secateur.formats.kernels.both_ways import Selection
+from secateur.formats.kernels.both_ways.reference import kept
 from secateur.formats.pack import swap
 
 T = TypeVar("T", bound=nn.Linear)
 
-TILE = 4  # rows and columns of a tile; half of each row and each column stays
-KEPT = TILE // 2
 ALGORITHMS = ("", "largest_abs_values_greedy")
 BACKENDS = ("cutlass", "cusparselt")
 
@@ -77,18 +77,8 @@ def tile_mask(x: Float[Tensor, "rows columns"]) -> Bool[Tensor, "rows columns"]:
 
     Source: the greedy choice of torch._sparse_semi_structured_tile.
     """
-    tiles = tiled(x.detach().abs(), (TILE, TILE))
-    order = tiles.argsort(dim=-1, descending=True, stable=True)
-    in_row, in_column = (torch.zeros_like(order[..., :TILE]) for _ in range(2))
-    keep = torch.zeros_like(tiles, dtype=torch.bool)
-    for rank in range(TILE * TILE):
-        entry = order[..., rank, None]
-        row, column = entry // TILE, entry % TILE
-        free = (in_row.gather(-1, row) < KEPT) & (in_column.gather(-1, column) < KEPT)
-        keep.scatter_(-1, entry, free)
-        in_row.scatter_add_(-1, row, free.long())
-        in_column.scatter_add_(-1, column, free.long())
-    return untiled(keep, (TILE, TILE), x.shape)
+    mask, _ = kept(x, Selection.GREEDY)
+    return mask
 
 
 class _Emulated(nn.Linear):
@@ -112,11 +102,11 @@ class SemiSparseLinear(_Emulated):
 
     The output and the input's gradient are those of the pruned weight, which is 2:4 in both
     directions. The weight's gradient is the dense one, so that pruned weights can come back.
-    Not faster than `nn.Linear`: see the module.
+    What runs it: see the module.
     """
 
     def forward(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
-        return F.linear(input, _pruned(self.weight), self.bias)
+        return training.linear(input, self.weight, self.bias, Selection.GREEDY)
 
 
 class SemiSparseActivationLinear(_Emulated):

@@ -8,7 +8,7 @@
 //   macro       values     meaning
 //   WIDE        0, 1       the weight is float32, not 16 bits as its packs
 //   HALF        0, 1       packs are of float16, not of bfloat16
-//   SELECTION   0, 1       whole tiles, or rows and then what is left of columns
+//   SELECTION   0, 1, 2    whole tiles, rows and then what is left of columns, tiles greedily
 
 #include "ptx.cuh"
 #include "selection.cuh"
@@ -75,23 +75,24 @@ __device__ __forceinline__ u32 pack_tile(const Eight (&rows)[4], int half, int d
         #pragma unroll
         for (int j = 0; j < 4; ++j) sizes[i][j] = rows[i].sizes[4 * half + j];
     }
-    const u32 mask = SELECTION == TILES ? best_of_tile(sizes) : largest_of_rows(sizes);
-    const u32 nibbles = nibbles_of(mask);
-    u8* const row_image = images[0] + down / 4 * IMAGE_BYTES;
-    #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        *reinterpret_cast<u32*>(row_image + place(down % 4 * 4 + i, group)) = kept(first[i], last[i], nibbles >> 4 * i);
-
-    u32 of_columns = transposed(mask);
-    if constexpr (SELECTION == ROWS) {
+    const u32 mask = SELECTION == TILES ? best_of_tile(sizes)
+        : SELECTION == ROWS ? largest_of_rows(sizes) : greedy_of_tile(sizes);
+    if constexpr (SELECTION != TILES) {                    // places that are packed may be of what does not stay
         #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const u32 bits = mask >> 4 * i;
             first[i] &= (bits & 1 ? 0xFFFF : 0) | (bits & 2 ? 0xFFFF0000 : 0);
             last[i] &= (bits & 4 ? 0xFFFF : 0) | (bits & 8 ? 0xFFFF0000 : 0);
         }
-        of_columns = largest_of_columns(sizes, mask);
     }
+    const u32 nibbles = nibbles_of(SELECTION == GREEDY ? filled(mask) : mask);
+    u8* const row_image = images[0] + down / 4 * IMAGE_BYTES;
+    #pragma unroll
+    for (int i = 0; i < 4; ++i)
+        *reinterpret_cast<u32*>(row_image + place(down % 4 * 4 + i, group)) = kept(first[i], last[i], nibbles >> 4 * i);
+
+    const u32 of_columns = SELECTION == TILES ? transposed(mask)
+        : SELECTION == ROWS ? largest_of_columns(sizes, mask) : filled(transposed(mask));
     const u32 column_nibbles_here = nibbles_of(of_columns);
     u8* const column_image = images[1] + group / 4 * IMAGE_BYTES;
     #pragma unroll

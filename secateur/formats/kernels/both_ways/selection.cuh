@@ -1,9 +1,9 @@
-// What stays of a tile of 4 x 4, as a mask: bit 4 i + j is row i, column j. Always two of each row, for whole tiles
-// of each column, too.
+// What stays of a tile of 4 x 4, as a mask: bit 4 i + j is row i, column j. The two places of a row, or of a column,
+// that are packed are those that stay and, where fewer do, the first others.
 
 #pragma once
 
-enum Selection { TILES, ROWS };
+enum Selection { TILES, ROWS, GREEDY };
 
 constexpr float LARGEST = 0x1p100f;                        // sums of a tile stay finite
 
@@ -114,6 +114,49 @@ __device__ __forceinline__ u32 largest_of_columns(const float (&sizes)[4][4], u3
         result |= larger_two(left[0], left[1], left[2], left[3]) << 4 * j;
     }
     return result;
+}
+
+// The larger of two stays first.
+__device__ __forceinline__ void order(u32& first, u32& second) {
+    const u32 least = min(first, second);
+    first = max(first, second);
+    second = least;
+}
+
+// Keeps weights from the largest on, of equals the first, while their row and their column have fewer than two.
+//
+// A key is a magnitude whose lowest bits are 15 less the place. They are sorted by Batcher's odd-even merges. Each row
+// has a nibble of `taken`, each column one above, the last of either first: what it has taken, 2 if it is full.
+__device__ __forceinline__ u32 greedy_of_tile(const float (&sizes)[4][4]) {
+    u32 keys[16];
+    #pragma unroll
+    for (int i = 0; i < 16; ++i) keys[i] = (__float_as_uint(sizes[i / 4][i % 4]) & ~15u) | (15 - i);
+    #pragma unroll
+    for (int outer = 0; outer < 4; ++outer)
+        #pragma unroll
+        for (int inner = outer; inner >= 0; --inner) {
+            const int apart = 1 << inner, begin = inner == outer ? 0 : apart;
+            #pragma unroll
+            for (int i = 0; i < 16; ++i)
+                if (i >= begin && (i - begin) / apart % 2 == 0 && i + apart < 16 && i >> (outer + 1) == (i + apart) >> (outer + 1))
+                    order(keys[i], keys[i + apart]);
+        }
+    u32 taken = 0, mask = 0;
+    #pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        const u32 one = 1u << (keys[i] & 12) | 0x10000u << (keys[i] & 3) * 4;
+        const bool is_free = (taken & one << 1) == 0;
+        taken += is_free ? one : 0;
+        mask |= is_free ? 0x8000u >> (keys[i] & 15) : 0;
+    }
+    return mask;
+}
+
+// The mask with two of every row, where at least one is: the first other one, too.
+__device__ __forceinline__ u32 filled(u32 mask) {
+    const u32 c0 = mask & 0x1111, c1 = mask >> 1 & 0x1111, c2 = mask >> 2 & 0x1111, c3 = mask >> 3 & 0x1111;
+    const u32 alone = (c0 ^ c1 ^ c2 ^ c3) & 0x1111;        // two are even
+    return mask | (alone & ~c0) | (alone & c0) << 1;
 }
 
 // The mask of the tile's transpose.

@@ -60,6 +60,14 @@ def test_what_is_not_finite_stays(selection: Selection) -> None:
     assert of_rows[at].all() and of_columns[at].all()
 
 
+@pytest.mark.parametrize("selection", Selection, ids=str)
+def test_edges_are_filled_up_with_zeros(selection: Selection) -> None:
+    weight = random_weight((8, 8), 0)
+    weight[5:], weight[:, 6:] = 0, 0
+    for found, wanted in zip(kept(weight[:5, :6], selection), kept(weight, selection), strict=True):
+        assert torch.equal(found, wanted[:5, :6])
+
+
 @pytest.mark.parametrize("is_coarse", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
