@@ -197,11 +197,12 @@ def packs_of(shape: tuple[int, int], device: torch.device, rounds: int) -> Itera
     weight, _ = cold.random_weights(shape, device)
     pack = both_ways.pack if weight.is_cuda else both_ways.reference.pack
     chains, nbytes = {}, {}
+    held = []  # graphs read it, and do not keep it
     for stored in (torch.bfloat16, torch.float32):
         moved = weight.numel() * (stored.itemsize + 9 / 4)
         copies = [weight.to(stored, copy=True) for _ in range(cold.copies_for(int(moved), 10**10))]
         short = str(stored).removeprefix("torch.")
-        halves = [weight.new_empty(int(moved) // 2, dtype=torch.uint8) for _ in copies]
+        halves = [weight.new_zeros(int(moved) // 2, dtype=torch.uint8) for _ in copies]
         chains[f"{COPY} {short}"] = chain(
             [
                 partial(into.copy_, one)
@@ -209,6 +210,7 @@ def packs_of(shape: tuple[int, int], device: torch.device, rounds: int) -> Itera
             ],
             device,
         )
+        held += [*copies, *halves]
         for selection in Selection:
             runs = [partial(pack, one, torch.bfloat16, selection) for one in copies]
             chains[f"pack {selection.name.lower()} {short}"] = chain(runs, device)

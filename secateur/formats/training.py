@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -58,6 +58,42 @@ def linear(
         result, _ = LINEAR(flat, weight, bias, int(selection), is_packed)
     shaped: Tensor = result.reshape(*x.shape[:-1], len(weight))
     return shaped
+
+
+class TrainingLinear(nn.Linear):
+    """A linear layer with a 2:4 weight that trains by kernels from so many tokens on.
+
+    It is the dense layer with the very same parameters: fewer tokens, and calls that need no
+    gradient, run as ever. Above, the weight is packed as it is; the input's gradient is that of the
+    weight pruned once more along columns (`Selection.ROWS`), and the weight's gradient is whole.
+    Whatever the weight has beyond 2:4 is left out of the packs.
+    """
+
+    least_tokens: int
+
+    @staticmethod
+    def of(linear: nn.Linear, least_tokens: int) -> "TrainingLinear":
+        """The layer with the parameters and the training mode of this one."""
+        out, width = linear.weight.shape
+        new = TrainingLinear(width, out, linear.bias is not None, device="meta")
+        new.weight, new.bias = linear.weight, linear.bias
+        new.least_tokens = least_tokens
+        return new.train(linear.training)
+
+    def plain(self) -> nn.Linear:
+        """The dense layer with the parameters and the training mode of this one."""
+        out, width = self.weight.shape
+        new = nn.Linear(width, out, self.bias is not None, device="meta")
+        new.weight, new.bias = self.weight, self.bias
+        return new.train(self.training)
+
+    def forward(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        if input.numel() < self.least_tokens * self.in_features or not torch.is_grad_enabled():
+            return super().forward(input)
+        return linear(input, self.weight, self.bias, Selection.ROWS)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, least_tokens={self.least_tokens}"
 
 
 def _linear(
