@@ -14,16 +14,17 @@
 #include "selection.cuh"
 
 constexpr int SIDE = 128;                                  // rows and columns of a block
-constexpr int WARPS = 8;
+constexpr int WARPS = 8;                                    // each has 16 rows of the block
 constexpr int UNITS = 8;                                   // of either pack
 constexpr int VALUE_BYTES = 2048, UNIT_BYTES = 2304;
 constexpr int IMAGE_BYTES = UNIT_BYTES + 64;               // units of the transpose lie in other banks
 constexpr int PIECES = UNIT_BYTES / 16;
-constexpr int NIBBLE_WORDS = 24;                           // of 4 rows of a block: 16, and so that banks differ
 
 __shared__ __align__(16) u8 images[2][UNITS * IMAGE_BYTES];
-__shared__ __align__(16) u32 row_nibbles[SIDE / 4][NIBBLE_WORDS];      // of two tiles: a half each, a row after the other
-__shared__ __align__(16) u32 column_nibbles[SIDE / 4][NIBBLE_WORDS];   // of two tiles: a column after the other
+// Nibbles of two tiles side by side: of their rows, a tile in each half of a word, and of their columns. The second
+// index is that along the unit, with some more so that banks differ.
+__shared__ __align__(16) u32 row_nibbles[SIDE / 4][SIDE / 8 + 8];
+__shared__ __align__(16) u32 column_nibbles[SIDE / 8][SIDE / 4 + 4];
 
 // Where a unit has the two kept numbers of this row, 0..15, and group of four columns, 0..31.
 __device__ __forceinline__ int place(int row, int group) {
@@ -93,33 +94,60 @@ __device__ __forceinline__ u32 pack_tile(const Eight (&rows)[4], int half, int d
 
     const u32 of_columns = SELECTION == TILES ? transposed(mask)
         : SELECTION == ROWS ? largest_of_columns(sizes, mask) : filled(transposed(mask));
-    const u32 column_nibbles_here = nibbles_of(of_columns);
+    const u32 column_nibble = nibbles_of(of_columns);
     u8* const column_image = images[1] + group / 4 * IMAGE_BYTES;
     #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const u32 (&of)[4] = j < 2 ? first : last;
         const u32 which = j % 2 ? 0x7632 : 0x5410;
         const u32 above = __byte_perm(of[0], of[1], which), below = __byte_perm(of[2], of[3], which);
-        *reinterpret_cast<u32*>(column_image + place(group % 4 * 4 + j, down)) = kept(above, below, column_nibbles_here >> 4 * j);
+        *reinterpret_cast<u32*>(column_image + place(group % 4 * 4 + j, down)) = kept(above, below, column_nibble >> 4 * j);
     }
-    return nibbles | column_nibbles_here << 16;
+    return nibbles | column_nibble << 16;
 }
 
-// Four nibbles of a row, as metadata: of two pairs of tiles.
-__device__ __forceinline__ u32 row_metadata(int row, int pair) {
-    const uint2 two = *reinterpret_cast<const uint2*>(&row_nibbles[row / 4][pair]);
-    const int by = row % 4 * 4;
-    const u32 spread = (two.x >> by & 0x000F000F) | (two.y >> by & 0x000F000F) << 8;
-    return (spread | spread >> 12) & 0xFFFF;
-}
-
-// The same of a column: of four tiles below each other.
-__device__ __forceinline__ u32 column_metadata(int column, int down) {
-    u32 result = 0;
+// Writes a lane's metadata of a unit: 16 columns of row g in the low half of a word, of row g + 8 in the high half.
+// Lane t of a row's four has columns 16 t of each 64.
+__device__ __forceinline__ void write_row_metadata(int unit, int lane) {
+    const int g = lane / 4, by = g % 4 * 4;
+    u32 words[2];
     #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        result |= (column_nibbles[down + i][column / 8] >> column % 8 * 4 & 15) << 4 * i;
-    return result;
+    for (int half = 0; half < 2; ++half) {
+        u32 rows[2];
+        #pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const u32* const from = &row_nibbles[4 * unit + 2 * h + g / 4][8 * half + lane % 4 * 2];
+            const uint2 two = *reinterpret_cast<const uint2*>(from);
+            const u32 spread = (two.x >> by & 0x000F000F) | (two.y >> by & 0x000F000F) << 8;
+            rows[h] = spread | spread >> 12;
+        }
+        words[half] = __byte_perm(rows[0], rows[1], 0x5410);
+    }
+    *reinterpret_cast<uint2*>(images[0] + unit * IMAGE_BYTES + VALUE_BYTES + 8 * lane) = make_uint2(words[0], words[1]);
+}
+
+// The same of the transpose.
+__device__ __forceinline__ void write_column_metadata(int unit, int lane) {
+    const int by = lane / 4 * 4;
+    u32 words[2];
+    #pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        u32 columns[2];
+        #pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint4 four = *reinterpret_cast<const uint4*>(&column_nibbles[2 * unit + h][16 * half + lane % 4 * 4]);
+            columns[h] = (four.x >> by & 15) | (four.y >> by & 15) << 4
+                | (four.z >> by & 15) << 8 | (four.w >> by & 15) << 12;
+        }
+        words[half] = columns[0] | columns[1] << 16;
+    }
+    *reinterpret_cast<uint2*>(images[1] + unit * IMAGE_BYTES + VALUE_BYTES + 8 * lane) = make_uint2(words[0], words[1]);
+}
+
+__device__ __forceinline__ void copy_unit(uint4* to, const u8* image, int lane) {
+    #pragma unroll
+    for (int piece = 0; piece < PIECES; piece += 32)
+        if (piece + lane < PIECES) to[piece + lane] = *reinterpret_cast<const uint4*>(image + 16 * (piece + lane));
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack_both_ways(
@@ -141,30 +169,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) pack_both_ways(
             rows[i].load(weight, static_cast<size_t>(row + i) * K + column, row < N && column < K);
         const u32 left = pack_tile(rows, 0, down, 2 * pair), right = pack_tile(rows, 1, down, 2 * pair + 1);
         row_nibbles[down][pair] = __byte_perm(left, right, 0x5410);
-        column_nibbles[down][pair] = __byte_perm(left, right, 0x7632);
+        column_nibbles[pair][down] = __byte_perm(left, right, 0x7632);
     }
+    __syncwarp();                                          // which has chosen all of its rows
+    const int row_tile = UNITS * block_row + warp, column_tile = UNITS * block_column + warp;
+    write_row_metadata(warp, lane);
+    __syncwarp();
+    const size_t of_rows = static_cast<size_t>(row_tile) * across + block_column;
+    if (16 * row_tile < N) copy_unit(units + of_rows * PIECES, images[0] + warp * IMAGE_BYTES, lane);
     __syncthreads();
-
-    // Lane t of a row's four has its columns 16 t of 64, twice; row g in the low half of a word, row g + 8 in the high.
-    #pragma unroll
-    for (int word = threadIdx.x; word < UNITS * 64; word += 32 * WARPS) {
-        const int unit = word / 64, of_lane = word / 2 % 32, half = word % 2, g = of_lane / 4, t = of_lane % 4;
-        const int at = unit * IMAGE_BYTES + VALUE_BYTES + word % 64 * 4, first = 16 * unit + g;
-        *reinterpret_cast<u32*>(images[0] + at) =
-            row_metadata(first, 8 * half + 2 * t) | row_metadata(first + 8, 8 * half + 2 * t) << 16;
-        *reinterpret_cast<u32*>(images[1] + at) =
-            column_metadata(first, 16 * half + 4 * t) | column_metadata(first + 8, 16 * half + 4 * t) << 16;
-    }
-    __syncthreads();
-
-    #pragma unroll
-    for (int piece = threadIdx.x; piece < 2 * UNITS * PIECES; piece += 32 * WARPS) {
-        const int way = piece / (UNITS * PIECES), unit = piece / PIECES % UNITS, in_unit = piece % PIECES;
-        const uint4 v = *reinterpret_cast<const uint4*>(images[way] + unit * IMAGE_BYTES + 16 * in_unit);
-        const int tile = UNITS * (way ? block_column : block_row) + unit;
-        if (16 * tile < (way ? K : N)) {
-            const size_t of = static_cast<size_t>(tile) * (way ? below : across) + (way ? block_row : block_column);
-            (way ? transposed_units : units)[of * PIECES + in_unit] = v;
-        }
-    }
+    write_column_metadata(warp, lane);
+    __syncwarp();
+    const size_t of_columns = static_cast<size_t>(column_tile) * below + block_row;
+    if (16 * column_tile < K) copy_unit(transposed_units + of_columns * PIECES, images[1] + warp * IMAGE_BYTES, lane);
 }

@@ -77,9 +77,9 @@ __device__ __forceinline__ u32 best_of_tile(const float (&sizes)[4][4]) {
         for (int k = j + 1; k < 4; ++k) {                  // one of j, k in each of the four rows
             const int l = least_without(j, k), m = 6 - j - k - l;
             const Choice &a = upper.one_each[number_of(j, k)], &b = lower.one_each[number_of(j, k)];
-            const u32 mask = a.mask | b.mask;
-            best = better(best, {upper.both[l] + a.worth + (lower.both[m] + b.worth), mask | 0x11u << l | 0x1100u << m});
-            best = better(best, {upper.both[m] + a.worth + (lower.both[l] + b.worth), mask | 0x11u << m | 0x1100u << l});
+            const Choice twice = better({upper.both[l] + lower.both[m], 0x11u << l | 0x1100u << m},
+                                        {upper.both[m] + lower.both[l], 0x11u << m | 0x1100u << l});
+            best = better(best, {twice.worth + (a.worth + b.worth), twice.mask | a.mask | b.mask});
         }
     const Choice a = upper.each_once(), b = lower.each_once();
     return better(best, {a.worth + b.worth, a.mask | b.mask}).mask;
@@ -138,7 +138,8 @@ __device__ __forceinline__ u32 greedy_of_tile(const float (&sizes)[4][4]) {
             const int apart = 1 << inner, begin = inner == outer ? 0 : apart;
             #pragma unroll
             for (int i = 0; i < 16; ++i)
-                if (i >= begin && (i - begin) / apart % 2 == 0 && i + apart < 16 && i >> (outer + 1) == (i + apart) >> (outer + 1))
+                if (i >= begin && (i - begin) / apart % 2 == 0 && i + apart < 16
+                    && i >> (outer + 1) == (i + apart) >> (outer + 1))
                     order(keys[i], keys[i + apart]);
         }
     u32 taken = 0, mask = 0;
