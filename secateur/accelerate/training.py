@@ -12,7 +12,7 @@ from secateur.accelerate.candidates import Candidate, admitted, failure
 from secateur.accelerate.tokens import day_of
 from secateur.core.autocast import autocast_dtype, without_autocast
 from secateur.core.undo import all_or_nothing
-from secateur.core.weights import require_module, tied_weights
+from secateur.core.weights import require_module
 from secateur.core.wrappers import unwrapped
 from secateur.formats import training, two_of_four
 from secateur.formats.kernels.both_ways import Selection
@@ -24,7 +24,7 @@ from secateur.formats.kernels.timing import (
     copies_for,
     copies_on,
 )
-from secateur.formats.pack import linears_of, named_linears, swap, why_not_layer
+from secateur.formats.pack import linears_of, named_linears
 from secateur.formats.training import TrainingLinear
 
 DENSE, PACKED = "dense", "2:4"
@@ -64,13 +64,8 @@ class AcceleratedTraining:
 
     def release(self) -> None:
         """Put the plain layers back, with the parameters as they are now."""
-        changed = {
-            name: module.plain()
-            for name, module in self._model.named_modules()
-            if isinstance(module, TrainingLinear)
-        }
-        with all_or_nothing() as undo:
-            swap(self._model, changed, undo)
+        for module in self._model.modules():
+            _restore(module)
 
     def __enter__(self) -> "AcceleratedTraining":
         return self
@@ -87,12 +82,13 @@ def accelerate_training_(
 ) -> AcceleratedTraining:
     """What was measured; layers whose training step is faster packed are now `TrainingLinear`.
 
-    For models whose weights are 2:4 and stay so, by `hold` or `learn_masks_`: call it behind those.
+    For models whose weights are 2:4 and stay so, by `hold` or `learn_masks_`; call it before or
+    behind those.
     A step is forward and backward of one layer, packing included, at each number of tokens that a
     step has. A layer changes if its results are right and it is 5 % faster at the largest number;
     it runs packed from the least number on at which, and above which, that holds. Called under
-    autocast it measures what autocast runs. Parameters stay the very same, so optimizers, keys and
-    saving are as ever; layers go back by `release()`.
+    autocast it measures what autocast runs. Modules and parameters stay the very same, so that
+    optimizers, hooks, keys and saving are as ever; layers are plain again by `release()`.
 
     A packed layer's input gradient is that of its weight pruned once more along columns.
 
@@ -100,30 +96,32 @@ def accelerate_training_(
     Raises: ValueError for unknown layers, or numbers of tokens that are none. Then, and if it is
         interrupted, the model is unchanged.
     """
+    require_module(model)
     with all_or_nothing() as undo:
-        require_module(model)
         counts = day_of(tokens).tokens
         model = unwrapped(model)
         rows = _measured(model, counts, layers, compare)
-        modules = dict(model.named_modules())
-        changed = {
-            row.layer: TrainingLinear.of(modules[row.layer], row.least_tokens)
-            for row in rows
-            if row.least_tokens is not None
-        }
-        swap(model, changed, undo)
+        for row in rows:
+            module = model.get_submodule(row.layer)
+            if row.least_tokens is not None and type(module) is nn.Linear:
+                undo.call(_restore, module)
+                TrainingLinear.become(module, row.least_tokens)
     return AcceleratedTraining(model, rows)
+
+
+def _restore(module: nn.Module) -> None:
+    if isinstance(module, TrainingLinear):
+        module.restore()
 
 
 def _measured(
     model: nn.Module, counts: Sequence[int], layers: Sequence[str] | None, timer: Timer
 ) -> tuple[TrainingLayer, ...]:
     linears = linears_of(model) if layers is None else named_linears(model, layers)
-    tied, modules = tied_weights(model), dict(model.named_modules())
     known, rows = dict[object, Steps](), list[TrainingLayer]()
     for name, linear in linears.items():
         shape = linear.out_features, linear.in_features
-        problem, steps = _why_not(name, modules[name], tied), Steps({}, "")
+        problem, steps = _why_not(model.get_submodule(name)), Steps({}, "")
         if problem is None:
             weight = linear.weight
             like = shape, weight.dtype, weight.device, linear.bias is None
@@ -143,19 +141,18 @@ class Steps:
     problem: str
 
 
-def _why_not(name: str, module: nn.Module, tied: Mapping[str, str]) -> str | None:
+def _why_not(module: nn.Module) -> str | None:
     """Why the layer cannot train packed here, or None."""
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}, not a plain nn.Linear"
+    if "forward" in vars(module):
+        return "its forward has been replaced, which would not run: restore it first"
     weight = module.weight
     if not weight.requires_grad:
         return "its weight is frozen, and would be packed anew in each step: use accelerate_"
     dtype = autocast_dtype(weight.device) or weight.dtype
-    return (
-        why_not_layer(name, module, tied)
-        or training.why_not((weight.shape[0], weight.shape[1]), dtype, weight.device)
-        or two_of_four.why_not(weight.detach(), "training in 2:4")
-    )
+    problem = training.why_not((weight.shape[0], weight.shape[1]), dtype, weight.device)
+    return problem or two_of_four.why_not(weight.detach(), "training in 2:4")
 
 
 def _choice(steps: Steps, problem: str | None) -> tuple[int | None, str]:
@@ -203,7 +200,10 @@ def _random(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> 
 
 def _why_wrong(linear: nn.Linear, x: Tensor) -> str | None:
     """How the packed layer's result is wrong, or None."""
-    plain = TrainingLinear.of(linear, 0).plain().to(x.dtype).requires_grad_(False)
+    plain = nn.Linear(linear.in_features, linear.out_features, device="meta")
+    for name, one in (("weight", linear.weight), ("bias", linear.bias)):
+        fixed = None if one is None else nn.Parameter(one.detach().to(x.dtype), requires_grad=False)
+        setattr(plain, name, fixed)
 
     def run(x: Tensor) -> Tensor:
         return training.linear(x, plain.weight, plain.bias, Selection.ROWS)

@@ -63,8 +63,9 @@ def linear(
 class TrainingLinear(nn.Linear):
     """A linear layer with a 2:4 weight that trains by kernels from so many tokens on.
 
-    It is the dense layer with the very same parameters: fewer tokens, and calls that need no
-    gradient, run as ever. Above, the weight is packed as it is; the input's gradient is that of the
+    A layer becomes one in its place (`become`), and is plain again by `restore`, so that hooks,
+    parameters and whoever holds the module go on as ever. Fewer tokens, and calls that need no
+    gradient, run dense. Above, the weight is packed as it is; the input's gradient is that of the
     weight pruned once more along columns (`Selection.ROWS`), and the weight's gradient is whole.
     Whatever the weight has beyond 2:4 is left out of the packs.
     """
@@ -72,20 +73,16 @@ class TrainingLinear(nn.Linear):
     least_tokens: int
 
     @staticmethod
-    def of(linear: nn.Linear, least_tokens: int) -> "TrainingLinear":
-        """The layer with the parameters and the training mode of this one."""
-        out, width = linear.weight.shape
-        new = TrainingLinear(width, out, linear.bias is not None, device="meta")
-        new.weight, new.bias = linear.weight, linear.bias
-        new.least_tokens = least_tokens
-        return new.train(linear.training)
+    def become(linear: nn.Linear, least_tokens: int) -> None:
+        """Have a plain linear layer run packed from so many tokens on."""
+        assert type(linear) in (nn.Linear, TrainingLinear), type(linear)
+        linear.least_tokens = least_tokens  # type: ignore[assignment]
+        linear.__class__ = TrainingLinear
 
-    def plain(self) -> nn.Linear:
-        """The dense layer with the parameters and the training mode of this one."""
-        out, width = self.weight.shape
-        new = nn.Linear(width, out, self.bias is not None, device="meta")
-        new.weight, new.bias = self.weight, self.bias
-        return new.train(self.training)
+    def restore(self) -> None:
+        """Be a plain linear layer again."""
+        del self.least_tokens
+        self.__class__ = nn.Linear  # type: ignore[assignment]
 
     def forward(self, input: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
         if input.numel() < self.least_tokens * self.in_features or not torch.is_grad_enabled():

@@ -101,7 +101,8 @@ __device__ __forceinline__ u32 pack_tile(const Eight (&rows)[4], int half, int d
         const u32 (&of)[4] = j < 2 ? first : last;
         const u32 which = j % 2 ? 0x7632 : 0x5410;
         const u32 above = __byte_perm(of[0], of[1], which), below = __byte_perm(of[2], of[3], which);
-        *reinterpret_cast<u32*>(column_image + place(group % 4 * 4 + j, down)) = kept(above, below, column_nibble >> 4 * j);
+        u8* const at = column_image + place(group % 4 * 4 + j, down);
+        *reinterpret_cast<u32*>(at) = kept(above, below, column_nibble >> 4 * j);
     }
     return nibbles | column_nibble << 16;
 }
