@@ -27,6 +27,7 @@ from bench.tables.prefill import prefill, prefill_short
 from bench.tables.readme import accuracy_short, speed_short
 from bench.tables.small_models import encoder_accuracy, vision_accuracy
 from bench.tables.support import support
+from bench.tables.train import train, train_packs
 from bench.tables.vit import vision, vit
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "seconds": seconds,
     "speed-short": speed_short,
     "support": support,
+    "train": train,
+    "train-packs": train_packs,
     "vision": vision,
     "vision-accuracy": vision_accuracy,
     "vit": vit,

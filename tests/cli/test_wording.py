@@ -35,7 +35,7 @@ NO_COMMAND = (
     "integrations/packed_config.py", "integrations/transformers_quantizer.py",
     "integrations/vllm_plugin.py", "integrations/peft.py", "integrations/trainer.py",
     "train/steps.py", "train/weights.py", "train/dynamic.py", "integrations/lightning.py",
-    "train/learn.py", "train/straight_through.py",
+    "train/learn.py", "train/straight_through.py", "accelerate/training.py", "formats/training.py",
     "llm/custom_generate.py", "patterns/grids.py", "report/plots.py", "report/pictures.py", "cli/",
 )  # fmt: skip
 REACHED = (

@@ -1,4 +1,4 @@
-"""The bench of training in 2:4: a row for everyone, and steps held to the zeros that they choose."""
+"""The bench of training in 2:4: a row for everyone, and steps held to the zeros they choose."""
 
 from pathlib import Path
 
