@@ -118,24 +118,34 @@ def test_a_wrong_kernel_is_not_used(on_kernels: list[int], monkeypatch: pytest.M
     assert all(row.least_tokens is None and "wrong by" in row.reason for row in found.layers)
 
 
-def test_few_tokens_and_calls_without_gradients_run_dense(on_kernels: list[int]) -> None:
+def test_few_tokens_and_calls_without_gradients_run_dense(
+    on_kernels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_kernels += [50, 50]
-    model = sparse()
-    dense = nn.Linear.forward(model[0], x := torch.randn(16, 64).bfloat16())
+    model, plain, packed = sparse(), sparse(), list[int]()
     accelerate_training_(model, tokens=(16,))
-    calls: list[object] = []
-    model[0].register_forward_hook(lambda *_: calls.append(1))
-    assert torch.equal(model[0](x), dense)  # on a CPU units are multiplied as a dense weight
-    grads = [x.clone().requires_grad_() for x in (x, x[:15])]
-    for given in grads:
-        model[0](given).sum().backward()
-    again = sparse()[0]
-    exact = x.clone().requires_grad_()
-    again(exact).sum().backward()
-    assert not torch.equal(grads[0].grad, exact.grad)  # pruned once more along columns
-    assert torch.equal(grads[1].grad, exact.grad[:15])
+    right = training.linear
+
+    def counted(x: Tensor, *rest: object) -> Tensor:
+        packed.append(len(x))
+        return right(x, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "linear", counted)
+    x = torch.randn(16, 64).bfloat16()
+    grads = []
+    for given in (x, x[:15]):
+        both = [given.clone().requires_grad_() for _ in range(2)]
+        results = [run(one) for run, one in zip((model, plain), both, strict=True)]
+        assert torch.equal(*results)  # on a CPU units are multiplied as a dense weight
+        for result in results:
+            result.sum().backward()
+        grads.append([one.grad for one in both])
+    assert packed == [16, 16]  # two layers
+    assert not torch.equal(*grads[0])  # pruned once more along columns
+    assert torch.equal(*grads[1])
     with torch.no_grad():
-        assert torch.equal(model[0](x), dense)
+        assert torch.equal(model(x), plain(x))
+    assert packed == [16, 16]
 
 
 @pytest.mark.parametrize("learns", [False, True])

@@ -1,12 +1,19 @@
 """Linear layers that train in 2:4: values and gradients held to dense ones with the same zeros."""
 
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from secateur.formats import training
 from secateur.formats.kernels.both_ways import Selection
 from secateur.formats.kernels.both_ways.reference import kept
-from secateur.formats.training import linear
+from secateur.formats.training import TrainingLinear, linear
+from tests.formats import two_training
 from tests.formats.weights import allowed_error, exact_linear
 
 SHAPE = (192, 320)
@@ -81,6 +88,50 @@ def test_it_compiles_to_one_graph(is_packed: bool) -> None:
     results = [(y := run(*given), *torch.autograd.grad(y.sum(), given)) for run in (step, compiled)]
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_layer_compiles_for_any_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "why_not", lambda *_: None)
+    model = two_training.model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (two_training.TOKENS - 1, two_training.TOKENS, 50):
+        x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+        grads = []
+        for run in (model, compiled):
+            given = x.clone().requires_grad_()
+            run(given).float().square().sum().backward()
+            grads.append(given.grad)
+        assert torch.equal(*grads)
+
+
+def test_two_processes_have_the_gradients_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "why_not", training.why_not)  # puts it back
+    code = "import sys; from tests.formats.two_training import one_of_two as f; f(*sys.argv[1:])"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)])
+        for rank in range(2)
+    ]
+    wanted = two_training.gradients([0, 1])
+    assert [process.wait() for process in processes] == [0, 0]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for ours, whole in zip(found, wanted, strict=True):
+            # each of the two, their mean and the whole are rounded once
+            eps = torch.finfo(whole.dtype).eps
+            assert (ours - whole).abs().max() <= 2 * eps * whole.abs().max()
+
+
+def test_a_copy_of_a_layer_is_one() -> None:
+    layer = two_training.model()[0]
+    copied = copy.deepcopy(layer)
+    assert type(copied) is TrainingLinear and copied.least_tokens == layer.least_tokens
+    assert str(layer).endswith("bias=True, least_tokens=32)")
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    layer.restore()
+    assert type(layer) is nn.Linear and "least_tokens" not in str(layer)
 
 
 def test_a_gradient_of_a_gradient_is_refused() -> None:

@@ -43,6 +43,23 @@ def test_a_tile_keeps_what_is_worth_most(numbers: list[int]) -> None:
     assert (found.sum(0) == 2).all() and (found.sum(1) == 2).all()
 
 
+@pytest.mark.parametrize(
+    ("tile", "kept_of_it"),
+    [
+        ([[1, 1, 1, 1]] * 4, [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]),
+        (
+            [[9, 1, 1, 0], [9, 1, 1, 0], [0, 5, 0, 9], [0, 0, 5, 9]],
+            [[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]],
+        ),
+    ],
+)
+def test_of_equal_tiles_the_first_mask_stays(
+    tile: list[list[int]], kept_of_it: list[list[int]]
+) -> None:
+    found, _ = kept(torch.tensor(tile, dtype=torch.float32), Selection.TILES)
+    assert found.int().tolist() == kept_of_it
+
+
 def test_rows_keep_the_largest_and_columns_what_is_left() -> None:
     weight = torch.tensor([[4.0, -3, 2, 1], [-9, 1, 8, 0], [7, 5, 0, 0], [1, 6, -5, 2]])
     of_rows, of_columns = kept(weight, Selection.ROWS)
