@@ -24,7 +24,7 @@ def model() -> nn.Sequential:
 
 
 def gradients(parts: list[int]) -> list[Tensor]:
-    """Those of the mean over these parts of the tokens, and over the processes."""
+    """The gradients of the mean over these parts of the tokens, and over the processes."""
     training.why_not = lambda *_: None  # as on a GPU: units, multiplied by the reference
     layers = model()
     run: nn.Module = DistributedDataParallel(layers) if dist.is_initialized() else layers
