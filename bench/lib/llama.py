@@ -68,6 +68,7 @@ STD = 0.02
 BLOCKS = "model.layers."  # where transformers' Llama has them
 DENSE = "dense"  # a configuration that packs nothing
 FORMATS = ("semi24", "semi24_int4", "semi24_int8", "semi24_fp8")
+WITHOUT_ZEROS = ("int8", "int4")
 BLOCKS_OF_64 = "block:64x64"
 
 

@@ -32,7 +32,11 @@ from secateur.formats.kernels.decode24.choose import choose
 from secateur.formats.kernels.decode24.config import MOST_TOKENS, Case
 from secateur.formats.kernels.decode24.tune import compile_all
 
-FORMATS = ("semi24", "semi24_int4", "semi24_int8", "semi24_fp8", "semi48", "semi48_int4")
+WITHOUT_ZEROS = ("int4", "int4:channel", "int8")
+FORMATS = (
+    *("semi24", "semi24_int4", "semi24_int8", "semi24_fp8", "semi48", "semi48_int4"),
+    *("int4", "int8"),
+)
 OF_EIGHT = "semi48"  # formats that begin so keep four of eight
 IMPLEMENTATION = "decode"
 REFERENCE = ("reference", None)
@@ -102,7 +106,8 @@ def layer_of(name: str, arguments: argparse.Namespace) -> cold.Layer:
         modes[" plain"] = plainly
     _, eights = cold.random_weights(shape, device, 8)
     for format in arguments.formats:
-        weight = eights if format.startswith(OF_EIGHT) else sparse
+        half = eights if format.startswith(OF_EIGHT) else sparse
+        weight = dense if format in WITHOUT_ZEROS else half
         makers[format] = partial(ours, weight, x, format, arguments.tokens, modes)
     return cold.layer_from(name, shape, makers, int(1e9 * arguments.memory))
 

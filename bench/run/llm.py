@@ -3,8 +3,9 @@
     python -m bench.run.llm --model llama-3-8b --formats dense semi24 semi24_int4 --head semi24_int4
 
 transformers' Llama at the model's sizes with random weights, every linear layer of its blocks
-packed in the format, pruned by magnitude to what it stores, of blocks 80 %; `dense` packs nothing.
-`--head` makes the head 2:4 and packs it, too, in the rows that are not dense. A row is one
+packed in the format, pruned by magnitude to what it stores, of blocks 80 %; `dense` packs nothing,
+`int4` and `int8` round dense weights. `--head` packs the head, too, pruned likewise, in the rows
+that are not dense. A row is one
 configuration: tokens, the new ones that the time is of, after `prompt` tokens; ms, of a token of
 all sequences, the median of `rounds`; tokens_s, of all sequences together; first_ms, until the
 first token is there; allocated and peak bytes, by torch's allocator; runs, what made the tokens.
@@ -34,6 +35,7 @@ from bench.lib.llama import (
     DENSE,
     FORMATS,
     MODELS,
+    WITHOUT_ZEROS,
     make_sparse,
     random_llama,
     tokens,
@@ -236,11 +238,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
     parser.add_argument("--blocks", type=int, help="instead of all")
     known = (DENSE, *FORMATS)
-    more = (*known, BLOCKS_OF_64, *DYNAMIC)
+    more = (*known, *WITHOUT_ZEROS, BLOCKS_OF_64, *DYNAMIC)
     parser.add_argument("--formats", nargs="+", choices=more, default=known)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--head", choices=known, default=DENSE)
+    parser.add_argument("--head", choices=(*known, *WITHOUT_ZEROS), default=DENSE)
     loops = (STEPS, GENERATE, CUSTOM)
     parser.add_argument("--loops", nargs="+", choices=loops, default=[STEPS])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])

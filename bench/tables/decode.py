@@ -7,7 +7,7 @@ from bench.tables.candidates import candidates, latest, layers, lines_of, quarti
 from bench.tables.markdown import page, runs, tokens, vs_cublas, without_figure
 
 CUBLAS_FP16 = "cublas fp16"
-OURS = ("semi24", "semi48")  # every format of ours that decodes begins so
+OURS = ("semi24", "semi48", "int4", "int8")  # every format of ours that decodes begins so
 PLAIN = " plain"  # without dependent launch
 SHORT_TOKENS = (1, 8, 16, 64)
 

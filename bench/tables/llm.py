@@ -13,6 +13,8 @@ NAMES = {  # the dtype stands for itself
     "semi24_fp8": "2:4, fp8",
     "semi24_int8": "2:4, int8",
     "semi24_int4": "2:4, int4",
+    "int8": "int8",
+    "int4": "int4",
     "block:64x64": "80 % blocks, dtype",
     "int8_dynamic": "int8, dynamic",
     "semi24_int8_dynamic": "2:4, int8, dynamic",

@@ -1,8 +1,8 @@
-"""2:4 and 4:8 weights on a GPU: one arrangement of a weight, the units, and what multiplies by it.
+"""Weights on a GPU: one arrangement of a weight, the units, and what multiplies by it.
 
-Shared by `semi24`, `semi48` and their quantised forms. A layer holds its weight once, whatever the
-number of tokens: few are served by `decode`, more of 2:4 by `prefill` on Hopper, and any number by
-`expand`, which makes the dense weight for one call.
+Shared by `semi24`, `semi48`, their quantised forms, and `int4` and `int8` without zeros. A layer
+holds its weight once, whatever the number of tokens: few are served by `decode`, more of 2:4 by
+`prefill` on Hopper, and any number by `expand`, which makes the dense weight for one call.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from secateur.formats.contract import Arrangement, Implementation, Packed
 from secateur.formats.kernels import decode24, prefill16
 from secateur.formats.kernels.decode24 import Kind, expand
 
-Codes = Callable[[Packed], Shaped[Tensor, "out half_in"]]
+Codes = Callable[[Packed], Shaped[Tensor, "out kept"]]
 Values = Callable[[Tensor], Tensor]
 
 
@@ -49,15 +49,15 @@ def _units(kind: Kind, grouped: bool, codes: Codes, values: Values) -> Arrangeme
 
     def arrange(packed: Packed) -> dict[str, Tensor]:
         scales = packed["scales"] if grouped else None
-        metadata = packed["metadata"]
+        metadata = packed.tensors.get("metadata")
         return {"units": decode24.arrange(kind, codes(packed), metadata, scales, packed.dtype)}
 
     def restore(packed: Packed) -> dict[str, Tensor]:
         columns, units = packed.shape[1], packed["units"]
         kept, metadata, scales = decode24.restore(kind, units, grouped, columns, packed.dtype)
         of_rows = {name: packed[name] for name in beside}
-        of_groups = {} if scales is None else {"scales": scales}
-        return {"values": values(kept), "metadata": metadata, **of_rows, **of_groups}
+        made = {"values": values(kept), "metadata": metadata, "scales": scales, **of_rows}
+        return {name: tensor for name, tensor in made.items() if tensor is not None}
 
     return Arrangement(("units", *beside), arrange, restore)
 

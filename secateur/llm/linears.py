@@ -18,7 +18,7 @@ UNITS, SCALES = "units", "scales"
 
 @dataclass(frozen=True)
 class Joined:
-    """2:4 or 4:8 layers with one input as one: their units, scales and biases one after another."""
+    """Packed layers with one input as one: their units, scales and biases one after another."""
 
     units: Tensor
     scales: Tensor | None
@@ -86,7 +86,7 @@ def joined(layers: Sequence[nn.Module], tokens: int) -> Joined | str:
     """
     packed = [one for one in layers if isinstance(one, SparseLinear) and UNITS in one.held_bytes]
     if len(packed) < len(layers):
-        return "not all of them are 2:4 or 4:8 layers that the decode kernel runs"
+        return "not all of them are packed layers that the decode kernel runs"
     kinds = dict.fromkeys((str(one.format), one.dtype, one.in_features) for one in packed)
     if len(kinds) > 1:
         return f"they are packed differently: {', '.join(format for format, _, _ in kinds)}"

@@ -16,6 +16,7 @@ from tests.formats.weights import fitting_weight
     [
         *("semi24", "block:64x64", "block:1x128", "bitmap", "csr"),
         *("semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8"),
+        *("int4", "int4:channel", "int8"),
         *("semi24_int8_dynamic", "semi24_fp8_dynamic", "int8_dynamic", "fp8_dynamic"),
     ],
 )

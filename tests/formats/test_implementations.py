@@ -38,11 +38,14 @@ NAMES = [f"{format} {implementation.name}" for format, implementation in HERE]
 def test_only_csr_in_16_bits_and_what_needs_a_gpu_cannot_run_here() -> None:
     missing = {(f, i.name, d) for f, i in CASES for d in DTYPES}
     missing -= {(format, implementation.name, dtype) for format, implementation, dtype in RUNNABLE}
-    on_a_gpu = {(f, "decode", d) for f in FORMATS if f.startswith("semi") for d in DTYPES}
+    on_units = [f for f in FORMATS if f.startswith("semi") or f in ("int4", "int8")]
+    on_a_gpu = {(f, "decode", d) for f in on_units for d in DTYPES}
     on_a_gpu |= {("semi24", name, d) for name in ("cusparselt", "dense") for d in DTYPES}
     in_16_bits = [f for f in FORMATS if f.startswith("semi24") and "dynamic" not in f]
     on_a_gpu |= {(f, name, d) for f in in_16_bits for name in ("prefill", "expand") for d in DTYPES}
-    on_a_gpu |= {(f, "expand", d) for f in ("semi48", "semi48_int4") for d in DTYPES}
+    on_a_gpu |= {
+        (f, "expand", d) for f in ("semi48", "semi48_int4", "int4", "int8") for d in DTYPES
+    }
     sixteen = {("csr", "torch_csr", torch.bfloat16), ("csr", "torch_csr", torch.float16)}
     dynamic = ("semi24_int8_dynamic", "semi24_fp8_dynamic")
     on_a_gpu |= {(f, "prefill", d) for f in dynamic for d in DTYPES}

@@ -21,7 +21,10 @@ from tests.formats.weights import fitting_weight, tokens_in
 
 pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
 
-FORMATS = ("semi24", "semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8")
+FORMATS = (
+    *("semi24", "semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8"),
+    *("int4", "int4:channel", "int8"),
+)
 SHAPE = (32, 320)  # two units of 128 columns and half of one
 MOST = 64
 
@@ -162,8 +165,12 @@ def test_a_damaged_checkpoint_leaves_it_as_it_was(format: str) -> None:
     layer = packed(format)
     held = {name: tensor.clone() for name, tensor in layer.held.tensors.items()}
     state = dict(layer.state_dict())
-    state["metadata"] = torch.zeros_like(state["metadata"])
-    with pytest.raises(RuntimeError, match="are not two ascending"):
+    if "metadata" in state:
+        name, damage, told = "metadata", 0, "are not two ascending"
+    else:
+        name, damage, told = "values", -128, "hold the code -"  # -8 in 4 bits
+    state[name] = torch.full_like(state[name].view(torch.int8), damage).view(state[name].dtype)
+    with pytest.raises(RuntimeError, match=told):
         layer.load_state_dict(state)
     assert same(dict(layer.held.tensors), held) and layer.dispatch == "decode<=64 reference"
 

@@ -10,12 +10,17 @@ from secateur.formats.block import Blocks
 from secateur.formats.contract import Packed
 from secateur.formats.dynamic import quantised
 from secateur.formats.format import dequantised
+from secateur.formats.kernels.decode24.arrange import Structure
 from secateur.formats.linear import Table
 from secateur.formats.pack import packed_linear
 
 EXACT = ("semi24", "semi48", "block:4x8", "block:2x1", "bitmap", "csr")
-QUANTISED = ("semi24_int4", "semi24_int8", "semi24_fp8", "semi48_int4", "bitmap_int4")
+QUANTISED = (
+    *("semi24_int4", "semi24_int8", "semi24_fp8", "semi48_int4", "bitmap_int4"),
+    *("int4", "int8"),
+)
 DYNAMIC = ("semi24_int8_dynamic", "semi24_fp8_dynamic", "int8_dynamic", "fp8_dynamic")
+WITHOUT_ZEROS = ("int4", "int8")  # of QUANTISED
 FORMATS = EXACT + QUANTISED + DYNAMIC
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -25,7 +30,8 @@ def fitting_weight(
 ) -> Tensor:
     """A weight with zeros that the format can hold and gains from (70 % zeros, 2:4 or 4:8).
 
-    For a quantised format it lies on the format's grid; in float64 on that of bfloat16 scales.
+    Of `int4` and `int8`, which gain by none, it has no more than rounding makes. For a quantised
+    format it lies on the format's grid; in float64 on that of bfloat16 scales.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, width, generator=generator)
@@ -33,6 +39,8 @@ def fitting_weight(
     rows, cols = (chosen.rows, chosen.cols) if isinstance(chosen, Blocks) else (1, 1)
     if format.startswith("semi"):
         keep = half_kept(format, out, width, generator)
+    elif format.startswith(WITHOUT_ZEROS) and format not in DYNAMIC:
+        keep = torch.ones(out, width, dtype=torch.bool)
     else:
         tiles = torch.rand(out // rows, 1, width // cols, 1, generator=generator) < 0.3
         keep = tiles.expand(-1, rows, -1, cols).reshape(out, width)
@@ -50,10 +58,14 @@ def half_kept(format: str, out: int, width: int, generator: torch.Generator) -> 
     return (draws.argsort(-1) < group // 2).flatten(1)
 
 
-def random_metadata(rows: int, columns: int, seed: int, of_eight: bool = False) -> Tensor:
-    """Random metadata of a weight of this shape: two columns of four are kept, or four of eight."""
+def random_metadata(
+    rows: int, columns: int, seed: int, structure: Structure = Structure.TWO_OF_FOUR
+) -> Tensor | None:
+    """Random metadata of a weight of this shape and structure, if that has any."""
+    if structure is Structure.ALL:
+        return None
     generator = torch.Generator().manual_seed(seed)
-    if of_eight:
+    if structure is Structure.FOUR_OF_EIGHT:
         masks = torch.tensor(sorted({*four_of_eight.MASKS} - {0}), dtype=torch.uint8)
         return masks[torch.randint(len(masks), (rows, columns // 8), generator=generator)]
     pairs = torch.tensor(sorted({*two_of_four.NIBBLES} - {two_of_four.MISFIT}), dtype=torch.uint8)
@@ -96,12 +108,13 @@ def sparse_linear(
 def layer_on_gpu(
     format: str, dtype: torch.dtype, shape: tuple[int, int], bias: bool, table: Table
 ) -> SparseLinear:
-    """A packed 2:4 or 4:8 layer of random weights on the GPU that runs by this table, frozen."""
+    """A packed layer of random weights on the GPU that runs by this table, frozen."""
     generator = torch.Generator("cuda").manual_seed(0)
     linear = nn.Linear(shape[1], shape[0], bias=bias, device="cuda", dtype=dtype)
     weight = torch.randn(shape, device="cuda", generator=generator) / shape[1] ** 0.5
-    keep = half_kept(format, *shape, generator)
-    linear.weight = nn.Parameter((weight * keep).to(dtype), requires_grad=False)
+    if not format.startswith(WITHOUT_ZEROS):
+        weight *= half_kept(format, *shape, generator)
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     if bias:
         linear.bias.data.normal_(generator=generator)
     layer = packed_linear("layer", linear, parse_format(format))

@@ -12,14 +12,14 @@ from tests.formats.weights import layer_on_gpu, tokens_on_gpu
 
 FORMATS = (
     *("semi24", "semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8"),
-    *("semi48", "semi48_int4"),
+    *("semi48", "semi48_int4", "int4", "int4:channel", "int8"),
 )
 DECODE = (("decode", 64), ("reference", None))
 
 
 def test_dense_layers_run_one_by_one() -> None:
     layers = [nn.Linear(8, 4), nn.Linear(8, 6, bias=False)]
-    assert joined(layers, 1) == "not all of them are 2:4 or 4:8 layers that the decode kernel runs"
+    assert joined(layers, 1) == "not all of them are packed layers that the decode kernel runs"
     for tokens in (1, 3):
         x, y = torch.randn(tokens, 8), torch.zeros(tokens, 10)
         with torch.no_grad():

@@ -47,14 +47,17 @@ def test_decode_writes_a_row_for_everyone(
 ) -> None:
     monkeypatch.setitem(SHAPES, "Tiny o", (64, 128))
     monkeypatch.setattr(cold, "MOST_LAUNCHES", 4)
-    words = "--device cpu --shapes Tiny --tokens 1 3 --formats semi24 semi25 --plain --rounds 2"
+    words = (
+        "--device cpu --shapes Tiny --tokens 1 3 --formats semi24 int4 semi25 --plain --rounds 2"
+    )
     where = ["--output", str(tmp_path), "--peers", str(tmp_path / "lib.so")]
     assert decode.main([*words.split(), *where]) == 0
     path = Path(capsys.readouterr().out.split()[-1])
     assert path.name.startswith("decode_")
     rows = results.read(path)
     measured = [row for row in rows if row["us"]]
-    names = ["cublas bf16", "cublas fp16", "semi24 reference", "semi24 reference plain"]
+    ours = ["semi24 reference", "semi24 reference plain", "int4 reference", "int4 reference plain"]
+    names = ["cublas bf16", "cublas fp16", *ours]
     assert [(r["candidate"], r["tokens"]) for r in measured] == [
         (name, tokens) for tokens in "13" for name in names
     ]
@@ -70,7 +73,7 @@ def test_decode_writes_a_row_for_everyone(
     assert notes["semi25"].startswith("unknown format 'semi25': did you mean 'semi24'?")
     assert notes["sparse-marlin int4"] == "Sparse-Marlin needs a GPU"
     assert {"cusparselt searched", "tinygemm int4"} < set(notes)
-    assert len(rows) == 2 * (4 + 4)
+    assert len(rows) == 2 * (6 + 4)
 
 
 def test_decode_stops_at_its_time_budget(

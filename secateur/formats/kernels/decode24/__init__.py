@@ -1,7 +1,8 @@
-"""The decode kernel: `x @ W.T` for a 2:4 weight at 1 to 64 tokens, one kernel for all number types.
+"""The decode kernel: `x @ W.T` at 1 to 64 tokens, one kernel for all number types and structures.
 
-Shared by `semi24` and its quantised forms: each says how its packed weight is arranged, the kernel
-does the rest. `kernel.cu` tells how it works, `units.cuh` draws the layout.
+Shared by `semi24`, `semi48`, their quantised forms, and `int4` and `int8`: each says how its packed
+weight is arranged, the kernel does the rest. `kernel.cu` tells how it works, `units.cuh` draws the
+layout.
 """
 
 from secateur.formats.kernels.decode24.arrange import FORMATS, Kind, arrange, restore

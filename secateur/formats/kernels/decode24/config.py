@@ -8,9 +8,10 @@ import torch
 from secateur.formats.kernels.decode24.arrange import (
     UNIT_COLUMNS,
     UNIT_ROWS,
-    VALUE_BYTES,
     Kind,
+    Structure,
     unit_bytes,
+    value_bytes,
 )
 from secateur.formats.kernels.measured import integers
 
@@ -19,15 +20,20 @@ CLUSTERS_FROM = (9, 0)  # clusters, bulk copies and dependent launch; before: th
 WARPGROUPS_ON = (9, 0)  # wgmma, on that generation alone
 MOST_TOKENS = 64  # operand B has 8 tokens; more than 8 of it and the sums leave the registers
 TOKEN_TILE = 8
-PADDING_BYTES = {False: 16, True: 64}  # of a token's row in shared memory, for 2:4 and 4:8
+# Of a token's row in shared memory, for the sparse tensor cores and the dense ones.
+PADDING_BYTES = {False: 16, True: 64}
 RESERVED_BYTES = 1024  # of each CTA's shared memory, for the system
 SM_BYTES = 228 * 1024  # of shared memory on sm_80, sm_90 and sm_100
 REGISTERS = 65536  # of an SM
-# Registers for 4:8, found by compiling some hundred launch configs: of a step's numbers at their
-# columns and what they are made from; of codes, what the compiler takes to expand each further unit
-# ahead, for token tiles, and for each streamed piece that a thread copies.
+# Registers for the dense tensor cores, found by compiling some hundred launch configs: of a step's
+# numbers at their columns and what they are made from; of codes, for each streamed piece that a
+# thread copies; of 4-bit ones, what the compiler takes to expand each further unit ahead, and for
+# token tiles.
 PLACED, EACH_UNIT, EACH_PIECE = 16, 5, 3
 SEVERAL_TOKENS = {1: 0, 2: 12, 4: 24, 8: 60}  # by token tiles
+# And what more without zeros, where a unit has twice the codes: for each further unit ahead, for
+# four token tiles, and, of eight, for each further unit of a ring of more than four stages.
+OF_ALL_UNIT, OF_ALL_FOUR, OF_ALL_STAGE = 5, 8, 6
 HELD = 12  # by a thread beside its sums and weights, about; the compiler can do with a few less
 COPY_BYTES = 128  # bulk copies are slower to places that are not aligned to it
 ATOM_BYTES = 1024  # wgmma's swizzled operand starts at a multiple of it
@@ -41,6 +47,8 @@ STAY_EARLY, MOST_STAY, STAY_BYTES = 2, 4, 20_000
 
 
 BUCKETS = (2, 8, 16, 32, 64)
+# What stands before a weight's numbers in tables of launch configs.
+IN_TABLES = {Structure.TWO_OF_FOUR: "", Structure.FOUR_OF_EIGHT: "4:8 ", Structure.ALL: "dense "}
 GATES = ("silu", "gelu", "gelu_tanh")  # by the number that GATE has
 MOST_FUSED = BUCKETS[0]  # tokens
 
@@ -80,7 +88,7 @@ class Case:
     def weight(self) -> str:
         """The weight, as tables of launch configs name it: `int4/128 4096x14336`."""
         name = self.kind.numbers.name.lower()
-        numbers = ("4:8 " if self.kind.of_eight else "") + name + ("/128" if self.grouped else "")
+        numbers = IN_TABLES[self.kind.structure] + name + ("/128" if self.grouped else "")
         return f"{numbers} {self.rows}x{self.columns}"
 
     @property
@@ -208,7 +216,7 @@ class LaunchConfig:
             x = self.x_stages * self.splits * self.units * x_unit
             return slack + max(x + ring, sums)
         units = ceil(case.units / self.cluster)
-        row = units * 2 * UNIT_COLUMNS + PADDING_BYTES[case.kind.of_eight]
+        row = units * 2 * UNIT_COLUMNS + PADDING_BYTES[case.kind.on_dense_cores]
         x = units * x_unit if self.warpgroup else case.tokens * row
         return slack + _aligned(x) + ring + sums
 
@@ -231,7 +239,7 @@ class LaunchConfig:
         return (
             *fusion.defines,
             ("KIND", int(case.kind.numbers)),
-            ("OF_EIGHT", int(case.kind.of_eight)),
+            ("STRUCTURE", int(case.kind.structure)),
             ("GROUP_SCALES", int(case.grouped)),
             ("HALF", int(case.dtype == torch.float16)),
             ("TOKEN_TILES", case.token_tiles),
@@ -257,16 +265,16 @@ class LaunchConfig:
     def registers(self, case: Case) -> int:
         """About how many registers a thread needs, for its sums and for multiplying a unit."""
         sums = 4 * case.token_tiles
-        raw = VALUE_BYTES[case.kind.numbers] // 128 + 3
+        raw = value_bytes(case.kind) // 128 + (1 if case.kind.structure is Structure.ALL else 3)
         held = HELD + self.tiles * (sums + (1 + self.ahead) * raw * self.units)
         if self.warpgroup:
             addresses = 20 if case.token_tiles <= 2 else 48
             return held + addresses + (sums if case.grouped else 0)
-        return held + 16 * min(case.token_tiles, 2) + self._registers_of_eight(case)
+        return held + 16 * min(case.token_tiles, 2) + self._registers_of_dense_cores(case)
 
-    def _registers_of_eight(self, case: Case) -> int:
-        """What a thread needs beside that to put numbers at their columns."""
-        if not case.kind.of_eight:
+    def _registers_of_dense_cores(self, case: Case) -> int:
+        """What a thread needs beside that for numbers at their columns, and to put them there."""
+        if not case.kind.on_dense_cores:
             return 0
         once = case.token_tiles <= 2  # else a unit's of all tiles are held at once
         placed = PLACED if once else PLACED * (2 * self.tiles - 1)
@@ -274,8 +282,21 @@ class LaunchConfig:
             return placed
         pieces = self.splits * self.units * case.token_tiles * TOKEN_TILE * UNIT_COLUMNS // 8
         copies = EACH_PIECE * ceil(pieces / self.threads) if self.x_stages else 0
+        if case.kind.numbers is Kind.INT8:
+            return placed + copies
         ahead = EACH_UNIT * (self.tiles * self.units - 1)
-        return placed + ahead + SEVERAL_TOKENS[case.token_tiles] + copies
+        several = SEVERAL_TOKENS[case.token_tiles] + self._registers_of_all(case)
+        return placed + ahead + several + copies
+
+    def _registers_of_all(self, case: Case) -> int:
+        """What 4-bit codes without zeros take beside those of 4:8."""
+        if case.kind.structure is not Structure.ALL:
+            return 0
+        if case.token_tiles <= 2:
+            return OF_ALL_UNIT * (self.tiles * self.units - 1)
+        if case.token_tiles == 4:
+            return OF_ALL_FOUR
+        return OF_ALL_STAGE * self.units * max(0, self.stages - 4)
 
     def most_registers(self, blocks: int) -> int:
         """The registers a thread can have if `blocks` CTAs share an SM, allotted by four warps."""

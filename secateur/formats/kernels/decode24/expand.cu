@@ -1,14 +1,15 @@
-// The dense weight [N, K] of a 2:4 or 4:8 weight's units: scale x code in float32, rounded once; zeros
-// where nothing is kept.
+// The dense weight [N, K] of a weight's units: scale x code in float32, rounded once; zeros where nothing is
+// kept.
 //
-// One warp a unit. Of 4:8 a lane has groups of eight columns, which it stores as they are. Of 2:4 a lane's registers hold groups of four columns (units.cuh): register i of step s is
-// row g + 8 (i % 2), columns 32 s + 16 (i / 2) + 4 t. It asks the quad's lane that has the group's nibble
+// One warp a unit. Of units for the dense tensor cores a lane has runs of eight columns, which it stores as they
+// are. Of 2:4 its registers hold groups of four columns (units.cuh): register i of step s is row g + 8 (i % 2),
+// columns 32 s + 16 (i / 2) + 4 t. It asks the quad's lane that has the group's nibble
 // for it, and neighbours t, t ^ 1 exchange half of their groups, so that each stores 16 bytes.
 // Writes of the weight dominate: 2 bytes a weight, and 0.4 to 1.1 that are read.
 //
 //   macro            values    meaning
 //   KIND             `Kind`    how values are stored
-//   OF_EIGHT         0, 1      four of eight columns are kept, not two of four
+//   STRUCTURE        `Structure` which columns have values
 //   GROUP_SCALES     0, 1      each 128 columns of a row have a scale, which lies in the unit
 //   HALF             0, 1      the weight and its scales are float16, not bfloat16
 //   PORTABLE         0, 1      sm_80 to sm_89: no dependent launch
@@ -31,7 +32,7 @@ __device__ __forceinline__ u16 scaled(u32 code, float scale) {
 
 __device__ __forceinline__ u32 scaled_pair(u32 codes, float scale) {
     if constexpr (KIND == W16) return codes;
-    if constexpr (OF_EIGHT && !HALF) codes = multiply_bf16x2(codes, RAISE_W);      // of 2:4 `expand` raises them
+    if constexpr (STRUCTURE == FOUR_OF_EIGHT && !HALF) codes = multiply_bf16x2(codes, RAISE_W);    // else `expand` raises them
     return scaled(codes, scale) | static_cast<u32>(scaled(codes >> 16, scale)) << 16;
 }
 
@@ -51,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) expand_units(
     #pragma unroll
     for (int i = 0; i < VALUE_BYTES / 512; ++i)
         unit.values[i] = *reinterpret_cast<const uint4*>(from + 512 * i + 16 * lane);
-    unit.metadata = *reinterpret_cast<const uint2*>(from + VALUE_BYTES + 8 * lane);
+    if constexpr (META_BYTES > 0) unit.metadata = *reinterpret_cast<const uint2*>(from + VALUE_BYTES + 8 * lane);
     if constexpr (GROUP_SCALES) unit.scales = *reinterpret_cast<const u32*>(from + VALUE_BYTES + META_BYTES + 4 * g);
     if constexpr (!PORTABLE) wait_for_predecessor();       // which may still read what is written here
     if (!here) return;
@@ -62,9 +63,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) expand_units(
         if constexpr (GROUP_SCALES) scale[h] = float_of_16<HALF>(static_cast<u16>(unit.scales >> 16 * h));
         else if (row_scales) scale[h] = float_of_16<HALF>(row_scales[16 * tile + g + 8 * h]);
     }
-    if constexpr (OF_EIGHT) {
-        u32 a[8][4];
-        expand_of_eight(a, unit);
+    u32 a[MULTIPLICATIONS][4];
+    expand_any<KIND != W16 && !HALF>(a, unit);
+    if constexpr (DENSE_CORES) {
         #pragma unroll
         for (int s = 0; s < 4; ++s) {
             #pragma unroll
@@ -77,8 +78,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) expand_units(
         }
         return;
     }
-    u32 a[4][4];
-    expand<KIND != W16 && !HALF>(a, unit);
     #pragma unroll
     for (int s = 0; s < 4; ++s) {
         const u32 word = s < 2 ? unit.metadata.x : unit.metadata.y;

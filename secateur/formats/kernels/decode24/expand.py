@@ -92,7 +92,7 @@ def defines(
     """The macros of `expand.cu`, whose head says what each means."""
     return (
         ("KIND", int(kind.numbers)),
-        ("OF_EIGHT", int(kind.of_eight)),
+        ("STRUCTURE", int(kind.structure)),
         ("GROUP_SCALES", int(grouped)),
         ("HALF", int(dtype == torch.float16)),
         ("PORTABLE", int(portable)),

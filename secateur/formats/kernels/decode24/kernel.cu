@@ -1,5 +1,5 @@
-// y = x W^T + bias for a 2:4 weight W and few tokens (1 to 64), on the sparse tensor cores, or for a 4:8 one
-// on the dense ones.
+// y = x W^T + bias for a 2:4 weight W and few tokens (1 to 64), on the sparse tensor cores, or for a 4:8 one,
+// or one of integers without zeros, on the dense ones.
 //
 // At few tokens a linear layer is a stream of weights from memory, and everything here serves that
 // stream: the weights are read once, in order, in pieces of one to a few KB, with enough of them
@@ -14,12 +14,14 @@
 //
 // Weights are operand A, tokens the 8 columns of operand B. A **unit** is 16 rows x 128 columns of W
 // (four mma.sp); it is stored as one run of bytes, units of the same 16 rows, a **tile**, one after another:
-// units.cuh draws the layout. Units of 4:8 have as many bytes, and eight mma: see of_eight.cuh.
+// units.cuh draws the layout. Units of 4:8 have as many bytes, and eight mma: see of_eight.cuh. Those of which
+// all columns are kept have eight mma, too.
 //
 // Numbers become 16-bit floats by masks and shifts alone (`expand_word`): codes are stored so that they
 // are subnormal, or small, floats, and a power of two restores the value. bf16 products would then
 // leave float32's range, so the activations are multiplied by 2^64 on their way to shared memory
-// (or, where activations are streamed, on their way from there for 4:8, the weights by 2^126 or 2^120 for 2:4).
+// (or, where activations are streamed, on their way from there to the dense tensor cores; for the sparse ones,
+// the weights by 2^126 or 2^120).
 //
 // A cluster computes 16 WARP_ROWS WARP_TILES rows; each of its CTAs takes a part of the columns, and
 // the CTA's WARP_ROWS x WARP_SPLITS warps split rows and columns again. Each warp runs through its own
@@ -36,7 +38,7 @@
 //
 //   macro            values    from     meaning
 //   KIND             `Kind`    layer    how values are stored
-//   OF_EIGHT         0, 1      layer    four of eight columns are kept, not two of four
+//   STRUCTURE        `Structure` layer  which columns have values
 //   GROUP_SCALES     0, 1      layer    each 128 columns of a row have a scale, which lies in the unit
 //   HALF             0, 1      layer    x, y, scales and bias are float16, not bfloat16
 //   TOKEN_TILES      1 2 4 8   tokens   operands B, of 8 tokens, for each operand A
@@ -81,7 +83,7 @@ static_assert((INPUT == PLAIN && !ADD) || (!STREAM && !WGMMA && !PORTABLE && TOK
               "fused for one or two tokens whose inputs lie whole in shared memory");
 static_assert(INPUT != NORMED || !HALF, "a stream times its weight can leave float16's range");
 static_assert(!WGMMA || WARP_ROWS % 4 == 0, "a warpgroup is four warps of rows");
-static_assert(!WGMMA || !OF_EIGHT, "a warpgroup's B has its columns in order");
+static_assert(!WGMMA || !DENSE_CORES, "a warpgroup's B has its columns in order");
 static_assert(!PORTABLE || (CLUSTER == 1 && STREAM && STAGES == X_STAGES),
               "without clusters one group of copies feeds both rings");
 static_assert(!PORTABLE || !READ_AHEAD, "a stage is complete only when its step begins");
@@ -96,7 +98,7 @@ constexpr int STAGE_BYTES = WARP_TILES * CHUNK_BYTES;                     // to 
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 
 // Activations in shared memory, for mma. Resident: rows padded so that what is read at once, the eight rows of
-// a matrix, or for 4:8 four pieces of two rows, lies in different banks. Streamed: 256-byte rows whose
+// a matrix, or for dense cores four pieces of two rows, lies in different banks. Streamed: 256-byte rows whose
 // 16-byte pieces are permuted by the token. For wgmma, resident or streamed: blocks of 64 columns, 128-byte
 // rows, permuted likewise.
 constexpr int STRIDE = STREAM ? WARP_SPLITS * STEP_UNITS : STEP_UNITS;   // units from a warp's step to its next
@@ -104,9 +106,9 @@ constexpr int X_UNIT_BYTES = 8 * TOKEN_TILES * 2 * UNIT_COLUMNS;         // stre
 constexpr int X_STAGE_BYTES = STRIDE * X_UNIT_BYTES;
 constexpr int X_BLOCK_BYTES = X_UNIT_BYTES / 2;                          // wgmma: 64 columns, all tokens
 constexpr u32 X_ALIGNED = WGMMA ? 1024 : 128;
-constexpr u32 X_PADDING = OF_EIGHT ? 64 : 16;
+constexpr u32 X_PADDING = DENSE_CORES ? 64 : 16;
 __device__ __forceinline__ int permuted(int piece, int token) {
-    return piece ^ (OF_EIGHT ? 4 * (token & 1) : token & 7);
+    return piece ^ (DENSE_CORES ? 4 * (token & 1) : token & 7);
 }
 
 // Sums on their way, in parts of 16 rows x 16 tokens (8, or 2, where there are no more), one from each
@@ -126,8 +128,8 @@ constexpr int most_rows(int run) {
 constexpr int RUN = TOKEN_PAIRS == 1 ? 1 : most_rows(8);
 
 // The scale of codes that are subnormal floats, and of the activations: see units.cuh.
-constexpr bool RAISED_X = !HALF && KIND != W16 && (!STREAM || OF_EIGHT);
-constexpr bool RAISED_W = !HALF && KIND != W16 && STREAM && !OF_EIGHT;
+constexpr bool RAISED_X = !HALF && KIND != W16 && (!STREAM || DENSE_CORES);
+constexpr bool RAISED_W = !HALF && KIND != W16 && STREAM && !DENSE_CORES;
 constexpr u32 RAISE_X = 0x5F805F80;                            // 2^64, twice
 constexpr float RESTORE = RAISED_X ? (KIND == FP8 ? 0x1p56f : 0x1p69f) : RESTORE_RAISED;
 
@@ -162,8 +164,8 @@ struct Inputs {
     u32 piece;              // mma, streamed: the lane's 8 columns, as a 16-byte piece
 
     __device__ __forceinline__ Inputs(u32 shared, u32 pitch, int lane, int M) {
-        token = OF_EIGHT ? lane / 4 : lane % 8;
-        piece = OF_EIGHT ? lane % 4 : lane / 8;
+        token = DENSE_CORES ? lane / 4 : lane % 8;
+        piece = DENSE_CORES ? lane % 4 : lane / 8;
         #pragma unroll
         for (int nt = 0; nt < TOKEN_TILES; ++nt) {
             const int row = 8 * nt + static_cast<int>(token);
@@ -179,9 +181,9 @@ struct Inputs {
         else return base[nt] + bytes + 64 * step;
     }
 
-    // The B registers of 32 columns. Of a 4:8 weight's lanes each takes the columns that it has of A.
+    // The B registers of 32 columns. For the dense cores each lane takes the columns that it has of A.
     __device__ __forceinline__ void load(u32 (&b)[4], int nt, u32 bytes, int step) const {
-        if constexpr (OF_EIGHT) {
+        if constexpr (DENSE_CORES) {
             const uint4 v = load_shared_128(at(nt, bytes, step));
             b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
             if constexpr (RAISED_X && STREAM) {
@@ -333,20 +335,12 @@ __device__ __forceinline__ void add_scaled(float (&acc)[4], const float (&sum)[4
     acc[3] += high * sum[3];
 }
 
-// A unit's A registers: of four mma.sp, or of eight mma.
-constexpr int MULTIPLICATIONS = OF_EIGHT ? 8 : 4;
-template <int COUNT>
-__device__ __forceinline__ void expand_unit(u32 (&a)[COUNT][4], const Unit& unit) {
-    if constexpr (COUNT == 8) expand_of_eight(a, unit);
-    else expand<RAISED_W>(a, unit);
-}
-
 // acc += A B over a unit; with GROUP_SCALES the unit has scales of its own.
 __device__ __forceinline__ void multiply_unit(
     float (&acc)[4], const u32 (&a)[MULTIPLICATIONS][4], const u32 (&b)[4][4], const Unit& unit) {
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     float(&d)[4] = GROUP_SCALES ? sum : acc;
-    if constexpr (OF_EIGHT) {
+    if constexpr (DENSE_CORES) {
         #pragma unroll
         for (int s = 0; s < 8; ++s) multiply_16<HALF>(d, a[s], b[s / 2][s % 2 * 2], b[s / 2][s % 2 * 2 + 1]);
     } else {
@@ -363,11 +357,11 @@ __device__ __forceinline__ void multiply_unit(
 __device__ __forceinline__ void multiply_by_warp(
     float (&acc)[WARP_TILES][TOKEN_TILES][4], const Unit (&unit)[WARP_TILES], const Inputs& x, u32 x_bytes) {
     constexpr bool ONCE = TOKEN_TILES <= 2;
-    constexpr int TOGETHER = ONCE ? TOKEN_TILES : OF_EIGHT ? 1 : 2;    // token tiles whose B fragments are held at once
+    constexpr int TOGETHER = ONCE ? TOKEN_TILES : DENSE_CORES ? 1 : 2;    // token tiles whose B fragments are held at once
     u32 a[ONCE ? 1 : WARP_TILES][MULTIPLICATIONS][4];
     if constexpr (!ONCE) {
         #pragma unroll
-        for (int m = 0; m < WARP_TILES; ++m) expand_unit(a[m], unit[m]);
+        for (int m = 0; m < WARP_TILES; ++m) expand_any<RAISED_W>(a[m], unit[m]);
     }
     #pragma unroll
     for (int first = 0; first < TOKEN_TILES; first += TOGETHER) {
@@ -378,7 +372,7 @@ __device__ __forceinline__ void multiply_by_warp(
             for (int s = 0; s < 4; ++s) x.load(b[n][s], first + n, x_bytes, s);
         #pragma unroll
         for (int m = 0; m < WARP_TILES; ++m) {
-            if constexpr (ONCE) expand_unit(a[0], unit[m]);
+            if constexpr (ONCE) expand_any<RAISED_W>(a[0], unit[m]);
             #pragma unroll
             for (int n = 0; n < TOGETHER; ++n)
                 multiply_unit(acc[m][first + n], a[ONCE ? 0 : m], b[n], unit[m]);

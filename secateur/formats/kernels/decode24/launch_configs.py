@@ -50,7 +50,7 @@ def launch_configs(case: Case, clusters: Mapping[int, int], warpgroups: bool) ->
 def _launch_configs(
     case: Case, clusters: Mapping[int, int], warpgroups: bool, waste: float, waves: int
 ) -> Iterator[LaunchConfig]:
-    warpgroups = warpgroups and not case.kind.of_eight
+    warpgroups = warpgroups and not case.kind.on_dense_cores
     streams = (0,) if case.tokens <= 8 else (0, 3) if case.tokens <= 32 else (0, 3, 4)
     groups = (0,) if not warpgroups or case.tokens <= 2 else (1,) if case.tokens > 16 else (0, 1)
     share = max(LEAST_SHARE, case.row_tiles / (clusters[1] * waves))

@@ -28,7 +28,7 @@
 #pragma once
 #include "units.cuh"
 
-static_assert(!OF_EIGHT || KIND == W16 || KIND == INT4, "no other numbers are kept four of eight");
+static_assert(STRUCTURE != FOUR_OF_EIGHT || KIND == W16 || KIND == INT4, "no other numbers are kept four of eight");
 
 // Four bytes of b:a, each chosen by a nibble of the selector's low half; one of 8 or more replicates the sign
 // of the byte that it names.
@@ -86,4 +86,11 @@ __device__ __forceinline__ void expand_of_eight(u32 (&a)[8][4], const Unit& unit
         place(a[2 * s][1], a[2 * s][3], low[1], high[1], selectors<2>(metadata));
         place(a[2 * s + 1][1], a[2 * s + 1][3], low[1], high[1], selectors<3>(metadata));
     }
+}
+
+// The A registers of a unit of any structure; those of 4:8 are never raised.
+template <bool RAISED, int COUNT>
+__device__ __forceinline__ void expand_any(u32 (&a)[COUNT][4], const Unit& unit) {
+    if constexpr (STRUCTURE == FOUR_OF_EIGHT) expand_of_eight(a, unit);
+    else expand<RAISED>(a, unit);
 }

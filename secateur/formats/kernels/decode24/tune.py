@@ -16,7 +16,13 @@ from torch import Tensor
 from secateur.core.progress import progress
 from secateur.formats.kernels import timing
 from secateur.formats.kernels.cubins import cubin, is_kept
-from secateur.formats.kernels.decode24.arrange import UNIT_COLUMNS, UNIT_ROWS, Kind, arrange
+from secateur.formats.kernels.decode24.arrange import (
+    UNIT_COLUMNS,
+    UNIT_ROWS,
+    Kind,
+    Structure,
+    arrange,
+)
 from secateur.formats.kernels.decode24.config import (
     CLUSTERS_FROM,
     EARLY,
@@ -188,7 +194,7 @@ class Problem:
 def problem(case: Case, device: torch.device, cold_bytes: int = COLD_BYTES) -> Problem:
     """Random codes at random places, and activations, from a fixed seed."""
     generator = torch.Generator(device).manual_seed(0)
-    shape = (case.rows, case.columns // 2)
+    shape = (case.rows, round(case.columns * case.kind.kept))
     metadata, places = _metadata(case, device, generator)
     kind = case.kind.numbers
     if kind is Kind.W16:
@@ -225,28 +231,36 @@ def problem(case: Case, device: torch.device, cold_bytes: int = COLD_BYTES) -> P
 
 def _metadata(
     case: Case, device: torch.device, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Random metadata, and [rows, groups, kept] columns within each group that it keeps."""
-    kept = 4 if case.kind.of_eight else 2
-    patterns = torch.tensor(MASKS if case.kind.of_eight else NIBBLES, device=device)
+    if case.kind.structure is Structure.ALL:
+        return None, None
+    of_eight = case.kind.structure is Structure.FOUR_OF_EIGHT
+    kept = 4 if of_eight else 2
+    patterns = torch.tensor(MASKS if of_eight else NIBBLES, device=device)
     groups = (case.rows, case.columns // (2 * kept))
     picks = torch.randint(len(patterns), groups, device=device, generator=generator)
     chosen = patterns[picks].to(torch.uint8)
-    if not case.kind.of_eight:
+    if not of_eight:
         metadata = chosen[:, 0::2] | chosen[:, 1::2] << 4
         return metadata, torch.stack((chosen & 3, chosen >> 2), 2)
     columns = [[c for c in range(8) if mask >> c & 1] for mask in MASKS]
     return chosen, torch.tensor(columns, device=device, dtype=torch.uint8)[picks]
 
 
-def _exact(x: Tensor, numbers: Tensor, places: Tensor, scales: Tensor | None, case: Case) -> Tensor:
+def _exact(
+    x: Tensor, numbers: Tensor, places: Tensor | None, scales: Tensor | None, case: Case
+) -> Tensor:
     """The product in float64, some rows at a time."""
     parts = []
     for start in range(0, case.rows, 2048):
         rows = slice(start, start + 2048)
-        at = places[rows].long()
-        kept = numbers[rows].double().view_as(at)
-        dense = kept.new_zeros(*kept.shape[:2], 2 * kept.shape[2]).scatter_(2, at, kept).flatten(1)
+        dense = numbers[rows].double()
+        if places is not None:
+            at = places[rows].long()
+            kept = dense.view_as(at)
+            dense = kept.new_zeros(*kept.shape[:2], 2 * kept.shape[2]).scatter_(2, at, kept)
+            dense = dense.flatten(1)
         if scales is not None:
             wide = (
                 scales[rows].double().repeat_interleave(UNIT_COLUMNS, 1) if case.grouped else None

@@ -62,7 +62,8 @@ class Tile:
     ) -> tuple[tuple[str, int], ...]:
         """The macros of `kernel.cu`, whose head says what each means."""
         return (
-            ("KIND", int(kind)),
+            ("KIND", int(kind.numbers)),
+            ("STRUCTURE", int(kind.structure)),
             ("GROUP_SCALES", int(grouped)),
             ("HALF", int(dtype == torch.float16)),
             ("ROW_BLOCKS", self.blocks),

@@ -15,11 +15,12 @@ from secateur.formats.kernels.decode24.arrange import (
     ROWS_AT_ONCE,
     UNIT_COLUMNS,
     UNIT_ROWS,
-    VALUE_BYTES,
     Kind,
+    Structure,
     arrange,
     restore,
     unit_bytes,
+    value_bytes,
 )
 from secateur.formats.semi24 import Semi24
 from secateur.formats.semi48 import Semi48
@@ -73,7 +74,7 @@ def columns_of_eight(
         low, high = word & 0x07070707, word & 0x80808080
     else:
         low, high = (int(words[128 * step + 4 * lane + row + 2 * i]) for i in range(2))
-    meta = int(words[VALUE_BYTES[kind.numbers] // 4 + 2 * lane + step // 2]) >> 4 * (step % 2)
+    meta = int(words[value_bytes(kind) // 4 + 2 * lane + step // 2]) >> 4 * (step % 2)
     found = []
     for half in range(2):
         which = selectors(kind, meta, 2 * row + half)
@@ -100,19 +101,19 @@ def read_back_of_eight(units: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
 
 
 def registers(kind: Kind, dtype: torch.dtype, unit: bytes, lane: int) -> list[list[int]]:
-    """The A registers of a unit's four steps, as `expand` makes them."""
+    """The A registers of a unit's multiplications, as `expand` makes them."""
     words = np.frombuffer(unit, dtype="<u4")
-    if kind is Kind.W16:
-        return [[int(words[128 * s + 4 * lane + i]) for i in range(4)] for s in range(4)]
-    if kind is Kind.INT4:
-        loaded = [int(words[4 * lane + s]) for s in range(4)]
+    loads = [words[128 * i + 4 * lane :][:4] for i in range(value_bytes(kind) // 512)]
+    loaded = [int(word) for load in loads for word in load]
+    if kind.numbers is Kind.W16:
+        return [loaded[4 * s : 4 * s + 4] for s in range(4)]
+    if kind.numbers is Kind.INT4:
         return [[rotl(word, 4 * i) & 0x80078007 for i in range(4)] for word in loaded]
     steps = []
-    for s in range(4):
-        pair = [int(words[128 * (s // 2) + 4 * lane + 2 * (s % 2) + b]) for b in range(2)]
+    for s in range(len(loaded) // 2):
         made = []
-        for w in pair:
-            if kind is Kind.INT8:
+        for w in loaded[2 * s : 2 * s + 2]:
+            if kind.numbers is Kind.INT8:
                 made += [w & 0x807F807F, rotl(w, 8) & 0x807F807F]
             elif dtype == torch.float16:
                 made += [w & 0xBF80BF80, (w << 7 & 0x3F803F80) | (w << 1 & 0x80008000)]
@@ -153,6 +154,29 @@ def read_back(units: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
     return dense
 
 
+def read_back_of_all(units: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """The dense codes: register i of a lane's mma 2s + j has columns 32s + 8t + 4j + 2(i / 2)."""
+    tiles, count, _ = units.shape
+    dense = torch.zeros(tiles * 16, count * 128, dtype=torch.float64)
+    for tile, unit, lane in product(range(tiles), range(count), range(32)):
+        data = units[tile, unit].numpy().tobytes()
+        for number, made in enumerate(registers(kind, dtype, data, lane)):
+            first = 128 * unit + 16 * (number - number % 2) + 8 * (lane % 4) + 4 * (number % 2)
+            for i, word in enumerate(made):
+                at = first + 2 * (i // 2)
+                pair = torch.tensor(floats(word, dtype), dtype=torch.float64)
+                row = 16 * tile + lane // 4 + 8 * (i % 2)
+                dense[row, at : at + 2] = pair * RESTORE[kind.numbers, dtype]
+    return dense
+
+
+LANES = {
+    Structure.TWO_OF_FOUR: read_back,
+    Structure.FOUR_OF_EIGHT: read_back_of_eight,
+    Structure.ALL: read_back_of_all,
+}
+
+
 def codes_of(kind: Kind, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Random codes where values are not zero: as stored, and as numbers."""
     generator = torch.Generator().manual_seed(3)
@@ -169,7 +193,7 @@ def codes_of(kind: Kind, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", [kind for kind in Kind if not kind.of_eight])
+@pytest.mark.parametrize("kind", [kind for kind in Kind if not kind.on_dense_cores])
 @pytest.mark.parametrize("columns", [256, 192])
 def test_lanes_read_the_weight(kind: Kind, dtype: torch.dtype, columns: int) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -193,14 +217,28 @@ def test_lanes_read_the_weight(kind: Kind, dtype: torch.dtype, columns: int) -> 
 @pytest.mark.parametrize("kind", [Kind.W16_48, Kind.INT4_48])
 @pytest.mark.parametrize("columns", [256, 192])
 def test_lanes_read_a_weight_of_four_of_eight(kind: Kind, dtype: torch.dtype, columns: int) -> None:
-    metadata = random_metadata(32, columns, 1, of_eight=True)
-    assert len(metadata.unique()) == 70
+    metadata = random_metadata(32, columns, 1, Structure.FOUR_OF_EIGHT)
+    assert metadata is not None and len(metadata.unique()) == 70
     values = torch.randn(32, columns // 2, generator=torch.Generator().manual_seed(2)).to(dtype)
     codes, numbers = codes_of(kind, values, dtype)
     units = arrange(kind, codes, metadata, None, dtype)
     assert units.shape == (2, 2, unit_bytes(kind, False)) == (2, 2, unit_bytes(kind.numbers, False))
     dense = read_back_of_eight(units, kind, dtype)
     assert torch.equal(dense[:, :columns], four_of_eight.scatter(numbers, metadata))
+    assert not dense[:, columns:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "size"), [(Kind.INT8_ALL, 2048), (Kind.INT4_ALL, 1024)])
+@pytest.mark.parametrize("columns", [256, 192])
+def test_lanes_read_a_weight_without_zeros(
+    kind: Kind, size: int, dtype: torch.dtype, columns: int
+) -> None:
+    codes, numbers = codes_of(kind, torch.empty(32, columns), dtype)
+    units = arrange(kind, codes, None, None, dtype)
+    assert units.shape == (2, 2, size) and unit_bytes(kind, True) == size + 32
+    dense = read_back_of_all(units, kind, dtype)
+    assert torch.equal(dense[:, :columns], numbers)
     assert not dense[:, columns:].any()
 
 
@@ -212,14 +250,15 @@ def test_a_packed_weight_of_four_of_eight_is_what_lanes_read() -> None:
     assert torch.equal(dense, weight.double())
 
 
-def test_scales_of_two_rows_lie_in_one_word() -> None:
+@pytest.mark.parametrize(("kind", "size"), [(Kind.INT4, 800), (Kind.INT4_ALL, 1056)])
+def test_scales_of_two_rows_lie_in_one_word(kind: Kind, size: int) -> None:
     scales = torch.arange(1, 33).reshape(16, 2).to(torch.bfloat16)
-    codes = torch.zeros(16, 128, dtype=torch.int8)
-    metadata = torch.full((16, 32), 0b0100_0100, dtype=torch.uint8)
-    units = arrange(Kind.INT4, codes, metadata, scales, torch.bfloat16)
-    assert units.shape == (1, 2, 800)
+    codes = torch.zeros(16, round(256 * kind.kept), dtype=torch.int8)
+    metadata = random_metadata(16, 256, 0, kind.structure)
+    units = arrange(kind, codes, metadata, scales, torch.bfloat16)
+    assert units.shape == (1, 2, size)
     for unit in range(2):
-        read = units[0, unit, 768:].view(torch.bfloat16).reshape(8, 2)
+        read = units[0, unit, -32:].view(torch.bfloat16).reshape(8, 2)
         assert torch.equal(read[:, 0], scales[:8, unit])
         assert torch.equal(read[:, 1], scales[8:, unit])
 
@@ -245,8 +284,9 @@ def held_to_the_weight(
 ) -> None:
     kind, grouped = FORMATS[format]
     rows, columns = shape
-    codes = any_codes(kind, (rows, columns // 2), dtype, seed).to(device)
-    metadata = random_metadata(rows, columns, seed, kind.of_eight).to(device)
+    codes = any_codes(kind, (rows, round(columns * kind.kept)), dtype, seed).to(device)
+    metadata = random_metadata(rows, columns, seed, kind.structure)
+    metadata = None if metadata is None else metadata.to(device)
     scales = None
     if grouped:
         scales = any_codes(Kind.W16, (rows, -(-columns // UNIT_COLUMNS)), dtype, seed).to(device)
@@ -272,7 +312,7 @@ def test_what_was_arranged_is_restored(
     format: str, dtype: torch.dtype, tiles: int, groups: int, seed: int
 ) -> None:
     """Bit for bit, whatever the width: the metadata's last byte may be half a byte."""
-    width = 8 if FORMATS[format][0].of_eight else 4
+    width = 8 if FORMATS[format][0].structure is Structure.FOUR_OF_EIGHT else 4
     held_to_the_weight(format, dtype, (UNIT_ROWS * tiles, width * groups), seed, "cpu")
 
 

@@ -115,7 +115,7 @@ def test_the_macros() -> None:
         "GATE": 0,
         "ADD": 0,
         "KIND": 3,
-        "OF_EIGHT": 0,
+        "STRUCTURE": 0,
         "GROUP_SCALES": 1,
         "HALF": 0,
         "TOKEN_TILES": 1,

@@ -31,7 +31,7 @@ BF16, HALF = torch.bfloat16, torch.float16
 DTYPES = (BF16, HALF)
 KINDS = (
     *((Kind.W16, False), (Kind.INT8, False), (Kind.FP8, False), (Kind.INT4, True)),
-    *((Kind.W16_48, False), (Kind.INT4_48, True)),
+    *((Kind.W16_48, False), (Kind.INT4_48, True), (Kind.INT8_ALL, False), (Kind.INT4_ALL, True)),
 )
 WITHOUT_CLUSTERS = ("sm_80", "sm_86", "sm_89")
 GPU = torch.device("cuda:0")
@@ -138,7 +138,7 @@ def test_a_warp_expands_a_unit(
     assert dense.shape == (272, 320) and dense.dtype == HALF
     wanted = {
         "KIND": 1,
-        "OF_EIGHT": 0,
+        "STRUCTURE": 0,
         "GROUP_SCALES": 0,
         "HALF": 1,
         "PORTABLE": int(capability < (9, 0)),
@@ -178,7 +178,7 @@ def test_bits_are_those_of_the_dense_weight(
 
 
 @on_gpu
-@pytest.mark.parametrize("name", ["semi24", "semi24_int4", "semi48", "semi48_int4"])
+@pytest.mark.parametrize("name", ["semi24", "semi24_int4", "semi48", "semi48_int4", "int4", "int8"])
 def test_a_chain_in_a_graph_reuses_the_scratch_weight_safely(name: str) -> None:
     """Each layer overwrites the weight that the one before has just been multiplied by."""
     kind, grouped = FORMATS[name]

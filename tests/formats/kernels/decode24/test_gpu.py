@@ -4,6 +4,7 @@ import copy
 import fcntl
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,14 +36,17 @@ CONFIGS = [
     "1,4,2,1,1,3,2,3,0,0,1", "8,4,1,1,1,2,1,0,0,0,2", "2,4,2,1,1,2,1,0,1,0,0",
     "1,8,1,1,1,3,2,3,1,0,0", "4,12,1,2,1,2,1,4,1,0,3",
 ]  # fmt: skip
+GIVEN_KINDS = (
+    *(Kind.W16, Kind.INT4, Kind.FP8, Kind.W16_48, Kind.INT4_48, Kind.INT8_ALL, Kind.INT4_ALL),
+)
 GIVEN = [
     (case, config)
     for config in map(LaunchConfig.parse, CONFIGS)
-    for kind in (Kind.W16, Kind.INT4, Kind.FP8, Kind.W16_48, Kind.INT4_48)
+    for kind in GIVEN_KINDS
     for tokens in (1, 7, 16, 40)
     for case in [Case(kind, kind.numbers is Kind.INT4, torch.bfloat16, 1056, 1984, tokens)]
     if config.shared_bytes(case.widest) + config.static_bytes <= MOST_BYTES
-    and not (config.warpgroup and kind.of_eight)
+    and not (config.warpgroup and kind.on_dense_cores)
 ]
 
 
@@ -50,23 +54,31 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def selected(session: pytest.Session, name: str) -> list[Any]:
+    """The distinct values of a parameter in this file's tests that are to run."""
+    items = [item for item in session.items if item.path == Path(__file__)]
+    calls = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    return list(dict.fromkeys(params[name] for params in calls if name in params))
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """All kernels of this file at once, in parallel: one after another they would take minutes.
+def _compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The kernels of this file at once, in parallel: one after another they would take minutes.
 
     Of processes that share the tests one compiles, and the others wait for what it has kept.
     """
     if not torch.cuda.is_available():
         return
     cases = [
-        Case(kind, grouped, dtype, *shape, most)
-        for kind, grouped in FORMATS.values()
+        Case(*FORMATS[format], dtype, *shape, most)
+        for format in selected(request.session, "format")
         for dtype in DTYPES
         for shape in SHAPES
         for most in BUCKETS
     ]
     chosen = [(case, choose(case, device())) for case in cases]
-    given = [(case.widest, config) for case, config in GIVEN]
+    wanted = selected(request.session, "case")
+    given = [(case.widest, config) for case, config in GIVEN if case in wanted]
     with (tmp_path_factory.getbasetemp().parent / "compiling").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         compile_all(chosen + given, device(), None)
@@ -120,7 +132,7 @@ def test_zero_weights_and_padding_are_zero(format: str) -> None:
 
 
 @pytest.mark.parametrize("exponent", [-20, -6, 6, 20])
-@pytest.mark.parametrize("format", ["semi24_int4", "semi24_fp8", "semi48_int4"])
+@pytest.mark.parametrize("format", ["semi24_int4", "semi24_fp8", "semi48_int4", "int4", "int8"])
 def test_range_of_activations(format: str, exponent: int) -> None:
     """Codes and activations are scaled by powers of two on the way; it must not show."""
     layer = layer_of(format, torch.bfloat16, (1024, 2048), bias=False)
@@ -128,7 +140,7 @@ def test_range_of_activations(format: str, exponent: int) -> None:
     assert torch.equal(layer(x * 2.0**exponent), layer(x) * 2.0**exponent)
 
 
-@pytest.mark.parametrize("format", ["semi24", "semi24_int4", "semi48", "semi48_int4"])
+@pytest.mark.parametrize("format", ["semi24", "semi24_int4", "semi48", "semi48_int4", "int4"])
 def test_shapes_of_the_input(format: str) -> None:
     layer = layer_of(format, torch.bfloat16, (1024, 2048))
     x = inputs(12, 2048, torch.bfloat16)
@@ -143,7 +155,7 @@ def test_shapes_of_the_input(format: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64])
-@pytest.mark.parametrize("format", ["semi24", "semi24_int4", "semi48", "semi48_int4"])
+@pytest.mark.parametrize("format", ["semi24", "semi24_int4", "semi48", "semi48_int4", "int4"])
 def test_repeats_give_the_same_bits(format: str, tokens: int) -> None:
     layer = layer_of(format, torch.bfloat16, (1024, 2048))
     x = inputs(tokens, 2048, torch.bfloat16)
@@ -179,7 +191,7 @@ def run_chain(launch: Launch, found: Problem, first: Tensor, links: int, between
 
 @pytest.mark.parametrize("between", [False, True])
 @pytest.mark.parametrize("tokens", [1, 8, 16, 64])
-@pytest.mark.parametrize("kind", [Kind.W16, Kind.INT4, Kind.W16_48, Kind.INT4_48])
+@pytest.mark.parametrize("kind", [Kind.W16, Kind.INT4, Kind.W16_48, Kind.INT4_48, Kind.INT4_ALL])
 def test_a_dependent_chain_gives_the_plain_chains_bits(
     kind: Kind, tokens: int, between: bool
 ) -> None:
@@ -205,7 +217,7 @@ def scale_weights(found: Problem, factor: float) -> Problem:
     if found.case.kind.numbers is Kind.W16:
         units[..., :2048] = (units[..., :2048].view(torch.bfloat16) * power).view(torch.uint8)
     else:
-        units[..., 768:] = (units[..., 768:].view(torch.bfloat16) * power).view(torch.uint8)
+        units[..., -32:] = (units[..., -32:].view(torch.bfloat16) * power).view(torch.uint8)
     torch.cuda.synchronize()
     return found
 
@@ -237,7 +249,7 @@ def test_layers_of_different_formats_in_one_chain() -> None:
 # ---- through SparseLinear -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["semi24_int4", "semi48", "semi48_int4"])
+@pytest.mark.parametrize("format", ["semi24_int4", "semi48", "semi48_int4", "int4"])
 def test_a_captured_layer_reads_its_input_anew(format: str) -> None:
     layer = layer_of(format, torch.bfloat16, (1024, 2048))
     x = inputs(3, 2048, torch.bfloat16)

@@ -1,7 +1,7 @@
 """The decode kernel's source, compiled for every architecture: its products, and no spills.
 
 Not all combinations: every kind, dtype, number of tokens and way of feeding meets every
-architecture's form at least once, in about eighty kernels of a second each.
+architecture's form at least once, in about a hundred kernels of a second each.
 """
 
 import json
@@ -32,7 +32,7 @@ HOPPER = "sm_90a"
 WITHOUT_CLUSTERS = ("sm_80", "sm_86", "sm_89")
 KINDS = (
     *((Kind.W16, False), (Kind.INT8, False), (Kind.FP8, False), (Kind.INT4, True)),
-    *((Kind.W16_48, False), (Kind.INT4_48, True)),
+    *((Kind.W16_48, False), (Kind.INT4_48, True), (Kind.INT8_ALL, False), (Kind.INT4_ALL, True)),
 )
 # A unit's multiplications by one token tile, and the permutations that put its numbers at columns.
 MMA_OF_EIGHT, PERMUTES_OF_EIGHT = 8, {Kind.INT4_48: 32, Kind.W16_48: 64}
@@ -92,6 +92,18 @@ FED = {
         layer(Kind.W16_48, False, HALF, 32, 4160),
         LaunchConfig(4, 4, 2, 1, 1, 3, 2, 3),
     ),
+    "dense, resident, ahead": (
+        layer(Kind.INT4_ALL, True, BF16, 2),
+        LaunchConfig(2, 4, 2, 1, 2, 3, 0, ahead=1),
+    ),
+    "dense, one scale, ragged": (
+        layer(Kind.INT4_ALL, False, HALF, 16, 4160),
+        LaunchConfig(2, 4, 2, 1, 2, 3, 1),
+    ),
+    "dense, streamed, ragged": (
+        layer(Kind.INT8_ALL, False, BF16, 32, 4160),
+        LaunchConfig(4, 4, 2, 1, 1, 3, 2, 3),
+    ),
     "warpgroup": (
         layer(Kind.INT8, False, BF16, 16),
         LaunchConfig(2, 4, 2, 1, 2, 3, 1, 0, warpgroup=1),
@@ -121,8 +133,8 @@ def products(found: CubinInfo) -> set[str]:
 
 
 def expected(case: Case, config: LaunchConfig) -> set[str]:
-    """Sparse products, by warps or warpgroups as the config says; dense ones of 4:8."""
-    if case.kind.of_eight:
+    """Sparse products, by warps or warpgroups as the config says; dense ones of other kinds."""
+    if case.kind.on_dense_cores:
         return {"HMMA.16816"}
     return {"HGMMA.SP" if config.warpgroup else "HMMA.SP"}
 
@@ -136,7 +148,7 @@ def check_hopper(case: Case, config: LaunchConfig, found: CubinInfo) -> None:
 
 
 def test_the_cases_cover_what_they_should() -> None:
-    assert len(COMPILED) + len(FED) + SAMPLE < 90
+    assert len(COMPILED) + len(FED) + SAMPLE < 100
     for kinds in (KINDS, [(kind, dtype) for kind, _ in KINDS for dtype in (BF16, HALF)]):
         assert len(kinds) == len(set(kinds))
     assert {(case.kind, case.dtype) for arch, case in COMPILED if arch == HOPPER} == {
@@ -154,7 +166,7 @@ def test_the_cases_cover_what_they_should() -> None:
 def test_it_compiles_to_its_products(arch: str, case: Case, tmp_path: Path) -> None:
     config = cut_for(case, arch)
     found = compiled(case, config, arch, tmp_path)
-    assert found.sparse_mma != case.kind.of_eight
+    assert found.sparse_mma != case.kind.on_dense_cores
     if arch == HOPPER:
         check_hopper(case, config, found)
     else:
@@ -195,6 +207,9 @@ def test_the_portable_form_is_checked_by_the_compiler() -> None:
             compile_cubin(SOURCE, config.defines(case, portable=True), "sm_80")
 
 
+BEHIND = {None: "", "4:8 ": "_48", "dense ": "_ALL"}
+
+
 def packaged() -> list[tuple[Case, LaunchConfig]]:
     """Every case with its launch config in the table that comes with the package."""
     if not PACKAGED.exists():
@@ -202,9 +217,9 @@ def packaged() -> list[tuple[Case, LaunchConfig]]:
     found = []
     for weights in json.loads(PACKAGED.read_text(encoding="utf-8")).values():
         for weight, configs in weights.items():
-            match = re.fullmatch(r"(4:8 )?(w16|int8|fp8|int4)(/128)? (\d+)x(\d+)", weight)
+            match = re.fullmatch(r"(4:8 |dense )?(w16|int8|fp8|int4)(/128)? (\d+)x(\d+)", weight)
             assert match is not None, weight
-            kind = Kind[match[2].upper() + ("_48" if match[1] else "")]
+            kind = Kind[match[2].upper() + BEHIND[match[1]]]
             grouped = match[3] is not None
             for tokens, text in configs.items():
                 most = BUCKETS[0] if tokens == STEP else int(tokens)

@@ -31,7 +31,7 @@ from secateur.formats.kernels.decode24.tune import (
 )
 from secateur.formats.kernels.timing import WARM_UP_ROUNDS
 from secateur.formats.semi24 import Semi24
-from tests.formats.kernels.decode24.test_arrange import read_back, read_back_of_eight
+from tests.formats.kernels.decode24.test_arrange import LANES, read_back
 
 CPU = torch.device("cpu")
 H200 = {1: 132, 2: 66, 4: 30, 8: 15}
@@ -74,6 +74,7 @@ def read_scales(units: Tensor, columns: int) -> Tensor:
     [
         *((Kind.W16, False), (Kind.INT8, False), (Kind.FP8, False), (Kind.INT4, False)),
         *((Kind.W16_48, False), (Kind.INT4_48, False)),
+        *((Kind.INT8_ALL, False), (Kind.INT4_ALL, False)),
     ],
 )
 def test_the_exact_result_is_of_the_weight_that_lanes_read(
@@ -81,8 +82,7 @@ def test_the_exact_result_is_of_the_weight_that_lanes_read(
 ) -> None:
     case = Case(kind, grouped, dtype, 32, 192, 3)
     made = problem(case, CPU, 1)
-    lanes = read_back_of_eight if kind.of_eight else read_back
-    weight = lanes(made.weights[0], kind, dtype)[:, :192]
+    weight = LANES[kind.structure](made.weights[0], kind, dtype)[:, :192]
     if made.row_scales is not None:
         weight = weight * made.row_scales[0].double()[:, None]
     assert (made.row_scales is None) == (kind.numbers is Kind.W16)
@@ -91,9 +91,10 @@ def test_the_exact_result_is_of_the_weight_that_lanes_read(
     assert float(made.exact.abs().min()) > 0
 
 
-def test_the_exact_result_of_groups_with_scales() -> None:
-    made = problem(replace(SMALL, kind=Kind.INT4, grouped=True), CPU, 1)
-    weight = read_back(made.weights[0], Kind.INT4, torch.bfloat16)
+@pytest.mark.parametrize("kind", [Kind.INT4, Kind.INT4_ALL])
+def test_the_exact_result_of_groups_with_scales(kind: Kind) -> None:
+    made = problem(replace(SMALL, kind=kind, grouped=True), CPU, 1)
+    weight = LANES[kind.structure](made.weights[0], kind, torch.bfloat16)
     weight = weight * read_scales(made.weights[0], 256)
     assert made.row_scales is None
     assert torch.allclose(made.exact, made.x.double() @ weight.T, rtol=1e-12, atol=1e-12)

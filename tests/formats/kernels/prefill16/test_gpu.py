@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-FORMATS = tuple(name for name, (kind, _) in KINDS.items() if not kind.of_eight)
+FORMATS = tuple(name for name, (kind, _) in KINDS.items() if not kind.on_dense_cores)
 DTYPES = (torch.bfloat16, torch.float16)
 SHAPES = ((16, 64), (528, 1984), (1024, 2048))  # least, ragged, even
 TOKENS = (65, 100, 255, 257, 1000, 4097)

@@ -114,7 +114,7 @@ def test_what_the_kernel_is_told(asked: dict[str, Any]) -> None:
     y = multiply(x, units, scales, bias, Kind.INT8, False, 272)
     assert (asked["grid"], asked["cluster"], asked["threads"]) == (132, 2, 384)
     assert asked["dependent"] and asked["stream"] == 5
-    defines = {"KIND": 1, "GROUP_SCALES": 0, "HALF": 1, "ACTIVATION": 0}
+    defines = {"KIND": 1, "STRUCTURE": 0, "GROUP_SCALES": 0, "HALF": 1, "ACTIVATION": 0}
     defines |= {"ROW_BLOCKS": 1, "TOKENS": 256, "SPLITS": 2}
     assert asked["defines"] == defines | {"A_STAGES": 3, "B_STAGES": 4, "OUT_BUFFERS": 2}
     assert asked["shared_bytes"] == asked["tile"].shared_bytes(1280)
