@@ -95,7 +95,7 @@ def accelerate_(
     Only exact formats are tried unless `formats` names others, such as `"semi24_int4"`, which
     rounds weights to a grid, or `"semi24_int8_dynamic"`, which rounds inputs too. Then a right
     result is as near to that of the rounded weight as the format's reference, and the report
-    says how far the weight is from the layer's own. Dense formats that round (`"int8_dynamic"`) are
+    says how far the weight is from the layer's own. Dense formats that round (`"int4"`) are
     measured beside them if they are listed, and the format whose calls are shortest wins.
 
     Where what a layer runs can apply the activation that follows it (`fc1`, then `gelu`), the layer

@@ -31,10 +31,9 @@ def export(
         str | None,
         typer.Option(
             help="semi24, semi48, block:64x64, bitmap or csr for packed; semi24_int4, semi48_int4, "
-            "bitmap_int4, semi24_int8 or semi24_fp8 to round weights too, with _dynamic behind the "
-            "last two, or "
-            "alone as int8_dynamic or fp8_dynamic (dense), inputs as well; default: what fits the "
-            "plan.",
+            "bitmap_int4, semi24_int8 or semi24_fp8 to round weights too, int4 or int8 to round "
+            "dense ones, head and all; with _dynamic behind int8 or fp8 inputs as well; default: "
+            "what fits the plan.",
             show_default=False,
         ),
     ] = None,

@@ -152,7 +152,8 @@ Formats = Annotated[
     str | None,
     typer.Option(
         help="Formats to try, separated by commas: semi24,semi48,block:64x64,bitmap,csr; "
-        "semi24_int4,semi24_int8,semi24_fp8,semi48_int4,bitmap_int4 also round weights; "
+        "semi24_int4,semi24_int8,semi24_fp8,semi48_int4,bitmap_int4 and, dense, int4,int8 round "
+        "weights; "
         "semi24_int8_dynamic,semi24_fp8_dynamic,int8_dynamic,fp8_dynamic (the last two dense) "
         "inputs, too.",
         show_default=False,

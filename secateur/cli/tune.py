@@ -70,7 +70,7 @@ def tune(
     device: o.Device = "auto",
     json: o.Json = False,
 ) -> None:
-    """Measure launch configs of the GPU kernel for 2:4 and 4:8 layers, and remember the fastest.
+    """Measure launch configs of the GPU kernel for packed layers, and remember the fastest.
 
     The kernel runs without this too, by a cost model. What is found lies beside the compiled
     kernels and serves every process that this user starts from then on.

@@ -100,12 +100,12 @@ def pack_(
     (`experts.down_proj.3`): its module becomes a `SparseExperts`, which runs expert by expert.
 
     Without `layers`: every `nn.Linear` whose weight fits the format and is smaller for it, which
-    takes zeros, but for `int8_dynamic` and `fp8_dynamic`, and which is of no adapter. This saves
-    room on disk, and memory unless a kernel arranges a copy of the weight for itself, as the report
-    says; whether it saves time is for `accelerate_` to measure. Packed weights are frozen. The
-    formats `semi24_int4`, `semi24_int8`, `semi24_fp8`, `semi48_int4` and `bitmap_int4` round
-    weights to a grid, and the report says how far; a weight reconstructed on that grid is not
-    changed by it. Those that end in `_dynamic` round inputs, too.
+    takes zeros, but for `int4`, `int8`, `int8_dynamic` and `fp8_dynamic`, and which is of no
+    adapter. This saves room on disk, and memory unless a kernel arranges a copy of the weight for
+    itself, as the report says; whether it saves time is for `accelerate_` to measure. Packed
+    weights are frozen. The formats `semi24_int4`, `semi24_int8`, `semi24_fp8`, `semi48_int4`,
+    `bitmap_int4`, `int4` and `int8` round weights to a grid, and the report says how far; a weight
+    reconstructed on that grid is not changed by it. Those that end in `_dynamic` round inputs, too.
 
     Cost: dense and packed weights of all listed layers at once, until all are known to pack.
     Raises: ValueError if a listed layer cannot be packed, without a list no layer can, or a weight

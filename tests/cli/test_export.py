@@ -7,6 +7,7 @@ import torch
 
 from secateur.files.save import load
 from secateur.files.sidecar import read_sidecar
+from secateur.formats import parse_format
 from secateur.integrations.tokens import token_rows
 from secateur.integrations.transformers import load_folder
 from tests.cli.shell import refused, run, said, tokens, weights
@@ -59,6 +60,27 @@ def test_export_that_rounds_says_how_far(pruned: Path, tmp_path: Path) -> None:
     assert "semi24_int4 rounds weights: those of a layer are off by up to" in text
     formats = {entry["format"] for entry in read_sidecar(packed).packed.values()}
     assert formats == {"semi24_int4"}
+    assert said(run("check", packed))
+
+
+def test_dense_weights_are_rounded_with_calibration_and_exported(
+    dense: Path, tmp_path: Path
+) -> None:
+    """The pattern that keeps every weight, with a grid: what prune writes packs in the format."""
+    rounded, packed = tmp_path / "rounded", tmp_path / "packed"
+    data = ("--tokens", tokens(dense, "calibration"), "--rows", 8, "--batch", 4)
+    method = ("-m", "sparsegpt", "--option", "grid=int4", "-p", "unstructured:0")
+    said(run("prune", dense, "-o", rounded, *method, *data))
+    text = said(run("export", rounded, "--to", "packed", "--format", "int4", "-o", packed))
+    assert "int4 rounds weights: those of a layer are off by up to" in text
+    entries = read_sidecar(packed).packed
+    assert {entry["format"] for entry in entries.values()} == {"int4"} and len(entries) == 14
+    near, far = weights(rounded), weights(dense)
+    found = load(packed).state_dict()
+    for name in entries:
+        given = parse_format("int4").pack(near[f"{name}.weight"])
+        assert torch.equal(found[f"{name}.values"], given["values"])
+        assert not torch.equal(near[f"{name}.weight"], far[f"{name}.weight"])
     assert said(run("check", packed))
 
 

@@ -25,6 +25,7 @@ from tests.integrations.vllm_stand_in import RECORD, Process, Registered, vllm_i
 FORMATS = [
     "semi24", "semi24_int4", "semi24_int4:channel", "semi24_int8", "semi24_fp8",
     "semi24_int8_dynamic", "semi24_fp8_dynamic", "int8_dynamic", "fp8_dynamic",
+    "int4", "int4:channel", "int8",
 ]  # fmt: skip
 COLUMNS = 512
 SIZES = {"q": 128, "k": 32, "v": 32, "gate": 96, "up": 96, "down": 64}
