@@ -18,6 +18,7 @@ KINDS = (
     ("2:4", "semi24", "accelerate_"),
     ("2:4, int4 weights", "semi24_int4", "semi24_int4 prefill"),
     ("2:4, int8 weights and inputs", "semi24_int8", "semi24_int8_dynamic prefill"),
+    ("dense, int4 weights", "int4", ""),
     ("dense, int4 weights, by torch", "tinygemm int4", ""),
     ("dense, fp8 weights and inputs, by torch", "", "fp8_dynamic torch"),
     ("2:4, cuSPARSELt as torch calls it", "cusparselt alg 0", "cusparselt alg 0"),

@@ -186,12 +186,12 @@ def test_a_chain_in_a_graph_reuses_the_scratch_weight_safely(name: str) -> None:
     for seed in range(4):
         weight = fitting_weight(name, 512, 512, BF16, seed).cuda()
         layers.append(parse_format(name).pack(weight / weight.float().norm() * 16))
-    units = [arranged(packed)[0] for packed in layers]
+    weights = [arranged(packed)[:2] for packed in layers]  # units, and the scales of rows
     x = tokens_on_gpu(100, 512, BF16)
 
     def chain(y: Tensor) -> Tensor:
-        for one in units:
-            y = multiply_expanded(y, one, None, None, kind, grouped, 512)
+        for units, scales in weights:
+            y = multiply_expanded(y, units, scales, None, kind, grouped, 512)
         return y
 
     wanted = x
