@@ -160,6 +160,7 @@ def _multiply(
     if x.is_cuda:
         return prefill16.multiply(x, units, None, bias, kind, False, out_features, just_packed=True)
     kept, metadata, _ = decode24.restore(kind, units, False, x.shape[1], x.dtype)
+    assert metadata is not None  # of 2:4 it never is
     return F.linear(x, two_of_four.scatter(kept, metadata), bias)
 
 
