@@ -59,6 +59,7 @@ KINDS = {
     "block 64x64, 50%": _blocks("0.5"),
     "block 64x64, 80%": _blocks("0.8"),
     "block 64x64, 90%": _blocks("0.9"),
+    "dense int4": Kind("dense int4, gptq", "int4"),
     "dense int4, by torch": Kind("dense int4, gptq", "tinygemm int4"),
     "2:4, int4": _kind("2:4", "semi24_int4", "int4", "semi24_int4 prefill"),
     "4:8, int4": _kind("4:8", "semi48_int4", "int4"),
