@@ -1,7 +1,7 @@
 """Groups of options that several commands take, each with what its options stand for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.cli import options as o
 from secateur.cli.console import caution, working
 from secateur.cli.methods import ChosenMethod, find_method
-from secateur.cli.source import AUTO, Opened, open_folder, open_source
+from secateur.cli.source import AUTO, STORED, Opened, open_folder, open_source
 from secateur.cli.wording import in_options
 from secateur.files.save import Report, require_writable
 from secateur.integrations.documents import read_documents
@@ -62,6 +62,11 @@ class How:
     def method(self, name: str) -> ChosenMethod:
         """The method of that name, as `find_method`."""
         return find_method(name, self.option or (), trust_code=self.trust_code)
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether the method leaves weights on a grid."""
+        return any(option.startswith("grid=") for option in self.option or ())
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,14 @@ class Loading:
 
     dtype: o.Dtype = AUTO
     device: o.Device = "auto"
+
+    def for_grid(self) -> "Loading":
+        """The same where weights are put on a grid.
+
+        A grid's scales have the dtype of the weights. Chosen in another one than the file's, they
+        would be rounded when they are written, and the weights lie on no grid any more.
+        """
+        return replace(self, dtype=STORED) if self.dtype == AUTO else self
 
     def source(self, name: str) -> Opened:
         """The model in a folder, or the state dict in a file, as `open_source`."""

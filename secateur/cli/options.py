@@ -205,8 +205,8 @@ Output = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="What to compute in: stored, float32, bfloat16, float16, or auto (float32 on a CPU). "
-        "Files keep the dtype that they have."
+        help="What to compute in: stored, float32, bfloat16, float16, or auto (float32 on a CPU, "
+        "but stored where weights are put on a grid). Files keep the dtype that they have."
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]

@@ -53,6 +53,7 @@ def prune(
     )
     _require_data(chosen, data, sample)
     out.require_writable()
+    loading = loading.for_grid() if how.on_grid else loading
     source = loading.source(model)
     _require_runnable(source, bool(chosen.needs) or eval_data.given)
     plan = choice.for_model(source.model)

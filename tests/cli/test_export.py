@@ -80,6 +80,7 @@ def test_dense_weights_are_rounded_with_calibration_and_exported(
     for name in entries:
         given = parse_format("int4").pack(near[f"{name}.weight"])
         assert torch.equal(found[f"{name}.values"], given["values"])
+        assert torch.equal(given.dense(), near[f"{name}.weight"])  # bf16: nothing is rounded again
         assert not torch.equal(near[f"{name}.weight"], far[f"{name}.weight"])
     assert said(run("check", packed))
 
