@@ -375,15 +375,12 @@ def _solve(
         begin, rounding = _now(), 0.0
         for name in stage.layers:
             weight = _matrix(layers, name).float()[:out, :columns].clone()
-            available: dict[str, Any] = {"weight": weight, "pattern": patterns[name]}
-            available |= {"layer": name, "memo": memo}
-            available["dtype"] = weight_of(layers[name]).dtype
+            dtype = weight_of(layers[name]).dtype
+            own = {"weight": weight, "pattern": patterns[name], "layer": name, "dtype": dtype}
             given = {key: part(value) for key, value in observed.statistics[name].items()}
-            solution = bind_algorithm(method.alone).solve({**available, **given})
+            solution = bind_algorithm(method.alone).solve({**own, "memo": memo, **given})
             found[name] = solution.mask
-            rounding += _seconds_to_round(
-                weight, solution.mask, given.get("gram"), method, available["dtype"]
-            )
+            rounding += _seconds_to_round(weight, solution.mask, given.get("gram"), method, dtype)
         return shared, _now() - begin - shared - rounding, rounding, found
 
     def fits(out: int, columns: int) -> bool:
