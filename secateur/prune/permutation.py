@@ -94,11 +94,14 @@ def _reassigned(
 
     With t the n-th largest of the others in a row, a column c adds max(0, c - t) there, which is
     (c - t + |c - t|) / 2. Each c and each t is used once, so only the distances |c - t| matter.
+    None moves for nothing: a round that gains nothing has tried every slot of the same groups.
     """
     others = torch.cat([groups[:, :slot], groups[:, slot + 1 :]], 1)
     threshold = columns[others].topk(n, dim=1).values[:, -1]
-    distance = torch.cdist(threshold, columns[groups[:, slot]], p=1)
-    _, taken = optimize.linear_sum_assignment(distance.cpu().numpy(), maximize=True)
+    distance = torch.cdist(threshold, columns[groups[:, slot]], p=1).cpu().numpy()
+    own, taken = optimize.linear_sum_assignment(distance, maximize=True)
+    if distance[own, taken].sum() <= distance.trace():
+        return groups
     trial = groups.clone()
     trial[:, slot] = groups[torch.from_numpy(taken).to(groups.device), slot]
     return trial
